@@ -1,0 +1,47 @@
+# vpMoE. `make quickstart` trains a nano vpMoE from nothing; `make test` runs the suite. Both do their own set-up.
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup quickstart test check format bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## make .venv with exact versions (torch first)
+
+$(STAMP): requirements/lock.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed ($(PYTHON) not found); name yours: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; }
+	@echo "==> virtual environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "==> torch 2.13.0 (first, by exact version: others would pull in another build)"
+	@$(BIN)/pip install --quiet torch==2.13.0
+	@echo "==> the rest, exact versions from requirements/lock.txt (about a minute)"
+	@$(BIN)/pip install --quiet -r requirements/lock.txt
+	@$(BIN)/pip install --quiet --no-deps --editable .
+	@touch $@
+
+quickstart: setup  ## data, training, evaluation and a report of a nano vpMoE, on two CPU cores
+	@$(BIN)/vpmoe quickstart
+
+test: setup  ## the whole suite
+	@$(BIN)/python -m pytest tests
+
+check: setup  ## lint, types, layering
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/basedpyright
+	@$(BIN)/python -m pytest -q tests/unit/test_layering.py
+
+format: setup  ## rewrite in the house format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: setup  ## every benchmark in scripts/bench
+	@for bench in scripts/bench/*.py; do echo "==> $$bench"; $(BIN)/python $$bench || exit 1; done
+
+clean:  ## remove what runs and builds have left (not data/, not reports/)
+	rm -rf runs artifacts .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
