@@ -1,0 +1,37 @@
+"""The configuration: what a run is, read from one YAML, checked as a whole before anything is allocated.
+
+``schema`` declares the typed sections, ``load`` turns files and flags into a ``RunConfig`` or one complete error,
+``rules`` holds what fields demand of each other, ``geometry`` and ``memory`` compute sizes from it, and ``provenance``
+says which differences forbid resuming a run.
+"""
+
+from megatron_vpmoe.config.geometry import (
+    ParameterCount,
+    forward_flops_per_token,
+    kv_cache_bytes_per_token,
+    parameter_count,
+    training_flops_per_token,
+)
+from megatron_vpmoe.config.load import check_world, load_config
+from megatron_vpmoe.config.memory import FitReport, MemoryEstimate, check_fit, fit_report, memory_estimate
+from megatron_vpmoe.config.provenance import FieldChange, provenance_diff
+from megatron_vpmoe.config.schema import RunConfig, config_hash
+
+__all__ = [
+    "FieldChange",
+    "FitReport",
+    "MemoryEstimate",
+    "ParameterCount",
+    "RunConfig",
+    "check_fit",
+    "check_world",
+    "config_hash",
+    "fit_report",
+    "forward_flops_per_token",
+    "kv_cache_bytes_per_token",
+    "load_config",
+    "memory_estimate",
+    "parameter_count",
+    "provenance_diff",
+    "training_flops_per_token",
+]

@@ -1,0 +1,95 @@
+"""Overrides as Megatron spells flags: ``--micro-batch-size 4``, ``--bf16``, ``--no-bf16``, ``--window-size null``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any, get_args, get_origin
+
+from megatron_vpmoe.config.schema import FieldSpec, fields
+from megatron_vpmoe.config.yaml_source import Given, parse_scalar
+
+SOURCE = "command line"
+_FLAG = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
+
+
+def nearest(name: str, candidates: list[str], count: int = 3) -> list[str]:
+    """The candidates most like ``name``, best first; never empty."""
+    return difflib.get_close_matches(name, candidates, count, 0.6) or difflib.get_close_matches(name, candidates, 1, 0)
+
+
+def accepted_types(spec: FieldSpec) -> set[type]:
+    """The plain Python types that a field's annotation permits (``NoneType`` when it may be null)."""
+
+    def walk(annotation: Any) -> set[type]:
+        if annotation is type(None) or annotation in (bool, int, float, str):
+            return {annotation}
+        if get_origin(annotation) is list:
+            return {list}
+        arguments = get_args(annotation)
+        if arguments and all(isinstance(a, str) for a in arguments):
+            return {str}
+        return set().union(*(walk(a) for a in arguments if a is not None)) if arguments else set()
+
+    return walk(spec.info.annotation)
+
+
+def _value(spec: FieldSpec, text: str) -> Any:
+    """``text`` as the field's type would have it written in YAML; a wrong type is left for validation to name."""
+    types = accepted_types(spec)
+    if str in types:
+        return None if type(None) in types and text in ("null", "~") else text
+    return parse_scalar(text)
+
+
+def _take(spec: FieldSpec, attached: str | None, rest: list[str]) -> tuple[Any, str | None]:
+    """Consume a field's value from the front of ``rest``. Returns (value, problem)."""
+    following: list[str] = []
+    wanted = len(rest) if list in accepted_types(spec) else 1
+    while attached is None and rest and len(following) < wanted and not _FLAG.fullmatch(rest[0]):
+        following.append(rest.pop(0))
+    if list in accepted_types(spec):
+        return ([attached] if attached is not None else following), None
+    if attached is not None or following:
+        return _value(spec, attached if attached is not None else following[0]), None
+    if bool in accepted_types(spec):
+        return True, None
+    return None, f"{SOURCE}: {spec.flag} needs a value"
+
+
+def parse_flags(arguments: list[str], problems: list[str]) -> dict[str, dict[str, Given]]:
+    """Section -> key -> value of the overrides; of a repeated flag the last one holds.
+
+    Args:
+        arguments: everything after the configuration's path.
+        problems: receives unknown flags (with the nearest names), missing values and stray words.
+    """
+    known = fields()
+    result: dict[str, dict[str, Given]] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        match = _FLAG.fullmatch(word)
+        if match is None:
+            problems.append(f"{SOURCE}: {word!r} belongs to no flag; overrides are --field-name value")
+            continue
+        name, attached = match.group(1).replace("-", "_"), match.group(2)
+        negated = name not in known and name.startswith("no_") and name[3:] in known
+        spec = known.get(name[3:] if negated else name)
+        if spec is None:
+            flags = [known[n].flag for n in nearest(name, list(known))]
+            problems.append(f"{SOURCE}: unknown flag {word.split('=')[0]}; nearest: {', '.join(flags)}")
+            while rest and not _FLAG.fullmatch(rest[0]):
+                rest.pop(0)
+        elif negated:
+            if bool not in accepted_types(spec) or attached is not None:
+                problems.append(f"{SOURCE}: {word} does not fit; {spec.flag} takes a value")
+            else:
+                result.setdefault(spec.section, {})[spec.name] = Given(False, SOURCE)
+        else:
+            value, problem = _take(spec, attached, rest)
+            if problem:
+                problems.append(problem)
+            else:
+                result.setdefault(spec.section, {})[spec.name] = Given(value, f"{SOURCE} {spec.flag}")
+    return result

@@ -1,0 +1,153 @@
+"""How large a configuration is: parameters, FLOPs and cache bytes, by arithmetic alone (nothing is allocated).
+
+The letters are the model's: h hidden size, H query heads, G key/value groups, d head dimension, R and R_q ranks of the
+tensor products, E experts, V padded vocabulary, S sequence length, W window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_vpmoe.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a whole model by part, summed over layers and experts.
+
+    ``active`` counts what one token touches: of the routed experts only the top-k. A tied output layer counts once.
+    """
+
+    parts: dict[str, int]
+    routed_experts_active: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(self.parts.values())
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token touches."""
+        return self.total - self.parts["routed experts"] + self.routed_experts_active
+
+    @property
+    def active_without_embeddings(self) -> int:
+        """``active`` less the embedding and the output layer."""
+        return self.active - self.parts["embedding"] - self.parts["output layer"]
+
+
+def _linear(inputs: int, outputs: int, bias: bool) -> int:
+    return inputs * outputs + (outputs if bias else 0)
+
+
+def _feed_forward(cfg: RunConfig, width: int) -> int:
+    """One feed-forward network of inner width ``width``; SwiGLU's first matrix is twice as wide."""
+    m = cfg.model
+    inner = 2 * width if m.activation == "swiglu" else width
+    return _linear(m.hidden_size, inner, m.add_bias_linear) + _linear(width, m.hidden_size, m.add_bias_linear)
+
+
+def _projection_rows(cfg: RunConfig, layer_number: int) -> dict[str, int]:
+    """Output rows of the matrices that make q, k and v, by name."""
+    m = cfg.model
+    heads, groups = m.num_attention_heads, m.num_query_groups
+    if m.tpa and not cfg.is_global_layer(layer_number):
+        return {
+            "linear_tpa_a": heads * m.tpa_q_rank + 2 * groups * m.tpa_rank,
+            "linear_tpa_b": (m.tpa_q_rank + 2 * m.tpa_rank) * m.kv_channels,
+        }
+    return {"linear_qkv": (heads + 2 * groups) * m.kv_channels}
+
+
+def attention_parameters(cfg: RunConfig, layer_number: int) -> int:
+    """Parameters of the attention of layer ``layer_number`` (from 1), its QK-norms and scalars included."""
+    m = cfg.model
+    is_global = cfg.is_global_layer(layer_number)
+    rows = _projection_rows(cfg, layer_number)
+    count = sum(rows.values()) * m.hidden_size
+    if "linear_tpa_a" in rows and m.tpa_factor_bias:
+        count += rows["linear_tpa_a"]
+    if m.add_qkv_bias:
+        count += (m.num_attention_heads + 2 * m.num_query_groups) * m.kv_channels
+    count += _linear(m.num_attention_heads * m.kv_channels, m.hidden_size, m.add_bias_linear)
+    if m.qk_layernorm:
+        count += 2 * m.kv_channels
+    if m.softmax_type == "learnable":
+        count += m.num_attention_heads
+    if not is_global and m.local_position_embedding == "grape_m":
+        count += m.kv_channels // 2
+    if m.value_residual and layer_number > 1:
+        count += 1
+    return count
+
+
+def parameter_count(cfg: RunConfig) -> ParameterCount:
+    """Parameters of the model that ``cfg`` describes, equal to those of the built model."""
+    m, moe = cfg.model, cfg.moe
+    layers = range(1, m.num_layers + 1)
+    sparse = sum(cfg.is_moe_layer(n) for n in layers)
+    experts, expert = moe.num_experts or 0, _feed_forward(cfg, moe.moe_ffn_hidden_size)
+    shared = moe.moe_shared_expert_intermediate_size
+    vocabulary = m.padded_vocab_size * m.hidden_size
+    parts = {
+        "embedding": vocabulary,
+        "output layer": vocabulary if m.untie_embeddings_and_output_weights else 0,
+        "attention, local": sum(attention_parameters(cfg, n) for n in layers if not cfg.is_global_layer(n)),
+        "attention, global": sum(attention_parameters(cfg, n) for n in layers if cfg.is_global_layer(n)),
+        "dense feed-forward": (m.num_layers - sparse) * _feed_forward(cfg, m.ffn_hidden_size),
+        "router": sparse * experts * m.hidden_size,
+        "shared experts": sparse * _feed_forward(cfg, shared) if shared else 0,
+        "routed experts": sparse * experts * expert,
+        "norms": (2 * m.num_layers + 1) * m.hidden_size,
+    }
+    return ParameterCount(parts, routed_experts_active=sparse * min(moe.moe_router_topk, experts) * expert)
+
+
+def mean_keys(seq_length: int, window: int | None) -> float:
+    """Keys that a query sees on average in one causal document of ``seq_length`` tokens."""
+    if window is None or window >= seq_length:
+        return (seq_length + 1) / 2
+    return window - window * (window - 1) / (2 * seq_length)
+
+
+def forward_flops_per_token(cfg: RunConfig, seq_length: int | None = None) -> float:
+    """FLOPs (a multiply-add is two) of one token's forward pass, every part of the model included.
+
+    Counts matrix products: projections, factor products of TPA, scores and weighted values (only keys inside the
+    window), feed-forward, router, output layer. A row of ``seq_length`` tokens is taken as one document, the upper
+    bound for packed rows.
+    """
+    m, moe = cfg.model, cfg.moe
+    length = cfg.data.seq_length if seq_length is None else seq_length
+    gated = 3 if m.activation == "swiglu" else 2
+    heads_width = m.num_attention_heads * m.kv_channels
+    multiply_adds = float(m.padded_vocab_size * m.hidden_size)
+    for n in range(1, m.num_layers + 1):
+        rows = _projection_rows(cfg, n)
+        multiply_adds += (sum(rows.values()) + heads_width) * m.hidden_size
+        if "linear_tpa_a" in rows:
+            multiply_adds += (heads_width * m.tpa_q_rank) + 2 * m.num_query_groups * m.kv_channels * m.tpa_rank
+        window = None if cfg.is_global_layer(n) else m.window_size
+        multiply_adds += 2 * heads_width * mean_keys(length, window)
+        if cfg.is_moe_layer(n):
+            width = moe.moe_router_topk * moe.moe_ffn_hidden_size + (moe.moe_shared_expert_intermediate_size or 0)
+            multiply_adds += (gated * width + (moe.num_experts or 0)) * m.hidden_size
+        else:
+            multiply_adds += gated * m.ffn_hidden_size * m.hidden_size
+    return 2 * multiply_adds
+
+
+def training_flops_per_token(cfg: RunConfig, seq_length: int | None = None) -> float:
+    """Model FLOPs of one trained token: forward, and twice that backward.
+
+    Recomputation is not counted, as is usual for model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311,
+    appendix B).
+    """
+    return 3 * forward_flops_per_token(cfg, seq_length)
+
+
+def kv_cache_bytes_per_token(cfg: RunConfig) -> int:
+    """Bytes that one generated token adds to the cache of dense keys and values over all layers (2 G d each)."""
+    m = cfg.model
+    return m.num_layers * 2 * m.num_query_groups * m.kv_channels * (2 if cfg.training.bf16 else 4)

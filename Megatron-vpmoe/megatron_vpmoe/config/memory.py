@@ -1,0 +1,168 @@
+"""Whether a run fits a machine: an estimate of one process's memory, and a refusal before anything is allocated."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_vpmoe.config.geometry import parameter_count
+from megatron_vpmoe.config.schema import RunConfig
+from megatron_vpmoe.errors import DeviceError
+
+_FP32 = 4
+_LOGITS_CHUNK_BYTES = 128 * 2**20  # fp32 logits that the chunked cross-entropy holds at one time
+_PROCESS_BYTES = 350 * 2**20  # interpreter, torch and megatron.core of one worker, as measured on Linux
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one process at the peak of a step, by purpose."""
+
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All purposes together."""
+        return sum(self.parts.values())
+
+
+def _local_parameters(cfg: RunConfig) -> tuple[int, int]:
+    """(hidden matrices, everything else) of one process, after the experts are spread."""
+    parts = dict(parameter_count(cfg).parts)
+    routed = parts.pop("routed experts") // cfg.parallel.expert_model_parallel_size
+    others = parts["embedding"] + parts["output layer"] + parts["router"] + parts["norms"]
+    return sum(parts.values()) - others + routed, others
+
+
+def _layer_activations(cfg: RunConfig, layer_number: int, compute_bytes: int, on_cpu: bool) -> int:
+    """Bytes per token that one layer keeps for its backward pass."""
+    m, moe = cfg.model, cfg.moe
+    heads, qkv = m.num_attention_heads, (m.num_attention_heads + 2 * m.num_query_groups) * m.kv_channels
+    values = 4 * m.hidden_size + 3 * qkv + 2 * heads * m.kv_channels
+    if m.tpa and not cfg.is_global_layer(layer_number):
+        values += (m.tpa_q_rank + 2 * m.tpa_rank) * m.kv_channels
+    if cfg.is_moe_layer(layer_number):
+        chosen = moe.moe_router_topk * (2 * m.hidden_size + 3 * moe.moe_ffn_hidden_size)
+        values += chosen + 3 * (moe.moe_shared_expert_intermediate_size or 0)
+    else:
+        values += 3 * m.ffn_hidden_size
+    banded = m.attention_backend == "banded" or (m.attention_backend == "auto" and on_cpu)
+    windowed = m.window_size is not None and not cfg.is_global_layer(layer_number)
+    keys = min(cfg.data.seq_length, 2 * (m.window_size or 0)) if banded and windowed else cfg.data.seq_length
+    return values * compute_bytes + 2 * heads * keys * _FP32
+
+
+def memory_estimate(cfg: RunConfig, *, on_cpu: bool = False) -> MemoryEstimate:
+    """Memory of one process of the run.
+
+    Gradients are accumulated in fp32; bf16 parameters have an fp32 master copy; NorMuon keeps one fp32 moment a matrix
+    entry, AdamW two. Activations are for one micro-batch: with full recomputation each layer's input and one layer's
+    inside.
+
+    Args:
+        cfg: the run.
+        on_cpu: the machine has no GPU, which decides the attention backend that "auto" takes.
+    """
+    matrices, others = _local_parameters(cfg)
+    local = matrices + others
+    compute_bytes = 2 if cfg.training.bf16 else _FP32
+    matrix_moments = 1 if cfg.optim.optimizer == "normuon" else 2
+    optimizer = _FP32 * (matrix_moments * matrices + 2 * others + (local if cfg.training.bf16 else 0))
+    tokens = cfg.training.micro_batch_size * cfg.data.seq_length
+    layers = [_layer_activations(cfg, n, compute_bytes, on_cpu) for n in range(1, cfg.model.num_layers + 1)]
+    if cfg.training.recompute_granularity == "full":
+        activations = tokens * (len(layers) * cfg.model.hidden_size * compute_bytes + max(layers))
+    else:
+        activations = tokens * sum(layers)
+    return MemoryEstimate(
+        {
+            "parameters": local * compute_bytes,
+            "gradients": local * _FP32,
+            "optimizer state": optimizer,
+            "activations": activations,
+            # The chunk itself, its log-probabilities and their gradient.
+            "logits": 3 * min(tokens * cfg.model.padded_vocab_size * _FP32, _LOGITS_CHUNK_BYTES),
+            "process": _PROCESS_BYTES,
+        }
+    )
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:,.2f} GiB"
+
+
+def describe_geometry(cfg: RunConfig, *, on_cpu: bool = False) -> str:
+    """The parameter and memory table that a dry run prints."""
+    count, memory = parameter_count(cfg), memory_estimate(cfg, on_cpu=on_cpu)
+    rows = [*count.parts.items(), ("total", count.total), ("active per token", count.active)]
+    rows.append(("active without embeddings", count.active_without_embeddings))
+    lines = ["parameters", *(f"  {name:<26}{value:>16,}" for name, value in rows)]
+    lines += ["memory of one process", *(f"  {name:<26}{_gib(value):>16}" for name, value in memory.parts.items())]
+    return "\n".join([*lines, f"  {'total':<26}{_gib(memory.total):>16}"])
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What a run needs of one device and what is there, in bytes."""
+
+    estimate: MemoryEstimate
+    processes_per_device: int
+    available: int
+    device_kind: str
+
+    @property
+    def needed(self) -> int:
+        """Bytes needed of one device, over the processes that share it."""
+        return self.estimate.total * self.processes_per_device
+
+    @property
+    def fits(self) -> bool:
+        """Whether the estimate is within what is available."""
+        return self.needed <= self.available
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {_gib(value)}" for name, value in self.estimate.parts.items())
+        sharing = f" x {self.processes_per_device} processes on it" if self.processes_per_device > 1 else ""
+        return (
+            f"{_gib(self.needed)} needed of each device ({parts}{sharing}), "
+            f"{_gib(self.available)} free on {self.device_kind}"
+        )
+
+
+def fit_report(cfg: RunConfig, available_bytes_per_device: int, device_kind: str, device_count: int = 1) -> FitReport:
+    """Compare the estimate with a machine.
+
+    Args:
+        cfg: the run.
+        available_bytes_per_device: free memory of one device; on CPU that of the whole machine.
+        device_kind: the device's name; "CPU" when all processes share the machine's memory.
+        device_count: devices on this machine.
+    """
+    on_cpu = device_kind.upper() == "CPU"
+    sharing = math.ceil(cfg.parallel.nproc_per_node / max(1, device_count))
+    return FitReport(memory_estimate(cfg, on_cpu=on_cpu), sharing, available_bytes_per_device, device_kind)
+
+
+def check_fit(cfg: RunConfig, report: FitReport, nano_config: str | None) -> None:
+    """Refuse a run that the machine cannot hold.
+
+    Args:
+        cfg: the run.
+        report: from ``fit_report``.
+        nano_config: path of the same run at a small geometry, if there is one.
+
+    Raises:
+        DeviceError: with the parameters, the estimate and what to try.
+    """
+    if report.fits:
+        return
+    count = parameter_count(cfg)
+    remedy = "lower micro_batch_size, seq_length or nproc_per_node, or set recompute_granularity to full"
+    if nano_config:
+        remedy = f"the same design at a size that fits: scripts/train.sh {nano_config}"
+    raise DeviceError(
+        f"this machine cannot hold {cfg.training.run_name}: {count.total:,} parameters "
+        f"({count.active:,} active); {report}",
+        source="memory estimate, before anything was allocated",
+        remedy=remedy,
+    )

@@ -1,0 +1,58 @@
+"""Which differences between two configurations forbid continuing a run: those that change model, data or order."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+_ABSENT = "(absent)"
+_WHOLE_SECTIONS = {
+    "model": frozenset({"attention_backend"}),
+    "moe": frozenset({"moe_token_dispatcher_type", "moe_expert_backend", "moe_permute_fusion", "moe_router_fusion"}),
+}
+"""Section -> its operational fields; all its other fields bind."""
+
+_SINGLE_FIELDS = {
+    "optim": frozenset({"optimizer"}),
+    "data": frozenset({"seq_length", "packing_window", "data_seed"}),
+    "training": frozenset(
+        {"global_batch_size", "seed", "bf16", "objective", "kd_span_weight_reasoning", "kd_span_weight_final"}
+    ),
+}
+"""Section -> its binding fields; everything else, and every section not named here, is operational."""
+
+
+class FieldChange(NamedTuple):
+    """A binding field whose value differs; str() reads "model.num_layers: 8 -> 12"."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old!r} -> {self.new!r}"
+
+
+def is_binding(section: str, name: str) -> bool:
+    """Whether a run may not be resumed with another value of this field.
+
+    The dataset itself is bound by its manifest's hash, not by its path; learning rates, intervals, paths, logging and
+    the number of processes are free.
+    """
+    if section in _WHOLE_SECTIONS:
+        return name not in _WHOLE_SECTIONS[section]
+    return name in _SINGLE_FIELDS.get(section, frozenset())
+
+
+def provenance_diff(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> list[FieldChange]:
+    """Binding differences between two resolved configurations (``RunConfig.model_dump()``); empty: resuming is sound.
+
+    A field that only one side has, such as after an update of the software, counts as a difference.
+    """
+    changes = []
+    for section in dict.fromkeys([*old, *new]):
+        before, after = old.get(section, {}), new.get(section, {})
+        for name in dict.fromkeys([*before, *after]):
+            pair = before.get(name, _ABSENT), after.get(name, _ABSENT)
+            if is_binding(section, name) and pair[0] != pair[1]:
+                changes.append(FieldChange(f"{section}.{name}", *pair))
+    return changes

@@ -1,0 +1,204 @@
+"""Rules between fields: what the type of a single field cannot say, checked together before anything is allocated."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from megatron_vpmoe.config.schema import RunConfig
+
+
+class Problem(NamedTuple):
+    """A broken rule: the fields that take part, and what is wrong with the remedy in one sentence."""
+
+    names: tuple[str, ...]
+    text: str
+
+
+Findings = Iterator[Problem]
+
+
+def _attention(cfg: RunConfig) -> Findings:
+    m = cfg.model
+    if m.num_attention_heads % m.num_query_groups:
+        yield Problem(
+            ("num_attention_heads", "num_query_groups"),
+            f"{m.num_attention_heads} heads cannot be shared out evenly over {m.num_query_groups} groups",
+        )
+    if m.kv_channels % 2:
+        yield Problem(("kv_channels",), f"{m.kv_channels} is odd; rotations act on pairs of channels")
+    kinds = {cfg.is_global_layer(n) for n in range(1, m.num_layers + 1)}
+    if m.tpa and False not in kinds:
+        yield Problem(
+            ("tpa", "window_size", "window_attn_skip_freq"),
+            "tensor product attention is for local layers and this schedule has none; set tpa to false",
+        )
+    if m.window_size is not None and m.window_size > cfg.data.seq_length:
+        yield Problem(
+            ("window_size", "seq_length"),
+            f"a window of {m.window_size} never ends within {cfg.data.seq_length} tokens; lower it or set null",
+        )
+    if m.attention_backend == "banded" and True in kinds:
+        yield Problem(
+            ("attention_backend", "window_size", "window_attn_skip_freq"),
+            "banded serves layers with a window only and the schedule has global layers; use auto",
+        )
+
+
+def _experts(cfg: RunConfig) -> Findings:
+    moe = cfg.moe
+    experts = moe.num_experts
+    if experts is None:
+        return
+    if moe.moe_router_topk > experts:
+        yield Problem(("moe_router_topk", "num_experts"), f"cannot choose {moe.moe_router_topk} of {experts} experts")
+    yield from _expert_groups(cfg, experts)
+    if moe.moe_router_enable_expert_bias and moe.moe_router_score_function != "sigmoid":
+        yield Problem(
+            ("moe_router_enable_expert_bias", "moe_router_score_function"),
+            "the expert bias needs sigmoid scores; use sigmoid or switch the bias off",
+        )
+    if cfg.model.activation == "swiglu":
+        yield Problem(("activation", "num_experts"), "routed experts have no gate; use squared_relu")
+    if moe.first_layer_dense and cfg.model.num_layers == 1:
+        yield Problem(("first_layer_dense", "num_layers"), "the only layer is dense, so no expert would ever be used")
+    width = 8 if cfg.training.bf16 else 4
+    if moe.moe_expert_backend == "grouped_mm" and (cfg.model.hidden_size % width or moe.moe_ffn_hidden_size % width):
+        yield Problem(
+            ("moe_expert_backend", "hidden_size", "moe_ffn_hidden_size"),
+            f"grouped_mm wants rows of whole 16 bytes: sizes {cfg.model.hidden_size} and {moe.moe_ffn_hidden_size} "
+            f"must be multiples of {width}; use padded_bmm or auto",
+        )
+    for name in ("moe_permute_fusion", "moe_router_fusion"):
+        if getattr(moe, name) and importlib.util.find_spec("transformer_engine") is None:
+            yield Problem((name,), "is a TransformerEngine kernel and TransformerEngine is not installed; set false")
+    for name in ("router_dead_experts_warn", "router_dead_experts_fail"):
+        limit = getattr(cfg.logging, name)
+        total = experts * sum(cfg.is_moe_layer(n) for n in range(1, cfg.model.num_layers + 1))
+        if limit is not None and limit > total:
+            yield Problem((name, "num_experts"), f"{limit} is never reached: the model has {total} routed experts")
+
+
+def _expert_groups(cfg: RunConfig, experts: int) -> Findings:
+    moe = cfg.moe
+    groups, group_topk = moe.moe_router_num_groups, moe.moe_router_group_topk
+    names = ("moe_router_num_groups", "moe_router_group_topk")
+    if groups is None or group_topk is None:
+        if groups != group_topk:
+            yield Problem(names, f"{groups} and {group_topk}: give both or set both to null")
+        return
+    if experts % groups:
+        yield Problem(("num_experts", names[0]), f"{experts} experts cannot be divided into {groups} equal groups")
+    if group_topk > groups:
+        yield Problem(names, f"cannot choose {group_topk} of {groups} groups")
+    if moe.moe_router_topk % group_topk:
+        yield Problem(
+            ("moe_router_topk", names[1]),
+            f"a group is scored by its topk / group_topk best experts, and {moe.moe_router_topk} / {group_topk} "
+            "is not a whole number",
+        )
+    elif group_topk <= groups and moe.moe_router_topk > group_topk * (experts // groups):
+        yield Problem(
+            ("moe_router_topk", *names),
+            f"{group_topk} groups of {experts // groups} experts do not hold {moe.moe_router_topk}",
+        )
+
+
+def _schedule(cfg: RunConfig) -> Findings:
+    o, t = cfg.optim, cfg.training
+    peaks = {"lr": o.lr, "normuon_aux_lr": cfg.aux_lr, "decoupled_lr": cfg.embedding_lr}
+    name, lowest = min(peaks.items(), key=lambda item: item[1])
+    if o.min_lr > lowest:
+        yield Problem(("min_lr", name), f"min_lr {o.min_lr:g} is above the peak {lowest:g}; lower min_lr")
+    if o.lr_warmup_iters >= cfg.decay_iters:
+        yield Problem(
+            ("lr_warmup_iters", "lr_decay_iters", "train_iters"),
+            f"a warm-up of {o.lr_warmup_iters} iterations leaves nothing of a schedule of {cfg.decay_iters}",
+        )
+    if o.lr_decay_style == "WSD" and o.lr_wsd_decay_iters is None:
+        yield Problem(("lr_wsd_decay_iters",), "the WSD schedule needs the length of its final decay")
+    if o.lr_decay_style != "WSD" and o.lr_wsd_decay_iters is not None:
+        yield Problem(("lr_wsd_decay_iters", "lr_decay_style"), f"has no effect on the schedule {o.lr_decay_style}")
+    if o.lr_wsd_decay_iters is not None and o.lr_wsd_decay_iters + o.lr_warmup_iters > cfg.decay_iters:
+        yield Problem(
+            ("lr_wsd_decay_iters", "lr_warmup_iters", "lr_decay_iters"),
+            f"warm-up {o.lr_warmup_iters} and final decay {o.lr_wsd_decay_iters} exceed {cfg.decay_iters} iterations",
+        )
+    if (t.nonfinite_policy == "skip") != (t.nonfinite_max_skips > 0):
+        yield Problem(
+            ("nonfinite_policy", "nonfinite_max_skips"),
+            f"the policy {t.nonfinite_policy} does not go with {t.nonfinite_max_skips} permitted skips",
+        )
+    if t.kd_span_weight_reasoning == 0 and t.kd_span_weight_final == 0:
+        yield Problem(("kd_span_weight_reasoning", "kd_span_weight_final"), "both are 0, so nothing would be learnt")
+
+
+def _intervals(cfg: RunConfig) -> Findings:
+    save, keep = cfg.checkpoint.save_interval, cfg.checkpoint.keep_every
+    if keep is not None and (save is None or keep % save):
+        yield Problem(("keep_every", "save_interval"), f"{keep} is not a multiple of {save}, so nothing would be kept")
+    if cfg.evaluation.sample_interval is not None and not cfg.evaluation.sample_prompts:
+        yield Problem(("sample_interval", "sample_prompts"), "samples are asked for and there are no prompts")
+    warn, fail = cfg.logging.router_dead_experts_warn, cfg.logging.router_dead_experts_fail
+    if warn is not None and fail is not None and fail < warn:
+        yield Problem(("router_dead_experts_fail", "router_dead_experts_warn"), f"fails at {fail}, warns at {warn}")
+
+
+_UNSUPPORTED = {
+    "tensor_model_parallel_size": "the TPA factors and the sinks are not split over ranks",
+    "pipeline_model_parallel_size": "layer 1's values, which every layer mixes in, do not travel between stages",
+    "context_parallel_size": "windows and document masks need the whole sequence on one rank",
+}
+
+
+def _parallel(cfg: RunConfig) -> Findings:
+    for name, reason in _UNSUPPORTED.items():
+        size = getattr(cfg.parallel, name)
+        if size > 1:
+            yield Problem((name,), f"{size} is not supported: {reason}; set 1 and use expert or data parallelism")
+    ep, experts = cfg.parallel.expert_model_parallel_size, cfg.moe.num_experts
+    if ep > 1 and experts is None:
+        yield Problem(("expert_model_parallel_size", "num_experts"), f"{ep} ranks, and no experts to share")
+    elif experts is not None and experts % ep:
+        yield Problem(
+            ("num_experts", "expert_model_parallel_size"), f"{experts} experts cannot be spread evenly over {ep} ranks"
+        )
+    t = cfg.training
+    if t.global_batch_size % t.micro_batch_size:
+        yield Problem(
+            ("global_batch_size", "micro_batch_size"),
+            f"{t.global_batch_size} rows are not a whole number of micro-batches of {t.micro_batch_size}",
+        )
+
+
+def _world(cfg: RunConfig, world_size: int) -> Findings:
+    p, t = cfg.parallel, cfg.training
+    model_ranks = p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
+    if model_ranks > 1:
+        return  # already refused, and the data-parallel size would mean nothing
+    if world_size % p.expert_model_parallel_size:
+        yield Problem(
+            ("expert_model_parallel_size", "nproc_per_node"),
+            f"{world_size} processes cannot be divided into expert groups of {p.expert_model_parallel_size}",
+        )
+    rows = t.micro_batch_size * world_size
+    if t.global_batch_size % t.micro_batch_size == 0 and t.global_batch_size % rows:
+        yield Problem(
+            ("global_batch_size", "micro_batch_size", "nproc_per_node"),
+            f"{t.global_batch_size} rows are not a multiple of {t.micro_batch_size} x {world_size} processes = {rows}",
+        )
+
+
+_RULES: tuple[Callable[[RunConfig], Findings], ...] = (_attention, _experts, _schedule, _intervals, _parallel)
+
+
+def find_problems(cfg: RunConfig, world_size: int | None = None) -> list[Problem]:
+    """Every broken rule of ``cfg``.
+
+    Args:
+        cfg: a configuration whose single fields are valid.
+        world_size: processes over all nodes; None leaves out the rules that depend on it.
+    """
+    found = [problem for rule in _RULES for problem in rule(cfg)]
+    return found if world_size is None else [*found, *_world(cfg, world_size)]

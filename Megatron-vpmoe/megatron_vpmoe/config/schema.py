@@ -1,0 +1,118 @@
+"""``RunConfig``: the typed form of one run's YAML, and what can be derived from it without any other package."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from pydantic.fields import FieldInfo
+
+from megatron_vpmoe.config.schema_model import ModelSection, MoeSection
+from megatron_vpmoe.config.schema_run import (
+    CheckpointSection,
+    DataSection,
+    EvaluationSection,
+    LoggingSection,
+    OptimSection,
+    ParallelSection,
+    TrainingSection,
+)
+from megatron_vpmoe.config.schema_section import Section
+
+
+class RunConfig(Section):
+    """Everything that decides a run. Field names are unique over all sections and are Megatron's where it has one."""
+
+    model: ModelSection
+    """Geometry, positions and attention."""
+    moe: MoeSection
+    """Experts and router."""
+    optim: OptimSection
+    """Optimizers and schedule."""
+    parallel: ParallelSection
+    """Processes."""
+    data: DataSection
+    """Dataset and order."""
+    training: TrainingSection
+    """Length, batch, precision, objective."""
+    evaluation: EvaluationSection
+    """Validation and samples."""
+    checkpoint: CheckpointSection
+    """Saving and resuming."""
+    logging: LoggingSection
+    """Metrics and thresholds."""
+
+    @property
+    def run_directory(self) -> Path:
+        """Directory of everything the run writes."""
+        return Path(self.training.run_dir or f"runs/{self.training.run_name}")
+
+    @property
+    def aux_lr(self) -> float:
+        """Peak learning rate of the parameters that AdamW keeps, after its default."""
+        return self.optim.lr if self.optim.normuon_aux_lr is None else self.optim.normuon_aux_lr
+
+    @property
+    def embedding_lr(self) -> float:
+        """Peak learning rate of embedding and output layer, after its default."""
+        return self.aux_lr if self.optim.decoupled_lr is None else self.optim.decoupled_lr
+
+    @property
+    def decay_iters(self) -> int:
+        """Iteration at which the schedule reaches its end, after its default."""
+        return self.training.train_iters if self.optim.lr_decay_iters is None else self.optim.lr_decay_iters
+
+    def is_global_layer(self, layer_number: int) -> bool:
+        """Whether layer ``layer_number`` (from 1) attends without a window; without any window every layer does."""
+        return self.model.window_size is None or layer_number % self.model.window_attn_skip_freq == 0
+
+    def is_moe_layer(self, layer_number: int) -> bool:
+        """Whether layer ``layer_number`` (from 1) has routed experts."""
+        if self.moe.num_experts is None:
+            return False
+        return not (layer_number == 1 and self.moe.first_layer_dense)
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML; loading it gives an equal configuration."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=120)
+
+
+class FieldSpec(NamedTuple):
+    """Where one field lives: its section, name and declaration."""
+
+    section: str
+    name: str
+    info: FieldInfo
+
+    @property
+    def key(self) -> str:
+        """The dotted key, as error messages name it."""
+        return f"{self.section}.{self.name}"
+
+    @property
+    def flag(self) -> str:
+        """The command-line spelling."""
+        return "--" + self.name.replace("_", "-")
+
+
+def section_types() -> dict[str, type[Section]]:
+    """Section name -> its class, in the order of ``RunConfig``."""
+    return {name: info.annotation for name, info in RunConfig.model_fields.items()}  # pyright: ignore[reportReturnType]
+
+
+def fields() -> dict[str, FieldSpec]:
+    """Field name -> its place, over all sections in order."""
+    return {
+        name: FieldSpec(section, name, info)
+        for section, section_type in section_types().items()
+        for name, info in section_type.model_fields.items()
+    }
+
+
+def config_hash(cfg: RunConfig) -> str:
+    """sha256 (hex) of the resolved configuration; independent of key order, comments and how values were given."""
+    canonical = json.dumps(cfg.model_dump(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()

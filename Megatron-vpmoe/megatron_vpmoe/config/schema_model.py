@@ -1,0 +1,109 @@
+"""The sections that say what the network is: ``model`` and ``moe``. All sizes are per model, not per rank."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron_vpmoe.config.schema_section import Amount, Count, PositiveFloat, Section
+
+
+class ModelSection(Section):
+    """Geometry, positions and attention of the transformer."""
+
+    num_layers: Count
+    """Number of transformer layers."""
+    hidden_size: Count
+    """Width of the residual stream."""
+    ffn_hidden_size: Count
+    """Inner width of the dense feed-forward layers."""
+    num_attention_heads: Count
+    """Query heads per layer (H)."""
+    num_query_groups: Count
+    """Key/value heads per layer (G); each serves H / G query heads."""
+    kv_channels: Count
+    """Dimension of one attention head (d); even, since rotations act on pairs."""
+    padded_vocab_size: Count
+    """Rows of the embedding and of the output layer; must equal the dataset manifest's padded_vocab_size."""
+    untie_embeddings_and_output_weights: bool = True
+    """Give the output layer its own matrix instead of the embedding's."""
+    add_bias_linear: bool = True
+    """Biases on the attention output, the feed-forward layers and the experts (never on the router)."""
+    add_qkv_bias: bool = True
+    """Biases on queries, keys and values; in TPA layers added after the factor product."""
+    qk_layernorm: bool = True
+    """RMSNorm over the head dimension of queries and keys, before any rotation."""
+    normalization: Literal["RMSNorm"] = "RMSNorm"
+    """Kind of normalisation before attention, before the feed-forward layer and before the output layer."""
+    layernorm_epsilon: PositiveFloat = 1e-6
+    """Added to the mean square inside every RMSNorm."""
+    activation: Literal["squared_relu", "swiglu"] = "squared_relu"
+    """Feed-forward non-linearity: relu(x)^2, or the gated SwiGLU (which doubles the first matrix)."""
+    init_method_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
+    softmax_type: Literal["learnable", "vanilla"] = "learnable"
+    """"learnable" gives each head a sink logit in the softmax's denominator; "vanilla" has none."""
+    window_size: Count | None = 128
+    """Tokens that a local layer sees, the current one included; null: no window, every layer is global."""
+    window_attn_skip_freq: Count = 4
+    """Layer n (from 1) is global iff n is a multiple of this; 1 makes every layer global."""
+    local_position_embedding: Literal["grape_m", "rope"] = "grape_m"
+    """Positions in local layers: learned-frequency rotation (GRAPE-M) or RoPE."""
+    global_position_embedding: Literal["grape_a", "rope", "none"] = "grape_a"
+    """Positions in global layers: additive distance bias (GRAPE-A, the ALiBi slopes), RoPE or none."""
+    rotary_base: PositiveFloat = 1_000_000.0
+    """Base of the rotation frequencies of RoPE, and of GRAPE-M at initialisation."""
+    grapem_log_freq_scale: PositiveFloat = 16.0
+    """s in GRAPE-M: the parameter is s times the log-frequency, so s sets the frequencies' effective learning rate."""
+    tpa: bool = True
+    """Tensor product attention (factored Q, K, V) in local layers; false: grouped-query projections everywhere."""
+    tpa_rank: Count = 2
+    """R: number of factor pairs whose mean gives the keys, and likewise the values."""
+    tpa_q_rank: Count = 4
+    """R_q: number of factor pairs whose mean gives the queries."""
+    tpa_factor_bias: bool = True
+    """Bias on the head factors A of TPA, which lets TPA reproduce a plain projection exactly."""
+    value_residual: bool = True
+    """Mix layer 1's values into every later layer with one learned scalar a layer."""
+    attention_backend: Literal["auto", "reference", "banded"] = "auto"
+    """Attention implementation; "auto" takes the fastest that the layer and the device allow."""
+
+
+class MoeSection(Section):
+    """Experts and their router; everything here is idle when num_experts is null."""
+
+    num_experts: Count | None = None
+    """Routed experts a layer (E); null: a dense model."""
+    moe_router_topk: Count = 4
+    """Experts that each token visits."""
+    moe_ffn_hidden_size: Count = 128
+    """Inner width of one routed expert."""
+    moe_shared_expert_intermediate_size: Count | None = 512
+    """Inner width of the shared expert that every token visits; null: no shared expert."""
+    first_layer_dense: bool = True
+    """Give layer 1 a dense feed-forward layer instead of experts."""
+    moe_router_load_balancing_type: Literal["seq_aux_loss", "aux_loss", "none"] = "seq_aux_loss"
+    """Balancing loss: over each sequence, over the micro-batch, or none."""
+    moe_aux_loss_coeff: Amount = 1e-4
+    """Weight of the balancing loss."""
+    moe_router_score_function: Literal["sigmoid", "softmax"] = "sigmoid"
+    """How router logits become scores."""
+    moe_router_topk_scaling_factor: PositiveFloat = 2.5
+    """Factor on the normalised scores of the chosen experts."""
+    moe_router_num_groups: Count | None = 8
+    """Groups that the experts are divided into for group-limited routing; null: no groups."""
+    moe_router_group_topk: Count | None = 4
+    """Groups that a token may use; null together with moe_router_num_groups."""
+    moe_router_enable_expert_bias: bool = True
+    """Balance without a loss: a bias per expert that only takes part in the choice."""
+    moe_router_bias_update_rate: Amount = 1e-3
+    """Step of the expert bias after each iteration."""
+    moe_router_dtype: Literal["fp32", "fp64"] | None = "fp32"
+    """Precision of the router's logits; null: the model's."""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens travel between expert-parallel ranks."""
+    moe_expert_backend: Literal["auto", "grouped_mm", "padded_bmm"] = "auto"
+    """Expert matrix products; "auto" takes the fastest that the device and the precision allow."""
+    moe_permute_fusion: bool = False
+    """Fused token permutation; needs TransformerEngine."""
+    moe_router_fusion: bool = False
+    """Fused routing; needs TransformerEngine."""

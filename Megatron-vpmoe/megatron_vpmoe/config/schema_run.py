@@ -1,0 +1,164 @@
+"""The sections that say how a run goes: optim, parallel, data, training, evaluation, checkpoint, logging."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_vpmoe.config.schema_section import Amount, Cardinal, Count, Decay, PositiveFloat, Section
+
+Path = Annotated[str, Field(min_length=1)]
+
+
+class OptimSection(Section):
+    """Optimizers and the learning-rate schedule (counted in iterations)."""
+
+    optimizer: Literal["normuon", "adam"] = "normuon"
+    """"normuon": NorMuon for hidden matrices and AdamW for the rest; "adam": AdamW for everything."""
+    lr: PositiveFloat
+    """Peak learning rate of the hidden matrices."""
+    normuon_aux_lr: PositiveFloat | None = None
+    """Peak learning rate of the parameters that AdamW keeps; null: lr."""
+    decoupled_lr: PositiveFloat | None = None
+    """Peak learning rate of the embedding and the output layer; null: normuon_aux_lr."""
+    min_lr: Amount = 0.0
+    """Learning rate at the end of the decay; groups with another peak end at the same fraction of it."""
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    lr_warmup_iters: Cardinal = 0
+    """Iterations of linear warm-up from zero."""
+    lr_decay_iters: Count | None = None
+    """Iteration at which min_lr is reached; null: train_iters."""
+    lr_wsd_decay_iters: Count | None = None
+    """Length of the final decay of the WSD schedule, in iterations."""
+    weight_decay: Amount = 0.1
+    """Decoupled weight decay; never applied to norms, biases, sinks and frequencies."""
+    adam_beta1: Decay = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: Decay = 0.95
+    """Decay of AdamW's second moment."""
+    adam_eps: PositiveFloat = 1e-8
+    """Added to the root of AdamW's second moment."""
+    clip_grad: Amount = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    normuon_momentum: Decay = 0.95
+    """NorMuon's Nesterov momentum."""
+    normuon_beta2: Decay = 0.95
+    """Decay of NorMuon's per-row second moment."""
+    normuon_eps: PositiveFloat = 1e-10
+    """Added to NorMuon's per-row second moment before the root."""
+    polar_express_steps: Annotated[int, Field(ge=1, le=5)] = 5
+    """Polar Express iterations (the coefficient table has five)."""
+    polar_express_safety: Amount = 2e-2
+    """Headroom on the norm before the first iteration."""
+    normuon_idle_expert_policy: Literal["skip", "scale"] = "skip"
+    """Experts short of tokens: "skip" leaves those without any as they are, "scale" scales each update by its share."""
+
+
+class ParallelSection(Section):
+    """How the model and the batch are spread over processes."""
+
+    tensor_model_parallel_size: Count = 1
+    """Ranks that share each matrix; only 1 is supported."""
+    pipeline_model_parallel_size: Count = 1
+    """Ranks that share the layers; only 1 is supported."""
+    context_parallel_size: Count = 1
+    """Ranks that share each sequence; only 1 is supported."""
+    expert_model_parallel_size: Count = 1
+    """Ranks over which the experts are spread; divides the world size and num_experts."""
+    nproc_per_node: Count = 1
+    """Worker processes on each machine: one a GPU, or as many as pay on a CPU."""
+    distributed_timeout_minutes: Count = 10
+    """A collective that waits longer than this is taken for dead."""
+
+
+class DataSection(Section):
+    """Which tokens, in which order."""
+
+    data_path: Path
+    """Built dataset (the directory that holds manifest.json), relative to the working directory."""
+    seq_length: Count
+    """Tokens in one packed row."""
+    packing_window: Count = 4096
+    """Conversations among which the packer looks for the best fit."""
+    data_seed: Cardinal = 1234
+    """Seed of the order of conversations."""
+
+
+class TrainingSection(Section):
+    """Length, batch, precision and objective of the run."""
+
+    run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run: letters, digits, dot, dash, underscore."""
+    run_dir: Path | None = None
+    """Directory of everything the run writes; null: runs/<run_name>."""
+    micro_batch_size: Count
+    """Rows per forward pass on one data-parallel rank."""
+    global_batch_size: Count
+    """Rows per optimizer step over all ranks; a multiple of micro_batch_size times the data-parallel size."""
+    train_iters: Count
+    """Optimizer steps of the run."""
+    seed: Cardinal = 1234
+    """Seed of the weights and of dropout-free randomness such as sampling."""
+    bf16: bool
+    """Compute in bfloat16 with fp32 master weights; false: fp32 throughout."""
+    recompute_granularity: Literal["full"] | None = None
+    """"full": keep only each layer's input and recompute the rest backward; null: keep everything."""
+    objective: Literal["span_ce"] = "span_ce"
+    """Loss: cross-entropy normalised per span."""
+    kd_span_weight_reasoning: Amount = 1.0
+    """Weight of the mean loss over the reasoning span."""
+    kd_span_weight_final: Amount = 1.0
+    """Weight of the mean loss over the final-answer span."""
+    nonfinite_policy: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: end the run, or drop the step."""
+    nonfinite_max_skips: Cardinal = 0
+    """Dropped steps after which the run ends all the same."""
+
+
+class EvaluationSection(Section):
+    """Validation and samples during the run."""
+
+    eval_interval: Count | None = None
+    """Iterations between validation passes; null: never."""
+    eval_iters: Count = 10
+    """Global batches in one validation pass."""
+    sample_interval: Count | None = None
+    """Iterations between generated samples; null: never."""
+    sample_prompts: list[str] = Field(default_factory=list)
+    """User messages to answer."""
+    sample_max_new_tokens: Count = 256
+    """Longest generated answer, in tokens."""
+
+
+class CheckpointSection(Section):
+    """When to save, what to keep, whether to continue."""
+
+    save_interval: Count | None = None
+    """Iterations between checkpoints; null: only at the end of the run and on a signal."""
+    keep_last: Count = 2
+    """Newest checkpoints to keep."""
+    keep_every: Count | None = None
+    """Also keep every checkpoint whose iteration is a multiple of this."""
+    resume: bool = False
+    """Continue from the newest complete checkpoint in the run directory."""
+
+
+class LoggingSection(Section):
+    """Metrics and thresholds on the router's health."""
+
+    log_interval: Count = 1
+    """Iterations between metric records and progress lines."""
+    wandb_mode: Literal["offline", "online", "disabled"] = "offline"
+    """Weights & Biases: write locally, upload, or leave it out."""
+    wandb_project: Annotated[str, Field(min_length=1)] = "vpmoe"
+    """Weights & Biases project."""
+    moe_per_layer_logging: bool = False
+    """Record router health for every layer as well as in aggregate."""
+    router_max_load_warn_pct: PositiveFloat | None = None
+    """Warn when the busiest expert takes more than this percentage of a layer's tokens."""
+    router_dead_experts_warn: Count | None = None
+    """Warn at this many experts without tokens, over all layers."""
+    router_dead_experts_fail: Count | None = None
+    """End the run at this many experts without tokens, over all layers."""

@@ -1,0 +1,139 @@
+"""YAML files with a memory: every value keeps the file and line it came from, through a chain of ``extends``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import yaml
+
+from megatron_vpmoe.errors import ConfigError
+
+
+class Given(NamedTuple):
+    """A value as somebody wrote it, and where."""
+
+    value: Any
+    source: str
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2's scalars: 1e-4 is a number; yes, no, on and off are strings; no dates or octals."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|)$"), ["~", "n", "N", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|\.inf|\.nan)$"),
+    list("-+.0123456789"),
+)
+
+
+def _construct_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    text = str(loader.construct_scalar(node)).replace("_", "")
+    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(str(loader.construct_scalar(node)).replace("_", ""))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def parse_scalar(text: str) -> Any:
+    """The value of ``text`` under the same rules as in a file; text that is not valid YAML stays a string."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return text
+
+
+def _read_root(path: Path, asked_by: str) -> yaml.MappingNode:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        nearby = sorted(str(p) for p in path.parent.glob("*.yaml"))[:8] if path.parent.is_dir() else []
+        remedy = f"files there: {', '.join(nearby)}" if nearby else "give the path of a run's YAML"
+        raise ConfigError(f"cannot read {path}: {error.strerror}", source=asked_by, remedy=remedy) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error.reason}", source=f"byte {error.start}") from error
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        what = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"not valid YAML: {what}", source=where, remedy="mend the line") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError("a configuration is a mapping of sections", source=str(path), remedy="see configs/")
+    return root
+
+
+def _entries(node: yaml.MappingNode, where: str, path: Path, problems: list[str]) -> list[tuple[str, yaml.Node, str]]:
+    """(key, value node, "file:line") of a mapping; repeated keys become problems."""
+    seen: dict[str, str] = {}
+    entries = []
+    for key_node, value_node in node.value:
+        key, source = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
+        if key in seen:
+            problems.append(f"{source}: {where}{key} is given twice (first at {seen[key]}); keep one")
+        seen[key] = source
+        entries.append((key, value_node, source))
+    return entries
+
+
+def _construct(node: yaml.Node, source: str) -> Any:
+    try:
+        loader = _Loader("")
+        return loader.construct_object(node, deep=True)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"a value that YAML cannot construct: {error}", source=source) from error
+
+
+def read_chain(path: Path, problems: list[str]) -> dict[str, dict[str, Given]]:
+    """Section -> key -> value of a file and everything it extends, the nearer file winning key by key.
+
+    Args:
+        path: the YAML file; ``extends`` inside it is relative to the file that says it.
+        problems: receives repeated keys and sections that are not mappings.
+
+    Raises:
+        ConfigError: a file cannot be read or parsed, or the chain of ``extends`` closes on itself.
+    """
+    chain: list[Path] = []
+    layers: list[dict[str, dict[str, Given]]] = []
+    pending: tuple[Path, str] | None = (path, "command line")
+    while pending is not None:
+        current, asked_by = pending
+        if any(current.resolve() == earlier.resolve() for earlier in chain):
+            circle = " -> ".join(str(p) for p in [*chain, current])
+            raise ConfigError(f"extends runs in a circle: {circle}", source=asked_by, remedy="remove one extends")
+        chain.append(current)
+        pending = None
+        layer: dict[str, dict[str, Given]] = {}
+        for section, node, source in _entries(_read_root(current, asked_by), "", current, problems):
+            if section == "extends":
+                parent = _construct(node, source)
+                if not isinstance(parent, str):
+                    problems.append(f"{source}: extends takes one relative path, not {parent!r}")
+                else:
+                    pending = (current.parent / parent, source)
+            elif isinstance(node, yaml.MappingNode):
+                values = layer.setdefault(section, {})
+                for key, value_node, key_source in _entries(node, f"{section}.", current, problems):
+                    values[key] = Given(_construct(value_node, key_source), key_source)
+            else:
+                layer.setdefault(section, {})[""] = Given(_construct(node, source), source)
+        layers.append(layer)
+    merged: dict[str, dict[str, Given]] = {}
+    for layer in reversed(layers):
+        for section, values in layer.items():
+            merged.setdefault(section, {}).update(values)
+    return merged

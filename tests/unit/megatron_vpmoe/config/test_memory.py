@@ -1,0 +1,70 @@
+"""The memory estimate moves the way memory does, and a run that does not fit is refused with a way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_vpmoe.config import check_fit, fit_report, load_config, memory_estimate, parameter_count
+from megatron_vpmoe.config.memory import describe_geometry
+from megatron_vpmoe.errors import DeviceError
+
+GIB = 2**30
+
+
+def test_states_by_hand(small: Path) -> None:
+    cfg = load_config(small, ["--optimizer", "adam"])
+    total = parameter_count(cfg).total
+    parts = memory_estimate(cfg).parts
+    assert (parts["parameters"], parts["gradients"], parts["optimizer state"]) == (4 * total, 4 * total, 8 * total)
+    half = memory_estimate(load_config(small, ["--optimizer", "adam", "--bf16"])).parts
+    assert (half["parameters"], half["optimizer state"]) == (2 * total, 12 * total)
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--recompute-granularity", "full"], "activations"),
+        (["--micro-batch-size", "4"], "activations"),
+        (["--expert-model-parallel-size", "2"], "parameters"),
+        (["--attention-backend", "auto", "--window-size", "16"], "activations"),
+    ],
+)
+def test_what_saves_memory_is_estimated_lower(small: Path, flags: list[str], part: str) -> None:
+    before = memory_estimate(load_config(small), on_cpu=True).parts[part]
+    assert memory_estimate(load_config(small, flags), on_cpu=True).parts[part] < before
+
+
+def test_normuon_keeps_one_moment(small: Path) -> None:
+    adam, normuon = (memory_estimate(load_config(small, ["--optimizer", o])) for o in ("adam", "normuon"))
+    assert normuon.parts["optimizer state"] < adam.parts["optimizer state"]
+
+
+def test_processes_share_a_cpu_but_not_gpus(small: Path) -> None:
+    cfg = load_config(small, ["--nproc-per-node", "2"])
+    assert fit_report(cfg, GIB, "CPU").processes_per_device == 2
+    assert fit_report(cfg, GIB, "NVIDIA", device_count=2).processes_per_device == 1
+
+
+def test_stage1_is_refused_here_and_fits_eight_large_gpus(stage1: Path) -> None:
+    cfg = load_config(stage1)
+    assert fit_report(cfg, 80 * GIB, "NVIDIA", device_count=8).fits
+    with pytest.raises(DeviceError) as caught:
+        check_fit(cfg, fit_report(cfg, 16 * GIB, "CPU"), "configs/nano/stage1.yaml")
+    message = str(caught.value)
+    for word in ("6,022,", "optimizer state", "16.00 GiB free on CPU", "scripts/train.sh configs/nano/stage1.yaml"):
+        assert word in message
+    with pytest.raises(DeviceError, match="recompute_granularity"):
+        check_fit(cfg, fit_report(cfg, 16 * GIB, "CPU"), None)
+
+
+def test_nano_fits_a_small_machine(repository: Path) -> None:
+    cfg = load_config(repository / "configs" / "nano" / "stage1.yaml")
+    check_fit(cfg, fit_report(cfg, 6 * GIB, "CPU"), None)
+
+
+def test_description_names_every_part(stage1: Path) -> None:
+    text = describe_geometry(load_config(stage1))
+    for part in [*parameter_count(load_config(stage1)).parts, "active without embeddings", "optimizer state"]:
+        assert part in text

@@ -1,0 +1,58 @@
+"""What may change between stopping and resuming, and what may not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_vpmoe.config import load_config, provenance_diff
+from megatron_vpmoe.config.provenance import _SINGLE_FIELDS, _WHOLE_SECTIONS, is_binding
+from megatron_vpmoe.config.schema import fields, section_types
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed"),
+    [
+        ("--num-layers 4", "model.num_layers: 8 -> 4"),
+        ("--moe-router-topk 2", "moe.moe_router_topk: 4 -> 2"),
+        ("--optimizer adam", "optim.optimizer: 'normuon' -> 'adam'"),
+        ("--data-seed 1", "data.data_seed: 1234 -> 1"),
+        ("--global-batch-size 32", "training.global_batch_size: 16 -> 32"),
+        ("--seed 1", "training.seed: 1234 -> 1"),
+        ("--bf16", "training.bf16: False -> True"),
+    ],
+)
+def test_binding_fields(small: Path, flags: str, changed: str) -> None:
+    old, new = load_config(small), load_config(small, flags.split())
+    assert [str(change) for change in provenance_diff(old.model_dump(), new.model_dump())] == [changed]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--log-interval 3 --save-interval 50 --eval-interval 7",
+        "--nproc-per-node 1 --expert-model-parallel-size 2 --micro-batch-size 4",
+        "--run-dir elsewhere --data-path other --wandb-mode disabled",
+        "--lr 5e-3 --train-iters 800 --resume --attention-backend reference",
+    ],
+)
+def test_operational_fields_are_free(small: Path, flags: str) -> None:
+    old, new = load_config(small), load_config(small, flags.split())
+    assert old != new
+    assert provenance_diff(old.model_dump(), new.model_dump()) == []
+
+
+def test_a_field_of_one_side_only_counts(small: Path) -> None:
+    new = load_config(small).model_dump()
+    old = {section: dict(values) for section, values in new.items()}
+    del old["model"]["tpa"]
+    old["moe"]["bygone"] = 3
+    keys = [change.key for change in provenance_diff(old, new)]
+    assert sorted(keys) == ["model.tpa", "moe.bygone"]
+
+
+def test_the_classification_names_fields_that_exist() -> None:
+    for section, names in [*_WHOLE_SECTIONS.items(), *_SINGLE_FIELDS.items()]:
+        assert names <= set(section_types()[section].model_fields)
+    assert any(is_binding(spec.section, spec.name) for spec in fields().values())

@@ -1,0 +1,96 @@
+"""Each rule between fields refuses what it is for, and names the fields."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_vpmoe.config import RunConfig, load_config
+from megatron_vpmoe.config.rules import find_problems
+from megatron_vpmoe.config.schema import fields
+
+
+@pytest.mark.parametrize(
+    ("flags", "named", "text"),
+    [
+        ("--num-query-groups 3", "num_query_groups", "cannot be shared out evenly"),
+        ("--kv-channels 31", "kv_channels", "odd"),
+        ("--window-attn-skip-freq 1", "tpa", "this schedule has none"),
+        ("--window-size null", "tpa", "this schedule has none"),
+        ("--seq-length 16", "window_size", "never ends"),
+        ("--attention-backend banded", "attention_backend", "global layers"),
+        (
+            "--moe-router-topk 32 --moe-router-num-groups null --moe-router-group-topk null",
+            "moe_router_topk",
+            "32 of 16",
+        ),
+        ("--num-experts 18", "num_experts", "4 equal groups"),
+        ("--moe-router-group-topk 8 --moe-router-topk 8", "moe_router_group_topk", "8 of 4 groups"),
+        ("--moe-router-topk 3", "moe_router_topk", "not a whole number"),
+        ("--moe-router-topk 10", "moe_router_topk", "do not hold 10"),
+        ("--moe-router-group-topk null", "moe_router_num_groups", "both"),
+        ("--moe-router-score-function softmax", "moe_router_enable_expert_bias", "sigmoid"),
+        ("--activation swiglu", "activation", "no gate"),
+        ("--num-layers 1", "first_layer_dense", "no expert would ever be used"),
+        ("--moe-expert-backend grouped_mm --moe-ffn-hidden-size 30", "moe_ffn_hidden_size", "multiples of 4"),
+        ("--router-dead-experts-warn 113", "router_dead_experts_warn", "112 routed experts"),
+        ("--min-lr 4e-3", "normuon_aux_lr", "above the peak"),
+        ("--lr-warmup-iters 400", "lr_warmup_iters", "leaves nothing"),
+        ("--lr-decay-style WSD", "lr_wsd_decay_iters", "needs the length"),
+        ("--lr-wsd-decay-iters 10", "lr_wsd_decay_iters", "no effect"),
+        ("--lr-decay-style WSD --lr-wsd-decay-iters 390", "lr_wsd_decay_iters", "exceed"),
+        ("--nonfinite-policy skip", "nonfinite_max_skips", "0 permitted skips"),
+        ("--nonfinite-max-skips 2", "nonfinite_policy", "policy stop"),
+        ("--kd-span-weight-reasoning 0 --kd-span-weight-final 0", "kd_span_weight_final", "nothing would be learnt"),
+        ("--keep-every 150", "keep_every", "not a multiple of 100"),
+        ("--sample-prompts", "sample_prompts", "no prompts"),
+        ("--router-dead-experts-fail 1", "router_dead_experts_fail", "fails at 1"),
+        ("--tensor-model-parallel-size 2", "tensor_model_parallel_size", "not supported"),
+        ("--pipeline-model-parallel-size 2", "pipeline_model_parallel_size", "layer 1's values"),
+        ("--context-parallel-size 2", "context_parallel_size", "not supported"),
+        ("--expert-model-parallel-size 3", "expert_model_parallel_size", "spread evenly over 3"),
+        (
+            "--num-experts null --expert-model-parallel-size 2 --router-dead-experts-warn null",
+            "num_experts",
+            "no experts",
+        ),
+        ("--global-batch-size 17", "global_batch_size", "whole number of micro-batches"),
+    ],
+)
+def test_rule(small: Path, flags: str, named: str, text: str) -> None:
+    found = find_problems(_unchecked(small, flags.split()))
+    matching = [problem for problem in found if text in problem.text]
+    assert len(matching) == 1, found
+    assert named in matching[0].names
+
+
+def test_transformer_engine_toggles_need_it(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = _unchecked(small, ["--moe-permute-fusion", "--moe-router-fusion"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    assert [problem.names for problem in find_problems(cfg)] == [("moe_permute_fusion",), ("moe_router_fusion",)]
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: object())
+    assert find_problems(cfg) == []
+
+
+def test_a_dense_run_is_not_bothered_by_expert_rules(small: Path) -> None:
+    flags = ["--num-experts", "null", "--moe-router-topk", "3", "--activation", "swiglu"]
+    assert find_problems(_unchecked(small, [*flags, "--router-dead-experts-warn", "null"])) == []
+
+
+def test_rules_name_fields_that_exist(small: Path) -> None:
+    flags = "--tensor-model-parallel-size 2 --num-query-groups 3 --min-lr 1 --keep-every 7 --num-experts 15"
+    for problem in find_problems(_unchecked(small, flags.split()), world_size=7):
+        assert set(problem.names) <= set(fields())
+
+
+def _unchecked(path: Path, flags: list[str]) -> RunConfig:
+    """The configuration with ``flags``, before any rule between fields."""
+    base = load_config(path).model_dump()
+    from megatron_vpmoe.config.flags import parse_flags
+
+    mistakes: list[str] = []
+    for section, values in parse_flags(flags, mistakes).items():
+        base[section] |= {name: given.value for name, given in values.items()}
+    assert mistakes == []
+    return RunConfig.model_validate(base)
