@@ -1,0 +1,263 @@
+"""The device of this run, and the one place that patches Megatron-Core: its answers on a machine with no GPU.
+
+Megatron-Core 0.16.1 takes CUDA for granted. With a GPU present nothing here touches it. Without one, `prepare`
+answers each assumption listed in `ANSWERS`, by two means only:
+
+* the name ``torch`` inside the modules of ``megatron.core`` is bound to a stand-in that maps ``device="cuda"`` to the
+  CPU and answers ``torch.cuda.*``; torch itself, and everybody else's view of it, stays as it is;
+* a few functions are replaced where the assumption is not reachable through that name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import sys
+import warnings
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from megatron_vpmoe.errors import DeviceError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One assumption of upstream's that a machine with no GPU has to answer.
+
+    Attributes:
+        module: the upstream module, below ``megatron.core``.
+        line: where it stands in 0.16.1.
+        assumes: the exact text on that line; a test fails once upstream no longer has it.
+        answer: what stands in for it.
+    """
+
+    module: str
+    line: int
+    assumes: str
+    answer: str
+
+
+ANSWERS = (
+    Answer("jit", 21, "jit_fuser = torch.compile", "a torch.compile that returns its argument while megatron.core is imported"),
+    Answer("distributed.param_and_grad_buffer", 800, "device=torch.cuda.current_device()", "the CPU device"),
+    Answer("transformer.moe.router", 169, "device=torch.cuda.current_device()", "the CPU device"),
+    Answer("tensor_parallel.layers", 899, "device=torch.cuda.current_device()", "the CPU device"),
+    Answer("tensor_parallel.random", 55, "torch.cuda.random.get_rng_state", "the CPU generator's state"),
+    Answer("tensor_parallel.random", 111, "_lazy_call(cb)", "_set_cuda_rng_state sets the CPU generator's state"),
+    Answer("tensor_parallel.random", 265, "CPU RNG state changed within GPU RNG context", "the warning is filtered: the CPU generator is the one that forks"),
+    Answer("optimizer.optimizer", 473, "device='cuda'", "a CPU tensor"),
+    Answer("optimizer.clip_grads", 115, "device='cuda'", "a CPU tensor"),
+    Answer("pipeline_parallel.schedules", 596, 'device="cuda"', "a CPU tensor"),
+    Answer("transformer.moe.moe_utils", 998, 'device="cuda"', "a CPU tensor"),
+    Answer("optimizer.optimizer", 671, "param.type() in ['torch.cuda.HalfTensor'", "Tensor.type() names the CUDA type to callers in megatron.core"),
+    Answer("optimizer.clip_grads", 167, "param.grad.type() == 'torch.cuda.FloatTensor'", "the same"),
+    Answer("transformer.moe.token_dispatcher", 445, "torch.cuda.Stream()", "an inert stream"),
+    Answer("transformer.moe.token_dispatcher", 895, "record_event()", "an inert event"),
+    Answer("transformer.moe.moe_utils", 1093, "tensor.is_cuda", "maybe_move_tensor_to_cpu returns numpy when it is asked to"),
+    Answer("transformer.moe.moe_utils", 1192, "te_general_gemm is not None", "te_general_gemm is None where Transformer Engine is absent"),
+    Answer("dist_checkpointing.strategies.filesystem_async", 230, "torch.cuda.synchronize()", "nothing to wait for"),
+    Answer("dist_checkpointing.strategies.state_dict_saver", 252, "device=torch.cuda.current_device()", "the CPU device"),
+)  # fmt: skip
+
+_IMPORTED = (
+    "parallel_state",
+    "tensor_parallel",
+    "distributed",
+    "distributed.finalize_model_grads",
+    "optimizer",
+    "optimizer.optimizer",
+    "optimizer.clip_grads",
+    "optimizer_param_scheduler",
+    "pipeline_parallel",
+    "pipeline_parallel.schedules",
+    "models.gpt.gpt_model",
+    "models.gpt.gpt_layer_specs",
+    "transformer.moe.moe_layer",
+    "transformer.moe.token_dispatcher",
+    "dist_checkpointing",
+    "dist_checkpointing.strategies.torch",
+    "dist_checkpointing.strategies.filesystem_async",
+    "dist_checkpointing.strategies.state_dict_saver",
+    "datasets.indexed_dataset",
+)
+
+
+class _Inert:
+    """A CUDA stream or event on a machine with neither: every method does nothing and returns an inert object."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
+
+    def __getattr__(self, _name: str) -> Any:
+        return lambda *_args, **_kwargs: _Inert()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Inert)
+
+    __hash__ = object.__hash__
+
+
+class _CudaOnCpu(ModuleType):
+    """What ``torch.cuda`` answers inside megatron.core when there is no GPU."""
+
+    Stream = Event = _Inert
+
+    def __init__(self) -> None:
+        super().__init__("torch.cuda")
+        self.random = self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    @staticmethod
+    def current_device() -> torch.device:
+        return torch.device("cpu")
+
+    @staticmethod
+    def current_stream(*_args: Any) -> _Inert:
+        return _Inert()
+
+    default_stream = current_stream
+
+    @staticmethod
+    def stream(_stream: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    @staticmethod
+    def synchronize(*_args: Any) -> None: ...
+
+    @staticmethod
+    def empty_cache() -> None: ...
+
+    @staticmethod
+    def get_rng_state(*_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    @staticmethod
+    def manual_seed(seed: int) -> None:
+        torch.manual_seed(seed)
+
+
+class _TorchOnCpu(ModuleType):
+    """What ``torch`` answers inside megatron.core when there is no GPU: the same, with ``device="cuda"`` meaning CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self.cuda = _CudaOnCpu()
+        for factory in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like"):
+            setattr(self, factory, _on_cpu(getattr(torch, factory)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _on_cpu(factory: Any) -> Any:
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def has_gpu() -> bool:
+    """Whether this process sees a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def current_device() -> torch.device:
+    """The device that this process computes on."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
+
+
+def distributed_backend() -> str:
+    """``nccl`` on GPUs, ``gloo`` on CPU."""
+    return "nccl" if has_gpu() else "gloo"
+
+
+def available_memory() -> tuple[int, str, int]:
+    """Memory for one run.
+
+    Returns:
+        bytes per device, the device's name, the number of devices. On CPU all processes share one device: the RAM that
+        is free now.
+    """
+    if has_gpu():
+        free, _total = torch.cuda.mem_get_info()
+        return free, torch.cuda.get_device_name(), torch.cuda.device_count()
+    import psutil
+
+    return psutil.virtual_memory().available, "CPU", 1
+
+
+@functools.cache
+def prepare() -> None:
+    """Import megatron.core so that it runs on this machine; call before anything else imports it.
+
+    Does nothing where a GPU is present. Idempotent.
+
+    Raises:
+        DeviceError: megatron.core was imported before and has bound its compiled functions already.
+    """
+    if has_gpu():
+        return
+    if "megatron.core.jit" in sys.modules:
+        raise DeviceError(
+            "megatron.core was imported before megatron_vpmoe.runtime.device.prepare() could answer for the missing GPU",
+            source="the import order of this process",
+            remedy="import megatron_vpmoe.model (or call prepare()) before megatron.core",
+        )
+    compile_function, torch.compile = torch.compile, _compile_nothing  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings():
+            # Upstream warns once a module that Apex and Transformer Engine are absent; without a GPU they always are.
+            warnings.filterwarnings("ignore", message=".*Apex .*not installed")
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module="megatron.core")
+            for name in _IMPORTED:
+                importlib.import_module(f"megatron.core.{name}")
+    finally:
+        torch.compile = compile_function
+    stand_in = _TorchOnCpu()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = stand_in  # type: ignore[attr-defined]
+    _answer_functions()
+
+
+def _compile_nothing(model: Any = None, **_options: Any) -> Any:
+    return model if model is not None else (lambda function: function)
+
+
+def _answer_functions() -> None:
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, *_args, **_kwargs: torch.set_rng_state(new_state)
+    random_log = logging.getLogger(random.__name__)
+    random_log.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = _move_tensor_to_cpu
+    torch.Tensor.type = _answer_type(torch.Tensor.type)  # type: ignore[method-assign]
+
+
+def _move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Upstream's contract on tensors that live on the CPU already: gloo's all-to-all wants numpy split sizes."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _answer_type(tensor_type: Any) -> Any:
+    @functools.wraps(tensor_type)
+    def answer(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = tensor_type(self, *args, **kwargs)
+        if isinstance(result, str) and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core"):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+    return answer

@@ -1,0 +1,93 @@
+"""Process groups, seeds and orderly teardown."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_vpmoe.runtime.device import distributed_backend, has_gpu, prepare
+
+
+def initialize(
+    *,
+    seed: int,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    context_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
+    timeout_minutes: int = 10,
+) -> None:
+    """Join the job described by torchrun's environment (a job of one where there is none) and seed this rank.
+
+    The same seed on every rank: data-parallel replicas start equal, and expert shards are slices of one drawn stack.
+    """
+    prepare()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if has_gpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        timeout = timedelta(minutes=timeout_minutes)
+        if "RANK" in os.environ:
+            dist.init_process_group(distributed_backend(), timeout=timeout)
+        else:
+            dist.init_process_group(distributed_backend(), store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        context_parallel_size=context_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,
+    )
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def shutdown() -> None:
+    """Leave the job; safe to call twice."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def single_process(seed: int) -> Iterator[None]:
+    """A job of one, for tools that need the model but no peers."""
+    initialize(seed=seed)
+    try:
+        yield
+    finally:
+        shutdown()
+
+
+def rank() -> int:
+    """This process's global rank; 0 before any group exists."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Processes in the job; 1 before any group exists."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """Sum each value over the data-parallel ranks, in fp64; every rank passes the same keys in the same order."""
+    from megatron.core import parallel_state
+
+    from megatron_vpmoe.runtime.device import current_device
+
+    packed = torch.tensor(list(values.values()), dtype=torch.float64, device=current_device())
+    dist.all_reduce(packed, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return dict(zip(values, packed.tolist(), strict=True))
