@@ -1,0 +1,98 @@
+"""One function, softmax attention, behind which the implementations stand; here one of them is chosen, by name.
+
+``reference``
+    dense scores, fp32 softmax; every layer, every device, decoding too. The others must equal it.
+``banded``
+    local layers on the CPU: blocks of W queries against 2W keys, time and memory O(S · W).
+``sdpa``
+    global layers on the CPU: torch's fused kernel over a dense mask that the layers share.
+
+Shapes: B batch, H query heads, G KV groups, Q queries, K keys, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_vpmoe.errors import ConfigError, DeviceError
+from megatron_vpmoe.model.attention.backends.banded import banded_attention
+from megatron_vpmoe.model.attention.backends.reference import reference_attention
+from megatron_vpmoe.model.attention.backends.sdpa import sdpa_attention
+from megatron_vpmoe.model.attention.masks import SequenceLayout
+
+BACKENDS = ("reference", "banded", "sdpa")
+
+
+def select_backend(requested: str, *, window: int | None, device: torch.device) -> str:
+    """The backend that runs a layer: ``requested``, or for "auto" the fastest that can.
+
+    Raises:
+        ConfigError: the backend does not exist, or cannot run a layer without a window.
+        DeviceError: the backend cannot run on this device.
+    """
+    on_cpu = device.type == "cpu"
+    if requested == "auto":
+        if not on_cpu:
+            return "reference"
+        return "sdpa" if window is None else "banded"
+    if requested not in BACKENDS:
+        raise ConfigError(
+            f"there is no attention backend {requested!r}",
+            source="attention_backend",
+            remedy=f"one of auto, {', '.join(BACKENDS)}",
+        )
+    if requested == "banded" and window is None:
+        raise ConfigError(
+            "the attention backend 'banded' needs a window and cannot run a global layer",
+            source="attention_backend",
+            remedy="attention_backend: auto takes banded for local layers and another for global ones",
+        )
+    if requested != "reference" and not on_cpu:
+        raise DeviceError(
+            f"the attention backend {requested!r} runs on the CPU only, not on {device}",
+            source="attention_backend",
+            remedy="attention_backend: auto",
+        )
+    return requested
+
+
+def core_attention(
+    q_BHQD: Tensor,
+    k_BGKD: Tensor,
+    v_BGKD: Tensor,
+    *,
+    layout: SequenceLayout,
+    window: int | None,
+    alibi_slopes_H: Tensor | None,
+    sink_H: Tensor | None,
+    softmax_scale: float,
+    backend: str,
+) -> Tensor:
+    """Causal softmax attention within documents; returns [B, H, Q, D] in the dtype of the queries.
+
+    Scores are ``softmax_scale · q·k - slope_h · (i - j)``; the softmax is fp32 or wider. Head h reads KV group
+    h // (H / G). With fewer queries than keys (decoding) the queries are the last rows and ``reference`` runs
+    whatever the backend: the others gain only on whole sequences.
+
+    Args:
+        q_BHQD: queries.
+        k_BGKD: keys; as many as ``layout`` has rows.
+        v_BGKD: values.
+        layout: documents of the key rows.
+        window: keys that a query sees, itself included; None: the whole document.
+        alibi_slopes_H: fp32 [H], GRAPE-A's slopes; None: no bias on distance.
+        sink_H: [H], the logit in each head's denominator; None: plain softmax.
+        softmax_scale: factor on the dot products, usually 1/sqrt(D).
+        backend: a name that `select_backend` returned.
+    """
+    if k_BGKD.shape[2] != layout.num_keys:
+        raise ValueError(f"{k_BGKD.shape[2]} keys for a layout of {layout.num_keys} rows")
+    arguments = (q_BHQD, k_BGKD, v_BGKD, layout)
+    if backend == "reference" or q_BHQD.shape[2] < layout.num_keys:
+        return reference_attention(*arguments, window, alibi_slopes_H, sink_H, softmax_scale)
+    if backend == "sdpa":
+        return sdpa_attention(*arguments, window, alibi_slopes_H, sink_H, softmax_scale)
+    if backend == "banded" and window is not None and alibi_slopes_H is None:
+        return banded_attention(*arguments, window, sink_H, softmax_scale)
+    raise ValueError(f"{backend!r} cannot run window={window}, alibi={alibi_slopes_H is not None}")

@@ -1,0 +1,101 @@
+"""Which key a query may see: packed documents, causality and the sliding window, as masks that layers share.
+
+Shapes: B batch, S rows of keys, Q queries (the last Q of the S rows), H heads, N blocks, W window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceLayout:
+    """The documents packed into each row, and what follows from them.
+
+    A query at row i sees a key at row j iff both have the same document id and j <= i, and, in a layer with a window,
+    i - j < window (the window counts the query itself). Padding has document id -1 and sees only padding. When
+    decoding there are fewer queries than keys: the queries are always the last rows.
+
+    Masks are computed once and kept with the layout, so that the layers of one pass share them.
+
+    Attributes:
+        document_id: int32 [B, S]; the rows of one document are contiguous.
+        position: int64 [B, S]; counts from 0 in each document.
+    """
+
+    document_id: Tensor
+    position: Tensor
+    _shared: dict[object, object] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.document_id.dim() != 2 or self.document_id.shape != self.position.shape:
+            raise ValueError(
+                "document_id and position must both be [batch, sequence], "
+                f"not {list(self.document_id.shape)} and {list(self.position.shape)}"
+            )
+
+    @property
+    def num_keys(self) -> int:
+        """S, the number of key rows."""
+        return self.document_id.shape[1]
+
+    def shared(self, key: object, make: Callable[[], T]) -> T:
+        """The value kept under ``key``, made on first use without recording gradients."""
+        if key not in self._shared:
+            with torch.no_grad():
+                self._shared[key] = make()
+        return self._shared[key]  # type: ignore[return-value]
+
+    def last(self, num_keys: int) -> SequenceLayout:
+        """The layout of the last ``num_keys`` rows: what a local layer still needs when it decodes."""
+        if num_keys == self.num_keys:
+            return self
+        return self.shared(
+            ("last", num_keys),
+            lambda: SequenceLayout(self.document_id[:, -num_keys:], self.position[:, -num_keys:]),
+        )
+
+    def visible(self, num_queries: int, window: int | None) -> Tensor:
+        """Bool [B, 1, Q, S]: True where the query may see the key."""
+        return self.shared(("visible", num_queries, window), lambda: self._visible(num_queries, window))
+
+    def _visible(self, num_queries: int, window: int | None) -> Tensor:
+        distance = self.distance(num_queries)
+        near = distance >= 0
+        if window is not None:
+            near &= distance < window
+        same = self.document_id[:, -num_queries:, None] == self.document_id[:, None, :]
+        return (same & near).unsqueeze(1)
+
+    def distance(self, num_queries: int) -> Tensor:
+        """int64 [Q, S]: i - j, the query's row minus the key's; within one document, the distance in it."""
+        row = torch.arange(self.num_keys, device=self.document_id.device)
+        return row[-num_queries:, None] - row
+
+    def blocks_visible(self, window: int) -> Tensor:
+        """Bool [B, N, W, 2W] for N = ceil(S / W) blocks of W queries against the W keys before and their own W keys.
+
+        Rows that fill up the last block belong to a document of their own, so every row sees at least itself.
+        """
+        return self.shared(("blocks_visible", window), lambda: self._blocks_visible(window))
+
+    def _blocks_visible(self, window: int) -> Tensor:
+        batch, filler = self.document_id.shape[0], -self.num_keys % window
+        query = torch.nn.functional.pad(self.document_id, (0, filler), value=-2).view(batch, -1, window)
+        before = torch.nn.functional.pad(query[:, :-1], (0, 0, 1, 0), value=-3)
+        key = torch.cat([before, query], dim=-1)
+        row = torch.arange(2 * window, device=key.device)
+        distance = row[window:, None] - row
+        return (query[..., None] == key[..., None, :]) & (distance >= 0) & (distance < window)
+
+
+def additive(visible: Tensor) -> Tensor:
+    """fp32, of the shape of ``visible``: 0 where visible, -inf elsewhere, to be added to scores."""
+    return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -torch.inf)

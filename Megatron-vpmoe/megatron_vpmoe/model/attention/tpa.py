@@ -1,0 +1,81 @@
+"""Tensor Product Attention: queries, keys and values as products of two factors (arXiv 2501.06425).
+
+For each token, A [heads, rank] and B [rank, D] are both linear in the hidden state, and the projection is A B / rank.
+The rows of the two weight matrices are ordered A_q [H·Rq], A_k [G·R], A_v [G·R] and B_q [Rq·D], B_k [R·D], B_v [R·D].
+
+Shapes: S sequence, B batch, H query heads, G KV groups, D head dim, Rq query rank, R rank of keys and values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TPAGeometry:
+    """The sizes of one tensor-product projection."""
+
+    num_heads: int
+    num_groups: int
+    head_dim: int
+    q_rank: int
+    rank: int
+
+    @property
+    def a_sizes(self) -> tuple[int, int, int]:
+        """Rows of A_q, A_k, A_v."""
+        return self.num_heads * self.q_rank, self.num_groups * self.rank, self.num_groups * self.rank
+
+    @property
+    def b_sizes(self) -> tuple[int, int, int]:
+        """Rows of B_q, B_k, B_v."""
+        return self.q_rank * self.head_dim, self.rank * self.head_dim, self.rank * self.head_dim
+
+
+def contract_factors(a_SBN: Tensor, b_SBN: Tensor, geometry: TPAGeometry) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [S, B, H, D], keys and values [S, B, G, D] from the outputs of the two factor projections.
+
+    Args:
+        a_SBN: [S, B, sum(a_sizes)].
+        b_SBN: [S, B, sum(b_sizes)].
+        geometry: the sizes.
+    """
+    g = geometry
+    a_q, a_kv = a_SBN.split([g.a_sizes[0], 2 * g.a_sizes[1]], dim=-1)
+    b_q, b_kv = b_SBN.split([g.b_sizes[0], 2 * g.b_sizes[1]], dim=-1)
+    # The small factor carries the division by the rank.
+    query = (a_q.unflatten(-1, (g.num_heads, g.q_rank)) / g.q_rank) @ b_q.unflatten(-1, (g.q_rank, g.head_dim))
+    key_value = (a_kv.unflatten(-1, (2, g.num_groups, g.rank)) / g.rank) @ b_kv.unflatten(-1, (2, g.rank, g.head_dim))
+    key, value = key_value.unbind(2)
+    return query, key, value
+
+
+def factor_a_init(geometry: TPAGeometry) -> Callable[[Tensor], Tensor]:
+    """An initialiser of the A weight [sum(a_sizes), hidden] that gives the product a dense projection's variance.
+
+    For inputs of unit mean square (the norm before attention sees to it) and independent factors,
+    Var(A B / rank) = Var(A) · Var(B) / rank. B starts as a dense projection, so Var(A) = rank: a standard
+    deviation of sqrt(rank / hidden), each section with its own rank.
+    """
+
+    def initialise(weight: Tensor) -> Tensor:
+        hidden = weight.shape[1]
+        with torch.no_grad():
+            for section, rank in zip(
+                weight.split(geometry.a_sizes), (geometry.q_rank, geometry.rank, geometry.rank), strict=True
+            ):
+                section.normal_(0.0, math.sqrt(rank / hidden))
+        return weight
+
+    return initialise
+
+
+def section_rows(sizes: tuple[int, ...]) -> tuple[slice, ...]:
+    """The row ranges of consecutive sections of the given sizes: the logical matrices of a stacked weight."""
+    ends = torch.tensor(sizes, device="cpu").cumsum(0).tolist()
+    return tuple(slice(end - size, end) for end, size in zip(ends, sizes, strict=True))

@@ -1,0 +1,101 @@
+"""The stack of layers: what one layer does with the residual stream, and what spans layers.
+
+Two things travel beside the hidden states, as explicit arguments: the layout of the packed documents, which every
+attention reads, and the values of layer 1, which the value residual mixes into every later layer.
+
+Shapes: S sequence, B batch, H hidden, G KV groups, D head dim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_vpmoe.model.attention.kv_cache import KVCache
+from megatron_vpmoe.model.attention.masks import SequenceLayout
+from megatron_vpmoe.model.moe.router import recomputation
+
+
+class VPTransformerLayer(TransformerLayer):
+    """Pre-norm attention and feed-forward (dense or MoE), each added to the residual stream."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_SBH: Tensor,
+        layout: SequenceLayout,
+        first_value_SBGD: Tensor | None,
+        kv_cache: KVCache | None,
+        padding_BS: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """One layer.
+
+        Args:
+            hidden_SBH: the residual stream.
+            layout: which positions belong to which document.
+            first_value_SBGD: the values of layer 1; None in layer 1 itself.
+            kv_cache: keys and values of earlier positions when decoding.
+            padding_BS: bool, True on padding, for the router's bookkeeping.
+
+        Returns:
+            the residual stream, and the values of layer 1.
+        """
+        (attended, bias), value_SBGD = self.self_attention(
+            self.input_layernorm(hidden_SBH), layout, first_value_SBGD, kv_cache
+        )
+        hidden_SBH = _add(hidden_SBH, attended, bias)
+        normed = self.pre_mlp_layernorm(hidden_SBH)
+        mlp_out, mlp_bias = self.mlp(normed, padding_mask=padding_BS) if self.is_moe_layer else self.mlp(normed)
+        first = value_SBGD if first_value_SBGD is None else first_value_SBGD
+        return _add(hidden_SBH, mlp_out, mlp_bias), first
+
+
+def _add(residual: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
+    return residual + (out if bias is None else out + bias)
+
+
+class VPTransformerBlock(TransformerBlock):
+    """All layers of the model and the final norm."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_SBH: Tensor,
+        layout: SequenceLayout,
+        kv_cache: KVCache | None = None,
+        padding_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Run every layer; returns the normed residual stream [S, B, H]."""
+        recompute = self.config.recompute_granularity == "full" and self.training
+        first_value: Tensor | None = None
+        for layer in self.layers:
+            if recompute:
+                # Non-reentrant, so layer 1's values are an output with a graph: their gradient is the whole one.
+                hidden_SBH, first_value = checkpoint(  # type: ignore[misc]
+                    layer,
+                    hidden_SBH,
+                    layout,
+                    first_value,
+                    kv_cache,
+                    padding_BS,
+                    use_reentrant=False,
+                    context_fn=_recomputation_contexts,
+                )
+            else:
+                hidden_SBH, first_value = layer(hidden_SBH, layout, first_value, kv_cache, padding_BS)
+        return self.final_layernorm(hidden_SBH) if self.final_layernorm is not None else hidden_SBH
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Keys carry the global layer number: local, global, dense and MoE layers have different parameters."""
+        return super().sharded_state_dict(prefix, sharded_offsets, {**(metadata or {}), "non_homogeneous_layers": True})
+
+
+def _recomputation_contexts() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+    return contextlib.nullcontext(), recomputation()

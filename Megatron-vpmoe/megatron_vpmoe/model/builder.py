@@ -1,0 +1,65 @@
+"""From configuration to a model on its device, bare or wrapped for data-parallel training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.model.transformer_config import VPTransformerConfig, transformer_config
+from megatron_vpmoe.runtime.device import current_device
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.config import RunConfig
+
+
+def build_model(cfg: RunConfig, *, device: torch.device | None = None) -> VPModel:
+    """The bare model of a run, initialised from the global seed; process groups must exist.
+
+    With ``device=torch.device("meta")`` nothing is allocated: the shapes are real, the weights are not.
+    """
+    config = transformer_config(cfg)
+    target = current_device() if device is None else device
+    if target.type == "meta":
+        config.perform_initialization = False
+        with torch.device("meta"):
+            return _assemble(config, cfg)
+    model = _assemble(config, cfg).to(target)
+    cast_parameters(model, config.params_dtype)
+    return model
+
+
+def _assemble(config: VPTransformerConfig, cfg: RunConfig) -> VPModel:
+    return VPModel(
+        config,
+        cfg.model.padded_vocab_size,
+        share_embeddings_and_output_weights=not cfg.model.untie_embeddings_and_output_weights,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast every floating parameter to ``dtype``, except those that declare ``keep_fp32``; buffers stay as they are."""
+    for parameter in model.parameters():
+        wanted = torch.float32 if getattr(parameter, "keep_fp32", False) else dtype
+        if parameter.is_floating_point() and parameter.dtype != wanted:
+            parameter.data = parameter.data.to(wanted)
+
+
+def wrap_for_training(model: VPModel, cfg: RunConfig) -> DistributedDataParallel:
+    """Megatron-Core's DDP: fp32 gradient buffers, reduced as sums (the loss is normalised by global counts already)."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=False,
+        check_for_nan_in_grad=False,
+    )
+    wrapped = DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=model)
+    wrapped.broadcast_params()
+    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.no_sync_func = wrapped.no_sync
+    return wrapped

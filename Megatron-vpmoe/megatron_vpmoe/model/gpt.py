@@ -1,0 +1,119 @@
+"""The language model: embedding, stack of layers, output projection, and what an objective may ask of its output.
+
+Shapes: B batch, S sequence, H hidden, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import ModelType
+from torch import Tensor
+
+from megatron_vpmoe.model.attention.kv_cache import KVCache
+from megatron_vpmoe.model.attention.masks import SequenceLayout
+from megatron_vpmoe.model.block import VPTransformerBlock
+from megatron_vpmoe.model.cross_entropy import chunked_cross_entropy
+from megatron_vpmoe.model.layer_specs import block_spec
+from megatron_vpmoe.model.transformer_config import VPTransformerConfig
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a forward pass gives an objective: the final hidden states, and ways to read them.
+
+    Nothing the size of [B, S, V] exists until it is asked for.
+    """
+
+    hidden_BSH: Tensor
+    model: VPModel
+
+    def logits(self) -> Tensor:
+        """Logits of every position, [B, S, V] in the model's dtype."""
+        return self.model.project(self.hidden_BSH)
+
+    def cross_entropy(self, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        """-log p(label) at the positions where the mask holds, in row-major order; fp32 [mask.sum()].
+
+        Args:
+            labels_BS: int64.
+            mask_BS: bool.
+        """
+        return chunked_cross_entropy(
+            self.hidden_BSH[mask_BS], labels_BS[mask_BS], self.model.project, self.model.vocab_size
+        )
+
+
+class VPModel(LanguageModule):
+    """The student at any rung: embedding -> layers -> norm -> output projection.
+
+    Args:
+        config: the transformer's configuration.
+        vocab_size: padded vocabulary V.
+        share_embeddings_and_output_weights: tie the output projection to the embedding.
+        pg_collection: process groups; None takes Megatron-Core's global ones.
+    """
+
+    def __init__(
+        self,
+        config: VPTransformerConfig,
+        vocab_size: int,
+        *,
+        share_embeddings_and_output_weights: bool = False,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.vocab_size = vocab_size
+        self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
+        # Read by Megatron-Core's LanguageModule and schedules.
+        self.pre_process = self.post_process = True
+        self.model_type = ModelType.encoder_or_decoder
+        self.embedding = LanguageModelEmbedding(
+            config=config,
+            vocab_size=vocab_size,
+            max_sequence_length=0,
+            position_embedding_type="none",
+            tp_group=self.pg_collection.tp,
+        )
+        self.decoder = VPTransformerBlock(config=config, spec=block_spec(config), pg_collection=self.pg_collection)
+        self.output_layer = tensor_parallel.ColumnParallelLinear(
+            config.hidden_size,
+            vocab_size,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            skip_weight_param_allocation=share_embeddings_and_output_weights,
+            tp_group=self.pg_collection.tp,
+        )
+        self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, _input_tensor: object) -> None:
+        """Megatron-Core's schedules hand every stage its input; the only stage takes its own from the batch."""
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """The output projection, [..., H] -> [..., V]."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden, weight=weight)[0]
+
+    def forward(self, tokens_BS: Tensor, layout: SequenceLayout, kv_cache: KVCache | None = None) -> ModelOutput:
+        """One pass over packed rows, or over the next tokens of rows whose past is in the cache.
+
+        Args:
+            tokens_BS: int64; when decoding only the new tokens.
+            layout: documents and positions of all keys, past ones included.
+            kv_cache: filled and read when decoding.
+        """
+        hidden_SBH = self.embedding(input_ids=tokens_BS, position_ids=None)
+        padding_BS = layout.document_id[:, -tokens_BS.shape[1] :] < 0
+        hidden_SBH = self.decoder(hidden_SBH, layout, kv_cache, padding_BS)
+        return ModelOutput(hidden_SBH.transpose(0, 1), self)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Megatron-Core's sharded state, without the output layer's empty extra state."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state.pop(f"{prefix}output_layer._extra_state", None)
+        return state

@@ -1,0 +1,60 @@
+"""The declaration of every layer: which parts it is built from, for the dense and the sparse stack alike."""
+
+from __future__ import annotations
+
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from megatron_vpmoe.model.attention.self_attention import VPSelfAttention, VPSelfAttentionSubmodules
+from megatron_vpmoe.model.block import VPTransformerLayer
+from megatron_vpmoe.model.moe.experts import StackedExperts
+from megatron_vpmoe.model.moe.router import VPMoERouter
+from megatron_vpmoe.model.moe.shared_expert import VPSharedExpert
+from megatron_vpmoe.model.transformer_config import VPTransformerConfig
+
+_LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+def layer_spec(config: VPTransformerConfig, layer_number: int) -> ModuleSpec:
+    """Layer ``layer_number`` (1-based): attention of its kind, and a dense or routed feed-forward."""
+    qk_norm = WrappedTorchNorm if config.qk_layernorm else None
+    attention = ModuleSpec(
+        module=VPSelfAttention,
+        submodules=VPSelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            linear_proj=RowParallelLinear,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+    if config.is_moe_layer(layer_number):
+        mlp = ModuleSpec(
+            module=MoELayer,
+            submodules=MoESubmodules(
+                experts=ModuleSpec(module=StackedExperts),
+                shared_experts=ModuleSpec(module=VPSharedExpert, submodules=_LINEARS),
+                router=VPMoERouter,
+            ),
+        )
+    else:
+        mlp = ModuleSpec(module=MLP, submodules=_LINEARS)
+    return ModuleSpec(
+        module=VPTransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=WrappedTorchNorm,
+            self_attention=attention,
+            pre_mlp_layernorm=WrappedTorchNorm,
+            mlp=mlp,
+        ),
+    )
+
+
+def block_spec(config: VPTransformerConfig) -> TransformerBlockSubmodules:
+    """All layers of the stack and the final norm."""
+    layers = [layer_spec(config, number) for number in range(1, config.num_layers + 1)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=WrappedTorchNorm)

@@ -1,0 +1,142 @@
+"""DeepSeek-V3 routing on Megatron-Core's TopKRouter, with exact bookkeeping for packed batches.
+
+Shapes: S sequence, B batch, E experts, N = S*B tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    compute_routing_scores_for_aux_loss,
+    topk_routing_with_score_function,
+)
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from megatron_vpmoe.model.transformer_config import VPTransformerConfig
+
+_recomputing = False
+
+
+@contextlib.contextmanager
+def recomputation() -> Iterator[None]:
+    """Mark a forward pass that only recomputes activations: its tokens have been counted already."""
+    global _recomputing
+    before, _recomputing = _recomputing, True
+    try:
+        yield
+    finally:
+        _recomputing = before
+
+
+def sequence_balance_loss(
+    scores_SBE: Tensor, routing_map_SBE: Tensor, real_SB: Tensor, *, topk: int, coefficient: float
+) -> Tensor:
+    """DeepSeek-V3's sequence-wise balance loss, times the number of real tokens, summed over the batch.
+
+    Per sequence of T real tokens: T * coefficient * sum_e f_e P_e with f_e = E/(topk*T) * (tokens whose unbiased top-k
+    holds e) and P_e the mean normalised score (DeepSeek-V3, arXiv 2412.19437, eq. 17-20). Weighting by T makes the sum
+    over any split of the global batch, divided by its real tokens, the same number.
+
+    Args:
+        scores_SBE: normalised scores, fp32.
+        routing_map_SBE: bool, the unbiased top-k.
+        real_SB: bool, False on padding.
+
+    Returns:
+        0-d fp32.
+    """
+    experts = scores_SBE.shape[-1]
+    real_SB1 = real_SB.unsqueeze(-1)
+    scores_BE = (scores_SBE * real_SB1).sum(0)
+    tokens_BE = (routing_map_SBE & real_SB1).sum(0).to(scores_BE.dtype)
+    real_B = real_SB.sum(0).clamp(min=1)
+    return ((scores_BE * tokens_BE).sum(-1) * (experts * coefficient / topk) / real_B).sum()
+
+
+class VPMoERouter(TopKRouter):
+    """Top-k routing with sigmoid scores, groups and expert bias; padding counts neither as load nor in the balance loss.
+
+    Buffers besides upstream's ``expert_bias``: ``tokens_per_expert`` [E] and ``balance_loss_sum`` [], both fp32 and not
+    saved, accumulate over the micro-batches of a step until the loop reads and resets them. The router has no bias.
+    """
+
+    config: VPTransformerConfig
+    tokens_per_expert: Tensor
+    balance_loss_sum: Tensor
+
+    def __init__(self, config: VPTransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.bias = None
+        device = self.weight.device
+        experts = config.num_moe_experts
+        assert experts is not None
+        self.register_buffer("tokens_per_expert", torch.zeros(experts, device=device), persistent=False)
+        self.register_buffer("balance_loss_sum", torch.zeros((), device=device), persistent=False)
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Choose experts.
+
+        Args:
+            logits: fp32 [S, B, E].
+            padding_mask: bool [S, B], True on padding.
+
+        Returns:
+            weights [N, E] (zero where not routed) and the bool map [N, E].
+        """
+        config = self.config
+        experts = logits.shape[-1]
+        probs, routing_map = topk_routing_with_score_function(
+            logits.view(-1, experts),
+            self.topk,
+            use_pre_softmax=config.moe_router_pre_softmax,
+            num_groups=config.moe_router_num_groups,
+            group_topk=config.moe_router_group_topk,
+            scaling_factor=config.moe_router_topk_scaling_factor,
+            score_function=self.score_function,
+            expert_bias=self.expert_bias,
+            fused=config.moe_router_fusion,
+        )
+        if not (self.training and torch.is_grad_enabled()):
+            return probs, routing_map
+        real_SB = torch.ones_like(logits[..., 0], dtype=torch.bool) if padding_mask is None else ~padding_mask
+        self._count(routing_map, real_SB)
+        return self._with_balance_loss(probs, logits, real_SB), routing_map
+
+    def _count(self, routing_map: Tensor, real_SB: Tensor) -> None:
+        if _recomputing:
+            return
+        with torch.no_grad():
+            load = (routing_map & real_SB.reshape(-1, 1)).sum(0)
+            self.tokens_per_expert += load
+            if self.enable_expert_bias:
+                self.local_tokens_per_expert += load
+
+    def _with_balance_loss(self, probs: Tensor, logits: Tensor, real_SB: Tensor) -> Tensor:
+        coefficient = self.get_aux_loss_coeff("seq_aux_loss")
+        if coefficient == 0:
+            return probs
+        unbiased_map, scores = compute_routing_scores_for_aux_loss(
+            logits.view(-1, logits.shape[-1]), self.topk, self.score_function
+        )
+        loss = sequence_balance_loss(
+            scores.view_as(logits), unbiased_map.view_as(logits), real_SB, topk=self.topk, coefficient=coefficient
+        )
+        if not _recomputing:
+            self.balance_loss_sum += loss.detach()
+        return MoEAuxLossAutoScaler.apply(probs, loss)
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """Keep the bookkeeping and the expert bias in fp32 through ``.bfloat16()``: a bias step of 1e-3 needs it."""
+        kept = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.dtype == torch.float32}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != torch.float32:
+                setattr(self, name, buffer.to(moved.device))
+        return self

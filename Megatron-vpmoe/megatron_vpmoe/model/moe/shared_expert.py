@@ -1,0 +1,40 @@
+"""The shared expert: a dense feed-forward beside the routed ones, with biases, which upstream's refuses."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from torch import Tensor
+
+from megatron_vpmoe.errors import ConfigError
+from megatron_vpmoe.model.transformer_config import VPTransformerConfig
+
+
+class VPSharedExpert(MLP):
+    """Every token's expert, of width ``moe_shared_expert_intermediate_size``.
+
+    A dense layer's feed-forward of that width converts into it exactly, biases included.
+    """
+
+    def __init__(
+        self, config: VPTransformerConfig, submodules: MLPSubmodules, pg_collection: ProcessGroupCollection, gate: bool
+    ) -> None:
+        if gate:
+            raise ConfigError(
+                "a gated shared expert is not part of this design",
+                source="moe_shared_expert_gate",
+                remedy="leave it off",
+            )
+        super().__init__(
+            config=config,
+            submodules=submodules,
+            ffn_hidden_size=cast(int, config.moe_shared_expert_intermediate_size),
+            tp_group=pg_collection.tp,
+        )
+
+    def forward(self, hidden_SBH: Tensor) -> Tensor:  # type: ignore[override]
+        """[S, B, H] -> [S, B, H], bias included."""
+        out, bias = super().forward(hidden_SBH)
+        return out if bias is None else out + bias

@@ -1,0 +1,127 @@
+"""The transformer configuration: Megatron-Core's, plus the fields of the vpMoE stack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.config import RunConfig
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """ReLU² of any shape, in the dtype of x (So et al. 2021, arXiv 2109.08668)."""
+    return torch.relu(x).square()
+
+
+@dataclass
+class VPTransformerConfig(TransformerConfig):
+    """Megatron-Core's configuration plus ours. All lengths are in tokens; layer numbers are 1-based and global.
+
+    ``window_attn_skip_freq`` and ``softmax_type`` are upstream's own fields; ``window_size_tokens`` counts the current
+    token, where upstream's ``window_size`` tuple would be (W-1, 0).
+    """
+
+    window_size_tokens: int | None = None
+    local_position_embedding: str = "grape_m"
+    global_position_embedding: str = "grape_a"
+    rotary_base: float = 1_000_000.0
+    grapem_log_freq_scale: float = 16.0
+    tpa: bool = True
+    tpa_rank: int = 2
+    tpa_q_rank: int = 4
+    tpa_factor_bias: bool = True
+    value_residual: bool = True
+    attention_backend_name: str = "auto"
+    first_layer_dense: bool = True
+
+    def is_global_layer(self, layer_number: int) -> bool:
+        """Whether layer ``layer_number`` attends to the whole document (every ``window_attn_skip_freq``-th does)."""
+        if self.window_size_tokens is None:
+            return True
+        frequency = self.window_attn_skip_freq
+        return isinstance(frequency, int) and layer_number % frequency == 0
+
+    def is_moe_layer(self, layer_number: int) -> bool:
+        """Whether layer ``layer_number`` has routed experts."""
+        return self.num_moe_experts is not None and not (layer_number == 1 and self.first_layer_dense)
+
+
+def transformer_config(cfg: RunConfig) -> VPTransformerConfig:
+    """Megatron-Core's view of a run's configuration. Allocates nothing."""
+    model, moe, parallel, training = cfg.model, cfg.moe, cfg.parallel, cfg.training
+    dtype = torch.bfloat16 if training.bf16 else torch.float32
+    return VPTransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        normalization=model.normalization,
+        layernorm_epsilon=model.layernorm_epsilon,
+        activation_func=squared_relu if model.activation == "squared_relu" else torch.nn.functional.silu,
+        gated_linear_unit=model.activation == "swiglu",
+        bias_activation_fusion=False,
+        init_method_std=model.init_method_std,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        softmax_type=model.softmax_type,
+        window_size_tokens=model.window_size,
+        window_attn_skip_freq=model.window_attn_skip_freq,
+        local_position_embedding=model.local_position_embedding,
+        global_position_embedding=model.global_position_embedding,
+        rotary_base=model.rotary_base,
+        grapem_log_freq_scale=model.grapem_log_freq_scale,
+        tpa=model.tpa,
+        tpa_rank=model.tpa_rank,
+        tpa_q_rank=model.tpa_q_rank,
+        tpa_factor_bias=model.tpa_factor_bias,
+        value_residual=model.value_residual,
+        attention_backend_name=model.attention_backend,
+        num_moe_experts=moe.num_experts,
+        first_layer_dense=moe.first_layer_dense,
+        **(_moe_fields(cfg) if moe.num_experts is not None else {}),
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=training.bf16,
+        calculate_per_token_loss=True,
+        recompute_granularity=training.recompute_granularity,
+        recompute_method="uniform" if training.recompute_granularity == "full" else None,
+        recompute_num_layers=1 if training.recompute_granularity == "full" else None,
+        cuda_graph_scope=[],
+        gradient_accumulation_fusion=False,
+        use_cpu_initialization=True,
+    )
+
+
+def _moe_fields(cfg: RunConfig) -> dict[str, object]:
+    moe, layers = cfg.moe, cfg.model.num_layers
+    return {
+        "moe_layer_freq": [0 if n == 1 and moe.first_layer_dense else 1 for n in range(1, layers + 1)],
+        "moe_ffn_hidden_size": moe.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
+        "moe_router_topk": moe.moe_router_topk,
+        "moe_router_load_balancing_type": moe.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": moe.moe_aux_loss_coeff,
+        "moe_router_score_function": moe.moe_router_score_function,
+        "moe_router_topk_scaling_factor": moe.moe_router_topk_scaling_factor,
+        "moe_router_num_groups": moe.moe_router_num_groups,
+        "moe_router_group_topk": moe.moe_router_group_topk,
+        "moe_router_enable_expert_bias": moe.moe_router_enable_expert_bias,
+        "moe_router_bias_update_rate": moe.moe_router_bias_update_rate,
+        "moe_router_dtype": moe.moe_router_dtype,
+        "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
+        "moe_permute_fusion": moe.moe_permute_fusion,
+        "moe_router_fusion": moe.moe_router_fusion,
+    }

@@ -1,0 +1,33 @@
+"""What every test shares: Megatron-Core is prepared for this machine before anything imports it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Small tensors: one thread computes them faster than two, and worker processes do not compete.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+import pytest
+
+from megatron_vpmoe.runtime.device import prepare
+
+prepare()
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture
+def single_process():
+    """Process groups of a job of one, torn down after the test."""
+    from megatron_vpmoe.runtime import distributed
+
+    with distributed.single_process(seed=1234):
+        yield

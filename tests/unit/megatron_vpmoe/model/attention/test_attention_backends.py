@@ -1,0 +1,213 @@
+"""Every backend computes the same function as the reference, and nothing leaks between documents."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import packed_layout, random_qkv
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_vpmoe.errors import ConfigError, DeviceError
+from megatron_vpmoe.model.attention.backends import core_attention, select_backend
+from megatron_vpmoe.model.attention.grape import alibi_slopes
+from megatron_vpmoe.model.attention.masks import SequenceLayout
+
+CPU = torch.device("cpu")
+ROWS = {
+    "one document": ([16],),
+    "two rows, packed, padded": ([5, 7, 1, -3], [9, 6, -1]),
+    "last block filled up": ([3, 4, 6], [13]),
+    "shorter than the window": ([2], [1, 1]),
+    "padding first": ([-3, 10], [-1, 12]),
+}
+LOCAL = [("banded", 4, False), ("sdpa", 4, False)]
+GLOBAL = [("sdpa", None, False), ("sdpa", None, True)]
+
+
+def attend(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    layout: SequenceLayout,
+    sink: Tensor | None,
+    *,
+    backend: str,
+    window: int | None,
+    alibi: bool = False,
+) -> Tensor:
+    slopes = alibi_slopes(qkv[0].shape[1], CPU) if alibi else None
+    return core_attention(
+        *qkv, layout=layout, window=window, alibi_slopes_H=slopes, sink_H=sink, softmax_scale=0.3, backend=backend
+    )
+
+
+def value_and_gradients(inputs: tuple[Tensor, ...], layout: SequenceLayout, **how: object) -> list[Tensor]:
+    out = attend(inputs[:3], layout, inputs[3] if len(inputs) > 3 else None, **how)  # type: ignore[arg-type]
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, inputs, cotangent)]
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize(("backend", "window", "alibi"), LOCAL + GLOBAL)
+@pytest.mark.parametrize("with_sink", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6)])
+def test_equals_reference(rows, backend, window, alibi, with_sink, dtype, tolerance) -> None:
+    layout = packed_layout(*rows)
+    inputs = random_qkv(layout, dtype=dtype)[: 4 if with_sink else 3]
+    ours = value_and_gradients(inputs, layout, backend=backend, window=window, alibi=alibi)
+    reference = value_and_gradients(inputs, layout, backend="reference", window=window, alibi=alibi)
+    for mine, theirs in zip(ours, reference, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 1), (6, 2), (1, 1)])
+@pytest.mark.parametrize(("backend", "window"), [("banded", 4), ("sdpa", None)])
+def test_heads_read_their_group(heads: int, groups: int, backend: str, window: int | None) -> None:
+    layout = packed_layout([5, 6])
+    inputs = random_qkv(layout, heads=heads, groups=groups)
+    ours = value_and_gradients(inputs, layout, backend=backend, window=window)
+    reference = value_and_gradients(inputs, layout, backend="reference", window=window)
+    for mine, theirs in zip(ours, reference, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("backend", "window", "alibi"), LOCAL + GLOBAL)
+def test_bf16_stays_close_to_fp64(backend: str, window: int | None, alibi: bool) -> None:
+    layout = packed_layout([20, 28], [48])
+    inputs = random_qkv(layout, dtype=torch.bfloat16, dim=16)
+    ours = value_and_gradients(inputs, layout, backend=backend, window=window, alibi=alibi)
+    exact_inputs = tuple(x.detach().double().requires_grad_() for x in inputs)
+    exact = value_and_gradients(exact_inputs, layout, backend="reference", window=window, alibi=alibi)
+    assert ours[0].dtype == torch.bfloat16 and ours[4].dtype == torch.float32
+    for mine, theirs in zip(ours, exact, strict=True):
+        assert (mine - theirs).norm() < 0.02 * theirs.norm()
+
+
+@pytest.mark.parametrize(("backend", "window", "alibi"), [("reference", 4, False), *LOCAL, *GLOBAL])
+def test_sink_gradients_by_finite_differences(backend: str, window: int | None, alibi: bool) -> None:
+    layout = packed_layout([5, 4, -2])
+    inputs = random_qkv(layout, heads=2, groups=1, dim=2)
+    assert torch.autograd.gradcheck(
+        lambda *x: attend(x[:3], layout, x[3], backend=backend, window=window, alibi=alibi), inputs
+    )
+
+
+@pytest.mark.parametrize(("backend", "window", "alibi"), [("reference", None, True), *LOCAL, *GLOBAL])
+def test_sink_of_minus_infinity_is_a_plain_softmax(backend: str, window: int | None, alibi: bool) -> None:
+    layout = packed_layout([6, 7])
+    inputs = random_qkv(layout)
+    without = torch.full_like(inputs[3], -torch.inf).requires_grad_()
+    ours = value_and_gradients((*inputs[:3], without), layout, backend=backend, window=window, alibi=alibi)
+    plain = value_and_gradients(inputs[:3], layout, backend=backend, window=window, alibi=alibi)
+    for mine, theirs in zip(ours, plain, strict=False):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    assert ours[4].abs().max() == 0
+
+
+@pytest.mark.parametrize(("backend", "window", "alibi"), [("reference", None, True), *LOCAL, *GLOBAL])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_documents_are_isolated_bit_for_bit(backend: str, window: int | None, alibi: bool, dtype: torch.dtype) -> None:
+    layout = packed_layout([37, 50, 29, -12], [60, 68])
+    inputs = random_qkv(layout, dtype=dtype, dim=16)
+    disturbed = tuple(x.detach().clone() for x in inputs[:3])
+    for x in disturbed:
+        x[0, :, 37:87] = 100 * torch.randn_like(x[0, :, 37:87])  # the second document of the first row
+        x[0, :, -12:] = 100
+    how = {"backend": backend, "window": window, "alibi": alibi}
+    before = value_and_gradients(inputs, layout, **how)
+    after = value_and_gradients((*(x.requires_grad_() for x in disturbed), inputs[3]), layout, **how)
+    others = torch.ones(2, 128, dtype=torch.bool)
+    others[0, 37:87] = others[0, -12:] = False
+    for mine, theirs in zip(before[:4], after[:4], strict=True):
+        assert torch.equal(mine.transpose(1, 2)[others], theirs.transpose(1, 2)[others])
+        assert not torch.equal(mine.transpose(1, 2)[~others], theirs.transpose(1, 2)[~others])
+        assert theirs.isfinite().all()
+
+
+@pytest.mark.parametrize(("backend", "window"), [("reference", 8), ("banded", 8), ("reference", None), ("sdpa", None)])
+def test_no_token_reads_the_future_or_beyond_the_window(backend: str, window: int | None) -> None:
+    layout = packed_layout([40])
+    q, k, v, sink = (x.detach() for x in random_qkv(layout, dtype=torch.float32))
+    before = attend((q, k, v), layout, sink, backend=backend, window=window)
+    changed = 17
+    k, v = k.clone(), v.clone()
+    k[:, :, changed], v[:, :, changed] = 3.0, -3.0
+    after = attend((q, k, v), layout, sink, backend=backend, window=window)
+    rows = [i for i in range(40) if not torch.equal(before[:, :, i], after[:, :, i])]
+    assert rows == list(range(changed, 40 if window is None else changed + window))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_fewer_queries_than_keys_are_the_last_rows(window: int | None, queries: int) -> None:
+    layout = packed_layout([4, 9], [-2, 11])
+    q, k, v, sink = random_qkv(layout)
+    whole = attend((q, k, v), layout, sink, backend="reference", window=window, alibi=window is None)
+    last = attend(
+        (q[:, :, -queries:], k, v),
+        layout,
+        sink,
+        backend=select_backend("auto", window=window, device=CPU),
+        window=window,
+        alibi=window is None,
+    )
+    torch.testing.assert_close(last, whole[:, :, -queries:], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("backend", "window"), [("banded", 4), ("sdpa", None)])
+def test_gradient_of_a_sum(backend: str, window: int | None) -> None:
+    """A sum hands back a gradient with no memory of its own (stride 0), which the fused kernel cannot read."""
+    layout = packed_layout([6, 5])
+    inputs = random_qkv(layout)
+    ours = torch.autograd.grad(attend(inputs[:3], layout, inputs[3], backend=backend, window=window).sum(), inputs)
+    theirs = torch.autograd.grad(
+        attend(inputs[:3], layout, inputs[3], backend="reference", window=window).sum(), inputs
+    )
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_banded_never_holds_all_pairs() -> None:
+    def largest(length: int) -> int:
+        layout = packed_layout([length])
+        inputs = random_qkv(layout, heads=2, groups=1, dim=4, dtype=torch.float32)
+        with LargestTensor() as recorded:
+            attend(inputs[:3], layout, inputs[3], backend="banded", window=8).sum().backward()
+        return recorded.elements
+
+    assert largest(2048) == 2 * largest(1024) < 1024 * 1024
+
+
+def test_auto_takes_the_fastest_that_can() -> None:
+    assert select_backend("auto", window=128, device=CPU) == "banded"
+    assert select_backend("auto", window=None, device=CPU) == "sdpa"
+    assert select_backend("auto", window=128, device=torch.device("cuda")) == "reference"
+    assert select_backend("reference", window=128, device=CPU) == "reference"
+
+
+def test_impossible_backends_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="'banded' needs a window"):
+        select_backend("banded", window=None, device=CPU)
+    with pytest.raises(DeviceError, match="'banded' runs on the CPU only"):
+        select_backend("banded", window=4, device=torch.device("cuda"))
+    with pytest.raises(ConfigError, match="no attention backend 'fastest'"):
+        select_backend("fastest", window=4, device=CPU)
+
+
+def test_keys_that_do_not_match_the_layout_are_refused() -> None:
+    layout = packed_layout([5])
+    q, k, v, _ = random_qkv(layout)
+    with pytest.raises(ValueError, match="4 keys for a layout of 5 rows"):
+        attend((q, k[:, :, :4], v[:, :, :4]), layout, None, backend="reference", window=None)
