@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 _ABSENT = "(absent)"
 _WHOLE_SECTIONS = {
     "model": frozenset({"attention_backend"}),
-    "moe": frozenset({"moe_token_dispatcher_type", "moe_expert_backend", "moe_permute_fusion", "moe_router_fusion"}),
+    "moe": frozenset({"moe_token_dispatcher_type", "moe_permute_fusion", "moe_router_fusion"}),
 }
 """Section -> its operational fields; all its other fields bind."""
 

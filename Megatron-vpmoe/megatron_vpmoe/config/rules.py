@@ -64,11 +64,11 @@ def _experts(cfg: RunConfig) -> Findings:
     if moe.first_layer_dense and cfg.model.num_layers == 1:
         yield Problem(("first_layer_dense", "num_layers"), "the only layer is dense, so no expert would ever be used")
     width = 8 if cfg.training.bf16 else 4
-    if moe.moe_expert_backend == "grouped_mm" and (cfg.model.hidden_size % width or moe.moe_ffn_hidden_size % width):
+    if cfg.model.hidden_size % width or moe.moe_ffn_hidden_size % width:
         yield Problem(
-            ("moe_expert_backend", "hidden_size", "moe_ffn_hidden_size"),
-            f"grouped_mm wants rows of whole 16 bytes: sizes {cfg.model.hidden_size} and {moe.moe_ffn_hidden_size} "
-            f"must be multiples of {width}; use padded_bmm or auto",
+            ("hidden_size", "moe_ffn_hidden_size"),
+            f"the experts' grouped product wants rows of whole 16 bytes: sizes {cfg.model.hidden_size} and "
+            f"{moe.moe_ffn_hidden_size} must be multiples of {width}",
         )
     for name in ("moe_permute_fusion", "moe_router_fusion"):
         if getattr(moe, name) and importlib.util.find_spec("transformer_engine") is None:
@@ -107,10 +107,8 @@ def _expert_groups(cfg: RunConfig, experts: int) -> Findings:
 
 def _schedule(cfg: RunConfig) -> Findings:
     o, t = cfg.optim, cfg.training
-    peaks = {"lr": o.lr, "normuon_aux_lr": cfg.aux_lr, "decoupled_lr": cfg.embedding_lr}
-    name, lowest = min(peaks.items(), key=lambda item: item[1])
-    if o.min_lr > lowest:
-        yield Problem(("min_lr", name), f"min_lr {o.min_lr:g} is above the peak {lowest:g}; lower min_lr")
+    if o.min_lr > o.lr:
+        yield Problem(("min_lr", "lr"), f"min_lr {o.min_lr:g} is above the peak {o.lr:g}; lower min_lr")
     if o.lr_warmup_iters >= cfg.decay_iters:
         yield Problem(
             ("lr_warmup_iters", "lr_decay_iters", "train_iters"),
@@ -138,8 +136,6 @@ def _intervals(cfg: RunConfig) -> Findings:
     save, keep = cfg.checkpoint.save_interval, cfg.checkpoint.keep_every
     if keep is not None and (save is None or keep % save):
         yield Problem(("keep_every", "save_interval"), f"{keep} is not a multiple of {save}, so nothing would be kept")
-    if cfg.evaluation.sample_interval is not None and not cfg.evaluation.sample_prompts:
-        yield Problem(("sample_interval", "sample_prompts"), "samples are asked for and there are no prompts")
     warn, fail = cfg.logging.router_dead_experts_warn, cfg.logging.router_dead_experts_fail
     if warn is not None and fail is not None and fail < warn:
         yield Problem(("router_dead_experts_fail", "router_dead_experts_warn"), f"fails at {fail}, warns at {warn}")

@@ -100,9 +100,7 @@ class MoeSection(Section):
     moe_router_dtype: Literal["fp32", "fp64"] | None = "fp32"
     """Precision of the router's logits; null: the model's."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
-    """How tokens travel between expert-parallel ranks."""
-    moe_expert_backend: Literal["auto", "grouped_mm", "padded_bmm"] = "auto"
-    """Expert matrix products; "auto" takes the fastest that the device and the precision allow."""
+    """How tokens travel between expert-parallel ranks; with one such rank allgather moves nothing and is the faster."""
     moe_permute_fusion: bool = False
     """Fused token permutation; needs TransformerEngine."""
     moe_router_fusion: bool = False

@@ -52,8 +52,8 @@ class OptimSection(Section):
     """Polar Express iterations (the coefficient table has five)."""
     polar_express_safety: Amount = 2e-2
     """Headroom on the norm before the first iteration."""
-    normuon_idle_expert_policy: Literal["skip", "scale"] = "skip"
-    """Experts short of tokens: "skip" leaves those without any as they are, "scale" scales each update by its share."""
+    normuon_idle_expert_policy: Literal["skip", "step"] = "skip"
+    """Experts without tokens in a step: "skip" leaves them as they are, "step" updates them from old momentum too."""
 
 
 class ParallelSection(Section):
@@ -126,8 +126,8 @@ class EvaluationSection(Section):
     """Global batches in one validation pass."""
     sample_interval: Count | None = None
     """Iterations between generated samples; null: never."""
-    sample_prompts: list[str] = Field(default_factory=list)
-    """User messages to answer."""
+    sample_prompts: Count = 4
+    """Validation conversations whose prompt is answered, from the first on."""
     sample_max_new_tokens: Count = 256
     """Longest generated answer, in tokens."""
 

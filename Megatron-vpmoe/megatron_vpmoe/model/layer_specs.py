@@ -6,7 +6,6 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
@@ -15,6 +14,7 @@ from megatron_vpmoe.model.block import VPTransformerLayer
 from megatron_vpmoe.model.moe.experts import StackedExperts
 from megatron_vpmoe.model.moe.router import VPMoERouter
 from megatron_vpmoe.model.moe.shared_expert import VPSharedExpert
+from megatron_vpmoe.model.norm import RMSNorm
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 
 _LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -22,7 +22,7 @@ _LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallel
 
 def layer_spec(config: VPTransformerConfig, layer_number: int) -> ModuleSpec:
     """Layer ``layer_number`` (1-based): attention of its kind, and a dense or routed feed-forward."""
-    qk_norm = WrappedTorchNorm if config.qk_layernorm else None
+    qk_norm = RMSNorm if config.qk_layernorm else None
     attention = ModuleSpec(
         module=VPSelfAttention,
         submodules=VPSelfAttentionSubmodules(
@@ -46,9 +46,9 @@ def layer_spec(config: VPTransformerConfig, layer_number: int) -> ModuleSpec:
     return ModuleSpec(
         module=VPTransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=WrappedTorchNorm,
+            input_layernorm=RMSNorm,
             self_attention=attention,
-            pre_mlp_layernorm=WrappedTorchNorm,
+            pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
         ),
     )
@@ -57,4 +57,4 @@ def layer_spec(config: VPTransformerConfig, layer_number: int) -> ModuleSpec:
 def block_spec(config: VPTransformerConfig) -> TransformerBlockSubmodules:
     """All layers of the stack and the final norm."""
     layers = [layer_spec(config, number) for number in range(1, config.num_layers + 1)]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=WrappedTorchNorm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

@@ -19,6 +19,10 @@ from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 
 
+# Columns that carry fc2's bias; grouped GEMM on CUDA wants rows of whole 16 bytes.
+BIAS_COLUMNS = 8
+
+
 def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, tokens_per_expert: Tensor) -> Tensor:
     """x_n @ weight_e(n)^T with torch's grouped GEMM; rows of x sorted by expert. Returns [N, O] in the dtype of x."""
     offsets = tokens_per_expert.cumsum(0).to(device=x_NI.device, dtype=torch.int32)
@@ -82,17 +86,21 @@ class StackedExperts(MegatronModule):
         Returns:
             the weighted outputs [N, H] in the dtype of x, and None: biases are inside.
         """
-        probs_N1 = probs_N.unsqueeze(-1)
+        probs_N1 = probs_N.unsqueeze(-1).to(x_NH.dtype)
+        if x_NH.shape[0] == 0:
+            # Grouped GEMM refuses an empty operand; every weight still needs its (zero) gradient.
+            return x_NH + sum(parameter.sum() for parameter in self.parameters()) * 0.0, None
         hidden_NF = grouped_linear(x_NH, self.fc1_weight, tokens_per_expert)
         if self.fc1_bias is None or self.fc2_bias is None:
-            hidden_NF = (self.activation(hidden_NF) * probs_N1).to(x_NH.dtype)
-            return grouped_linear(hidden_NF, self.fc2_weight, tokens_per_expert), None
+            return grouped_linear(self.activation(hidden_NF) * probs_N1, self.fc2_weight, tokens_per_expert), None
         counts = tokens_per_expert.to(x_NH.device)
         expert_N = torch.repeat_interleave(counts, output_size=x_NH.shape[0])
         # An embedding look-up: its backward sums rows per expert, where indexing's would scatter them one by one.
-        hidden_NF = self.activation(hidden_NF + functional.embedding(expert_N, self.fc1_bias))
-        out_NH = grouped_linear(hidden_NF, self.fc2_weight, tokens_per_expert)
-        return ((out_NH + functional.embedding(expert_N, self.fc2_bias)) * probs_N1).to(x_NH.dtype), None
+        hidden_NF = self.activation(hidden_NF + functional.embedding(expert_N, self.fc1_bias)) * probs_N1
+        # p (W h + b) as one product [W b] [p h; p]: no pass over [N, H] for the weight and the bias.
+        widened_NF = torch.cat([hidden_NF, functional.pad(probs_N1, (0, BIAS_COLUMNS - 1))], dim=1)
+        fc2_EHF = torch.cat([self.fc2_weight, functional.pad(self.fc2_bias.unsqueeze(-1), (0, BIAS_COLUMNS - 1))], dim=2)
+        return grouped_linear(widened_NF, fc2_EHF, tokens_per_expert), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

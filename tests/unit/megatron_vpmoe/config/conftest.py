@@ -13,7 +13,7 @@ model: {num_layers: 8, hidden_size: 128, ffn_hidden_size: 128, num_attention_hea
   kv_channels: 32, padded_vocab_size: 512, window_size: 32}
 moe: {num_experts: 16, moe_ffn_hidden_size: 32, moe_shared_expert_intermediate_size: 128, moe_router_num_groups: 4,
   moe_router_group_topk: 2}
-optim: {lr: 1e-2, normuon_aux_lr: 3e-3, min_lr: 3e-4, lr_warmup_iters: 20}
+optim: {lr: 1e-2, normuon_aux_lr: 3e-3, min_lr: 1e-3, lr_warmup_iters: 20}
 parallel: {expert_model_parallel_size: 1, nproc_per_node: 2}
 data: {seq_length: 512}
 training: {run_name: small, micro_batch_size: 8, global_batch_size: 16, train_iters: 400, bf16: false,

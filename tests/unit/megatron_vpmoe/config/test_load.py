@@ -138,7 +138,7 @@ def test_shipped_configurations_load(repository: Path) -> None:
 def test_nano_is_the_same_design(stage1: Path, repository: Path) -> None:
     """Only numbers, precision and the run's own names differ: every choice of kind is inherited."""
     full, small = load_config(stage1), load_config(repository / "configs" / "nano" / "stage1.yaml")
-    free = {"bf16", "recompute_granularity", "run_name", "run_dir", "data_path", "sample_prompts"}
+    free = {"bf16", "recompute_granularity", "run_name", "run_dir", "data_path"}
     for spec in FIELDS:
         pair = [getattr(getattr(cfg, spec.section), spec.name) for cfg in (full, small)]
         if spec.name not in free and (isinstance(pair[0], str | bool) or isinstance(pair[1], str | bool)):
@@ -193,9 +193,8 @@ def test_boolean_flags(small: Path, flags: list[str], expected: bool) -> None:
     assert load_config(small, flags).training.bf16 is expected
 
 
-def test_lists_null_and_underscores(small: Path) -> None:
-    cfg = load_config(small, ["--sample-prompts", "a b", "-1", "--eval_interval", "null", "--lr", "1e-3"])
-    assert cfg.evaluation.sample_prompts == ["a b", "-1"]
+def test_null_and_underscores(small: Path) -> None:
+    cfg = load_config(small, ["--eval_interval", "null", "--lr", "1e-3"])
     assert cfg.evaluation.eval_interval is None
     assert cfg.optim.lr == 1e-3
 

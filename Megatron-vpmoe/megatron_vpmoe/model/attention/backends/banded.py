@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_vpmoe.model.attention.backends.sdpa import FusedSinkAttention
 from megatron_vpmoe.model.attention.masks import SequenceLayout, additive
@@ -45,14 +46,41 @@ def banded_attention(
         sink = sink_H.view(1, groups, per_group, 1).expand(-1, -1, -1, window).reshape(1, groups, -1)
 
     out = FusedSinkAttention.apply(
-        q, _with_block_before(k_BGSD, window), _with_block_before(v_BGSD, window), bias, sink, softmax_scale, False
+        q,
+        _WithBlockBefore.apply(k_BGSD, window),
+        _WithBlockBefore.apply(v_BGSD, window),
+        bias,
+        sink,
+        softmax_scale,
+        False,
     )
     out = out.reshape(batch, blocks, groups, per_group, window, dim).permute(0, 2, 3, 1, 4, 5)
     return out.reshape(batch, heads, blocks * window, dim)[:, :, :length]
 
 
-def _with_block_before(x_BGSD: Tensor, window: int) -> Tensor:
-    """[B·N, G, 2W, D]: every block of W rows with the block before it (zeros before the first)."""
-    x_BNGWD = x_BGSD.unflatten(2, (-1, window)).transpose(1, 2)
-    before = torch.nn.functional.pad(x_BNGWD[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
-    return torch.cat([before, x_BNGWD], dim=3).flatten(0, 1)
+class _WithBlockBefore(torch.autograd.Function):
+    """[B, G, S, D] -> [B·N, G, 2W, D]: every block of W rows with the block before it (zeros before the first).
+
+    By hand, since autograd would fill and add whole tensors for the overlap.
+    """
+
+    @staticmethod
+    def forward(ctx, x, window):  # type: ignore[override]
+        ctx.window = window
+        x = x.unflatten(2, (-1, window)).transpose(1, 2)
+        batch, blocks, groups, _, dim = x.shape
+        out = x.new_empty(batch, blocks, groups, 2 * window, dim)
+        out[:, :, :, window:] = x
+        out[:, 1:, :, :window] = x[:, :-1]
+        out[:, 0, :, :window] = 0
+        ctx.batch = batch
+        return out.flatten(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[override]
+        grad = grad.unflatten(0, (ctx.batch, -1))
+        before, own = grad.split(ctx.window, dim=3)
+        total = own.transpose(1, 2).contiguous()
+        total[:, :, :-1] += before[:, 1:].transpose(1, 2)
+        return total.flatten(2, 3), None

@@ -78,8 +78,9 @@ def _bias(layout: SequenceLayout, window: int | None, slopes_H: Tensor | None, d
         visible = layout.visible(layout.num_keys, window)
         if slopes_H is None:
             return additive(visible).to(dtype), None
-        bias = -slopes_H.to(dtype)[:, None, None] * layout.distance(layout.num_keys)
-        return torch.where(visible, bias, -torch.inf), slopes_H
+        # Infinitely far where masked: one product gives bias and mask, and only the result has a head dimension.
+        distance = torch.where(visible, layout.distance(layout.num_keys).to(dtype), torch.inf)
+        return distance * -slopes_H.to(dtype)[:, None, None], slopes_H
 
     # The slopes are stored along, so that their id cannot be given to another tensor while the entry lives.
     return layout.shared(("bias", window, None if slopes_H is None else id(slopes_H), dtype), make)[0]

@@ -1,0 +1,153 @@
+"""The one batch type: rows of whole conversations, with everything that attention and an objective ask of them.
+
+Shapes: b rows of a micro-batch, s positions of a row (``seq_length``), L tokens of a conversation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_vpmoe.errors import DataError
+
+PADDING = -1
+"""``document_id`` of a position that holds no conversation; also the sample id of a row that exists only as filler."""
+
+
+class Span(IntEnum):
+    """What a label belongs to."""
+
+    CONTEXT = 0
+    ANALYSIS = 1
+    FINAL = 2
+
+
+@dataclass(frozen=True)
+class Document:
+    """One conversation as stored.
+
+    Attributes:
+        tokens: int32 [L].
+        loss_mask: uint8 [L]; entry t says whether token t+1 is supervised, the last entry is 0.
+        span_id: uint8 [L]; entry t is the span of token t+1, the last entry is 0.
+    """
+
+    tokens: NDArray[np.int32]
+    loss_mask: NDArray[np.uint8]
+    span_id: NDArray[np.uint8]
+
+    @property
+    def prompt(self) -> NDArray[np.int32]:
+        """The tokens before the first one of an assistant span; all of them where there is no such span."""
+        assistant = np.flatnonzero(self.span_id)
+        return self.tokens[: assistant[0] + 1] if assistant.size else self.tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. A conversation of L tokens takes L consecutive positions of one row.
+
+    Attributes:
+        tokens: int64 [b, s]; padding holds the end-of-document token.
+        labels: int64 [b, s]; the next token of the same conversation, the end-of-document token after its last one.
+        position_ids: int64 [b, s]; restarts at 0 with each conversation, 0 in padding.
+        document_id: int32 [b, s]; 0, 1, 2, ... in the order of the row, -1 in padding.
+        loss_mask: bool [b, s]; True where the label is supervised.
+        span_id: uint8 [b, s]; the label's span (``Span``), 0 in padding.
+        sample_ids: place of each row in the global order, -1 for a row that only fills up the batch.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    document_id: Tensor
+    loss_mask: Tensor
+    span_id: Tensor
+    sample_ids: list[int]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            labels=self.labels.to(device),
+            position_ids=self.position_ids.to(device),
+            document_id=self.document_id.to(device),
+            loss_mask=self.loss_mask.to(device),
+            span_id=self.span_id.to(device),
+        )
+
+    @property
+    def real_tokens(self) -> int:
+        """Positions that hold a conversation's token."""
+        return int((self.document_id != PADDING).sum())
+
+    def span_count(self, span: int) -> int:
+        """Supervised labels of one span."""
+        return int((self.loss_mask & (self.span_id == span)).sum())
+
+    def cu_seqlens(self) -> Tensor:
+        """Boundaries of the conversations in the flattened batch, as variable-length attention kernels take them.
+
+        Returns:
+            int32 [n + 1], from 0 to b * s, strictly increasing. Segment k is the positions from entry k up to entry
+            k + 1 of ``tokens.flatten()``. No segment crosses a row; a row's padding is a segment of its own.
+        """
+        starts_here = torch.ones_like(self.document_id, dtype=torch.bool)
+        starts_here[:, 1:] = self.document_id[:, 1:] != self.document_id[:, :-1]
+        starts = starts_here.flatten().nonzero().flatten()
+        end = torch.tensor([self.document_id.numel()], device=starts.device)
+        return torch.cat([starts, end]).to(torch.int32)
+
+
+def assemble(rows: Sequence[Sequence[Document]], *, seq_length: int, eod_id: int, sample_ids: Sequence[int]) -> Batch:
+    """Lay conversations out in rows.
+
+    Args:
+        rows: the conversations of each row, in order; an empty row becomes padding alone.
+        seq_length: positions of a row (s).
+        eod_id: the end-of-document token, which fills padding and the label after a conversation's last token.
+        sample_ids: one per row.
+
+    Raises:
+        DataError: the conversations of a row take more than ``seq_length`` positions.
+    """
+    shape = (len(rows), seq_length)
+    tokens, labels = np.full(shape, eod_id, np.int64), np.full(shape, eod_id, np.int64)
+    position_ids = np.zeros(shape, np.int64)
+    document_id = np.full(shape, PADDING, np.int32)
+    loss_mask, span_id = np.zeros(shape, np.bool_), np.zeros(shape, np.uint8)
+    for row, documents in enumerate(rows):
+        used = sum(len(document.tokens) for document in documents)
+        if used > seq_length:
+            raise DataError(
+                f"{used} tokens do not fit into a row of {seq_length}",
+                source=f"sample {sample_ids[row]}",
+                remedy="raise seq_length, or build the dataset with a smaller --seq-len",
+            )
+        start = 0
+        for number, document in enumerate(documents):
+            end = start + len(document.tokens)
+            tokens[row, start:end] = document.tokens
+            labels[row, start : end - 1] = document.tokens[1:]
+            position_ids[row, start:end] = np.arange(end - start)
+            document_id[row, start:end] = number
+            # The last entry describes a token past the conversation: unsupervised whatever the sidecar says.
+            loss_mask[row, start : end - 1] = document.loss_mask[:-1]
+            span_id[row, start : end - 1] = document.span_id[:-1]
+            start = end
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(position_ids),
+        document_id=torch.from_numpy(document_id),
+        loss_mask=torch.from_numpy(loss_mask),
+        span_id=torch.from_numpy(span_id),
+        sample_ids=list(sample_ids),
+    )

@@ -1,0 +1,137 @@
+"""``manifest.json`` of a built dataset: what the reader relies on, typed. No manifest, no dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatron_vpmoe.errors import DataError
+
+SCHEMA_VERSION = 1
+BUILD_REMEDY = (
+    "build it with `python scripts/datasets/build_synth_kd_v1.py --input-dir data/synth_harmony --output-dir {path}` "
+    "(`make quickstart` does it for the embedded rows), or point --data-path to a built dataset"
+)
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class FileEntry(_Entry):
+    """One file, relative to the folder of its split."""
+
+    bytes: int
+    sha256: str
+
+
+class ShardEntry(_Entry):
+    """One shard of a split: three indexed datasets of equal layout."""
+
+    name: str
+    rows: int
+    tokens: int
+    files: dict[str, FileEntry]
+
+
+class SplitEntry(_Entry):
+    """One split."""
+
+    rows: int
+    tokens: int
+    shards: list[ShardEntry]
+
+
+class HashedFile(_Entry):
+    """A file beside the manifest."""
+
+    path: str
+    sha256: str
+
+
+class TokenizerEntry(_Entry):
+    """The vocabulary that the ids on disk belong to."""
+
+    name: str
+    rank_file_sha256: str
+    vocab_size: int
+    padded_vocab_size: int
+    eod_id: int
+    special_tokens: dict[str, int]
+    compact_map: HashedFile | None
+    pieces: HashedFile
+
+    def identity(self) -> dict[str, str]:
+        """What must be equal for two datasets, or a dataset and a model, to mean the same by an id."""
+        compact = self.compact_map.sha256 if self.compact_map else ""
+        return {"name": self.name, "rank_file_sha256": self.rank_file_sha256, "compact_map_sha256": compact}
+
+
+class _Content(_Entry):
+    schema_version: Literal[1]
+    kind: Literal["harmony_kd"]
+    seq_length: int
+    tokenizer: TokenizerEntry
+    splits: dict[str, SplitEntry]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest that has been read.
+
+    Attributes:
+        root: the dataset's folder.
+        sha256: of the manifest file itself; it names every other file's hash, so it identifies the dataset.
+        seq_length: longest conversation that the builder let through, in tokens.
+        tokenizer: the vocabulary.
+        splits: by name, "train" and "valid".
+    """
+
+    root: Path
+    sha256: str
+    seq_length: int
+    tokenizer: TokenizerEntry
+    splits: dict[str, SplitEntry]
+
+    @property
+    def path(self) -> Path:
+        """The manifest file."""
+        return self.root / "manifest.json"
+
+
+def read_manifest(data_path: Path | str) -> Manifest:
+    """Read the manifest of the dataset in the folder ``data_path``.
+
+    Raises:
+        DataError: it is missing, not JSON, of another schema version, or lacks a field.
+    """
+    root = Path(data_path)
+    path = root / "manifest.json"
+    remedy = BUILD_REMEDY.format(path=root)
+    try:
+        raw = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = "there is no dataset here (no manifest.json)" if root.is_dir() else "this folder does not exist"
+        raise DataError(what, source=str(root), remedy=remedy) from error
+    try:
+        parsed = json.loads(raw)
+    except ValueError as error:
+        raise DataError(f"the manifest is not JSON: {error}", source=str(path), remedy=remedy) from error
+    version = parsed.get("schema_version") if isinstance(parsed, dict) else None
+    if version != SCHEMA_VERSION:
+        raise DataError(
+            f"the manifest has schema_version {version!r}, this reader knows {SCHEMA_VERSION}",
+            source=f"{path}: schema_version",
+            remedy="rebuild the dataset with this version of the code (--overwrite)",
+        )
+    try:
+        content = _Content.model_validate(parsed)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise DataError(f"the manifest is incomplete: {problems}", source=str(path), remedy=remedy) from error
+    return Manifest(root, hashlib.sha256(raw).hexdigest(), content.seq_length, content.tokenizer, content.splits)

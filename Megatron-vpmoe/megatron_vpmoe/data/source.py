@@ -1,0 +1,141 @@
+"""Batch sources: this rank's micro-batches of the next global batch, and of the validation split.
+
+The global order does not know of ranks. A global batch is the samples [consumed, consumed + global_batch_size) of the
+order; micro-batch k of rank r holds the ``micro_batch_size`` samples from ``consumed + (k * dp_size + r) *
+micro_batch_size`` on, as Megatron's own samplers deal them out. Any number of ranks therefore consumes the same samples
+in every step, and a run may resume with another number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from megatron_vpmoe.data.batch import PADDING, Batch, assemble
+from megatron_vpmoe.data.cursor import SampleOrder
+from megatron_vpmoe.data.kd_dataset import KDDataset
+from megatron_vpmoe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.config import RunConfig
+
+
+class _Dealer:
+    """Turns stretches of the global order into this rank's micro-batches."""
+
+    def __init__(self, dataset: KDDataset, cfg: RunConfig, dp_rank: int, dp_size: int) -> None:
+        if not 0 <= dp_rank < dp_size:
+            raise ValueError(f"data-parallel rank {dp_rank} of {dp_size}")
+        self.dataset, self.dp_rank, self.dp_size = dataset, dp_rank, dp_size
+        self.micro_batch_size, self.seq_length = cfg.training.micro_batch_size, cfg.data.seq_length
+        self.order = SampleOrder(
+            dataset.lengths, seq_length=self.seq_length, window=cfg.data.packing_window, seed=cfg.data.data_seed
+        )
+
+    @property
+    def samples_at_once(self) -> int:
+        """Samples that one micro-batch of every rank takes together."""
+        return self.micro_batch_size * self.dp_size
+
+    def micro_batch(self, begin: int, end: int) -> Batch:
+        """This rank's micro-batch of the ``samples_at_once`` samples from ``begin`` on; padding from ``end`` on."""
+        first = begin + self.dp_rank * self.micro_batch_size
+        samples = [sample if sample < end else PADDING for sample in range(first, first + self.micro_batch_size)]
+        rows = [
+            [] if sample == PADDING else [self.dataset[int(index)] for index in self.order.documents(sample)]
+            for sample in samples
+        ]
+        return assemble(rows, seq_length=self.seq_length, eod_id=self.dataset.eod_id, sample_ids=samples)
+
+
+class BatchSource:
+    """Training batches by cursor. The step after the one asked for is prepared by a thread meanwhile.
+
+    Args:
+        dataset: the training split.
+        cfg: ``data.{seq_length, packing_window, data_seed}`` and ``training.{micro,global}_batch_size`` are read.
+        dp_rank: of this process among those that hold different data.
+        dp_size: their number.
+
+    Raises:
+        ConfigError: ``global_batch_size`` is not a multiple of ``micro_batch_size * dp_size``.
+    """
+
+    def __init__(self, dataset: KDDataset, cfg: RunConfig, dp_rank: int, dp_size: int) -> None:
+        self._dealer = _Dealer(dataset, cfg, dp_rank, dp_size)
+        self.global_batch_size = cfg.training.global_batch_size
+        if self.global_batch_size % self._dealer.samples_at_once:
+            raise ConfigError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self._dealer.micro_batch_size} x {dp_size} data-parallel ranks",
+                source="training.global_batch_size",
+                remedy=f"take a multiple of {self._dealer.samples_at_once}",
+            )
+        # One thread does all the reading, so the order and the memory maps are never used by two at once.
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+
+    def next_step(self, consumed_samples: int) -> list[Batch]:
+        """This rank's micro-batches of the global batch that begins at ``consumed_samples`` (any value >= 0).
+
+        Raises:
+            DataError: a conversation that does not hold what its dataset promises.
+        """
+        if self._ahead is not None and self._ahead[0] == consumed_samples:
+            pending = self._ahead[1]
+        else:
+            pending = self._worker.submit(self._prepare, consumed_samples)
+        self._ahead = None
+        batches = pending.result()
+        following = consumed_samples + self.global_batch_size
+        self._ahead = following, self._worker.submit(self._prepare, following)
+        return batches
+
+    def epoch(self, consumed_samples: int) -> int:
+        """Passes over the dataset completed before the sample at ``consumed_samples``."""
+        return self._worker.submit(self._dealer.order.place, consumed_samples).result().epoch
+
+    def close(self) -> None:
+        """End the thread; a step prepared in advance is dropped."""
+        self._ahead = None
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def _prepare(self, consumed_samples: int) -> list[Batch]:
+        end = consumed_samples + self.global_batch_size
+        return [
+            self._dealer.micro_batch(begin, end) for begin in range(consumed_samples, end, self._dealer.samples_at_once)
+        ]
+
+
+class ValidSource:
+    """The validation split, once and always in the same order; iterate it as often as needed.
+
+    It holds the first ``eval_iters * global_batch_size`` rows of the split, or all of them if there are fewer. The last
+    micro-batches are filled up with rows of padding, so that every rank does the same number of forward passes.
+
+    Args:
+        dataset: the validation split.
+        cfg: as for ``BatchSource``, and ``evaluation.eval_iters``.
+        dp_rank: of this process among those that hold different data.
+        dp_size: their number.
+
+    Attributes:
+        dataset: the validation split.
+        samples: rows of the split that take part, over all ranks.
+    """
+
+    def __init__(self, dataset: KDDataset, cfg: RunConfig, dp_rank: int, dp_size: int) -> None:
+        self.dataset = dataset
+        self._dealer = _Dealer(dataset, cfg, dp_rank, dp_size)
+        wanted = cfg.evaluation.eval_iters * cfg.training.global_batch_size
+        self.samples = min(wanted, self._dealer.order.first_sample_of_epoch(1))
+
+    def __len__(self) -> int:
+        """Forward passes of each rank."""
+        return -(-self.samples // self._dealer.samples_at_once)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """This rank's micro-batches."""
+        for begin in range(0, self.samples, self._dealer.samples_at_once):
+            yield self._dealer.micro_batch(begin, self.samples)

@@ -1,0 +1,70 @@
+"""Entry point of ``scripts/train.sh``."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from megatron_vpmoe.config import load_config
+from megatron_vpmoe.config.memory import describe_geometry
+from megatron_vpmoe.errors import ConfigError, VpmoeError
+from megatron_vpmoe.launch import preflight
+from megatron_vpmoe.launch.reference import help_text
+from megatron_vpmoe.launch.workers import Nodes, run_workers, share_cores
+
+WORKER_MODULE = "megatron_vpmoe.pretrain"
+
+
+def launch(arguments: list[str], *, debug: bool) -> int:
+    """Check and run; `arguments` are the words after scripts/train.sh.
+
+    Raises:
+        VpmoeError: any error that the user can mend.
+    """
+    dry_run = "--dry-run" in arguments
+    words = [word for word in arguments if word not in ("--dry-run", "--debug")]
+    if not words or words[0].startswith("--"):
+        raise ConfigError(
+            "no configuration given", source="command line", remedy="scripts/train.sh configs/nano/stage1.yaml"
+        )
+    config_path, overrides = Path(words[0]), words[1:]
+    nodes = Nodes.from_environment()
+    cfg = load_config(config_path, overrides, nodes=nodes.count)
+    if dry_run:
+        report = preflight.machine_report(cfg)
+        print(cfg.to_yaml())
+        print(describe_geometry(cfg, on_cpu=report.device_kind == "CPU"))
+        print(f"{'fits' if report.fits else 'does not fit'}: {report}")
+        return 0
+    preflight.check_machine(cfg, config_path)
+    preflight.check_dataset(cfg)
+    preflight.check_run_directory(cfg)
+    share_cores(cfg.parallel.nproc_per_node)
+    worker_arguments = [str(config_path), *overrides, *(["--debug"] if debug else [])]
+    return run_workers(cfg, nodes, WORKER_MODULE, worker_arguments, debug=debug)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if {"--help", "-h", "--dry-run"} & set(arguments):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # what is printed may be read by `head`
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text())
+        return 0
+    debug = "--debug" in arguments
+    try:
+        return launch(arguments, debug=debug)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except VpmoeError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

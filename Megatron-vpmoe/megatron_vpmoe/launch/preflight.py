@@ -1,0 +1,82 @@
+"""What is checked before a run starts any process: does the machine hold it, and is the dataset whole."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import yaml
+
+from megatron_vpmoe.config import RunConfig, check_fit, fit_report
+from megatron_vpmoe.config.memory import FitReport
+from megatron_vpmoe.data.kd_dataset import KDDataset
+from megatron_vpmoe.errors import DeviceError
+
+
+def check_machine(cfg: RunConfig, config_path: Path) -> None:
+    """Refuse a run that this machine cannot hold.
+
+    Raises:
+        DeviceError: too little memory, or more processes than GPUs.
+    """
+    report = machine_report(cfg)
+    check_fit(cfg, report, nano_counterpart(config_path))
+    if report.device_kind != "CPU" and report.processes_per_device > 1:
+        raise DeviceError(
+            f"{cfg.parallel.nproc_per_node} processes are too many: {report.processes_per_device} would share one "
+            f"{report.device_kind}",
+            source="parallel.nproc_per_node",
+            remedy="one process a GPU: lower --nproc-per-node, and --expert-model-parallel-size with it",
+        )
+
+
+def machine_report(cfg: RunConfig) -> FitReport:
+    """The memory estimate against this machine's devices."""
+    from megatron_vpmoe.runtime import device
+
+    if device.has_gpu():
+        # Asking a GPU for its free memory opens a context on it for the life of the process: let a child do it.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            available, kind, count = pool.submit(device.available_memory).result()
+    else:
+        available, kind, count = device.available_memory()
+    return fit_report(cfg, available, kind, count)
+
+
+def nano_counterpart(config_path: Path) -> str | None:
+    """The configuration in the neighbouring ``nano/`` that extends this one, if there is one."""
+    for candidate in sorted((config_path.parent / "nano").glob("*.yaml")):
+        try:
+            content = yaml.safe_load(candidate.read_text(encoding="utf-8"))
+        except yaml.YAMLError:
+            continue  # a hint on the way to another error; the file's own run will name what is wrong with it
+        parent = content.get("extends") if isinstance(content, dict) else None
+        if isinstance(parent, str) and (candidate.parent / parent).resolve() == config_path.resolve():
+            return str(candidate)
+    return None
+
+
+def check_dataset(cfg: RunConfig) -> None:
+    """Open both splits as the workers will.
+
+    Raises:
+        DataError: the dataset is missing, incomplete or disagrees with itself or with ``seq_length``.
+        TokenizerError: it was built for another vocabulary than the model's.
+    """
+    from megatron_vpmoe.runtime import device
+
+    device.prepare()
+    for split in ("train", "valid"):
+        KDDataset.open_for(cfg, split)
+
+
+def check_run_directory(cfg: RunConfig) -> None:
+    """Look at the checkpoints that the run would continue, or must not overwrite.
+
+    Raises:
+        CheckpointError: they are of another model, vocabulary or dataset, or ``resume`` is off and there is one.
+    """
+    from megatron_vpmoe.training.run import restorable
+
+    restorable(cfg, check_hashes=False)

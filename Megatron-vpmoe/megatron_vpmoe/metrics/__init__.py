@@ -1,0 +1,37 @@
+"""What a run measured: one stream of records (step, tag, value) into any number of sinks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_vpmoe.metrics.jsonl import JsonlSink, read_records
+from megatron_vpmoe.metrics.records import MetricStream, Record, Sink
+from megatron_vpmoe.metrics.wandb import WandbSink
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.config import RunConfig
+
+__all__ = ["JsonlSink", "MetricStream", "Record", "Sink", "WandbSink", "open_sinks", "read_records"]
+
+
+def open_sinks(cfg: RunConfig, directory: Path, *, resume_step: int = 0) -> Sequence[Sink]:
+    """The sinks that ``cfg`` asks for: ``metrics.jsonl`` in ``directory`` always, W&B unless it is disabled.
+
+    Args:
+        directory: of the run.
+        resume_step: last step whose records stay; later ones are of steps that will be done again.
+    """
+    sinks: list[Sink] = [JsonlSink(directory / "metrics.jsonl", resume_step=resume_step)]
+    if cfg.logging.wandb_mode != "disabled":
+        sinks.append(
+            WandbSink(
+                project=cfg.logging.wandb_project,
+                run_name=cfg.training.run_name,
+                mode=cfg.logging.wandb_mode,
+                directory=directory,
+                config=cfg.model_dump(mode="json"),
+            )
+        )
+    return sinks

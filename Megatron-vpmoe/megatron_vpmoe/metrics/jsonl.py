@@ -1,0 +1,81 @@
+"""Records as lines of JSON: ``{"step": 10, "tag": "loss/total", "value": 2.5}``, flushed after every step.
+
+A value that JSON has no number for is a string that Python's ``float`` reads: "nan", "inf", "-inf".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.metrics.records import Record
+
+
+class JsonlSink:
+    """Appends to a file of records.
+
+    Args:
+        path: the file; made if absent, with its folder.
+        resume_step: last step whose records stay in the file; those of later steps, which will be done again, are
+            dropped, and so is a last line that a killed process left unfinished. The file is replaced atomically.
+
+    Raises:
+        DataError: an existing file holds something other than records.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int = 0) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            kept = [record for record in read_records(path) if record.step <= resume_step]
+            _replace(path, _lines(kept))
+        self._stream = path.open("a", encoding="utf-8")
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Append the records and hand them to the operating system."""
+        self._stream.write(_lines(records))
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def read_records(path: Path) -> list[Record]:
+    """All records of a file, in its order; an unfinished last line is left out.
+
+    Raises:
+        DataError: a finished line is not a record.
+    """
+    *finished, _unfinished = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    records = []
+    for number, line in enumerate(finished, start=1):
+        try:
+            parsed = json.loads(line)
+            records.append(Record(int(parsed["step"]), str(parsed["tag"]), float(parsed["value"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"line {number} is not a record: {line[:80]!r}",
+                source=f"{path}:{number}",
+                remedy='remove the line, or the file; a record is {"step": 1, "tag": "name", "value": 0.5}',
+            ) from error
+    return records
+
+
+def _lines(records: Iterable[Record]) -> str:
+    return "".join(
+        json.dumps({"step": step, "tag": tag, "value": value if math.isfinite(value) else str(value)}) + "\n"
+        for step, tag, value in records
+    )
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)

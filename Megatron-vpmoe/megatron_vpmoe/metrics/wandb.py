@@ -1,0 +1,107 @@
+"""Records to Weights & Biases, from a thread of their own: training neither waits for it nor fails with it.
+
+Offline by default: W&B then writes under the run's directory, and ``wandb sync`` uploads it later.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from queue import Full, Queue
+from threading import Thread
+from typing import Any, Literal
+
+from megatron_vpmoe.metrics.records import Record
+
+_QUEUED_STEPS = 1024
+_PATIENCE_SECONDS = 30.0
+
+
+def _to_stderr(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+class WandbSink:
+    """A W&B run.
+
+    Whatever goes wrong with it is reported once, in one line; training goes on and ``metrics.jsonl`` has everything.
+
+    Args:
+        project: W&B's project.
+        run_name: display name, and the run's id, so that a resumed run continues the same W&B run.
+        mode: "offline" writes locally, "online" uploads.
+        directory: W&B puts its files into ``directory/wandb``.
+        config: the resolved configuration, shown with the run.
+        report: takes the line about a failure.
+    """
+
+    def __init__(
+        self,
+        *,
+        project: str,
+        run_name: str,
+        mode: Literal["offline", "online"],
+        directory: Path,
+        config: dict[str, Any],
+        report: Callable[[str], None] = _to_stderr,
+    ) -> None:
+        self._settings = {
+            "project": project,
+            "name": run_name,
+            "id": run_name,
+            "resume": "allow" if mode == "online" else None,
+            "mode": mode,
+            "dir": str(directory),
+            "config": config,
+        }
+        self._report, self._reported = report, False
+        self._dropped = 0
+        self._queue: Queue[Sequence[Record] | None] = Queue(_QUEUED_STEPS)
+        # A daemon: a hung upload must not keep the process from ending.
+        self._thread = Thread(target=self._run, name="wandb", daemon=True)
+        self._thread.start()
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Queue the records; they are dropped if W&B has fallen a thousand steps behind or has failed."""
+        try:
+            self._queue.put_nowait(records)
+        except Full:
+            self._dropped += 1
+
+    def close(self) -> None:
+        """Let W&B finish, for half a minute at most."""
+        if self._thread.is_alive():
+            try:
+                self._queue.put(None, timeout=_PATIENCE_SECONDS)
+            except Full:
+                self._report_once("it does not take records any more")
+            self._thread.join(_PATIENCE_SECONDS)
+            if self._thread.is_alive():
+                self._report_once(f"it has not finished within {_PATIENCE_SECONDS:.0f} s")
+        if self._dropped:
+            self._report_once(f"the records of {self._dropped} steps were dropped")
+
+    def _run(self) -> None:
+        try:
+            import wandb
+
+            run = wandb.init(**self._settings, settings=wandb.Settings(silent=True))
+            while (records := self._queue.get()) is not None:
+                by_step: dict[int, dict[str, float]] = {}
+                for step, tag, value in records:
+                    by_step.setdefault(step, {})[tag] = value
+                for step, values in by_step.items():
+                    run.log(values, step=step)
+            run.finish()
+        except Exception as error:
+            self._report_once(f"{type(error).__name__}: {error}")
+            # Empties the queue from now on, so that it is never full.
+            while self._queue.get() is not None:
+                self._dropped += 1
+
+    def _report_once(self, reason: str) -> None:
+        if not self._reported:
+            self._reported = True
+            first_line = reason.splitlines()[0] if reason else "unknown"
+            self._report(f"Weights & Biases is out of action, training goes on without it: {first_line}")

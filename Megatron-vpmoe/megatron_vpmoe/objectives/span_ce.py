@@ -1,0 +1,87 @@
+"""Span-normalised cross-entropy: L = w_r * mean(CE | analysis) + w_f * mean(CE | final).
+
+The reasoning of a conversation is many times longer than its answer. Two means, each over its own span's supervised
+tokens in the whole global batch, keep the answer from being drowned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from megatron_vpmoe.data.batch import Batch, Span
+from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.objectives.interface import ObjectiveResult, TokenLosses
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.config import RunConfig
+
+_SPANS = {"analysis": Span.ANALYSIS, "final": Span.FINAL}
+
+
+@dataclass(frozen=True)
+class SpanCE:
+    """The objective ``span_ce``.
+
+    Metrics: ``loss/total``, and per span ``loss/{analysis,final}`` (mean CE in nats), ``tokens/{analysis,final}``
+    (supervised tokens of the global batch) and ``weight/{analysis,final}`` (the weight that took effect).
+
+    A span without a supervised token in the global batch contributes 0 to the loss, and its effective weight is
+    reported as 0.
+
+    Attributes:
+        weight_analysis: w_r, ``kd_span_weight_reasoning``.
+        weight_final: w_f, ``kd_span_weight_final``.
+    """
+
+    weight_analysis: float
+    weight_final: float
+
+    @classmethod
+    def from_config(cls, cfg: RunConfig) -> SpanCE:
+        """With the weights of ``training.kd_span_weight_{reasoning,final}``."""
+        return cls(cfg.training.kd_span_weight_reasoning, cfg.training.kd_span_weight_final)
+
+    @property
+    def _weights(self) -> dict[str, float]:
+        return {"analysis": self.weight_analysis, "final": self.weight_final}
+
+    def counts(self, batches: list[Batch]) -> dict[str, int]:
+        """Supervised tokens of each span in this rank's share of the global batch.
+
+        Raises:
+            DataError: a supervised token belongs to neither span, so it would be trained on by no term.
+        """
+        for batch in batches:
+            if stray := batch.span_count(Span.CONTEXT):
+                raise DataError(
+                    f"{stray} supervised tokens in span 0 (context), which span_ce gives no weight",
+                    source=f"samples {batch.sample_ids}",
+                    remedy="rebuild the dataset, or train plain text with an objective for plain text",
+                )
+        return {f"tokens/{name}": sum(batch.span_count(span) for batch in batches) for name, span in _SPANS.items()}
+
+    def __call__(self, output: TokenLosses, batch: Batch, totals: dict[str, float]) -> ObjectiveResult:
+        """See ``Objective``; ``totals`` holds ``tokens/analysis`` and ``tokens/final``."""
+        losses = output.cross_entropy(batch.labels, batch.loss_mask)
+        spans = batch.span_id[batch.loss_mask]
+        # Begins with a zero that hangs on the graph, so that a micro-batch without supervised tokens still has a
+        # gradient (of zero) and every rank takes part in the gradient exchange.
+        loss = losses.sum() * 0.0
+        metrics: dict[str, Tensor] = {}
+        for name, span in _SPANS.items():
+            mean = losses[spans == span].sum() / max(totals[f"tokens/{name}"], 1.0)
+            loss = loss + self._weights[name] * mean
+            metrics[f"loss/{name}"] = mean.detach()
+        return ObjectiveResult(loss, {"loss/total": loss.detach(), **metrics})
+
+    def summary(self, totals: dict[str, float]) -> dict[str, float]:
+        """``tokens/*`` and ``weight/*`` of the global batch."""
+        result = {}
+        for name, weight in self._weights.items():
+            count = totals[f"tokens/{name}"]
+            result[f"tokens/{name}"] = count
+            result[f"weight/{name}"] = weight if count else 0.0
+        return result

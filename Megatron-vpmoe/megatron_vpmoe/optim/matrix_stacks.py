@@ -1,0 +1,145 @@
+"""Which logical matrices a set of parameters holds, and how they are gathered into stacks of one shape.
+
+A parameter is one matrix [out, in], several matrices fused along its rows (``param.matrix_rows``), or a stack of
+experts [E, out, in]. A plan lists stacks; a stack lists segments; a segment is one contiguous piece of a parameter and
+its place in the stack. Everything is a view: gathering and scattering are one ``_foreach_copy_`` each.
+
+Shapes: N matrices in a stack, R rows (out), C columns (in), E experts in a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from megatron_vpmoe.errors import ConfigError
+
+Run = tuple[int, int]
+"""First row and number of rows of a contiguous piece of a matrix."""
+
+
+class MatrixLayout(NamedTuple):
+    """The logical matrices of one parameter."""
+
+    matrices: tuple[tuple[Run, ...], ...]
+    """Row runs of each matrix of a 2-D parameter, in order; empty for a 3-D one."""
+    experts: int
+    """E of a 3-D parameter, else 0."""
+    routed: bool
+    """Whether tokens are routed here, so that a step can pass without any."""
+
+    @property
+    def count(self) -> int:
+        """How many logical matrices there are."""
+        return self.experts or len(self.matrices)
+
+
+def matrix_layout(param: torch.Tensor, name: str = "a parameter") -> MatrixLayout:
+    """Read the layout of ``param`` from its dimensions and its attributes ``matrix_rows`` and ``allreduce``.
+
+    Raises:
+        ConfigError: ``param`` is neither 2-D nor 3-D, or ``matrix_rows`` does not hold each row exactly once.
+    """
+    routed = param.ndim == 3 or not getattr(param, "allreduce", True)
+    if param.ndim == 3:
+        return MatrixLayout((), param.shape[0], routed)
+    if param.ndim != 2:
+        raise ConfigError(
+            f"{name} has shape {tuple(param.shape)}, which NorMuon cannot orthogonalise",
+            remedy="route it to AdamW: NorMuon takes [out, in] and [experts, out, in]",
+        )
+    groups: Iterable[torch.Tensor | slice] = getattr(param, "matrix_rows", (slice(None),))
+    rows = torch.arange(param.shape[0])
+    selected = [rows[group] if isinstance(group, slice) else group.cpu().long() for group in groups]
+    if not torch.equal(torch.cat(selected).sort().values, rows):
+        raise ConfigError(
+            f"matrix_rows of {name} names {sum(len(s) for s in selected)} rows of {param.shape[0]}",
+            remedy="every row belongs to exactly one logical matrix",
+        )
+    return MatrixLayout(tuple(_runs(s.tolist()) for s in selected), 0, routed)
+
+
+def _runs(rows: list[int]) -> tuple[Run, ...]:
+    """Split a list of row indices into maximal runs of consecutive ones, keeping the order."""
+    starts = [i for i in range(len(rows)) if i == 0 or rows[i] != rows[i - 1] + 1]
+    return tuple((rows[i], end - i) for i, end in zip(starts, [*starts[1:], len(rows)], strict=True))
+
+
+class Segment(NamedTuple):
+    """``length`` entries of dimension 0 of parameter ``index`` from ``start``, and where they lie in the stack."""
+
+    index: int
+    start: int
+    length: int
+    slot: int
+    row: int | None
+    """Row in matrix ``slot``; None: whole experts, the matrices ``slot`` to ``slot + length``."""
+
+    def in_param(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The view of this segment in ``tensors[index]``."""
+        return tensors[self.index].narrow(0, self.start, self.length)
+
+    def in_stack(self, stack_NRX: torch.Tensor) -> torch.Tensor:
+        """The view of this segment in the stack; the last dimension is the columns or a single statistic."""
+        if self.row is None:
+            return stack_NRX.narrow(0, self.slot, self.length)
+        return stack_NRX[self.slot].narrow(0, self.row, self.length)
+
+
+@dataclass
+class Stack:
+    """N matrices of one shape [R, C] and one parameter group."""
+
+    rows: int
+    cols: int
+    group: int
+    count: int = 0
+    segments: list[Segment] = field(default_factory=list)
+
+
+class Member(NamedTuple):
+    """One parameter as the plan sees it."""
+
+    shape: torch.Size
+    layout: MatrixLayout
+    group: int
+
+
+def plan_stacks(members: Sequence[Member], *, stack_bytes: int, element_size: int = 4) -> list[Stack]:
+    """Distribute the logical matrices of ``members`` over stacks of equal shape and group.
+
+    Args:
+        members: the parameters; ``Segment.index`` counts along them.
+        stack_bytes: largest stack; a single matrix beyond it is a stack of its own.
+        element_size: bytes of one element of a stack.
+    """
+    plan: list[Stack] = []
+    open_stacks: dict[tuple[int, int, int], Stack] = {}
+
+    def stack_for(rows: int, cols: int, group: int) -> tuple[Stack, int]:
+        capacity = max(1, stack_bytes // (rows * cols * element_size))
+        stack = open_stacks.get((rows, cols, group))
+        if stack is None or stack.count == capacity:
+            stack = open_stacks[rows, cols, group] = Stack(rows, cols, group)
+            plan.append(stack)
+        return stack, capacity - stack.count
+
+    for index, (shape, layout, group) in enumerate(members):
+        for runs in layout.matrices:
+            stack, _ = stack_for(sum(length for _, length in runs), shape[1], group)
+            row = 0
+            for start, length in runs:
+                stack.segments.append(Segment(index, start, length, stack.count, row))
+                row += length
+            stack.count += 1
+        start = 0
+        while start < layout.experts:
+            stack, room = stack_for(shape[1], shape[2], group)
+            length = min(room, layout.experts - start)
+            stack.segments.append(Segment(index, start, length, stack.count, None))
+            stack.count += length
+            start += length
+    return plan

@@ -1,0 +1,176 @@
+"""Which parameter goes to which optimizer: declared rules on names, each parameter matching exactly one."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from rich.table import Table
+
+from megatron_vpmoe.errors import ConfigError
+from megatron_vpmoe.optim.matrix_stacks import matrix_layout
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.config import RunConfig
+
+LearningRate = Literal["lr", "normuon_aux_lr", "decoupled_lr"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What happens to the parameters whose dotted name matches one of ``patterns`` (shell wildcards)."""
+
+    name: str
+    patterns: tuple[str, ...]
+    optimizer: Literal["normuon", "adamw"]
+    lr: LearningRate
+    weight_decay: bool
+
+    def matches(self, parameter_name: str) -> bool:
+        """Whether any pattern matches the whole name."""
+        return any(fnmatch.fnmatchcase(parameter_name, pattern) for pattern in self.patterns)
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("embedding", ("embedding.word_embeddings.weight",), "adamw", "decoupled_lr", True),
+    Rule("output layer", ("output_layer.weight",), "adamw", "decoupled_lr", True),
+    Rule(
+        "attention matrices",
+        tuple(
+            f"*.self_attention.{part}.weight" for part in ("linear_qkv", "linear_tpa_a", "linear_tpa_b", "linear_proj")
+        ),
+        "normuon",
+        "lr",
+        True,
+    ),
+    Rule(
+        "feed-forward matrices",
+        tuple(f"*.mlp.{part}linear_fc{i}.weight" for part in ("", "shared_experts.") for i in (1, 2)),
+        "normuon",
+        "lr",
+        True,
+    ),
+    Rule("expert matrices", ("*.mlp.experts.*weight", "*.mlp.experts.*weight[0-9]*"), "normuon", "lr", True),
+    Rule("router", ("*.mlp.router.weight",), "adamw", "normuon_aux_lr", True),
+    Rule("norm scales", ("*layernorm.weight",), "adamw", "normuon_aux_lr", False),
+    Rule("biases", ("*bias", "*bias[0-9]*"), "adamw", "normuon_aux_lr", False),
+    Rule("softmax sinks", ("*.self_attention.sink", "*.self_attention.*.sink"), "adamw", "normuon_aux_lr", False),
+    Rule("rotary frequencies", ("*grape_log_freq",), "adamw", "normuon_aux_lr", False),
+    Rule("value residual", ("*value_residual_scale",), "adamw", "normuon_aux_lr", False),
+)
+"""The rules of the vpMoE, vpDense and Qwen3 layers."""
+
+
+@dataclass(frozen=True)
+class RoutingRow:
+    """What was decided for one parameter."""
+
+    name: str
+    """Dotted name without the wrappers' ``module.``."""
+    shape: tuple[int, ...]
+    """Local shape on this rank."""
+    rule: str
+    optimizer: str
+    lr_field: str
+    lr: float
+    """Peak learning rate."""
+    weight_decay: float
+    matrices: int
+    """Logical matrices that are orthogonalised; 0 under AdamW."""
+    expert: bool
+    """Whether gradients are reduced over the expert-data-parallel group (``allreduce`` is False)."""
+
+
+def routing_table(
+    model: torch.nn.Module | Sequence[torch.nn.Module], cfg: RunConfig, rules: Sequence[Rule] = RULES
+) -> list[RoutingRow]:
+    """Decide for every trainable parameter of ``model`` (or of its chunks).
+
+    Under ``optimizer: adam`` the rules keep their learning rates and decays and every optimizer is AdamW.
+
+    Raises:
+        ConfigError: a parameter that no rule or more than one rule matches, or one that NorMuon cannot take.
+    """
+    return [row for row, _ in routed_parameters(model, cfg, rules)]
+
+
+def routed_parameters(
+    model: torch.nn.Module | Sequence[torch.nn.Module], cfg: RunConfig, rules: Sequence[Rule] = RULES
+) -> list[tuple[RoutingRow, torch.nn.Parameter]]:
+    """``routing_table`` with the parameter beside each row."""
+    peak_lrs = {"lr": cfg.optim.lr, "normuon_aux_lr": cfg.aux_lr, "decoupled_lr": cfg.embedding_lr}
+    return [
+        (_row(name, param, find_rule(name, rules), peak_lrs, cfg), param) for name, param in _named_parameters(model)
+    ]
+
+
+def find_rule(name: str, rules: Sequence[Rule] = RULES) -> Rule:
+    """The one rule that matches ``name``.
+
+    Raises:
+        ConfigError: none does, or more than one.
+    """
+    matching = [rule for rule in rules if rule.matches(name)]
+    if len(matching) != 1:
+        found = "no rule" if not matching else "several rules: " + ", ".join(rule.name for rule in matching)
+        raise ConfigError(
+            f"parameter {name} is matched by {found}",
+            source="the optimizer's routing rules",
+            remedy="megatron_vpmoe/optim/routing.py: exactly one rule has to name it",
+        )
+    return matching[0]
+
+
+def _row(name: str, param: torch.Tensor, rule: Rule, peak_lrs: dict[str, float], cfg: RunConfig) -> RoutingRow:
+    optimizer = "adamw" if cfg.optim.optimizer == "adam" else rule.optimizer
+    return RoutingRow(
+        name=name,
+        shape=tuple(param.shape),
+        rule=rule.name,
+        optimizer=optimizer,
+        lr_field=rule.lr,
+        lr=peak_lrs[rule.lr],
+        weight_decay=cfg.optim.weight_decay if rule.weight_decay else 0.0,
+        matrices=matrix_layout(param, name).count if optimizer == "normuon" else 0,
+        expert=not getattr(param, "allreduce", True),
+    )
+
+
+def _named_parameters(
+    model: torch.nn.Module | Sequence[torch.nn.Module],
+) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    for chunk in [model] if isinstance(model, torch.nn.Module) else model:
+        for name, param in chunk.named_parameters():
+            if param.requires_grad:
+                yield re.sub(r"^(module\.)+", "", name), param
+
+
+def render_routing_table(rows: Iterable[RoutingRow]) -> Table:
+    """A rich table with one line a rule; ``write_routing_table`` has one line a parameter."""
+    table = Table(title="Optimizer routing", title_justify="left")
+    for column in ("parameters", "tensors", "elements", "matrices", "optimizer", "peak lr", "decay"):
+        table.add_column(column, justify="left" if column in ("parameters", "optimizer") else "right")
+    alike: dict[str, list[RoutingRow]] = {}
+    for row in rows:
+        alike.setdefault(row.rule, []).append(row)
+    for rule, members in alike.items():
+        elements, matrices = sum(math.prod(row.shape) for row in members), sum(row.matrices for row in members)
+        first = members[0]
+        table.add_row(
+            rule, f"{len(members):,}", f"{elements:,}", f"{matrices:,}" if matrices else "", first.optimizer,
+            f"{first.lr:g}", f"{first.weight_decay:g}",
+        )  # fmt: skip
+    return table
+
+
+def write_routing_table(rows: Iterable[RoutingRow], path: Path) -> None:
+    """Store the rows as a JSON list of objects, one parameter a line."""
+    lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")

@@ -1,0 +1,68 @@
+"""One worker of a run: ``python -m megatron_vpmoe.pretrain CONFIG [--any-field value]``, started by torchrun.
+
+``scripts/train.sh`` checks the run first and starts the workers; this entry point is the same under plain torchrun.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+
+from megatron_vpmoe.config import check_world, load_config
+from megatron_vpmoe.errors import VpmoeError
+from megatron_vpmoe.runtime import distributed
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def run(arguments: list[str]) -> None:
+    """Load the configuration, join the job, train, leave the job."""
+    from megatron_vpmoe.training.loop import train
+
+    _end_with_the_launcher()
+    cfg = load_config(arguments[0], arguments[1:])
+    check_world(cfg, int(os.environ.get("WORLD_SIZE", "1")))
+    parallel = cfg.parallel
+    distributed.initialize(
+        seed=cfg.training.seed,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    train(cfg)
+    distributed.shutdown()
+
+
+def _end_with_the_launcher() -> None:
+    """Have the kernel end this worker when its launcher dies: nobody else would, after a kill -9 of the launcher."""
+    if sys.platform == "linux" and "RANK" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, and turn a user's error into one message (rank 0) and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    try:
+        run(arguments)
+    except VpmoeError as error:
+        if debug:
+            traceback.print_exc()
+        elif int(os.environ.get("RANK", "0")) == 0:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    # Megatron's checkpoint writer starts processes that import this module again.
+    sys.exit(main())

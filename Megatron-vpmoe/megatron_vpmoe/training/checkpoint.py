@@ -1,0 +1,228 @@
+"""Checkpoints in Megatron's distributed format: written whole or not at all, checked before they are trusted.
+
+A run keeps them under ``<run_dir>/checkpoints``: ``iter_0000100/`` holds torch_dist's files, ``run_state.json`` (what the
+checkpoint is: iteration, cursor, configuration, provenance) and ``files.json`` (size and sha256 of every file, written
+last). A directory without a matching ``files.json`` is not a checkpoint. ``latest_checkpointed_iteration.txt`` is
+upstream's tracker; it moves last and is a hint only: resuming looks at the directories themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from megatron_vpmoe.errors import CheckpointError
+from megatron_vpmoe.runtime import distributed
+from megatron_vpmoe.runtime.device import has_gpu
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_NAME = re.compile(r"iter_(\d{7})")
+# Optimizer state that loads at any data- and expert-parallel size.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A complete checkpoint: its directory and what run_state.json says of it."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def iteration(self) -> int:
+        return int(self.state["iteration"])
+
+
+def damage(path: Path, *, check_hashes: bool = True) -> str | None:
+    """Why ``path`` is not a complete checkpoint; None if it is."""
+    listing = path / "files.json"
+    if not listing.is_file():
+        return "files.json is missing: the save did not finish"
+    try:
+        files: dict[str, dict[str, Any]] = json.loads(listing.read_text())
+    except ValueError as error:
+        return f"files.json is not JSON: {error}"
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, {expected['bytes']} were written"
+        if check_hashes and _sha256(file) != expected["sha256"]:
+            return f"{name} does not have the sha256 that was written"
+    return None
+
+
+def find_newest(directory: Path, *, check_hashes: bool = True) -> tuple[Found | None, list[str]]:
+    """The newest complete checkpoint under ``directory``, and a line for every newer one that was passed over."""
+    passed_over: list[str] = []
+    candidates = [p for p in directory.glob("iter_*") if _NAME.fullmatch(p.name)] if directory.is_dir() else []
+    for path in sorted(candidates, reverse=True):
+        reason = damage(path, check_hashes=check_hashes)
+        if reason is None:
+            return Found(path, json.loads((path / "run_state.json").read_text())), passed_over
+        passed_over.append(f"{path}: {reason}")
+    return None, passed_over
+
+
+def open_checkpoint(path: Path) -> Found:
+    """A checkpoint directory, or the newest one under a run or checkpoints directory.
+
+    Raises:
+        CheckpointError: there is none, or the one named is damaged.
+    """
+    if _NAME.fullmatch(path.name):
+        reason = damage(path) if path.is_dir() else "no such directory"
+        if reason is not None:
+            raise CheckpointError(f"unusable checkpoint: {reason}", source=str(path), remedy="choose another checkpoint")
+        return Found(path, json.loads((path / "run_state.json").read_text()))
+    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found, passed_over = find_newest(directory)
+    if found is None:
+        raise CheckpointError(
+            "no complete checkpoint" + "".join(f"\n  passed over {line}" for line in passed_over),
+            source=str(directory),
+            remedy="train first, or name a directory that holds iter_* checkpoints",
+        )
+    return found
+
+
+def save(directory: Path, run_state: dict[str, Any], model: Any, optimizer: Any, scheduler: Any) -> Path:
+    """Write one checkpoint; a collective. Returns its directory.
+
+    Written under a temporary name, fsynced, renamed; then the tracker moves. A crash at any moment leaves the older
+    checkpoints as they were.
+
+    Args:
+        directory: ``<run_dir>/checkpoints``.
+        run_state: JSON-able; must hold ``iteration``.
+        model: the bare model.
+        optimizer: a MegatronOptimizer.
+        scheduler: an OptimizerParamScheduler.
+    """
+    final = directory / f"iter_{run_state['iteration']:07d}"
+    partial = directory / f"{final.name}.partial"
+    if distributed.rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    model_state = model.sharded_state_dict(metadata=_METADATA)
+    state = {
+        "model": model_state,
+        "optimizer": optimizer.sharded_state_dict(model_state, metadata=_METADATA),
+        "scheduler": scheduler.state_dict(),
+        "rng": _rng_object(_rng_state()),
+    }
+    dist_checkpointing.save(state, str(partial), content_metadata=_METADATA)
+    dist.barrier()
+    if distributed.rank() == 0:
+        _seal(partial, final, run_state)
+    dist.barrier()
+    return final
+
+
+def _seal(partial: Path, final: Path, run_state: dict[str, Any]) -> None:
+    _write_synced(partial / "run_state.json", json.dumps(run_state, indent=1))
+    files = {}
+    for file in sorted(partial.iterdir()):
+        _fsync(file)
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    _write_synced(partial / "files.json", json.dumps(files, indent=1))
+    _fsync(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    tracker = final.parent / f"{TRACKER}.partial"
+    _write_synced(tracker, f"{run_state['iteration']}\n")
+    os.replace(tracker, final.parent / TRACKER)
+    _fsync(final.parent)
+
+
+def load(found: Found, model: Any, optimizer: Any = None, scheduler: Any = None) -> None:
+    """Read a checkpoint into the bare model, and into the optimizer and scheduler if given; a collective.
+
+    The random state is restored when the number of processes is the one that saved it; another number continues the
+    same data order and schedule with this run's own seed (the model draws no random numbers while training).
+    """
+    model_state = model.sharded_state_dict(metadata=_METADATA)
+    state: dict[str, Any] = {"model": model_state}
+    same_world = found.state["world_size"] == distributed.world_size()
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_METADATA)
+        if same_world:
+            state["rng"] = _rng_object(_rng_state())
+    loaded = dist_checkpointing.load(state, str(found.path))
+    model.load_state_dict(loaded["model"])
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+        optimizer.reload_model_params()
+        if same_world:
+            _set_rng_state(loaded["rng"])
+    if scheduler is not None:
+        scheduler.load_state_dict(loaded["scheduler"])
+
+
+def prune(directory: Path, *, keep_last: int, keep_every: int | None) -> list[Path]:
+    """Remove complete checkpoints beyond the newest ``keep_last`` and the multiples of ``keep_every``; rank 0 only."""
+    complete = sorted(
+        (p for p in directory.glob("iter_*") if _NAME.fullmatch(p.name) and (p / "files.json").is_file()), reverse=True
+    )
+    removed = []
+    for path in complete[keep_last:]:
+        iteration = int(path.name.removeprefix("iter_"))
+        if keep_every is None or iteration % keep_every:
+            (path / "files.json").unlink()  # From here on it is incomplete, whatever becomes of the removal.
+            shutil.rmtree(path)
+            removed.append(path)
+    return removed
+
+
+def _rng_state() -> dict[str, Any]:
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if has_gpu() else None,
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if has_gpu() and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _rng_object(state: dict[str, Any]) -> ShardedObject:
+    return ShardedObject("rng", state, (distributed.world_size(),), (distributed.rank(),), replica_id=0)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())

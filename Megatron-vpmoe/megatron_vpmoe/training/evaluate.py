@@ -1,0 +1,36 @@
+"""Validation: the objective over the validation split, normalised over the whole split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from megatron_vpmoe.data.batch import Batch
+from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.objectives import Objective
+from megatron_vpmoe.runtime.device import current_device
+from megatron_vpmoe.training.step import global_metrics, global_totals, layout_of
+
+
+@torch.no_grad()
+def evaluate(model: VPModel, objective: Objective, batches: Iterable[Batch]) -> dict[str, float]:
+    """The objective's metrics over ``batches`` of all data-parallel ranks.
+
+    Args:
+        model: the bare model; its training mode is restored afterwards.
+        batches: this rank's share; every rank must pass equally many (expert-parallel ranks exchange tokens).
+    """
+    batches = list(batches)
+    totals = global_totals(objective, batches)
+    was_training = model.training
+    model.eval()
+    try:
+        collected = []
+        for batch in batches:
+            batch = batch.to(current_device())
+            output = model(batch.tokens, layout_of(batch))
+            collected.append(objective(output, batch, totals).metrics)
+    finally:
+        model.train(was_training)
+    return global_metrics(objective, collected, totals)

@@ -1,0 +1,120 @@
+"""The loop: from a configuration to a trained model, readable from top to bottom. It knows no task."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import TYPE_CHECKING
+
+from megatron_vpmoe.data.batch import Batch
+from megatron_vpmoe.errors import NonFiniteError
+from megatron_vpmoe.metrics import MetricStream, open_sinks
+from megatron_vpmoe.model.moe.router_health import check_thresholds
+from megatron_vpmoe.runtime import distributed
+from megatron_vpmoe.runtime.signals import StopRequest
+from megatron_vpmoe.training.evaluate import evaluate
+from megatron_vpmoe.training.progress import Progress
+from megatron_vpmoe.training.router import RouterMonitor
+from megatron_vpmoe.training.run import Run, open_run
+from megatron_vpmoe.training.samples import SampleWriter
+from megatron_vpmoe.training.step import StepResult, train_step
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.config import RunConfig
+
+
+def train(cfg: RunConfig) -> Run:
+    """Train as ``cfg`` says; process groups must exist. Returns the finished (or politely stopped) run."""
+    stop = StopRequest().install()
+    run = open_run(cfg)
+    is_main = distributed.rank() == 0
+    metrics = MetricStream(open_sinks(cfg, run.directory, resume_step=run.iteration) if is_main else [])
+    progress = Progress(cfg, start=run.iteration, enabled=is_main)
+    routers = RouterMonitor(run.model, cfg)
+    samples = SampleWriter(run.valid_dataset, cfg, run.directory / "samples.jsonl")
+    progress.opened(run)
+    group_size = cfg.training.global_batch_size
+    last = cfg.training.train_iters
+    tokens, started, stopping = 0.0, time.perf_counter(), False
+
+    while run.iteration < last and not stopping:
+        batches = run.source.next_step(run.consumed_samples)
+        routers.reset()
+        result = train_step(run.wrapped, run.optimizer, run.objective, batches)
+        if not result.updated:
+            _skip_or_stop(run, result, batches)
+        lr = run.optimizer.param_groups[0]["lr"]
+        run.scheduler.step(1)
+        run.iteration += 1
+        run.consumed_samples += group_size
+        tokens += result.metrics["tokens/real"]
+        stopping = stop.agreed()
+        step = run.iteration
+
+        if _due(step, cfg.logging.log_interval, last):
+            seconds = time.perf_counter() - started
+            health = routers.metrics(result.metrics["tokens/real"])
+            values = {
+                **result.metrics,
+                "grad_norm": result.grad_norm,
+                "lr": lr,
+                "skipped_steps": float(run.skipped_steps),
+                "throughput/tokens_per_second": tokens / seconds,
+                **health,
+            }
+            metrics.log(step, values)
+            progress.step(step, values)
+            for warning in check_thresholds(health, cfg):
+                progress.note(warning)
+            tokens, started = 0.0, time.perf_counter()
+        if _due(step, cfg.evaluation.eval_interval, last):
+            valid = evaluate(run.model, run.objective, run.valid)
+            metrics.log(step, {f"valid/{tag}": value for tag, value in valid.items()})
+            progress.evaluated(step, valid)
+        if _due(step, cfg.evaluation.sample_interval, last):
+            samples.write(run.model, step, is_writer=is_main)
+        if _due(step, cfg.checkpoint.save_interval, last) or step == last or stopping:
+            progress.saved(step, run.save())
+        if _due(step, cfg.evaluation.eval_interval, last) or _due(step, cfg.checkpoint.save_interval, last):
+            tokens, started = 0.0, time.perf_counter()
+
+    progress.finished(run.iteration, stopped=stopping and run.iteration < last)
+    run.source.close()
+    metrics.close()
+    return run
+
+
+def _due(step: int, interval: int | None, last: int) -> bool:
+    """Every ``interval`` steps, and at the last one; never for None."""
+    return interval is not None and (step % interval == 0 or step == last)
+
+
+def _skip_or_stop(run: Run, result: StepResult, batches: list[Batch]) -> None:
+    """A step whose loss or gradient is not finite: dump what led to it, then drop the step or end the run."""
+    training = run.cfg.training
+    run.skipped_steps += 1
+    report = {
+        "iteration": run.iteration + 1,
+        "consumed_samples": run.consumed_samples,
+        "rank": distributed.rank(),
+        "loss": result.metrics["loss/total"],
+        "grad_norm": result.grad_norm,
+        "sample_ids": [sample for batch in batches for sample in batch.sample_ids],
+        "parameters": [
+            name
+            for name, parameter in run.model.named_parameters()
+            if (grad := getattr(parameter, "main_grad", None)) is not None and not bool(grad.isfinite().all())
+        ],
+    }
+    path = run.directory / f"nonfinite_{run.iteration + 1:07d}_rank{distributed.rank()}.json"
+    path.write_text(json.dumps(report, indent=1))
+    if training.nonfinite_policy == "skip" and run.skipped_steps <= training.nonfinite_max_skips:
+        return
+    what = "loss" if not math.isfinite(result.metrics["loss/total"]) else "gradient"
+    named = f", first in {report['parameters'][0]}" if report["parameters"] else ""
+    raise NonFiniteError(
+        f"the {what} of iteration {run.iteration + 1} is not finite{named}",
+        source=f"{path} (batch ids, parameters with a non-finite gradient)",
+        remedy="lower the learning rate, or nonfinite_policy: skip with nonfinite_max_skips to drop such steps",
+    )

@@ -1,0 +1,137 @@
+"""Where a run comes from: code, configuration, vocabulary, data, packages; and whether another may continue it."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from megatron_vpmoe.config import config_hash
+from megatron_vpmoe.config.provenance import provenance_diff
+from megatron_vpmoe.data.manifest import Manifest, read_manifest
+from megatron_vpmoe.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.config import RunConfig
+
+_PACKAGES = ("torch", "megatron-core", "numpy", "transformer-engine")
+_BINDING = ("tokenizer", "dataset_manifest_sha256")
+
+
+class Difference(NamedTuple):
+    """Something that two runs do not share; str() reads "model.num_layers: 8 -> 12".
+
+    Attributes:
+        binding: the one run cannot soundly continue the other.
+    """
+
+    key: str
+    old: Any
+    new: Any
+    binding: bool
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old!r} -> {self.new!r}"
+
+
+def collect_provenance(cfg: RunConfig, manifest: Manifest) -> dict[str, Any]:
+    """What a checkpoint records of its origin; JSON-ready.
+
+    Returns:
+        ``git`` {sha, dirty} (both None outside a repository), ``config_hash``, ``tokenizer`` (its identity),
+        ``dataset_manifest_sha256`` and ``packages`` (name -> version, "python" included).
+    """
+    return {
+        "git": git_state(Path(__file__).parent),
+        "config_hash": config_hash(cfg),
+        "tokenizer": manifest.tokenizer.identity(),
+        "dataset_manifest_sha256": manifest.sha256,
+        "packages": _versions(),
+    }
+
+
+def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """Differences between two origins, the binding ones first.
+
+    Model, order and objective fields, vocabulary and dataset bind. Code and package versions are told but free, and of
+    the operational configuration fields nothing is told.
+
+    Args:
+        old: {"config": the resolved configuration by section, "provenance": from ``collect_provenance``}.
+        new: likewise.
+    """
+    found = [Difference(*change, binding=True) for change in provenance_diff(old["config"], new["config"])]
+    before, after = _flat(old["provenance"]), _flat(new["provenance"])
+    for key in dict.fromkeys([*before, *after]):
+        if key != "config_hash" and before.get(key) != after.get(key):
+            binding = key.split(".")[0] in _BINDING
+            found.append(Difference(key, before.get(key), after.get(key), binding))
+    return sorted(found, key=lambda difference: not difference.binding)
+
+
+def check_provenance(state: Mapping[str, Any], cfg: RunConfig, *, source: str) -> list[str]:
+    """Whether a run under ``cfg`` may continue the checkpoint with ``state``.
+
+    Args:
+        state: holds "config" and "provenance", as for ``compare``.
+        source: the checkpoint, for the message.
+
+    Returns:
+        a line for each free difference, such as another torch version.
+
+    Raises:
+        CheckpointError: there are binding differences; all of them are listed.
+        DataError: the dataset that ``cfg`` names cannot be read.
+    """
+    manifest = read_manifest(cfg.data.data_path)
+    here = {"config": cfg.model_dump(mode="json"), "provenance": collect_provenance(cfg, manifest)}
+    differences = compare(state, here)
+    if binding := [str(difference) for difference in differences if difference.binding]:
+        raise CheckpointError(
+            "the checkpoint belongs to another run (checkpoint -> now):\n    " + "\n    ".join(binding),
+            source=source,
+            remedy="set these back to continue it, or take another --run-name to start afresh",
+        )
+    return [f"changed since the checkpoint: {difference}" for difference in differences]
+
+
+def git_state(folder: Path) -> dict[str, str | bool | None]:
+    """{"sha": of HEAD, "dirty": tracked files differ from it}; None for both without git, repository or commit."""
+    sha = _git(folder, "rev-parse", "--verify", "HEAD")
+    if sha is None:
+        return {"sha": None, "dirty": None}
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"sha": sha, "dirty": None if changes is None else bool(changes)}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            result |= _flat(value, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = value
+    return result

@@ -1,0 +1,145 @@
+"""A run: everything the loop works with, opened from a configuration, saved to and restored from checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+
+from megatron_vpmoe.data.kd_dataset import KDDataset
+from megatron_vpmoe.data.source import BatchSource, ValidSource
+from megatron_vpmoe.errors import CheckpointError
+from megatron_vpmoe.model.builder import build_model, wrap_for_training
+from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.objectives import Objective, build_objective
+from megatron_vpmoe.optim import IterationScheduler, VpOptimizer, build_optimizer, build_scheduler, routing_table, write_routing_table
+from megatron_vpmoe.runtime import distributed
+from megatron_vpmoe.training import checkpoint
+from megatron_vpmoe.training.provenance import check_provenance, collect_provenance
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.config import RunConfig
+
+
+@dataclass
+class Run:
+    """The parts of a run and its position.
+
+    Attributes:
+        iteration: finished optimizer steps.
+        consumed_samples: rows of the global order that went into them (skipped steps included): the data cursor.
+        skipped_steps: steps dropped under ``nonfinite_policy: skip``.
+        restored_from: the checkpoint that this run continues, if any.
+        notes: lines about the restore, for the log.
+    """
+
+    cfg: RunConfig
+    directory: Path
+    model: VPModel
+    wrapped: DistributedDataParallel
+    optimizer: VpOptimizer
+    scheduler: IterationScheduler
+    objective: Objective
+    source: BatchSource
+    valid: ValidSource
+    valid_dataset: KDDataset
+    provenance: dict[str, Any]
+    iteration: int = 0
+    consumed_samples: int = 0
+    skipped_steps: int = 0
+    restored_from: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    def save(self) -> Path:
+        """Write a checkpoint of this position and drop those no longer kept; a collective."""
+        state = {
+            "iteration": self.iteration,
+            "consumed_samples": self.consumed_samples,
+            "skipped_steps": self.skipped_steps,
+            "world_size": distributed.world_size(),
+            "config": self.cfg.model_dump(mode="json"),
+            "provenance": self.provenance,
+        }
+        path = checkpoint.save(self.checkpoints, state, self.model, self.optimizer, self.scheduler)
+        if distributed.rank() == 0:
+            keep = self.cfg.checkpoint
+            checkpoint.prune(self.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every)
+        return path
+
+
+def open_run(cfg: RunConfig) -> Run:
+    """Build every part of a run, and continue from its newest complete checkpoint if the configuration says so.
+
+    Raises:
+        CheckpointError: the run directory holds checkpoints and ``resume`` is off; or they are of another model,
+            vocabulary or dataset.
+        DataError, TokenizerError: the dataset is unusable or does not fit the model.
+    """
+    directory = cfg.run_directory
+    found, passed_over = restorable(cfg)
+    data_parallel = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    train, valid = (KDDataset.open_for(cfg, split) for split in ("train", "valid"))
+    model = build_model(cfg)
+    wrapped = wrap_for_training(model, cfg)
+    optimizer = build_optimizer([wrapped], cfg)
+    run = Run(
+        cfg=cfg,
+        directory=directory,
+        model=model,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, cfg),
+        objective=build_objective(cfg),
+        source=BatchSource(train, cfg, *data_parallel),
+        valid=ValidSource(valid, cfg, *data_parallel),
+        valid_dataset=valid,
+        provenance=collect_provenance(cfg, train.manifest),
+        notes=tuple(f"passed over {line}" for line in passed_over),
+    )
+    if distributed.rank() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(cfg.to_yaml())
+        write_routing_table(routing_table(model, cfg), directory / "routing.json")
+    if found is not None:
+        _restore(run, found)
+    return run
+
+
+def restorable(cfg: RunConfig, *, check_hashes: bool = True) -> tuple[checkpoint.Found | None, list[str]]:
+    """The checkpoint that ``cfg`` would continue from, after the checks that need no weights.
+
+    Raises:
+        CheckpointError: see ``open_run``.
+    """
+    found, passed_over = checkpoint.find_newest(cfg.run_directory / "checkpoints", check_hashes=check_hashes)
+    if not cfg.checkpoint.resume:
+        if found is not None:
+            raise CheckpointError(
+                f"the run directory holds a checkpoint at iteration {found.iteration} already",
+                source=str(found.path),
+                remedy="--resume continues it; another --run-name starts afresh",
+            )
+        return None, passed_over
+    if found is not None:
+        check_provenance(found.state, cfg, source=str(found.path))
+    return found, passed_over
+
+
+def _restore(run: Run, found: checkpoint.Found) -> None:
+    checkpoint.load(found, run.model, run.optimizer, run.scheduler)
+    run.iteration = found.iteration
+    run.consumed_samples = int(found.state["consumed_samples"])
+    run.skipped_steps = int(found.state["skipped_steps"])
+    run.restored_from = found.path
+    if found.state["world_size"] != distributed.world_size():
+        run.notes += (
+            f"saved by {found.state['world_size']} processes, continued by {distributed.world_size()}: same data order, "
+            "fresh random state",
+        )

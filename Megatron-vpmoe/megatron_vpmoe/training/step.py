@@ -1,0 +1,104 @@
+"""One optimizer step: forward and backward over this rank's micro-batches, global normalisation, update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_vpmoe.data.batch import Batch
+from megatron_vpmoe.model.attention.masks import SequenceLayout
+from megatron_vpmoe.model.gpt import ModelOutput
+from megatron_vpmoe.objectives import Objective
+from megatron_vpmoe.optim import VpOptimizer
+from megatron_vpmoe.runtime.device import current_device
+from megatron_vpmoe.runtime.distributed import sum_over_ranks
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        metrics: the objective's metrics over the global batch, and ``tokens/real``.
+        grad_norm: global gradient norm before clipping; NaN or infinite when the gradient was.
+        updated: whether the parameters moved.
+    """
+
+    metrics: dict[str, float]
+    grad_norm: float
+    updated: bool
+
+
+def global_totals(objective: Objective, batches: list[Batch]) -> dict[str, float]:
+    """The counts that normalise a global batch, summed over all micro-batches and data-parallel ranks first."""
+    counts = {key: float(value) for key, value in objective.counts(batches).items()}
+    counts["tokens/real"] = float(sum(batch.real_tokens for batch in batches))
+    return sum_over_ranks(counts)
+
+
+def layout_of(batch: Batch) -> SequenceLayout:
+    """What attention needs to know of a batch."""
+    return SequenceLayout(document_id=batch.document_id, position=batch.position_ids)
+
+
+def train_step(
+    model: DistributedDataParallel, optimizer: VpOptimizer, objective: Objective, batches: list[Batch]
+) -> StepResult:
+    """Run one step; the parameters do not move when the gradient is not finite.
+
+    The loss of a micro-batch is a sum of per-token terms already divided by the global totals, so that gradients are
+    plain sums over micro-batches and ranks. Megatron-Core's per-token convention divides the summed gradient by the
+    number of real tokens; the loss is multiplied by the same number first, and the router's balance loss, which
+    upstream weighs by tokens, comes out right.
+
+    Args:
+        batches: this rank's micro-batches, on the CPU.
+    """
+    totals = global_totals(objective, batches)
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    collected = get_forward_backward_func()(
+        forward_step_func=_forward_step(objective, totals),
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens.shape[1],
+        micro_batch_size=batches[0].tokens.shape[0],
+        forward_only=False,
+    )
+    metrics = global_metrics(objective, collected, totals)
+    if not math.isfinite(metrics["loss/total"]):
+        return StepResult(metrics, grad_norm=math.nan, updated=False)
+    updated, grad_norm, _ = optimizer.step()
+    return StepResult(metrics, grad_norm, updated)
+
+
+def _forward_step(objective: Objective, totals: dict[str, float]) -> Callable[..., Any]:
+    real_tokens = totals["tokens/real"]
+
+    def loss_of(batch: Batch, output: ModelOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        result = objective(output, batch, totals)
+        num_tokens = torch.tensor(batch.real_tokens, dtype=torch.int, device=result.loss.device)
+        return result.loss * real_tokens, num_tokens, result.metrics
+
+    def forward_step(data_iterator: Iterator[Batch], model: DistributedDataParallel) -> tuple[ModelOutput, Any]:
+        batch = next(data_iterator).to(current_device())
+        return model(batch.tokens, layout_of(batch)), partial(loss_of, batch)
+
+    return forward_step
+
+
+def global_metrics(
+    objective: Objective, collected: list[dict[str, Tensor]], totals: dict[str, float]
+) -> dict[str, float]:
+    """Per-micro-batch metrics summed over micro-batches and data-parallel ranks, and what follows from the counts."""
+    local = {key: float(sum(float(metrics[key]) for metrics in collected)) for key in collected[0]}
+    return {**sum_over_ranks(local), **objective.summary(totals), "tokens/real": totals["tokens/real"]}

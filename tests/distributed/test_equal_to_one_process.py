@@ -1,0 +1,94 @@
+"""However a global batch is split over micro-batches and processes, the loss, the gradient and the weights are the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import TINY, random_batch, rows_of, tiny_config
+from tests.workers import run_workers
+
+STEPS = 3
+ROWS = TINY["global_batch_size"]
+
+
+def train_steps(expert_parallel: int, micro_batch_size: int, bf16: bool = False) -> dict[str, Any]:
+    """A few steps of the tiny model on this process's share of fixed global batches."""
+    from megatron.core import parallel_state
+
+    from megatron_vpmoe.model.builder import build_model, wrap_for_training
+    from megatron_vpmoe.objectives import build_objective
+    from megatron_vpmoe.optim import build_optimizer, build_scheduler
+    from megatron_vpmoe.runtime import distributed
+    from megatron_vpmoe.training.router import RouterMonitor
+    from megatron_vpmoe.training.step import train_step
+
+    cfg = tiny_config(expert_model_parallel_size=expert_parallel, micro_batch_size=micro_batch_size, bf16=bf16)
+    distributed.initialize(seed=7, expert_model_parallel_size=expert_parallel)
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    model = build_model(cfg)
+    wrapped = wrap_for_training(model, cfg)
+    optimizer = build_optimizer([wrapped], cfg)
+    scheduler = build_scheduler(optimizer, cfg)
+    objective = build_objective(cfg)
+    monitor = RouterMonitor(model, cfg)
+    share = ROWS // size
+    losses, norms, health = [], [], {}
+    for step in range(STEPS):
+        whole = random_batch(ROWS, TINY["seq_length"], TINY["padded_vocab_size"], seed=step)
+        mine = [
+            rows_of(whole, begin, begin + micro_batch_size)
+            for begin in range(rank * share, (rank + 1) * share, micro_batch_size)
+        ]
+        monitor.reset()
+        result = train_step(wrapped, optimizer, objective, mine)
+        health = monitor.metrics(result.metrics["tokens/real"])
+        scheduler.step(1)
+        losses.append(result.metrics["loss/total"])
+        norms.append(result.grad_norm)
+    parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    biases = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("expert_bias")}
+    distributed.shutdown()
+    return {"losses": losses, "norms": norms, "parameters": parameters, "biases": biases, "health": health}
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, Any]:
+    return train_steps(expert_parallel=1, micro_batch_size=4)
+
+
+def assert_same(result: dict[str, Any], reference: dict[str, Any], parameters: dict[str, torch.Tensor]) -> None:
+    torch.testing.assert_close(torch.tensor(result["losses"]), torch.tensor(reference["losses"]), rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(result["norms"]), torch.tensor(reference["norms"]), rtol=2e-5, atol=1e-6)
+    for name, expected in reference["parameters"].items():
+        torch.testing.assert_close(parameters[name], expected, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for name, expected in reference["biases"].items():
+        torch.testing.assert_close(result["biases"][name], expected, rtol=0, atol=0)
+    for tag, expected in reference["health"].items():
+        assert result["health"][tag] == pytest.approx(expected, rel=1e-5), tag
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_micro_batches(reference: dict[str, Any], micro_batch_size: int) -> None:
+    result = train_steps(expert_parallel=1, micro_batch_size=micro_batch_size)
+    assert_same(result, reference, result["parameters"])
+
+
+def test_two_data_parallel_ranks(reference: dict[str, Any], tmp_path: Path) -> None:
+    results = run_workers(2, train_steps, 1, 2, folder=tmp_path)
+    for result in results:
+        assert_same(result, reference, result["parameters"])
+
+
+def test_two_expert_parallel_ranks(reference: dict[str, Any], tmp_path: Path) -> None:
+    first, second = run_workers(2, train_steps, 2, 1, folder=tmp_path)
+    joined = {
+        name: torch.cat([value, second["parameters"][name]]) if ".experts." in name else value
+        for name, value in first["parameters"].items()
+    }
+    assert any(".experts." in name for name in joined)
+    assert_same(first, reference, joined)
+    assert_same(second, reference, joined)

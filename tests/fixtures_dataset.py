@@ -1,0 +1,116 @@
+"""A built dataset in miniature, written with Megatron-Core's builder with a manifest like the builder's."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megatron_vpmoe.data.batch import Document
+
+VOCAB = 50
+PADDED_VOCAB = 64
+EOD = 1
+DTYPES = {"tokens": np.int32, "lossmask": np.uint8, "span": np.uint8}
+
+
+def conversation(length: int, seed: int) -> Document:
+    """Half context, a quarter analysis, the rest final, then the end-of-document token; length >= 8."""
+    random = np.random.default_rng([seed, length])
+    tokens = random.integers(2, VOCAB, length).astype(np.int32)
+    tokens[-1] = EOD
+    described = np.zeros(length, np.uint8)  # of the token itself
+    described[length // 2 : 3 * length // 4] = 1
+    described[3 * length // 4 : length - 1] = 2
+    span = np.append(described[1:], 0).astype(np.uint8)
+    return Document(tokens, (span > 0).astype(np.uint8), span)
+
+
+def write_dataset(
+    root: Path, splits: dict[str, Sequence[Sequence[Document]]], *, seq_length: int, vocab_size: int = VOCAB
+) -> Path:
+    """Write shards (lists of conversations) of each split, ``token_pieces.txt`` and ``manifest.json`` into ``root``."""
+    root.mkdir(parents=True, exist_ok=True)
+    pieces = b"".join(base64.b64encode(f"<{i}>".encode()) + b"\n" for i in range(vocab_size))
+    pieces += b"\n" * (PADDED_VOCAB - vocab_size)
+    (root / "token_pieces.txt").write_bytes(pieces)
+    manifest = {
+        "schema_version": 1,
+        "kind": "harmony_kd",
+        "seq_length": seq_length,
+        "tokenizer": {
+            "name": "o200k_harmony_compact",
+            "rank_file_sha256": "0" * 64,
+            "vocab_size": vocab_size,
+            "padded_vocab_size": PADDED_VOCAB,
+            "eod_id": EOD,
+            "special_tokens": {"<|endoftext|>": EOD, "<|return|>": 2, "<|call|>": 3},
+            "compact_map": None,
+            "pieces": {"path": "token_pieces.txt", "sha256": hashlib.sha256(pieces).hexdigest()},
+        },
+        "splits": {split: _write_split(root / split, shards) for split, shards in splits.items()},
+    }
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    return root
+
+
+def small_dataset(root: Path, *, train: int = 40, valid: int = 10, seq_length: int = 48, shards: int = 2) -> Path:
+    """Conversations of 8 to ``seq_length`` tokens, dealt out to shards; a pure function of the arguments."""
+    lengths = np.random.default_rng(0).integers(8, seq_length + 1, train + valid)
+    documents = [conversation(int(length), seed) for seed, length in enumerate(lengths)]
+    return write_dataset(
+        root,
+        {
+            "train": [documents[number:train:shards] for number in range(shards)],
+            "valid": [documents[train + number :: shards] for number in range(shards)],
+        },
+        seq_length=seq_length,
+    )
+
+
+def rewrite_manifest(root: Path, change) -> None:
+    """Apply ``change`` to the parsed manifest."""
+    path = root / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def write_part(folder: Path, shard: str, part: str, arrays: Sequence[np.ndarray], dtype: type | None = None) -> None:
+    """One IndexedDataset of a shard."""
+    prefix = folder / f"{shard}_{part}"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype or DTYPES[part])
+    for array in arrays:
+        builder.add_document(torch.from_numpy(array.astype(np.int64)), [len(array)])
+    builder.finalize(f"{prefix}.idx")
+
+
+def describe_files(folder: Path, shard: str) -> dict[str, dict[str, int | str]]:
+    """The manifest's entry of a shard's files, as they are on disk."""
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in sorted(folder.glob(f"{shard}_*"))
+    }
+
+
+def _write_split(folder: Path, shards: Sequence[Sequence[Document]]) -> dict:
+    folder.mkdir(exist_ok=True)
+    entries = []
+    for number, documents in enumerate(shards):
+        name = f"shard_{number:02d}"
+        write_part(folder, name, "tokens", [document.tokens for document in documents])
+        write_part(folder, name, "lossmask", [document.loss_mask for document in documents])
+        write_part(folder, name, "span", [document.span_id for document in documents])
+        tokens = sum(len(document.tokens) for document in documents)
+        entries.append({"name": name, "rows": len(documents), "tokens": tokens, "files": describe_files(folder, name)})
+    return {
+        "rows": sum(entry["rows"] for entry in entries),
+        "tokens": sum(entry["tokens"] for entry in entries),
+        "shards": entries,
+    }

@@ -1,0 +1,169 @@
+"""Our attention against the per-token fp64 reference in ref/, and the sink and window against HF's GPT-OSS."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vpmoe.model.attention.backends import core_attention
+from megatron_vpmoe.model.attention.grape import alibi_slopes, initial_log_frequencies, rotate, rotation_angles
+from megatron_vpmoe.model.attention.masks import SequenceLayout
+from megatron_vpmoe.model.attention.tpa import TPAGeometry, contract_factors
+from megatron_vpmoe.model.attention.value_residual import mix_first_value
+from ref import attention as naive
+
+CPU = torch.device("cpu")
+DOCUMENTS = [0] * 5 + [1] * 4 + [-1] * 2
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+
+
+def layout_of(documents: list[int]) -> SequenceLayout:
+    row = torch.tensor([documents], dtype=torch.int32)
+    return SequenceLayout(row, torch.zeros_like(row, dtype=torch.int64))
+
+
+def check(ours: Tensor, theirs: Tensor, inputs: tuple[Tensor, ...], tolerance: float = 1e-11) -> None:
+    """Equal values, and equal gradients under one random cotangent."""
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    cotangent = draw(*ours.shape, seed=99).detach().to(ours.dtype)
+    gradients = (torch.autograd.grad(x, inputs, cotangent, retain_graph=True) for x in (ours, theirs))
+    for mine, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("backend", "window", "alibi"),
+    [
+        ("reference", None, False),
+        ("reference", None, True),
+        ("reference", 3, False),
+        ("sdpa", None, False),
+        ("sdpa", None, True),
+        ("banded", 3, False),
+        ("banded", 1, False),
+        ("banded", 16, False),
+    ],
+)
+@pytest.mark.parametrize("with_sink", [True, False])
+def test_backends_equal_the_definition(backend: str, window: int | None, alibi: bool, with_sink: bool) -> None:
+    heads, groups, dim, length = 6, 2, 4, len(DOCUMENTS)
+    q, k, v = draw(length, heads, dim), draw(length, groups, dim, seed=1), draw(length, groups, dim, seed=2)
+    sink = draw(heads, seed=3) if with_sink else None
+    ours = core_attention(
+        *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
+        layout=layout_of(DOCUMENTS),
+        window=window,
+        alibi_slopes_H=alibi_slopes(heads, CPU) if alibi else None,
+        sink_H=sink,
+        softmax_scale=dim**-0.5,
+        backend=backend,
+    )[0].transpose(0, 1)
+    theirs = naive.attention(q, k, v, document=DOCUMENTS, window=window, alibi=alibi, sink=sink)
+    # Six heads: ALiBi's interleaved slopes are fp32 in the product.
+    check(ours, theirs, (q, k, v) if sink is None else (q, k, v, sink), 1e-6 if alibi else 1e-11)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_decoding_equals_the_definition(window: int | None) -> None:
+    q, k, v, sink = draw(2, 4, 4), draw(7, 2, 4, seed=1), draw(7, 2, 4, seed=2), draw(4, seed=3)
+    documents = [-1, 0, 0, 0, 0, 0, 0]
+    ours = core_attention(
+        *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
+        layout=layout_of(documents),
+        window=window,
+        alibi_slopes_H=None,
+        sink_H=sink,
+        softmax_scale=0.5,
+        backend="banded" if window else "sdpa",
+    )[0].transpose(0, 1)
+    check(ours, naive.attention(q, k, v, document=documents, window=window, sink=sink, scale=0.5), (q, k, v, sink))
+
+
+def test_grape_m_equals_the_definition() -> None:
+    scale, positions = 16.0, [0, 1, 2, 0, 1, 1999]
+    log_frequency = (initial_log_frequencies(8, 1e6, scale).double() + draw(4).detach()).requires_grad_()
+    x = draw(len(positions), 1, 3, 8, seed=1)
+    angle = rotation_angles(torch.tensor([positions]), torch.exp(log_frequency / scale))
+    frequency = naive.grape_m_frequency(log_frequency, scale)
+    theirs = torch.stack(
+        [
+            torch.stack([naive.rotate(x[n, 0, h], t, frequency) for h in range(3)]).unsqueeze(0)
+            for n, t in enumerate(positions)
+        ]
+    )
+    check(rotate(x, angle), theirs, (x, log_frequency), 1e-9)
+
+
+def test_tpa_equals_the_definition() -> None:
+    g = TPAGeometry(num_heads=4, num_groups=2, head_dim=6, q_rank=3, rank=2)
+    a, b = draw(3, 1, sum(g.a_sizes)), draw(3, 1, sum(g.b_sizes), seed=1)
+    for index, (heads, rank) in enumerate(((4, 3), (2, 2), (2, 2))):
+        begin_a, begin_b = sum(g.a_sizes[:index]), sum(g.b_sizes[:index])
+        theirs = torch.stack(
+            [naive.tensor_product(a[t, 0, begin_a:], b[t, 0, begin_b:], heads, rank, 6) for t in range(3)]
+        ).unsqueeze(1)
+        check(contract_factors(a, b, g)[index], theirs, (a, b))
+
+
+def test_value_residual_equals_the_definition() -> None:
+    value, first, scale = draw(3, 2, 2, 4), draw(3, 2, 2, 4, seed=1), draw(1, seed=2).squeeze(0)
+    check(mix_first_value(value, first, scale), naive.value_residual(value, first, scale), (value, first, scale), 1e-14)
+
+
+@pytest.mark.parametrize("backend", ["reference", "banded"])
+def test_sink_and_window_equal_gpt_oss(backend: str) -> None:
+    modeling = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    masking = pytest.importorskip("transformers.masking_utils")
+    config = pytest.importorskip("transformers").GptOssConfig(sliding_window=4, attn_implementation="eager")
+    heads, groups, dim, length, window = 4, 2, 8, 19, 4
+    q, k, v, sinks = (
+        draw(1, heads, length, dim),
+        draw(1, groups, length, dim),
+        draw(1, groups, length, dim),
+        draw(heads),
+    )
+    mask = masking.create_sliding_window_causal_mask(
+        config=config,
+        inputs_embeds=torch.zeros(1, length, 1, dtype=torch.float64),
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=torch.arange(length)[None],
+    )
+    module = SimpleNamespace(num_key_value_groups=heads // groups, sinks=sinks, training=False)
+    theirs, _ = modeling.eager_attention_forward(module, q, k, v, mask, scaling=dim**-0.5)
+    ours = core_attention(
+        q,
+        k,
+        v,
+        layout=layout_of([0] * length),
+        window=window,
+        alibi_slopes_H=None,
+        sink_H=sinks,
+        softmax_scale=dim**-0.5,
+        backend=backend,
+    )
+    check(ours.transpose(1, 2), theirs, (q, k, v, sinks))
+
+
+def test_rotation_equals_hf() -> None:
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    x, frequency = draw(7, 2, 3, 16), torch.exp(-torch.arange(8, dtype=torch.float64))
+    angle = rotation_angles(torch.arange(14).view(2, 7), frequency)
+    cos, sin = (torch.cat([f(angle), f(angle)], dim=-1)[:, :, 0].transpose(0, 1) for f in (torch.cos, torch.sin))
+    theirs, _ = llama.apply_rotary_pos_emb(x.permute(1, 2, 0, 3), x.permute(1, 2, 0, 3), cos, sin)
+    check(rotate(x, angle), theirs.permute(2, 0, 1, 3), (x,), 1e-13)
+
+
+def test_rotation_equals_megatron() -> None:
+    rope_utils = pytest.importorskip("megatron.core.models.common.embeddings.rope_utils")
+    x, frequency = draw(7, 2, 3, 16), torch.exp(-torch.arange(8, dtype=torch.float64))
+    angle = rotation_angles(torch.arange(7).expand(2, 7), frequency)
+    doubled = torch.cat([angle, angle], dim=-1)[:, :1]
+    theirs = rope_utils._apply_rotary_pos_emb_bshd(x, doubled, rotary_interleaved=False)
+    check(rotate(x, angle), theirs, (x,), 1e-13)

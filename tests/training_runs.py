@@ -1,0 +1,78 @@
+"""Real training runs of the tiny model, in processes of their own, and how to read what they left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from tests.tiny import ROOT, TINY
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'Megatron-vpmoe'}:{ROOT}"}
+
+
+def command(run_dir: Path, dataset: Path, **changes: object) -> list[str]:
+    """One worker of a tiny run."""
+    fields = {**TINY, "data_path": dataset, "run_dir": run_dir, "log_interval": 1, "save_interval": 5, **changes}
+    flags = [
+        f"--{name.replace('_', '-')}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in fields.items()
+    ]
+    return [sys.executable, "-m", "megatron_vpmoe.pretrain", str(ROOT / "configs" / "nano" / "stage1.yaml"), *flags]
+
+
+def train(run_dir: Path, dataset: Path, **changes: object) -> subprocess.CompletedProcess[str]:
+    """Run to the end."""
+    return subprocess.run(
+        command(run_dir, dataset, **changes), env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def train_until(step: int, how: signal.Signals, run_dir: Path, dataset: Path, **changes: object) -> int:
+    """Start a run and send it ``how`` once ``step`` is in its metrics; returns its exit code."""
+    with subprocess.Popen(
+        command(run_dir, dataset, **changes), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not any(record["step"] >= step for record in records(run_dir)):
+            assert process.poll() is None, f"the run ended with {process.returncode} before step {step}"
+            assert time.monotonic() < deadline, f"step {step} was not reached"
+            time.sleep(0.02)
+        process.send_signal(how)
+        return process.wait(timeout=60)
+
+
+def records(run_dir: Path) -> list[dict]:
+    """metrics.jsonl, without a last line that is still being written."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Step -> training loss, as logged (exact: JSON keeps every digit of a double)."""
+    return {record["step"]: record["value"] for record in records(run_dir) if record["tag"] == "loss/total"}
+
+
+def checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint by key: weights and optimizer state."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = FileSystemReader(str(path))
+    metadata = reader.read_metadata().state_dict_metadata
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(state, storage_reader=reader, no_dist=True)
+    return state

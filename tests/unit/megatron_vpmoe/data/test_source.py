@@ -1,0 +1,167 @@
+"""Batch sources: the same global order for any number of ranks, any micro-batch size, and from any cursor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_vpmoe.data.batch import Batch, Document
+from megatron_vpmoe.data.cursor import SampleOrder
+from megatron_vpmoe.data.kd_dataset import KDDataset
+from megatron_vpmoe.data.source import BatchSource, ValidSource
+from megatron_vpmoe.errors import ConfigError, DataError
+from tests.fixtures_dataset import PADDED_VOCAB, small_dataset
+from tests.tiny import tiny_config
+
+SEQ_LENGTH = 48
+
+
+@pytest.fixture(scope="module")
+def dataset_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_dataset(tmp_path_factory.mktemp("kd"), train=40, valid=10, seq_length=SEQ_LENGTH)
+
+
+def opened(root: Path, split: str) -> KDDataset:
+    return KDDataset.open(root, split, seq_length=SEQ_LENGTH, padded_vocab_size=PADDED_VOCAB)
+
+
+def config(global_batch_size: int, micro_batch_size: int, **changes):
+    return tiny_config(
+        global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, packing_window=16, **changes
+    )
+
+
+def rows_by_sample(batches: list[Batch]) -> dict[int, list[list[int]]]:
+    """Sample id -> everything that the row holds."""
+    fields = ("tokens", "labels", "position_ids", "document_id", "loss_mask", "span_id")
+    return {
+        sample: [getattr(batch, field)[row].tolist() for field in fields]
+        for batch in batches
+        for row, sample in enumerate(batch.sample_ids)
+    }
+
+
+def global_step(root: Path, consumed: int, gbs: int, mbs: int, dp_size: int) -> dict[int, list[list[int]]]:
+    """What all ranks together see in one step."""
+    rows: dict[int, list[list[int]]] = {}
+    for rank in range(dp_size):
+        source = BatchSource(opened(root, "train"), config(gbs, mbs), rank, dp_size)
+        batches = source.next_step(consumed)
+        source.close()
+        assert len(batches) == gbs // mbs // dp_size
+        assert all(batch.tokens.shape == (mbs, SEQ_LENGTH) for batch in batches)
+        mine = rows_by_sample(batches)
+        assert not rows.keys() & mine.keys()
+        rows |= mine
+    return rows
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    consumed=st.integers(0, 120),
+    split=st.sampled_from([(1, 1), (1, 2), (2, 1), (3, 2), (12, 1), (1, 12), (6, 2), (4, 3)]),
+)
+def test_any_split_from_any_cursor_gives_the_same_global_batch(dataset_root, consumed, split):
+    mbs, dp_size = split
+    rows = global_step(dataset_root, consumed, 12, mbs, dp_size)
+    assert sorted(rows) == list(range(consumed, consumed + 12))
+    assert rows == global_step(dataset_root, consumed, 12, 12, 1)
+
+
+def test_a_run_resumed_at_another_size_goes_on_in_the_same_order(dataset_root):
+    straight = {}
+    source = BatchSource(opened(dataset_root, "train"), config(6, 6), 0, 1)
+    for step in range(12):
+        straight |= rows_by_sample(source.next_step(6 * step))
+    source.close()
+    resumed = {}
+    for step in range(5):
+        resumed |= global_step(dataset_root, 6 * step, 6, 3, 2)
+    for step in range(5, 12):
+        resumed |= global_step(dataset_root, 6 * step, 6, 2, 3)
+    assert resumed == straight
+
+
+def test_preparing_ahead_changes_nothing(dataset_root):
+    source = BatchSource(opened(dataset_root, "train"), config(4, 2), 0, 1)
+    expected = [rows_by_sample(source.next_step(consumed)) for consumed in (0, 4, 8, 0, 40, 44)]
+    source.close()
+    for consumed, rows in zip((0, 4, 8, 0, 40, 44), expected, strict=True):
+        assert rows == global_step(dataset_root, consumed, 4, 2, 1)
+
+
+def test_a_fault_while_preparing_ahead_reaches_the_step_it_belongs_to(dataset_root, monkeypatch):
+    dataset, cfg = opened(dataset_root, "train"), config(4, 2)
+    order = SampleOrder(dataset.lengths, seq_length=SEQ_LENGTH, window=16, seed=cfg.data.data_seed)
+    broken = {int(index) for sample in range(4, 8) for index in order.documents(sample)}
+    reading = KDDataset.__getitem__
+
+    def damaged(self: KDDataset, index: int) -> Document:
+        if index in broken:
+            raise DataError("unreadable", source="shard_00", remedy="none")
+        return reading(self, index)
+
+    monkeypatch.setattr(KDDataset, "__getitem__", damaged)
+    source = BatchSource(dataset, cfg, 0, 1)
+    assert source.next_step(0)[0].sample_ids == [0, 1]
+    with pytest.raises(DataError, match="unreadable"):
+        source.next_step(4)
+    broken.clear()
+    assert source.next_step(4)[0].sample_ids == [4, 5]
+    source.close()
+
+
+def test_close_ends_the_thread(dataset_root):
+    source = BatchSource(opened(dataset_root, "train"), config(4, 2), 0, 1)
+    source.next_step(0)
+    source.close()
+    source.close()
+    assert not any(thread.is_alive() for thread in source._worker._threads)
+
+
+def test_epoch_follows_the_cursor(dataset_root):
+    dataset, cfg = opened(dataset_root, "train"), config(4, 2)
+    order = SampleOrder(dataset.lengths, seq_length=SEQ_LENGTH, window=16, seed=cfg.data.data_seed)
+    second = order.first_sample_of_epoch(1)
+    source = BatchSource(dataset, cfg, 0, 1)
+    assert [source.epoch(consumed) for consumed in (0, second - 1, second)] == [0, 0, 1]
+    source.close()
+
+
+def test_a_batch_that_does_not_divide_is_refused(dataset_root):
+    with pytest.raises(ConfigError, match="global_batch_size 10 is not a multiple of micro_batch_size 2 x 3"):
+        BatchSource(opened(dataset_root, "train"), config(10, 2), 0, 3)
+
+
+@pytest.mark.parametrize(("mbs", "dp_size"), [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (2, 3), (16, 4)])
+def test_validation_covers_the_split_once_with_equal_work_on_every_rank(dataset_root, mbs, dp_size):
+    dataset = opened(dataset_root, "valid")
+    seen: list[int] = []
+    forwards = set()
+    tokens = 0
+    for rank in range(dp_size):
+        source = ValidSource(dataset, config(mbs * dp_size, mbs, eval_iters=1000), rank, dp_size)
+        batches = list(source)
+        assert len(batches) == len(source)
+        forwards.add(len(batches))
+        seen += [sample for batch in batches for sample in batch.sample_ids if sample >= 0]
+        tokens += sum(batch.real_tokens for batch in batches)
+        filler = [batch.loss_mask[row] for batch in batches for row, s in enumerate(batch.sample_ids) if s < 0]
+        assert not any(mask.any() for mask in filler)
+    assert len(forwards) == 1
+    assert sorted(seen) == list(range(source.samples))
+    assert tokens == dataset.lengths.sum()
+
+
+def test_validation_repeats_itself_and_stops_after_eval_iters(dataset_root):
+    dataset = opened(dataset_root, "valid")
+    whole = ValidSource(dataset, config(2, 1, eval_iters=1000), 0, 1)
+    first, second = list(whole), list(whole)
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, second, strict=True))
+    short = ValidSource(dataset, config(2, 1, eval_iters=2), 0, 1)
+    assert [batch.sample_ids for batch in short] == [[0], [1], [2], [3]]
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, short, strict=False))

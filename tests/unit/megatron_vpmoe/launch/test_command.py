@@ -1,0 +1,97 @@
+"""``scripts/train.sh`` as a user meets it: help, dry run, and errors that end in exit code 2 without a traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_vpmoe.config.schema import fields
+from megatron_vpmoe.errors import ConfigError
+from megatron_vpmoe.launch.__main__ import main
+from megatron_vpmoe.launch.reference import help_text
+from megatron_vpmoe.launch.workers import Nodes, share_cores
+
+
+def test_help_explains_every_field() -> None:
+    text = " ".join(help_text().split())
+    for spec in fields().values():
+        assert f"{spec.flag} (" in text
+        assert " ".join((spec.info.description or "?").split()) in text
+
+
+def test_dry_run_prints_what_would_run(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run_yaml), "--dry-run", "--lr", "0.5"]) == 0
+    out = capsys.readouterr().out
+    for expected in ("lr: 0.5", "routed experts", "active per token", "needed of each device"):
+        assert expected in out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "no configuration given"),
+        (["nowhere.yaml"], "cannot read nowhere.yaml"),
+        (["RUN", "--lrr", "1"], "unknown flag --lrr; nearest: --lr"),
+        (["RUN", "--data-path", "nowhere"], "nowhere"),
+        (["RUN", "--global-batch-size", "5"], "5 rows are not a multiple of 1 x 2 processes"),
+    ],
+)
+def test_user_errors_end_with_two(
+    run_yaml: Path, words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(run_yaml) if word == "RUN" else word for word in words]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert "remedy:" in error
+    assert "Traceback" not in error
+    assert main([*(str(run_yaml) if word == "RUN" else word for word in words), "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_train_sh_hands_on_arguments_and_exit_code(repository: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = repository / "scripts" / "train.sh"
+    result = subprocess.run(
+        [script, "no such.yaml", "--lr", "1"], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert result.returncode == 2
+    assert "cannot read no such.yaml" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"NNODES": "two"}, "NNODES='two' is not a number"),
+        ({"NNODES": "2"}, "without MASTER_ADDR"),
+        ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2"),
+        ({"NNODES": "0"}, "NNODES=0"),
+    ],
+)
+def test_wrong_node_environment(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: str) -> None:
+    for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=expected):
+        Nodes.from_environment()
+
+
+def test_node_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert Nodes.from_environment() == Nodes(2, 1, "first:29500")
+
+
+def test_cores_are_shared_unless_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_vpmoe.runtime.device.has_gpu", lambda: False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(9)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    share_cores(2)
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    share_cores(2)
+    assert os.environ["OMP_NUM_THREADS"] == "4"

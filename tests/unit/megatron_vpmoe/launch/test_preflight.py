@@ -1,0 +1,63 @@
+"""What does not fit the machine or the run is found before a process starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_vpmoe.config import fit_report, load_config
+from megatron_vpmoe.errors import DataError, DeviceError, TokenizerError
+from megatron_vpmoe.launch import preflight
+from megatron_vpmoe.runtime import device
+
+
+def test_a_missing_dataset(run_yaml: Path) -> None:
+    with pytest.raises(DataError, match="build_synth_kd_v1"):
+        preflight.check_dataset(load_config(run_yaml))
+
+
+@pytest.mark.parametrize(("vocabulary", "error"), [(1024, TokenizerError), (512, DataError)])
+def test_both_splits_are_opened_for_the_model(run_yaml: Path, vocabulary: int, error: type[Exception]) -> None:
+    """Another vocabulary is refused as such; the right one gets as far as the missing training split."""
+    cfg = load_config(run_yaml)
+    tokenizer = {
+        "name": "o200k_harmony_compact",
+        "rank_file_sha256": "0" * 64,
+        "vocab_size": 500,
+        "padded_vocab_size": vocabulary,
+        "eod_id": 1,
+        "special_tokens": {},
+        "compact_map": None,
+        "pieces": {"path": "token_pieces.txt", "sha256": "0" * 64},
+    }
+    manifest = {"schema_version": 1, "kind": "harmony_kd", "seq_length": 64, "tokenizer": tokenizer, "splits": {}}
+    (Path(cfg.data.data_path) / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(error):
+        preflight.check_dataset(cfg)
+
+
+def test_the_nano_counterpart_is_found_by_what_it_extends(repository: Path, run_yaml: Path) -> None:
+    found = preflight.nano_counterpart(repository / "configs" / "vpmoe_stage1.yaml")
+    assert found is not None
+    assert Path(found) == repository / "configs" / "nano" / "stage1.yaml"
+    assert preflight.nano_counterpart(run_yaml) is None
+
+
+def test_a_machine_without_enough_memory(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage1 = repository / "configs" / "vpmoe_stage1.yaml"
+    monkeypatch.setattr(device, "has_gpu", lambda: False)
+    monkeypatch.setattr(device, "available_memory", lambda: (24 * 2**30, "CPU", 1))
+    with pytest.raises(DeviceError, match=r"nano/stage1\.yaml"):
+        preflight.check_machine(load_config(stage1), stage1)
+
+
+def test_more_processes_than_gpus(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load_config(run_yaml)
+    plenty = fit_report(cfg, 2**40, "NVIDIA H200", device_count=1)
+    monkeypatch.setattr(preflight, "machine_report", lambda _cfg: plenty)
+    with pytest.raises(DeviceError, match="2 would share one NVIDIA H200"):
+        preflight.check_machine(cfg, run_yaml)
+    monkeypatch.setattr(preflight, "machine_report", lambda _cfg: fit_report(cfg, 2**40, "NVIDIA H200", 2))
+    preflight.check_machine(cfg, run_yaml)

@@ -1,0 +1,123 @@
+"""Routing: each parameter matches one rule; what the rules say of a model with every kind of parameter."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from toy_model import EXPERTS, ToyModel, toy_config
+
+from megatron_vpmoe.errors import ConfigError
+from megatron_vpmoe.optim.routing import (
+    RULES,
+    Rule,
+    find_rule,
+    render_routing_table,
+    routing_table,
+    write_routing_table,
+)
+
+LAYER = "decoder.layers.3."
+
+EXPECTED = {
+    "embedding.word_embeddings.weight": ("adamw", "decoupled_lr", True),
+    "output_layer.weight": ("adamw", "decoupled_lr", True),
+    "decoder.final_layernorm.weight": ("adamw", "normuon_aux_lr", False),
+    LAYER + "input_layernorm.weight": ("adamw", "normuon_aux_lr", False),
+    LAYER + "pre_mlp_layernorm.weight": ("adamw", "normuon_aux_lr", False),
+    LAYER + "self_attention.linear_qkv.weight": ("normuon", "lr", True),
+    LAYER + "self_attention.linear_qkv.bias": ("adamw", "normuon_aux_lr", False),
+    LAYER + "self_attention.linear_tpa_a.weight": ("normuon", "lr", True),
+    LAYER + "self_attention.linear_tpa_a.bias": ("adamw", "normuon_aux_lr", False),
+    LAYER + "self_attention.linear_tpa_b.weight": ("normuon", "lr", True),
+    LAYER + "self_attention.qkv_bias": ("adamw", "normuon_aux_lr", False),
+    LAYER + "self_attention.linear_proj.weight": ("normuon", "lr", True),
+    LAYER + "self_attention.q_layernorm.weight": ("adamw", "normuon_aux_lr", False),
+    LAYER + "self_attention.sink": ("adamw", "normuon_aux_lr", False),
+    LAYER + "self_attention.grape_log_freq": ("adamw", "normuon_aux_lr", False),
+    LAYER + "self_attention.value_residual_scale": ("adamw", "normuon_aux_lr", False),
+    LAYER + "mlp.linear_fc1.weight": ("normuon", "lr", True),
+    LAYER + "mlp.router.weight": ("adamw", "normuon_aux_lr", True),
+    LAYER + "mlp.shared_experts.linear_fc2.weight": ("normuon", "lr", True),
+    LAYER + "mlp.shared_experts.linear_fc2.bias": ("adamw", "normuon_aux_lr", False),
+    LAYER + "mlp.experts.fc1_weight": ("normuon", "lr", True),
+    LAYER + "mlp.experts.fc2_bias": ("adamw", "normuon_aux_lr", False),
+    LAYER + "mlp.experts.local_experts.7.linear_fc1.weight": ("normuon", "lr", True),
+    LAYER + "mlp.experts.local_experts.7.linear_fc1.bias": ("adamw", "normuon_aux_lr", False),
+    LAYER + "mlp.experts.linear_fc1.weight7": ("normuon", "lr", True),
+    LAYER + "mlp.experts.linear_fc1.bias7": ("adamw", "normuon_aux_lr", False),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_rule_of_each_name(name: str) -> None:
+    rule = find_rule(name)
+    assert (rule.optimizer, rule.lr, rule.weight_decay) == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", ["decoder.layers.0.mamba.in_proj.weight", "decoder.layers.0.self_attention.gate", "x"])
+def test_an_unknown_parameter_is_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"parameter {name} is matched by no rule"):
+        find_rule(name)
+
+
+def test_a_parameter_with_two_rules_is_named_with_both() -> None:
+    rules = (*RULES, Rule("second", ("*router*",), "adamw", "lr", True))
+    with pytest.raises(ConfigError, match="several rules: router, second"):
+        find_rule(LAYER + "mlp.router.weight", rules)
+
+
+def test_table_of_the_toy_model() -> None:
+    model = ToyModel()
+    rows = routing_table(model, toy_config())
+    assert [row.name for row in rows] == [name for name, _ in model.named_parameters()]
+    by_name = {row.name: row for row in rows}
+    qkv = by_name["decoder.layers.1.self_attention.linear_qkv.weight"]
+    assert (qkv.matrices, qkv.lr, qkv.weight_decay, qkv.expert) == (3, 0.02, 0.1, False)
+    experts = by_name["decoder.layers.0.mlp.experts.fc2_weight"]
+    assert (experts.matrices, experts.expert) == (EXPERTS, True)
+    assert by_name["output_layer.weight"].lr == 0.005
+    sink = by_name["decoder.layers.0.self_attention.sink"]
+    assert (sink.lr, sink.weight_decay, sink.matrices) == (0.01, 0.0, 0)
+
+
+def test_wrappers_prefixes_do_not_matter() -> None:
+    wrapped = torch.nn.Module()
+    wrapped.module = torch.nn.Module()
+    wrapped.module.module = ToyModel()
+    assert routing_table([wrapped], toy_config()) == routing_table(wrapped.module.module, toy_config())
+
+
+def test_frozen_parameters_are_not_routed() -> None:
+    model = ToyModel()
+    model.output_layer.weight.requires_grad_(False)
+    assert "output_layer.weight" not in {row.name for row in routing_table(model, toy_config())}
+
+
+def test_adam_takes_everything_at_the_same_learning_rates() -> None:
+    model = ToyModel()
+    normuon, adam = routing_table(model, toy_config()), routing_table(model, toy_config(optimizer="adam"))
+    assert {row.optimizer for row in adam} == {"adamw"}
+    assert [(row.lr, row.weight_decay) for row in adam] == [(row.lr, row.weight_decay) for row in normuon]
+
+
+def test_a_vector_under_a_matrix_rule_is_refused() -> None:
+    rules = (Rule("all", ("*",), "normuon", "lr", True),)
+    with pytest.raises(ConfigError, match="weight has shape"):
+        routing_table(ToyModel().decoder, toy_config(), rules)
+
+
+def test_rendering_and_json(tmp_path: Path) -> None:
+    rows = routing_table(ToyModel(), toy_config())
+    console = Console(file=io.StringIO(), width=100)
+    console.print(render_routing_table(rows))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "expert matrices" in text and "normuon" in text
+    write_routing_table(rows, tmp_path / "routing.json")
+    stored = json.loads((tmp_path / "routing.json").read_text())
+    assert [entry["name"] for entry in stored] == [row.name for row in rows]
+    assert stored[0]["shape"] == [24, 16]
