@@ -42,9 +42,15 @@ def tiny_config(**changes: object) -> RunConfig:
     """configs/nano/stage1.yaml at test size; keywords override fields."""
     flags: list[str] = []
     for name, value in {**TINY, **changes}.items():
-        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-        flags += [f"--{name.replace('_', '-')}", text]
+        flags += [f"--{name.replace('_', '-')}", flag_text(value)]
     return load_config(ROOT / "configs" / "nano" / "stage1.yaml", flags)
+
+
+def flag_text(value: object) -> str:
+    """A field's value as the command line spells it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def random_batch(rows: int, seq_length: int, vocab: int, seed: int) -> Batch:

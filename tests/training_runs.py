@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tests.tiny import ROOT, TINY
+from tests.tiny import ROOT, TINY, flag_text
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'Megatron-vpmoe'}:{ROOT}"}
 
@@ -20,10 +20,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'Me
 def command(run_dir: Path, dataset: Path, **changes: object) -> list[str]:
     """One worker of a tiny run."""
     fields = {**TINY, "data_path": dataset, "run_dir": run_dir, "log_interval": 1, "save_interval": 5, **changes}
-    flags = [
-        f"--{name.replace('_', '-')}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}"
-        for name, value in fields.items()
-    ]
+    flags = [f"--{name.replace('_', '-')}={flag_text(value)}" for name, value in fields.items()]
     return [sys.executable, "-m", "megatron_vpmoe.pretrain", str(ROOT / "configs" / "nano" / "stage1.yaml"), *flags]
 
 

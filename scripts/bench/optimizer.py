@@ -93,9 +93,11 @@ def operator_calls(run: Callable[[], object]) -> int:
 def main() -> None:
     """Parse the arguments, compare the results, time both sides."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("layers", 7), ("experts", 16), ("hidden", 128), ("ffn", 32), ("rounds", 7)):
+    defaults = {"layers": 7, "experts": 16, "hidden": 128, "ffn": 32, "rounds": 7, "threads": 1}
+    for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stacked_params, loop_params = expert_parameters(arguments, device), expert_parameters(arguments, device)
     stacked, loop = NorMuon(stacked_params, LR, DECAY), LoopNorMuon(loop_params)
@@ -105,9 +107,8 @@ def main() -> None:
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     square = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=dtype)
-    rounds = [
-        (seconds(stacked.step), seconds(loop.step), seconds(lambda: square @ square)) for _ in range(arguments.rounds)
-    ]
+    sides = (stacked.step, loop.step, lambda: square @ square)
+    rounds = [tuple(seconds(side) for side in sides) for _ in range(arguments.rounds)]
     stacked_s, loop_s, matmul_s = (min(column) for column in zip(*rounds, strict=True))
     ratios = [b / a for a, b, _ in rounds]
     matrices = 2 * arguments.layers * arguments.experts

@@ -1,4 +1,4 @@
-"""However a global batch is split over micro-batches and processes, the loss, the gradient and the weights are the same."""
+"""However a global batch is split over micro-batches and processes, loss, gradient and weights are the same."""
 
 from __future__ import annotations
 

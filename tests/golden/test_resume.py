@@ -1,4 +1,4 @@
-"""A run that is interrupted, in any way, and resumed is the run that was not: same losses, same weights, bit for bit."""
+"""A run that is interrupted, in any way, and resumed is the run that was not: losses and weights, bit for bit."""
 
 from __future__ import annotations
 

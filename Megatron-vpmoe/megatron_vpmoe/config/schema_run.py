@@ -143,6 +143,8 @@ class CheckpointSection(Section):
     """Also keep every checkpoint whose iteration is a multiple of this."""
     resume: bool = False
     """Continue from the newest complete checkpoint in the run directory."""
+    allow_provenance_change: bool = False
+    """Resume although the data, its order or the objective differ (never the model); the differences are printed."""
 
 
 class LoggingSection(Section):

@@ -59,7 +59,7 @@ def generate(model: VPModel, prompts: Sequence[Sequence[int]], options: Sampling
         the new tokens of each prompt, the stop token included where one was produced.
     """
     if any(not prompt for prompt in prompts) or not prompts:
-        raise DataError("an empty prompt", source="the prompts to continue", remedy="give every prompt at least one token")
+        raise DataError("an empty prompt", source="the prompts to continue", remedy="give every prompt a token")
     was_training = model.training
     model.eval()
     try:

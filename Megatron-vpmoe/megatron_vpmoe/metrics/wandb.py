@@ -96,9 +96,6 @@ class WandbSink:
             run.finish()
         except Exception as error:
             self._report_once(f"{type(error).__name__}: {error}")
-            # Empties the queue from now on, so that it is never full.
-            while self._queue.get() is not None:
-                self._dropped += 1
 
     def _report_once(self, reason: str) -> None:
         if not self._reported:

@@ -8,6 +8,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLP
 
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig, transformer_config
@@ -34,12 +35,23 @@ def build_model(cfg: RunConfig, *, device: torch.device | None = None) -> VPMode
 
 
 def _assemble(config: VPTransformerConfig, cfg: RunConfig) -> VPModel:
-    return VPModel(
+    model = VPModel(
         config,
         cfg.model.padded_vocab_size,
         share_embeddings_and_output_weights=not cfg.model.untie_embeddings_and_output_weights,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
+    if config.gated_linear_unit:
+        _declare_gate_and_up(model)
+    return model
+
+
+def _declare_gate_and_up(model: VPModel) -> None:
+    """Megatron stacks a gated feed-forward's gate over its up projection: two matrices to the optimizer."""
+    for module in model.modules():
+        if isinstance(module, MLP):
+            half = module.linear_fc1.weight.shape[0] // 2
+            module.linear_fc1.weight.matrix_rows = (slice(0, half), slice(half, 2 * half))
 
 
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 CHUNK_BYTES = 128 * 2**20
 
 
-def chunked_cross_entropy(hidden_NH: Tensor, labels_N: Tensor, project: Callable[[Tensor], Tensor], vocab: int) -> Tensor:
+def chunked_cross_entropy(
+    hidden_NH: Tensor, labels_N: Tensor, project: Callable[[Tensor], Tensor], vocab: int
+) -> Tensor:
     """-log p(label) of every row.
 
     Rows go through the output projection in chunks whose fp32 logits take at most CHUNK_BYTES; with more than one chunk

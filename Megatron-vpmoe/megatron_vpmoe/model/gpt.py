@@ -5,7 +5,9 @@ Shapes: B batch, S sequence, H hidden, V padded vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -84,7 +86,7 @@ class VPModel(LanguageModule):
             config.hidden_size,
             vocab_size,
             config=config,
-            init_method=config.init_method,
+            init_method=cast("Callable[[Tensor], Tensor]", config.init_method),
             bias=False,
             skip_weight_param_allocation=share_embeddings_and_output_weights,
             tp_group=self.pg_collection.tp,

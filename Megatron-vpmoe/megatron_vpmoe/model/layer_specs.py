@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules, RouterBuilder
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -38,7 +40,7 @@ def layer_spec(config: VPTransformerConfig, layer_number: int) -> ModuleSpec:
             submodules=MoESubmodules(
                 experts=ModuleSpec(module=StackedExperts),
                 shared_experts=ModuleSpec(module=VPSharedExpert, submodules=_LINEARS),
-                router=VPMoERouter,
+                router=cast(RouterBuilder, VPMoERouter),
             ),
         )
     else:
@@ -57,4 +59,4 @@ def layer_spec(config: VPTransformerConfig, layer_number: int) -> ModuleSpec:
 def block_spec(config: VPTransformerConfig) -> TransformerBlockSubmodules:
     """All layers of the stack and the final norm."""
     layers = [layer_spec(config, number) for number in range(1, config.num_layers + 1)]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=ModuleSpec(module=RMSNorm))

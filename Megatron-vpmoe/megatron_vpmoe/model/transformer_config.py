@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -105,7 +105,7 @@ def transformer_config(cfg: RunConfig) -> VPTransformerConfig:
     )
 
 
-def _moe_fields(cfg: RunConfig) -> dict[str, object]:
+def _moe_fields(cfg: RunConfig) -> dict[str, Any]:
     moe, layers = cfg.moe, cfg.model.num_layers
     return {
         "moe_layer_freq": [0 if n == 1 and moe.first_layer_dense else 1 for n in range(1, layers + 1)],

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from megatron_vpmoe.data.batch import Batch, Span
 from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.objectives.interface import ObjectiveResult, TokenLosses
@@ -44,10 +42,6 @@ class SpanCE:
         """With the weights of ``training.kd_span_weight_{reasoning,final}``."""
         return cls(cfg.training.kd_span_weight_reasoning, cfg.training.kd_span_weight_final)
 
-    @property
-    def _weights(self) -> dict[str, float]:
-        return {"analysis": self.weight_analysis, "final": self.weight_final}
-
     def counts(self, batches: list[Batch]) -> dict[str, int]:
         """Supervised tokens of each span in this rank's share of the global batch.
 
@@ -67,21 +61,21 @@ class SpanCE:
         """See ``Objective``; ``totals`` holds ``tokens/analysis`` and ``tokens/final``."""
         losses = output.cross_entropy(batch.labels, batch.loss_mask)
         spans = batch.span_id[batch.loss_mask]
-        # Begins with a zero that hangs on the graph, so that a micro-batch without supervised tokens still has a
-        # gradient (of zero) and every rank takes part in the gradient exchange.
-        loss = losses.sum() * 0.0
-        metrics: dict[str, Tensor] = {}
-        for name, span in _SPANS.items():
-            mean = losses[spans == span].sum() / max(totals[f"tokens/{name}"], 1.0)
-            loss = loss + self._weights[name] * mean
-            metrics[f"loss/{name}"] = mean.detach()
+        # The sum over no tokens is a zero that hangs on the graph: a micro-batch without supervised tokens still has a
+        # gradient (of zero), and its rank takes part in the gradient exchange.
+        means = {
+            name: losses[spans == span].sum() / max(totals[f"tokens/{name}"], 1.0) for name, span in _SPANS.items()
+        }
+        loss = self.weight_analysis * means["analysis"] + self.weight_final * means["final"]
+        metrics = {f"loss/{name}": mean.detach() for name, mean in means.items()}
         return ObjectiveResult(loss, {"loss/total": loss.detach(), **metrics})
 
     def summary(self, totals: dict[str, float]) -> dict[str, float]:
         """``tokens/*`` and ``weight/*`` of the global batch."""
-        result = {}
-        for name, weight in self._weights.items():
-            count = totals[f"tokens/{name}"]
-            result[f"tokens/{name}"] = count
-            result[f"weight/{name}"] = weight if count else 0.0
-        return result
+        analysis, final = totals["tokens/analysis"], totals["tokens/final"]
+        return {
+            "tokens/analysis": analysis,
+            "tokens/final": final,
+            "weight/analysis": self.weight_analysis if analysis else 0.0,
+            "weight/final": self.weight_final if final else 0.0,
+        }

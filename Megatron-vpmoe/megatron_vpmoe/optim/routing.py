@@ -61,7 +61,7 @@ RULES: tuple[Rule, ...] = (
     Rule("router", ("*.mlp.router.weight",), "adamw", "normuon_aux_lr", True),
     Rule("norm scales", ("*layernorm.weight",), "adamw", "normuon_aux_lr", False),
     Rule("biases", ("*bias", "*bias[0-9]*"), "adamw", "normuon_aux_lr", False),
-    Rule("softmax sinks", ("*.self_attention.sink", "*.self_attention.*.sink"), "adamw", "normuon_aux_lr", False),
+    Rule("softmax sinks", ("*.self_attention.sink",), "adamw", "normuon_aux_lr", False),
     Rule("rotary frequencies", ("*grape_log_freq",), "adamw", "normuon_aux_lr", False),
     Rule("value residual", ("*value_residual_scale",), "adamw", "normuon_aux_lr", False),
 )

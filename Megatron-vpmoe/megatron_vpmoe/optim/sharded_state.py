@@ -76,7 +76,7 @@ class _ShardedState:
     config: OptimizerConfig
     init_state_fn: Callable[..., None]
     model_params: list[torch.nn.Parameter]
-    tp_group: torch.distributed.ProcessGroup
+    tp_group: Any
 
     def sharded_state_dict(
         self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, metadata: dict[str, Any] | None = None

@@ -43,25 +43,25 @@ class Answer:
 
 
 ANSWERS = (
-    Answer("jit", 21, "jit_fuser = torch.compile", "a torch.compile that returns its argument while megatron.core is imported"),
+    Answer("jit", 21, "jit_fuser = torch.compile", "torch.compile does nothing while it is imported"),
     Answer("distributed.param_and_grad_buffer", 800, "device=torch.cuda.current_device()", "the CPU device"),
     Answer("transformer.moe.router", 169, "device=torch.cuda.current_device()", "the CPU device"),
     Answer("tensor_parallel.layers", 899, "device=torch.cuda.current_device()", "the CPU device"),
     Answer("tensor_parallel.random", 55, "torch.cuda.random.get_rng_state", "the CPU generator's state"),
     Answer("tensor_parallel.random", 111, "_lazy_call(cb)", "_set_cuda_rng_state sets the CPU generator's state"),
-    Answer("tensor_parallel.random", 265, "CPU RNG state changed within GPU RNG context", "the warning is filtered: the CPU generator is the one that forks"),
+    Answer("tensor_parallel.random", 265, "CPU RNG state changed", "no warning: the CPU generator is what forks"),
     Answer("optimizer.optimizer", 473, "device='cuda'", "a CPU tensor"),
     Answer("optimizer.clip_grads", 115, "device='cuda'", "a CPU tensor"),
     Answer("pipeline_parallel.schedules", 596, 'device="cuda"', "a CPU tensor"),
     Answer("transformer.moe.moe_utils", 998, 'device="cuda"', "a CPU tensor"),
-    Answer("optimizer.optimizer", 671, "param.type() in ['torch.cuda.HalfTensor'", "Tensor.type() names the CUDA type to callers in megatron.core"),
+    Answer("optimizer.optimizer", 671, "param.type() in ['torch.cuda.Half", "Tensor.type() answers with CUDA's name"),
     Answer("optimizer.clip_grads", 167, "param.grad.type() == 'torch.cuda.FloatTensor'", "the same"),
     Answer("transformer.moe.token_dispatcher", 445, "torch.cuda.Stream()", "an inert stream"),
     Answer("transformer.moe.token_dispatcher", 895, "record_event()", "an inert event"),
-    Answer("transformer.moe.moe_utils", 1093, "tensor.is_cuda", "maybe_move_tensor_to_cpu returns numpy when it is asked to"),
-    Answer("transformer.moe.moe_utils", 1192, "te_general_gemm is not None", "te_general_gemm is None where Transformer Engine is absent"),
+    Answer("transformer.moe.moe_utils", 1093, "tensor.is_cuda", "maybe_move_tensor_to_cpu returns numpy when asked to"),
+    Answer("transformer.moe.moe_utils", 1192, "te_general_gemm is not None", "None where Transformer Engine is absent"),
     Answer("dist_checkpointing.strategies.filesystem_async", 230, "torch.cuda.synchronize()", "nothing to wait for"),
-    Answer("dist_checkpointing.strategies.state_dict_saver", 252, "device=torch.cuda.current_device()", "the CPU device"),
+    Answer("dist_checkpointing.strategies.state_dict_saver", 252, "torch.cuda.current_device()", "the CPU device"),
 )  # fmt: skip
 
 _IMPORTED = (
@@ -143,7 +143,7 @@ class _CudaOnCpu(ModuleType):
 
 
 class _TorchOnCpu(ModuleType):
-    """What ``torch`` answers inside megatron.core when there is no GPU: the same, with ``device="cuda"`` meaning CPU."""
+    """What ``torch`` answers inside megatron.core when there is no GPU: ``device="cuda"`` means the CPU."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -195,6 +195,18 @@ def available_memory() -> tuple[int, str, int]:
     return psutil.virtual_memory().available, "CPU", 1
 
 
+# Dense bf16 tensor-core peak of one device in FLOP/s, from the vendor's data sheets; by a part of the device's name.
+_BF16_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+def peak_flops(*, bf16: bool) -> float | None:
+    """The stated matmul peak of this device in FLOP/s; None where it is not known (CPUs, fp32, other GPUs)."""
+    if not (bf16 and has_gpu()):
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in _BF16_PEAKS.items() if part in name), None)
+
+
 @functools.cache
 def prepare() -> None:
     """Import megatron.core so that it runs on this machine; call before anything else imports it.
@@ -208,7 +220,7 @@ def prepare() -> None:
         return
     if "megatron.core.jit" in sys.modules:
         raise DeviceError(
-            "megatron.core was imported before megatron_vpmoe.runtime.device.prepare() could answer for the missing GPU",
+            "megatron.core was imported before device.prepare() could answer for the missing GPU",
             source="the import order of this process",
             remedy="import megatron_vpmoe.model (or call prepare()) before megatron.core",
         )

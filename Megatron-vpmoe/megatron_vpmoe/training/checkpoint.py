@@ -1,9 +1,9 @@
 """Checkpoints in Megatron's distributed format: written whole or not at all, checked before they are trusted.
 
-A run keeps them under ``<run_dir>/checkpoints``: ``iter_0000100/`` holds torch_dist's files, ``run_state.json`` (what the
-checkpoint is: iteration, cursor, configuration, provenance) and ``files.json`` (size and sha256 of every file, written
-last). A directory without a matching ``files.json`` is not a checkpoint. ``latest_checkpointed_iteration.txt`` is
-upstream's tracker; it moves last and is a hint only: resuming looks at the directories themselves.
+A run keeps them under ``<run_dir>/checkpoints``: ``iter_0000100/`` holds torch_dist's files, ``run_state.json`` (what
+the checkpoint is: iteration, cursor, configuration, provenance) and ``files.json`` (size and sha256 of every file,
+written last). A directory without a matching ``files.json`` is not a checkpoint. Upstream's tracker file,
+``latest_checkpointed_iteration.txt``, moves last and is a hint only: resuming looks at the directories themselves.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import json
 import os
 import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -86,7 +87,7 @@ def open_checkpoint(path: Path) -> Found:
     if _NAME.fullmatch(path.name):
         reason = damage(path) if path.is_dir() else "no such directory"
         if reason is not None:
-            raise CheckpointError(f"unusable checkpoint: {reason}", source=str(path), remedy="choose another checkpoint")
+            raise CheckpointError(f"unusable checkpoint: {reason}", source=str(path), remedy="choose another one")
         return Found(path, json.loads((path / "run_state.json").read_text()))
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     found, passed_over = find_newest(directory)
@@ -163,11 +164,12 @@ def load(found: Found, model: Any, optimizer: Any = None, scheduler: Any = None)
         state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_METADATA)
         if same_world:
             state["rng"] = _rng_object(_rng_state())
-    loaded = dist_checkpointing.load(state, str(found.path))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="megatron.core")
+        loaded = cast(dict[str, Any], dist_checkpointing.load(state, str(found.path)))
     model.load_state_dict(loaded["model"])
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
-        optimizer.reload_model_params()
         if same_world:
             _set_rng_state(loaded["rng"])
     if scheduler is not None:
@@ -193,7 +195,7 @@ def _rng_state() -> dict[str, Any]:
     return {
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if has_gpu() else None,
-        "tracker": get_cuda_rng_tracker().get_states(),
+        "tracker": _rng_tracker().get_states(),
     }
 
 
@@ -201,7 +203,11 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if has_gpu() and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
+    _rng_tracker().set_states(state["tracker"])
+
+
+def _rng_tracker() -> Any:
+    return get_cuda_rng_tracker()
 
 
 def _rng_object(state: dict[str, Any]) -> ShardedObject:

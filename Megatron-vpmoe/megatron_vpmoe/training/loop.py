@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import time
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from megatron_vpmoe.data.batch import Batch
@@ -19,6 +19,7 @@ from megatron_vpmoe.training.router import RouterMonitor
 from megatron_vpmoe.training.run import Run, open_run
 from megatron_vpmoe.training.samples import SampleWriter
 from megatron_vpmoe.training.step import StepResult, train_step
+from megatron_vpmoe.training.throughput import Throughput
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -30,13 +31,19 @@ def train(cfg: RunConfig) -> Run:
     run = open_run(cfg)
     is_main = distributed.rank() == 0
     metrics = MetricStream(open_sinks(cfg, run.directory, resume_step=run.iteration) if is_main else [])
-    progress = Progress(cfg, start=run.iteration, enabled=is_main)
+    with closing(run.source), closing(metrics):
+        _train(run, stop, metrics, Progress(cfg, start=run.iteration, enabled=is_main), is_main=is_main)
+    return run
+
+
+def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progress, *, is_main: bool) -> None:
+    cfg, last = run.cfg, run.cfg.training.train_iters
     routers = RouterMonitor(run.model, cfg)
-    samples = SampleWriter(run.valid_dataset, cfg, run.directory / "samples.jsonl")
+    samples = SampleWriter(run.valid_dataset, cfg, run.directory / "samples.jsonl", resume_step=run.iteration)
+    throughput = Throughput(cfg)
     progress.opened(run)
-    group_size = cfg.training.global_batch_size
-    last = cfg.training.train_iters
-    tokens, started, stopping = 0.0, time.perf_counter(), False
+    stopping = False
+    throughput.restart()
 
     while run.iteration < last and not stopping:
         batches = run.source.next_step(run.consumed_samples)
@@ -47,27 +54,19 @@ def train(cfg: RunConfig) -> Run:
         lr = run.optimizer.param_groups[0]["lr"]
         run.scheduler.step(1)
         run.iteration += 1
-        run.consumed_samples += group_size
-        tokens += result.metrics["tokens/real"]
+        run.consumed_samples += cfg.training.global_batch_size
+        throughput.step(result.metrics["tokens/real"])
         stopping = stop.agreed()
         step = run.iteration
 
         if _due(step, cfg.logging.log_interval, last):
-            seconds = time.perf_counter() - started
             health = routers.metrics(result.metrics["tokens/real"])
-            values = {
-                **result.metrics,
-                "grad_norm": result.grad_norm,
-                "lr": lr,
-                "skipped_steps": float(run.skipped_steps),
-                "throughput/tokens_per_second": tokens / seconds,
-                **health,
-            }
+            values = {**result.metrics, "grad_norm": result.grad_norm, "lr": lr, **throughput.report(), **health}
+            values["skipped_steps"] = float(run.skipped_steps)
             metrics.log(step, values)
             progress.step(step, values)
             for warning in check_thresholds(health, cfg):
                 progress.note(warning)
-            tokens, started = 0.0, time.perf_counter()
         if _due(step, cfg.evaluation.eval_interval, last):
             valid = evaluate(run.model, run.objective, run.valid)
             metrics.log(step, {f"valid/{tag}": value for tag, value in valid.items()})
@@ -76,13 +75,9 @@ def train(cfg: RunConfig) -> Run:
             samples.write(run.model, step, is_writer=is_main)
         if _due(step, cfg.checkpoint.save_interval, last) or step == last or stopping:
             progress.saved(step, run.save())
-        if _due(step, cfg.evaluation.eval_interval, last) or _due(step, cfg.checkpoint.save_interval, last):
-            tokens, started = 0.0, time.perf_counter()
+        throughput.restart()
 
     progress.finished(run.iteration, stopped=stopping and run.iteration < last)
-    run.source.close()
-    metrics.close()
-    return run
 
 
 def _due(step: int, interval: int | None, last: int) -> bool:

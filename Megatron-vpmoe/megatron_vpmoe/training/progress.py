@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import time
 from collections.abc import Callable
@@ -60,6 +61,8 @@ class Progress:
         self._last_time = self._clock()
         if self._bar is not None:
             self._bar.start()
+            # Gives the terminal its cursor back also when the run ends in an error.
+            atexit.register(self._bar.stop)
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """Step ``step`` is done, with the metrics ``values`` (by tag)."""

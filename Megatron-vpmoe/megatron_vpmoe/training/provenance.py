@@ -89,11 +89,14 @@ def check_provenance(state: Mapping[str, Any], cfg: RunConfig, *, source: str) -
     manifest = read_manifest(cfg.data.data_path)
     here = {"config": cfg.model_dump(mode="json"), "provenance": collect_provenance(cfg, manifest)}
     differences = compare(state, here)
-    if binding := [str(difference) for difference in differences if difference.binding]:
+    binding = [difference for difference in differences if difference.binding]
+    loadable = all(difference.key.split(".")[0] not in ("model", "moe") for difference in binding)
+    if binding and not (cfg.checkpoint.allow_provenance_change and loadable):
+        override = "; --allow-provenance-change continues all the same" if loadable else ""
         raise CheckpointError(
-            "the checkpoint belongs to another run (checkpoint -> now):\n    " + "\n    ".join(binding),
+            "the checkpoint belongs to another run (checkpoint -> now):\n    " + "\n    ".join(map(str, binding)),
             source=source,
-            remedy="set these back to continue it, or take another --run-name to start afresh",
+            remedy=f"set these back to continue it, or take another --run-name to start afresh{override}",
         )
     return [f"changed since the checkpoint: {difference}" for difference in differences]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from megatron.core import parallel_state
+from torch import Tensor
 
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.model.moe.router import VPMoERouter
@@ -25,11 +26,9 @@ class RouterMonitor:
 
     def __init__(self, model: VPModel, cfg: RunConfig) -> None:
         self._per_layer = cfg.logging.moe_per_layer_logging
-        self._routers = {
-            layer.layer_number: layer.mlp.router
-            for layer in model.decoder.layers
-            if layer.is_moe_layer and isinstance(layer.mlp.router, VPMoERouter)
-        }
+        # A router knows its layer's number from the MoE layer that holds it.
+        found = [module for module in model.decoder.modules() if isinstance(module, VPMoERouter)]
+        self._routers = {cast(int, router.layer_number): router for router in found}
 
     def reset(self) -> None:
         """Start counting a new step."""
@@ -50,7 +49,7 @@ class RouterMonitor:
         balance_L = torch.stack([router.balance_loss_sum for router in routers])
         packed = torch.cat([load_LE, balance_L.unsqueeze(1)], dim=1).double()
         torch.distributed.all_reduce(packed, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        biases = [router.expert_bias for router in routers if router.expert_bias is not None]
+        biases = [cast(Tensor, router.expert_bias) for router in routers if router.enable_expert_bias]
         tags = router_health(
             packed[:, :-1].cpu(),
             expert_bias_LE=torch.stack(biases).cpu() if biases else None,

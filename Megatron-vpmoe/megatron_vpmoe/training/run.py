@@ -12,11 +12,20 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.data.source import BatchSource, ValidSource
 from megatron_vpmoe.errors import CheckpointError
+from megatron_vpmoe.model.attention.self_attention import VPSelfAttention
 from megatron_vpmoe.model.builder import build_model, wrap_for_training
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.objectives import Objective, build_objective
-from megatron_vpmoe.optim import IterationScheduler, VpOptimizer, build_optimizer, build_scheduler, routing_table, write_routing_table
+from megatron_vpmoe.optim import (
+    IterationScheduler,
+    VpOptimizer,
+    build_optimizer,
+    build_scheduler,
+    routing_table,
+    write_routing_table,
+)
 from megatron_vpmoe.runtime import distributed
+from megatron_vpmoe.runtime.device import current_device
 from megatron_vpmoe.training import checkpoint
 from megatron_vpmoe.training.provenance import check_provenance, collect_provenance
 
@@ -83,7 +92,7 @@ def open_run(cfg: RunConfig) -> Run:
         DataError, TokenizerError: the dataset is unusable or does not fit the model.
     """
     directory = cfg.run_directory
-    found, passed_over = restorable(cfg)
+    found, notes = restorable(cfg)
     data_parallel = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     train, valid = (KDDataset.open_for(cfg, split) for split in ("train", "valid"))
     model = build_model(cfg)
@@ -101,7 +110,7 @@ def open_run(cfg: RunConfig) -> Run:
         valid=ValidSource(valid, cfg, *data_parallel),
         valid_dataset=valid,
         provenance=collect_provenance(cfg, train.manifest),
-        notes=tuple(f"passed over {line}" for line in passed_over),
+        notes=(*notes, attention_note(model)),
     )
     if distributed.rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
@@ -112,13 +121,24 @@ def open_run(cfg: RunConfig) -> Run:
     return run
 
 
+def attention_note(model: VPModel) -> str:
+    """Which attention backend each kind of layer runs on."""
+    chosen: dict[str, str] = {}
+    for attention in model.decoder.modules():
+        if isinstance(attention, VPSelfAttention):
+            kind = "global" if attention.window is None else f"local (window {attention.window})"
+            chosen[kind] = attention.backend_name(current_device())
+    return "attention: " + ", ".join(f"{kind} layers on {backend}" for kind, backend in chosen.items())
+
+
 def restorable(cfg: RunConfig, *, check_hashes: bool = True) -> tuple[checkpoint.Found | None, list[str]]:
-    """The checkpoint that ``cfg`` would continue from, after the checks that need no weights.
+    """The checkpoint that ``cfg`` would continue from, checked as far as needs no weights, and lines for the log.
 
     Raises:
         CheckpointError: see ``open_run``.
     """
     found, passed_over = checkpoint.find_newest(cfg.run_directory / "checkpoints", check_hashes=check_hashes)
+    notes = [f"passed over {line}" for line in passed_over]
     if not cfg.checkpoint.resume:
         if found is not None:
             raise CheckpointError(
@@ -126,10 +146,10 @@ def restorable(cfg: RunConfig, *, check_hashes: bool = True) -> tuple[checkpoint
                 source=str(found.path),
                 remedy="--resume continues it; another --run-name starts afresh",
             )
-        return None, passed_over
+        return None, notes
     if found is not None:
-        check_provenance(found.state, cfg, source=str(found.path))
-    return found, passed_over
+        notes += check_provenance(found.state, cfg, source=str(found.path))
+    return found, notes
 
 
 def _restore(run: Run, found: checkpoint.Found) -> None:
@@ -140,6 +160,6 @@ def _restore(run: Run, found: checkpoint.Found) -> None:
     run.restored_from = found.path
     if found.state["world_size"] != distributed.world_size():
         run.notes += (
-            f"saved by {found.state['world_size']} processes, continued by {distributed.world_size()}: same data order, "
-            "fresh random state",
+            f"saved by {found.state['world_size']} processes, continued by {distributed.world_size()}: "
+            "same data order, fresh random state",
         )

@@ -24,10 +24,12 @@ class SampleWriter:
         dataset: the validation split.
         cfg: ``evaluation.sample_prompts`` and ``sample_max_new_tokens``.
         path: the JSONL file.
+        resume_step: last step whose samples stay in the file; later ones will be written again.
     """
 
-    def __init__(self, dataset: KDDataset, cfg: RunConfig, path: Path) -> None:
+    def __init__(self, dataset: KDDataset, cfg: RunConfig, path: Path, *, resume_step: int) -> None:
         self._path = path
+        self._resume_step: int | None = resume_step
         tokenizer = dataset.manifest.tokenizer
         self._pieces = TokenPieces.load(dataset.manifest)
         stop = (tokenizer.special_tokens["<|return|>"], tokenizer.special_tokens["<|call|>"], tokenizer.eod_id)
@@ -42,6 +44,9 @@ class SampleWriter:
         completions = generate(model, self._prompts, self._options)
         if not is_writer:
             return
+        if self._resume_step is not None:
+            _drop_after(self._path, self._resume_step)
+            self._resume_step = None
         with self._path.open("a") as stream:
             for prompt, completion in zip(self._prompts, completions, strict=True):
                 record = {
@@ -51,3 +56,11 @@ class SampleWriter:
                     "completion_ids": completion,
                 }
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.replace(path)

@@ -1,1 +1,1 @@
-"""The sparse feed-forward: our experts, our router's bookkeeping and what is read off it, inside Megatron-Core's MoELayer."""
+"""The sparse feed-forward inside Megatron-Core's MoELayer: our experts, our router and its bookkeeping."""

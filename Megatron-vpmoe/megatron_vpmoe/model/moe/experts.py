@@ -18,7 +18,6 @@ from torch.nn import functional
 from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 
-
 # Columns that carry fc2's bias; grouped GEMM on CUDA wants rows of whole 16 bytes.
 BIAS_COLUMNS = 8
 
@@ -63,7 +62,7 @@ class StackedExperts(MegatronModule):
     def _expert_parameter(
         self, total_experts: int, shape: tuple[int, ...], init: Callable[[Tensor], Any] | None
     ) -> torch.nn.Parameter:
-        """This rank's slice of the whole stack, which every rank draws alike: EP=1 and EP=2 start from equal weights."""
+        """This rank's slice of the whole stack, which every rank draws alike: any EP size starts from equal weights."""
         whole = torch.empty(total_experts, *shape, dtype=torch.float32)
         if self.config.perform_initialization:
             assert init is not None
@@ -99,7 +98,8 @@ class StackedExperts(MegatronModule):
         hidden_NF = self.activation(hidden_NF + functional.embedding(expert_N, self.fc1_bias)) * probs_N1
         # p (W h + b) as one product [W b] [p h; p]: no pass over [N, H] for the weight and the bias.
         widened_NF = torch.cat([hidden_NF, functional.pad(probs_N1, (0, BIAS_COLUMNS - 1))], dim=1)
-        fc2_EHF = torch.cat([self.fc2_weight, functional.pad(self.fc2_bias.unsqueeze(-1), (0, BIAS_COLUMNS - 1))], dim=2)
+        fc2_bias_EHC = functional.pad(self.fc2_bias.unsqueeze(-1), (0, BIAS_COLUMNS - 1))
+        fc2_EHF = torch.cat([self.fc2_weight, fc2_bias_EHC], dim=2)
         return grouped_linear(widened_NF, fc2_EHF, tokens_per_expert), None
 
     def sharded_state_dict(

@@ -60,7 +60,7 @@ def sequence_balance_loss(
 
 
 class VPMoERouter(TopKRouter):
-    """Top-k routing with sigmoid scores, groups and expert bias; padding counts neither as load nor in the balance loss.
+    """Top-k routing with sigmoid scores, groups and expert bias; padding is no load and has no balance loss.
 
     Buffers besides upstream's ``expert_bias``: ``tokens_per_expert`` [E] and ``balance_loss_sum`` [], both fp32 and not
     saved, accumulate over the micro-batches of a step until the loop reads and resets them. The router has no bias.
@@ -114,7 +114,7 @@ class VPMoERouter(TopKRouter):
         with torch.no_grad():
             load = (routing_map & real_SB.reshape(-1, 1)).sum(0)
             self.tokens_per_expert += load
-            if self.enable_expert_bias:
+            if self.local_tokens_per_expert is not None:
                 self.local_tokens_per_expert += load
 
     def _with_balance_loss(self, probs: Tensor, logits: Tensor, real_SB: Tensor) -> Tensor:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_vpmoe.data.cursor import SampleOrder
 from megatron_vpmoe.data.packing import fit_companion_minimum, pack
+from vpmoe.data_curation.harmony.synth_to_harmony import to_conversation
+from vpmoe.harmony.prompts import Prompts
+from vpmoe.harmony.renderer import make_renderer
+from vpmoe.tokenizer.o200k_harmony import O200kHarmony
 
 CAPACITY = 2048
 
@@ -61,8 +68,7 @@ def test_the_real_rows_fill_98_percent(repository: Path):
     folder = repository.parent / "shared" / "data" / "synth_sample"
     if not folder.is_dir():
         pytest.skip(f"the sample of real rows is not here ({folder})")
-    lengths = np.array(rendered_lengths(folder), np.int32)
-    lengths = lengths[lengths <= CAPACITY]
+    lengths = np.minimum(rendered_lengths(folder), CAPACITY).astype(np.int32)
     order = SampleOrder(lengths, seq_length=CAPACITY, window=4096, seed=1234)
     assert lengths.sum() / (order.first_sample_of_epoch(1) * CAPACITY) >= 0.98
 

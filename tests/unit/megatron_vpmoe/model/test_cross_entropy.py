@@ -27,6 +27,7 @@ def test_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch, rows_per_chunk: i
 
 def test_no_row_selected_still_has_a_gradient() -> None:
     hidden = torch.randn(4, 6, requires_grad=True)
-    losses = cross_entropy.chunked_cross_entropy(hidden[:0], torch.zeros(0, dtype=torch.int64), lambda h: h @ h.new_ones(6, 5), 5)
+    labels = torch.zeros(0, dtype=torch.int64)
+    losses = cross_entropy.chunked_cross_entropy(hidden[:0], labels, lambda h: h @ h.new_ones(6, 5), 5)
     losses.sum().backward()
     assert hidden.grad is not None and hidden.grad.abs().max() == 0

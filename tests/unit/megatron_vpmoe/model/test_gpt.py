@@ -112,9 +112,7 @@ def test_recomputation_changes_no_gradient() -> None:
 def test_fp32_islands_in_a_bf16_model() -> None:
     model = build_model(tiny_config(bf16=True))
     wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
-    assert wide == {
-        name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] in ISLANDS
-    }
+    assert wide == {name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] in ISLANDS}
     assert all(buffer.dtype == torch.float32 for buffer in model.buffers())
     assert {p.dtype for p in model.bfloat16().parameters()} == {torch.float32, torch.bfloat16}
     assert all(buffer.dtype == torch.float32 for buffer in model.buffers())

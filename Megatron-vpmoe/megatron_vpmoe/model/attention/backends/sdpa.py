@@ -33,6 +33,8 @@ class FusedSinkAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, bias, sink, softmax_scale, causal):  # type: ignore[override]
+        # The kernel reads heads as if their elements lay side by side, and says nothing where they do not.
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         out, lse = _forward(q, k, v, 0.0, causal, attn_mask=bias, scale=softmax_scale)
         if sink is not None:
             out, lse = absorb_sink(out, lse, sink.to(lse.dtype))
@@ -44,7 +46,6 @@ class FusedSinkAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         q, k, v, bias, sink, out, lse = ctx.saved_tensors
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         dq, dk, dv = _backward(grad, q, k, v, out, lse, 0.0, ctx.causal, attn_mask=bias, scale=ctx.softmax_scale)
         dsink = None
         if sink is not None and ctx.needs_input_grad[4]:

@@ -153,16 +153,18 @@ def test_fewer_queries_than_keys_are_the_last_rows(window: int | None, queries: 
     torch.testing.assert_close(last, whole[:, :, -queries:], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("backend", "window"), [("banded", 4), ("sdpa", None)])
-def test_gradient_of_a_sum(backend: str, window: int | None) -> None:
-    """A sum hands back a gradient with no memory of its own (stride 0), which the fused kernel cannot read."""
-    layout = packed_layout([6, 5])
-    inputs = random_qkv(layout)
-    ours = torch.autograd.grad(attend(inputs[:3], layout, inputs[3], backend=backend, window=window).sum(), inputs)
-    theirs = torch.autograd.grad(
-        attend(inputs[:3], layout, inputs[3], backend="reference", window=window).sum(), inputs
-    )
-    for mine, reference in zip(ours, theirs, strict=True):
+@pytest.mark.parametrize(("backend", "window"), [("banded", 4), ("banded", 16), ("sdpa", None)])
+def test_any_memory_order(backend: str, window: int | None) -> None:
+    """Inputs whose head dimension is strided, and the gradient of a sum, which has no memory of its own."""
+    layout = packed_layout([9, 7])
+    inputs = random_qkv(layout, dim=16)
+    strided = tuple(x.detach().transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_() for x in inputs[:3])
+    how = {"window": window}
+    ours = attend(strided, layout, inputs[3], backend=backend, **how)
+    theirs = attend(inputs[:3], layout, inputs[3], backend="reference", **how)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad(ours.sum(), strided), torch.autograd.grad(theirs.sum(), inputs[:3])
+    for mine, reference in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)
 
 

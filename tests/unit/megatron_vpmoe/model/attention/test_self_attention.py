@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_vpmoe.errors import ConfigError
+from megatron_vpmoe.model.attention.grape import initial_log_frequencies
 from megatron_vpmoe.model.attention.kv_cache import KVCache
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.attention.self_attention import (
@@ -267,23 +268,13 @@ def test_mixed_layout_is_queries_key_value_per_group() -> None:
 def test_grape_m_layer_equals_a_rope_layer_at_initialisation() -> None:
     layout = packed_layout([30, 20])
     hidden, first = inputs_for(layout)
-    outputs = []
-    for kind in ("grape_m", "rope"):
-        layer = layer_of(LOCAL, local_position_embedding=kind)
-        if layer.grape_log_freq is not None:
-            fresh = VPSelfAttention(
-                layer.config,
-                VPSelfAttentionSubmodules(ColumnParallelLinear, RowParallelLinear, WrappedTorchNorm, WrappedTorchNorm),
-                LOCAL,
-            )
-            weights = {k: v for k, v in layer.state_dict().items() if k != "grape_log_freq"}
-            rope_weights = weights
-            fresh.load_state_dict(weights, strict=False)
-            layer = fresh
-        else:
-            layer.load_state_dict(rope_weights, strict=False)
-        outputs.append(run(layer, hidden, layout, first))
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
+    rope, grape = layer_of(local_position_embedding="rope"), layer_of(seed=1)
+    grape.load_state_dict(rope.state_dict(), strict=False)
+    config = grape.config
+    with torch.no_grad():
+        grape.grape_log_freq.copy_(initial_log_frequencies(6, config.rotary_base, config.grapem_log_freq_scale))
+    expected = run(rope, hidden, layout, first)
+    torch.testing.assert_close(run(grape, hidden, layout, first), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_checkpoint_round_trip(tmp_path: Path) -> None:

@@ -25,10 +25,8 @@ def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_balance_loss_does_not_depend_on_the_split() -> None:
     scores, routing, real = inputs()
     whole = sequence_balance_loss(scores, routing, real, topk=TOPK, coefficient=0.1)
-    parts = [
-        sequence_balance_loss(scores[:, r : r + 1], routing[:, r : r + 1], real[:, r : r + 1], topk=TOPK, coefficient=0.1)
-        for r in range(ROWS)
-    ]
+    rows = zip(scores.split(1, dim=1), routing.split(1, dim=1), real.split(1, dim=1), strict=True)
+    parts = [sequence_balance_loss(*row, topk=TOPK, coefficient=0.1) for row in rows]
     torch.testing.assert_close(torch.stack(parts).sum(), whole)
 
 

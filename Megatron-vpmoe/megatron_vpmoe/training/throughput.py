@@ -1,0 +1,43 @@
+"""Real tokens per second between two reports, and the share of the device's peak that they use."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from megatron_vpmoe.config import training_flops_per_token
+from megatron_vpmoe.runtime import distributed
+from megatron_vpmoe.runtime.device import peak_flops
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.config import RunConfig
+
+
+class Throughput:
+    """A stopwatch over training steps alone; whatever happens between two steps pauses it by ``restart``."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self._flops_per_token = training_flops_per_token(cfg)
+        peak = peak_flops(bf16=cfg.training.bf16)
+        self._peak = None if peak is None else peak * distributed.world_size()
+        self._tokens, self._seconds, self._since = 0.0, 0.0, time.perf_counter()
+
+    def restart(self) -> None:
+        """What happened since the last step was not training."""
+        self._since = time.perf_counter()
+
+    def step(self, real_tokens: float) -> None:
+        """A step over ``real_tokens`` (of all ranks, padding left out) is done."""
+        now = time.perf_counter()
+        self._tokens += real_tokens
+        self._seconds += now - self._since
+        self._since = now
+
+    def report(self) -> dict[str, float]:
+        """Tokens per second since the last report, and MFU in percent where the device's peak is known."""
+        rate = self._tokens / max(self._seconds, 1e-9)
+        self._tokens = self._seconds = 0.0
+        values = {"throughput/tokens_per_second": rate}
+        if self._peak is not None:
+            values["throughput/mfu_pct"] = 100.0 * rate * self._flops_per_token / self._peak
+        return values
