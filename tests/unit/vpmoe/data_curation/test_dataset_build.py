@@ -1,0 +1,204 @@
+"""The build: each conversation one aligned document, the same bytes for any workers, refusals that name the fault."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest_dataset import OPTIONS, tree
+
+from vpmoe.data_curation.build import build
+from vpmoe.data_curation.build_command import main
+from vpmoe.data_curation.build_plan import BuildOptions, split_of
+from vpmoe.data_curation.harmony.conversations import StoredConversation, open_shard, read_row_group
+from vpmoe.data_curation.token_files import read_triple
+from vpmoe.data_curation.verify import verify
+from vpmoe.errors import DataError, TokenizerError
+from vpmoe.files import sha256_of_file
+from vpmoe.harmony.renderer import FastRenderer
+from vpmoe.harmony.spans import document
+from vpmoe.tokenizer import load_tokenizer
+
+
+def conversations(folder: Path, shard: str) -> list[StoredConversation]:
+    opened = open_shard(folder / f"{shard}.parquet")
+    rows = [row for group in range(opened.num_row_groups) for row in read_row_group(opened, group)]
+    return [row for row in rows if isinstance(row, StoredConversation)]
+
+
+def test_documents_are_the_conversations_with_labels_one_ahead(conversations_dir: Path, dataset_dir: Path) -> None:
+    tokenizer = load_tokenizer(dataset_dir)
+    renderer = FastRenderer(tokenizer)
+    manifest = json.loads((dataset_dir / "manifest.json").read_text())
+    for split, entry in manifest["splits"].items():
+        for shard in entry["shards"]:
+            expected = [
+                row for row in conversations(conversations_dir, shard["name"]) if split_of(row.synth_id, 0.05) == split
+            ]
+            triple = read_triple(dataset_dir / split, shard["name"])
+            assert triple.documents == len(expected) == shard["rows"]
+            for number, row in enumerate(expected):
+                begin, end = triple.bounds[number], triple.bounds[number + 1]
+                tokens, span = document(renderer.render(row.messages), tokenizer.eod_id)
+                assert np.array_equal(triple.tokens[begin:end], tokens)
+                assert triple.span[begin:end].tolist() == [*span[1:], 0]
+                assert triple.lossmask[begin:end].tolist() == [int(value > 0) for value in [*span[1:], 0]]
+
+
+def test_megatron_reads_what_was_written(dataset_dir: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    for signal_name, dtype in (("tokens", np.int32), ("lossmask", np.uint8), ("span", np.uint8)):
+        theirs = IndexedDataset(str(dataset_dir / "train" / f"shard_00_{signal_name}"))
+        ours = read_triple(dataset_dir / "train", "shard_00")
+        assert len(theirs) == ours.documents
+        assert theirs.document_indices.tolist() == list(range(len(theirs) + 1))
+        values = np.concatenate([theirs[number] for number in range(len(theirs))])
+        assert values.dtype == dtype and np.array_equal(values, getattr(ours, signal_name))
+
+
+def test_the_manifest_is_the_contract(conversations_dir: Path, dataset_dir: Path) -> None:
+    manifest = json.loads((dataset_dir / "manifest.json").read_text())
+    assert (manifest["schema_version"], manifest["kind"], manifest["seq_length"]) == (1, "harmony_kd", 160)
+    assert manifest["input_manifest_sha256"] == sha256_of_file(conversations_dir / "manifest.json")
+    tokenizer = manifest["tokenizer"]
+    assert tokenizer["name"] == "o200k_harmony_compact"
+    assert tokenizer["special_tokens"]["<|endoftext|>"] == tokenizer["eod_id"] < tokenizer["vocab_size"]
+    pieces = (dataset_dir / tokenizer["pieces"]["path"]).read_bytes().split(b"\n")
+    assert len(pieces) == tokenizer["padded_vocab_size"] + 1 and pieces[-1] == b""
+    for split in manifest["splits"].values():
+        assert split["tokens"] == sum(split["span_tokens"].values()) == sum(s["tokens"] for s in split["shards"])
+        assert split["rows"] == sum(s["rows"] for s in split["shards"])
+    total = sum(split["rows"] for split in manifest["splits"].values())
+    assert total == manifest["truncation"]["whole"] == 400
+    assert sum(sum(manifest["length_histogram"][split]["counts"]) for split in manifest["splits"]) == total
+    text = (dataset_dir / "manifest.json").read_text()
+    assert str(dataset_dir) not in text and str(conversations_dir) not in text
+
+
+def test_the_vocabulary_comes_from_train_alone(conversations_dir: Path, dataset_dir: Path) -> None:
+    full = load_tokenizer(dataset_dir).full  # pyright: ignore[reportAttributeAccessIssue]
+    renderer, used = FastRenderer(full), set()
+    for shard in range(5):
+        for row in conversations(conversations_dir, f"shard_{shard:02d}"):
+            if split_of(row.synth_id, 0.05) == "train":
+                used |= set(renderer.render(row.messages).tokens().tolist())
+    kept = np.load(dataset_dir / "compact_vocab.npy").tolist()
+    assert {i for i in kept if 256 <= i < 199_998} == {i for i in used if 256 <= i < 199_998}
+
+
+@pytest.mark.slow
+def test_two_workers_write_the_same_bytes_as_one(conversations_dir: Path, dataset_dir: Path, tmp_path: Path) -> None:
+    build(conversations_dir, tmp_path / "two", OPTIONS, workers=2, quiet=True)
+    assert tree(tmp_path / "two") == tree(dataset_dir)
+
+
+def test_the_official_renderer_writes_the_same(conversations_dir: Path, dataset_dir: Path, tmp_path: Path) -> None:
+    options = BuildOptions(
+        seq_len=160, valid_fraction=0.05, renderer="official", compact_map=dataset_dir / "compact_vocab.npy"
+    )
+    manifest = build(conversations_dir, tmp_path, options, quiet=True)
+    assert manifest["renderer"]["version"].startswith("openai-harmony ")
+    for split in ("train", "valid"):
+        assert tree(tmp_path / split) == tree(dataset_dir / split)
+
+
+def edited(conversations_dir: Path, target: Path, **changes: object) -> Path:
+    """A copy of the conversations with its manifest changed."""
+    shutil.copytree(conversations_dir, target)
+    path = target / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return target
+
+
+def test_input_that_changed_after_its_manifest_is_refused(conversations_dir: Path, tmp_path: Path) -> None:
+    copy = edited(conversations_dir, tmp_path / "input")
+    shard = copy / "shard_03.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"shard_03\.parquet"):
+        build(copy, tmp_path / "out", OPTIONS, quiet=True)
+    with pytest.raises(DataError, match="of kind 'harmony_kd', expected harmony_conversations"):
+        build(edited(conversations_dir, tmp_path / "other", kind="harmony_kd"), tmp_path / "out", OPTIONS, quiet=True)
+    with pytest.raises(DataError, match=r"no manifest\.json"):
+        build(tmp_path / "nothing", tmp_path / "out", OPTIONS, quiet=True)
+
+
+def test_wrong_options_are_named_all_at_once(conversations_dir: Path, tmp_path: Path) -> None:
+    options = BuildOptions(seq_len=4, valid_fraction=1.5, renderer="quick")
+    with pytest.raises(DataError) as caught:
+        build(conversations_dir, tmp_path, options, quiet=True)
+    for named in ("--seq-len 4", "--valid-fraction 1.5", "--renderer quick"):
+        assert named in str(caught.value)
+    with pytest.raises(TokenizerError, match="no rank file"):
+        build(conversations_dir, tmp_path, BuildOptions(tokenizer_model=tmp_path / "none"), quiet=True)
+
+
+def test_an_empty_valid_split_is_said_and_readable(
+    conversations_dir: Path, dataset_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = BuildOptions(seq_len=160, valid_fraction=1e-9, compact_map=dataset_dir / "compact_vocab.npy")
+    manifest = build(conversations_dir, tmp_path, options, quiet=True)
+    valid = manifest["splits"]["valid"]
+    assert (valid["rows"], valid["tokens"], valid["shards"]) == (0, 0, [])
+    assert "the split valid is empty" in capsys.readouterr().err
+    assert (tmp_path / "valid").is_dir() and verify(tmp_path) == []
+
+
+def test_a_length_that_drops_everything_is_refused(conversations_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="none of the 400 rows"):
+        build(conversations_dir, tmp_path, BuildOptions(seq_len=16), quiet=True)
+
+
+def test_invalid_rows_are_listed_and_strictness_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vpmoe.data_curation.harmony.synth_to_harmony import convert
+    from vpmoe.data_curation.harmony.write_synth_harmony_manifest import write_conversations_manifest
+    from vpmoe.data_curation.synth_rows import resolve
+    from vpmoe.harmony.prompts import Prompts
+
+    rows = [
+        {"synth_id": f"id{n}", "query": "\0" if n == 3 else "q", "synthetic_reasoning": "r", "synthetic_answer": "a"}
+        for n in range(10)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("vpmoe.data_curation.harmony.synth_to_harmony.check_text", lambda *_: None)
+    convert(resolve(str(tmp_path / "rows.jsonl")), tmp_path / "in", num_shards=2, prompts=Prompts())
+    write_conversations_manifest(tmp_path / "in")
+    arguments = [
+        "--input-dir",
+        str(tmp_path / "in"),
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--workers",
+        "1",
+        "--quiet",
+    ]
+    assert main(arguments) == 2
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert main([*arguments, "--no-strict"]) == 0, "the same build may go on with other strictness"
+    (reject,) = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    found = {key: reject[key] for key in ("synth_id", "shard", "row", "reason")}
+    assert found == {"synth_id": "id3", "shard": "shard_01.parquet", "row": 1, "reason": "nul"}
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["rejects"] == {"count": 1, "reasons": {"nul": 1}, "path": "rejects.jsonl"}
+    assert sum(split["rows"] for split in manifest["splits"].values()) == 9
+
+
+def test_a_second_builder_is_kept_out(conversations_dir: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another build is running"):
+            build(conversations_dir, tmp_path, OPTIONS, quiet=True)
+
+
+def test_split_rule() -> None:
+    import hashlib
+
+    for synth_id in ("synth_00409b8fab0bea9c", "a", ""):
+        position = int(hashlib.blake2b(synth_id.encode(), digest_size=8).hexdigest(), 16) / 2**64
+        assert split_of(synth_id, position * 0.999) == "train" and split_of(synth_id, position * 1.001) == "valid"
+    assert split_of("a", 0.0) == "train"

@@ -1,0 +1,142 @@
+"""Generated rows: deterministic, right, of SYNTH's schema, and no question in two splits whatever the fraction."""
+
+import json
+import re
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vpmoe.data_curation import synth_mini
+from vpmoe.data_curation.build_plan import split_of
+from vpmoe.data_curation.harmony.synth_to_harmony import to_conversation
+from vpmoe.data_curation.mini_tasks import FAMILIES
+from vpmoe.data_curation.synth_mini import BUCKETS, check, make_row, parse_mix
+from vpmoe.data_curation.synth_rows import COLUMNS
+from vpmoe.errors import DataError
+from vpmoe.harmony.prompts import Prompts
+from vpmoe.harmony.renderer import FastRenderer
+from vpmoe.tokenizer.o200k_harmony import load_o200k_harmony
+
+EVEN = dict.fromkeys(FAMILIES, 1.0)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def question(row: dict) -> tuple[str, tuple[int, ...]]:
+    """Family and operands without their order: what may not be shared between splits."""
+    return row["exercise"], tuple(sorted(numbers(row["query"])))
+
+
+def right_answer(row: dict) -> str:
+    asked = numbers(row["query"])
+    match row["exercise"]:
+        case "addition":
+            return str(asked[0] + asked[1])
+        case "subtraction":
+            return str(max(asked) - min(asked))
+        case "maximum":
+            return str(max(asked))
+        case "sorting":
+            return " ".join(map(str, sorted(asked)))
+        case other:
+            raise AssertionError(other)
+
+
+@given(seed=st.integers(0, 10), index=st.integers(0, 10**8 - 1))
+def test_rows_are_right_and_complete(seed: int, index: int) -> None:
+    row = make_row(seed, index, EVEN)
+    assert row == make_row(seed, index, EVEN)
+    assert tuple(sorted(row)) == tuple(sorted(COLUMNS)) and all(isinstance(value, str) for value in row.values())
+    assert row["synthetic_answer"] == right_answer(row)
+    assert check(row, f" {right_answer(row)}\n") and not check(row, right_answer(row) + "0") and not check(row, "")
+    # The derivation ends with the digits that the answer joins.
+    spelled = row["synthetic_reasoning"].splitlines()[-1]
+    assert re.sub(r"\D", "", spelled).lstrip("0") == re.sub(r"\D", "", right_answer(row)).lstrip("0")
+
+
+@given(index=st.integers(0, 10**8 - 1))
+def test_every_step_of_an_addition_is_true(index: int) -> None:
+    row = make_row(3, index, {"addition": 1})
+    _, ones, tens, _ = row["synthetic_reasoning"].splitlines()
+    for line in (ones, tens):
+        left, right = line.split(" ", 1)[1].split("=")
+        assert sum(numbers(left)) == int(right.replace(" ", ""))
+    carry = numbers(tens)[2]
+    assert carry == (sum(numbers(ones)[:2]) >= 10)
+
+
+def test_no_question_is_in_two_splits() -> None:
+    rows = [make_row(1, index, EVEN) for index in range(6000)]
+    held_out = {question(row) for row in synth_mini.test_rows(EVEN, seed=1)}
+    assert not held_out & {question(row) for row in rows}
+    for buckets in (1, 4):
+        fraction = buckets / BUCKETS
+        parts = {"train": set(), "valid": set()}
+        for row in rows:
+            parts[split_of(row["synth_id"], fraction)].add(question(row))
+        assert not parts["train"] & parts["valid"]
+        assert len(parts["valid"]) > 0.5 * fraction * len(parts["train"])
+
+
+def test_the_test_questions_are_a_tenth_of_each_family_whatever_the_seed() -> None:
+    first, second = (list(synth_mini.test_rows(EVEN, seed)) for seed in (1, 2))
+    assert {question(row) for row in first} == {question(row) for row in second}
+    assert len({row["synth_id"] for row in first}) == len(first)
+    for name, family in FAMILIES.items():
+        share = sum(row["exercise"] == name for row in first) / len(family.operands)
+        assert 0.07 < share < 0.13
+    assert {row["exercise"] for row in first[:40]} == set(FAMILIES), "families are interleaved"
+
+
+def test_the_mix_is_followed() -> None:
+    rows = [make_row(5, index, parse_mix("addition=3,maximum=1")) for index in range(2000)]
+    share = sum(row["exercise"] == "addition" for row in rows) / len(rows)
+    assert 0.7 < share < 0.8 and {row["exercise"] for row in rows} == {"addition", "maximum"}
+    assert {row["constraints"] for row in rows} == {"carry", "no carry", "tens differ", "same tens"}
+
+
+def test_supervised_parts_are_short() -> None:
+    renderer = FastRenderer(load_o200k_harmony())
+    for index in range(500):
+        rendered = renderer.render(to_conversation(make_row(1, index, EVEN), Prompts()).messages)
+        assert len(rendered.messages[-1]) + len(rendered.messages[-2]) <= 60
+
+
+def test_files_are_deterministic_and_left_alone_when_right(rows_dir: Path, tmp_path: Path) -> None:
+    mix = parse_mix(synth_mini.DEFAULT_MIX)
+    assert synth_mini.generate(tmp_path, rows=400, seed=7, families=mix)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"rows_00.parquet", "test.jsonl", "synth_mini.json"}
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (rows_dir / name).read_bytes()
+    assert not synth_mini.generate(tmp_path, rows=400, seed=7, families=mix)
+    rows = pq.read_table(tmp_path / "rows_00.parquet").to_pylist()
+    assert rows == [make_row(7, index, mix) for index in range(400)]
+    assert all(check(row, row["synthetic_answer"]) for row in map(json.loads, (tmp_path / "test.jsonl").open()))
+
+
+def test_other_or_damaged_rows_are_not_taken_for_the_asked_ones(tmp_path: Path) -> None:
+    mix = {"sorting": 1.0}
+    synth_mini.generate(tmp_path, rows=20, seed=7, families=mix)
+    with pytest.raises(DataError, match="another seed"):
+        synth_mini.generate(tmp_path, rows=20, seed=8, families=mix)
+    (tmp_path / "test.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"test\.jsonl"):
+        synth_mini.generate(tmp_path, rows=20, seed=7, families=mix)
+    assert synth_mini.generate(tmp_path, rows=20, seed=8, families=mix, overwrite=True)
+
+
+@pytest.mark.parametrize("mix", ["addition", "addition=x", "multiplication=1", "addition=-1", "addition=0", ""])
+def test_a_wrong_mix_is_refused(tmp_path: Path, mix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert synth_mini.main(["--output-dir", str(tmp_path), "--families", mix]) == 2
+    assert "--families" in capsys.readouterr().err
+
+
+def test_answers_of_other_rows_cannot_be_checked() -> None:
+    with pytest.raises(DataError, match="'memorization'"):
+        check({"exercise": "memorization", "synthetic_answer": "1"}, "1")

@@ -1,0 +1,152 @@
+"""Verification finds whatever was changed after the build, and says where."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vpmoe.data_curation.manifest import file_entry
+from vpmoe.data_curation.token_files import read_triple
+from vpmoe.data_curation.verify import verify
+from vpmoe.errors import DataError
+
+
+@pytest.fixture
+def copy(dataset_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(dataset_dir, tmp_path / "dataset"))
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def edit_manifest(folder: Path, change: Callable[[dict], None]) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def accept(folder: Path, split: str = "train") -> None:
+    """Write the present hashes into the manifest, so that only a look at the content can find the change."""
+
+    def change(manifest: dict) -> None:
+        for shard in manifest["splits"][split]["shards"]:
+            shard["files"] = {name: file_entry(folder / split / name) for name in shard["files"]}
+
+    edit_manifest(folder, change)
+
+
+def test_a_sound_dataset_has_no_fault(dataset_dir: Path, conversations_dir: Path) -> None:
+    assert verify(dataset_dir, input_dir=conversations_dir) == []
+    assert verify(conversations_dir) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train/shard_00_tokens.bin",
+        "train/shard_01_lossmask.bin",
+        "valid/shard_00_span.bin",
+        "train/shard_02_tokens.idx",
+        "compact_vocab.npy",
+        "token_pieces.txt",
+    ],
+)
+def test_a_flipped_bit_anywhere_is_found(copy: Path, name: str) -> None:
+    flip(copy / name, (copy / name).stat().st_size // 2)
+    faults = verify(copy)
+    assert faults and any(Path(name).name in fault and "sha256" in fault for fault in faults)
+
+
+def test_each_lost_or_strange_file_is_found(copy: Path) -> None:
+    (copy / "train" / "shard_00_span.idx").unlink()
+    (copy / "train" / "shard_09_tokens.bin").write_bytes(b"")
+    (copy / "rejects.jsonl").unlink()
+    faults = "\n".join(verify(copy))
+    for named in ("shard_00_span.idx", "shard_09_tokens.bin", "rejects.jsonl"):
+        assert named in faults
+
+
+def test_a_truncated_index_is_found_even_with_its_hash_accepted(copy: Path) -> None:
+    path = copy / "train" / "shard_00_tokens.idx"
+    path.write_bytes(path.read_bytes()[:-8])
+    accept(copy)
+    with pytest.raises(DataError, match="its header asks for"):
+        read_triple(copy / "train", "shard_00")
+    assert any("shard_00_tokens.idx" in fault for fault in verify(copy))
+
+
+def test_swapped_sidecars_are_found_even_with_their_hashes_accepted(copy: Path) -> None:
+    mask, span = (copy / "train" / f"shard_00_{signal}.bin" for signal in ("lossmask", "span"))
+    content = mask.read_bytes()
+    mask.write_bytes(span.read_bytes())
+    span.write_bytes(content)
+    accept(copy)
+    (fault,) = [fault for fault in verify(copy) if "shard_00" in fault]
+    assert "loss mask and span disagree" in fault
+
+
+def test_sidecars_of_another_shard_are_found(copy: Path) -> None:
+    for suffix in ("bin", "idx"):
+        shutil.copy(copy / "train" / f"shard_01_span.{suffix}", copy / "train" / f"shard_00_span.{suffix}")
+    accept(copy)
+    assert any("span and tokens disagree" in fault for fault in verify(copy))
+
+
+def _set(folder: Path, signal: str, values: np.ndarray) -> None:
+    (folder / "train" / f"shard_00_{signal}.bin").write_bytes(values.tobytes())
+    accept(folder)
+
+
+@pytest.mark.parametrize(
+    ("fault", "change"),
+    [
+        ("ids outside the vocabulary", lambda t: {"tokens": np.where(np.arange(len(t.tokens)) == 3, 10_000, t.tokens)}),
+        ("do not end in <|endoftext|>", lambda t: {"tokens": np.where(t.tokens == t.tokens[-1], 0, t.tokens)}),
+        ("span ids that do not exist", lambda t: {"span": np.where(t.span == 2, 3, t.span)}),
+        ("last label is supervised", lambda t: {"span": np.maximum(t.span, 1), "lossmask": np.ones_like(t.lossmask)}),
+        ("its tokens say", lambda t: {"span": np.where(t.span == 2, 1, t.span)}),
+        ("not valid Harmony", lambda t: {"tokens": np.where(np.arange(len(t.tokens)) == 0, 5, t.tokens)}),
+    ],
+)
+def test_contents_that_contradict_themselves_are_found(copy: Path, fault: str, change: Callable) -> None:
+    triple = read_triple(copy / "train", "shard_00")
+    for signal, values in change(triple).items():
+        _set(copy, signal, values.astype(getattr(triple, signal).dtype))
+    assert any(fault in found for found in verify(copy)), verify(copy)
+
+
+def test_wrong_sums_in_the_manifest_are_found(copy: Path) -> None:
+    edit_manifest(copy, lambda manifest: manifest["splits"]["train"]["span_tokens"].update(final=1))
+    assert any("do not add up" in fault for fault in verify(copy))
+    edit_manifest(copy, lambda manifest: manifest["splits"]["valid"]["shards"][0].update(rows=1))
+    assert any("valid/shard_00" in fault for fault in verify(copy))
+
+
+def test_a_stale_manifest_is_found(copy: Path, conversations_dir: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(conversations_dir, tmp_path / "input"))
+    edit_manifest(source, lambda manifest: manifest.update(rows=399))
+    (fault,) = verify(copy, input_dir=source)
+    assert "the dataset was built from" in fault
+    (fault,) = verify(copy, input_dir=tmp_path / "nowhere")
+    assert "no manifest" in fault
+
+
+def test_conversations_that_changed_are_found(conversations_dir: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(conversations_dir, tmp_path / "input"))
+    flip(source / "shard_01.parquet", 200)
+    shutil.copy(source / "shard_00.parquet", source / "shard_07.parquet")
+    faults = verify(source)
+    assert len(faults) == 2 and "shard_01.parquet" in faults[0] and "shard_07.parquet" in faults[1]
+
+
+def test_without_a_manifest_there_is_nothing_to_verify(copy: Path) -> None:
+    (copy / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"no manifest\.json"):
+        verify(copy)

@@ -1,0 +1,90 @@
+"""Manifests: the last file written to a dataset, and the only thing that makes a folder of files a dataset."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from vpmoe.errors import DataError
+from vpmoe.files import json_bytes, sha256_of_file, write_atomically
+
+FILE_NAME = "manifest.json"
+
+
+def git_state(folder: Path | None = None) -> dict[str, Any]:
+    """``{"sha": commit or None, "dirty": bool or None}`` of the source tree this code runs from.
+
+    Both are None outside a repository, before its first commit, or where git is not installed.
+    """
+    where = folder or Path(__file__).parent
+    try:
+        sha = _git(where, "rev-parse", "HEAD")
+        return {"sha": sha, "dirty": bool(_git(where, "status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"sha": None, "dirty": None}
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> Path:
+    """Write ``manifest.json`` into ``folder``, atomically; call it last."""
+    path = folder / FILE_NAME
+    write_atomically(path, json_bytes(manifest))
+    return path
+
+
+def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
+    """The manifest in ``folder``, of ``kind`` if one is given.
+
+    Raises:
+        DataError: there is none, it is not JSON, or it is of another kind.
+    """
+    path = folder / FILE_NAME
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(
+            "there is no manifest.json, so there is no dataset",
+            source=str(folder),
+            remedy="finish the step that makes it: write_synth_harmony_manifest for conversations, "
+            "scripts/datasets/build_synth_kd_v1.py for token files",
+        ) from error
+    except ValueError as error:
+        raise DataError(f"the manifest is not JSON: {error}", source=str(path), remedy="write it again") from error
+    found = manifest.get("kind") if isinstance(manifest, dict) else None
+    if found is None or (kind is not None and found != kind):
+        raise DataError(
+            f"the manifest is of kind {found!r}, expected {kind or 'a known kind'}",
+            source=f"{path}: kind",
+            remedy="pass the folder of the right step (conversations are the builder's input, token files its output)",
+        )
+    return manifest
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """``{"bytes", "sha256"}`` of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+
+
+def check_file(path: Path, entry: dict[str, Any], *, remedy: str, hashed: bool = True) -> None:
+    """Hold a file against its manifest entry.
+
+    Raises:
+        DataError: missing, another size, or (if ``hashed``) another sha256.
+    """
+    if not path.is_file():
+        raise DataError("a file of the manifest is missing", source=str(path), remedy=remedy)
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise DataError(
+            f"the file has {size} bytes, the manifest says {entry['bytes']}", source=str(path), remedy=remedy
+        )
+    if hashed and (found := sha256_of_file(path)) != entry["sha256"]:
+        raise DataError(
+            f"the file's sha256 is {found}, the manifest says {entry['sha256']}", source=str(path), remedy=remedy
+        )
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()

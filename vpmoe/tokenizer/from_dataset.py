@@ -1,0 +1,66 @@
+"""The tokenizer that a built dataset was made with, read back from its manifest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vpmoe.errors import DataError, TokenizerError
+from vpmoe.tokenizer.compact import NAME as COMPACT_NAME
+from vpmoe.tokenizer.compact import CompactVocabulary
+from vpmoe.tokenizer.interface import Tokenizer
+from vpmoe.tokenizer.o200k_harmony import NAME as FULL_NAME
+from vpmoe.tokenizer.o200k_harmony import load_o200k_harmony
+
+
+def load_tokenizer(dataset_dir: Path | str, *, rank_file: Path | None = None) -> Tokenizer:
+    """The vocabulary of the built dataset in ``dataset_dir``.
+
+    Args:
+        dataset_dir: folder with the ``manifest.json`` that the builder wrote.
+        rank_file: a rank file to use instead of the usual places.
+
+    Raises:
+        DataError: no readable manifest there.
+        TokenizerError: the rank file or the compact map is missing or is not the one the dataset was built with.
+    """
+    path = Path(dataset_dir) / "manifest.json"
+    entry = _tokenizer_entry(path)
+    full = load_o200k_harmony(rank_file)
+    if full.rank_file_sha256 != entry["rank_file_sha256"]:
+        raise TokenizerError(
+            f"the dataset was built with rank file {entry['rank_file_sha256']}, here is {full.rank_file_sha256}",
+            source=str(path),
+            remedy="rebuild the dataset with this version",
+        )
+    if entry["name"] == FULL_NAME:
+        return full
+    if entry["name"] != COMPACT_NAME:
+        raise TokenizerError(f"unknown tokenizer {entry['name']!r}", source=str(path), remedy="rebuild the dataset")
+    compact_map = entry["compact_map"]
+    return CompactVocabulary.load(
+        full,
+        path.parent / compact_map["path"],
+        sha256=compact_map["sha256"],
+        padded_vocab_size=entry["padded_vocab_size"],
+    )
+
+
+def _tokenizer_entry(path: Path) -> dict[str, Any]:
+    remedy = "build the dataset (scripts/datasets/build_synth_kd_v1.py); without a manifest there is no dataset"
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise DataError("the dataset has no manifest.json", source=str(path), remedy=remedy) from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"the manifest is not JSON: {error}", source=str(path), remedy=remedy) from error
+    entry = manifest.get("tokenizer") if isinstance(manifest, dict) else None
+    wanted = {"name", "rank_file_sha256", "padded_vocab_size", "compact_map"}
+    if not isinstance(entry, dict) or not wanted <= entry.keys():
+        raise DataError(
+            f"the manifest's tokenizer entry lacks one of {sorted(wanted)}",
+            source=str(path) + ": tokenizer",
+            remedy=remedy,
+        )
+    return entry
