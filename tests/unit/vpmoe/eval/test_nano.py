@@ -1,0 +1,178 @@
+"""A real checkpoint evaluated on a real dataset; the model is untrained, or plays a part written by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vpmoe.errors import CheckpointError, TokenizerError
+from tests.tiny import tiny_config
+from tests.unit.vpmoe.eval.conftest import GOOD, ids_of
+from vpmoe.data_curation import build_command, synth_mini
+from vpmoe.data_curation.harmony import synth_to_harmony, write_synth_harmony_manifest
+from vpmoe.eval import nano
+from vpmoe.eval.checkpoints import open_trained
+from vpmoe.eval.nano import NanoOptions, decode_in_batches, evaluate_and_plot, evaluate_run, stop_ids
+from vpmoe.eval.questions import read_questions
+from vpmoe.harmony.parse import Parser
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """rows/, conversations/ and dataset/, by the commands."""
+    folder = tmp_path_factory.mktemp("data")
+    rows, conversations, dataset = (str(folder / name) for name in ("rows", "conversations", "dataset"))
+    assert synth_mini.main(["--output-dir", rows, "--rows", "300"]) == 0
+    convert = ["--input", rows, "--output-dir", conversations, "--num-shards", "1", "--reasoning-effort", "low"]
+    assert synth_to_harmony.main(convert) == 0
+    assert write_synth_harmony_manifest.main(["--dataset-dir", conversations]) == 0
+    vocabulary = ["--compact-vocab-size", "400", "--padded-vocab-size", "448", "--valid-fraction", "0.1"]
+    build = ["--input-dir", conversations, "--output-dir", dataset, "--seq-len", "192", "--workers", "1", "--quiet"]
+    assert build_command.main([*build, *vocabulary]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """A run that has trained for no step, with one checkpoint."""
+    from megatron_vpmoe.runtime.distributed import single_process
+    from megatron_vpmoe.training.run import open_run
+
+    folder = tmp_path_factory.mktemp("runs") / "untrained"
+    fields = {"padded_vocab_size": 448, "seq_length": 192, "data_path": data / "dataset", "run_dir": folder}
+    cfg = tiny_config(**fields)
+    with single_process(seed=cfg.training.seed):
+        run = open_run(cfg)
+        # Other weights than those that the seed gives: a loader that loads nothing would be found out.
+        with torch.no_grad():
+            for parameter in run.model.parameters():
+                parameter.mul_(1.01)
+        torch.save({name: value.clone() for name, value in run.model.named_parameters()}, folder / "weights.pt")
+        run.save()
+        run.source.close()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "tag": "loss/final", "value": 2.0}\n')
+    return folder
+
+
+def options(data: Path, **changes) -> NanoOptions:
+    fields = {"per_family": 3, "max_new_tokens": 12, "batch_size": 5, "samples": 4, **changes}
+    return NanoOptions(questions=data / "rows" / "test.jsonl", conversations=data / "conversations", **fields)
+
+
+def silent(line: str) -> None:
+    assert line
+
+
+def test_weights_are_those_of_the_checkpoint(run_directory: Path) -> None:
+    saved = torch.load(run_directory / "weights.pt")
+    with open_trained(run_directory) as run:
+        loaded = dict(run.model.named_parameters())
+        assert loaded.keys() == saved.keys()
+        assert [name for name, value in loaded.items() if not torch.equal(value, saved[name])] == []
+        assert not run.model.training
+
+
+def test_report_of_an_untrained_model(data: Path, run_directory: Path, tmp_path: Path, capsys) -> None:
+    report = evaluate_and_plot(run_directory, options(data), tmp_path / "report.json", progress=silent)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert report["checkpoint"]["iteration"] == 0
+    # Before any step the model knows nothing: each span costs about ln(vocabulary).
+    for span in ("analysis", "final"):
+        assert report["losses"][f"loss/{span}"] == pytest.approx(math.log(448), abs=0.5)
+    assert report["losses"]["loss/total"] == pytest.approx(
+        report["losses"]["loss/analysis"] + report["losses"]["loss/final"], rel=1e-5
+    )
+    assert report["generations"]["n"] == 12 and report["generations"]["exact"] == 0
+    assert len(report["samples"]) == 4 and len({sample["family"] for sample in report["samples"]}) == 4
+    assert "exact" in capsys.readouterr().out
+
+
+def test_answers_are_scored_at_their_own_question(data: Path, run_directory: Path, monkeypatch) -> None:
+    """The model's place is taken by one that knows every answer but those of sorting, and twice forgets to end."""
+    questions = read_questions(data / "rows" / "test.jsonl", per_family=3)
+    known = {q.query: "0" if q.family == "sorting" else q.row["synthetic_answer"] for q in questions}
+    endless = [q.query for q in questions if q.family == "maximum"][:2]
+    with open_trained(run_directory) as run:
+        tokenizer = run.tokenizer
+    opening = len(ids_of("<|start|>assistant", tokenizer))
+
+    def answer_from_memory(model, prompts, sampling):
+        queries = [Parser(tokenizer).messages(prompt[:-opening])[-1].content for prompt in prompts]
+        completions = [ids_of(GOOD.format(known[query]), tokenizer) for query in queries]
+        return [ids[:-1] if query in endless else ids for query, ids in zip(queries, completions, strict=True)]
+
+    monkeypatch.setattr("megatron_vpmoe.generation.sampler.generate", answer_from_memory)
+    report, _ = evaluate_run(run_directory, options(data), progress=silent)
+    counts = {name: (entry["valid"], entry["exact"]) for name, entry in report["generations"]["families"].items()}
+    assert counts == {"addition": (3, 3), "subtraction": (3, 3), "maximum": (1, 1), "sorting": (3, 0)}
+    assert report["generations"]["faults"] == {"unclosed": 2}
+
+
+def test_batches_give_each_prompt_what_it_gets_alone(data: Path, run_directory: Path) -> None:
+    from megatron_vpmoe.generation.sampler import SamplingOptions, generate
+
+    with open_trained(run_directory) as run:
+        # An untrained model repeats itself; a larger scale makes its choices differ from place to place.
+        with torch.no_grad():
+            run.model.embedding.word_embeddings.weight.mul_(30)
+        generator = torch.Generator().manual_seed(0)
+        lengths = (5, 17, 9, 3, 12, 30)
+        prompts = [torch.randint(0, 400, (length,), generator=generator).tolist() for length in lengths]
+        sampling = SamplingOptions(8, stop_ids(run.tokenizer))
+        together = decode_in_batches(run.model, prompts, sampling, 4, progress=silent)
+        alone = [generate(run.model, [prompt], sampling)[0] for prompt in prompts]
+    assert together == alone
+    assert len({tuple(row) for row in alone}) > 1
+
+
+def test_whole_valid_split_is_measured(data: Path, run_directory: Path, monkeypatch) -> None:
+    """Every conversation of the split, not the ``eval_iters`` batches of training."""
+    from megatron_vpmoe.training import evaluate as evaluation
+
+    seen = []
+    original = evaluation.evaluate
+
+    def counting(model, objective, batches):
+        batches = list(batches)
+        seen.extend(int((batch.document_id.amax(1) + 1).sum()) for batch in batches)
+        return original(model, objective, batches)
+
+    monkeypatch.setattr(evaluation, "evaluate", counting)
+    with open_trained(run_directory) as run:
+        nano.valid_losses(run)
+        rows = run.dataset.splits["valid"].rows
+    assert sum(seen) == rows > 0
+
+
+def test_missing_run_and_damaged_checkpoint(data: Path, run_directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such run"):
+        evaluate_run(tmp_path / "nowhere", options(data), progress=silent)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        evaluate_run(tmp_path, options(data), progress=silent)
+    copy = tmp_path / "copy"
+    shutil.copytree(run_directory, copy)
+    (weights,) = sorted((copy / "checkpoints" / "iter_0000000").glob("*.distcp"))[:1]
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="bytes"):
+        evaluate_run(copy, options(data), progress=silent)
+
+
+def test_dataset_of_another_vocabulary_is_refused(data: Path, run_directory: Path, tmp_path: Path) -> None:
+    """As many ids, but others: only the map's hash tells."""
+    other = str(tmp_path / "dataset")
+    vocabulary = ["--compact-vocab-size", "300", "--padded-vocab-size", "448", "--valid-fraction", "0.1"]
+    build = ["--input-dir", str(data / "conversations"), "--output-dir", other, "--seq-len", "192", "--workers", "1"]
+    assert build_command.main([*build, *vocabulary, "--quiet"]) == 0
+    with (
+        pytest.raises(TokenizerError, match="trained on the vocabulary"),
+        open_trained(run_directory, data_path=Path(other)),
+    ):
+        pytest.fail("opened")

@@ -1,0 +1,42 @@
+"""The settings file: the tracked one is good, a bad one names every problem at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vpmoe.quickstart.errors import QuickstartError
+from vpmoe.quickstart.run import SETTINGS
+from vpmoe.quickstart.settings import read_settings
+
+
+def test_every_problem_at_once(tmp_path: Path, repository: Path) -> None:
+    text = (repository / SETTINGS).read_text()
+    assert "compact_vocab_size = " in text and 'run_name = "' in text
+    path = tmp_path / "bad.toml"
+    path.write_text(
+        text.replace("compact_vocab_size = ", "compact_vocab_sise = ").replace('run_name = "', "run_name = 5 #")
+    )
+    with pytest.raises(QuickstartError) as caught:
+        read_settings(path)
+    assert caught.value.source == str(path)
+    for key in ("dataset.compact_vocab_sise", "dataset.compact_vocab_size", "training.run_name"):
+        assert key in caught.value.what
+
+
+@pytest.mark.parametrize("content", [None, "rows = ["])
+def test_missing_or_no_toml(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "settings.toml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(QuickstartError):
+        read_settings(path)
+
+
+def test_target_of_an_absent_family(tmp_path: Path, repository: Path) -> None:
+    path = tmp_path / "settings.toml"
+    text = (repository / SETTINGS).read_text()
+    path.write_text(text.replace('\nfamily = "', '\nfamily = "no '))
+    with pytest.raises(QuickstartError, match=r"targets\.family"):
+        read_settings(path)

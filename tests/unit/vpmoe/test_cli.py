@@ -1,0 +1,111 @@
+"""The command line: quick help, one message and exit code 2 for a user's error, tracebacks on request only."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_vpmoe.config import load_config, parameter_count
+from vpmoe.cli import main
+
+HEAVY = ("torch", "numpy", "pyarrow", "megatron.core", "matplotlib", "tiktoken", "pydantic")
+
+FAULTS = {
+    "missing run": (["eval", "nano", "runs/nowhere", "--questions", "q.jsonl"], "runs/nowhere"),
+    "missing run to sample": (["sample", "runs/nowhere", "Why?"], "runs/nowhere"),
+    "missing dataset": (["data", "verify", "nowhere"], "nowhere"),
+    "missing config": (["param-count", "nowhere.yaml"], "nowhere.yaml"),
+    "unknown step": (["quickstart", "--force", "everything"], "everything"),
+    "missing settings": (["quickstart", "--settings", "nowhere.toml"], "nowhere.toml"),
+    "missing rank file": (["tokenizer", "install", "--tokenizer-model", "nowhere.tiktoken"], "nowhere.tiktoken"),
+}
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = f"import sys; from vpmoe.cli import main; main(['--help']); print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("[]"), done.stdout[-200:]
+
+
+@pytest.mark.parametrize("verb", [[], ["quickstart"], ["data"], ["eval"], ["eval", "nano"], ["sample"], ["tokenizer"]])
+def test_every_verb_has_help(verb: list[str], capsys) -> None:
+    assert main([*verb, "--help"]) == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_one_message_and_exit_code_2(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    words, named = FAULTS[name]
+    assert main(words) == 2
+    shown = capsys.readouterr().err
+    assert named in shown and "remedy" in shown and "Traceback" not in shown
+
+
+def test_empty_run_directory(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("q.jsonl").write_text('{"query": "a", "exercise": "addition", "synthetic_answer": "1"}\n')
+    assert main(["eval", "nano", "run", "--questions", "q.jsonl"]) == 2
+    assert "no complete checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", [0, 2, 3])
+def test_debug_shows_the_traceback_wherever_it_stands(place: int, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["eval", "nano", "runs/nowhere"]
+    words.insert(place, "--debug")
+    assert main(words) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_bug_is_not_dressed_as_a_user_error(monkeypatch) -> None:
+    def broken(*_, **__) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("vpmoe.tokenizer.rank_file.install", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["tokenizer", "install"])
+
+
+@pytest.mark.parametrize(
+    "words", [["nonsense"], ["eval", "nano", "--nonsense"], ["sample", "run"], ["quickstart", "--seed", "x"]]
+)
+def test_wrong_usage_is_exit_code_2(words: list[str], capsys) -> None:
+    assert main(words) == 2
+    assert "Usage" in capsys.readouterr().err
+
+
+def test_param_count_prints_the_geometry(repository: Path, capsys) -> None:
+    config = repository / "configs" / "nano" / "stage1.yaml"
+    assert main(["param-count", str(config), "--num-layers", "4"]) == 0
+    count = parameter_count(load_config(config, ["--num-layers", "4"]))
+    printed = {line[:30].strip(): line[30:46].strip() for line in capsys.readouterr().out.splitlines()[1:]}
+    expected = {**count.parts, "total": count.total, "active": count.active}
+    expected["active without embeddings"] = count.active_without_embeddings
+    assert printed == {name: f"{value:,}" for name, value in expected.items()}
+
+
+def test_tokenizer_install(tmp_path: Path, capsys) -> None:
+    assert main(["tokenizer", "install", "--output-dir", str(tmp_path)]) == 0
+    assert (tmp_path / "o200k_base.tiktoken").stat().st_size > 3_000_000
+    assert "checked" in capsys.readouterr().out
+
+
+PRINTS_UNFLUSHED = "import sys; from vpmoe import cli; cli.app = lambda **_: print('a line'); sys.exit(cli.main([]))"
+
+
+@pytest.mark.parametrize("words", [["-m", "vpmoe.cli", "--help"], ["-c", PRINTS_UNFLUSHED]], ids=["at once", "at exit"])
+def test_reader_that_leaves_early(words: list[str]) -> None:
+    """``vpmoe ... | head``: no traceback, whether the pipe breaks while printing or when the rest is flushed."""
+    read, write = os.pipe()
+    os.close(read)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, *words]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False, env=buffered)
+    os.close(write)
+    assert done.stderr == ""

@@ -1,0 +1,110 @@
+"""One picture of a run: loss per span, how evenly the router spreads tokens, and what share of answers is right."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vpmoe.errors import DataError
+from vpmoe.files import move_into_place
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Curves = Mapping[str, Sequence[tuple[int, float]]]
+
+_LOSSES = (
+    ("loss/analysis", "analysis, train", "tab:blue", "-"),
+    ("valid/loss/analysis", "analysis, valid", "tab:blue", "o"),
+    ("loss/final", "final, train", "tab:orange", "-"),
+    ("valid/loss/final", "final, valid", "tab:orange", "o"),
+)
+ROUTER_TAG = "moe/router_agg/mean_cv_pct"
+_WHERE = {"-": {"linewidth": 1.2}, "o": {"linestyle": "none", "marker": "o", "markersize": 4}}
+
+
+def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every tag of a ``metrics.jsonl`` with its ``(step, value)`` in order.
+
+    Raises:
+        DataError: no such file, or not one of records.
+    """
+    from megatron_vpmoe.metrics.jsonl import read_records
+
+    if not path.is_file():
+        raise DataError("the run has no metrics", source=str(path), remedy="train it: scripts/train.sh CONFIG")
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for record in read_records(path):
+        curves.setdefault(record.tag, []).append((record.step, record.value))
+    return curves
+
+
+def plot_run(curves: Curves, generations: Mapping[str, Any], output: Path, *, title: str) -> None:
+    """Draw losses, router balance and accuracy side by side into a PNG, which appears whole or not at all.
+
+    Args:
+        curves: as :func:`read_curves` gives them; a tag that is absent (a dense run has no router) is left out.
+        generations: as :func:`vpmoe.eval.scoring.summarize` gives them.
+        output: the PNG.
+        title: over the whole picture.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (losses, router, answers) = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    figure.suptitle(title)
+    _plot_losses(losses, curves)
+    _plot_router(router, curves)
+    _plot_answers(answers, generations)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        # Without the date and the version, the same run draws the same bytes.
+        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+        move_into_place(temporary, output)
+    finally:
+        pyplot.close(figure)
+        temporary.unlink(missing_ok=True)
+
+
+def _plot_losses(axes: Axes, curves: Curves) -> None:
+    for tag, label, colour, style in _LOSSES:
+        if points := curves.get(tag):
+            axes.plot(*zip(*points, strict=True), color=colour, label=label, **_WHERE[style])
+    axes.set(title="cross-entropy per span", xlabel="step", ylabel="nats per token", yscale="log")
+    _legend(axes)
+
+
+def _plot_router(axes: Axes, curves: Curves) -> None:
+    if points := curves.get(ROUTER_TAG):
+        axes.plot(*zip(*points, strict=True), color="tab:green", linewidth=1.2, label="mean over layers")
+    axes.set(title="load of the experts", xlabel="step", ylabel="coefficient of variation, %")
+    axes.set_ylim(bottom=0)
+    _legend(axes)
+
+
+def _plot_answers(axes: Axes, generations: Mapping[str, Any]) -> None:
+    families: Mapping[str, Any] = generations["families"]
+    names = [*families, "all"]
+    entries = [*families.values(), generations]
+    places = range(len(names))
+    for offset, key, label, colour in (
+        (-0.2, "validity", "valid Harmony", "0.75"),
+        (0.2, "accuracy", "exact", "tab:blue"),
+    ):
+        heights = [100 * entry[key] for entry in entries]
+        bars = axes.bar([place + offset for place in places], heights, 0.4, label=label, color=colour)
+        axes.bar_label(bars, fmt="%.0f", fontsize=8)
+    labels = [f"{name}\n(n={entry['n']})" for name, entry in zip(names, entries, strict=True)]
+    axes.set_xticks(list(places), labels, rotation=30, ha="right", fontsize=8)
+    axes.set(title="held-out questions, greedy", ylabel="%", ylim=(0, 125))
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)

@@ -1,0 +1,34 @@
+"""Reports: small JSON documents, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vpmoe.errors import DataError
+from vpmoe.files import json_bytes, write_atomically
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write ``report`` to ``path``, atomically; its folder is made if absent."""
+    write_atomically(path, json_bytes(report))
+
+
+def read_report(path: Path, kind: str) -> dict[str, Any]:
+    """The report at ``path``.
+
+    Raises:
+        DataError: there is none, it is not JSON, or it is of another kind.
+    """
+    remedy = "write it again with the command that makes it (vpmoe eval --help)"
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError("there is no report here", source=str(path), remedy=remedy) from error
+    except ValueError as error:
+        raise DataError(f"the report is not JSON: {error}", source=str(path), remedy=remedy) from error
+    found = report.get("kind") if isinstance(report, dict) else None
+    if found != kind:
+        raise DataError(f"the report is of kind {found!r}, expected {kind!r}", source=str(path), remedy=remedy)
+    return report

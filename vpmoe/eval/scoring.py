@@ -1,0 +1,86 @@
+"""Judging generations: is one valid Harmony, and is its final message exactly the answer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vpmoe.errors import DataError
+from vpmoe.eval.questions import Question
+from vpmoe.harmony.parse import Judgement, Parser
+
+Checker = Callable[[dict[str, Any], str], bool]
+"""Whether a text answers a row exactly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One generation and its verdict.
+
+    Attributes:
+        question: what was asked.
+        ids: the generated ids, the stop token included where one came.
+        judgement: the strict parser's verdict: analysis, then final, closed with <|return|>, nothing else.
+        exact: the generation is valid and its final message is the answer; an answer that a reader of Harmony could not
+            pick out does not count.
+    """
+
+    question: Question
+    ids: tuple[int, ...]
+    judgement: Judgement
+    exact: bool
+
+
+def score(
+    questions: Sequence[Question], completions: Sequence[Sequence[int]], parser: Parser, check: Checker
+) -> list[Scored]:
+    """Judge each completion of the prompt of the question at the same place.
+
+    Raises:
+        DataError: not as many completions as questions.
+    """
+    if len(questions) != len(completions):
+        raise DataError(
+            f"{len(completions)} completions of {len(questions)} questions", source="the generations to score"
+        )
+    scored = []
+    for question, ids in zip(questions, completions, strict=True):
+        judgement = judge(ids, parser)
+        exact = judgement.valid and judgement.final is not None and check(question.row, judgement.final)
+        scored.append(Scored(question, tuple(ids), judgement, exact))
+    return scored
+
+
+def judge(ids: Sequence[int], parser: Parser) -> Judgement:
+    """The parser's verdict; an id that the vocabulary does not have (a padding row of the embedding) is a fault too."""
+    vocab_size = parser.tokenizer.vocab_size
+    if any(not 0 <= token_id < vocab_size for token_id in ids):
+        return Judgement(False, "outside_vocabulary", None, None)
+    return parser.judge_completion(ids)
+
+
+def summarize(scored: Sequence[Scored]) -> dict[str, Any]:
+    """Counts and shares, over everything and per family.
+
+    Returns:
+        ``{"n", "valid", "validity", "exact", "accuracy", "mean_tokens", "faults": {reason: count}, "families":
+        {family: {"n", "valid", "validity", "exact", "accuracy"}}}``; shares are in 0..1.
+    """
+    families: dict[str, list[Scored]] = {}
+    for item in scored:
+        families.setdefault(item.question.family, []).append(item)
+    faults = Counter(item.judgement.reason for item in scored if item.judgement.reason is not None)
+    return {
+        **_shares(scored),
+        "mean_tokens": sum(len(item.ids) for item in scored) / len(scored),
+        "faults": dict(faults.most_common()),
+        "families": {family: _shares(families[family]) for family in sorted(families)},
+    }
+
+
+def _shares(scored: Sequence[Scored]) -> dict[str, Any]:
+    count = len(scored)
+    valid, exact = (sum(flags) for flags in ((s.judgement.valid for s in scored), (s.exact for s in scored)))
+    return {"n": count, "valid": valid, "validity": valid / count, "exact": exact, "accuracy": exact / count}

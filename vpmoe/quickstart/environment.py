@@ -1,0 +1,53 @@
+"""What runs here: interpreter, packages against requirements/lock.txt, cores."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from vpmoe.quickstart.errors import QuickstartError
+
+_TOLD = ("torch", "megatron-core", "numpy")
+
+
+def describe() -> dict[str, Any]:
+    """Versions and cores, for a report."""
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "packages": {name: version(name) for name in _TOLD},
+    }
+
+
+def differing_packages(lock: Path) -> list[str]:
+    """A line for each package of the lock file that is installed in another version.
+
+    Args:
+        lock: lines ``name==version``; comments and options are passed over.
+
+    Raises:
+        QuickstartError: the file is missing, or a package of it is not installed.
+    """
+    if not lock.is_file():
+        raise QuickstartError(
+            "there is no lock file", source=str(lock), remedy="run the quickstart from a whole checkout"
+        )
+    differing = []
+    for line in lock.read_text().splitlines():
+        name, separator, pinned = line.split("#")[0].strip().partition("==")
+        if not separator:
+            continue
+        try:
+            # A build label behind + (2.13.0+cpu) is another build of the same version.
+            installed = version(name).split("+")[0]
+        except PackageNotFoundError as error:
+            raise QuickstartError(
+                f"{name}=={pinned} is not installed", source=str(lock), remedy="make setup"
+            ) from error
+        if installed != pinned.split("+")[0]:
+            differing.append(f"{name} {installed}, pinned {pinned}")
+    return differing

@@ -1,0 +1,148 @@
+"""The quickstart's result: one report, held against the targets, and a summary for a person."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from megatron_vpmoe.config import config_hash, parameter_count
+from vpmoe.data_curation.manifest import git_state, read_manifest
+from vpmoe.eval.nano import KIND as EVALUATION_KIND
+from vpmoe.eval.plots import read_curves
+from vpmoe.eval.reports import read_report, write_report
+from vpmoe.files import move_into_place
+from vpmoe.quickstart.environment import describe
+from vpmoe.quickstart.plan import Plan
+from vpmoe.quickstart.settings import Targets
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SCHEMA_VERSION = 1
+KIND = "quickstart"
+THROUGHPUT_TAG = "throughput/tokens_per_second"
+
+
+def write_quickstart_report(plan: Plan, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Write ``report.json`` and ``report.png`` to the plan's report folder; returns the report.
+
+    Args:
+        plan: all of whose jobs are done.
+        seconds: spent on each job, by name.
+    """
+    evaluation = read_report(plan.work / plan.evaluation_path, EVALUATION_KIND)
+    dataset = read_manifest(plan.work / plan.dataset_path)
+    count = parameter_count(plan.cfg)
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": KIND,
+        "run_name": plan.run_name,
+        "config": plan.settings.training.config,
+        "config_hash": config_hash(plan.cfg),
+        "overrides": list(plan.overrides),
+        "settings": plan.settings.model_dump(),
+        "git": git_state(plan.root),
+        "environment": describe(),
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "model": {
+            "parameters": count.total,
+            "active": count.active,
+            "active_without_embeddings": count.active_without_embeddings,
+        },
+        "data": {split: {key: entry[key] for key in ("rows", "tokens")} for split, entry in dataset["splits"].items()},
+        "training": training_summary(read_curves(plan.work / plan.run_path / "metrics.jsonl"), seconds["training"]),
+        "targets": held_against(plan.settings.targets, evaluation["generations"]),
+        "evaluation": evaluation,
+    }
+    plan.report_folder.mkdir(parents=True, exist_ok=True)
+    partial = plan.report_folder / ".report.png.tmp"
+    shutil.copyfile((plan.work / plan.evaluation_path).with_suffix(".png"), partial)
+    move_into_place(partial, plan.report_folder / "report.png")
+    write_report(plan.report_folder / "report.json", report)
+    return report
+
+
+def training_summary(curves: Mapping[str, list[tuple[int, float]]], seconds: float) -> dict[str, Any]:
+    """Steps, seconds, the median throughput in real tokens a second, and the last value of the main curves."""
+    throughput = [value for _, value in curves.get(THROUGHPUT_TAG, [])]
+    shown = ("loss/analysis", "loss/final", "valid/loss/analysis", "valid/loss/final", "moe/router_agg/mean_cv_pct")
+    return {
+        "iterations": max((points[-1][0] for points in curves.values()), default=0),
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(median(throughput), 1) if throughput else None,
+        "last": {tag: curves[tag][-1][1] for tag in shown if curves.get(tag)},
+    }
+
+
+def held_against(targets: Targets, generations: Mapping[str, Any]) -> dict[str, Any]:
+    """Each target with what was measured, and whether all are met."""
+    measured = {
+        "validity": (targets.validity, generations["validity"]),
+        f"accuracy of {targets.family}": (targets.accuracy, generations["families"][targets.family]["accuracy"]),
+    }
+    entries = {
+        name: {"target": target, "measured": value, "met": value >= target}
+        for name, (target, value) in measured.items()
+    }
+    return {"met": all(entry["met"] for entry in entries.values()), "entries": entries}
+
+
+def missed_line(targets: Mapping[str, Any]) -> str:
+    """What was missed, in one line."""
+    missed = [
+        f"{name} is {100 * entry['measured']:.1f} %, at least {100 * entry['target']:.0f} % is the target"
+        for name, entry in targets["entries"].items()
+        if not entry["met"]
+    ]
+    return "; ".join(missed)
+
+
+def print_summary(report: Mapping[str, Any], folder: Path, shown_samples: int, console: Console) -> None:
+    """The final table, some decoded generations, and where the report lies."""
+    console.print()
+    console.print(_table(report))
+    for sample in report["evaluation"]["samples"][:shown_samples]:
+        _print_sample(sample, console)
+    console.print(
+        f"\nreport: {folder / 'report.json'}, picture: {folder / 'report.png'}", highlight=False, soft_wrap=True
+    )
+
+
+def _table(report: Mapping[str, Any]) -> Any:
+    from rich.table import Table
+
+    generations, training = report["evaluation"]["generations"], report["training"]
+    table = Table(title=f"vpMoE quickstart: {report['run_name']}", show_header=False, title_justify="left")
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    model = report["model"]
+    table.add_row("parameters, active", f"{model['parameters']:,}, {model['active']:,}")
+    table.add_row("training tokens in the set", f"{report['data']['train']['tokens']:,}")
+    table.add_row("steps", f"{training['iterations']:,}")
+    speed = training["tokens_per_second"]
+    table.add_row("tokens/s (median)", "not logged" if speed is None else f"{speed:,.0f}")
+    table.add_row(
+        "seconds of training, of everything", f"{training['seconds']:,.0f}, {sum(report['seconds'].values()):,.0f}"
+    )
+    for name, value in report["evaluation"]["losses"].items():
+        table.add_row(f"valid {name}", f"{value:.4f}")
+    table.add_section()
+    table.add_row("valid Harmony", _share(generations["valid"], generations["n"]))
+    for family, entry in generations["families"].items():
+        table.add_row(f"exact, {family}", _share(entry["exact"], entry["n"]))
+    return table
+
+
+def _share(count: int, total: int) -> str:
+    return f"{100 * count / total:.1f} % ({count} of {total})"
+
+
+def _print_sample(sample: Mapping[str, Any], console: Console) -> None:
+    verdict = "exact" if sample["exact"] else "valid, not exact" if sample["valid"] else f"not valid: {sample['fault']}"
+    # The texts are the model's: nothing in them is markup.
+    console.print(f"\n{sample['family']}: {sample['query']}", style="bold", markup=False, highlight=False)
+    console.print(sample["completion"], markup=False, highlight=False, soft_wrap=True)
+    console.print(f"-> {verdict}, expected {sample['expected']}", style="dim", markup=False, highlight=False)
