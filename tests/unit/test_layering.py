@@ -25,12 +25,11 @@ FLOORS = {
     "metrics": 3,
     "training": 4,
     "generation": 4,
-    "profiling": 4,
     "launch": 5,
     "pretrain": 5,
 }
-# Within the third floor only these cross: an objective reads a batch and a model's output.
-SAME_FLOOR = {("objectives", "data"), ("objectives", "model"), ("training", "generation")}
+# On one floor only these cross: an objective reads a batch, and training shows samples.
+SAME_FLOOR = {("objectives", "data"), ("training", "generation")}
 NO_MODEL = ("tokenizer", "harmony", "data_curation")
 
 

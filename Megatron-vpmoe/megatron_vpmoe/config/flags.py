@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any, get_args, get_origin
+from typing import Any, get_args
 
 from megatron_vpmoe.config.schema import FieldSpec, fields
 from megatron_vpmoe.config.yaml_source import Given, parse_scalar
@@ -24,8 +24,6 @@ def accepted_types(spec: FieldSpec) -> set[type]:
     def walk(annotation: Any) -> set[type]:
         if annotation is type(None) or annotation in (bool, int, float, str):
             return {annotation}
-        if get_origin(annotation) is list:
-            return {list}
         arguments = get_args(annotation)
         if arguments and all(isinstance(a, str) for a in arguments):
             return {str}
@@ -44,14 +42,10 @@ def _value(spec: FieldSpec, text: str) -> Any:
 
 def _take(spec: FieldSpec, attached: str | None, rest: list[str]) -> tuple[Any, str | None]:
     """Consume a field's value from the front of ``rest``. Returns (value, problem)."""
-    following: list[str] = []
-    wanted = len(rest) if list in accepted_types(spec) else 1
-    while attached is None and rest and len(following) < wanted and not _FLAG.fullmatch(rest[0]):
-        following.append(rest.pop(0))
-    if list in accepted_types(spec):
-        return ([attached] if attached is not None else following), None
-    if attached is not None or following:
-        return _value(spec, attached if attached is not None else following[0]), None
+    if attached is None and rest and not _FLAG.fullmatch(rest[0]):
+        attached = rest.pop(0)
+    if attached is not None:
+        return _value(spec, attached), None
     if bool in accepted_types(spec):
         return True, None
     return None, f"{SOURCE}: {spec.flag} needs a value"

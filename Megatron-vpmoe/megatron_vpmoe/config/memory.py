@@ -46,10 +46,15 @@ def _layer_activations(cfg: RunConfig, layer_number: int, compute_bytes: int, on
         values += chosen + 3 * (moe.moe_shared_expert_intermediate_size or 0)
     else:
         values += 3 * m.ffn_hidden_size
-    banded = m.attention_backend == "banded" or (m.attention_backend == "auto" and on_cpu)
     windowed = m.window_size is not None and not cfg.is_global_layer(layer_number)
-    keys = min(cfg.data.seq_length, 2 * (m.window_size or 0)) if banded and windowed else cfg.data.seq_length
-    return values * compute_bytes + 2 * heads * keys * _FP32
+    fused = m.attention_backend in ("banded", "sdpa") or (m.attention_backend == "auto" and on_cpu)
+    if not fused:
+        scores = 2 * heads * cfg.data.seq_length  # the scores and their softmax
+    elif windowed:
+        scores = 2 * min(cfg.data.seq_length, 2 * (m.window_size or 0))  # the mask of each block
+    else:
+        scores = heads * cfg.data.seq_length  # the mask with each head's bias on distance
+    return values * compute_bytes + scores * _FP32
 
 
 def memory_estimate(cfg: RunConfig, *, on_cpu: bool = False) -> MemoryEstimate:

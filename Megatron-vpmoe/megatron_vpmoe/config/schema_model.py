@@ -81,7 +81,7 @@ class MoeSection(Section):
     """Inner width of the shared expert that every token visits; null: no shared expert."""
     first_layer_dense: bool = True
     """Give layer 1 a dense feed-forward layer instead of experts."""
-    moe_router_load_balancing_type: Literal["seq_aux_loss", "aux_loss", "none"] = "seq_aux_loss"
+    moe_router_load_balancing_type: Literal["seq_aux_loss", "none"] = "seq_aux_loss"
     """Balancing loss: over each sequence, over the micro-batch, or none."""
     moe_aux_loss_coeff: Amount = 1e-4
     """Weight of the balancing loss."""
@@ -100,7 +100,7 @@ class MoeSection(Section):
     moe_router_dtype: Literal["fp32", "fp64"] | None = "fp32"
     """Precision of the router's logits; null: the model's."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
-    """How tokens travel between expert-parallel ranks; with one such rank allgather moves nothing and is the faster."""
+    """How tokens travel between expert-parallel ranks; with one such rank allgather moves nothing."""
     moe_permute_fusion: bool = False
     """Fused token permutation; needs TransformerEngine."""
     moe_router_fusion: bool = False

@@ -52,7 +52,7 @@ def layout_of(batch: Batch) -> SequenceLayout:
 def train_step(
     model: DistributedDataParallel, optimizer: VpOptimizer, objective: Objective, batches: list[Batch]
 ) -> StepResult:
-    """Run one step; the parameters do not move when the gradient is not finite.
+    """Run one step; neither parameters nor expert biases move when the loss or the gradient is not finite.
 
     The loss of a micro-batch is a sum of per-token terms already divided by the global totals, so that gradients are
     plain sums over micro-batches and ranks. Megatron-Core's per-token convention divides the summed gradient by the
@@ -63,6 +63,8 @@ def train_step(
         batches: this rank's micro-batches, on the CPU.
     """
     totals = global_totals(objective, batches)
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("expert_bias")]
+    biases_before = [bias.clone() for bias in biases]
     model.zero_grad_buffer()
     optimizer.zero_grad()
     collected = get_forward_backward_func()(
@@ -75,9 +77,13 @@ def train_step(
         forward_only=False,
     )
     metrics = global_metrics(objective, collected, totals)
-    if not math.isfinite(metrics["loss/total"]):
-        return StepResult(metrics, grad_norm=math.nan, updated=False)
-    updated, grad_norm, _ = optimizer.step()
+    updated, grad_norm = False, math.nan
+    if math.isfinite(metrics["loss/total"]):
+        updated, grad_norm, _ = optimizer.step()
+    if not updated:
+        # Finalising the gradients has moved the expert biases already.
+        for bias, before in zip(biases, biases_before, strict=True):
+            bias.copy_(before)
     return StepResult(metrics, grad_norm, updated)
 
 

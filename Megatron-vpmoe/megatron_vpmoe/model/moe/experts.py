@@ -87,7 +87,8 @@ class StackedExperts(MegatronModule):
         """
         probs_N1 = probs_N.unsqueeze(-1).to(x_NH.dtype)
         if x_NH.shape[0] == 0:
-            # Grouped GEMM refuses an empty operand; every weight still needs its (zero) gradient.
+            # Autograd hands an empty operand gradients of stride 0, which grouped GEMM's backward refuses; every weight
+            # still needs its (zero) gradient.
             return x_NH + sum(parameter.sum() for parameter in self.parameters()) * 0.0, None
         hidden_NF = grouped_linear(x_NH, self.fc1_weight, tokens_per_expert)
         if self.fc1_bias is None or self.fc2_bias is None:

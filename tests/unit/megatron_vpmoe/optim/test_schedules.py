@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from toy_model import toy_config
 
-from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.optim.schedules import IterationScheduler, build_scheduler
 
 
@@ -83,17 +82,3 @@ def test_the_configuration_of_the_loading_run_wins() -> None:
     longer.load_state_dict(saved.state_dict())
     assert longer.num_steps == 6
     assert longer.lr_decay_style == "linear"
-
-
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"lr_warmup_iters": 20}, "lr_warmup_iters 20"),
-        ({"min_lr": 0.03}, "min_lr 0.03"),
-        ({"lr_decay_style": "WSD"}, "lr_wsd_decay_iters is None"),
-        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 19}, "lr_wsd_decay_iters is 19"),
-    ],
-)
-def test_contradictions_are_refused(fields: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigError, match=named):
-        build_scheduler(groups(), toy_config(**fields))
