@@ -133,7 +133,6 @@ def run_job(job: Job, state: State, folder: Path, *, say: Callable[[str], None])
     return spent
 
 
-
 def _holds_anything(folder: Path) -> bool:
     return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
 
