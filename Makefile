@@ -17,10 +17,10 @@ $(STAMP): requirements/lock.txt pyproject.toml
 	@echo "==> virtual environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "==> torch 2.13.0 (first, by exact version: others would pull in another build)"
-	@$(BIN)/pip install --quiet torch==2.13.0
+	@$(BIN)/pip install -qq torch==2.13.0
 	@echo "==> the rest, exact versions from requirements/lock.txt (about a minute)"
-	@$(BIN)/pip install --quiet -r requirements/lock.txt
-	@$(BIN)/pip install --quiet --no-deps --editable .
+	@$(BIN)/pip install -qq -r requirements/lock.txt
+	@$(BIN)/pip install -qq --no-deps --editable .
 	@touch $@
 
 quickstart: setup  ## data, training, evaluation and a report of a nano vpMoE, on two CPU cores

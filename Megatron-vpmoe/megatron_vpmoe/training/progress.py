@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from megatron_vpmoe.optim import render_routing_table
+
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
     from megatron_vpmoe.training.run import Run
@@ -58,6 +60,8 @@ class Progress:
         self.note(f"{self._name}: {start}, step {run.iteration} of {self._total}, files in {run.directory}")
         for line in run.notes:
             self.note(line)
+        if self._enabled:
+            self._console.print(render_routing_table(run.routing))
         self._last_time = self._clock()
         if self._bar is not None:
             self._bar.start()

@@ -18,6 +18,7 @@ from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.objectives import Objective, build_objective
 from megatron_vpmoe.optim import (
     IterationScheduler,
+    RoutingRow,
     VpOptimizer,
     build_optimizer,
     build_scheduler,
@@ -38,6 +39,7 @@ class Run:
     """The parts of a run and its position.
 
     Attributes:
+        routing: which parameter goes to which optimizer.
         iteration: finished optimizer steps.
         consumed_samples: rows of the global order that went into them (skipped steps included): the data cursor.
         skipped_steps: steps dropped under ``nonfinite_policy: skip``.
@@ -56,6 +58,7 @@ class Run:
     valid: ValidSource
     valid_dataset: KDDataset
     provenance: dict[str, Any]
+    routing: list[RoutingRow]
     iteration: int = 0
     consumed_samples: int = 0
     skipped_steps: int = 0
@@ -111,11 +114,12 @@ def open_run(cfg: RunConfig) -> Run:
         valid_dataset=valid,
         provenance=collect_provenance(cfg, train.manifest),
         notes=(*notes, attention_note(model)),
+        routing=routing_table(model, cfg),
     )
     if distributed.rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.yaml").write_text(cfg.to_yaml())
-        write_routing_table(routing_table(model, cfg), directory / "routing.json")
+        write_routing_table(run.routing, directory / "routing.json")
     if found is not None:
         _restore(run, found)
     return run

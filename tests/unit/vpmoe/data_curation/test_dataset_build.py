@@ -159,11 +159,17 @@ def test_invalid_rows_are_listed_and_strictness_decides(tmp_path: Path, monkeypa
     from vpmoe.harmony.prompts import Prompts
 
     rows = [
-        {"synth_id": f"id{n}", "query": "\0" if n == 3 else "q", "synthetic_reasoning": "r", "synthetic_answer": "a"}
+        {
+            "synth_id": f"id{n}",
+            "query": "\0" if n in (3, 7) else "q",
+            "synthetic_reasoning": "r",
+            "synthetic_answer": "a",
+        }
         for n in range(10)
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr("vpmoe.data_curation.harmony.synth_to_harmony.check_text", lambda *_: None)
+    monkeypatch.setattr("vpmoe.data_curation.harmony.conversations.ROW_GROUP_ROWS", 2)
     convert(resolve(str(tmp_path / "rows.jsonl")), tmp_path / "in", num_shards=2, prompts=Prompts())
     write_conversations_manifest(tmp_path / "in")
     arguments = [
@@ -178,12 +184,12 @@ def test_invalid_rows_are_listed_and_strictness_decides(tmp_path: Path, monkeypa
     assert main(arguments) == 2
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert main([*arguments, "--no-strict"]) == 0, "the same build may go on with other strictness"
-    (reject,) = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
-    found = {key: reject[key] for key in ("synth_id", "shard", "row", "reason")}
-    assert found == {"synth_id": "id3", "shard": "shard_01.parquet", "row": 1, "reason": "nul"}
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    found = [(reject["synth_id"], reject["shard"], reject["row"], reject["reason"]) for reject in rejects]
+    assert found == [("id3", "shard_01.parquet", 1, "nul"), ("id7", "shard_01.parquet", 3, "nul")]
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["rejects"] == {"count": 1, "reasons": {"nul": 1}, "path": "rejects.jsonl"}
-    assert sum(split["rows"] for split in manifest["splits"].values()) == 9
+    assert manifest["rejects"] == {"count": 2, "reasons": {"nul": 2}, "path": "rejects.jsonl"}
+    assert sum(split["rows"] for split in manifest["splits"].values()) == 8
 
 
 def test_a_second_builder_is_kept_out(conversations_dir: Path, tmp_path: Path) -> None:

@@ -62,8 +62,8 @@ def test_evaluation_counts_nothing() -> None:
 
 
 @pytest.mark.usefixtures("single_process")
-def test_expert_bias_moves_towards_the_idle() -> None:
-    """The bias of an expert below the mean load rises, and the choice follows; weights use the unbiased score."""
+def test_expert_bias_decides_the_choice_and_not_the_weight() -> None:
+    """A raised bias brings an expert into every top-k; the weights still sum to the scaling factor."""
     router = VPMoERouter(transformer_config(tiny_config()), get_default_pg_collection()).eval()
     hidden = torch.randn(SEQ, ROWS, 32, generator=torch.Generator().manual_seed(0))
     _, before = router(hidden)
