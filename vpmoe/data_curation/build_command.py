@@ -11,7 +11,7 @@ from typing import Any
 from vpmoe.data_curation.build import build
 from vpmoe.data_curation.build_plan import BuildOptions
 from vpmoe.errors import VpmoeError
-from vpmoe.harmony.renderer import RENDERERS
+from vpmoe.harmony.choice import RENDERERS
 
 
 def arguments_parser() -> argparse.ArgumentParser:

@@ -25,8 +25,9 @@ from vpmoe.data_curation.manifest import check_file, file_entry
 from vpmoe.data_curation.token_files import TripleWriter, file_names
 from vpmoe.errors import RowError, TokenizerError
 from vpmoe.files import json_bytes, move_into_place, write_atomically
+from vpmoe.harmony.choice import make_renderer
 from vpmoe.harmony.conversation import check_conversation
-from vpmoe.harmony.renderer import Renderer, make_renderer
+from vpmoe.harmony.renderer import Renderer
 from vpmoe.harmony.spans import SpanArray, aligned_to_labels, document, loss_mask
 from vpmoe.harmony.truncation import make_fit
 from vpmoe.tokenizer.compact import CompactVocabulary

@@ -12,7 +12,8 @@ import numpy as np
 
 from vpmoe.errors import DataError
 from vpmoe.files import sha256_of_json
-from vpmoe.harmony.renderer import RENDERERS, installed_harmony_version
+from vpmoe.harmony.choice import RENDERERS
+from vpmoe.harmony.renderer import installed_harmony_version
 from vpmoe.harmony.spans import SPAN_NAMES
 from vpmoe.harmony.truncation import BRANCHES
 from vpmoe.tokenizer import rank_file

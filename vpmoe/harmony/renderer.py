@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.metadata import version as package_version
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -18,8 +17,6 @@ import numpy as np
 from vpmoe.errors import HarmonyError
 from vpmoe.harmony.conversation import Message
 from vpmoe.tokenizer.interface import TokenArray, Tokenizer
-
-RENDERERS = ("fast", "official")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,26 +69,6 @@ class Renderer(Protocol):
     def generation_prompt(self, messages: Sequence[Message]) -> TokenArray:
         """Ids to sample after: the messages and ``<|start|>assistant``; the last message has to be the user's."""
         ...
-
-
-def make_renderer(name: str, tokenizer: Tokenizer, rank_file_path: Path | None = None) -> Renderer:
-    """The renderer called ``name``: ``fast``, or ``official`` on top of the package openai_harmony.
-
-    Args:
-        name: one of :data:`RENDERERS`.
-        tokenizer: vocabulary of the ids to write.
-        rank_file_path: for ``official``, which loads the ranks itself: where they are, if not in the usual places.
-
-    Raises:
-        HarmonyError: another name.
-    """
-    if name == "fast":
-        return FastRenderer(tokenizer)
-    if name == "official":
-        from vpmoe.harmony.official import OfficialRenderer  # loads a second copy of the vocabulary
-
-        return OfficialRenderer(tokenizer, rank_file_path)
-    raise HarmonyError(f"unknown renderer {name!r}", source="--renderer", remedy=f"use one of {', '.join(RENDERERS)}")
 
 
 class FastRenderer:

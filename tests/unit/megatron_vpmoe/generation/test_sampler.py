@@ -1,4 +1,4 @@
-"""The sampler: a batch of prompts gives each what it would get alone, and draws come from the distribution asked for."""
+"""The sampler: a batch gives each prompt what it would get alone; draws come from the distribution asked for."""
 
 from __future__ import annotations
 
