@@ -15,7 +15,7 @@ STEPS = 3
 ROWS = TINY["global_batch_size"]
 
 
-def train_steps(expert_parallel: int, micro_batch_size: int, bf16: bool = False) -> dict[str, Any]:
+def train_steps(expert_parallel: int, micro_batch_size: int, dispatcher: str = "allgather") -> dict[str, Any]:
     """A few steps of the tiny model on this process's share of fixed global batches."""
     from megatron.core import parallel_state
 
@@ -26,7 +26,11 @@ def train_steps(expert_parallel: int, micro_batch_size: int, bf16: bool = False)
     from megatron_vpmoe.training.router import RouterMonitor
     from megatron_vpmoe.training.step import train_step
 
-    cfg = tiny_config(expert_model_parallel_size=expert_parallel, micro_batch_size=micro_batch_size, bf16=bf16)
+    cfg = tiny_config(
+        expert_model_parallel_size=expert_parallel,
+        micro_batch_size=micro_batch_size,
+        moe_token_dispatcher_type=dispatcher,
+    )
     distributed.initialize(seed=7, expert_model_parallel_size=expert_parallel)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     model = build_model(cfg)
@@ -83,8 +87,14 @@ def test_two_data_parallel_ranks(reference: dict[str, Any], tmp_path: Path) -> N
         assert_same(result, reference, result["parameters"])
 
 
-def test_two_expert_parallel_ranks(reference: dict[str, Any], tmp_path: Path) -> None:
-    first, second = run_workers(2, train_steps, 2, 1, folder=tmp_path)
+def test_dispatchers_agree(reference: dict[str, Any]) -> None:
+    result = train_steps(expert_parallel=1, micro_batch_size=4, dispatcher="alltoall")
+    assert_same(result, reference, result["parameters"])
+
+
+@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
+def test_two_expert_parallel_ranks(reference: dict[str, Any], tmp_path: Path, dispatcher: str) -> None:
+    first, second = run_workers(2, train_steps, 2, 1, dispatcher, folder=tmp_path)
     joined = {
         name: torch.cat([value, second["parameters"][name]]) if ".experts." in name else value
         for name, value in first["parameters"].items()
