@@ -32,7 +32,7 @@ class TrainedRun:
         found: the checkpoint.
         files_sha256: hash of the checkpoint's list of files and hashes; it identifies the weights.
         model: the bare model, in evaluation mode.
-        dataset: manifest of the dataset in ``cfg.data.data_path``.
+        dataset: manifest of the run's dataset, the first one of a blend.
         tokenizer: the dataset's vocabulary.
     """
 
@@ -56,7 +56,7 @@ def open_trained(path: Path, *, data_path: Path | None = None) -> Iterator[Train
 
     Args:
         path: a run directory, a checkpoints directory (their newest complete checkpoint is taken) or one checkpoint.
-        data_path: the built dataset; None takes the path in the run's configuration.
+        data_path: the built dataset; None takes the (first) one in the run's configuration.
 
     Raises:
         CheckpointError: no usable checkpoint there.
@@ -68,7 +68,7 @@ def open_trained(path: Path, *, data_path: Path | None = None) -> Iterator[Train
     found = checkpoint.open_checkpoint(path)
     trained = _config_of(found)
     cfg = _for_one_process(trained, data_path)
-    folder = Path(cfg.data.data_path)
+    folder = Path(cfg.data.parts[0].path)
     manifest = _check_vocabulary(found, folder)
     tokenizer = load_tokenizer(folder)
 
@@ -119,7 +119,7 @@ def _config_of(found: Found) -> RunConfig:
 
 
 def _for_one_process(cfg: RunConfig, data_path: Path | None) -> RunConfig:
-    data = {} if data_path is None else {"data_path": str(data_path)}
+    data = {} if data_path is None else {"data_path": str(data_path), "blend": None, "blend_schedule": None}
     return cfg.model_copy(
         update={
             "parallel": cfg.parallel.model_copy(update={"expert_model_parallel_size": 1, "nproc_per_node": 1}),

@@ -150,6 +150,7 @@ def summary_lines(report: dict[str, Any]) -> str:
 
 def valid_losses(run: TrainedRun) -> dict[str, float]:
     """The objective's ``loss/*`` over the whole valid split, each a mean over all its supervised tokens, in nats."""
+    from megatron_vpmoe.data.blend import Part
     from megatron_vpmoe.data.kd_dataset import KDDataset
     from megatron_vpmoe.data.source import ValidSource
     from megatron_vpmoe.objectives import build_objective
@@ -160,7 +161,7 @@ def valid_losses(run: TrainedRun) -> dict[str, float]:
     # A row holds at least one conversation, so so many global batches hold them all.
     whole = -(-len(dataset) // cfg.training.global_batch_size)
     cfg = cfg.model_copy(update={"evaluation": cfg.evaluation.model_copy(update={"eval_iters": whole})})
-    metrics = evaluate(run.model, build_objective(cfg), ValidSource(dataset, cfg, 0, 1))
+    metrics = evaluate(run.model, build_objective(cfg), ValidSource(Part("valid", dataset), cfg, 0, 1))
     return {tag: value for tag, value in metrics.items() if tag.startswith("loss/")}
 
 

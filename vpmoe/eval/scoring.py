@@ -11,8 +11,8 @@ from vpmoe.errors import DataError
 from vpmoe.eval.questions import Question
 from vpmoe.harmony.parse import Judgement, Parser
 
-Checker = Callable[[dict[str, Any], str], bool]
-"""Whether a text answers a row exactly."""
+Checker = Callable[[str, dict[str, Any]], bool]
+"""``(answer, row)``: whether a text answers a row exactly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def score(
     scored = []
     for question, ids in zip(questions, completions, strict=True):
         judgement = judge(ids, parser)
-        exact = judgement.valid and judgement.final is not None and check(question.row, judgement.final)
+        exact = judgement.valid and judgement.final is not None and check(judgement.final, question.row)
         scored.append(Scored(question, tuple(ids), judgement, exact))
     return scored
 

@@ -60,7 +60,7 @@ class Plan:
     @property
     def dataset_path(self) -> Path:
         """The built dataset, as the training configuration names it."""
-        return Path(self.cfg.data.data_path)
+        return Path(self.cfg.data.parts[0].path)
 
     @property
     def run_path(self) -> Path:

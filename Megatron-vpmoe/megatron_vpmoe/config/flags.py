@@ -1,10 +1,13 @@
-"""Overrides as Megatron spells flags: ``--micro-batch-size 4``, ``--bf16``, ``--no-bf16``, ``--window-size null``."""
+"""Overrides as Megatron spells flags: ``--micro-batch-size 4``, ``--bf16``, ``--no-bf16``, ``--window-size null``.
+
+A list is given as YAML in one word: ``--blend '[{path: a, weight: 7}, {path: b, weight: 3}]'``.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from megatron_vpmoe.config.schema import FieldSpec, fields
 from megatron_vpmoe.config.yaml_source import Given, parse_scalar
@@ -19,11 +22,13 @@ def nearest(name: str, candidates: list[str], count: int = 3) -> list[str]:
 
 
 def accepted_types(spec: FieldSpec) -> set[type]:
-    """The plain Python types that a field's annotation permits (``NoneType`` when it may be null)."""
+    """The plain Python types that a field's annotation permits (``NoneType`` when it may be null; ``list`` for any)."""
 
     def walk(annotation: Any) -> set[type]:
         if annotation is type(None) or annotation in (bool, int, float, str):
             return {annotation}
+        if get_origin(annotation) is list:
+            return {list}
         arguments = get_args(annotation)
         if arguments and all(isinstance(a, str) for a in arguments):
             return {str}

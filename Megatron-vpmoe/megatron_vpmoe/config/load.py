@@ -13,7 +13,7 @@ from megatron_vpmoe.config.schema import FieldSpec, RunConfig, fields, section_t
 from megatron_vpmoe.config.yaml_source import Given, read_chain
 from megatron_vpmoe.errors import ConfigError
 
-_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", list: "a list of strings"}
+_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", list: "a list"}
 _BOUNDS = {
     "greater_than": ("above", "gt"),
     "greater_than_equal": ("at least", "ge"),
@@ -123,6 +123,8 @@ def _describe(detail: dict[str, Any], values: Values, path: Path) -> str:
     """One pydantic finding as "source: section.key = value: what was expected"."""
     section, name = str(detail["loc"][0]), str(detail["loc"][1])
     spec = fields()[name]
+    if len(detail["loc"]) > 2:
+        return _describe_item(detail, spec, values[section][name].source)
     if detail["type"] == "missing":
         return f"{path}: {spec.key} is missing; it takes {expected(spec)}"
     source = values[section][name].source
@@ -136,6 +138,17 @@ def _describe(detail: dict[str, Any], values: Values, path: Path) -> str:
     if isinstance(value, str) and (choices := sorted(_choices(spec.info.annotation))):
         hint = f"; nearest: {nearest(value, choices, 1)[0]!r}"
     return f"{source}: {spec.key} = {value!r} ({type(value).__name__}), expected {expected(spec)}{hint}"
+
+
+def _describe_item(detail: dict[str, Any], spec: FieldSpec, source: str) -> str:
+    """A finding inside a list, such as "run.yaml:4: data.blend[0].weight = -1: Input should be ..."."""
+    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in detail["loc"][2:]]
+    key = spec.key + "".join(steps)
+    if detail["type"] == "missing":
+        return f"{source}: {key} is missing"
+    if detail["type"] == "extra_forbidden":
+        return f"{source}: unknown key {key}; {spec.key} is {spec.info.description}"
+    return f"{source}: {key} = {detail['input']!r}: {detail['msg']}"
 
 
 def _locate(problem: Problem, values: Values) -> str:

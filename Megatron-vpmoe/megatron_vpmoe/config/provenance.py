@@ -13,7 +13,7 @@ _WHOLE_SECTIONS = {
 
 _SINGLE_FIELDS = {
     "optim": frozenset({"optimizer"}),
-    "data": frozenset({"seq_length", "packing_window", "data_seed"}),
+    "data": frozenset({"seq_length", "packing_window", "data_seed", "blend", "blend_schedule"}),
     "training": frozenset(
         {"global_batch_size", "seed", "bf16", "objective", "kd_span_weight_reasoning", "kd_span_weight_final"}
     ),
@@ -46,13 +46,21 @@ def is_binding(section: str, name: str) -> bool:
 def provenance_diff(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> list[FieldChange]:
     """Binding differences between two resolved configurations (``RunConfig.model_dump()``); empty: resuming is sound.
 
-    A field that only one side has, such as after an update of the software, counts as a difference.
+    A field that only one side has, such as after an update of the software, counts as a difference. A blend is bound by
+    its weights; a checkpoint from before there were blends has none.
     """
     changes = []
     for section in dict.fromkeys([*old, *new]):
         before, after = old.get(section, {}), new.get(section, {})
         for name in dict.fromkeys([*before, *after]):
-            pair = before.get(name, _ABSENT), after.get(name, _ABSENT)
+            pair = _bound(name, before.get(name, _ABSENT)), _bound(name, after.get(name, _ABSENT))
             if is_binding(section, name) and pair[0] != pair[1]:
                 changes.append(FieldChange(f"{section}.{name}", *pair))
     return changes
+
+
+def _bound(name: str, value: Any) -> Any:
+    """What of a field's value binds: of a blend the weights, since its datasets are bound by their manifests."""
+    if name == "blend" and isinstance(value, list):
+        return [part["weight"] for part in value]
+    return None if name in ("blend", "blend_schedule") and value == _ABSENT else value

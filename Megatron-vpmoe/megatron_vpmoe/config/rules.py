@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from megatron_vpmoe.config.blend import blend_problems
 from megatron_vpmoe.config.schema import RunConfig
 
 
@@ -186,7 +187,11 @@ def _world(cfg: RunConfig, world_size: int) -> Findings:
         )
 
 
-_RULES: tuple[Callable[[RunConfig], Findings], ...] = (_attention, _experts, _schedule, _intervals, _parallel)
+def _data(cfg: RunConfig) -> Findings:
+    yield from (Problem(names, text) for names, text in blend_problems(cfg.data))
+
+
+_RULES: tuple[Callable[[RunConfig], Findings], ...] = (_attention, _experts, _schedule, _intervals, _parallel, _data)
 
 
 def find_problems(cfg: RunConfig, world_size: int | None = None) -> list[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -73,17 +74,51 @@ class ParallelSection(Section):
     """A collective that waits longer than this is taken for dead."""
 
 
+class BlendPart(Section):
+    """One dataset of a blend."""
+
+    path: Path
+    """Built dataset, as data_path."""
+    weight: Amount
+    """Its share of the rows relative to the other weights, until blend_schedule changes it; 0: none yet."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    """What metrics call it; null: the last component of its path."""
+
+    @property
+    def label(self) -> str:
+        """Its name, after the default."""
+        return self.name or PurePath(self.path).name or self.path
+
+
+class BlendStage(Section):
+    """Weights that take over at a point of the run."""
+
+    from_sample: Count
+    """Consumed samples (rows) from which they hold."""
+    weights: list[Amount]
+    """One for each dataset, in the order of blend."""
+
+
 class DataSection(Section):
     """Which tokens, in which order."""
 
-    data_path: Path
-    """Built dataset (the directory that holds manifest.json), relative to the working directory."""
+    data_path: Path | None = None
+    """Built dataset (the directory that holds manifest.json), relative to the working directory; null: see blend."""
+    blend: list[BlendPart] | None = None
+    """Several datasets, as a list of {path, weight, name}: rows are dealt out by weight, exactly; null: data_path."""
+    blend_schedule: list[BlendStage] | None = None
+    """Other weights later in the run, as a list of {from_sample, weights}; null: those of blend throughout."""
     seq_length: Count
     """Tokens in one packed row."""
     packing_window: Count = 4096
     """Conversations among which the packer looks for the best fit."""
     data_seed: Cardinal = 1234
     """Seed of the order of conversations."""
+
+    @property
+    def parts(self) -> list[BlendPart]:
+        """The datasets; data_path alone is a blend of one."""
+        return self.blend if self.blend else [BlendPart(path=self.data_path or "", weight=1.0)]
 
 
 class TrainingSection(Section):
@@ -105,8 +140,8 @@ class TrainingSection(Section):
     """Compute in bfloat16 with fp32 master weights; false: fp32 throughout."""
     recompute_granularity: Literal["full"] | None = None
     """"full": keep only each layer's input and recompute the rest backward; null: keep everything."""
-    objective: Literal["span_ce"] = "span_ce"
-    """Loss: cross-entropy normalised per span."""
+    objective: Literal["span_ce", "token_ce"] = "span_ce"
+    """"span_ce": cross-entropy normalised per span; "token_ce": its mean over all supervised tokens (plain text)."""
     kd_span_weight_reasoning: Amount = 1.0
     """Weight of the mean loss over the reasoning span."""
     kd_span_weight_final: Amount = 1.0

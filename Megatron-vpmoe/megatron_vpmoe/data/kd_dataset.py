@@ -81,14 +81,9 @@ class KDDataset:
         return cls(manifest, split, seq_length=seq_length)
 
     @classmethod
-    def open_for(cls, cfg: RunConfig, split: str) -> KDDataset:
-        """``open`` with ``data.{data_path, seq_length}`` and ``model.padded_vocab_size``."""
-        return cls.open(
-            cfg.data.data_path,
-            split,
-            seq_length=cfg.data.seq_length,
-            padded_vocab_size=cfg.model.padded_vocab_size,
-        )
+    def open_at(cls, data_path: Path | str, cfg: RunConfig, split: str) -> KDDataset:
+        """``open`` with ``data.seq_length`` and ``model.padded_vocab_size``."""
+        return cls.open(data_path, split, seq_length=cfg.data.seq_length, padded_vocab_size=cfg.model.padded_vocab_size)
 
     def __len__(self) -> int:
         return len(self.lengths)

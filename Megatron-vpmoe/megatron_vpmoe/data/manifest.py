@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from megatron_vpmoe.data.pairs import PAIR
 from megatron_vpmoe.errors import DataError
 
 SCHEMA_VERSION = 1
@@ -74,7 +75,8 @@ class TokenizerEntry(_Entry):
 
 class _Content(_Entry):
     schema_version: Literal[1]
-    kind: Literal["harmony_kd"]
+    kind: Literal["harmony_kd", "healing_text", "harmony_sft", "harmony_preference"]
+    pairs: bool = False
     seq_length: int
     tokenizer: TokenizerEntry
     splits: dict[str, SplitEntry]
@@ -90,6 +92,7 @@ class Manifest:
         seq_length: longest conversation that the builder let through, in tokens.
         tokenizer: the vocabulary.
         splits: by name, "train" and "valid".
+        group_size: neighbouring documents that have to share a row: 2 for preference pairs, else 1.
     """
 
     root: Path
@@ -97,6 +100,7 @@ class Manifest:
     seq_length: int
     tokenizer: TokenizerEntry
     splits: dict[str, SplitEntry]
+    group_size: int = 1
 
     @property
     def path(self) -> Path:
@@ -134,4 +138,6 @@ def read_manifest(data_path: Path | str) -> Manifest:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise DataError(f"the manifest is incomplete: {problems}", source=str(path), remedy=remedy) from error
-    return Manifest(root, hashlib.sha256(raw).hexdigest(), content.seq_length, content.tokenizer, content.splits)
+    sha256 = hashlib.sha256(raw).hexdigest()
+    group_size = PAIR if content.pairs else 1
+    return Manifest(root, sha256, content.seq_length, content.tokenizer, content.splits, group_size)

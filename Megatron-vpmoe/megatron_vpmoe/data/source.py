@@ -8,29 +8,39 @@ in every step, and a run may resume with another number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from megatron_vpmoe.config.blend import whole_weights
 from megatron_vpmoe.data.batch import PADDING, Batch, assemble
-from megatron_vpmoe.data.cursor import SampleOrder
-from megatron_vpmoe.data.kd_dataset import KDDataset
+from megatron_vpmoe.data.blend import Blend, Cursor, Part
+from megatron_vpmoe.data.dealing import Stage
 from megatron_vpmoe.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
 
+def stages_of(cfg: RunConfig) -> list[Stage]:
+    """The weights of ``data.{blend, blend_schedule}`` as whole numbers, from sample to sample."""
+    stages = [Stage(0, whole_weights([part.weight for part in cfg.data.parts]))]
+    schedule = cfg.data.blend_schedule or []
+    return stages + [Stage(stage.from_sample, whole_weights(stage.weights)) for stage in schedule]
+
+
 class _Dealer:
     """Turns stretches of the global order into this rank's micro-batches."""
 
-    def __init__(self, dataset: KDDataset, cfg: RunConfig, dp_rank: int, dp_size: int) -> None:
+    def __init__(
+        self, parts: Sequence[Part], stages: Sequence[Stage], cfg: RunConfig, dp_rank: int, dp_size: int
+    ) -> None:
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"data-parallel rank {dp_rank} of {dp_size}")
-        self.dataset, self.dp_rank, self.dp_size = dataset, dp_rank, dp_size
+        self.dp_rank, self.dp_size = dp_rank, dp_size
         self.micro_batch_size, self.seq_length = cfg.training.micro_batch_size, cfg.data.seq_length
-        self.order = SampleOrder(
-            dataset.lengths, seq_length=self.seq_length, window=cfg.data.packing_window, seed=cfg.data.data_seed
+        self.blend = Blend(
+            parts, stages, seq_length=self.seq_length, window=cfg.data.packing_window, seed=cfg.data.data_seed
         )
 
     @property
@@ -42,19 +52,16 @@ class _Dealer:
         """This rank's micro-batch of the ``samples_at_once`` samples from ``begin`` on; padding from ``end`` on."""
         first = begin + self.dp_rank * self.micro_batch_size
         samples = [sample if sample < end else PADDING for sample in range(first, first + self.micro_batch_size)]
-        rows = [
-            [] if sample == PADDING else [self.dataset[int(index)] for index in self.order.documents(sample)]
-            for sample in samples
-        ]
-        return assemble(rows, seq_length=self.seq_length, eod_id=self.dataset.eod_id, sample_ids=samples)
+        rows = [[] if sample == PADDING else self.blend.documents(sample) for sample in samples]
+        return assemble(rows, seq_length=self.seq_length, eod_id=self.blend.eod_id, sample_ids=samples)
 
 
 class BatchSource:
     """Training batches by cursor. The step after the one asked for is prepared by a thread meanwhile.
 
     Args:
-        dataset: the training split.
-        cfg: ``data.{seq_length, packing_window, data_seed}`` and ``training.{micro,global}_batch_size`` are read.
+        parts: the training splits, in the order of ``cfg.data.parts``.
+        cfg: ``data`` and ``training.{micro,global}_batch_size`` are read.
         dp_rank: of this process among those that hold different data.
         dp_size: their number.
 
@@ -62,8 +69,8 @@ class BatchSource:
         ConfigError: ``global_batch_size`` is not a multiple of ``micro_batch_size * dp_size``.
     """
 
-    def __init__(self, dataset: KDDataset, cfg: RunConfig, dp_rank: int, dp_size: int) -> None:
-        self._dealer = _Dealer(dataset, cfg, dp_rank, dp_size)
+    def __init__(self, parts: Sequence[Part], cfg: RunConfig, dp_rank: int, dp_size: int) -> None:
+        self._dealer = _Dealer(parts, stages_of(cfg), cfg, dp_rank, dp_size)
         self.global_batch_size = cfg.training.global_batch_size
         if self.global_batch_size % self._dealer.samples_at_once:
             raise ConfigError(
@@ -74,7 +81,8 @@ class BatchSource:
             )
         # One thread does all the reading, so the order and the memory maps are never used by two at once.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+        self._ahead: tuple[int, Future[tuple[list[Batch], list[Cursor]]]] | None = None
+        self._behind: tuple[int, list[Cursor]] | None = None
 
     def next_step(self, consumed_samples: int) -> list[Batch]:
         """This rank's micro-batches of the global batch that begins at ``consumed_samples`` (any value >= 0).
@@ -87,49 +95,62 @@ class BatchSource:
         else:
             pending = self._worker.submit(self._prepare, consumed_samples)
         self._ahead = None
-        batches = pending.result()
+        batches, cursors = pending.result()
         following = consumed_samples + self.global_batch_size
+        self._behind = following, cursors
         self._ahead = following, self._worker.submit(self._prepare, following)
         return batches
 
-    def epoch(self, consumed_samples: int) -> int:
-        """Passes over the dataset completed before the sample at ``consumed_samples``."""
-        return self._worker.submit(self._dealer.order.place, consumed_samples).result().epoch
+    def cursors(self, consumed_samples: int) -> list[Cursor]:
+        """How far each dataset has been read at ``consumed_samples``; at once for the end of the step given last."""
+        if self._behind is not None and self._behind[0] == consumed_samples:
+            return self._behind[1]
+        return self._worker.submit(self._dealer.blend.cursors, consumed_samples).result()
+
+    def resume(
+        self, consumed_samples: int, stored: Sequence[Mapping[str, Any]], *, source: str, allow_change: bool = False
+    ) -> list[str]:
+        """Go on from a checkpoint's cursors; see ``Blend.resume``."""
+        resume = self._dealer.blend.resume
+        return self._worker.submit(resume, consumed_samples, stored, source=source, allow_change=allow_change).result()
 
     def close(self) -> None:
         """End the thread; a step prepared in advance is dropped."""
         self._ahead = None
         self._worker.shutdown(wait=True, cancel_futures=True)
 
-    def _prepare(self, consumed_samples: int) -> list[Batch]:
+    def prepare(self, consumed_samples: int) -> list[Batch]:
+        """What ``next_step`` gives, made in the calling thread; for a source that is used in no other way."""
         end = consumed_samples + self.global_batch_size
         return [
             self._dealer.micro_batch(begin, end) for begin in range(consumed_samples, end, self._dealer.samples_at_once)
         ]
 
+    def _prepare(self, consumed_samples: int) -> tuple[list[Batch], list[Cursor]]:
+        batches = self.prepare(consumed_samples)
+        return batches, self._dealer.blend.cursors(consumed_samples + self.global_batch_size)
+
 
 class ValidSource:
-    """The validation split, once and always in the same order; iterate it as often as needed.
+    """The validation split of one dataset, once and always in the same order; iterate it as often as needed.
 
     It holds the first ``eval_iters * global_batch_size`` rows of the split, or all of them if there are fewer. The last
     micro-batches are filled up with rows of padding, so that every rank does the same number of forward passes.
 
     Args:
-        dataset: the validation split.
+        part: the validation split.
         cfg: as for ``BatchSource``, and ``evaluation.eval_iters``.
         dp_rank: of this process among those that hold different data.
         dp_size: their number.
 
     Attributes:
-        dataset: the validation split.
         samples: rows of the split that take part, over all ranks.
     """
 
-    def __init__(self, dataset: KDDataset, cfg: RunConfig, dp_rank: int, dp_size: int) -> None:
-        self.dataset = dataset
-        self._dealer = _Dealer(dataset, cfg, dp_rank, dp_size)
+    def __init__(self, part: Part, cfg: RunConfig, dp_rank: int, dp_size: int) -> None:
+        self._dealer = _Dealer([part], [Stage(0, (1,))], cfg, dp_rank, dp_size)
         wanted = cfg.evaluation.eval_iters * cfg.training.global_batch_size
-        self.samples = min(wanted, self._dealer.order.first_sample_of_epoch(1))
+        self.samples = min(wanted, self._dealer.blend.rows_of_one_epoch())
 
     def __len__(self) -> int:
         """Forward passes of each rank."""

@@ -10,7 +10,7 @@ import yaml
 
 from megatron_vpmoe.config import RunConfig, check_fit, fit_report
 from megatron_vpmoe.config.memory import FitReport
-from megatron_vpmoe.data.kd_dataset import KDDataset
+from megatron_vpmoe.data.blend import open_parts
 from megatron_vpmoe.errors import DeviceError
 
 
@@ -58,17 +58,17 @@ def nano_counterpart(config_path: Path) -> str | None:
 
 
 def check_dataset(cfg: RunConfig) -> None:
-    """Open both splits as the workers will.
+    """Open both splits of every dataset as the workers will.
 
     Raises:
-        DataError: the dataset is missing, incomplete or disagrees with itself or with ``seq_length``.
+        DataError: a dataset is missing, incomplete or disagrees with itself, with ``seq_length`` or with another one.
         TokenizerError: it was built for another vocabulary than the model's.
     """
     from megatron_vpmoe.runtime import device
 
     device.prepare()
     for split in ("train", "valid"):
-        KDDataset.open_for(cfg, split)
+        open_parts(cfg, split)
 
 
 def check_run_directory(cfg: RunConfig) -> None:

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING
 
 from megatron_vpmoe.objectives.interface import Objective, ObjectiveResult, TokenLosses
 from megatron_vpmoe.objectives.span_ce import SpanCE
+from megatron_vpmoe.objectives.token_ce import TokenCE
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
-__all__ = ["OBJECTIVES", "Objective", "ObjectiveResult", "SpanCE", "TokenLosses", "build_objective"]
+__all__ = ["OBJECTIVES", "Objective", "ObjectiveResult", "SpanCE", "TokenCE", "TokenLosses", "build_objective"]
 
 OBJECTIVES: dict[str, Callable[[RunConfig], Objective]] = {
     "span_ce": SpanCE.from_config,
+    "token_ce": TokenCE.from_config,
 }
 
 

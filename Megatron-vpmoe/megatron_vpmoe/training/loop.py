@@ -63,14 +63,18 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
             health = routers.metrics(result.metrics["tokens/real"])
             values = {**result.metrics, "grad_norm": result.grad_norm, "lr": lr, **throughput.report(), **health}
             values["skipped_steps"] = float(run.skipped_steps)
+            for cursor in run.source.cursors(run.consumed_samples):
+                values[f"data/{cursor.name}/samples"] = float(cursor.samples)
+                values[f"data/{cursor.name}/epoch"] = float(cursor.epoch)
             metrics.log(step, values)
             progress.step(step, values)
             for warning in check_thresholds(health, cfg):
                 progress.note(warning)
         if _due(step, cfg.evaluation.eval_interval, last):
-            valid = evaluate(run.model, run.objective, run.valid)
-            metrics.log(step, {f"valid/{tag}": value for tag, value in valid.items()})
-            progress.evaluated(step, valid)
+            for prefix, source in run.valid.items():
+                valid = evaluate(run.model, run.objective, source)
+                metrics.log(step, {f"{prefix}/{tag}": value for tag, value in valid.items()})
+                progress.evaluated(step, valid, prefix)
         if _due(step, cfg.evaluation.sample_interval, last):
             samples.write(run.model, step, is_writer=is_main)
         if _due(step, cfg.checkpoint.save_interval, last) or step == last or stopping:

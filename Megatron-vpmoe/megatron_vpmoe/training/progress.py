@@ -88,9 +88,10 @@ class Progress:
         if self._enabled:
             self._console.print(text)
 
-    def evaluated(self, step: int, values: dict[str, float]) -> None:
-        """The validation pass at ``step`` gave ``values``."""
-        self.note(f"step {step}: validation {losses(values)}")
+    def evaluated(self, step: int, values: dict[str, float], prefix: str = "valid") -> None:
+        """The validation pass at ``step`` gave ``values``; ``prefix`` is "valid" or "valid/<dataset>"."""
+        dataset = prefix.removeprefix("valid").replace("/", " of ", 1)
+        self.note(f"step {step}: validation{dataset} {losses(values)}")
 
     def saved(self, step: int, path: Path) -> None:
         """The state at ``step`` is in ``path``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,18 +37,22 @@ class Difference(NamedTuple):
         return f"{self.key}: {self.old!r} -> {self.new!r}"
 
 
-def collect_provenance(cfg: RunConfig, manifest: Manifest) -> dict[str, Any]:
+def collect_provenance(cfg: RunConfig, manifests: Sequence[Manifest]) -> dict[str, Any]:
     """What a checkpoint records of its origin; JSON-ready.
+
+    Args:
+        manifests: of the run's datasets, which share a vocabulary.
 
     Returns:
         ``git`` {sha, dirty} (both None outside a repository), ``config_hash``, ``tokenizer`` (its identity),
-        ``dataset_manifest_sha256`` and ``packages`` (name -> version, "python" included).
+        ``dataset_manifest_sha256`` (of a blend a list) and ``packages`` (name -> version, "python" included).
     """
+    hashes = [manifest.sha256 for manifest in manifests]
     return {
         "git": git_state(Path(__file__).parent),
         "config_hash": config_hash(cfg),
-        "tokenizer": manifest.tokenizer.identity(),
-        "dataset_manifest_sha256": manifest.sha256,
+        "tokenizer": manifests[0].tokenizer.identity(),
+        "dataset_manifest_sha256": hashes[0] if len(hashes) == 1 else hashes,
         "packages": _versions(),
     }
 
@@ -84,10 +88,10 @@ def check_provenance(state: Mapping[str, Any], cfg: RunConfig, *, source: str) -
 
     Raises:
         CheckpointError: there are binding differences; all of them are listed.
-        DataError: the dataset that ``cfg`` names cannot be read.
+        DataError: a dataset that ``cfg`` names cannot be read.
     """
-    manifest = read_manifest(cfg.data.data_path)
-    here = {"config": cfg.model_dump(mode="json"), "provenance": collect_provenance(cfg, manifest)}
+    manifests = [read_manifest(part.path) for part in cfg.data.parts]
+    here = {"config": cfg.model_dump(mode="json"), "provenance": collect_provenance(cfg, manifests)}
     differences = compare(state, here)
     binding = [difference for difference in differences if difference.binding]
     loadable = all(difference.key.split(".")[0] not in ("model", "moe") for difference in binding)

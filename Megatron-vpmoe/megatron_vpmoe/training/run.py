@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
+from megatron_vpmoe.data.blend import as_stored, open_parts
 from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.data.source import BatchSource, ValidSource
 from megatron_vpmoe.errors import CheckpointError
@@ -39,6 +40,8 @@ class Run:
     """The parts of a run and its position.
 
     Attributes:
+        valid: the validation splits by the prefix of their metrics: "valid", or "valid/<name>" for each of a blend.
+        valid_dataset: the first of them, whose prompts are answered.
         routing: which parameter goes to which optimizer.
         iteration: finished optimizer steps.
         consumed_samples: rows of the global order that went into them (skipped steps included): the data cursor.
@@ -55,7 +58,7 @@ class Run:
     scheduler: IterationScheduler
     objective: Objective
     source: BatchSource
-    valid: ValidSource
+    valid: dict[str, ValidSource]
     valid_dataset: KDDataset
     provenance: dict[str, Any]
     routing: list[RoutingRow]
@@ -75,6 +78,7 @@ class Run:
             "iteration": self.iteration,
             "consumed_samples": self.consumed_samples,
             "skipped_steps": self.skipped_steps,
+            "data": as_stored(self.source.cursors(self.consumed_samples)),
             "world_size": distributed.world_size(),
             "config": self.cfg.model_dump(mode="json"),
             "provenance": self.provenance,
@@ -97,7 +101,7 @@ def open_run(cfg: RunConfig) -> Run:
     directory = cfg.run_directory
     found, notes = restorable(cfg)
     data_parallel = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    train, valid = (KDDataset.open_for(cfg, split) for split in ("train", "valid"))
+    train, valid = (open_parts(cfg, split) for split in ("train", "valid"))
     model = build_model(cfg)
     wrapped = wrap_for_training(model, cfg)
     optimizer = build_optimizer([wrapped], cfg)
@@ -110,9 +114,12 @@ def open_run(cfg: RunConfig) -> Run:
         scheduler=build_scheduler(optimizer, cfg),
         objective=build_objective(cfg),
         source=BatchSource(train, cfg, *data_parallel),
-        valid=ValidSource(valid, cfg, *data_parallel),
-        valid_dataset=valid,
-        provenance=collect_provenance(cfg, train.manifest),
+        valid={
+            "valid" if len(valid) == 1 else f"valid/{part.name}": ValidSource(part, cfg, *data_parallel)
+            for part in valid
+        },
+        valid_dataset=valid[0].dataset,
+        provenance=collect_provenance(cfg, [part.dataset.manifest for part in train]),
         notes=(*notes, attention_note(model)),
         routing=routing_table(model, cfg),
     )
@@ -161,6 +168,14 @@ def _restore(run: Run, found: checkpoint.Found) -> None:
     run.iteration = found.iteration
     run.consumed_samples = int(found.state["consumed_samples"])
     run.skipped_steps = int(found.state["skipped_steps"])
+    run.notes += tuple(
+        run.source.resume(
+            run.consumed_samples,
+            found.state.get("data", []),
+            source=str(found.path / "run_state.json"),
+            allow_change=run.cfg.checkpoint.allow_provenance_change,
+        )
+    )
     run.restored_from = found.path
     if found.state["world_size"] != distributed.world_size():
         run.notes += (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_vpmoe.data.cursor import SampleOrder, shuffled
+from megatron_vpmoe.data.cursor import SampleOrder, Shuffle, shuffled
 
 LENGTHS = np.random.default_rng(3).integers(8, 60, 300).astype(np.int32)
 
@@ -55,6 +55,28 @@ def test_the_order_is_the_same_on_every_machine():
     # A golden value: another numpy or Python must not change what a resumed run sees.
     assert shuffled(10, 1234, 0).tolist() == GOLDEN_PERMUTATION
     assert read(order(), 0, 4) == GOLDEN_ROWS
+
+
+@pytest.mark.parametrize("count", [1, 2, 300, 200_001])
+def test_a_stretch_of_a_shuffle_is_part_of_the_whole(count: int):
+    shuffle, whole = Shuffle(count, 5, 3), shuffled(count, 5, 3)
+    assert sorted(whole.tolist()) == list(range(count))
+    for begin in range(0, count, max(1, count // 7)):
+        end = min(count, begin + 4096)
+        assert shuffle.between(begin, end).tolist() == whole[begin:end].tolist()
+
+
+def test_an_order_goes_on_from_a_noted_window_without_packing_what_is_behind():
+    straight, resumed = order(), order()
+    for sample in (0, 17, 299, 300, 599):
+        start = straight.start_of(sample)
+        resumed.go_to(start, sample)
+        assert resumed._first_sample == [start.first_sample]
+        assert resumed.documents(sample).tolist() == straight.documents(sample).tolist()
+        assert resumed.start_of(sample) == start
+    assert read(resumed, 0, 20) == read(straight, 0, 20)  # back before the noted window
+    with pytest.raises(ValueError, match="not 599"):
+        resumed.go_to(straight.start_of(0), 599)
 
 
 def test_shuffled_is_a_uniform_looking_permutation():

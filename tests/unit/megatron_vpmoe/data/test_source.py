@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vpmoe.data.batch import Batch, Document
+from megatron_vpmoe.data.blend import Part
 from megatron_vpmoe.data.cursor import SampleOrder
 from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.data.source import BatchSource, ValidSource
@@ -27,6 +28,10 @@ def dataset_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(root: Path, split: str) -> KDDataset:
     return KDDataset.open(root, split, seq_length=SEQ_LENGTH, padded_vocab_size=PADDED_VOCAB)
+
+
+def parts(root: Path) -> list[Part]:
+    return [Part("kd", opened(root, "train"))]
 
 
 def config(global_batch_size: int, micro_batch_size: int, **changes):
@@ -49,7 +54,7 @@ def global_step(root: Path, consumed: int, gbs: int, mbs: int, dp_size: int) -> 
     """What all ranks together see in one step."""
     rows: dict[int, list[list[int]]] = {}
     for rank in range(dp_size):
-        source = BatchSource(opened(root, "train"), config(gbs, mbs), rank, dp_size)
+        source = BatchSource(parts(root), config(gbs, mbs), rank, dp_size)
         batches = source.next_step(consumed)
         source.close()
         assert len(batches) == gbs // mbs // dp_size
@@ -74,7 +79,7 @@ def test_any_split_from_any_cursor_gives_the_same_global_batch(dataset_root, con
 
 def test_a_run_resumed_at_another_size_goes_on_in_the_same_order(dataset_root):
     straight = {}
-    source = BatchSource(opened(dataset_root, "train"), config(6, 6), 0, 1)
+    source = BatchSource(parts(dataset_root), config(6, 6), 0, 1)
     for step in range(12):
         straight |= rows_by_sample(source.next_step(6 * step))
     source.close()
@@ -87,7 +92,7 @@ def test_a_run_resumed_at_another_size_goes_on_in_the_same_order(dataset_root):
 
 
 def test_preparing_ahead_changes_nothing(dataset_root):
-    source = BatchSource(opened(dataset_root, "train"), config(4, 2), 0, 1)
+    source = BatchSource(parts(dataset_root), config(4, 2), 0, 1)
     expected = [rows_by_sample(source.next_step(consumed)) for consumed in (0, 4, 8, 0, 40, 44)]
     source.close()
     for consumed, rows in zip((0, 4, 8, 0, 40, 44), expected, strict=True):
@@ -106,7 +111,7 @@ def test_a_fault_while_preparing_ahead_reaches_the_step_it_belongs_to(dataset_ro
         return reading(self, index)
 
     monkeypatch.setattr(KDDataset, "__getitem__", damaged)
-    source = BatchSource(dataset, cfg, 0, 1)
+    source = BatchSource([Part("kd", dataset)], cfg, 0, 1)
     assert source.next_step(0)[0].sample_ids == [0, 1]
     with pytest.raises(DataError, match="unreadable"):
         source.next_step(4)
@@ -116,7 +121,7 @@ def test_a_fault_while_preparing_ahead_reaches_the_step_it_belongs_to(dataset_ro
 
 
 def test_close_ends_the_thread(dataset_root):
-    source = BatchSource(opened(dataset_root, "train"), config(4, 2), 0, 1)
+    source = BatchSource(parts(dataset_root), config(4, 2), 0, 1)
     source.next_step(0)
     source.close()
     source.close()
@@ -127,14 +132,15 @@ def test_epoch_follows_the_cursor(dataset_root):
     dataset, cfg = opened(dataset_root, "train"), config(4, 2)
     order = SampleOrder(dataset.lengths, seq_length=SEQ_LENGTH, window=16, seed=cfg.data.data_seed)
     second = order.first_sample_of_epoch(1)
-    source = BatchSource(dataset, cfg, 0, 1)
-    assert [source.epoch(consumed) for consumed in (0, second - 1, second)] == [0, 0, 1]
+    source = BatchSource([Part("kd", dataset)], cfg, 0, 1)
+    cursors = [source.cursors(consumed)[0] for consumed in (0, second - 1, second)]
+    assert [(cursor.samples, cursor.epoch) for cursor in cursors] == [(0, 0), (second - 1, 0), (second, 1)]
     source.close()
 
 
 def test_a_batch_that_does_not_divide_is_refused(dataset_root):
     with pytest.raises(ConfigError, match="global_batch_size 10 is not a multiple of micro_batch_size 2 x 3"):
-        BatchSource(opened(dataset_root, "train"), config(10, 2), 0, 3)
+        BatchSource(parts(dataset_root), config(10, 2), 0, 3)
 
 
 @pytest.mark.parametrize(("mbs", "dp_size"), [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (2, 3), (16, 4)])
@@ -144,7 +150,7 @@ def test_validation_covers_the_split_once_with_equal_work_on_every_rank(dataset_
     forwards = set()
     tokens = 0
     for rank in range(dp_size):
-        source = ValidSource(dataset, config(mbs * dp_size, mbs, eval_iters=1000), rank, dp_size)
+        source = ValidSource(Part("kd", dataset), config(mbs * dp_size, mbs, eval_iters=1000), rank, dp_size)
         batches = list(source)
         assert len(batches) == len(source)
         forwards.add(len(batches))
@@ -159,9 +165,9 @@ def test_validation_covers_the_split_once_with_equal_work_on_every_rank(dataset_
 
 def test_validation_repeats_itself_and_stops_after_eval_iters(dataset_root):
     dataset = opened(dataset_root, "valid")
-    whole = ValidSource(dataset, config(2, 1, eval_iters=1000), 0, 1)
+    whole = ValidSource(Part("kd", dataset), config(2, 1, eval_iters=1000), 0, 1)
     first, second = list(whole), list(whole)
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, second, strict=True))
-    short = ValidSource(dataset, config(2, 1, eval_iters=2), 0, 1)
+    short = ValidSource(Part("kd", dataset), config(2, 1, eval_iters=2), 0, 1)
     assert [batch.sample_ids for batch in short] == [[0], [1], [2], [3]]
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, short, strict=False))

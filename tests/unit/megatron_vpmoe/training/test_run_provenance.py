@@ -23,7 +23,7 @@ def root(tmp_path: Path) -> Path:
 
 def state_of(cfg, root: Path) -> dict:
     """As a checkpoint stores it: through JSON."""
-    provenance = collect_provenance(cfg, read_manifest(root))
+    provenance = collect_provenance(cfg, [read_manifest(root)])
     return json.loads(json.dumps({"config": cfg.model_dump(mode="json"), "provenance": provenance}))
 
 

@@ -1,0 +1,44 @@
+"""Plain cross-entropy: L = mean(CE) over all supervised tokens of the global batch, whatever span they belong to.
+
+For text without spans (healing) and for mixes of it with conversations, where each supervised token weighs the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_vpmoe.data.batch import Batch
+from megatron_vpmoe.objectives.interface import ObjectiveResult, TokenLosses
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.config import RunConfig
+
+
+@dataclass(frozen=True)
+class TokenCE:
+    """The objective ``token_ce``.
+
+    Metrics: ``loss/total`` (mean CE in nats) and ``tokens/supervised`` (supervised tokens of the global batch).
+    A global batch without a supervised token has a loss of 0.
+    """
+
+    @classmethod
+    def from_config(cls, cfg: RunConfig) -> TokenCE:
+        """It has no settings."""
+        return cls()
+
+    def counts(self, batches: list[Batch]) -> dict[str, int]:
+        """Supervised tokens in this rank's share of the global batch."""
+        return {"tokens/supervised": sum(int(batch.loss_mask.sum()) for batch in batches)}
+
+    def __call__(self, output: TokenLosses, batch: Batch, totals: dict[str, float]) -> ObjectiveResult:
+        """See ``Objective``; ``totals`` holds ``tokens/supervised``."""
+        # The sum over no tokens is a zero that hangs on the graph, so every rank takes part in the gradient exchange.
+        losses = output.cross_entropy(batch.labels, batch.loss_mask)
+        loss = losses.sum() / max(totals["tokens/supervised"], 1.0)
+        return ObjectiveResult(loss, {"loss/total": loss.detach()})
+
+    def summary(self, totals: dict[str, float]) -> dict[str, float]:
+        """``tokens/supervised`` of the global batch."""
+        return {"tokens/supervised": totals["tokens/supervised"]}

@@ -1,0 +1,168 @@
+"""Blends: several datasets as one global order, its cursors, and what a resume checks of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_vpmoe.data.blend import Part, as_stored, open_parts
+from megatron_vpmoe.data.cursor import SampleOrder
+from megatron_vpmoe.data.source import BatchSource, ValidSource
+from megatron_vpmoe.errors import CheckpointError, DataError
+from tests.fixtures_dataset import rewrite_manifest, small_dataset
+from tests.tiny import tiny_config
+
+SIZES = {"sums": 40, "facts": 90, "prose": 23}
+SCHEDULE = "[{from_sample: 30, weights: [1, 1, 2]}, {from_sample: 77, weights: [0, 3, 1]}]"
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("blend")
+    return [small_dataset(folder / name, train=size) for name, size in SIZES.items()]
+
+
+def config(roots: list[Path], gbs: int = 12, mbs: int = 12, schedule: str = SCHEDULE, **changes):
+    listed = ", ".join(f"{{path: {root}, weight: {w}}}" for root, w in zip(roots, (0.5, 0.3, 0.2), strict=False))
+    return tiny_config(
+        data_path=None, blend=f"[{listed}]", blend_schedule=schedule, packing_window=16, global_batch_size=gbs,
+        micro_batch_size=mbs, **changes,
+    )  # fmt: skip
+
+
+def rows(source: BatchSource, consumed: int) -> dict[int, list[int]]:
+    return {
+        sample: batch.tokens[row].tolist()
+        for batch in source.next_step(consumed)
+        for row, sample in enumerate(batch.sample_ids)
+    }
+
+
+@settings(max_examples=30, deadline=None)
+@given(consumed=st.integers(0, 200), split=st.sampled_from([(1, 1), (3, 2), (1, 12), (2, 3), (6, 1)]))
+def test_any_cursor_and_any_number_of_ranks_continue_the_same_order(roots, consumed, split):
+    mbs, dp_size = split
+    cfg = config(roots, mbs=mbs)
+    seen: dict[int, list[int]] = {}
+    for rank in range(dp_size):
+        source = BatchSource(open_parts(cfg, "train"), cfg, rank, dp_size)
+        seen |= rows(source, consumed)
+        source.close()
+    assert seen == straight(roots, consumed)
+
+
+def straight(roots: list[Path], consumed: int) -> dict[int, list[int]]:
+    """The samples from ``consumed`` on of a run that starts at 0 in steps of one."""
+    cfg = config(roots, gbs=1, mbs=1)
+    if not STRAIGHT:
+        source = BatchSource(open_parts(cfg, "train"), cfg, 0, 1)
+        for sample in range(220):
+            STRAIGHT.update(rows(source, sample))
+        source.close()
+    return {sample: STRAIGHT[sample] for sample in range(consumed, consumed + 12)}
+
+
+STRAIGHT: dict[int, list[int]] = {}
+
+
+@settings(max_examples=30, deadline=None)
+@given(consumed=st.integers(0, 400), gbs=st.sampled_from([1, 4, 12]))
+def test_a_stored_cursor_resumes_the_order_and_is_what_packing_again_finds(roots, consumed, gbs):
+    cfg = config(roots, gbs=gbs, mbs=1)
+    first, again = (BatchSource(open_parts(cfg, "train"), cfg, 0, 1) for _ in range(2))
+    first.next_step(consumed)
+    position = consumed + gbs
+    stored = as_stored(first.cursors(position))
+    assert again.resume(position, stored, source="checkpoint") == []
+    assert as_stored(again.cursors(position)) == stored
+    for order, cursor in zip(again._dealer.blend._orders, stored, strict=True):
+        assert order._first_sample[0] == cursor["window_first_sample"]  # nothing before it was packed
+    recounted = BatchSource(open_parts(cfg, "train"), cfg, 0, 1)
+    assert as_stored(recounted.cursors(position)) == stored
+    assert rows(again, position) == rows(first, position) == rows(recounted, position)
+    for source in (first, again, recounted):
+        source.close()
+
+
+def test_a_dataset_keeps_the_order_that_it_has_alone(roots):
+    cfg = config(roots, schedule="null")
+    alone = tiny_config(data_path=roots[1], packing_window=16, global_batch_size=1, micro_batch_size=1)
+    blend = BatchSource(open_parts(cfg, "train"), cfg, 0, 1)
+    single = BatchSource(open_parts(alone, "train"), alone, 0, 1)
+    dealing = blend._dealer.blend._dealing
+    mine = [s for s in range(48) if dealing.place(s)[0] == 1]
+    taken = {s: row for consumed in range(0, 48, 12) for s, row in rows(blend, consumed).items()}
+    assert [taken[s] for s in mine] == [rows(single, own)[own] for own in range(len(mine))]
+    blend.close()
+    single.close()
+
+
+def test_each_dataset_gives_all_its_conversations_once_an_epoch(roots):
+    parts = open_parts(config(roots), "train")
+    order = SampleOrder(parts[2].dataset.lengths, seq_length=48, window=16, seed=1234)
+    end = order.first_sample_of_epoch(1)
+    seen = Counter(int(index) for sample in range(end) for index in order.documents(sample))
+    assert seen == Counter(range(SIZES["prose"]))
+
+
+def test_cursors_of_other_weights_are_refused_or_noted(roots):
+    cfg, other = config(roots), config(roots, schedule="null")
+    source = BatchSource(open_parts(cfg, "train"), cfg, 0, 1)
+    stored = as_stored(source.cursors(60))
+    source.close()
+    changed = BatchSource(open_parts(other, "train"), other, 0, 1)
+    with pytest.raises(CheckpointError, match=r"after 60 samples these weights have dealt sums 30, facts 18, prose 12"):
+        changed.resume(60, stored, source="checkpoint")
+    assert "the checkpoint has" in changed.resume(60, stored, source="checkpoint", allow_change=True)[0]
+    assert as_stored(changed.cursors(60))[0]["samples"] == 30
+    changed.close()
+
+
+def test_a_later_stage_may_change_while_the_past_stays(roots):
+    cfg = config(roots)
+    later = config(roots, schedule="[{from_sample: 30, weights: [1, 1, 2]}, {from_sample: 60, weights: [9, 1, 1]}]")
+    before = BatchSource(open_parts(cfg, "train"), cfg, 0, 1)
+    after = BatchSource(open_parts(later, "train"), later, 0, 1)
+    assert after.resume(48, as_stored(before.cursors(48)), source="checkpoint") == []
+    before.close()
+    after.close()
+
+
+def test_a_cursor_that_contradicts_its_dataset_is_refused(roots):
+    cfg = config(roots)
+    source = BatchSource(open_parts(cfg, "train"), cfg, 0, 1)
+    stored = as_stored(source.cursors(60))
+    stored[1]["window_first_sample"] -= 9
+    with pytest.raises(CheckpointError, match="the cursor of facts contradicts its dataset"):
+        source.resume(60, stored, source="checkpoint")
+    source.close()
+
+
+def test_an_order_of_other_settings_is_packed_again(roots):
+    cfg, other = config(roots), config(roots, data_seed=5)
+    source, changed = (BatchSource(open_parts(c, "train"), c, 0, 1) for c in (cfg, other))
+    notes = changed.resume(60, as_stored(source.cursors(60)), source="checkpoint")
+    assert len(notes) == 3 and all("packing the rows behind the cursor again" in note for note in notes)
+    assert sum(cursor.samples for cursor in changed.cursors(60)) == 60
+    source.close()
+    changed.close()
+
+
+def test_datasets_of_two_vocabularies_are_refused_naming_both(tmp_path):
+    roots = [small_dataset(tmp_path / name) for name in ("a", "b")]
+    rewrite_manifest(roots[1], lambda m: m["tokenizer"].update(rank_file_sha256="f" * 64))
+    with pytest.raises(DataError, match="rank_file_sha256") as caught:
+        open_parts(config(roots, schedule="null"), "train")
+    assert str(roots[0]) in str(caught.value) and str(roots[1]) in str(caught.value)
+
+
+def test_every_dataset_has_its_own_validation(roots):
+    cfg = config(roots, gbs=2, mbs=1, eval_iters=1000)
+    for part in open_parts(cfg, "valid"):
+        assert isinstance(part, Part)
+        real = sum(batch.real_tokens for batch in ValidSource(part, cfg, 0, 1))
+        assert real == part.dataset.lengths.sum()
