@@ -31,3 +31,12 @@ def single_process():
 
     with distributed.single_process(seed=1234):
         yield
+
+
+@pytest.fixture(autouse=True)
+def fresh_balance_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream keeps the scale of the router's loss in a class; a backward pass outside its schedules leaves one there
+    that its schedules cannot write to."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)

@@ -99,8 +99,9 @@ class MoeSection(Section):
     """Step of the expert bias after each iteration."""
     moe_router_dtype: Literal["fp32", "fp64"] | None = "fp32"
     """Precision of the router's logits; null: the model's."""
-    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
-    """How tokens travel between expert-parallel ranks; with one such rank allgather moves nothing."""
+    moe_token_dispatcher_type: Literal["auto", "alltoall", "allgather"] = "auto"
+    """How tokens travel between expert-parallel ranks; "auto": alltoall, or with one such rank allgather, which then
+    moves nothing."""
     moe_permute_fusion: bool = False
     """Fused token permutation; needs TransformerEngine."""
     moe_router_fusion: bool = False

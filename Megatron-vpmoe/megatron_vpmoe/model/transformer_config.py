@@ -105,6 +105,14 @@ def transformer_config(cfg: RunConfig) -> VPTransformerConfig:
     )
 
 
+def token_dispatcher(cfg: RunConfig) -> str:
+    """The dispatcher of the routed experts, "auto" resolved."""
+    if cfg.moe.moe_token_dispatcher_type != "auto":
+        return cfg.moe.moe_token_dispatcher_type
+    # With one rank alltoall copies every token once more than allgather, for nothing.
+    return "allgather" if cfg.parallel.expert_model_parallel_size == 1 else "alltoall"
+
+
 def _moe_fields(cfg: RunConfig) -> dict[str, Any]:
     moe, layers = cfg.moe, cfg.model.num_layers
     return {
@@ -121,7 +129,7 @@ def _moe_fields(cfg: RunConfig) -> dict[str, Any]:
         "moe_router_enable_expert_bias": moe.moe_router_enable_expert_bias,
         "moe_router_bias_update_rate": moe.moe_router_bias_update_rate,
         "moe_router_dtype": moe.moe_router_dtype,
-        "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
+        "moe_token_dispatcher_type": token_dispatcher(cfg),
         "moe_permute_fusion": moe.moe_permute_fusion,
         "moe_router_fusion": moe.moe_router_fusion,
     }

@@ -16,6 +16,7 @@ from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.model.attention.self_attention import VPSelfAttention
 from megatron_vpmoe.model.builder import build_model, wrap_for_training
 from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.model.transformer_config import token_dispatcher
 from megatron_vpmoe.objectives import Objective, build_objective
 from megatron_vpmoe.optim import (
     IterationScheduler,
@@ -120,7 +121,7 @@ def open_run(cfg: RunConfig) -> Run:
         },
         valid_dataset=valid[0].dataset,
         provenance=collect_provenance(cfg, [part.dataset.manifest for part in train]),
-        notes=(*notes, attention_note(model)),
+        notes=(*notes, *implementation_notes(model, cfg)),
         routing=routing_table(model, cfg),
     )
     if distributed.rank() == 0:
@@ -132,14 +133,17 @@ def open_run(cfg: RunConfig) -> Run:
     return run
 
 
-def attention_note(model: VPModel) -> str:
-    """Which attention backend each kind of layer runs on."""
+def implementation_notes(model: VPModel, cfg: RunConfig) -> list[str]:
+    """What "auto" came to: the attention backend of each kind of layer, and the dispatcher of the experts."""
     chosen: dict[str, str] = {}
     for attention in model.decoder.modules():
         if isinstance(attention, VPSelfAttention):
             kind = "global" if attention.window is None else f"local (window {attention.window})"
             chosen[kind] = attention.backend_name(current_device())
-    return "attention: " + ", ".join(f"{kind} layers on {backend}" for kind, backend in chosen.items())
+    notes = ["attention: " + ", ".join(f"{kind} layers on {backend}" for kind, backend in chosen.items())]
+    if cfg.moe.num_experts is not None:
+        notes.append(f"experts: {token_dispatcher(cfg)} dispatcher, {cfg.parallel.expert_model_parallel_size} ranks")
+    return notes
 
 
 def restorable(cfg: RunConfig, *, check_hashes: bool = True) -> tuple[checkpoint.Found | None, list[str]]:

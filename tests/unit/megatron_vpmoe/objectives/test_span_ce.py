@@ -78,7 +78,7 @@ def test_any_split_sums_to_the_same_loss_and_gradient(cuts):
         metrics = {tag: metrics[tag] + float(result.metrics[tag]) for tag in metrics}
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], wanted)
-    assert metrics["loss/total"] == pytest.approx(float(expected), rel=1e-5)
+    assert metrics["loss/total"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_long_span_does_not_drown_a_short_one():
