@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from vpmoe.data_curation.harmony.synth_to_harmony import to_conversation
 from vpmoe.data_curation.synth_rows import resolve
+from vpmoe.errors import TokenizerError
 from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.official import OfficialRenderer, load_encoding
 from vpmoe.harmony.parse import Parser
@@ -23,6 +24,28 @@ NO_DROP = official.RenderConversationConfig(auto_drop_analysis=False)
 SAMPLE = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "synth_sample"
 PARTS = st.sampled_from(
     [*sorted(ALL_SPECIAL_TOKENS)[:12], "<|", "|>", " ", "\n\n", "\r\n", "'s", "é", "漢", "😀", "1234", "\t"]
+)
+WRITING = [
+    "\0",
+    "\u202e",
+    "مرحبا",
+    "שלום",
+    "👩\u200d👩\u200d👧",
+    "🏳️\u200d🌈",
+    "🇫🇷",
+    "e\u0301",
+    "\u200d",
+    "\ufeff",
+    "Б",
+    "९",
+    "１２３４",
+]
+BLANKS = [" ", "   ", "\t\t", "\xa0", "\u3000 ", "\r\n", "\n\n  ", "\x1c", "\x85"]
+HOSTILE = st.sampled_from([*sorted(ALL_SPECIAL_TOKENS)[:4], *WRITING, *BLANKS, "a", "'LL", "../"])
+LONG = st.builds(
+    lambda pieces, count: ("".join(pieces) * (count // max(1, sum(map(len, pieces))) + 1))[:count],
+    st.lists(HOSTILE, min_size=1, max_size=6),
+    st.just(100_000),
 )
 TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(PARTS, max_size=12).map("".join)
 LINES = st.none() | st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
@@ -64,6 +87,27 @@ def test_special_tokens_are_the_same() -> None:
 def test_hostile_text_renders_the_same(fast: FastRenderer, user: str, analysis: str, final: str, turns: int) -> None:
     ours = fast.render(own_turn(user, analysis, final) * turns).tokens()
     assert ours.tolist() == training_ids(turn(user, analysis, final) * turns)
+
+
+@settings(deadline=None, max_examples=400)
+@given(texts=st.tuples(*[st.lists(HOSTILE, max_size=14).map("".join)] * 3))
+def test_directions_emoji_blanks_and_line_ends_render_the_same(fast: FastRenderer, texts: tuple[str, str, str]) -> None:
+    ours = fast.render(own_turn(*texts))
+    assert ours.tokens().tolist() == training_ids(turn(*texts))
+    assert Parser(fast.tokenizer).messages(ours.tokens()) == tuple(own_turn(*texts))
+
+
+@settings(deadline=None, max_examples=5)
+@given(text=LONG)
+def test_fields_of_100_000_characters_render_the_same(fast: FastRenderer, text: str) -> None:
+    ours = fast.render(own_turn("q", text, "f"))
+    assert ours.tokens().tolist() == training_ids(turn("q", text, "f"))
+    assert Parser(fast.tokenizer).messages(ours.tokens()) == tuple(own_turn("q", text, "f"))
+
+
+def test_a_lone_surrogate_is_refused_where_the_official_renderer_replaces_it_or_fails(fast: FastRenderer) -> None:
+    with pytest.raises(TokenizerError, match="no UTF-8 form"):
+        fast.render(own_turn("a\ud800b", "a", "f"))
 
 
 @settings(deadline=None, max_examples=100)

@@ -1,20 +1,24 @@
-"""``vpmoe data ...``: look at datasets, check them, and make the embedded one."""
+"""``vpmoe data ...``: look at datasets, check and compare them, and make the embedded one."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from vpmoe.data_curation import stats as comparison
 from vpmoe.data_curation import synth_mini as mini
 from vpmoe.data_curation.inspect import inspect as show
+from vpmoe.data_curation.inspect_page import write_page
+from vpmoe.data_curation.stats_sample import DEFAULT_DOCUMENTS
 from vpmoe.data_curation.verify import DEFAULT_PARSED_PER_SHARD, manifest_summary
 from vpmoe.data_curation.verify import verify as find_faults
 from vpmoe.errors import DataError
 
-app = typer.Typer(no_args_is_help=True, help="Datasets: verify, inspect, and the generated one.")
+app = typer.Typer(no_args_is_help=True, help="Datasets: verify, inspect, compare, and the generated one.")
 
 _Folder = Annotated[Path, typer.Argument(help="folder with a manifest.json")]
 
@@ -42,9 +46,33 @@ def inspect(
     split: Annotated[str, typer.Option(help="train or valid")] = "train",
     count: Annotated[int, typer.Option(help="conversations to show; 0 for the figures alone")] = 3,
     start: Annotated[int, typer.Option(help="number of the first conversation shown")] = 0,
+    html: Annotated[Path | None, typer.Option(help="write a page of its own to this file instead")] = None,
 ) -> None:
-    """Print a dataset's figures and decoded conversations, each span in its colour."""
-    show(dataset_dir, Console(), split=split, count=count, start=start)
+    """Show a dataset's figures, histograms of lengths, and decoded conversations, each span in its colour."""
+    if html is None:
+        show(dataset_dir, Console(), split=split, count=count, start=start)
+        return
+    write_page(dataset_dir, html, split=split, count=count, start=start)
+    typer.echo(f"{html} written")
+
+
+@app.command()
+def stats(
+    first: _Folder,
+    second: _Folder,
+    split: Annotated[str, typer.Option(help="train or valid")] = "train",
+    sample: Annotated[
+        int, typer.Option(help="documents of each to read for lengths and tokens, taken evenly; 0 for all")
+    ] = DEFAULT_DOCUMENTS,
+    top: Annotated[int, typer.Option(min=0, help="differing tokens to list")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    """Compare two datasets: sizes, spans, lengths, vocabularies, and the tokens that tell them apart."""
+    compared = comparison.compare(first, second, split=split, limit=sample, top=top)
+    if as_json:
+        typer.echo(json.dumps(compared, indent=2))
+    else:
+        comparison.show(compared, Console())
 
 
 @app.command("synth-mini")
@@ -53,9 +81,18 @@ def synth_mini(
     rows: Annotated[int, typer.Option(help="rows of the pool (train and valid)")] = 20_000,
     seed: Annotated[int, typer.Option(help="another seed draws other rows; the test questions stay")] = 1,
     families: Annotated[str, typer.Option(help="name=weight,name=weight")] = mini.DEFAULT_MIX,
+    levels: Annotated[str, typer.Option(help="family=level|level,...; every level of the families not named")] = "",
+    languages: Annotated[str, typer.Option(help="of en,de,fr; rows are in one of these")] = "en",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace rows of another seed or size")] = False,
 ) -> None:
     """Generate rows of SYNTH's schema: small tasks with a written derivation and an answer that can be checked."""
-    mix = mini.parse_mix(families)
-    made = mini.generate(output_dir, rows=rows, seed=seed, families=mix, overwrite=overwrite)
+    made = mini.generate(
+        output_dir,
+        rows=rows,
+        seed=seed,
+        families=mini.parse_mix(families),
+        levels=mini.parse_levels(levels),
+        languages=mini.parse_languages(languages),
+        overwrite=overwrite,
+    )
     typer.echo(mini.report(output_dir, rows, made))

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from vpmoe.data_curation.build_manifest import assemble_manifest, warn_of_empty_valid
-from vpmoe.data_curation.build_parts import PartBuilder, WorkPlan, read_receipt
+from vpmoe.data_curation.build_parts import PartBuilder, WorkPlan, read_receipt, receipt_path
 from vpmoe.data_curation.build_plan import KIND, SPLITS, BuildOptions, Part, PartStats
 from vpmoe.data_curation.harmony.conversations import KIND as INPUT_KIND
 from vpmoe.data_curation.manifest import FILE_NAME, read_manifest, write_manifest
@@ -72,7 +72,7 @@ def build(
     source = read_manifest(input_dir, INPUT_KIND)
     state = {"config_hash": options.config_hash(), "input_manifest_sha256": sha256_of_file(input_dir / FILE_NAME)}
     load_o200k_harmony(options.tokenizer_model)  # a wrong rank file stops here, not in a worker
-    with _exclusive(output_dir):
+    with _naming_missing_shards(output_dir, len(source["shards"])), _exclusive(output_dir):
         if overwrite:
             _clear(output_dir)
         if (finished := _finished(output_dir, state)) is not None:
@@ -231,6 +231,24 @@ def _clear(output_dir: Path) -> None:
         (output_dir / name).unlink(missing_ok=True)
     for folder in (*SPLITS, ".build"):
         shutil.rmtree(output_dir / folder, ignore_errors=True)
+
+
+@contextmanager
+def _naming_missing_shards(output_dir: Path, shards: int) -> Iterator[None]:
+    """A full disk or an unwritable folder ends the build with an account of what is safe and what is missing."""
+    try:
+        yield
+    except OSError as error:
+        names = [f"shard_{shard:02d}" for shard in range(shards)]
+        finished = [name for name in names if receipt_path(output_dir, name).is_file()]
+        missing = [name for name in names if name not in finished]
+        raise DataError(
+            f"the build cannot go on: {error.strerror or error}; "
+            f"finished and safe: {', '.join(finished) or 'no shard'}; "
+            f"missing: {', '.join(missing) or 'only the manifest'}",
+            source=str(error.filename or output_dir),
+            remedy="make room or mend the folder, then run the same command again: it goes on with the missing shards",
+        ) from error
 
 
 @contextmanager

@@ -12,12 +12,14 @@ import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from vpmoe.data_curation.build_plan import SPLITS, BuildOptions, Part, PartStats, SplitStats, histogram_width, split_of
 from vpmoe.data_curation.harmony.conversations import StoredConversation, open_shard, read_row_group
@@ -26,12 +28,12 @@ from vpmoe.data_curation.token_files import TripleWriter, file_names
 from vpmoe.errors import RowError, TokenizerError
 from vpmoe.files import json_bytes, move_into_place, write_atomically
 from vpmoe.harmony.choice import make_renderer
-from vpmoe.harmony.conversation import check_conversation
-from vpmoe.harmony.renderer import Renderer
-from vpmoe.harmony.spans import SpanArray, aligned_to_labels, document, loss_mask
+from vpmoe.harmony.conversation import check_conversation, excerpt
+from vpmoe.harmony.renderer import RenderedConversation, Renderer
+from vpmoe.harmony.spans import aligned_to_labels, documents, loss_mask
 from vpmoe.harmony.truncation import make_fit
 from vpmoe.tokenizer.compact import CompactVocabulary
-from vpmoe.tokenizer.interface import TokenArray, Tokenizer
+from vpmoe.tokenizer.interface import Tokenizer
 from vpmoe.tokenizer.o200k_harmony import VOCAB_SIZE, O200kHarmony, load_o200k_harmony
 
 _INPUT_REMEDY = (
@@ -113,7 +115,7 @@ class PartBuilder:
         """Render and fit the part's rows, and write them into a part file for each split that has rows."""
         stats = PartStats()
         self._part_path(part, "").parent.mkdir(parents=True, exist_ok=True)
-        documents: dict[str, list[tuple[TokenArray, SpanArray]]] = {split: [] for split in SPLITS}
+        kept: dict[str, list[RenderedConversation]] = {split: [] for split in SPLITS}
         for row_number, row in self._rows(part):
             stats.rows_read += 1
             try:
@@ -128,24 +130,17 @@ class PartBuilder:
             stats.truncation["user_tokens_cut"] += fitted.user_tokens_cut
             if fitted.conversation is not None:
                 split = split_of(conversation.synth_id, self.plan.options.valid_fraction)
-                documents[split].append(document(fitted.conversation, self.tokenizer.eod_id))
+                kept[split].append(fitted.conversation)
         for split in SPLITS:
-            if documents[split]:
-                stats.splits[split] = self._write_part(part, split, documents[split])
+            if kept[split]:
+                stats.splits[split] = self._write_part(part, split, kept[split])
         return stats
 
-    def _write_part(self, part: Part, split: str, documents: list[tuple[TokenArray, SpanArray]]) -> SplitStats:
-        lengths = np.array([len(tokens) for tokens, _ in documents], dtype=np.int64)
-        span = np.concatenate([span for _, span in documents])
-        aligned = aligned_to_labels(span, lengths)
-        path = self._part_path(part, split)
-        np.savez(
-            path,
-            tokens=np.concatenate([tokens for tokens, _ in documents]),
-            lossmask=loss_mask(aligned),
-            span=aligned,
-            lengths=lengths,
-        )
+    def _write_part(self, part: Part, split: str, conversations: list[RenderedConversation]) -> SplitStats:
+        tokens, span, lengths = documents(conversations, self.tokenizer.eod_id)
+        with self._part_path(part, split).open("wb") as stream:
+            for array in (tokens, aligned_to_labels(span, lengths), lengths):
+                np.save(stream, array)
         return SplitStats.of_documents(lengths, span, histogram_width(self.plan.options.seq_len))
 
     def finish_shard(self, shard: int, stats: PartStats) -> dict[str, Any]:
@@ -175,8 +170,9 @@ class PartBuilder:
         for group in range(self.plan.input_shards[shard]["row_groups"]):
             path = self._part_path(Part(shard, group), split)
             if path.exists():
-                with np.load(path) as arrays:
-                    writer.add(**arrays)
+                with path.open("rb") as stream:
+                    tokens, span, lengths = (np.load(stream) for _ in range(3))
+                writer.add(tokens, loss_mask(span), span, lengths)
         writer.close()
         entries = {file: file_entry(joined / file) for file in file_names(name)}
         for file in entries:
@@ -185,12 +181,18 @@ class PartBuilder:
         return entries
 
     def _part_path(self, part: Part, split: str) -> Path:
-        return self.plan.scratch / f"shard_{part.shard:02d}" / f"{part.group:06d}_{split}.npz"
+        return self.plan.scratch / f"shard_{part.shard:02d}" / f"{part.group:06d}_{split}.npy"
 
     def _rows(self, part: Part) -> Iterator[tuple[int, StoredConversation | RowError]]:
-        shard = open_shard(self.plan.input_dir / self.plan.input_shards[part.shard]["name"])
-        before = sum(shard.metadata.row_group(group).num_rows for group in range(part.group))
-        return enumerate(read_row_group(shard, part.group), before)
+        shard, starts = self._opened(part.shard)
+        return enumerate(read_row_group(shard, part.group), starts[part.group])
+
+    @lru_cache(maxsize=2)  # noqa: B019 -- a process has one builder, and parts come shard by shard
+    def _opened(self, shard: int) -> tuple[pq.ParquetFile, list[int]]:
+        # Kept open: reading the footer again for every row group would be quadratic in the size of a shard.
+        opened = open_shard(self.plan.input_dir / self.plan.input_shards[shard]["name"])
+        groups = range(opened.num_row_groups)
+        return opened, [0, *accumulate(opened.metadata.row_group(group).num_rows for group in groups)]
 
     def _reject(
         self, part: Part, row_number: int, row: StoredConversation | RowError, error: RowError | TokenizerError
@@ -201,6 +203,7 @@ class PartBuilder:
             "row": row_number,
             "reason": error.reason if isinstance(error, RowError) else "untokenizable",
             "detail": error.what,
+            "excerpt": _excerpt(row, error),
         }
 
 
@@ -219,6 +222,12 @@ def read_receipt(output_dir: Path, shard: str) -> dict[str, Any] | None:
         for file, entry in counted["files"].items():
             check_file(output_dir / split / file, entry, remedy="start the build afresh with --overwrite")
     return receipt
+
+
+def _excerpt(row: StoredConversation | RowError, error: RowError | TokenizerError) -> str:
+    if isinstance(row, RowError):
+        return row.what
+    return error.source or excerpt(str(row.messages[0].content) if row.messages else "")
 
 
 def _checked(row: StoredConversation | RowError) -> StoredConversation:

@@ -17,26 +17,30 @@ class RowProgress:
 
     Args:
         phase: what is being done, the bar's label.
-        total_rows: rows that the phase will see.
+        total_rows: rows that the phase will see; None where nobody knows.
         quiet: show nothing.
+        done_before: rows of an earlier run; they count as done, not towards the rates.
     """
 
-    def __init__(self, phase: str, total_rows: int, *, quiet: bool = False) -> None:
+    def __init__(self, phase: str, total_rows: int | None, *, quiet: bool = False, done_before: int = 0) -> None:
         self.phase, self.total_rows = phase, total_rows
-        self.rows = self.tokens = 0
+        self.rows, self.tokens, self._before = done_before, 0, done_before
         self._quiet = quiet
         self._started = self._last_line = time.monotonic()
         self._bar: Progress | None = None
         if sys.stderr.isatty() and not quiet:
-            self._bar = Progress(
+            bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                TextColumn("{task.completed:,.0f}/{task.total:,.0f} rows  {task.fields[rates]}"),
+                TextColumn("{task.fields[count]} rows  {task.fields[rates]}"),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task(phase, total=total_rows, rates="")
+            self._bar, self._task = (
+                bar,
+                bar.add_task(phase, total=total_rows, completed=done_before, count="", rates=""),
+            )
 
     def __enter__(self) -> RowProgress:
         if self._bar:
@@ -56,21 +60,22 @@ class RowProgress:
         self.rows += rows
         self.tokens += tokens
         if self._bar:
-            self._bar.update(self._task, completed=self.rows, rates=self._rates())
+            self._bar.update(self._task, completed=self.rows, count=self._count(), rates=self._rates())
         elif not self._quiet and time.monotonic() - self._last_line > _LINE_SECONDS:
             self._print_line()
 
     def _rates(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-6)
         tokens = f"  {self.tokens / seconds / 1e6:.2f} M tokens/s" if self.tokens else ""
-        return f"{self.rows / seconds:,.0f} rows/s{tokens}"
+        return f"{(self.rows - self._before) / seconds:,.0f} rows/s{tokens}"
+
+    def _count(self) -> str:
+        return f"{self.rows:,}" if self.total_rows is None else f"{self.rows:,}/{self.total_rows:,}"
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
         seconds = self._last_line - self._started
-        left = seconds / self.rows * (self.total_rows - self.rows) if self.rows else float("nan")
-        print(
-            f"{self.phase}: {self.rows:,}/{self.total_rows:,} rows  {self._rates()}  about {left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
+        made, left = self.rows - self._before, ""
+        if self.total_rows is not None and made:
+            left = f"  about {seconds / made * (self.total_rows - self.rows):.0f} s left"
+        print(f"{self.phase}: {self._count()} rows  {self._rates()}{left}", file=sys.stderr, flush=True)

@@ -1,26 +1,26 @@
-"""Rows of SYNTH's schema out of nothing: arithmetic with a written derivation and an answer that can be checked.
+"""Rows of SYNTH's schema out of nothing: small tasks with a written derivation and an answer that can be checked.
 
     python -m vpmoe.data_curation.synth_mini --output-dir data/synth_mini --rows 20000 --seed 1
 
 writes ``rows_00.parquet`` (what is trained and validated on), ``test.jsonl`` (held-out questions) and, last,
-``synth_mini.json``. A row is a pure function of seed and index. No question (whatever the order of its operands) is in
-two of train, valid and test:
+``synth_mini.json``. A row is a pure function of seed and index. No question (whatever its wording, its language and the
+order of its operands) is in two of train, valid and test:
 
-- test: a fixed tenth of each family's questions, by a hash of the operands; no row of the pool asks one of them.
+- test: a fixed tenth of each family's questions, by a hash of what is asked; no row of the pool asks one of them.
 - train or valid: the builder decides by a hash of ``synth_id``. The id comes first here, its hash names one of 20
   buckets, and the question is drawn from the questions of that bucket. Any ``--valid-fraction`` that is a multiple of
   1/20 therefore splits the questions as well as the rows.
+
+``docs/synth_mini.md`` is the datasheet: families, levels, languages, sizes.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import sys
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +28,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vpmoe.data_curation.manifest import check_file, file_entry
-from vpmoe.data_curation.mini_tasks import FAMILIES, Family, Operands, Worked
+from vpmoe.data_curation.mini.family import BUCKETS, LANGUAGES, Family, Instance, bucket_of
+from vpmoe.data_curation.mini.registry import FAMILIES
 from vpmoe.data_curation.synth_rows import COLUMNS
 from vpmoe.errors import DataError, VpmoeError
 from vpmoe.files import json_bytes, move_into_place, write_atomically
 
-BUCKETS = 20
 VALID_FRACTION = 1 / BUCKETS
-TEST_FRACTION = 0.1
 DEFAULT_MIX = "addition=0.7,subtraction=0.1,maximum=0.1,sorting=0.1"
+DEFAULT_LANGUAGES = ("en",)
 RECORD_NAME = "synth_mini.json"
 TEST_NAME = "test.jsonl"
 POOL_NAME = "rows_00.parquet"
 _VERSION = 1
+_ALL_LEVELS: Mapping[str, tuple[str, ...]] = {}
 
 
-def check(row: Mapping[str, Any], text: str) -> bool:
-    """Whether ``text`` is exactly the answer to the row's question (blanks around it do not count).
+def check(answer: str, row: Mapping[str, Any]) -> bool:
+    """Whether ``answer`` is exactly the answer to the row's question (blanks around it do not count).
 
     Raises:
         DataError: the row is not of one of the families here, so its answer can not be checked.
@@ -55,42 +56,84 @@ def check(row: Mapping[str, Any], text: str) -> bool:
             source=f"row {row.get('synth_id')}",
             remedy=f"check rows of {', '.join(FAMILIES)}",
         )
-    return text.strip() == row["synthetic_answer"]
+    return answer.strip() == row["synthetic_answer"]
 
 
-def make_row(seed: int, index: int, families: Mapping[str, float]) -> dict[str, str]:
-    """Row ``index`` of the pool that ``seed`` and the mix of ``families`` (name -> weight) define."""
+def make_row(
+    seed: int,
+    index: int,
+    families: Mapping[str, float],
+    levels: Mapping[str, tuple[str, ...]] = _ALL_LEVELS,
+    languages: Sequence[str] = DEFAULT_LANGUAGES,
+) -> dict[str, str]:
+    """Row ``index`` of the pool that ``seed`` and a mix define.
+
+    Args:
+        seed, index: which row.
+        families: name -> weight.
+        levels: family -> the levels to take; a family that is not named takes all of its own.
+        languages: each row is in one of them, all equally often.
+    """
     synth_id = f"synth_mini_{seed}_{index:08d}"
     rng = random.Random(f"{_VERSION} {synth_id}")
     (name,) = rng.choices(list(families), list(families.values()))
-    questions = _pool_questions(name)[_bucket(synth_id)]
-    return _row(synth_id, FAMILIES[name], FAMILIES[name].work(rng.choice(questions), rng))
+    family = FAMILIES[name]
+    # One language takes no draw: rows of English alone are what they were before there were others.
+    language = languages[0] if len(languages) == 1 else rng.choice(languages)
+    instance = family.ask(bucket_of(synth_id), levels.get(name, family.levels), rng)
+    return _row(synth_id, family, instance, language, rng)
 
 
-def test_rows(families: Mapping[str, float], seed: int) -> Iterator[dict[str, str]]:
-    """Every held-out question of the families once, families interleaved, each family shuffled by ``seed``."""
+def test_rows(
+    families: Mapping[str, float],
+    seed: int,
+    levels: Mapping[str, tuple[str, ...]] = _ALL_LEVELS,
+    languages: Sequence[str] = DEFAULT_LANGUAGES,
+) -> Iterator[dict[str, str]]:
+    """The held-out questions of families and levels, each once in every language.
+
+    Families are interleaved, each shuffled by ``seed``; which questions they are does not depend on it.
+    """
     rng = random.Random(f"{_VERSION} test {seed}")
     rows: list[tuple[float, dict[str, str]]] = []
     for name in families:
-        held_out = [operands for operands in FAMILIES[name].operands if _is_test(name, operands)]
+        family = FAMILIES[name]
+        held_out = family.held_out(levels.get(name, family.levels))
         rng.shuffle(held_out)
-        for index, operands in enumerate(held_out):
-            synth_id = f"synth_mini_test_{name}_{'_'.join(map(str, operands))}"
-            row = _row(synth_id, FAMILIES[name], FAMILIES[name].work(operands, rng))
-            rows.append((index / len(held_out), row))
+        for index, instance in enumerate(held_out):
+            for language in languages:
+                suffix = "" if language == "en" else f"_{language}"
+                synth_id = f"synth_mini_test_{name}_{family.label(instance)}{suffix}"
+                rows.append((index / len(held_out), _row(synth_id, family, instance, language, rng)))
     yield from (row for _, row in sorted(rows, key=lambda placed: placed[0]))
 
 
-def generate(output_dir: Path, *, rows: int, seed: int, families: Mapping[str, float], overwrite: bool = False) -> bool:
+def generate(
+    output_dir: Path,
+    *,
+    rows: int,
+    seed: int,
+    families: Mapping[str, float],
+    levels: Mapping[str, tuple[str, ...]] = _ALL_LEVELS,
+    languages: Sequence[str] = DEFAULT_LANGUAGES,
+    overwrite: bool = False,
+) -> bool:
     """Write the pool, the test questions and the record; False if they were there already, as asked for.
 
     Raises:
-        DataError: an unknown family, a weight that is no share, no rows, or other rows in the folder.
+        DataError: an unknown family, level or language, a weight that is no share, no rows, or other rows in the
+            folder.
     """
     _check_mix(families)
+    _check_levels(families, levels)
+    _check_languages(languages)
     if rows < 1:
         raise DataError(f"{rows} rows", source="--rows", remedy="ask for at least 1")
-    asked = {"version": _VERSION, "rows": rows, "seed": seed, "families": dict(families)}
+    asked: dict[str, Any] = {"version": _VERSION, "rows": rows, "seed": seed, "families": dict(families)}
+    if levels:
+        asked["levels"] = {name: list(chosen) for name, chosen in levels.items()}
+    if tuple(languages) != DEFAULT_LANGUAGES:
+        asked["languages"] = list(languages)
     record_path = output_dir / RECORD_NAME
     if record_path.exists() and not overwrite:
         _check_present(record_path, asked)
@@ -99,53 +142,33 @@ def generate(output_dir: Path, *, rows: int, seed: int, families: Mapping[str, f
     output_dir.mkdir(parents=True, exist_ok=True)
     columns: dict[str, list[str]] = {name: [] for name in COLUMNS}
     for index in range(rows):
-        for name, value in make_row(seed, index, families).items():
+        for name, value in make_row(seed, index, families, levels, languages).items():
             columns[name].append(value)
     pool = output_dir / POOL_NAME
     temporary = pool.with_name(f".{pool.name}.tmp")
     pq.write_table(pa.table(columns, schema=pa.schema([(name, pa.string()) for name in COLUMNS])), temporary)
     move_into_place(temporary, pool)
-    tests = "".join(json.dumps(row) + "\n" for row in test_rows(families, seed))
+    tests = "".join(json.dumps(row) + "\n" for row in test_rows(families, seed, levels, languages))
     write_atomically(output_dir / TEST_NAME, tests.encode())
     files = {name: file_entry(output_dir / name) for name in (POOL_NAME, TEST_NAME)}
     write_atomically(record_path, json_bytes(asked | {"valid_fraction": VALID_FRACTION, "files": files}))
     return True
 
 
-def _row(synth_id: str, family: Family, worked: Worked) -> dict[str, str]:
+def _row(synth_id: str, family: Family, instance: Instance, language: str, rng: random.Random) -> dict[str, str]:
+    worked = family.work(instance, rng, language)
     return {
         "synth_id": synth_id,
-        "language": "en",
+        "language": language,
         "exercise": family.name,
         "model": f"synth_mini {_VERSION}",
-        "constraints": worked.level,
+        "constraints": family.level_of(instance),
         "seed_license": "CC0-1.0",
         "query_seed_url": "",
         "query": worked.query,
         "synthetic_reasoning": worked.reasoning,
         "synthetic_answer": worked.answer,
     }
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def _bucket(text: str) -> int:
-    return _hash(text) * BUCKETS >> 64
-
-
-def _is_test(name: str, operands: Operands) -> bool:
-    return _hash(f"synth_mini test {name} {operands}") < TEST_FRACTION * 2**64
-
-
-@cache
-def _pool_questions(name: str) -> list[list[Operands]]:
-    buckets: list[list[Operands]] = [[] for _ in range(BUCKETS)]
-    for operands in FAMILIES[name].operands:
-        if not _is_test(name, operands):
-            buckets[_bucket(f"synth_mini {name} {operands}")].append(operands)
-    return buckets
 
 
 def _check_mix(families: Mapping[str, float]) -> None:
@@ -158,9 +181,34 @@ def _check_mix(families: Mapping[str, float]) -> None:
         )
 
 
+def _check_levels(families: Mapping[str, float], levels: Mapping[str, tuple[str, ...]]) -> None:
+    for name, chosen in levels.items():
+        if name not in families:
+            raise DataError(
+                f"levels of {name!r}, which is not in the mix", source="--levels", remedy="name it in --families too"
+            )
+        known = FAMILIES[name].levels
+        if not chosen or len(set(chosen)) < len(chosen) or any(level not in known for level in chosen):
+            raise DataError(
+                f"{name} has no such choice of levels: {' | '.join(chosen)!r}",
+                source="--levels",
+                remedy=f"name each once, of: {' | '.join(known)}",
+            )
+
+
+def _check_languages(languages: Sequence[str]) -> None:
+    if not languages or len(set(languages)) < len(languages) or any(each not in LANGUAGES for each in languages):
+        raise DataError(
+            f"no such choice of languages: {','.join(languages)!r}",
+            source="--languages",
+            remedy=f"name each once, of {', '.join(LANGUAGES)}",
+        )
+
+
 def _check_present(record_path: Path, asked: dict[str, Any]) -> None:
     record = json.loads(record_path.read_bytes())
-    different = [key for key, value in asked.items() if record.get(key) != value]
+    options = {key: value for key, value in record.items() if key not in ("valid_fraction", "files")}
+    different = [key for key in options | asked if options.get(key) != asked.get(key)]
     remedy = "pass --overwrite to write the rows again, or another --output-dir"
     if different:
         raise DataError(
@@ -178,6 +226,28 @@ def parse_mix(text: str) -> dict[str, float]:
         raise DataError(
             f"not a mix of families: {text!r}", source="--families", remedy="write for example addition=0.7,sorting=0.3"
         ) from error
+
+
+def parse_levels(text: str) -> dict[str, tuple[str, ...]]:
+    """``multiplication=2 digits,dates=weekday|days later`` as a mapping; empty text is no restriction.
+
+    Raises:
+        DataError: the text is not of that form.
+    """
+    try:
+        items = [item.split("=") for item in text.split(",") if text]
+        return {name.strip(): tuple(level.strip() for level in chosen.split("|")) for name, chosen in items}
+    except ValueError as error:
+        raise DataError(
+            f"not a choice of levels: {text!r}",
+            source="--levels",
+            remedy="write for example 'multiplication=2 digits,dates=weekday|days later'",
+        ) from error
+
+
+def parse_languages(text: str) -> tuple[str, ...]:
+    """``en,de`` as a tuple."""
+    return tuple(each.strip() for each in text.split(","))
 
 
 def report(output_dir: Path, rows: int, made: bool) -> str:
@@ -198,12 +268,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--families", default=DEFAULT_MIX, help=f"name=weight,...; default {DEFAULT_MIX}")
+    parser.add_argument("--levels", default="", help="family=level|level,...; default: every level")
+    parser.add_argument("--languages", default="en", help=f"of {','.join(LANGUAGES)}; default en")
     parser.add_argument("--overwrite", action="store_true")
     options = parser.parse_args(argv)
     try:
-        families = parse_mix(options.families)
         made = generate(
-            options.output_dir, rows=options.rows, seed=options.seed, families=families, overwrite=options.overwrite
+            options.output_dir,
+            rows=options.rows,
+            seed=options.seed,
+            families=parse_mix(options.families),
+            levels=parse_levels(options.levels),
+            languages=parse_languages(options.languages),
+            overwrite=options.overwrite,
         )
     except VpmoeError as error:
         print(error, file=sys.stderr)

@@ -9,12 +9,13 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vpmoe.data_curation.harmony.conversations import strings
+from vpmoe.data_curation.synth_rows_hub import HubRows
 from vpmoe.errors import DataError
 from vpmoe.files import sha256_of_file
 
@@ -33,8 +34,41 @@ COLUMNS = (
 READ_COLUMNS = ("synth_id", "language", "query", "synthetic_reasoning", "synthetic_answer")
 _REQUIRED = ("synth_id", "query", "synthetic_reasoning", "synthetic_answer")
 _BATCH_ROWS = 512
+# Read in pieces: not a whole column of a row group at once, and not mapped (a map counts as memory while it is read).
+_BUFFER_BYTES = 1 << 20
 
 Row = Mapping[str, Any]
+
+
+class RowStream(Protocol):
+    """Rows being read, and the place where another stream would go on."""
+
+    def __iter__(self) -> Iterator[tuple[str, Row]]: ...
+
+    def cursor(self) -> dict[str, Any]:
+        """JSON; to be called between two rows."""
+        ...
+
+
+class _LocalRows:
+    def __init__(self, files: tuple[Path, ...], row: int) -> None:
+        self._files, self._row = files, row
+
+    def cursor(self) -> dict[str, Any]:
+        return {"row": self._row}
+
+    def __iter__(self) -> Iterator[tuple[str, Row]]:
+        before = 0
+        for path in self._files:
+            rows = _parquet_rows if path.suffix == ".parquet" else _jsonl_rows
+            if path.suffix == ".parquet" and before + _open(path).metadata.num_rows <= self._row:
+                before += _open(path).metadata.num_rows
+                continue
+            for place, row in rows(path):
+                before += 1
+                if before > self._row:
+                    self._row = before
+                    yield place, row
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +89,13 @@ class RowSource:
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         """``(place, row)`` in a fixed order; ``place`` names file and row for messages."""
+        return iter(self.open())
+
+    def open(self, cursor: Mapping[str, Any] | None = None) -> RowStream:
+        """The rows from ``cursor`` on (what a stream of this source gave), or from the first."""
         if self.hub_id is not None:
-            yield from _hub_rows(self.hub_id, self.revision)
-        for path in self.files:
-            yield from _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+            return HubRows(self.hub_id, self.revision, cursor, lambda names: _require(names, str(self.hub_id)))
+        return _LocalRows(self.files, cursor["row"] if cursor else 0)
 
     def total_rows(self) -> int | None:
         """Number of rows where the files say it without being read (parquet), else None."""
@@ -106,7 +143,7 @@ def resolve(spelled: str, revision: str | None = None) -> RowSource:
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path, memory_map=True)
+        return pq.ParquetFile(path, buffer_size=_BUFFER_BYTES)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(
             f"not a readable parquet file: {error}", source=str(path), remedy="fetch the file again"
@@ -137,25 +174,6 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row]]:
             if not isinstance(row, dict):
                 raise DataError("line is not a JSON object", source=f"{path}:{number}", remedy="one JSON object a line")
             yield f"{path.name}:{number}", row
-
-
-def _hub_rows(hub_id: str, revision: str | None) -> Iterator[tuple[str, Row]]:
-    # Imported here: it takes seconds, and local sources do not need it.
-    import datasets
-    import httpx2  # the hub client's transport, whose errors are not OSErrors
-    from datasets.exceptions import DatasetsError
-
-    try:
-        stream = datasets.load_dataset(hub_id, revision=revision, split="train", streaming=True)
-        _require(set(stream.column_names or READ_COLUMNS), hub_id)
-        for index, row in enumerate(stream):
-            yield f"{hub_id}:{index}", row
-    except (OSError, DatasetsError, httpx2.HTTPError) as error:
-        raise DataError(
-            f"the hub dataset cannot be read: {type(error).__name__}: {error}",
-            source=f"{hub_id} at {revision}",
-            remedy="check the network and the revision, or pass a folder of parquet files that were fetched before",
-        ) from error
 
 
 def _require(names: set[str], source: str) -> None:

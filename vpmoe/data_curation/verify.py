@@ -14,16 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from vpmoe.data_curation.build_plan import KIND, SPLITS
+from vpmoe.data_curation.build_plan import SPLITS
 from vpmoe.data_curation.harmony.conversations import KIND as CONVERSATIONS_KIND
 from vpmoe.data_curation.harmony.conversations import open_shard
+from vpmoe.data_curation.kind_checks import KINDS, check_sample, signal_checks
 from vpmoe.data_curation.manifest import FILE_NAME, check_file, read_manifest
 from vpmoe.data_curation.token_files import Triple, file_names, read_triple
-from vpmoe.errors import DataError, HarmonyError, VpmoeError
+from vpmoe.errors import DataError, VpmoeError
 from vpmoe.files import sha256_of_file
-from vpmoe.harmony.parse import Parser, spans_of
 from vpmoe.harmony.spans import SPAN_NAMES
 from vpmoe.tokenizer.from_dataset import load_tokenizer
+from vpmoe.tokenizer.interface import Tokenizer
 
 _REBUILD = "build the dataset again with --overwrite"
 _RECONVERT = "convert again with --overwrite, or write the manifest again if the shards are right"
@@ -46,11 +47,11 @@ def verify(
     manifest = read_manifest(dataset_dir)
     if manifest["kind"] == CONVERSATIONS_KIND:
         return [str(fault) for fault in _conversation_faults(dataset_dir, manifest)]
-    if manifest["kind"] != KIND:
+    if manifest["kind"] not in KINDS:
         raise DataError(
             f"no way to verify a dataset of kind {manifest['kind']!r}",
             source=str(dataset_dir / FILE_NAME),
-            remedy=f"pass a dataset of kind {KIND} or {CONVERSATIONS_KIND}",
+            remedy=f"pass a dataset of kind {CONVERSATIONS_KIND}, {', '.join(KINDS)}",
         )
     faults = list(_input_faults(dataset_dir, manifest, input_dir))
     faults += _named_file_faults(dataset_dir, manifest)
@@ -115,9 +116,9 @@ def _named_file_faults(folder: Path, manifest: dict[str, Any]) -> Iterator[Vpmoe
 
 
 def _token_faults(folder: Path, manifest: dict[str, Any], parsed: int) -> Iterator[VpmoeError]:
-    parser: Parser | None = None
+    tokenizer: Tokenizer | None = None
     try:
-        parser = Parser(load_tokenizer(folder))
+        tokenizer = load_tokenizer(folder)
     except VpmoeError as error:
         yield error
     for split, entry in manifest["splits"].items():
@@ -127,8 +128,8 @@ def _token_faults(folder: Path, manifest: dict[str, Any], parsed: int) -> Iterat
             try:
                 triple = _checked_files(folder / split, shard, where)
                 sums.append(_check_triple(triple, manifest, shard, where))
-                if parser is not None:
-                    _check_parsed(triple, parser, parsed, where)
+                if tokenizer is not None:
+                    check_sample(triple, tokenizer, manifest, parsed, where)
             except VpmoeError as error:
                 yield error
         said = [entry["rows"], entry["tokens"], *(entry["span_tokens"][name] for name in SPAN_NAMES)]
@@ -160,7 +161,7 @@ def _check_triple(triple: Triple, manifest: dict[str, Any], shard: dict[str, Any
         )
     lengths = np.diff(triple.bounds)
     last = triple.bounds[1:] - 1
-    span, eod = np.asarray(triple.span), manifest["tokenizer"]["eod_id"]
+    span = np.asarray(triple.span)
     tokens = np.asarray(triple.tokens)
     checks = (
         (
@@ -168,34 +169,15 @@ def _check_triple(triple: Triple, manifest: dict[str, Any], shard: dict[str, Any
             f"conversations outside 1..{manifest['seq_length']} tokens",
         ),
         ((tokens < 0) | (tokens >= manifest["tokenizer"]["vocab_size"]), "ids outside the vocabulary"),
-        (tokens[last] != eod, "conversations that do not end in <|endoftext|>"),
         (span >= len(SPAN_NAMES), "span ids that do not exist"),
-        (np.asarray(triple.lossmask) != (span > 0), "places where loss mask and span disagree"),
         (span[last] != 0, "conversations whose last label is supervised"),
+        *signal_checks(triple, manifest),
     )
     for wrong, what in checks:
         if wrong.any():
             raise DataError(f"{int(wrong.sum())} {what}", source=where, remedy=_REBUILD)
     counts = np.bincount(span, minlength=len(SPAN_NAMES))
     return np.array([triple.documents, len(tokens), *counts.tolist()], dtype=np.int64)
-
-
-def _check_parsed(triple: Triple, parser: Parser, count: int, where: str) -> None:
-    for document in np.unique(np.linspace(0, triple.documents - 1, min(count, triple.documents), dtype=np.int64)):
-        begin, end = triple.bounds[document], triple.bounds[document + 1]
-        try:
-            parsed = parser.parse(triple.tokens[begin : end - 1])
-        except HarmonyError as error:
-            raise DataError(f"conversation {document}: {error.what}", source=where, remedy=_REBUILD) from error
-        expected = np.append(spans_of(parsed, int(end - begin))[1:], 0)
-        if not np.array_equal(expected, triple.span[begin:end]):
-            place = int(np.flatnonzero(expected != triple.span[begin:end])[0])
-            raise DataError(
-                f"conversation {document}: the span at {place} is {triple.span[begin + place]}, its tokens say "
-                f"{expected[place]}",
-                source=where,
-                remedy=_REBUILD,
-            )
 
 
 def manifest_summary(dataset_dir: Path) -> str:

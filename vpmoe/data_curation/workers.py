@@ -75,7 +75,7 @@ def make_crew(plan: WorkPlan, workers: int) -> Iterator[Crew]:
     # A fork server starts from a clean process: forking this one, with its threads, could deadlock. It imports what
     # the workers need once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vpmoe.data_curation.build_parts", "vpmoe.data_curation.indexed_builder"])
+    context.set_forkserver_preload(["vpmoe.data_curation.build_parts"])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(plan,))
     try:
         yield _Pool(pool, workers)

@@ -39,21 +39,32 @@ def check_conversation(messages: Sequence[Message]) -> None:
 
 
 def check_text(text: object, field: str) -> None:
-    """Refuse a field that is no text: absent, blank, with NUL, or with a lone surrogate (which has no UTF-8 form)."""
+    """Refuse a field that is no text: absent, blank, with NUL, or with a lone surrogate (which has no UTF-8 form).
+
+    Raises:
+        RowError: with an excerpt of the text around the fault as its source.
+    """
     if text is None:
         raise RowError("missing_field", f"{field} is missing")
     if not isinstance(text, str):
-        raise RowError("missing_field", f"{field} is {type(text).__name__}, expected text")
+        raise RowError("missing_field", f"{field} is {type(text).__name__}, expected text", source=excerpt(str(text)))
     if not text or text.isspace():
-        raise RowError("empty_field", f"{field} is empty or blank")
+        raise RowError("empty_field", f"{field} is empty or blank", source=excerpt(text))
     if "\0" in text:
-        raise RowError("nul", f"{field} holds NUL at character {text.index(chr(0))}")
+        place = text.index("\0")
+        raise RowError("nul", f"{field} holds NUL at character {place}", source=excerpt(text, place))
     # An all-ASCII or well-formed text encodes; only lone surrogates do not.
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise RowError("invalid_utf8", f"{field} holds a lone surrogate at character {error.start}") from error
+            what = f"{field} holds a lone surrogate at character {error.start}"
+            raise RowError("invalid_utf8", what, source=excerpt(text, error.start)) from error
+
+
+def excerpt(text: str, place: int = 0) -> str:
+    """At most 80 characters of ``text`` around ``place``, quoted, unprintable ones escaped."""
+    return ascii(text[max(0, place - 40) : place + 40])
 
 
 def _refuse_order(order: Sequence[tuple[str, str | None]]) -> None:

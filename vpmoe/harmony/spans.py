@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,17 +36,39 @@ def span_of_message(role: str, channel: str | None) -> int:
     )
 
 
-def document(conversation: RenderedConversation, eod_id: int) -> tuple[TokenArray, SpanArray]:
-    """The conversation as it is stored: ids with <|endoftext|> behind them, and the span of each id.
+def documents(
+    conversations: Sequence[RenderedConversation], eod_id: int
+) -> tuple[TokenArray, SpanArray, NDArray[np.int64]]:
+    """Conversations as they are stored, one behind the other, each with <|endoftext|> behind it.
 
     Returns:
-        ``(tokens, span)``, int32 and uint8, both ``[len(conversation) + 1]``; the separator is context.
+        ``(tokens, span, lengths)``: int32 and uint8 ``[sum of lengths]``, int64 ``[len(conversations)]``; a length is
+        ``len(conversation) + 1``, the separator is context.
     """
-    parts = [part for m in conversation.messages for part in (m.header, m.content, m.terminator)]
-    parts.append(np.array([eod_id], dtype=np.int32))
-    lengths = [len(message) for message in conversation.messages] + [1]
-    spans = [span_of_message(message.role, message.channel) for message in conversation.messages] + [CONTEXT]
-    return np.concatenate(parts), np.repeat(np.array(spans, dtype=np.uint8), lengths)
+    separator = np.array([eod_id], dtype=np.int32)
+    parts: list[TokenArray] = []
+    spans: list[int] = []
+    repeats: list[int] = []
+    lengths: list[int] = []
+    for conversation in conversations:
+        length = 1
+        for message in conversation.messages:
+            parts += (message.header, message.content, message.terminator)
+            spans.append(span_of_message(message.role, message.channel))
+            repeats.append(len(message))
+            length += repeats[-1]
+        parts.append(separator)
+        spans.append(CONTEXT)
+        repeats.append(1)
+        lengths.append(length)
+    tokens = np.concatenate(parts) if parts else separator[:0]
+    return tokens, np.repeat(np.array(spans, dtype=np.uint8), repeats), np.array(lengths, dtype=np.int64)
+
+
+def document(conversation: RenderedConversation, eod_id: int) -> tuple[TokenArray, SpanArray]:
+    """:func:`documents` of one conversation: ``(tokens, span)``, both ``[len(conversation) + 1]``."""
+    tokens, span, _ = documents((conversation,), eod_id)
+    return tokens, span
 
 
 def aligned_to_labels(per_token: SpanArray, lengths: NDArray[np.int64]) -> SpanArray:

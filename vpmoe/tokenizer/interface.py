@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+import binascii
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -123,4 +123,4 @@ class PieceDecoder:
 
 def pieces_file_bytes(tokenizer: Tokenizer) -> bytes:
     """Content of ``token_pieces.txt``: line i is the base64 of the bytes of id i, an empty line for a padding id."""
-    return b"".join(base64.b64encode(piece) + b"\n" for piece in tokenizer.pieces())
+    return b"".join(map(binascii.b2a_base64, tokenizer.pieces()))

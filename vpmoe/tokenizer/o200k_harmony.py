@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,7 @@ ALL_SPECIAL_TOKENS = NAMED_SPECIAL_TOKENS | {
     if token_id not in NAMED_SPECIAL_TOKENS.values()
 }
 
+_NO_SPECIAL: frozenset[str] = frozenset()
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 # How o200k cuts text before merging; the merges are only right on exactly these cuts.
 SPLIT_PATTERN = "|".join(
@@ -46,6 +49,15 @@ SPLIT_PATTERN = "|".join(
         r"\s+",
     )
 )
+# Without its one lookahead the pattern compiles to an automaton, a fifth faster than backtracking. The two patterns
+# differ at one place only: where two or more blanks stand before a word, `\s+(?!\S)` leaves the last blank to the word.
+# Cutting the text in front of that blank gives the same pieces.
+_PATTERN_WITHOUT_LOOKAHEAD = SPLIT_PATTERN.replace(r"|\s+(?!\S)", "")
+# White space of Unicode but for space, carriage return and line feed.
+_ODD_ASCII_BLANKS = "\t\v\f"
+_ODD_BLANKS = _ODD_ASCII_BLANKS + "\x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+_BLANKS = f" {_ODD_BLANKS}"
+_TWO_BLANKS = re.compile(f"[{_BLANKS}]{{2}}(?=[^\r\n{_BLANKS}])")
 
 
 class O200kHarmony:
@@ -74,10 +86,12 @@ class O200kHarmony:
         # every special token it knows, and a thousand of them cost a quarter of the speed.
         self._encoding = tiktoken.Encoding(
             NAME,
-            pat_str=SPLIT_PATTERN,
+            pat_str=_PATTERN_WITHOUT_LOOKAHEAD,
             mergeable_ranks=self.ranks,
             special_tokens={"<|endoftext|>": self.eod_id},
         )
+        # What encode_to_numpy of tiktoken calls, without its checks for special tokens that do not apply here.
+        self._encode_to_buffer = self._encoding._core_bpe.encode_to_tiktoken_buffer
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -101,7 +115,10 @@ class O200kHarmony:
     def encode_ordinary(self, text: str) -> TokenArray:
         """Ids of ``text`` as ordinary text, int32 ``[n]``; raises :class:`TokenizerError` for text that has none."""
         try:
-            return self._encoding.encode_to_numpy(text, disallowed_special=()).view(np.int32)
+            if cuts := _cuts(text):
+                bounds = pairwise((0, *cuts, len(text)))
+                return np.concatenate([self._encode_uncut(text[begin:end]) for begin, end in bounds])
+            return self._encode_uncut(text)
         except UnicodeEncodeError as error:
             raise TokenizerError(
                 f"text has no UTF-8 form: {error.reason} at character {error.start}",
@@ -115,6 +132,9 @@ class O200kHarmony:
                 source=repr(text[:40]),
                 remedy="reject the row, or shorten its runs of white space",
             ) from error
+
+    def _encode_uncut(self, text: str) -> TokenArray:
+        return np.frombuffer(self._encode_to_buffer(text, _NO_SPECIAL), dtype=np.int32)
 
     def encode_ordinary_batch(self, texts: Sequence[str]) -> list[TokenArray]:
         """:meth:`encode_ordinary` of each text (tiktoken's thread pool is slower than this loop on short texts)."""
@@ -146,7 +166,29 @@ class O200kHarmony:
         return table
 
 
-@lru_cache(maxsize=1)
+def _cuts(text: str) -> list[int]:
+    """Places before the last of several blanks in front of a word."""
+    for blank in _ODD_ASCII_BLANKS if text.isascii() else _ODD_BLANKS:
+        if blank in text:
+            return [found.end() - 1 for found in _TWO_BLANKS.finditer(text)]
+    cuts: list[int] = []
+    # Spaces alone, as almost always: searching by hand is several times faster than the expression.
+    begin = text.find("  ")
+    while begin >= 0:
+        end = begin + 2
+        while text.startswith(" ", end):
+            end += 1
+        if end < len(text) and text[end] not in "\r\n":
+            cuts.append(end - 1)
+        begin = text.find("  ", end)
+    return cuts
+
+
 def load_o200k_harmony(path: Path | None = None) -> O200kHarmony:
     """One :class:`O200kHarmony` a process: it takes a third of a second and 150 MB."""
+    return _load(path)
+
+
+@lru_cache(maxsize=1)
+def _load(path: Path | None) -> O200kHarmony:
     return O200kHarmony(path)

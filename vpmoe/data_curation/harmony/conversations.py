@@ -79,6 +79,16 @@ class ShardWriter:
         self._waiting.clear()
 
 
+def join_shards(parts: Sequence[Path], path: Path) -> None:
+    """Write the row groups of ``parts``, in order, into the one shard ``path``."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
+        for part in map(open_shard, parts):
+            for group in range(part.num_row_groups):
+                writer.write_table(part.read_row_group(group, use_threads=False))
+    move_into_place(temporary, path)
+
+
 def open_shard(path: Path) -> pq.ParquetFile:
     """Open a conversation shard.
 
@@ -87,7 +97,7 @@ def open_shard(path: Path) -> pq.ParquetFile:
     """
     remedy = "write the shards with vpmoe.data_curation.harmony.synth_to_harmony"
     try:
-        shard = pq.ParquetFile(path, memory_map=True)
+        shard = pq.ParquetFile(path)  # not mapped: read pages of a map would count as memory, up to the whole file
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"not a readable parquet file: {error}", source=str(path), remedy=remedy) from error
     if not shard.schema_arrow.equals(SCHEMA):
@@ -133,8 +143,10 @@ def _decoded(value: bytes | None) -> str | bytes | None:
 def _row(
     synth_id: str | bytes | None, language: str | bytes | None, roles: Sequence, channels: Sequence, contents: Sequence
 ) -> StoredConversation | RowError:
-    if bytes in map(type, (synth_id, language, *roles, *channels, *contents)):
-        return RowError("invalid_utf8", "the stored bytes are not UTF-8", source=repr(synth_id))
+    values = (synth_id, language, *roles, *channels, *contents)
+    if bytes in map(type, values):
+        wrong = next(value for value in values if isinstance(value, bytes))
+        return RowError("invalid_utf8", f"the stored bytes are not UTF-8: {wrong[:80]!r}", source=repr(synth_id))
     if not synth_id:
         return RowError("missing_field", "synth_id is missing")
     messages = tuple(map(Message, roles, contents, channels))

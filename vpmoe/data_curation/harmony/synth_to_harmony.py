@@ -4,23 +4,27 @@
         --output-dir data/synth_harmony --num-shards 4
 
 Row i goes to shard ``i % num_shards``. A row that cannot become a conversation is written to ``rejects.jsonl`` with its
-id and the reason; nothing is repaired. ``conversion.json`` comes last and says what was done.
+id and the reason; nothing is repaired. ``conversion.json`` comes last and says what was done. Where a conversion was
+killed or lost its connection, the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import sys
-import time
-from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
-from vpmoe.data_curation.harmony.conversations import ShardWriter, StoredConversation
+from vpmoe.data_curation.harmony import conversations
+from vpmoe.data_curation.harmony.conversations import StoredConversation
+from vpmoe.data_curation.harmony.conversion_state import ROW_GROUPS_PER_PART, ConversionState, PartFiles
+from vpmoe.data_curation.progress import RowProgress
 from vpmoe.data_curation.synth_rows import Row, RowSource, resolve
 from vpmoe.errors import DataError, RowError, VpmoeError
-from vpmoe.files import json_bytes, write_atomically
+from vpmoe.files import json_bytes, sha256_of_json, write_atomically
 from vpmoe.harmony.conversation import CHANNELS, Message, check_text
 from vpmoe.harmony.prompts import (
     DEFAULT_IDENTITY,
@@ -33,21 +37,12 @@ from vpmoe.harmony.prompts import (
 
 RECORD_NAME = "conversion.json"
 REJECTS_NAME = "rejects.jsonl"
-_REPORT_SECONDS = 10.0
 _MIN_ROWS_FOR_EARLY_STOP = 1000
+_PROGRESS_ROWS = 256
 
 
-@dataclass
-class Conversion:
-    """What a conversion made; ``rows`` counts conversations, ``rejects`` counts reasons."""
-
-    rows: int = 0
-    rejects: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def rejected(self) -> int:
-        """Rows that did not become conversations."""
-        return sum(self.rejects.values())
+class _Refused(DataError):
+    """The source itself is refused: nothing of the conversion is worth keeping."""
 
 
 def to_conversation(row: Row, prompts: Prompts) -> StoredConversation:
@@ -59,7 +54,7 @@ def to_conversation(row: Row, prompts: Prompts) -> StoredConversation:
     for name in ("synth_id", "query", "synthetic_reasoning", "synthetic_answer"):
         value = row.get(name)
         if isinstance(value, bytes):
-            raise RowError("invalid_utf8", f"{name} is not UTF-8")
+            raise RowError("invalid_utf8", f"{name} is not UTF-8", source=repr(value[:80]))
         check_text(value, name)
     language = row.get("language")
     if language is not None:
@@ -82,47 +77,67 @@ def convert(
     strict: bool = True,
     max_reject_fraction: float = 0.001,
     overwrite: bool = False,
-) -> Conversion:
+    quiet: bool = False,
+) -> ConversionState:
     """Convert all rows of ``source`` into ``num_shards`` parquet shards under ``output_dir``.
 
+    Where an earlier conversion of the same source was killed or dropped, it is gone on with; the shards are the same
+    bytes either way.
+
     Raises:
-        DataError: the folder is in use, the source is empty, or (if ``strict``) too many rows were rejected.
+        DataError: the folder is in use, the source is empty or cannot be read to its end, or (if ``strict``) too many
+            rows were rejected.
     """
     if num_shards < 1:
         raise DataError(f"{num_shards} shards", source="--num-shards", remedy="use at least 1")
     _prepare(output_dir, overwrite)
-    done = Conversion()
+    described = {"source": source.as_manifest(), "prompts": prompts.as_manifest()}
+    parts = PartFiles(output_dir, num_shards, sha256_of_json(described | {"num_shards": num_shards}))
+    done, limit = parts.state, max_reject_fraction if strict else None
     rejects_path = output_dir / REJECTS_NAME
-    writers = [ShardWriter(output_dir / f"shard_{index:02d}.parquet") for index in range(num_shards)]
+    rejects_path.touch()
     try:
-        with rejects_path.open("w") as rejects:
-            _convert_rows(source, writers, rejects, prompts, done, max_reject_fraction if strict else None)
+        with rejects_path.open("r+") as rejects:
+            rejects.truncate(done.rejects_bytes)
+            rejects.seek(done.rejects_bytes)
+            with RowProgress("converting", source.total_rows(), quiet=quiet, done_before=done.rows_read) as progress:
+                _convert_rows(source, parts, num_shards, rejects, prompts, limit, progress)
         if done.rows == 0:
-            raise DataError("no row became a conversation", source=source.name, remedy=f"see {rejects_path}")
-        _check_rejects(done, max_reject_fraction if strict else None, rejects_path)
-    except BaseException:
-        for writer in writers:
-            writer.discard()
+            raise _Refused("no row became a conversation", source=source.name, remedy=f"see {rejects_path}")
+        _check_rejects(done, limit, rejects_path)
+    except _Refused:
+        parts.clear()
         raise
-    for writer in writers:
-        writer.close()
-    record = {
-        "source": source.as_manifest(),
-        "prompts": prompts.as_manifest(),
+    except BaseException:
+        parts.discard()
+        raise
+    parts.join()
+    record = described | {
         "rows": done.rows,
         "num_shards": num_shards,
         "rejects": {"count": done.rejected, "reasons": dict(sorted(done.rejects.items())), "path": REJECTS_NAME},
     }
     write_atomically(output_dir / RECORD_NAME, json_bytes(record))
+    parts.clear()
     return done
 
 
-def _convert_rows(source: RowSource, writers, rejects, prompts: Prompts, done: Conversion, limit: float | None) -> None:
-    total = source.total_rows()
-    started = reported = time.monotonic()
-    for index, (place, row) in enumerate(source.rows()):
+def _convert_rows(
+    source: RowSource,
+    parts: PartFiles,
+    num_shards: int,
+    rejects: TextIO,
+    prompts: Prompts,
+    limit: float | None,
+    progress: RowProgress,
+) -> None:
+    done = parts.state
+    rows_per_part = num_shards * conversations.ROW_GROUP_ROWS * ROW_GROUPS_PER_PART
+    stream = source.open(done.cursor)
+    for place, row in stream:
         try:
-            conversation = to_conversation(row, prompts)
+            parts.add(done.rows_read % num_shards, to_conversation(row, prompts))
+            done.rows += 1
         except RowError as error:
             done.rejects[error.reason] += 1
             entry = {
@@ -130,27 +145,30 @@ def _convert_rows(source: RowSource, writers, rejects, prompts: Prompts, done: C
                 "synth_id": _printable(row.get("synth_id")),
                 "reason": error.reason,
                 "detail": error.what,
+                "excerpt": error.source or "",
             }
             rejects.write(json.dumps(entry) + "\n")
-            if index >= _MIN_ROWS_FOR_EARLY_STOP:
+            if done.rows_read >= _MIN_ROWS_FOR_EARLY_STOP:
                 rejects.flush()
                 _check_rejects(done, limit, Path(rejects.name))
-        else:
-            writers[index % len(writers)].add(conversation)
-            done.rows += 1
-        if time.monotonic() - reported > _REPORT_SECONDS:
-            reported = time.monotonic()
-            rate = (index + 1) / (reported - started)
-            left = f", about {(total - index - 1) / rate:.0f} s left" if total else ""
-            print(f"{index + 1:,} rows, {rate:,.0f} rows/s{left}", file=sys.stderr, flush=True)
+        done.rows_read += 1
+        if done.rows_read % _PROGRESS_ROWS == 0:
+            progress.add(_PROGRESS_ROWS, 0)
+        if done.rows_read % rows_per_part == 0:
+            rejects.flush()
+            os.fsync(rejects.fileno())
+            parts.cut(stream.cursor(), rejects.tell())
+    progress.add(done.rows_read % _PROGRESS_ROWS, 0)
+    rejects.flush()
+    parts.cut(stream.cursor(), rejects.tell())
 
 
-def _check_rejects(done: Conversion, limit: float | None, path: Path) -> None:
+def _check_rejects(done: ConversionState, limit: float | None, path: Path) -> None:
     seen = done.rows + done.rejected
     if limit is None or done.rejected <= limit * seen:
         return
     reasons = ", ".join(f"{reason} {count}" for reason, count in done.rejects.most_common())
-    raise DataError(
+    raise _Refused(
         f"{done.rejected} of {seen} rows were rejected, more than the fraction {limit} ({reasons})",
         source=str(path),
         remedy="look at the rows named there; then mend the source, or pass --max-reject-fraction or --no-strict",
@@ -158,16 +176,17 @@ def _check_rejects(done: Conversion, limit: float | None, path: Path) -> None:
 
 
 def _prepare(output_dir: Path, overwrite: bool) -> None:
-    leftovers = [*output_dir.glob("*.parquet"), *output_dir.glob(".*.tmp")]
-    leftovers += [p for p in (output_dir / RECORD_NAME, output_dir / "manifest.json") if p.exists()]
     if (output_dir / RECORD_NAME).exists() and not overwrite:
         raise DataError(
             "the folder already holds converted conversations",
             source=str(output_dir),
             remedy="pass --overwrite to replace them, or another --output-dir",
         )
-    for path in sorted(leftovers, key=lambda p: p.suffix != ".json"):
+    leftovers = [p for p in (output_dir / "manifest.json", output_dir / RECORD_NAME) if p.exists()]
+    for path in [*leftovers, *output_dir.glob("*.parquet"), *output_dir.glob(".*.tmp")]:
         path.unlink()
+    if overwrite:
+        shutil.rmtree(output_dir / ".convert", ignore_errors=True)
     output_dir.mkdir(parents=True, exist_ok=True)
 
 
@@ -201,6 +220,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument("--strict", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--max-reject-fraction", type=float, default=0.001, help="with --strict, stop above this")
     parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
     return parser
 
 
@@ -224,6 +244,7 @@ def main(argv: list[str] | None = None) -> int:
             strict=options.strict,
             max_reject_fraction=options.max_reject_fraction,
             overwrite=options.overwrite,
+            quiet=options.quiet,
         )
     except VpmoeError as error:
         print(error, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -46,14 +47,21 @@ def test_documents_are_the_conversations_with_labels_one_ahead(conversations_dir
                 assert triple.lossmask[begin:end].tolist() == [int(value > 0) for value in [*span[1:], 0]]
 
 
-def test_megatron_reads_what_was_written(dataset_dir: Path) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+def test_megatron_reads_what_was_written_and_would_write_the_same(dataset_dir: Path, tmp_path: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
     for signal_name, dtype in (("tokens", np.int32), ("lossmask", np.uint8), ("span", np.uint8)):
         theirs = IndexedDataset(str(dataset_dir / "train" / f"shard_00_{signal_name}"))
         ours = read_triple(dataset_dir / "train", "shard_00")
         assert len(theirs) == ours.documents
         assert theirs.document_indices.tolist() == list(range(len(theirs) + 1))
+        builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
+        for begin, end in pairwise(ours.bounds.tolist()):
+            builder.add_document(getattr(ours, signal_name)[begin:end], [end - begin])
+        builder.finalize(str(tmp_path / "theirs.idx"))
+        for suffix in ("bin", "idx"):
+            written = (dataset_dir / "train" / f"shard_00_{signal_name}.{suffix}").read_bytes()
+            assert written == (tmp_path / f"theirs.{suffix}").read_bytes()
         values = np.concatenate([theirs[number] for number in range(len(theirs))])
         assert values.dtype == dtype and np.array_equal(values, getattr(ours, signal_name))
 
@@ -185,6 +193,7 @@ def test_invalid_rows_are_listed_and_strictness_decides(tmp_path: Path, monkeypa
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert main([*arguments, "--no-strict"]) == 0, "the same build may go on with other strictness"
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert all("\\x00" in reject["excerpt"] for reject in rejects)
     found = [(reject["synth_id"], reject["shard"], reject["row"], reject["reason"]) for reject in rejects]
     assert found == [("id3", "shard_01.parquet", 1, "nul"), ("id7", "shard_01.parquet", 3, "nul")]
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())

@@ -1,6 +1,8 @@
 """A build that is run again, was stopped, or was killed ends with the same dataset as one that ran through."""
 
+import errno
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -8,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest_dataset import OPTIONS, tree
 
 from vpmoe.data_curation import build_parts
 from vpmoe.data_curation.build import build
 from vpmoe.data_curation.build_plan import BuildOptions
+from vpmoe.data_curation.token_files import TripleWriter
 from vpmoe.data_curation.verify import verify
 from vpmoe.errors import DataError
 
@@ -67,6 +71,76 @@ def test_a_finished_shard_that_changed_stops_the_restart(
     path.write_bytes(path.read_bytes()[:-4] + b"\1\1\1\1")
     with pytest.raises(DataError, match=r"shard_01_tokens\.bin"):
         build(conversations_dir, tmp_path, OPTIONS, quiet=True)
+
+
+def test_a_full_disk_leaves_finished_shards_and_names_the_missing(
+    conversations_dir: Path, dataset_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = TripleWriter.add
+
+    def full_at_third(self: TripleWriter, *arrays: np.ndarray) -> None:
+        if "shard_02" in str(self._prefix):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._prefix))
+        original(self, *arrays)
+
+    monkeypatch.setattr(TripleWriter, "add", full_at_third)
+    with pytest.raises(DataError, match="No space left on device") as caught:
+        build(conversations_dir, tmp_path, OPTIONS, quiet=True)
+    assert "finished and safe: shard_00, shard_01; missing: shard_02, shard_03, shard_04" in str(caught.value)
+    monkeypatch.undo()
+    assert not (tmp_path / "manifest.json").exists()
+    for split in ("train", "valid"):
+        for path in (tmp_path / split).glob("*"):
+            assert path.read_bytes() == (dataset_dir / split / path.name).read_bytes()
+    build(conversations_dir, tmp_path, OPTIONS, quiet=True)
+    assert tree(tmp_path) == tree(dataset_dir)
+
+
+def test_a_folder_that_cannot_be_made_is_a_typed_error(conversations_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DataError, match="missing: shard_00, shard_01"):
+        build(conversations_dir, tmp_path / "file" / "dataset", OPTIONS, quiet=True)
+
+
+_BUILD = """
+import sys
+from pathlib import Path
+from vpmoe.data_curation.build import build
+from conftest_dataset import OPTIONS
+if __name__ == "__main__":
+    build(Path(sys.argv[1]), Path(sys.argv[2]), OPTIONS, workers=int(sys.argv[3]), quiet=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kill_9_at_random_moments_gives_the_same_dataset(
+    conversations_dir: Path, dataset_dir: Path, tmp_path: Path, repository: Path, workers: int
+) -> None:
+    script, output = tmp_path / "script.py", tmp_path / "dataset"
+    script.write_text(_BUILD)
+    places = [str(repository), str(repository / "Megatron-vpmoe"), str(Path(__file__).parent)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+    command = [sys.executable, str(script), str(conversations_dir), str(output), str(workers)]
+    draw, killed = random.Random(workers), 0
+    for _ in range(30):
+        started = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+        # The clock runs from the first sign of work; a build of these rows takes about a second from there.
+        while started.poll() is None and not (output / ".build").exists():
+            time.sleep(0.005)
+        try:
+            started.wait(draw.uniform(0.0, 0.8))
+        except subprocess.TimeoutExpired:
+            os.kill(started.pid, signal.SIGKILL)
+            killed += 1
+        _, shown = started.communicate()
+        assert started.returncode in (0, -signal.SIGKILL), shown.decode()
+        if started.returncode == 0:
+            break
+        assert not (output / "manifest.json").exists() or verify(output) == []
+    assert killed, "no build was killed"
+    build(conversations_dir, output, OPTIONS, workers=workers, quiet=True)
+    assert tree(output) == tree(dataset_dir)
 
 
 _KILLED_AT_SECOND_SHARD = """

@@ -1,5 +1,6 @@
 """Generated rows: deterministic, right, of SYNTH's schema, and no question in two splits whatever the fraction."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -12,15 +13,17 @@ from hypothesis import strategies as st
 from vpmoe.data_curation import synth_mini
 from vpmoe.data_curation.build_plan import split_of
 from vpmoe.data_curation.harmony.synth_to_harmony import to_conversation
-from vpmoe.data_curation.mini_tasks import FAMILIES
-from vpmoe.data_curation.synth_mini import BUCKETS, check, make_row, parse_mix
+from vpmoe.data_curation.mini.family import BUCKETS
+from vpmoe.data_curation.mini.registry import FAMILIES
+from vpmoe.data_curation.synth_mini import check, make_row, parse_mix
 from vpmoe.data_curation.synth_rows import COLUMNS
 from vpmoe.errors import DataError
 from vpmoe.harmony.prompts import Prompts
 from vpmoe.harmony.renderer import FastRenderer
 from vpmoe.tokenizer.o200k_harmony import load_o200k_harmony
 
-EVEN = dict.fromkeys(FAMILIES, 1.0)
+QUICKSTART = {"addition": 0.45, "subtraction": 0.25, "maximum": 0.15, "sorting": 0.15}
+EVEN = dict.fromkeys(QUICKSTART, 1.0)
 
 
 def numbers(text: str) -> list[int]:
@@ -53,7 +56,7 @@ def test_rows_are_right_and_complete(seed: int, index: int) -> None:
     assert row == make_row(seed, index, EVEN)
     assert tuple(sorted(row)) == tuple(sorted(COLUMNS)) and all(isinstance(value, str) for value in row.values())
     assert row["synthetic_answer"] == right_answer(row)
-    assert check(row, f" {right_answer(row)}\n") and not check(row, right_answer(row) + "0") and not check(row, "")
+    assert check(f" {right_answer(row)}\n", row) and not check(right_answer(row) + "0", row) and not check("", row)
     # The derivation ends with the digits that the answer joins.
     spelled = row["synthetic_reasoning"].splitlines()[-1]
     assert re.sub(r"\D", "", spelled).lstrip("0") == re.sub(r"\D", "", right_answer(row)).lstrip("0")
@@ -87,10 +90,10 @@ def test_the_test_questions_are_a_tenth_of_each_family_whatever_the_seed() -> No
     first, second = (list(synth_mini.test_rows(EVEN, seed)) for seed in (1, 2))
     assert {question(row) for row in first} == {question(row) for row in second}
     assert len({row["synth_id"] for row in first}) == len(first)
-    for name, family in FAMILIES.items():
-        share = sum(row["exercise"] == name for row in first) / len(family.operands)
+    for name in EVEN:
+        share = sum(row["exercise"] == name for row in first) / len(FAMILIES[name].instances)
         assert 0.07 < share < 0.13
-    assert {row["exercise"] for row in first[:40]} == set(FAMILIES), "families are interleaved"
+    assert {row["exercise"] for row in first[:40]} == set(EVEN), "families are interleaved"
 
 
 def test_the_mix_is_followed() -> None:
@@ -117,7 +120,60 @@ def test_files_are_deterministic_and_left_alone_when_right(rows_dir: Path, tmp_p
     assert not synth_mini.generate(tmp_path, rows=400, seed=7, families=mix)
     rows = pq.read_table(tmp_path / "rows_00.parquet").to_pylist()
     assert rows == [make_row(7, index, mix) for index in range(400)]
-    assert all(check(row, row["synthetic_answer"]) for row in map(json.loads, (tmp_path / "test.jsonl").open()))
+    assert all(check(row["synthetic_answer"], row) for row in map(json.loads, (tmp_path / "test.jsonl").open()))
+
+
+def test_the_quickstart_rows_never_change() -> None:
+    """Its measured results are of these rows; whoever changes them measures again."""
+    rows = hashlib.sha256()
+    for index in range(30_000):
+        rows.update(json.dumps(make_row(1, index, QUICKSTART), sort_keys=True).encode() + b"\n")
+    assert rows.hexdigest() == "9b20bad57b1edbbc769457fc1ba0da9075bab4aba13be848ebba7f5c565d01b7"
+    tests = "".join(json.dumps(row) + "\n" for row in synth_mini.test_rows(QUICKSTART, 1))
+    digest = hashlib.sha256(tests.encode()).hexdigest()
+    assert digest == "210a158c1b93b3b9f0eec67c67bf787c5c4da5fde089fb638e0e674760d30105"
+
+
+def test_the_quickstart_files_never_change(tmp_path: Path) -> None:
+    arguments = ["--rows", "100", "--families", ",".join(f"{name}={share}" for name, share in QUICKSTART.items())]
+    assert synth_mini.main(["--output-dir", str(tmp_path), *arguments]) == 0
+    digest = hashlib.sha256((tmp_path / "test.jsonl").read_bytes()).hexdigest()
+    assert digest == "210a158c1b93b3b9f0eec67c67bf787c5c4da5fde089fb638e0e674760d30105"
+    record = json.loads((tmp_path / "synth_mini.json").read_bytes())
+    assert list(record) == ["version", "rows", "seed", "families", "valid_fraction", "files"]
+
+
+def test_levels_and_languages_come_when_asked(tmp_path: Path) -> None:
+    options = {"rows": 60, "seed": 1, "families": {"dates": 1.0, "units": 1.0}}
+    asked = {"levels": {"dates": ("weekday",)}, "languages": ("de", "fr")}
+    assert synth_mini.generate(tmp_path, **options, **asked)
+    assert not synth_mini.generate(tmp_path, **options, **asked)
+    rows = pq.read_table(tmp_path / "rows_00.parquet").to_pylist()
+    assert {row["language"] for row in rows} == {"de", "fr"}
+    assert {row["constraints"] for row in rows if row["exercise"] == "dates"} == {"weekday"}
+    assert {row["constraints"] for row in rows} > {"weekday", "back"}
+    with pytest.raises(DataError, match="another levels, languages"):
+        synth_mini.generate(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "chosen", "named"),
+    [
+        ("--levels", "dates=weekday", "not in the mix"),
+        ("--levels", "addition=hard", "no carry | carry"),
+        ("--levels", "addition=carry|carry", "each once"),
+        ("--levels", "addition", "not a choice"),
+        ("--languages", "en,xx", "'en,xx'"),
+        ("--languages", "", "of en, de, fr"),
+    ],
+)
+def test_a_wrong_choice_is_refused(
+    tmp_path: Path, option: str, chosen: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--output-dir", str(tmp_path), "--families", "addition=1", option, chosen]
+    assert synth_mini.main(words) == 2
+    complaint = capsys.readouterr().err
+    assert option in complaint and named in complaint and not list(tmp_path.iterdir())
 
 
 def test_other_or_damaged_rows_are_not_taken_for_the_asked_ones(tmp_path: Path) -> None:
@@ -131,7 +187,7 @@ def test_other_or_damaged_rows_are_not_taken_for_the_asked_ones(tmp_path: Path) 
     assert synth_mini.generate(tmp_path, rows=20, seed=8, families=mix, overwrite=True)
 
 
-@pytest.mark.parametrize("mix", ["addition", "addition=x", "multiplication=1", "addition=-1", "addition=0", ""])
+@pytest.mark.parametrize("mix", ["addition", "addition=x", "cooking=1", "addition=-1", "addition=0", ""])
 def test_a_wrong_mix_is_refused(tmp_path: Path, mix: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert synth_mini.main(["--output-dir", str(tmp_path), "--families", mix]) == 2
     assert "--families" in capsys.readouterr().err
@@ -139,4 +195,4 @@ def test_a_wrong_mix_is_refused(tmp_path: Path, mix: str, capsys: pytest.Capture
 
 def test_answers_of_other_rows_cannot_be_checked() -> None:
     with pytest.raises(DataError, match="'memorization'"):
-        check({"exercise": "memorization", "synthetic_answer": "1"}, "1")
+        check("1", {"exercise": "memorization", "synthetic_answer": "1"})

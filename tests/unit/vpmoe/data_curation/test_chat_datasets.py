@@ -1,0 +1,250 @@
+"""Chat rows as token files: messages come back by parsing, masks are the distillation data's, pairs stay pairs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vpmoe.data_curation.build_plan import BuildOptions
+from vpmoe.data_curation.chat_datasets import ChatDataset, ChatEncoder
+from vpmoe.data_curation.document_rows import resolve
+from vpmoe.data_curation.manifest import file_entry
+from vpmoe.data_curation.sequential_build import Pass, build_sequential
+from vpmoe.data_curation.sequential_command import preference, sft
+from vpmoe.data_curation.sequential_shard import LabelledDocument
+from vpmoe.data_curation.token_files import read_triple
+from vpmoe.data_curation.verify import verify
+from vpmoe.errors import DataError
+from vpmoe.harmony.conversation import Message
+from vpmoe.harmony.parse import Parser
+from vpmoe.harmony.renderer import FastRenderer
+from vpmoe.harmony.spans import aligned_to_labels, document, loss_mask
+from vpmoe.harmony.truncation import make_fit
+from vpmoe.tokenizer.o200k_harmony import load_o200k_harmony
+
+FULL = load_o200k_harmony()
+LONG = BuildOptions(seq_len=1 << 16, valid_fraction=0)
+TEXTS = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=40),
+    st.lists(st.sampled_from(["<|end|>", "<|start|>assistant", "<|return|>", "é", "漢字", "😀", "\r\n", "x "])).map(
+        "".join
+    ),
+).filter(lambda text: bool(text) and not text.isspace())
+
+
+def as_row(messages: tuple[Message, ...]) -> dict:
+    entries = [
+        {"role": m.role, "content": m.content, **({"channel": m.channel} if m.channel else {})} for m in messages
+    ]
+    return {"messages": entries}
+
+
+@st.composite
+def chats(draw: st.DrawFn, analysis: bool | None = None, turns: int = 3) -> tuple[Message, ...]:
+    messages = [Message(role, draw(TEXTS)) for role in ("system", "developer") if draw(st.booleans())]
+    for _ in range(draw(st.integers(1, turns))):
+        messages.append(Message("user", draw(TEXTS)))
+        if draw(st.booleans()) if analysis is None else analysis:
+            messages.append(Message("assistant", draw(TEXTS), "analysis"))
+        messages.append(Message("assistant", draw(TEXTS), "final"))
+    return tuple(messages)
+
+
+def encoded(job: ChatDataset, row: dict) -> tuple[LabelledDocument, ...] | None:
+    unit = ChatEncoder(job, FULL).encode(row)
+    return None if unit is None else unit.documents
+
+
+@given(chats())
+@settings(max_examples=60)
+def test_messages_come_back_by_parsing(messages: tuple[Message, ...]) -> None:
+    (stored,) = encoded(ChatDataset(LONG), as_row(messages)) or ()
+    assert stored.tokens[-1] == FULL.eod_id
+    assert Parser(FULL).messages(stored.tokens[:-1]) == messages
+    described = np.append(0, stored.span[:-1])  # of the token itself
+    parsed = Parser(FULL).parse(stored.tokens[:-1])
+    for item in parsed:
+        expected = {None: 0, "analysis": 1, "final": 2}[item.message.channel]
+        assert (described[item.start : item.stop] == expected).all()
+    assert np.array_equal(stored.lossmask, stored.span > 0)
+
+
+@given(chats(analysis=True, turns=1), st.integers(40, 200))
+@settings(max_examples=80)
+def test_a_conversation_of_one_turn_is_what_the_distillation_data_has(
+    messages: tuple[Message, ...], seq_len: int
+) -> None:
+    found = encoded(ChatDataset(BuildOptions(seq_len=seq_len, valid_fraction=0)), as_row(messages))
+    fitted = make_fit(FULL, seq_len)(FastRenderer(FULL).render(messages)).conversation
+    assert (found is None) == (fitted is None)
+    if found is None or fitted is None:
+        return
+    tokens, span = document(fitted, FULL.eod_id)
+    aligned = aligned_to_labels(span, np.array([len(span)]))
+    assert np.array_equal(found[0].tokens, tokens)
+    assert np.array_equal(found[0].span, aligned)
+    assert np.array_equal(found[0].lossmask, loss_mask(aligned))
+
+
+@given(chats(), st.integers(24, 120))
+@settings(max_examples=80)
+def test_what_is_cut_still_parses_and_keeps_the_last_final(messages: tuple[Message, ...], seq_len: int) -> None:
+    encoder = ChatEncoder(ChatDataset(BuildOptions(seq_len=seq_len, valid_fraction=0)), FULL)
+    unit = encoder.encode(as_row(messages))
+    if unit is None:
+        assert sum(encoder.truncation[f"dropped_{what}_too_long"] for what in ("final", "context")) == 1
+        return
+    (stored,) = unit.documents
+    kept = Parser(FULL).messages(stored.tokens[:-1])
+    assert len(stored.tokens) <= seq_len and kept[-1] == messages[-1]
+    head = tuple(message for message in messages if message.role in ("system", "developer"))
+    assert kept[: len(head)] == head
+    if encoder.truncation["whole"]:  # beyond whole turns nothing was cut
+        assert kept[len(head) :] == messages[len(messages) - len(kept) + len(head) :]
+
+
+@given(chats())
+@settings(max_examples=40)
+def test_only_the_last_turn_may_be_supervised(messages: tuple[Message, ...]) -> None:
+    (every,) = encoded(ChatDataset(LONG), as_row(messages)) or ()
+    (last,) = encoded(ChatDataset(LONG, supervise="last"), as_row(messages)) or ()
+    assert np.array_equal(every.tokens, last.tokens)
+    user = [item for item in Parser(FULL).parse(every.tokens[:-1]) if item.message.role == "user"][-1]
+    assert not last.span[: user.stop - 1].any() and not last.lossmask[: user.stop - 1].any()
+    assert np.array_equal(last.span[user.stop - 1 :], every.span[user.stop - 1 :])
+
+
+@given(chats(), TEXTS, TEXTS)
+@settings(max_examples=60)
+def test_pairs_share_their_prompt_and_supervise_their_completions(
+    context: tuple[Message, ...], chosen: str, rejected: str
+) -> None:
+    if chosen == rejected:
+        return
+    prompt = (*context, Message("user", "and now?"))
+    row = {"prompt": as_row(prompt)["messages"], "chosen": chosen, "rejected": rejected}
+    sides = encoded(ChatDataset(LONG, pairs=True), row) or ()
+    assert len(sides) == 2
+    for stored, text in zip(sides, (chosen, rejected), strict=True):
+        expected = (*prompt, Message("assistant", text, "final"))
+        parsed = Parser(FULL).parse(stored.tokens[:-1])
+        assert tuple(item.message for item in parsed) == expected
+        supervised = np.flatnonzero(stored.lossmask) + 1
+        assert supervised.tolist() == list(range(parsed[-1].start, parsed[-1].stop))
+
+
+def test_a_pair_loses_the_same_turns_on_both_sides_or_goes_whole() -> None:
+    turn = (Message("user", "first " * 20), Message("assistant", "one " * 20, "final"))
+    prompt = (*turn, Message("user", "second"))
+    row = {"prompt": as_row(prompt)["messages"], "chosen": "yes", "rejected": "no " * 10}
+    encoder = ChatEncoder(ChatDataset(BuildOptions(seq_len=80, valid_fraction=0), pairs=True), FULL)
+    unit = encoder.encode(row)
+    assert unit is not None and unit.tokens <= 80
+    for stored in unit.documents:
+        assert next(m.content for m in Parser(FULL).messages(stored.tokens[:-1])) == "second"
+    assert encoder.truncation["turns_dropped"] == 1
+    assert encoder.encode({**row, "rejected": "no " * 80}) is None
+    assert encoder.truncation["dropped_pair_too_long"] == 1
+
+
+def sft_rows(count: int) -> list[dict]:
+    return [
+        {
+            "id": i,
+            "messages": as_row(
+                (Message("user", f"what {i}?"), Message("assistant", f"that {i}", "final")) * (1 + i % 3)
+            )["messages"],
+        }
+        for i in range(count)
+    ]
+
+
+def preference_rows(count: int) -> list[dict]:
+    return [{"prompt": f"what {i}?", "chosen": f"well, {i}", "rejected": "no " * (1 + i % 5)} for i in range(count)]
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_sft_files_and_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "rows.jsonl", [*sft_rows(200), {"messages": []}])
+    arguments = ["--input", str(path), "--output-dir", str(tmp_path / "out"), "--valid-fraction", "0.1", "--quiet"]
+    assert sft(arguments) == 2 and "1 of 201 rows are invalid" in capsys.readouterr().err
+    arguments += ["--overwrite", "--max-reject-fraction", "0.01", "--supervise", "last", "--id-field", "id"]
+    assert sft([*arguments, "--add-system", "--shard-tokens", "4000"]) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["kind"], manifest["pairs"], manifest["config"]["supervise"]) == ("harmony_sft", False, "last")
+    assert manifest["documents"] == {"rows_read": 201, "conversations": 200}
+    assert len(manifest["splits"]["train"]["shards"]) > 1 and manifest["splits"]["valid"]["rows"] > 5
+    (reject,) = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert (reject["row"], reject["reason"]) == ("rows.jsonl:201", "role_order") and "messages" in reject["excerpt"]
+    triple = read_triple(tmp_path / "out" / "train", "shard_00")
+    first = Parser(FULL).messages(triple.tokens[: triple.bounds[1] - 1])
+    assert first[0].role == "system" and first[0].content == manifest["config"]["system_text"]
+    assert verify(tmp_path / "out") == []
+
+
+def preference_dataset(folder: Path) -> Path:
+    path = write(folder / "rows.jsonl", preference_rows(120))
+    arguments = ["--input", str(path), "--output-dir", str(folder / "out"), "--seq-len", "96", "--shard-tokens", "2000"]
+    assert preference([*arguments, "--valid-fraction", "0.1", "--quiet"]) == 0
+    return folder / "out"
+
+
+def test_preference_files_hold_chosen_and_rejected_side_by_side(tmp_path: Path) -> None:
+    folder = preference_dataset(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["kind"], manifest["pairs"]) == ("harmony_preference", True)
+    assert sum(split["rows"] for split in manifest["splits"].values()) == 240
+    seen = {}
+    for split, entry in manifest["splits"].items():
+        for shard in entry["shards"]:
+            triple = read_triple(folder / split, shard["name"])
+            assert triple.documents % 2 == 0
+            for pair in range(triple.documents // 2):
+                sides = [
+                    Parser(FULL).messages(triple.tokens[triple.bounds[d] : triple.bounds[d + 1] - 1])
+                    for d in (2 * pair, 2 * pair + 1)
+                ]
+                assert sides[0][0] == sides[1][0]
+                seen[sides[0][0].content] = (sides[0][1].content, sides[1][1].content)
+    assert seen == {row["prompt"]: (row["chosen"], row["rejected"]) for row in preference_rows(120)}
+    assert verify(folder) == []
+
+
+def test_verify_sees_pairs_that_are_none(tmp_path: Path) -> None:
+    folder = preference_dataset(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = manifest["splits"]["train"]["shards"][0]
+    path = folder / "train" / f"{entry['name']}_tokens.bin"
+    tokens = np.fromfile(path, np.int32)
+    where = int(np.flatnonzero(tokens == FULL.encode_ordinary("what")[0])[0])
+    tokens[where] = FULL.encode_ordinary("who")[0]
+    tokens.tofile(path)
+    entry["files"][path.name] = file_entry(path)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert any("1 pairs whose two prompts differ" in fault for fault in verify(folder))
+
+
+def test_the_training_side_opens_pairs_as_packing_units(tmp_path: Path) -> None:
+    from megatron_vpmoe.data.kd_dataset import KDDataset
+    from megatron_vpmoe.data.pairs import grouped_lengths
+
+    folder = preference_dataset(tmp_path)
+    dataset = KDDataset.open(folder, "train", seq_length=96, padded_vocab_size=201_088)
+    assert dataset.manifest.group_size == 2
+    pairs = grouped_lengths(dataset.lengths, dataset.manifest.group_size, seq_length=96)
+    assert len(pairs) == len(dataset) // 2 and pairs.max() <= 96
+
+
+def test_rows_that_all_go_leave_no_dataset(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "q " * 100, "completion": "a " * 100}])
+    with pytest.raises(DataError, match="none of the 1 rows"):
+        build_sequential(
+            resolve(str(path)), tmp_path / "out", ChatDataset(BuildOptions(seq_len=32)), Pass(), quiet=True
+        )

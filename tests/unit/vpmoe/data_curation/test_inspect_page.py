@@ -1,0 +1,124 @@
+"""The page and the terminal show what a dataset holds, and hostile text stays text."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from vpmoe.data_curation.app import app
+from vpmoe.data_curation.build import build
+from vpmoe.data_curation.build_plan import BuildOptions
+from vpmoe.data_curation.harmony.synth_to_harmony import convert
+from vpmoe.data_curation.harmony.write_synth_harmony_manifest import write_conversations_manifest
+from vpmoe.data_curation.inspect import inspect, token_manifest
+from vpmoe.data_curation.inspect_page import write_page
+from vpmoe.data_curation.inspect_text import documents, visible
+from vpmoe.data_curation.synth_rows import resolve
+from vpmoe.errors import DataError
+from vpmoe.harmony.prompts import Prompts
+from vpmoe.tokenizer import load_tokenizer
+
+HOSTILE = {
+    "query": "</div></body><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} {% raw %} <|end|> [red]x",
+    "synthetic_reasoning": "\x1b[2J\x1b]0;owned\x07 \u202eevil\u202c \x9b31m \r &amp; <!-- \"'> ]]>",
+    "synthetic_answer": "<style>*{display:none}</style> שלום 👩‍👩‍👧 end",
+}
+
+
+class _Page(HTMLParser):
+    """Tags, and the text of each class inside the documents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.texts: dict[str, str] = {}
+        self._inside: str | None = None
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        assert not any(name.startswith("on") or name in ("src", "href") for name, _ in attrs)
+        if tag == "span":
+            self._inside = dict(attrs)["class"]
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = None if tag == "span" else self._inside
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.texts[self._inside] = self.texts.get(self._inside, "") + data
+
+
+@pytest.fixture(scope="module")
+def hostile_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "rows").mkdir()
+    rows = [{"synth_id": str(number), "language": "en", **HOSTILE} for number in range(3)]
+    (folder / "rows" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    convert(resolve(str(folder / "rows")), folder / "chat", num_shards=1, prompts=Prompts())
+    write_conversations_manifest(folder / "chat")
+    options = BuildOptions(seq_len=1024, valid_fraction=0.0)
+    build(folder / "chat", folder / "built", options, quiet=True)
+    return folder / "built"
+
+
+def test_the_page_holds_figures_histograms_and_documents(dataset_dir: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    result = CliRunner().invoke(app, ["inspect", str(dataset_dir), "--html", str(page), "--count", "2"])
+    assert result.exit_code == 0 and "page.html written" in result.output
+    text = page.read_text()
+    assert text.count("<svg") == 4 and "train 0:" in text and "train 1:" in text and "train 2:" not in text
+    manifest, tokenizer = token_manifest(dataset_dir), load_tokenizer(dataset_dir)
+    parsed = _Page()
+    parsed.feed(text)
+    for shown in documents(dataset_dir, manifest, tokenizer, "train", 0, 2):
+        for kind, run in shown.runs:
+            assert run in parsed.texts[kind]
+    for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        drawn = ElementTree.fromstring(svg)
+        counts = [int(title.text.rpartition(": ")[2].replace(",", "")) for title in drawn.iter("title")]
+        assert sum(counts) == manifest["splits"]["train"]["rows"]
+    assert not re.search(r"https?://|url\(|@import", text), "nothing is loaded"
+
+
+def test_hostile_text_is_only_text_on_the_page(hostile_dir: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    write_page(hostile_dir, page, count=3)
+    text = page.read_text()
+    parsed = _Page()
+    parsed.feed(text)
+    assert not {"script", "img"} & set(parsed.tags) and parsed.tags.count("style") == parsed.tags.count("body") == 1
+    assert HOSTILE["query"] in parsed.texts["context"], "the very characters, template marks too"
+    assert visible(HOSTILE["synthetic_reasoning"]) in parsed.texts["analysis"]
+    assert HOSTILE["synthetic_answer"] in parsed.texts["final"]
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
+
+
+def test_hostile_text_does_not_drive_the_terminal(hostile_dir: Path) -> None:
+    console = Console(record=True, width=200, force_terminal=True, color_system=None)
+    with console.capture() as capture:
+        inspect(hostile_dir, console, count=1)
+    shown = capture.get()
+    assert "\x1b[2J" not in shown and "\x07" not in shown and "\u202e" not in shown and "\x9b" not in shown
+    assert r"\x1b[2J\x1b]0;owned\x07" in shown and r"\u202eevil" in shown and "[red]x" in shown
+
+
+def test_the_terminal_shows_lengths_of_each_span(dataset_dir: Path) -> None:
+    console = Console(record=True, width=160)
+    inspect(dataset_dir, console, count=0)
+    shown = console.export_text()
+    assert "tokens a conversation in each span, all" in shown
+    assert "spans: context  analysis  final  special" in shown
+
+
+def test_conversations_are_no_token_files(conversations_dir: Path) -> None:
+    with pytest.raises(DataError, match="no token files"):
+        token_manifest(conversations_dir)
+
+
+def test_line_feeds_and_tabs_stay() -> None:
+    assert visible("a\tb\nc\rd\x00é") == "a\tb\nc\\rd\\x00é"

@@ -1,0 +1,174 @@
+"""A conversion from the hub survives dropped connections and kills, and its shards are the same bytes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest_dataset import tree
+
+from vpmoe.data_curation import synth_rows_hub
+from vpmoe.data_curation.harmony import conversations
+from vpmoe.data_curation.harmony.synth_to_harmony import RECORD_NAME, convert
+from vpmoe.data_curation.synth_rows import RowSource, resolve
+from vpmoe.errors import DataError
+from vpmoe.harmony.prompts import Prompts
+
+ROWS, FILES = 400, 4
+SOURCE = RowSource((), "owner/rows", "c0ffee", "owner/rows")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub")
+    texts = ("query", "synthetic_reasoning", "synthetic_answer")
+    rows = [{"synth_id": f"id{n}", "language": "en"} | {name: f"{name} {n}" for name in texts} for n in range(ROWS)]
+    rows[137]["query"] = " "
+    for number in range(FILES):
+        pq.write_table(pa.Table.from_pylist(rows[number::FILES]), folder / f"{number}.parquet", row_group_size=30)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _small_parts_and_no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversations, "ROW_GROUP_ROWS", 8)
+    monkeypatch.setattr("vpmoe.data_curation.harmony.synth_to_harmony.ROW_GROUPS_PER_PART", 3)
+    monkeypatch.setattr(synth_rows_hub, "RETRY_SECONDS", (0,) * 5)
+    monkeypatch.setattr(synth_rows_hub, "_STATE_ROWS", 10)
+
+
+class Hub:
+    """Stands for the hub: the files as a stream that breaks at random places."""
+
+    def __init__(self, folder: Path, chance: float, seed: int = 0) -> None:
+        self.folder, self.chance, self.draw, self.drops = folder, chance, random.Random(seed), 0
+
+    def load_dataset(self, *_: object, **__: object) -> "Hub._Stream":
+        self._drop()
+        return Hub._Stream(self)
+
+    def _drop(self) -> None:
+        if self.draw.random() < self.chance:
+            self.drops += 1
+            raise ConnectionResetError("the line dropped")
+
+    class _Stream:
+        def __init__(self, hub: "Hub") -> None:
+            self.hub = hub
+            paths = [str(path) for path in sorted(hub.folder.glob("*.parquet"))]
+            self.rows = _LOAD("parquet", data_files=paths, split="train", streaming=True)
+            self.column_names = self.rows.column_names
+            self.state_dict, self.load_state_dict = self.rows.state_dict, self.rows.load_state_dict
+
+        def __iter__(self):
+            for row in self.rows:
+                self.hub._drop()
+                yield row
+
+
+_LOAD = datasets.load_dataset
+
+
+def converted(output: Path, overwrite: bool = False) -> Path:
+    convert(SOURCE, output, num_shards=3, prompts=Prompts(), strict=False, overwrite=overwrite, quiet=True)
+    return output
+
+
+@pytest.fixture
+def straight(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    monkeypatch.setattr(datasets, "load_dataset", Hub(files, 0).load_dataset)
+    found = tree(converted(tmp_path / "straight"))
+    assert sorted(found) == ["conversion.json", "rejects.jsonl", *(f"shard_{n:02d}.parquet" for n in range(3))]
+    assert json.loads(found["conversion.json"])["rows"] == ROWS - 1
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dropped_connections_change_nothing(
+    files: Path, straight: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    hub = Hub(files, 0.03, seed)
+    monkeypatch.setattr(datasets, "load_dataset", hub.load_dataset)
+    assert tree(converted(tmp_path / "dropped")) == straight
+    assert hub.drops > 3
+
+
+def test_a_conversion_that_gave_up_goes_on_where_it_stopped(
+    files: Path, straight: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synth_rows_hub, "RETRY_SECONDS", ())
+    read, attempts = [], 0
+    while not (tmp_path / "out" / "conversion.json").exists():
+        hub = Hub(files, 0.006, attempts)
+        monkeypatch.setattr(datasets, "load_dataset", hub.load_dataset)
+        attempts += 1
+        try:
+            converted(tmp_path / "out")
+        except DataError as error:
+            assert "goes on where it stopped" in str(error)
+            state = tmp_path / "out" / ".convert" / "state.json"
+            read.append(json.loads(state.read_bytes())["rows_read"] if state.exists() else 0)
+    assert attempts > 2 and read == sorted(read) and read[-1] > 0
+    assert tree(tmp_path / "out") == straight
+
+
+def test_an_unfinished_conversion_of_something_else_is_not_gone_on_with(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synth_rows_hub, "RETRY_SECONDS", ())
+    for seed in range(20):
+        monkeypatch.setattr(datasets, "load_dataset", Hub(files, 0.005, seed).load_dataset)
+        with suppress(DataError):
+            converted(tmp_path)
+        if (tmp_path / ".convert" / "state.json").exists():
+            break
+    assert (tmp_path / ".convert" / "state.json").exists()
+    with pytest.raises(DataError, match="unfinished conversion of another source"):
+        convert(SOURCE, tmp_path, num_shards=2, prompts=Prompts(), quiet=True)
+
+
+_CONVERT = """
+import sys
+from pathlib import Path
+from vpmoe.data_curation.harmony import conversations, synth_to_harmony
+from vpmoe.data_curation.synth_rows import resolve
+from vpmoe.harmony.prompts import Prompts
+conversations.ROW_GROUP_ROWS, synth_to_harmony.ROW_GROUPS_PER_PART = 8, 3
+synth_to_harmony.convert(
+    resolve(sys.argv[1]), Path(sys.argv[2]), num_shards=3, prompts=Prompts(), strict=False, quiet=True
+)
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_changes_nothing(files: Path, tmp_path: Path, repository: Path) -> None:
+    convert(resolve(str(files)), tmp_path / "whole", num_shards=3, prompts=Prompts(), strict=False, quiet=True)
+    output, draw, killed = tmp_path / "killed", random.Random(3), 0
+    command = [sys.executable, "-c", _CONVERT, str(files), str(output)]
+    environment = os.environ | {"PYTHONPATH": str(repository)}
+    for _ in range(20):
+        running = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+        while running.poll() is None and not (output / ".convert").exists():
+            time.sleep(0.002)
+        try:
+            running.wait(draw.uniform(0, 0.1))
+        except subprocess.TimeoutExpired:
+            os.kill(running.pid, signal.SIGKILL)
+            killed += 1
+        _, shown = running.communicate()
+        assert running.returncode in (0, -signal.SIGKILL), shown.decode()
+        if running.returncode == 0:
+            break
+    assert killed
+    if not (output / RECORD_NAME).exists():
+        convert(resolve(str(files)), output, num_shards=3, prompts=Prompts(), strict=False, quiet=True)
+    assert tree(output) == tree(tmp_path / "whole")
