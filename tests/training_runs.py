@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 
 from tests.tiny import ROOT, TINY, flag_text
@@ -34,7 +35,10 @@ def train(run_dir: Path, dataset: Path, **changes: object) -> subprocess.Complet
 def train_until(step: int, how: signal.Signals, run_dir: Path, dataset: Path, **changes: object) -> int:
     """Start a run and send it ``how`` once ``step`` is in its metrics; returns its exit code."""
     with subprocess.Popen(
-        command(run_dir, dataset, **changes), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(run_dir, dataset, **changes),
+        env={**ENVIRONMENT, "VPMOE_TEST_RUN": str(run_dir)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as process:
         deadline = time.monotonic() + 120
         while not any(record["step"] >= step for record in records(run_dir)):
@@ -43,6 +47,18 @@ def train_until(step: int, how: signal.Signals, run_dir: Path, dataset: Path, **
             time.sleep(0.02)
         process.send_signal(how)
         return process.wait(timeout=60)
+
+
+def processes_with_environment(name: str, value: str) -> list[str]:
+    """Command lines of the live processes that inherited an environment variable with this value."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(name) == value and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue  # ended meanwhile, or another user's
+    return found
 
 
 def records(run_dir: Path) -> list[dict]:

@@ -22,7 +22,8 @@ def run(arguments: list[str]) -> None:
     """Load the configuration, join the job, train, leave the job."""
     from megatron_vpmoe.training.loop import train
 
-    _end_with_the_launcher()
+    if "RANK" in os.environ:
+        _end_with_parent()
     cfg = load_config(arguments[0], arguments[1:])
     check_world(cfg, int(os.environ.get("WORLD_SIZE", "1")))
     parallel = cfg.parallel
@@ -38,9 +39,9 @@ def run(arguments: list[str]) -> None:
     distributed.shutdown()
 
 
-def _end_with_the_launcher() -> None:
-    """Have the kernel end this worker when its launcher dies: nobody else would, after a kill -9 of the launcher."""
-    if sys.platform == "linux" and "RANK" in os.environ:
+def _end_with_parent() -> None:
+    """Have the kernel end this process when its parent dies: nobody else would, after a kill -9 of the parent."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -64,5 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Megatron's checkpoint writer starts processes that import this module again.
     sys.exit(main())
+elif __name__ == "__mp_main__":
+    # Megatron's checkpoint writer starts processes, which import this module again and would outlive a killed worker.
+    _end_with_parent()

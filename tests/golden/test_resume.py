@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,13 @@ def test_another_geometry_or_order_is_refused(dataset: Path, straight: Path, cha
     done = training_runs.train(straight, dataset, resume=True, train_iters=LAST + 5, **change)
     assert done.returncode == 2
     assert next(iter(change)) in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_killed_run_leaves_no_process_behind(tmp_path: Path, dataset: Path) -> None:
+    """Megatron's checkpoint writer works in processes of its own."""
+    marker = str(tmp_path)
+    assert training_runs.train_until(6, signal.SIGKILL, tmp_path, dataset) == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while left := training_runs.processes_with_environment("VPMOE_TEST_RUN", marker):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
