@@ -55,7 +55,8 @@ SPLIT_PATTERN = "|".join(
 _PATTERN_WITHOUT_LOOKAHEAD = SPLIT_PATTERN.replace(r"|\s+(?!\S)", "")
 # White space of Unicode but for space, carriage return and line feed.
 _ODD_ASCII_BLANKS = "\t\v\f"
-_ODD_BLANKS = _ODD_ASCII_BLANKS + "\x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+_GENERAL_PUNCTUATION_BLANKS = "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f"
+_ODD_BLANKS = _ODD_ASCII_BLANKS + "\x85\xa0\u1680" + _GENERAL_PUNCTUATION_BLANKS + "\u3000"
 _BLANKS = f" {_ODD_BLANKS}"
 _TWO_BLANKS = re.compile(f"[{_BLANKS}]{{2}}(?=[^\r\n{_BLANKS}])")
 
