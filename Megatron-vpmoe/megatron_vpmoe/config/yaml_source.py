@@ -97,8 +97,31 @@ def _construct(node: yaml.Node, source: str) -> Any:
         raise ConfigError(f"a value that YAML cannot construct: {error}", source=source) from error
 
 
+def _parents(node: yaml.Node, source: str, problems: list[str]) -> list[str]:
+    """The paths that ``extends`` names: one, or a list."""
+    value = _construct(node, source)
+    named = value if isinstance(value, list) else [value]
+    if not named or not all(isinstance(parent, str) for parent in named):
+        problems.append(f"{source}: extends takes one relative path or a list of them, not {value!r}")
+        return []
+    return named
+
+
+def extended_paths(path: Path) -> list[Path]:
+    """The files that ``path`` itself extends, in their order; mistakes in it are left to ``read_chain``."""
+    entries = _entries(_read_root(path, "extends"), "", path, [])
+    return [
+        path.parent / parent
+        for section, node, source in entries
+        if section == "extends"
+        for parent in _parents(node, source, [])
+    ]
+
+
 def read_chain(path: Path, problems: list[str]) -> dict[str, dict[str, Given]]:
-    """Section -> key -> value of a file and everything it extends, the nearer file winning key by key.
+    """Section -> key -> value of a file and everything it extends, key by key.
+
+    A file wins over what it extends; of several files that it extends, a later one wins over an earlier.
 
     Args:
         path: the YAML file; ``extends`` inside it is relative to the file that says it.
@@ -107,33 +130,29 @@ def read_chain(path: Path, problems: list[str]) -> dict[str, dict[str, Given]]:
     Raises:
         ConfigError: a file cannot be read or parsed, or the chain of ``extends`` closes on itself.
     """
-    chain: list[Path] = []
-    layers: list[dict[str, dict[str, Given]]] = []
-    pending: tuple[Path, str] | None = (path, "command line")
-    while pending is not None:
-        current, asked_by = pending
-        if any(current.resolve() == earlier.resolve() for earlier in chain):
-            circle = " -> ".join(str(p) for p in [*chain, current])
-            raise ConfigError(f"extends runs in a circle: {circle}", source=asked_by, remedy="remove one extends")
-        chain.append(current)
-        pending = None
-        layer: dict[str, dict[str, Given]] = {}
-        for section, node, source in _entries(_read_root(current, asked_by), "", current, problems):
-            if section == "extends":
-                parent = _construct(node, source)
-                if not isinstance(parent, str):
-                    problems.append(f"{source}: extends takes one relative path, not {parent!r}")
-                else:
-                    pending = (current.parent / parent, source)
-            elif isinstance(node, yaml.MappingNode):
-                values = layer.setdefault(section, {})
-                for key, value_node, key_source in _entries(node, f"{section}.", current, problems):
-                    values[key] = Given(_construct(value_node, key_source), key_source)
-            else:
-                layer.setdefault(section, {})[""] = Given(_construct(node, source), source)
-        layers.append(layer)
+    return _read_chain(path, "command line", (), problems)
+
+
+def _read_chain(path: Path, asked_by: str, chain: tuple[Path, ...], problems: list[str]) -> dict[str, dict[str, Given]]:
+    if any(path.resolve() == earlier.resolve() for earlier in chain):
+        circle = " -> ".join(str(p) for p in [*chain, path])
+        raise ConfigError(f"extends runs in a circle: {circle}", source=asked_by, remedy="remove one extends")
     merged: dict[str, dict[str, Given]] = {}
-    for layer in reversed(layers):
-        for section, values in layer.items():
-            merged.setdefault(section, {}).update(values)
+    own: dict[str, dict[str, Given]] = {}
+    for section, node, source in _entries(_read_root(path, asked_by), "", path, problems):
+        if section == "extends":
+            for parent in _parents(node, source, problems):
+                _lay_over(merged, _read_chain(path.parent / parent, source, (*chain, path), problems))
+        elif isinstance(node, yaml.MappingNode):
+            values = own.setdefault(section, {})
+            for key, value_node, key_source in _entries(node, f"{section}.", path, problems):
+                values[key] = Given(_construct(value_node, key_source), key_source)
+        else:
+            own.setdefault(section, {})[""] = Given(_construct(node, source), source)
+    _lay_over(merged, own)
     return merged
+
+
+def _lay_over(below: dict[str, dict[str, Given]], above: dict[str, dict[str, Given]]) -> None:
+    for section, values in above.items():
+        below.setdefault(section, {}).update(values)

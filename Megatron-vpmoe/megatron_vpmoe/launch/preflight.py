@@ -6,12 +6,11 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import yaml
-
 from megatron_vpmoe.config import RunConfig, check_fit, fit_report
 from megatron_vpmoe.config.memory import FitReport
+from megatron_vpmoe.config.yaml_source import extended_paths
 from megatron_vpmoe.data.blend import open_parts
-from megatron_vpmoe.errors import DeviceError
+from megatron_vpmoe.errors import ConfigError, DeviceError
 
 
 def check_machine(cfg: RunConfig, config_path: Path) -> None:
@@ -48,11 +47,10 @@ def nano_counterpart(config_path: Path) -> str | None:
     """The configuration in the neighbouring ``nano/`` that extends this one, if there is one."""
     for candidate in sorted((config_path.parent / "nano").glob("*.yaml")):
         try:
-            content = yaml.safe_load(candidate.read_text(encoding="utf-8"))
-        except yaml.YAMLError:
+            parents = extended_paths(candidate)
+        except ConfigError:
             continue  # a hint on the way to another error; the file's own run will name what is wrong with it
-        parent = content.get("extends") if isinstance(content, dict) else None
-        if isinstance(parent, str) and (candidate.parent / parent).resolve() == config_path.resolve():
+        if config_path.resolve() in [parent.resolve() for parent in parents]:
             return str(candidate)
     return None
 

@@ -36,6 +36,17 @@ def test_stage1_without_biases_and_norms_has_the_published_active_size(stage1: P
     assert round((matrices - 2 * 201088 * 1024) / 1e6) == 368
 
 
+def test_qwen3_by_its_published_geometry(repository: Path) -> None:
+    """28 layers, hidden 1024, 16 query and 8 key/value heads of 128, SwiGLU of 3072, vocabulary 151,936, tied."""
+    layer = 1024 * (16 + 2 * 8) * 128 + 16 * 128 * 1024 + 3 * 1024 * 3072 + 2 * 128 + 2 * 1024
+    total = 28 * layer + 1024 + 151936 * 1024
+    assert (total, total + 151936 * 1024) == (596_049_920, 751_632_384)
+    path = repository / "configs" / "qwen3_0_6b.yaml"
+    assert parameter_count(load_config(path)).total == total
+    untied = load_config(path, ["--untie-embeddings-and-output-weights"])
+    assert parameter_count(untied).total == total + 151936 * 1024
+
+
 def test_layer_kinds_of_stage1(stage1: Path) -> None:
     cfg = load_config(stage1)
     layers = range(1, 81)

@@ -22,6 +22,22 @@ VARIANTS = {
     "no shared expert": "--moe-shared-expert-intermediate-size null",
     "sparse first layer": "--no-first-layer-dense --window-attn-skip-freq 3",
 }
+# Qwen3-0.6B's is the published number of parameters.
+SHIPPED = {
+    "qwen3_0_6b.yaml": 596_049_920,
+    "qwen3_0_6b_o200k.yaml": 646_381_568,
+    "vpdense0_5_28.yaml": 514_768_896,
+    "vpdense_28.yaml": 504_621_443,
+    "vpdense_80.yaml": 676_949_807,
+    "vpmoe_stage1.yaml": 6_022_557_487,
+    "nano/qwen3_0_6b.yaml": 2_017_920,
+    "nano/qwen3_0_6b_o200k.yaml": 2_034_304,
+    "nano/vpdense0_5_28.yaml": 794_240,
+    "nano/vpdense_28.yaml": 812_951,
+    "nano/vpdense_80.yaml": 1_494_703,
+    "nano/vpmoe.yaml": 3_529_903,
+    "nano/stage1.yaml": 879_115,
+}
 
 
 def built(cfg) -> int:
@@ -36,6 +52,7 @@ def test_variant(small: Path, single_process: None, name: str) -> None:
     assert parameter_count(cfg).total == built(cfg)
 
 
-def test_stage1(stage1: Path, single_process: None) -> None:
-    cfg = load_config(stage1, ["--expert-model-parallel-size", "1"])
-    assert parameter_count(cfg).total == built(cfg)
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped(repository: Path, single_process: None, name: str) -> None:
+    cfg = load_config(repository / "configs" / name, ["--expert-model-parallel-size", "1"])
+    assert parameter_count(cfg).total == built(cfg) == SHIPPED[name]

@@ -17,6 +17,11 @@ from megatron_vpmoe.config.flags import accepted_types, nearest
 from megatron_vpmoe.config.schema import FieldSpec, RunConfig, fields, section_types
 from megatron_vpmoe.errors import ConfigError
 
+DESIGNS = {
+    name: name
+    for name in ("qwen3_0_6b.yaml", "qwen3_0_6b_o200k.yaml", "vpdense0_5_28.yaml", "vpdense_28.yaml", "vpdense_80.yaml")
+} | {"vpmoe_stage1.yaml": "stage1.yaml"}
+"""File at full scale -> the same design in nano/."""
 FIELDS = list(fields().values())
 Write = Callable[..., Path]
 relaxed = settings(
@@ -139,20 +144,24 @@ def test_every_field_has_one_name_and_one_docstring() -> None:
 
 
 def test_shipped_configurations_load(repository: Path) -> None:
-    paths = sorted((repository / "configs").glob("**/*.yaml"))
+    numbers = repository / "configs" / "nano" / "numbers.yaml"  # a part of the nano runs and no run itself
+    paths = [path for path in sorted((repository / "configs").glob("**/*.yaml")) if path != numbers]
     assert len(paths) >= 2
     for path in paths:
         load_config(path, nodes=1)
 
 
-def test_nano_is_the_same_design(stage1: Path, repository: Path) -> None:
+@pytest.mark.parametrize("name", DESIGNS)
+def test_nano_is_the_same_design(repository: Path, name: str) -> None:
     """Only numbers, precision and the run's own names differ: every choice of kind is inherited."""
-    full, small = load_config(stage1), load_config(repository / "configs" / "nano" / "stage1.yaml")
+    full, small = (load_config(repository / "configs" / path) for path in (name, f"nano/{DESIGNS[name]}"))
     free = {"bf16", "recompute_granularity", "run_name", "run_dir", "data_path"}
     for spec in FIELDS:
         pair = [getattr(getattr(cfg, spec.section), spec.name) for cfg in (full, small)]
-        if spec.name not in free and (isinstance(pair[0], str | bool) or isinstance(pair[1], str | bool)):
+        if spec.name not in free and any(isinstance(value, str | bool) for value in pair):
             assert pair[0] == pair[1], spec.key
+        if spec.section in ("model", "moe"):  # a part that is null at one size is absent from the other
+            assert (pair[0] is None) == (pair[1] is None), spec.key
 
 
 def test_all_problems_come_at_once(child: Write) -> None:
@@ -233,12 +242,23 @@ def test_a_chain_of_extends_takes_the_nearest_value(child: Write, tmp_path: Path
     assert (cfg.optim.lr, cfg.optim.clip_grad, cfg.model.num_layers) == (6e-3, 3.0, load_config(leaf).model.num_layers)
 
 
+def test_of_several_parents_the_later_wins_and_the_file_over_both(child: Write, tmp_path: Path) -> None:
+    child("optim: {lr: 5e-3, clip_grad: 2.0, weight_decay: 0.3}\n", "design.yaml")
+    (tmp_path / "numbers.yaml").write_text("optim: {lr: 6e-3, clip_grad: 4.0}\n")
+    leaf = tmp_path / "leaf.yaml"
+    leaf.write_text("extends: [design.yaml, numbers.yaml]\noptim: {lr: 7e-3}\n")
+    optim = load_config(leaf).optim
+    assert (optim.lr, optim.clip_grad, optim.weight_decay) == (7e-3, 4.0, 0.3)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("extends: [loop.yaml]\n", "circle"),
+        ("extends: []\n", "a list of them, not []"),
         ("extends: loop.yaml\n", "circle"),
         ("extends: nowhere.yaml\n", "cannot read"),
-        ("extends: 3\n", "extends takes one relative path"),
+        ("extends: 3\n", "extends takes one relative path or a list"),
         ("model: [\n", "not valid YAML"),
         ("- a\n", "mapping of sections"),
         ("model: 3\n", "model is a section of keys, not 3"),
