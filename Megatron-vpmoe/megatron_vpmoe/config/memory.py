@@ -34,18 +34,19 @@ def _local_parameters(cfg: RunConfig) -> tuple[int, int]:
     return sum(parts.values()) - others + routed, others
 
 
-def _layer_activations(cfg: RunConfig, layer_number: int, compute_bytes: int, on_cpu: bool) -> int:
-    """Bytes per token that one layer keeps for its backward pass."""
+def _layer_activations(cfg: RunConfig, layer_number: int, compute_bytes: int, on_cpu: bool) -> dict[str, int]:
+    """Bytes per token that one layer keeps for its backward pass, by the part that can be recomputed."""
     m, moe = cfg.model, cfg.moe
     heads, qkv = m.num_attention_heads, (m.num_attention_heads + 2 * m.num_query_groups) * m.kv_channels
-    values = 4 * m.hidden_size + 3 * qkv + 2 * heads * m.kv_channels
+    rest = 4 * m.hidden_size + 3 * qkv + heads * m.kv_channels
     if m.tpa and not cfg.is_global_layer(layer_number):
-        values += (m.tpa_q_rank + 2 * m.tpa_rank) * m.kv_channels
+        rest += (m.tpa_q_rank + 2 * m.tpa_rank) * m.kv_channels
+    parts = {"rest": rest * compute_bytes}
     if cfg.is_moe_layer(layer_number):
-        chosen = moe.moe_router_topk * (2 * m.hidden_size + 3 * moe.moe_ffn_hidden_size)
-        values += chosen + 3 * (moe.moe_shared_expert_intermediate_size or 0)
+        parts["moe"] = moe.moe_router_topk * (2 * m.hidden_size + 3 * moe.moe_ffn_hidden_size) * compute_bytes
+        parts["shared_experts"] = 3 * (moe.moe_shared_expert_intermediate_size or 0) * compute_bytes
     else:
-        values += 3 * m.ffn_hidden_size
+        parts["mlp"] = 3 * m.ffn_hidden_size * compute_bytes
     windowed = m.window_size is not None and not cfg.is_global_layer(layer_number)
     fused = m.attention_backend in ("banded", "sdpa") or (m.attention_backend == "auto" and on_cpu)
     if not fused:
@@ -54,15 +55,35 @@ def _layer_activations(cfg: RunConfig, layer_number: int, compute_bytes: int, on
         scores = 2 * min(cfg.data.seq_length, 2 * (m.window_size or 0))  # the mask of each block
     else:
         scores = heads * cfg.data.seq_length  # the mask with each head's bias on distance
-    return values * compute_bytes + scores * _FP32
+    parts["core_attn"] = scores * _FP32 + heads * m.kv_channels * compute_bytes
+    return parts
+
+
+def _activations(cfg: RunConfig, compute_bytes: int, on_cpu: bool) -> int:
+    """Bytes per token at the peak: what the stack keeps, and the inside of a recomputed part as it runs again."""
+    training, count = cfg.training, cfg.model.num_layers
+    layers = [_layer_activations(cfg, n, compute_bytes, on_cpu) for n in range(1, count + 1)]
+    whole = [sum(parts.values()) for parts in layers]
+    if training.recompute_granularity is None:
+        return sum(whole)
+    if training.recompute_granularity == "selective":
+        again = set(training.recompute_modules or ("core_attn",))
+        again |= {"shared_experts"} if "moe" in again else set()
+        freed = [sum(size for part, size in parts.items() if part in again) for parts in layers]
+        return sum(whole) - sum(freed) + max(freed)
+    run = training.recompute_num_layers or 1
+    kept_input = cfg.model.hidden_size * compute_bytes
+    if training.recompute_method == "block":
+        return run * kept_input + max(sum(whole[run:]), max(whole[:run]))  # the kept layers are gone by then
+    return -(-count // run) * kept_input + max(sum(whole[i : i + run]) for i in range(0, count, run))
 
 
 def memory_estimate(cfg: RunConfig, *, on_cpu: bool = False) -> MemoryEstimate:
     """Memory of one process of the run.
 
     Gradients are accumulated in fp32; bf16 parameters have an fp32 master copy; NorMuon keeps one fp32 moment a matrix
-    entry, AdamW two. Activations are for one micro-batch: with full recomputation each layer's input and one layer's
-    inside.
+    entry, AdamW two. Activations are for one micro-batch: what recomputation leaves of them, and the inside of the
+    largest recomputed part.
 
     Args:
         cfg: the run.
@@ -74,17 +95,12 @@ def memory_estimate(cfg: RunConfig, *, on_cpu: bool = False) -> MemoryEstimate:
     matrix_moments = 1 if cfg.optim.optimizer == "normuon" else 2
     optimizer = _FP32 * (matrix_moments * matrices + 2 * others + (local if cfg.training.bf16 else 0))
     tokens = cfg.training.micro_batch_size * cfg.data.seq_length
-    layers = [_layer_activations(cfg, n, compute_bytes, on_cpu) for n in range(1, cfg.model.num_layers + 1)]
-    if cfg.training.recompute_granularity == "full":
-        activations = tokens * (len(layers) * cfg.model.hidden_size * compute_bytes + max(layers))
-    else:
-        activations = tokens * sum(layers)
     return MemoryEstimate(
         {
             "parameters": local * compute_bytes,
             "gradients": local * _FP32,
             "optimizer state": optimizer,
-            "activations": activations,
+            "activations": tokens * _activations(cfg, compute_bytes, on_cpu),
             # The chunk itself, its log-probabilities and their gradient.
             "logits": 3 * min(tokens * cfg.model.padded_vocab_size * _FP32, _LOGITS_CHUNK_BYTES),
             "process": _PROCESS_BYTES,

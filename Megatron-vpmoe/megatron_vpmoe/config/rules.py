@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from megatron_vpmoe.config.blend import blend_problems
+from megatron_vpmoe.config.recomputation import recomputation_problems
 from megatron_vpmoe.config.schema import RunConfig
 
 
@@ -191,7 +192,19 @@ def _data(cfg: RunConfig) -> Findings:
     yield from (Problem(names, text) for names, text in blend_problems(cfg.data))
 
 
-_RULES: tuple[Callable[[RunConfig], Findings], ...] = (_attention, _experts, _schedule, _intervals, _parallel, _data)
+def _recomputation(cfg: RunConfig) -> Findings:
+    yield from (Problem(names, text) for names, text in recomputation_problems(cfg))
+
+
+_RULES: tuple[Callable[[RunConfig], Findings], ...] = (
+    _attention,
+    _experts,
+    _schedule,
+    _intervals,
+    _parallel,
+    _recomputation,
+    _data,
+)
 
 
 def find_problems(cfg: RunConfig, world_size: int | None = None) -> list[Problem]:

@@ -10,6 +10,7 @@ from pydantic import Field
 from megatron_vpmoe.config.schema_section import Amount, Cardinal, Count, Decay, PositiveFloat, Section
 
 Path = Annotated[str, Field(min_length=1)]
+RecomputeModule = Literal["core_attn", "mlp", "moe", "shared_experts", "layernorm", "moe_act", "mla_up_proj"]
 
 
 class OptimSection(Section):
@@ -138,8 +139,14 @@ class TrainingSection(Section):
     """Seed of the weights and of dropout-free randomness such as sampling."""
     bf16: bool
     """Compute in bfloat16 with fp32 master weights; false: fp32 throughout."""
-    recompute_granularity: Literal["full"] | None = None
-    """"full": keep only each layer's input and recompute the rest backward; null: keep everything."""
+    recompute_granularity: Literal["selective", "full"] | None = None
+    """Computed again backward, not kept: whole layers ("full"), recompute_modules ("selective"), nothing (null)."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """Of "full": "uniform" (or null) all layers in runs of recompute_num_layers; "block" only that many of a stage."""
+    recompute_num_layers: Count | None = None
+    """Of "full": layers in a run whose input alone is kept, or layers recomputed in each stage; null: 1."""
+    recompute_modules: list[RecomputeModule] | None = None
+    """Of "selective": any of core_attn, mlp (dense layers), moe, shared_experts; null: core_attn."""
     objective: Literal["span_ce", "token_ce"] = "span_ce"
     """"span_ce": cross-entropy normalised per span; "token_ce": its mean over all supervised tokens (plain text)."""
     kd_span_weight_reasoning: Amount = 1.0

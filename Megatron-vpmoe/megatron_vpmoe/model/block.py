@@ -8,22 +8,24 @@ Shapes: S sequence, B batch, H hidden, G KV groups, D head dim.
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
+from collections.abc import Iterable
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.nn import Module
 
 from megatron_vpmoe.model.attention.kv_cache import KVCache
 from megatron_vpmoe.model.attention.masks import SequenceLayout
-from megatron_vpmoe.model.moe.router import recomputation
+from megatron_vpmoe.model.recompute import recomputed
+from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 
 
 class VPTransformerLayer(TransformerLayer):
     """Pre-norm attention and feed-forward (dense or MoE), each added to the residual stream."""
+
+    config: VPTransformerConfig
 
     def forward(  # type: ignore[override]
         self,
@@ -50,9 +52,14 @@ class VPTransformerLayer(TransformerLayer):
         )
         hidden_SBH = _add(hidden_SBH, attended, bias)
         normed = self.pre_mlp_layernorm(hidden_SBH)
-        mlp_out, mlp_bias = self.mlp(normed, padding_mask=padding_BS) if self.is_moe_layer else self.mlp(normed)
+        mlp_out, mlp_bias = self._feed_forward(normed, padding_BS)
         first = value_SBGD if first_value_SBGD is None else first_value_SBGD
         return _add(hidden_SBH, mlp_out, mlp_bias), first
+
+    def _feed_forward(self, normed_SBH: Tensor, padding_BS: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        again = self.training and self.config.recomputation.recomputes("moe" if self.is_moe_layer else "mlp")
+        keywords = {"padding_mask": padding_BS} if self.is_moe_layer else {}
+        return recomputed(self.mlp, normed_SBH, **keywords) if again else self.mlp(normed_SBH, **keywords)
 
 
 def _add(residual: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
@@ -62,6 +69,8 @@ def _add(residual: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
 class VPTransformerBlock(TransformerBlock):
     """All layers of the model and the final norm."""
 
+    config: VPTransformerConfig
+
     def forward(  # type: ignore[override]
         self,
         hidden_SBH: Tensor,
@@ -70,23 +79,12 @@ class VPTransformerBlock(TransformerBlock):
         padding_BS: Tensor | None = None,
     ) -> Tensor:
         """Run every layer; returns the normed residual stream [S, B, H]."""
-        recompute = self.config.recompute_granularity == "full" and self.training
         first_value: Tensor | None = None
-        for layer in self.layers:
-            if recompute:
-                # Non-reentrant, so layer 1's values are an output with a graph: their gradient is the whole one.
-                hidden_SBH, first_value = checkpoint(  # type: ignore[misc]
-                    layer,
-                    hidden_SBH,
-                    layout,
-                    first_value,
-                    kv_cache,
-                    padding_BS,
-                    use_reentrant=False,
-                    context_fn=_recomputation_contexts,
-                )
-            else:
-                hidden_SBH, first_value = layer(hidden_SBH, layout, first_value, kv_cache, padding_BS)
+        for layers, again in self.config.recomputation.runs(list(self.layers)):
+            arguments = (layers, hidden_SBH, layout, first_value, kv_cache, padding_BS)
+            hidden_SBH, first_value = (
+                recomputed(_run_layers, *arguments) if again and self.training else _run_layers(*arguments)
+            )
         return self.final_layernorm(hidden_SBH) if self.final_layernorm is not None else hidden_SBH
 
     def sharded_state_dict(
@@ -96,5 +94,14 @@ class VPTransformerBlock(TransformerBlock):
         return super().sharded_state_dict(prefix, sharded_offsets, {**(metadata or {}), "non_homogeneous_layers": True})
 
 
-def _recomputation_contexts() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
-    return contextlib.nullcontext(), recomputation()
+def _run_layers(
+    layers: Iterable[Module],
+    hidden_SBH: Tensor,
+    layout: SequenceLayout,
+    first_value_SBGD: Tensor | None,
+    kv_cache: KVCache | None,
+    padding_BS: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    for layer in layers:
+        hidden_SBH, first_value_SBGD = layer(hidden_SBH, layout, first_value_SBGD, kv_cache, padding_BS)
+    return hidden_SBH, first_value_SBGD

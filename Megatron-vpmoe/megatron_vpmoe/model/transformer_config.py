@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vpmoe.model.recompute import Recomputation
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -37,6 +39,7 @@ class VPTransformerConfig(TransformerConfig):
     value_residual: bool = True
     attention_backend_name: str = "auto"
     first_layer_dense: bool = True
+    recomputation: Recomputation = field(default_factory=Recomputation)
 
     def is_global_layer(self, layer_number: int) -> bool:
         """Whether layer ``layer_number`` attends to the whole document (every ``window_attn_skip_freq``-th does)."""
@@ -96,9 +99,13 @@ def transformer_config(cfg: RunConfig) -> VPTransformerConfig:
         params_dtype=dtype,
         bf16=training.bf16,
         calculate_per_token_loss=True,
-        recompute_granularity=training.recompute_granularity,
-        recompute_method="uniform" if training.recompute_granularity == "full" else None,
-        recompute_num_layers=1 if training.recompute_granularity == "full" else None,
+        # Not in upstream's fields of these names: its reentrant checkpoints would count the router's tokens twice.
+        recomputation=Recomputation(
+            granularity=training.recompute_granularity,
+            method=training.recompute_method or "uniform",
+            num_layers=training.recompute_num_layers or 1,
+            modules=tuple(training.recompute_modules or ("core_attn",)),
+        ),
         cuda_graph_scope=[],
         gradient_accumulation_fusion=False,
         use_cpu_initialization=True,

@@ -32,6 +32,7 @@ from megatron_vpmoe.model.attention.kv_cache import KVCache
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.attention.tpa import TPAGeometry, contract_factors, factor_a_init, section_rows
 from megatron_vpmoe.model.attention.value_residual import mix_first_value
+from megatron_vpmoe.model.recompute import recomputed
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 
 
@@ -196,10 +197,8 @@ class VPSelfAttention(MegatronModule):
             key, value = kv_cache.append(self.layer_number, key, value, window=self.window)
             layout = layout.last(key.shape[2])
         slopes = alibi_slopes(self.num_heads, query.device) if self.position_embedding == "grape_a" else None
-        out_BHSD = core_attention(
-            query,
-            key,
-            value,
+        attend = functools.partial(
+            core_attention,
             layout=layout,
             window=self.window,
             alibi_slopes_H=slopes,
@@ -207,6 +206,8 @@ class VPSelfAttention(MegatronModule):
             softmax_scale=self.softmax_scale,
             backend=self.backend_name(query.device),
         )
+        again = self.training and self.config.recomputation.recomputes("core_attn")
+        out_BHSD = recomputed(attend, query, key, value) if again else attend(query, key, value)
         out_SBN = out_BHSD.permute(2, 0, 1, 3).reshape(queries, -1, self.num_heads * self.head_dim)
         return self.linear_proj(out_SBN), own_value
 

@@ -5,9 +5,6 @@ Shapes: S sequence, B batch, E experts, N = S*B tokens.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import (
@@ -18,20 +15,8 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_vpmoe.model.recompute import is_recomputing
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
-
-_recomputing = False
-
-
-@contextlib.contextmanager
-def recomputation() -> Iterator[None]:
-    """Mark a forward pass that only recomputes activations: its tokens have been counted already."""
-    global _recomputing
-    before, _recomputing = _recomputing, True
-    try:
-        yield
-    finally:
-        _recomputing = before
 
 
 def sequence_balance_loss(
@@ -109,7 +94,7 @@ class VPMoERouter(TopKRouter):
         return self._with_balance_loss(probs, logits, real_SB), routing_map
 
     def _count(self, routing_map: Tensor, real_SB: Tensor) -> None:
-        if _recomputing:
+        if is_recomputing():
             return
         with torch.no_grad():
             load = (routing_map & real_SB.reshape(-1, 1)).sum(0)
@@ -127,7 +112,7 @@ class VPMoERouter(TopKRouter):
         loss = sequence_balance_loss(
             scores.view_as(logits), unbiased_map.view_as(logits), real_SB, topk=self.topk, coefficient=coefficient
         )
-        if not _recomputing:
+        if not is_recomputing():
             self.balance_loss_sum += loss.detach()
         return MoEAuxLossAutoScaler.apply(probs, loss)
 

@@ -9,6 +9,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
 
 from megatron_vpmoe.errors import ConfigError
+from megatron_vpmoe.model.recompute import recomputed
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 
 
@@ -17,6 +18,8 @@ class VPSharedExpert(MLP):
 
     A dense layer's feed-forward of that width converts into it exactly, biases included.
     """
+
+    config: VPTransformerConfig
 
     def __init__(
         self, config: VPTransformerConfig, submodules: MLPSubmodules, pg_collection: ProcessGroupCollection, gate: bool
@@ -36,5 +39,6 @@ class VPSharedExpert(MLP):
 
     def forward(self, hidden_SBH: Tensor) -> Tensor:  # type: ignore[override]
         """[S, B, H] -> [S, B, H], bias included."""
-        out, bias = super().forward(hidden_SBH)
+        again = self.training and self.config.recomputation.recomputes("shared_experts")
+        out, bias = recomputed(super().forward, hidden_SBH) if again else super().forward(hidden_SBH)
         return out if bias is None else out + bias

@@ -26,6 +26,11 @@ def test_states_by_hand(small: Path) -> None:
     ("flags", "part"),
     [
         (["--recompute-granularity", "full"], "activations"),
+        (["--recompute-granularity", "full", "--recompute-num-layers", "2"], "activations"),
+        (["--recompute-granularity", "full", "--recompute-method", "block"], "activations"),
+        (["--recompute-granularity", "selective"], "activations"),
+        (["--recompute-granularity", "selective", "--recompute-modules", "[moe]"], "activations"),
+        (["--recompute-granularity", "selective", "--recompute-modules", "[mlp, shared_experts]"], "activations"),
         (["--micro-batch-size", "4"], "activations"),
         (["--expert-model-parallel-size", "2"], "parameters"),
         (["--attention-backend", "auto", "--window-size", "16"], "activations"),
@@ -34,6 +39,18 @@ def test_states_by_hand(small: Path) -> None:
 def test_what_saves_memory_is_estimated_lower(small: Path, flags: list[str], part: str) -> None:
     before = memory_estimate(load_config(small), on_cpu=True).parts[part]
     assert memory_estimate(load_config(small, flags), on_cpu=True).parts[part] < before
+
+
+def test_recomputing_more_is_estimated_lower(small: Path) -> None:
+    def activations(*flags: str) -> int:
+        return memory_estimate(load_config(small, list(flags)), on_cpu=True).parts["activations"]
+
+    full = ("--recompute-granularity", "full")
+    block = [activations(*full, "--recompute-method", "block", "--recompute-num-layers", str(n)) for n in (2, 4, 8)]
+    assert activations() > block[0] > block[1] > block[2] == activations(*full)
+    selective = ("--recompute-granularity", "selective", "--recompute-modules")
+    assert activations(*selective, "[shared_experts]") > activations(*selective, "[moe]")
+    assert activations(*selective, "[moe]") > activations(*selective, "[core_attn, mlp, moe]") > activations(*full)
 
 
 def test_normuon_keeps_one_moment(small: Path) -> None:

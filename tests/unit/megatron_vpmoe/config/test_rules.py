@@ -55,6 +55,41 @@ from megatron_vpmoe.config.schema import fields
             "no experts",
         ),
         ("--global-batch-size 17", "global_batch_size", "whole number of micro-batches"),
+        ("--recompute-method block", "recompute_granularity", "unless recompute_granularity is full"),
+        ("--recompute-granularity selective --recompute-num-layers 2", "recompute_num_layers", "has no effect"),
+        ("--recompute-granularity full --recompute-modules [moe]", "recompute_modules", "is selective"),
+        ("--recompute-granularity full --recompute-num-layers 9", "num_layers", "more than the 8 layers"),
+        ("--recompute-granularity selective --recompute-modules []", "recompute_modules", "at least one"),
+        ("--recompute-granularity selective --recompute-modules [moe,moe]", "recompute_modules", "each part once"),
+        (
+            "--recompute-granularity selective --recompute-modules [layernorm]",
+            "recompute_modules",
+            "freed and refilled",
+        ),
+        ("--recompute-granularity selective --recompute-modules [moe_act]", "recompute_modules", "freed and refilled"),
+        ("--recompute-granularity selective --recompute-modules [mla_up_proj]", "recompute_modules", "multi-latent"),
+        (
+            "--recompute-granularity selective --recompute-modules [mlp] --no-first-layer-dense",
+            "first_layer_dense",
+            "every layer has routed experts",
+        ),
+        (
+            "--recompute-granularity selective --recompute-modules [moe] --num-experts null "
+            "--router-dead-experts-warn null",
+            "num_experts",
+            "there is none",
+        ),
+        (
+            "--recompute-granularity selective --recompute-modules [shared_experts] "
+            "--moe-shared-expert-intermediate-size null",
+            "moe_shared_expert_intermediate_size",
+            "no shared expert",
+        ),
+        (
+            "--recompute-granularity selective --recompute-modules [moe,shared_experts]",
+            "recompute_modules",
+            "leave shared_experts out",
+        ),
     ],
 )
 def test_rule(small: Path, flags: str, named: str, text: str) -> None:
