@@ -1,14 +1,12 @@
-"""Our attention against the per-token fp64 reference in ref/, and the sink and window against HF's GPT-OSS."""
+"""The parts of attention against the per-token fp64 reference in ref/, and the rotation against HF's and Megatron's."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_vpmoe.model.attention.backends import core_attention
+from megatron_vpmoe.model.attention.backends import BACKENDS, core_attention
 from megatron_vpmoe.model.attention.grape import alibi_slopes, initial_log_frequencies, rotate, rotation_angles
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.attention.tpa import TPAGeometry, contract_factors
@@ -37,19 +35,25 @@ def check(ours: Tensor, theirs: Tensor, inputs: tuple[Tensor, ...], tolerance: f
         torch.testing.assert_close(mine, reference, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(
-    ("backend", "window", "alibi"),
-    [
-        ("reference", None, False),
-        ("reference", None, True),
-        ("reference", 3, False),
-        ("sdpa", None, False),
-        ("sdpa", None, True),
-        ("banded", 3, False),
-        ("banded", 1, False),
-        ("banded", 16, False),
-    ],
-)
+# Backend, window, ALiBi.
+CASES = [
+    ("reference", None, False),
+    ("reference", None, True),
+    ("reference", 3, False),
+    ("sdpa", None, False),
+    ("sdpa", None, True),
+    ("banded", 3, False),
+    ("banded", 1, False),
+    ("banded", 16, False),
+]
+NOT_ON_CPU = {"flex", "transformer_engine"}
+
+
+def test_every_backend_of_the_cpu_is_held_to_the_definition() -> None:
+    assert {backend for backend, _, _ in CASES} == set(BACKENDS) - NOT_ON_CPU
+
+
+@pytest.mark.parametrize(("backend", "window", "alibi"), CASES)
 @pytest.mark.parametrize("with_sink", [True, False])
 def test_backends_equal_the_definition(backend: str, window: int | None, alibi: bool, with_sink: bool) -> None:
     heads, groups, dim, length = 6, 2, 4, len(DOCUMENTS)
@@ -114,41 +118,6 @@ def test_tpa_equals_the_definition() -> None:
 def test_value_residual_equals_the_definition() -> None:
     value, first, scale = draw(3, 2, 2, 4), draw(3, 2, 2, 4, seed=1), draw(1, seed=2).squeeze(0)
     check(mix_first_value(value, first, scale), naive.value_residual(value, first, scale), (value, first, scale), 1e-14)
-
-
-@pytest.mark.parametrize("backend", ["reference", "banded"])
-def test_sink_and_window_equal_gpt_oss(backend: str) -> None:
-    modeling = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
-    masking = pytest.importorskip("transformers.masking_utils")
-    config = pytest.importorskip("transformers").GptOssConfig(sliding_window=4, attn_implementation="eager")
-    heads, groups, dim, length, window = 4, 2, 8, 19, 4
-    q, k, v, sinks = (
-        draw(1, heads, length, dim),
-        draw(1, groups, length, dim),
-        draw(1, groups, length, dim),
-        draw(heads),
-    )
-    mask = masking.create_sliding_window_causal_mask(
-        config=config,
-        inputs_embeds=torch.zeros(1, length, 1, dtype=torch.float64),
-        attention_mask=None,
-        past_key_values=None,
-        position_ids=torch.arange(length)[None],
-    )
-    module = SimpleNamespace(num_key_value_groups=heads // groups, sinks=sinks, training=False)
-    theirs, _ = modeling.eager_attention_forward(module, q, k, v, mask, scaling=dim**-0.5)
-    ours = core_attention(
-        q,
-        k,
-        v,
-        layout=layout_of([0] * length),
-        window=window,
-        alibi_slopes_H=None,
-        sink_H=sinks,
-        softmax_scale=dim**-0.5,
-        backend=backend,
-    )
-    check(ours.transpose(1, 2), theirs, (q, k, v, sinks))
 
 
 def test_rotation_equals_hf() -> None:

@@ -69,7 +69,8 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x = x.to(cos.dtype)
+    wide = torch.promote_types(x.dtype, cos.dtype)
+    x, cos, sin = x.to(wide), cos.to(wide), sin.to(wide)
     out = torch.empty_like(x)
     (first, second), (out_first, out_second) = x.chunk(2, -1), out.chunk(2, -1)
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)

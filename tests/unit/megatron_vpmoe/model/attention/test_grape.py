@@ -85,3 +85,9 @@ def test_slopes() -> None:
     torch.testing.assert_close(alibi_slopes(12, cpu), torch.tensor(expected))
     with torch.inference_mode():
         assert not alibi_slopes(7, cpu).is_inference()
+
+
+def test_fp64_inputs_are_not_narrowed_to_fp32_angles() -> None:
+    x = draw(2, 1, 1, 64)
+    angle = rotation_angles(torch.tensor([[1, 1999]]), rope_frequencies(64, BASE))
+    assert torch.equal(rotate(x, torch.zeros_like(angle)), x)
