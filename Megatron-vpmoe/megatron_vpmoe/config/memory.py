@@ -10,7 +10,7 @@ from megatron_vpmoe.config.schema import RunConfig
 from megatron_vpmoe.errors import DeviceError
 
 _FP32 = 4
-_LOGITS_CHUNK_BYTES = 128 * 2**20  # fp32 logits that the chunked cross-entropy holds at one time
+_LOGITS_CHUNK_BYTES = 128 * 2**20  # fp32 probabilities that the cross-entropy holds at one time
 _PROCESS_BYTES = 350 * 2**20  # interpreter, torch and megatron.core of one worker, as measured on Linux
 
 
@@ -78,6 +78,13 @@ def _activations(cfg: RunConfig, compute_bytes: int, on_cpu: bool) -> int:
     return -(-count // run) * kept_input + max(sum(whole[i : i + run]) for i in range(0, count, run))
 
 
+def _loss(cfg: RunConfig, compute_bytes: int) -> int:
+    """Bytes that the loss takes: a chunk's logits and probabilities, and the output projection's gradient."""
+    vocab, tokens = cfg.model.padded_vocab_size, cfg.training.micro_batch_size * cfg.data.seq_length
+    entries = min(tokens * vocab, _LOGITS_CHUNK_BYTES // _FP32)
+    return entries * (_FP32 + compute_bytes) + vocab * cfg.model.hidden_size * compute_bytes
+
+
 def memory_estimate(cfg: RunConfig, *, on_cpu: bool = False) -> MemoryEstimate:
     """Memory of one process of the run.
 
@@ -101,8 +108,7 @@ def memory_estimate(cfg: RunConfig, *, on_cpu: bool = False) -> MemoryEstimate:
             "gradients": local * _FP32,
             "optimizer state": optimizer,
             "activations": tokens * _activations(cfg, compute_bytes, on_cpu),
-            # The chunk itself, its log-probabilities and their gradient.
-            "logits": 3 * min(tokens * cfg.model.padded_vocab_size * _FP32, _LOGITS_CHUNK_BYTES),
+            "loss": _loss(cfg, compute_bytes),
             "process": _PROCESS_BYTES,
         }
     )

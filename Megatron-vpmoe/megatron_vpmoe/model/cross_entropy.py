@@ -1,44 +1,128 @@
-"""Cross-entropy over a large vocabulary: only the supervised positions, a bounded number of them at a time.
+"""Cross-entropy over a large vocabulary, a bounded number of tokens at a time, with its gradient made on the way.
 
-Shapes: N supervised positions, H hidden, V vocabulary.
+The logits of a chunk of tokens exist once. While they do, everything that depends on them is computed: the losses, the
+gradient of the hidden states, and the chunk's share of the gradient of the output projection. So nothing is kept for
+the backward pass but these gradients, and nothing is computed twice: three matrix products, as without chunks. It takes
+the weight of each token in the loss beforehand, since the projection's gradient sums over tokens; the backward pass
+then only multiplies by the gradient of the one number that came out.
+
+With the vocabulary split over tensor-parallel ranks each holds V columns of the logits. Ranks agree on each token's
+log-sum-exp by a maximum and a sum, and on its label's logit by a sum to which only the label's owner contributes.
+
+Shapes: N tokens, n tokens of a chunk, H hidden, V vocabulary on this rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-# fp32 logits of one chunk: bounds the extra memory at any vocabulary size.
+# fp32 probabilities of one chunk: bounds the extra memory at any vocabulary size.
 CHUNK_BYTES = 128 * 2**20
 
 
-def chunked_cross_entropy(
-    hidden_NH: Tensor, labels_N: Tensor, project: Callable[[Tensor], Tensor], vocab: int
-) -> Tensor:
-    """-log p(label) of every row.
+def weighted_cross_entropy(
+    hidden_NH: Tensor,
+    projection_VH: Tensor,
+    labels_N: Tensor,
+    weight_N: Tensor,
+    tp_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Σ weight · -log softmax(hidden · projectionᵀ)[label], and the terms without their weights.
 
-    Rows go through the output projection in chunks whose fp32 logits take at most CHUNK_BYTES; with more than one chunk
-    the logits are recomputed in the backward pass instead of kept.
+    Memory beyond inputs and gradients: the logits of a chunk in the dtype of the hidden states and their probabilities
+    in fp32, the latter at most CHUNK_BYTES. Under tensor parallelism the gradient of the hidden states is this rank's
+    part of a sum over ranks; the caller places the operation that sums it.
 
     Args:
-        hidden_NH: the final hidden states of the chosen positions, any floating dtype.
-        labels_N: int64.
-        project: hidden [n, H] -> logits [n, V].
-        vocab: V, for sizing the chunks.
+        hidden_NH: hidden states, any floating dtype; the same on all tensor-parallel ranks.
+        projection_VH: the output projection, or this rank's rows of it (rank r has r·V to (r + 1)·V - 1).
+        labels_N: int64, ids of the whole vocabulary.
+        weight_N: the weight of each token in the sum; takes no gradient.
+        tp_group: the ranks that split the vocabulary.
 
     Returns:
-        fp32 [N].
+        the weighted sum, 0-d and differentiable once, and each token's loss [N] without gradient; fp32 or wider.
     """
+    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden_NH, projection_VH))
+    return _WeightedCrossEntropy.apply(hidden_NH, projection_VH, labels_N, weight_N, tp_group, wanted)
 
-    def losses(hidden_nH: Tensor, labels_n: Tensor) -> Tensor:
-        return functional.cross_entropy(project(hidden_nH).float(), labels_n, reduction="none")
 
-    rows = max(1, CHUNK_BYTES // (4 * vocab))
-    if hidden_NH.shape[0] <= rows:
-        return losses(hidden_NH, labels_N)
-    chunks = zip(hidden_NH.split(rows), labels_N.split(rows), strict=True)
-    return torch.cat([checkpoint(losses, h, y, use_reentrant=False) for h, y in chunks])  # type: ignore[list-item]
+class _WeightedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, projection, labels, weight, tp_group, wanted):  # type: ignore[override]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        if tp_group is not None:
+            labels = labels - tp_group.rank() * projection.shape[0]
+        weight = weight.to(wide)
+        losses = weight.new_empty(labels.shape)
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        # Of no tokens the gradient is zero, not absent.
+        grad_projection = (torch.empty_like if len(labels) else torch.zeros_like)(projection) if wanted[1] else None
+
+        rows = max(1, min(len(labels), CHUNK_BYTES // (4 * projection.shape[0])))
+        logits = hidden.new_empty(rows, projection.shape[0])
+        probability = logits.new_empty(logits.shape, dtype=wide)
+        for begin in range(0, len(labels), rows):
+            chunk = slice(begin, begin + rows)
+            size = len(labels[chunk])
+            loss, gradient = _chunk(
+                hidden[chunk], projection, labels[chunk], weight[chunk], logits[:size], probability[:size], tp_group
+            )
+            losses[chunk] = loss
+            if grad_hidden is not None:
+                torch.mm(gradient, projection, out=grad_hidden[chunk])
+            if grad_projection is not None:
+                grad_projection.addmm_(gradient.t(), hidden[chunk], beta=1 if begin else 0)
+        ctx.gradients = grad_hidden, grad_projection
+        ctx.mark_non_differentiable(losses)
+        return (losses * weight).sum(), losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):  # type: ignore[override]
+        if ctx.gradients is None:
+            raise RuntimeError("the gradient of weighted_cross_entropy can be taken once: it has been handed out")
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if x is None else x.mul_(grad) for x in gradients), None, None, None, None
+
+
+def _chunk(
+    hidden_nH: Tensor,
+    projection_VH: Tensor,
+    labels_n: Tensor,
+    weight_n: Tensor,
+    logits_nV: Tensor,
+    probability_nV: Tensor,
+    tp_group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """Losses [n] of a chunk and the gradient of their weighted sum by the logits [n, V]; overwrites both buffers.
+
+    The gradient is weight · (p - [label]), in the dtype of the hidden states. At the label it is weight · (exp(-loss)
+    - 1) to full precision: of a token that is nearly certain little more than rounding would be left otherwise.
+    """
+    torch.mm(hidden_nH, projection_VH.t(), out=logits_nV)
+    torch.softmax(logits_nV, dim=-1, dtype=probability_nV.dtype, out=probability_nV)
+    largest = logits_nV.amax(-1).to(probability_nV.dtype)
+    # The largest logit has probability 1 / Σ exp(x - largest): the sum, without another pass that exponentiates.
+    own_sum = 1.0 / probability_nV.amax(-1)
+    is_mine = (labels_n >= 0) & (labels_n < projection_VH.shape[0])
+    own_label = torch.where(is_mine, labels_n, 0).unsqueeze(-1)
+    label_logit = logits_nV.gather(-1, own_label).squeeze(-1).to(largest.dtype)
+    if tp_group is None or tp_group.size() == 1:
+        loss, share = own_sum.log() + (largest - label_logit), 1.0
+    else:
+        own_largest = largest.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=tp_group)
+        own_sum *= torch.exp(own_largest - largest)
+        sums = torch.stack([own_sum, torch.where(is_mine, largest - label_logit, 0.0)])
+        dist.all_reduce(sums, group=tp_group)
+        loss, share = sums[0].log() + sums[1], own_sum / sums[0]
+
+    probability_nV.mul_((weight_n * share).unsqueeze(-1))
+    at_label = torch.where(is_mine, weight_n * torch.expm1(-loss), probability_nV.gather(-1, own_label).squeeze(-1))
+    probability_nV.scatter_(-1, own_label, at_label.unsqueeze(-1))
+    return loss, probability_nV if logits_nV.dtype == probability_nV.dtype else logits_nV.copy_(probability_nV)
+

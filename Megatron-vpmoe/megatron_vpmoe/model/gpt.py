@@ -13,13 +13,17 @@ from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.enums import ModelType
 from torch import Tensor
 
 from megatron_vpmoe.model.attention.kv_cache import KVCache
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.block import VPTransformerBlock
-from megatron_vpmoe.model.cross_entropy import chunked_cross_entropy
+from megatron_vpmoe.model.cross_entropy import weighted_cross_entropy
 from megatron_vpmoe.model.layer_specs import block_spec
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 
@@ -38,15 +42,28 @@ class ModelOutput:
         """Logits of every position, [B, S, V] in the model's dtype."""
         return self.model.project(self.hidden_BSH)
 
-    def cross_entropy(self, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        """-log p(label) at the positions where the mask holds, in row-major order; fp32 [mask.sum()].
+    def cross_entropy(self, labels_BS: Tensor, mask_BS: Tensor, weight_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted sum of -log p(label) over the positions where the mask holds, and its terms without weights.
 
         Args:
             labels_BS: int64.
             mask_BS: bool.
+            weight_BS: fp32, the weight of each position in the sum; takes no gradient.
+
+        Returns:
+            fp32 0-d, differentiable once; fp32 [mask.sum()] in row-major order, without gradient.
         """
-        return chunked_cross_entropy(
-            self.hidden_BSH[mask_BS], labels_BS[mask_BS], self.model.project, self.model.vocab_size
+        model, tp_group = self.model, self.model.pg_collection.tp
+        hidden_BSH = self.hidden_BSH
+        # Each tensor-parallel rank makes the part of the hidden states' gradient that comes from its own words.
+        if model.config.sequence_parallel:
+            hidden_SBH = hidden_BSH.transpose(0, 1)
+            hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, group=tp_group)  # backward: reduce-scatter
+            hidden_NH = hidden_SBH.transpose(0, 1)[mask_BS]
+        else:
+            hidden_NH = copy_to_tensor_model_parallel_region(hidden_BSH[mask_BS], group=tp_group)  # all-reduce
+        return weighted_cross_entropy(
+            hidden_NH, model.output_weight(), labels_BS[mask_BS], weight_BS[mask_BS], tp_group
         )
 
 
@@ -96,10 +113,15 @@ class VPModel(LanguageModule):
     def set_input_tensor(self, _input_tensor: object) -> None:
         """Megatron-Core's schedules hand every stage its input; the only stage takes its own from the batch."""
 
+    def output_weight(self) -> Tensor:
+        """The output projection's matrix, [V, H]; under tensor parallelism this rank's rows."""
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return cast("Tensor", weight)
+
     def project(self, hidden: Tensor) -> Tensor:
         """The output projection, [..., H] -> [..., V]."""
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(hidden, weight=weight)[0]
+        return self.output_layer(hidden, weight=self.output_weight())[0]
 
     def forward(self, tokens_BS: Tensor, layout: SequenceLayout, kv_cache: KVCache | None = None) -> ModelOutput:
         """One pass over packed rows, or over the next tokens of rows whose past is in the cache.

@@ -16,8 +16,15 @@ from megatron_vpmoe.data.batch import Batch
 class TokenLosses(Protocol):
     """What an objective needs of a model output."""
 
-    def cross_entropy(self, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        """-log p(label) where the mask holds, in row-major order; fp32 [mask.sum()]."""
+    def cross_entropy(self, labels_BS: Tensor, mask_BS: Tensor, weight_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ weight · -log p(label) where the mask holds, and each -log p(label).
+
+        The weights come first because the gradient of an output projection is a sum over tokens: with them it can be
+        made while logits exist, which are then neither kept nor computed twice.
+
+        Returns:
+            fp32 0-d, differentiable; fp32 [mask.sum()] in row-major order, without gradient.
+        """
         ...
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from megatron_vpmoe.data.batch import Batch, Span
 from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.objectives.interface import ObjectiveResult, TokenLosses
@@ -59,15 +61,15 @@ class SpanCE:
 
     def __call__(self, output: TokenLosses, batch: Batch, totals: dict[str, float]) -> ObjectiveResult:
         """See ``Objective``; ``totals`` holds ``tokens/analysis`` and ``tokens/final``."""
-        losses = output.cross_entropy(batch.labels, batch.loss_mask)
-        spans = batch.span_id[batch.loss_mask]
+        share = {name: 1.0 / max(totals[f"tokens/{name}"], 1.0) for name in _SPANS}
+        of_span = torch.zeros(len(Span), device=batch.labels.device)
+        of_span[Span.ANALYSIS] = self.weight_analysis * share["analysis"]
+        of_span[Span.FINAL] = self.weight_final * share["final"]
         # The sum over no tokens is a zero that hangs on the graph: a micro-batch without supervised tokens still has a
         # gradient (of zero), and its rank takes part in the gradient exchange.
-        means = {
-            name: losses[spans == span].sum() / max(totals[f"tokens/{name}"], 1.0) for name, span in _SPANS.items()
-        }
-        loss = self.weight_analysis * means["analysis"] + self.weight_final * means["final"]
-        metrics = {f"loss/{name}": mean.detach() for name, mean in means.items()}
+        loss, losses = output.cross_entropy(batch.labels, batch.loss_mask, of_span[batch.span_id.long()])
+        spans = batch.span_id[batch.loss_mask]
+        metrics = {f"loss/{name}": losses[spans == span].sum() * share[name] for name, span in _SPANS.items()}
         return ObjectiveResult(loss, {"loss/total": loss.detach(), **metrics})
 
     def summary(self, totals: dict[str, float]) -> dict[str, float]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.objectives.interface import ObjectiveResult, TokenLosses
 
@@ -35,8 +37,9 @@ class TokenCE:
     def __call__(self, output: TokenLosses, batch: Batch, totals: dict[str, float]) -> ObjectiveResult:
         """See ``Objective``; ``totals`` holds ``tokens/supervised``."""
         # The sum over no tokens is a zero that hangs on the graph, so every rank takes part in the gradient exchange.
-        losses = output.cross_entropy(batch.labels, batch.loss_mask)
-        loss = losses.sum() / max(totals["tokens/supervised"], 1.0)
+        share = 1.0 / max(totals["tokens/supervised"], 1.0)
+        weight = torch.full(batch.labels.shape, share, device=batch.labels.device)
+        loss, _ = output.cross_entropy(batch.labels, batch.loss_mask, weight)
         return ObjectiveResult(loss, {"loss/total": loss.detach()})
 
     def summary(self, totals: dict[str, float]) -> dict[str, float]:

@@ -81,7 +81,7 @@ def step(**changes: object) -> Step:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = model(batch.tokens, SequenceLayout(batch.document_id, batch.position_ids))
     saved = sum(storage.nbytes() for storage in storages.values())
-    loss = output.cross_entropy(batch.labels, batch.loss_mask).sum()
+    loss, _ = output.cross_entropy(batch.labels, batch.loss_mask, torch.ones(batch.labels.shape))
     loss.backward()
     routers = [(name, module) for name, module in model.named_modules() if isinstance(module, VPMoERouter)]
     return Step(

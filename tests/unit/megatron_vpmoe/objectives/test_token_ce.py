@@ -22,8 +22,9 @@ class Logits:
     def __init__(self, logits_BSV: Tensor) -> None:
         self.logits_BSV = logits_BSV
 
-    def cross_entropy(self, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        return functional.cross_entropy(self.logits_BSV[mask_BS].float(), labels_BS[mask_BS], reduction="none")
+    def cross_entropy(self, labels_BS: Tensor, mask_BS: Tensor, weight_BS: Tensor) -> tuple[Tensor, Tensor]:
+        losses = functional.cross_entropy(self.logits_BSV[mask_BS].float(), labels_BS[mask_BS], reduction="none")
+        return (losses * weight_BS[mask_BS]).sum(), losses.detach()
 
 
 def logits_for(batch: Batch) -> Tensor:
