@@ -3,8 +3,8 @@
 "plain" projects every position and takes torch's cross-entropy of the fp32 logits, weighted by the loss mask.
 "plain, supervised" projects the supervised positions only. Both make the gradients of hidden states and projection.
 
-Every round runs each side once, in an order that rotates, and forms the ratios within the round. Memory is the peak over
-what was there before: of the allocator on a GPU, of the process on Linux (resident set, reset before each run).
+Every round runs each side once, in an order that rotates, and forms the ratios within the round. Memory is the peak
+over what was there before: of the allocator on a GPU, of the process on Linux (resident set, reset before each run).
 
     python scripts/bench/cross_entropy.py --hidden 1024 --supervised 60
     python scripts/bench/cross_entropy.py --hidden 128 --supervised 100 --bf16
@@ -117,7 +117,9 @@ def main() -> None:
             else:
                 (other_loss, other_gradients), *_ = results.values()
                 apart = [float((a - b).norm() / b.norm()) for a, b in zip(gradients, other_gradients, strict=True)]
-                print(f"{name} against {next(iter(results))}: loss {abs(loss - other_loss):.1e} apart, gradients {apart}")
+                print(
+                    f"{name} against {next(iter(results))}: loss {abs(loss - other_loss):.1e} apart, gradients {apart}"
+                )
             del gradients
         results.clear()
 

@@ -125,4 +125,3 @@ def _chunk(
     at_label = torch.where(is_mine, weight_n * torch.expm1(-loss), probability_nV.gather(-1, own_label).squeeze(-1))
     probability_nV.scatter_(-1, own_label, at_label.unsqueeze(-1))
     return loss, probability_nV if logits_nV.dtype == probability_nV.dtype else logits_nV.copy_(probability_nV)
-

@@ -102,7 +102,7 @@ def test_an_absent_span_contributes_nothing_and_is_reported():
     batch.loss_mask[batch.span_id == 2] = False
     totals = totals_of(objective, [batch])
     result = objective(Logits(logits_for(batch)), batch, totals)
-    assert result.loss.isfinite() and float(result.loss) == pytest.approx(float(result.metrics["loss/analysis"]))
+    assert result.loss.isfinite() and result.loss.item() == pytest.approx(float(result.metrics["loss/analysis"]))
     assert float(result.metrics["loss/final"]) == 0.0
     summary = objective.summary(totals)
     assert summary["tokens/final"] == 0 and summary["weight/final"] == 0.0
