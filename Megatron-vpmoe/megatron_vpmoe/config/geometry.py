@@ -52,7 +52,7 @@ def _projection_rows(cfg: RunConfig, layer_number: int) -> dict[str, int]:
     """Output rows of the matrices that make q, k and v, by name."""
     m = cfg.model
     heads, groups = m.num_attention_heads, m.num_query_groups
-    if m.tpa and not cfg.is_global_layer(layer_number):
+    if cfg.is_tpa_layer(layer_number):
         return {
             "linear_tpa_a": heads * m.tpa_q_rank + 2 * groups * m.tpa_rank,
             "linear_tpa_b": (m.tpa_q_rank + 2 * m.tpa_rank) * m.kv_channels,
@@ -63,7 +63,6 @@ def _projection_rows(cfg: RunConfig, layer_number: int) -> dict[str, int]:
 def attention_parameters(cfg: RunConfig, layer_number: int) -> int:
     """Parameters of the attention of layer ``layer_number`` (from 1), its QK-norms and scalars included."""
     m = cfg.model
-    is_global = cfg.is_global_layer(layer_number)
     rows = _projection_rows(cfg, layer_number)
     count = sum(rows.values()) * m.hidden_size
     if "linear_tpa_a" in rows and m.tpa_factor_bias:
@@ -75,7 +74,7 @@ def attention_parameters(cfg: RunConfig, layer_number: int) -> int:
         count += 2 * m.kv_channels
     if m.softmax_type == "learnable":
         count += m.num_attention_heads
-    if not is_global and m.local_position_embedding == "grape_m":
+    if cfg.position_embedding(layer_number) == "grape_m":
         count += m.kv_channels // 2
     if m.value_residual and layer_number > 1:
         count += 1

@@ -1,4 +1,7 @@
-"""Rules between fields: what the type of a single field cannot say, checked together before anything is allocated."""
+"""Rules between fields: what the type of a single field cannot say, checked together before anything is allocated.
+
+Those of the architecture are a table of their own, ``combinations``.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from megatron_vpmoe.config.blend import blend_problems
+from megatron_vpmoe.config.combinations import REFUSALS
 from megatron_vpmoe.config.recomputation import recomputation_problems
 from megatron_vpmoe.config.schema import RunConfig
 
@@ -21,30 +25,22 @@ class Problem(NamedTuple):
 Findings = Iterator[Problem]
 
 
-def _attention(cfg: RunConfig) -> Findings:
-    m = cfg.model
-    if m.num_attention_heads % m.num_query_groups:
-        yield Problem(
-            ("num_attention_heads", "num_query_groups"),
-            f"{m.num_attention_heads} heads cannot be shared out evenly over {m.num_query_groups} groups",
-        )
-    if m.kv_channels % 2:
-        yield Problem(("kv_channels",), f"{m.kv_channels} is odd; rotations act on pairs of channels")
-    kinds = {cfg.is_global_layer(n) for n in range(1, m.num_layers + 1)}
-    if m.tpa and False not in kinds:
-        yield Problem(
-            ("tpa", "window_size", "window_attn_skip_freq"),
-            "tensor product attention is for local layers and this schedule has none; set tpa to false",
-        )
-    if m.window_size is not None and m.window_size > cfg.data.seq_length:
-        yield Problem(
-            ("window_size", "seq_length"),
-            f"a window of {m.window_size} never ends within {cfg.data.seq_length} tokens; lower it or set null",
-        )
-    if m.attention_backend == "banded" and True in kinds:
+def _architecture(cfg: RunConfig) -> Findings:
+    yield from (Problem(refusal.names, refusal.text(cfg)) for refusal in REFUSALS if refusal.applies(cfg))
+
+
+def _backend(cfg: RunConfig) -> Findings:
+    if cfg.model.attention_backend != "banded":
+        return
+    layers = range(1, cfg.model.num_layers + 1)
+    if any(cfg.is_global_layer(n) for n in layers):
         yield Problem(
             ("attention_backend", "window_size", "window_attn_skip_freq"),
             "banded serves layers with a window only and the schedule has global layers; use auto",
+        )
+    elif any(cfg.position_embedding(n) == "grape_a" for n in layers):
+        yield Problem(
+            ("attention_backend", "local_position_embedding"), "banded has no bias on distance (grape_a); use auto"
         )
 
 
@@ -53,25 +49,6 @@ def _experts(cfg: RunConfig) -> Findings:
     experts = moe.num_experts
     if experts is None:
         return
-    if moe.moe_router_topk > experts:
-        yield Problem(("moe_router_topk", "num_experts"), f"cannot choose {moe.moe_router_topk} of {experts} experts")
-    yield from _expert_groups(cfg, experts)
-    if moe.moe_router_enable_expert_bias and moe.moe_router_score_function != "sigmoid":
-        yield Problem(
-            ("moe_router_enable_expert_bias", "moe_router_score_function"),
-            "the expert bias needs sigmoid scores; use sigmoid or switch the bias off",
-        )
-    if cfg.model.activation == "swiglu":
-        yield Problem(("activation", "num_experts"), "routed experts have no gate; use squared_relu")
-    if moe.first_layer_dense and cfg.model.num_layers == 1:
-        yield Problem(("first_layer_dense", "num_layers"), "the only layer is dense, so no expert would ever be used")
-    width = 8 if cfg.training.bf16 else 4
-    if cfg.model.hidden_size % width or moe.moe_ffn_hidden_size % width:
-        yield Problem(
-            ("hidden_size", "moe_ffn_hidden_size"),
-            f"the experts' grouped product wants rows of whole 16 bytes: sizes {cfg.model.hidden_size} and "
-            f"{moe.moe_ffn_hidden_size} must be multiples of {width}",
-        )
     for name in ("moe_permute_fusion", "moe_router_fusion"):
         if getattr(moe, name) and importlib.util.find_spec("transformer_engine") is None:
             yield Problem((name,), "is a TransformerEngine kernel and TransformerEngine is not installed; set false")
@@ -80,31 +57,6 @@ def _experts(cfg: RunConfig) -> Findings:
         total = experts * sum(cfg.is_moe_layer(n) for n in range(1, cfg.model.num_layers + 1))
         if limit is not None and limit > total:
             yield Problem((name, "num_experts"), f"{limit} is never reached: the model has {total} routed experts")
-
-
-def _expert_groups(cfg: RunConfig, experts: int) -> Findings:
-    moe = cfg.moe
-    groups, group_topk = moe.moe_router_num_groups, moe.moe_router_group_topk
-    names = ("moe_router_num_groups", "moe_router_group_topk")
-    if groups is None or group_topk is None:
-        if groups != group_topk:
-            yield Problem(names, f"{groups} and {group_topk}: give both or set both to null")
-        return
-    if experts % groups:
-        yield Problem(("num_experts", names[0]), f"{experts} experts cannot be divided into {groups} equal groups")
-    if group_topk > groups:
-        yield Problem(names, f"cannot choose {group_topk} of {groups} groups")
-    if moe.moe_router_topk % group_topk:
-        yield Problem(
-            ("moe_router_topk", names[1]),
-            f"a group is scored by its topk / group_topk best experts, and {moe.moe_router_topk} / {group_topk} "
-            "is not a whole number",
-        )
-    elif group_topk <= groups and moe.moe_router_topk > group_topk * (experts // groups):
-        yield Problem(
-            ("moe_router_topk", *names),
-            f"{group_topk} groups of {experts // groups} experts do not hold {moe.moe_router_topk}",
-        )
 
 
 def _schedule(cfg: RunConfig) -> Findings:
@@ -197,7 +149,8 @@ def _recomputation(cfg: RunConfig) -> Findings:
 
 
 _RULES: tuple[Callable[[RunConfig], Findings], ...] = (
-    _attention,
+    _architecture,
+    _backend,
     _experts,
     _schedule,
     _intervals,

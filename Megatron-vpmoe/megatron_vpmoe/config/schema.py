@@ -75,6 +75,15 @@ class RunConfig(Section):
             return False
         return not (layer_number == 1 and self.moe.first_layer_dense)
 
+    def position_embedding(self, layer_number: int) -> str:
+        """How layer ``layer_number`` (from 1) knows positions: grape_m, grape_a, rope or none."""
+        is_global = self.is_global_layer(layer_number)
+        return self.model.global_position_embedding if is_global else self.model.local_position_embedding
+
+    def is_tpa_layer(self, layer_number: int) -> bool:
+        """Whether layer ``layer_number`` (from 1) has tensor-product projections."""
+        return self.model.tpa and not self.is_global_layer(layer_number)
+
     def to_yaml(self) -> str:
         """The resolved configuration as YAML; loading it gives an equal configuration."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=120)

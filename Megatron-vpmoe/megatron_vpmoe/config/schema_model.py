@@ -6,6 +6,8 @@ from typing import Literal
 
 from megatron_vpmoe.config.schema_section import Amount, Count, PositiveFloat, Section
 
+PositionEmbedding = Literal["grape_m", "grape_a", "rope", "none"]
+
 
 class ModelSection(Section):
     """Geometry, positions and attention of the transformer."""
@@ -45,11 +47,12 @@ class ModelSection(Section):
     window_size: Count | None = 128
     """Tokens that a local layer sees, the current one included; null: no window, every layer is global."""
     window_attn_skip_freq: Count = 4
-    """Layer n (from 1) is global iff n is a multiple of this; 1 makes every layer global."""
-    local_position_embedding: Literal["grape_m", "rope"] = "grape_m"
-    """Positions in local layers: learned-frequency rotation (GRAPE-M) or RoPE."""
-    global_position_embedding: Literal["grape_a", "rope", "none"] = "grape_a"
-    """Positions in global layers: additive distance bias (GRAPE-A, the ALiBi slopes), RoPE or none."""
+    """Layer n (from 1) is global iff n is a multiple of this; idle without a window."""
+    local_position_embedding: PositionEmbedding = "grape_m"
+    """Positions in local layers: rotation by learned frequencies (GRAPE-M), RoPE, additive distance bias (GRAPE-A, the
+    ALiBi slopes) or none."""
+    global_position_embedding: PositionEmbedding = "grape_a"
+    """The same for global layers."""
     rotary_base: PositiveFloat = 1_000_000.0
     """Base of the rotation frequencies of RoPE, and of GRAPE-M at initialisation."""
     grapem_log_freq_scale: PositiveFloat = 16.0
@@ -82,7 +85,7 @@ class MoeSection(Section):
     first_layer_dense: bool = True
     """Give layer 1 a dense feed-forward layer instead of experts."""
     moe_router_load_balancing_type: Literal["seq_aux_loss", "none"] = "seq_aux_loss"
-    """Balancing loss: over each sequence, over the micro-batch, or none."""
+    """Balancing loss: over each sequence, or none."""
     moe_aux_loss_coeff: Amount = 1e-4
     """Weight of the balancing loss."""
     moe_router_score_function: Literal["sigmoid", "softmax"] = "sigmoid"

@@ -164,7 +164,8 @@ class VPSelfAttention(MegatronModule):
 
     def backend_name(self, device: torch.device) -> str:
         """The attention backend that runs this layer's whole sequences on ``device``."""
-        return select_backend(self.config.attention_backend_name, window=self.window, device=device)
+        alibi = self.position_embedding == "grape_a"
+        return select_backend(self.config.attention_backend_name, window=self.window, device=device, alibi=alibi)
 
     def forward(
         self,

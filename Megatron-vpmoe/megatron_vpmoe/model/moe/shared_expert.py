@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import cast
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -30,10 +31,13 @@ class VPSharedExpert(MLP):
                 source="moe_shared_expert_gate",
                 remedy="leave it off",
             )
+        # Upstream's MLP takes the second matrix's width from the configuration, whatever width it is handed.
+        own_config = copy.copy(config)
+        own_config.ffn_hidden_size = cast(int, config.moe_shared_expert_intermediate_size)
         super().__init__(
-            config=config,
+            config=own_config,
             submodules=submodules,
-            ffn_hidden_size=cast(int, config.moe_shared_expert_intermediate_size),
+            ffn_hidden_size=own_config.ffn_hidden_size,
             tp_group=pg_collection.tp,
         )
 

@@ -24,18 +24,24 @@ from megatron_vpmoe.model.attention.masks import SequenceLayout
 BACKENDS = ("reference", "banded", "sdpa")
 
 
-def select_backend(requested: str, *, window: int | None, device: torch.device) -> str:
+def select_backend(requested: str, *, window: int | None, device: torch.device, alibi: bool = False) -> str:
     """The backend that runs a layer: ``requested``, or for "auto" the fastest that can.
 
+    Args:
+        requested: "auto" or a backend's name.
+        window: the layer's; None: it is global.
+        device: where it runs.
+        alibi: the layer adds a bias on distance to its scores.
+
     Raises:
-        ConfigError: the backend does not exist, or cannot run a layer without a window.
+        ConfigError: the backend does not exist, or cannot run a layer without a window or with a bias.
         DeviceError: the backend cannot run on this device.
     """
     on_cpu = device.type == "cpu"
     if requested == "auto":
         if not on_cpu:
             return "reference"
-        return "sdpa" if window is None else "banded"
+        return "sdpa" if window is None or alibi else "banded"
     if requested not in BACKENDS:
         raise ConfigError(
             f"there is no attention backend {requested!r}",
@@ -47,6 +53,12 @@ def select_backend(requested: str, *, window: int | None, device: torch.device) 
             "the attention backend 'banded' needs a window and cannot run a global layer",
             source="attention_backend",
             remedy="attention_backend: auto takes banded for local layers and another for global ones",
+        )
+    if requested == "banded" and alibi:
+        raise ConfigError(
+            "the attention backend 'banded' has no bias on distance (grape_a)",
+            source="attention_backend",
+            remedy="attention_backend: auto",
         )
     if requested != "reference" and not on_cpu:
         raise DeviceError(

@@ -195,6 +195,7 @@ def test_banded_never_holds_all_pairs() -> None:
 def test_auto_takes_the_fastest_that_can() -> None:
     assert select_backend("auto", window=128, device=CPU) == "banded"
     assert select_backend("auto", window=None, device=CPU) == "sdpa"
+    assert select_backend("auto", window=128, device=CPU, alibi=True) == "sdpa"
     assert select_backend("auto", window=128, device=torch.device("cuda")) == "reference"
     assert select_backend("reference", window=128, device=CPU) == "reference"
 
@@ -202,6 +203,8 @@ def test_auto_takes_the_fastest_that_can() -> None:
 def test_impossible_backends_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="'banded' needs a window"):
         select_backend("banded", window=None, device=CPU)
+    with pytest.raises(ConfigError, match="'banded' has no bias on distance"):
+        select_backend("banded", window=4, device=CPU, alibi=True)
     with pytest.raises(DeviceError, match="'banded' runs on the CPU only"):
         select_backend("banded", window=4, device=torch.device("cuda"))
     with pytest.raises(ConfigError, match="no attention backend 'fastest'"):

@@ -1,0 +1,255 @@
+"""The grid of all architectures: each combination builds and learns, or is refused by a message that names its fields.
+
+The full product is walked where it costs microseconds, on the rules. Models are built, run and differentiated for a
+selection in which every pair of values that the rules allow together occurs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vpmoe.config import RunConfig, parameter_count
+from megatron_vpmoe.config.combinations import REFUSALS, Refusal
+from megatron_vpmoe.config.rules import find_problems
+from megatron_vpmoe.config.schema import fields
+from megatron_vpmoe.model.attention.masks import SequenceLayout
+from megatron_vpmoe.model.builder import build_model
+from megatron_vpmoe.model.gpt import VPModel
+from tests.tiny import random_batch, tiny_config
+
+POSITIONS = ("grape_m", "grape_a", "rope", "none")
+SWITCH = (False, True)
+
+# Each axis is a name and its values; a value sets one field or several.
+AXES: dict[str, tuple[dict[str, Any], ...]] = {
+    "schedule": (
+        {"window_size": None, "window_attn_skip_freq": 2},
+        {"window_size": 4, "window_attn_skip_freq": 1},
+        {"window_size": 4, "window_attn_skip_freq": 2},
+        {"window_size": 4, "window_attn_skip_freq": 9},
+    ),
+    "local positions": tuple({"local_position_embedding": kind} for kind in POSITIONS),
+    "global positions": tuple({"global_position_embedding": kind} for kind in POSITIONS),
+    "projections": (
+        {"tpa": False},
+        {"tpa": True, "tpa_rank": 2, "tpa_q_rank": 4, "tpa_factor_bias": True},
+        {"tpa": True, "tpa_rank": 1, "tpa_q_rank": 3, "tpa_factor_bias": False},
+    ),
+    "softmax": ({"softmax_type": "learnable"}, {"softmax_type": "vanilla"}),
+    "value residual": tuple({"value_residual": on} for on in SWITCH),
+    "activation": ({"activation": "squared_relu"}, {"activation": "swiglu"}),
+    "linear biases": tuple({"add_bias_linear": on} for on in SWITCH),
+    "QKV biases": tuple({"add_qkv_bias": on} for on in SWITCH),
+    "QK-norm": tuple({"qk_layernorm": on} for on in SWITCH),
+    "embeddings": tuple({"untie_embeddings_and_output_weights": on} for on in SWITCH),
+    "experts": (
+        {"num_experts": None},
+        {"num_experts": 8, "first_layer_dense": True},
+        {"num_experts": 8, "first_layer_dense": False},
+    ),
+    "layers": ({"num_layers": 1}, {"num_layers": 3}),
+    "backend": tuple({"attention_backend": name} for name in ("auto", "reference", "sdpa")),
+}
+ROUTING: dict[str, tuple[dict[str, Any], ...]] = {
+    "groups": (
+        {"moe_router_num_groups": 4, "moe_router_group_topk": 2},
+        {"moe_router_num_groups": None, "moe_router_group_topk": None},
+        {"moe_router_num_groups": 4, "moe_router_group_topk": None},
+        {"moe_router_num_groups": 3, "moe_router_group_topk": 1},
+        {"moe_router_num_groups": 2, "moe_router_group_topk": 4},
+        {"moe_router_num_groups": 8, "moe_router_group_topk": 1},
+    ),
+    "top-k": tuple({"moe_router_topk": k} for k in (1, 2, 3, 9)),
+    "scores": ({"moe_router_score_function": "sigmoid"}, {"moe_router_score_function": "softmax"}),
+    "expert bias": tuple({"moe_router_enable_expert_bias": on} for on in SWITCH),
+    "balance loss": tuple({"moe_router_load_balancing_type": kind} for kind in ("seq_aux_loss", "none")),
+    "shared expert": tuple({"moe_shared_expert_intermediate_size": width} for width in (48, None)),
+    "logits": tuple({"moe_router_dtype": dtype} for dtype in ("fp32", None)),
+    "dispatcher": tuple({"moe_token_dispatcher_type": name} for name in ("auto", "alltoall", "allgather")),
+    "activation": ({"activation": "squared_relu"}, {"activation": "swiglu"}),
+    "linear biases": tuple({"add_bias_linear": on} for on in SWITCH),
+}
+GRIDS = {"architecture": AXES, "routing": ROUTING}
+
+Axes = dict[str, tuple[dict[str, Any], ...]]
+Row = tuple[int, ...]
+"""One combination: the index of the value that each axis has."""
+
+
+def base_config() -> RunConfig:
+    # At the usual init_method_std of 0.02 a squared ReLU this small leaves gradients that round to nothing.
+    return tiny_config(num_layers=3, window_size=4, window_attn_skip_freq=2, seq_length=16, init_method_std=0.2)
+
+
+BASE = base_config()
+
+
+def changed(cfg: RunConfig, values: dict[str, Any]) -> RunConfig:
+    """``cfg`` with some fields replaced, before any rule between fields."""
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        sections.setdefault(fields()[name].section, {})[name] = value
+    return cfg.model_copy(
+        update={section: getattr(cfg, section).model_copy(update=update) for section, update in sections.items()}
+    )
+
+
+def config_of(axes: Axes, row: Row) -> RunConfig:
+    values = {name: value for axis, i in zip(axes.values(), row, strict=True) for name, value in axis[i].items()}
+    return changed(BASE, values)
+
+
+def refusals(cfg: RunConfig) -> list[Refusal]:
+    return [refusal for refusal in REFUSALS if refusal.applies(cfg)]
+
+
+def is_read(axis: tuple[dict[str, Any], ...]) -> bool:
+    """Whether any refusal names a field of the axis."""
+    return any(name in refusal.names for refusal in REFUSALS for value in axis for name in value)
+
+
+def core_rows(axes: Axes) -> Iterator[Row]:
+    """The full product of the axes that refusals read; the others stay at their first value."""
+    yield from itertools.product(*(range(len(axis)) if is_read(axis) else (0,) for axis in axes.values()))
+
+
+@pytest.fixture(scope="module")
+def core(request: pytest.FixtureRequest) -> dict[Row, list[Refusal]]:
+    axes = GRIDS[request.param]
+    return {row: refusals(config_of(axes, row)) for row in core_rows(axes)}
+
+
+def random_row(axes: Axes, generator: random.Random) -> Row:
+    return tuple(generator.randrange(len(axis)) for axis in axes.values())
+
+
+def pairs_of(row: Row) -> set[tuple[tuple[int, int], ...]]:
+    return set(itertools.combinations(enumerate(row), 2))
+
+
+def covering_rows(axes: Axes, accepted: list[Row]) -> tuple[list[Row], set]:
+    """Few accepted rows with every pair of values that any accepted row has, and the pairs that none has; greedy.
+
+    ``accepted`` are core rows; axes that no refusal reads are free.
+    """
+    generator = random.Random(0)
+    sizes = [range(len(axis)) for axis in axes.values()]
+    free = [not is_read(axis) for axis in axes.values()]
+    rows: list[Row] = []
+    missing = {((i, a), (j, b)) for (i, x), (j, y) in itertools.combinations(enumerate(sizes), 2) for a in x for b in y}
+    never = set()
+    while missing:
+        pair = min(missing)
+        wanted = dict(pair)
+        fitting = [row for row in accepted if all(free[i] or row[i] == v for i, v in pair)]
+        if not fitting:
+            missing.remove(pair)
+            never.add(pair)
+            continue
+        candidates = [
+            tuple(
+                wanted.get(i, generator.choice(sizes[i])) if free[i] else value
+                for i, value in enumerate(generator.choice(fitting))
+            )
+            for _ in range(40)
+        ]
+        best = max(candidates, key=lambda row: len(missing & pairs_of(row)))
+        rows.append(best)
+        missing -= pairs_of(best)
+    return rows, never
+
+
+@pytest.mark.parametrize("core", GRIDS, indirect=True)
+def test_a_refusal_names_the_fields_that_decide(core: dict[Row, list[Refusal]], request: pytest.FixtureRequest) -> None:
+    """Whatever the rest is: with the named fields at values that go together, the refusal is gone."""
+    axes = GRIDS[request.node.callspec.params["core"]]
+    assert any(core.values()) and not all(core.values())
+    for row, found in core.items():
+        cfg = config_of(axes, row)
+        for refusal in found:
+            original = {n: getattr(getattr(BASE, fields()[n].section), n) for n in refusal.names}
+            assert not refusal.applies(changed(cfg, original)), (refusal.names, cfg.model, cfg.moe)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_refusal_reads_no_other_axis(grid: str) -> None:
+    """Which is why the product of the axes that refusals name is the full product."""
+    axes, generator = GRIDS[grid], random.Random(1)
+    for _ in range(1000):
+        row = random_row(axes, generator)
+        plain = tuple(i if is_read(axis) else 0 for i, axis in zip(row, axes.values(), strict=True))
+        assert refusals(config_of(axes, row)) == refusals(config_of(axes, plain))
+
+
+def run(cfg: RunConfig) -> tuple[VPModel, float]:
+    """Build, one forward and backward pass; the model with its gradients, and the loss."""
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+    batch = random_batch(2, cfg.data.seq_length, cfg.model.padded_vocab_size, seed=0)
+    output = model(batch.tokens, SequenceLayout(batch.document_id, batch.position_ids))
+    loss = output.cross_entropy(batch.labels, batch.loss_mask).mean()
+    loss.backward()
+    return model, loss.item()
+
+
+@pytest.mark.parametrize("core", GRIDS, indirect=True)
+def test_every_accepted_pair_of_choices_learns(
+    core: dict[Row, list[Refusal]], request: pytest.FixtureRequest, single_process: None
+) -> None:
+    axes = GRIDS[request.node.callspec.params["core"]]
+    rows, never = covering_rows(axes, [row for row, found in core.items() if not found])
+    for (i, a), (j, b) in never:  # no combination has this pair, so a refusal reads one of its two fields or both
+        (first, second) = (list(axes.values())[k][v] for k, v in ((i, a), (j, b)))
+        read = [(k, v) for k, v in ((i, a), (j, b)) if is_read(list(axes.values())[k])]
+        with_pair = [found for row, found in core.items() if all(row[k] == v for k, v in read)]
+        assert with_pair and all(with_pair), (first, second)
+        assert any({*first, *second} & set(refusal.names) for found in with_pair for refusal in found)
+    for row in rows:
+        cfg = config_of(axes, row)
+        assert find_problems(cfg) == []
+        model, loss = run(cfg)
+        assert math.isfinite(loss), cfg.model
+        assert parameter_count(cfg).total == sum(p.numel() for p in model.parameters()), cfg.model
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, (name, cfg.model, cfg.moe)
+            assert torch.isfinite(parameter.grad).all(), (name, cfg.model, cfg.moe)
+            assert parameter.grad.any(), f"{name} never learns: {cfg.model} {cfg.moe}"
+
+
+@pytest.mark.parametrize("core", ["architecture"], indirect=True)
+def test_the_parts_are_those_that_were_asked_for(core: dict[Row, list[Refusal]], single_process: None) -> None:
+    """Each layer has the parameters of its parts, by name, and no others: a switch is not ignored."""
+    rows, _ = covering_rows(AXES, [row for row, found in core.items() if not found])
+    for row in rows:
+        cfg = config_of(AXES, row)
+        model = build_model(cfg, device=torch.device("meta"))
+        assert (model.output_layer.weight is None) == (not cfg.model.untie_embeddings_and_output_weights)
+        for number, layer in enumerate(model.decoder.layers, start=1):
+            parts = layer.get_submodule("self_attention").named_parameters()
+            attention = {name.removesuffix(".weight") for name, _ in parts}
+            assert attention == expected_attention(cfg, number), (number, cfg.model)
+            assert ("mlp.experts.fc1_weight" in dict(layer.named_parameters())) == cfg.is_moe_layer(number)
+
+
+def expected_attention(cfg: RunConfig, number: int) -> set[str]:
+    """Names of one layer's attention parameters, from the fields alone."""
+    m = cfg.model
+    local = m.window_size is not None and number % m.window_attn_skip_freq != 0
+    kind = m.local_position_embedding if local else m.global_position_embedding
+    wanted = {"linear_proj": True, "linear_proj.bias": m.add_bias_linear}
+    wanted |= {"q_layernorm": m.qk_layernorm, "k_layernorm": m.qk_layernorm}
+    wanted |= {"sink": m.softmax_type == "learnable", "grape_log_freq": kind == "grape_m"}
+    wanted |= {"value_residual_scale": m.value_residual and number > 1}
+    if m.tpa and local:
+        wanted |= {"linear_tpa_a": True, "linear_tpa_b": True, "qkv_bias": m.add_qkv_bias}
+        wanted |= {"linear_tpa_a.bias": m.tpa_factor_bias}
+    else:
+        wanted |= {"linear_qkv": True, "linear_qkv.bias": m.add_qkv_bias}
+    return {name for name, present in wanted.items() if present}
