@@ -61,6 +61,11 @@ class RunConfig(Section):
         return self.aux_lr if self.optim.decoupled_lr is None else self.optim.decoupled_lr
 
     @property
+    def router_lr(self) -> float:
+        """Peak learning rate of the routers' weights, after its default."""
+        return self.aux_lr if self.optim.router_lr is None else self.optim.router_lr
+
+    @property
     def decay_iters(self) -> int:
         """Iteration at which the schedule reaches its end, after its default."""
         return self.training.train_iters if self.optim.lr_decay_iters is None else self.optim.lr_decay_iters

@@ -13,6 +13,24 @@ Path = Annotated[str, Field(min_length=1)]
 RecomputeModule = Literal["core_attn", "mlp", "moe", "shared_experts", "layernorm", "moe_act", "mla_up_proj"]
 
 
+class LrMultiplier(Section):
+    """Parameters whose learning rate is a multiple of their rule's."""
+
+    pattern: Path
+    """Glob over whole parameter names, such as "*.self_attention.linear_proj.weight"; it has to match one."""
+    factor: PositiveFloat
+    """What the learning rate is multiplied by."""
+
+
+class RuleDecay(Section):
+    """The weight decay of one routing rule."""
+
+    rule: Path
+    """Name of the rule, as the routing table prints it; it has to match a parameter."""
+    weight_decay: Amount
+    """In place of the rule's own: weight_decay, or 0 for norms, biases, sinks and frequencies."""
+
+
 class OptimSection(Section):
     """Optimizers and the learning-rate schedule (counted in iterations)."""
 
@@ -24,6 +42,10 @@ class OptimSection(Section):
     """Peak learning rate of the parameters that AdamW keeps; null: lr."""
     decoupled_lr: PositiveFloat | None = None
     """Peak learning rate of the embedding and the output layer; null: normuon_aux_lr."""
+    router_lr: PositiveFloat | None = None
+    """Peak learning rate of the routers' weights; null: normuon_aux_lr."""
+    lr_multipliers: list[LrMultiplier] | None = None
+    """Factors on learning rates, as a list of {pattern, factor}; a parameter takes one at most. null: none."""
     min_lr: Amount = 0.0
     """Learning rate at the end of the decay; groups with another peak end at the same fraction of it."""
     lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
@@ -35,7 +57,9 @@ class OptimSection(Section):
     lr_wsd_decay_iters: Count | None = None
     """Length of the final decay of the WSD schedule, in iterations."""
     weight_decay: Amount = 0.1
-    """Decoupled weight decay; never applied to norms, biases, sinks and frequencies."""
+    """Decoupled weight decay; norms, biases, sinks and frequencies have none."""
+    weight_decays: list[RuleDecay] | None = None
+    """Rules with another weight decay, as a list of {rule, weight_decay}; null: none."""
     adam_beta1: Decay = 0.9
     """Decay of AdamW's first moment."""
     adam_beta2: Decay = 0.95
@@ -54,6 +78,12 @@ class OptimSection(Section):
     """Polar Express iterations (the coefficient table has five)."""
     polar_express_safety: Amount = 2e-2
     """Headroom on the norm before the first iteration."""
+    polar_express_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the iterations; "auto": bfloat16 on a GPU, float32 on a CPU."""
+    normuon_momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What NorMuon's momentum is kept in between steps."""
+    normuon_stack_mib: Count | None = None
+    """Largest stack of matrices, MiB of fp32 (four times as much is held); null: 256 on a GPU, 4 on a CPU."""
     normuon_idle_expert_policy: Literal["skip", "step"] = "skip"
     """Experts without tokens in a step: "skip" leaves them as they are, "step" updates them from old momentum too."""
 

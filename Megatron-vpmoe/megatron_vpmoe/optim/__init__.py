@@ -4,7 +4,7 @@
 stacks that ``matrix_stacks`` gathers, ``sharded_state`` is how its state is checkpointed.
 """
 
-from megatron_vpmoe.optim.build import VpOptimizer, build_optimizer
+from megatron_vpmoe.optim.build import VpOptimizer, build_optimizer, describe_arithmetic
 from megatron_vpmoe.optim.routing import RoutingRow, render_routing_table, routing_table, write_routing_table
 from megatron_vpmoe.optim.schedules import IterationScheduler, build_scheduler
 
@@ -14,6 +14,7 @@ __all__ = [
     "VpOptimizer",
     "build_optimizer",
     "build_scheduler",
+    "describe_arithmetic",
     "render_routing_table",
     "routing_table",
     "write_routing_table",

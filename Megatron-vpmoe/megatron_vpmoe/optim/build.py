@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_vpmoe.optim.adamw import build_adamw, initialize_adamw_state
-from megatron_vpmoe.optim.normuon import NorMuon
+from megatron_vpmoe.optim.normuon import STACK_BYTES, NorMuon, NorMuonOptions
+from megatron_vpmoe.optim.polar_express import compute_dtype
 from megatron_vpmoe.optim.routing import RULES, RoutingRow, Rule, routed_parameters
 from megatron_vpmoe.optim.sharded_state import ShardedFloat16Optimizer, ShardedFP32Optimizer
 from megatron_vpmoe.runtime import device
@@ -23,6 +24,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, Optimiz
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
+    from megatron_vpmoe.config.schema_run import OptimSection
 
 
 class VpOptimizer(ChainedOptimizer):
@@ -130,7 +132,6 @@ def _param_groups(chosen: list[tuple[RoutingRow, torch.nn.Parameter]], cfg: RunC
     """One group for each learning rate and decay, with the keys that Megatron's scheduler and checkpoints read."""
     groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     for row, param in chosen:
-        decays = row.weight_decay > 0.0
         decoupled = row.lr_field == "decoupled_lr"
         group = groups.setdefault(
             (row.lr, row.weight_decay, decoupled),
@@ -140,7 +141,8 @@ def _param_groups(chosen: list[tuple[RoutingRow, torch.nn.Parameter]], cfg: RunC
                 "max_lr": row.lr,
                 "min_lr": cfg.optim.min_lr * row.lr / cfg.optim.lr,
                 "weight_decay": row.weight_decay,
-                "wd_mult": float(decays),
+                # The scheduler's own decay is 1, so this is the decay itself.
+                "wd_mult": row.weight_decay,
                 "lr_mult": row.lr / cfg.optim.lr,
                 "is_expert_parallel": row.expert,
                 "is_decoupled_lr": decoupled,
@@ -157,14 +159,7 @@ def _member(
     optim = cfg.optim
     if kind == "normuon":
         optimizer: torch.optim.Optimizer = NorMuon(
-            groups,
-            lr=optim.lr,
-            momentum=optim.normuon_momentum,
-            beta2=optim.normuon_beta2,
-            eps=optim.normuon_eps,
-            polar_express_steps=optim.polar_express_steps,
-            polar_express_safety=optim.polar_express_safety,
-            idle_expert_policy=optim.normuon_idle_expert_policy,
+            groups, lr=optim.lr, options=normuon_options(optim), stack_bytes=_mebibytes(optim.normuon_stack_mib)
         )
         initialize = _initialize_normuon_state
     else:
@@ -179,6 +174,39 @@ def _member(
     )
     member.tp_group = parallel_state.get_tensor_model_parallel_group()
     return member
+
+
+def normuon_options(optim: OptimSection) -> NorMuonOptions:
+    """The section's NorMuon fields, with dtypes; "auto" leaves the choice to the device."""
+    return NorMuonOptions(
+        momentum=optim.normuon_momentum,
+        beta2=optim.normuon_beta2,
+        eps=optim.normuon_eps,
+        steps=optim.polar_express_steps,
+        safety=optim.polar_express_safety,
+        compute_dtype=None if optim.polar_express_dtype == "auto" else getattr(torch, optim.polar_express_dtype),
+        momentum_dtype=getattr(torch, optim.normuon_momentum_dtype),
+        idle_expert_policy=optim.normuon_idle_expert_policy,
+    )
+
+
+def describe_arithmetic(cfg: RunConfig, device_type: str) -> str:
+    """One line: what NorMuon computes in and keeps, on a device of this type."""
+    optim = cfg.optim
+    if optim.optimizer != "normuon":
+        return "AdamW, fused, state in float32"
+    dtype = normuon_options(optim).compute_dtype or compute_dtype(device_type)
+    stack = optim.normuon_stack_mib or STACK_BYTES[device_type] // 2**20
+    name = str(dtype).removeprefix("torch.")
+    forms = "on X" if dtype == torch.bfloat16 else "on the Gram matrix where that is less work, else on X"
+    return (
+        f"NorMuon: Polar Express in {name}, {forms}; momentum in {optim.normuon_momentum_dtype}; "
+        f"stacks of up to {stack} MiB; idle experts: {optim.normuon_idle_expert_policy}"
+    )
+
+
+def _mebibytes(count: int | None) -> int | None:
+    return None if count is None else count * 2**20
 
 
 def _initialize_normuon_state(optimizer: torch.optim.Optimizer, _config: object = None) -> None:

@@ -2,13 +2,18 @@
 
 A parameter is one matrix [out, in], several matrices fused along its rows (``param.matrix_rows``), or a stack of
 experts [E, out, in]. A plan lists stacks; a stack lists segments; a segment is one contiguous piece of a parameter and
-its place in the stack. Everything is a view: gathering and scattering are one ``_foreach_copy_`` each.
+its place in the stack. Gathering and
+scattering are one ``_foreach_copy_`` each, or views where a stack is one piece of one parameter.
 
 Shapes: N matrices in a stack, R rows (out), C columns (in), E experts in a parameter.
 """
 
+# torch._foreach_*: one call (one launch on a GPU) over a list of tensors; torch does not export the names to checkers.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,6 +21,9 @@ from typing import NamedTuple
 import torch
 
 from megatron_vpmoe.errors import ConfigError
+
+_OWN_STACK_SHARE = 4
+"""Experts of one parameter that fill a quarter of a stack are not copied together with others."""
 
 Run = tuple[int, int]
 """First row and number of rows of a contiguous piece of a matrix."""
@@ -91,13 +99,38 @@ class Segment(NamedTuple):
 
 @dataclass
 class Stack:
-    """N matrices of one shape [R, C] and one parameter group."""
+    """N matrices of one shape [R, C], one parameter group and one kind."""
 
     rows: int
     cols: int
     group: int
+    routed: bool
     count: int = 0
     segments: list[Segment] = field(default_factory=list)
+
+    def gather(self, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """[N, R, X] from tensors [..., X] laid out like the parameters; a view where the layout allows it.
+
+        It does where the stack is one piece of one parameter and has ``dtype`` already: experts, plain matrices.
+        """
+        first = self.segments[0]
+        if len(self.segments) == 1:
+            view = first.in_param(tensors)
+            return (view if first.row is None else view.unsqueeze(0)).to(dtype)
+        like = tensors[first.index]
+        stack_NRX = torch.empty(self.count, self.rows, like.shape[-1], dtype=dtype, device=like.device)
+        torch._foreach_copy_(self._slots(stack_NRX), [segment.in_param(tensors) for segment in self.segments])
+        return stack_NRX
+
+    def scatter(self, stack_NRX: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+        """Put ``stack_NRX`` back where ``gather`` took it from; nothing to do where that was a view."""
+        targets = [segment.in_param(tensors) for segment in self.segments]
+        if len(targets) == 1 and targets[0].data_ptr() == stack_NRX.data_ptr():
+            return
+        torch._foreach_copy_(targets, self._slots(stack_NRX))
+
+    def _slots(self, stack_NRX: torch.Tensor) -> list[torch.Tensor]:
+        return [segment.in_stack(stack_NRX) for segment in self.segments]
 
 
 class Member(NamedTuple):
@@ -109,7 +142,10 @@ class Member(NamedTuple):
 
 
 def plan_stacks(members: Sequence[Member], *, stack_bytes: int, element_size: int = 4) -> list[Stack]:
-    """Distribute the logical matrices of ``members`` over stacks of equal shape and group.
+    """Distribute the logical matrices of ``members`` over stacks of equal shape, group and kind.
+
+    Experts that fill a good part of a stack by themselves get stacks of their own, which are views of the parameter;
+    smaller ones share stacks, which takes copies and saves calls.
 
     Args:
         members: the parameters; ``Segment.index`` counts along them.
@@ -117,19 +153,22 @@ def plan_stacks(members: Sequence[Member], *, stack_bytes: int, element_size: in
         element_size: bytes of one element of a stack.
     """
     plan: list[Stack] = []
-    open_stacks: dict[tuple[int, int, int], Stack] = {}
+    open_stacks: dict[tuple[int, int, int, bool], Stack] = {}
 
-    def stack_for(rows: int, cols: int, group: int) -> tuple[Stack, int]:
-        capacity = max(1, stack_bytes // (rows * cols * element_size))
-        stack = open_stacks.get((rows, cols, group))
+    def new_stack(rows: int, cols: int, group: int, routed: bool) -> Stack:
+        plan.append(Stack(rows, cols, group, routed))
+        return plan[-1]
+
+    def shared_stack(key: tuple[int, int, int, bool], capacity: int) -> Stack:
+        stack = open_stacks.get(key)
         if stack is None or stack.count == capacity:
-            stack = open_stacks[rows, cols, group] = Stack(rows, cols, group)
-            plan.append(stack)
-        return stack, capacity - stack.count
+            stack = open_stacks[key] = new_stack(*key)
+        return stack
 
     for index, (shape, layout, group) in enumerate(members):
         for runs in layout.matrices:
-            stack, _ = stack_for(sum(length for _, length in runs), shape[1], group)
+            key = (sum(length for _, length in runs), shape[1], group, layout.routed)
+            stack = shared_stack(key, _capacity(key, stack_bytes, element_size))
             row = 0
             for start, length in runs:
                 stack.segments.append(Segment(index, start, length, stack.count, row))
@@ -137,9 +176,19 @@ def plan_stacks(members: Sequence[Member], *, stack_bytes: int, element_size: in
             stack.count += 1
         start = 0
         while start < layout.experts:
-            stack, room = stack_for(shape[1], shape[2], group)
-            length = min(room, layout.experts - start)
+            key = (shape[1], shape[2], group, layout.routed)
+            capacity = _capacity(key, stack_bytes, element_size)
+            if layout.experts * _OWN_STACK_SHARE >= capacity:
+                stacks_left = math.ceil((layout.experts - start) / capacity)
+                stack, length = new_stack(*key), math.ceil((layout.experts - start) / stacks_left)
+            else:
+                stack = shared_stack(key, capacity)
+                length = min(capacity - stack.count, layout.experts - start)
             stack.segments.append(Segment(index, start, length, stack.count, None))
             stack.count += length
             start += length
     return plan
+
+
+def _capacity(key: tuple[int, int, int, bool], stack_bytes: int, element_size: int) -> int:
+    return max(1, stack_bytes // (key[0] * key[1] * element_size))

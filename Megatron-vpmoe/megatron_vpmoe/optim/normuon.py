@@ -11,78 +11,91 @@ Per matrix (NorMuon, arXiv 2510.05491; Polar Express, arXiv 2505.16932):
 Shapes: N matrices in a stack, R rows (out), C columns (in), E experts of a parameter.
 """
 
-# torch._foreach_*: one call (one launch on a GPU) over a list of tensors; torch does not export the names to checkers.
-# pyright: reportPrivateImportUsage=false
-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
 from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.optim.matrix_stacks import MatrixLayout, Member, Stack, matrix_layout, plan_stacks
-from megatron_vpmoe.optim.polar_express import polar_express
+from megatron_vpmoe.optim.polar_express import Workspace, polar_express
 
-IDLE_EXPERT_POLICIES = ("skip", "step")
-STACK_BYTES = {"cuda": 256 * 2**20, "cpu": 2**20}
-"""Largest stack per device: few launches on a GPU, what the caches hold on a CPU."""
+STACK_BYTES = {"cuda": 256 * 2**20, "cpu": 4 * 2**20}
+"""Largest stack per device, where none is named: few launches on a GPU, what the caches hold on a CPU."""
 
 
-def normalized_update(
-    nesterov_NRC: torch.Tensor,
+@dataclass(frozen=True)
+class NorMuonOptions:
+    """The numbers of the formulas, and how they are computed."""
+
+    momentum: float = 0.95
+    """Beta of the Nesterov momentum."""
+    beta2: float = 0.95
+    """Decay of the row statistic."""
+    eps: float = 1e-10
+    """Added to the row statistic before the root."""
+    steps: int = 5
+    """Polar Express iterations, 1 to 5."""
+    safety: float = 2e-2
+    """Polar Express headroom on the norm."""
+    compute_dtype: torch.dtype | None = None
+    """Polar Express in this dtype; None: bf16 on CUDA, fp32 on CPU."""
+    momentum_dtype: torch.dtype | None = None
+    """The momentum is kept in this dtype; None: the parameter's (fp32)."""
+    idle_expert_policy: Literal["skip", "step"] = "skip"
+    """What happens to an expert without tokens."""
+
+
+def row_factors(
+    update_NRC: torch.Tensor,
     second_moment_NR1: torch.Tensor,
     active_N11: torch.Tensor | None = None,
     *,
     beta2: float,
     eps: float,
-    steps: int,
-    safety: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Orthogonalise, normalise the rows, restore the norm and scale: everything after the momentum, as a pure function.
+) -> torch.Tensor:
+    """What each row of the orthogonalised update is multiplied by: row normalisation, restored norm and scale in one.
 
     Args:
-        nesterov_NRC: momentum with look-ahead.
-        second_moment_NR1: the row statistic before this step, fp32 (fp64 for fp64 inputs).
+        update_NRC: from ``polar_express``.
+        second_moment_NR1: the row statistic, fp32 (fp64 for fp64 parameters); advanced in place.
         active_N11: 1 for matrices that take part, 0 for those whose update is zero and whose statistic stays.
         beta2: decay of the row statistic.
         eps: added to it before the root.
-        steps: Polar Express iterations.
-        safety: Polar Express headroom.
 
     Returns:
-        update [N, R, C] (to be multiplied by -lr) and the new row statistic [N, R, 1].
+        [N, R, 1] in the dtype of the statistic; the update is to be multiplied by it and by -lr.
     """
-    rows, cols = nesterov_NRC.shape[1:]
-    update_NRC = polar_express(nesterov_NRC, steps=steps, safety=safety)
+    rows, cols = update_NRC.shape[1:]
     dtype = second_moment_NR1.dtype
     power_NR1 = torch.linalg.vector_norm(update_NRC, dim=2, keepdim=True, dtype=dtype).square_()
     weight = 1.0 - beta2 if active_N11 is None else (1.0 - beta2) * active_N11
-    second_moment_NR1 = torch.lerp(second_moment_NR1, power_NR1 / cols, weight)
+    second_moment_NR1.lerp_(power_NR1 / cols, weight)
     inverse_NR1 = (second_moment_NR1 + eps).reciprocal_()
     # The rescaling needs only the row norms, so the matrix itself is touched once. Zero matrices give 0 / tiny = 0.
     normed_N11 = (power_NR1 * inverse_NR1).sum(dim=1, keepdim=True).clamp_min_(torch.finfo(dtype).tiny)
-    factor_NR1 = inverse_NR1.sqrt_() * (power_NR1.sum(dim=1, keepdim=True) / normed_N11).sqrt_()
+    factor_NR1 = inverse_NR1.sqrt_().mul_((power_NR1.sum(dim=1, keepdim=True) / normed_N11).sqrt_())
     factor_NR1 *= max(1.0, rows / cols) ** 0.5
-    if active_N11 is not None:
-        factor_NR1 *= active_N11
-    in_place = update_NRC.dtype == dtype
-    return (update_NRC.mul_(factor_NR1) if in_place else update_NRC * factor_NR1), second_moment_NR1
+    return factor_NR1 if active_N11 is None else factor_NR1.mul_(active_N11)
 
 
-def active_experts(grad: torch.Tensor) -> torch.Tensor:
-    """1.0 where any element of a matrix's gradient differs from zero (or is NaN), else 0.0.
+def active_matrices(grad_NRC: torch.Tensor) -> torch.Tensor | None:
+    """1.0 where any element of a matrix's gradient differs from zero (or is NaN), else 0.0; [N, 1, 1].
+
+    None where all matrices are known to be active: on a CPU, which need not wait to look at an answer, one pass finds
+    that out in all but odd cases.
 
     Args:
-        grad: [E, out, in], or [out, in] for an expert that is a parameter of its own.
-
-    Returns:
-        [E, 1, 1] or [1, 1], the dtype of ``grad``.
+        grad_NRC: gradients of a stack.
     """
-    # Two reductions without a temporary; a norm would be slower (inf) or underflow to zero (2).
-    largest, smallest = grad.amax((-2, -1), keepdim=True), grad.amin((-2, -1), keepdim=True)
-    return ((largest != 0) | (smallest != 0)).to(grad.dtype)
+    # Reductions without a temporary; a norm would be slower (1, inf) or underflow to zero (2), and so would aminmax.
+    largest_N11 = grad_NRC.amax((1, 2), keepdim=True)
+    if not grad_NRC.is_cuda and bool((largest_N11 != 0).all()):
+        return None
+    return ((largest_N11 != 0) | (grad_NRC.amin((1, 2), keepdim=True) != 0)).to(grad_NRC.dtype)
 
 
 class NorMuon(torch.optim.Optimizer):
@@ -103,16 +116,11 @@ class NorMuon(torch.optim.Optimizer):
         params: parameters or groups.
         lr: learning rate.
         weight_decay: decoupled; w is multiplied by 1 - lr * weight_decay.
-        momentum: beta of the momentum.
-        beta2: decay of the row statistic.
-        eps: added to the row statistic.
-        polar_express_steps: iterations, 1 to 5.
-        polar_express_safety: headroom on the norm.
-        idle_expert_policy: ``skip`` or ``step``.
-        stack_bytes: size of the largest stack, by default ``STACK_BYTES``; about four times as much is held at once.
+        options: the formulas' numbers.
+        stack_bytes: size of the largest stack, by default ``STACK_BYTES``; about four times as much is held.
 
     Raises:
-        ConfigError: an unknown policy, or a parameter that holds no matrices.
+        ConfigError: a parameter that holds no matrices, or is not fp32 (fp64).
     """
 
     def __init__(
@@ -121,26 +129,14 @@ class NorMuon(torch.optim.Optimizer):
         lr: float,
         weight_decay: float = 0.0,
         *,
-        momentum: float = 0.95,
-        beta2: float = 0.95,
-        eps: float = 1e-10,
-        polar_express_steps: int = 5,
-        polar_express_safety: float = 2e-2,
-        idle_expert_policy: str = "skip",
+        options: NorMuonOptions = NorMuonOptions(),
         stack_bytes: int | None = None,
     ) -> None:
-        if idle_expert_policy not in IDLE_EXPERT_POLICIES:
-            raise ConfigError(
-                f"normuon_idle_expert_policy is {idle_expert_policy!r}", remedy=f"one of {IDLE_EXPERT_POLICIES}"
-            )
         self._layouts: list[list[MatrixLayout]] = []
         self._plans: dict[tuple[tuple[int, int], ...], list[Stack]] = {}
-        self._momentum = momentum
-        self._update_options = {
-            "beta2": beta2, "eps": eps, "steps": polar_express_steps, "safety": polar_express_safety
-        }  # fmt: skip
-        self._skip_idle = idle_expert_policy == "skip"
+        self._options = options
         self._stack_bytes = stack_bytes
+        self._workspace = Workspace()
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -160,8 +156,18 @@ class NorMuon(torch.optim.Optimizer):
                         f"NorMuon was given a parameter in {param.dtype}",
                         remedy="keep fp32 master weights (Float16OptimizerWithFloat16Params)",
                     )
-                self.state[param]["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
+                momentum = torch.zeros(
+                    param.shape, dtype=self._options.momentum_dtype or param.dtype, device=param.device
+                )
+                self.state[param]["momentum_buffer"] = momentum
                 self.state[param]["second_moment"] = param.new_zeros((*param.shape[:-1], 1), requires_grad=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch's, which casts every state tensor to its parameter's dtype; the momentum goes back to its own."""
+        super().load_state_dict(state_dict)
+        if self._options.momentum_dtype is not None:
+            for state in self.state.values():
+                state["momentum_buffer"] = state["momentum_buffer"].to(self._options.momentum_dtype)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -179,96 +185,77 @@ class NorMuon(torch.optim.Optimizer):
             for i, p in enumerate(group["params"])
             if p.grad is not None
         )
-        if not places:
-            return
         params = [self.param_groups[g]["params"][i] for g, i in places]
-        stacks = self._plans.get(places)
-        if stacks is None:
+        grads = [p.grad for p in params]
+        momenta = [self.state[p]["momentum_buffer"] for p in params]
+        second_moments = [self.state[p]["second_moment"] for p in params]
+        for stack in self._stacks(places):
+            group = self.param_groups[stack.group]
+            step_stack(
+                stack,
+                params,
+                grads,
+                momenta,
+                second_moments,
+                lr=group["lr"],
+                decay=group["lr"] * group["weight_decay"],
+                options=self._options,
+                workspace=self._workspace,
+            )
+
+    def _stacks(self, places: tuple[tuple[int, int], ...]) -> list[Stack]:
+        """The plan over the parameters at (group, index); made once for each set of them."""
+        if places not in self._plans:
+            params = [self.param_groups[g]["params"][i] for g, i in places]
             members = [Member(p.shape, self._layouts[g][i], g) for p, (g, i) in zip(params, places, strict=True)]
-            element_size = max(p.element_size() for p in params)
-            stack_bytes = self._stack_bytes or STACK_BYTES[params[0].device.type]
-            stacks = plan_stacks(members, stack_bytes=stack_bytes, element_size=element_size)
-            self._plans[places] = stacks
-        routed = [self._skip_idle and self._layouts[g][i].routed for g, i in places]
-        normuon_step(
-            params,
-            [p.grad for p in params],
-            [self.state[p]["momentum_buffer"] for p in params],
-            [self.state[p]["second_moment"] for p in params],
-            active=[active_experts(p.grad) if r else None for p, r in zip(params, routed, strict=True)],
-            stacks=stacks,
-            group_lrs=[group["lr"] for group in self.param_groups],
-            decays=[self.param_groups[g]["lr"] * self.param_groups[g]["weight_decay"] for g, _ in places],
-            momentum=self._momentum,
-            **self._update_options,
-        )
+            element_size = max((p.element_size() for p in params), default=1)
+            stack_bytes = self._stack_bytes or STACK_BYTES[params[0].device.type if params else "cpu"]
+            self._plans[places] = plan_stacks(members, stack_bytes=stack_bytes, element_size=element_size)
+        return self._plans[places]
 
 
-def normuon_step(
+def step_stack(
+    stack: Stack,
     params: Sequence[torch.Tensor],
     grads: Sequence[torch.Tensor],
     momenta: Sequence[torch.Tensor],
     second_moments: Sequence[torch.Tensor],
     *,
-    active: Sequence[torch.Tensor | None],
-    stacks: Sequence[Stack],
-    group_lrs: Sequence[float],
-    decays: Sequence[float],
-    momentum: float,
-    **update_options: Any,
+    lr: float,
+    decay: float,
+    options: NorMuonOptions,
+    workspace: Workspace,
 ) -> None:
-    """One step over all stacks; ``params``, ``momenta`` and ``second_moments`` are updated in place.
+    """One step of the matrices of ``stack``; their parameters, momenta and row statistics are updated in place.
 
     Args:
+        stack: which matrices, by the index of the parameter in the lists.
         params: fp32 parameters, [out, in] or [E, out, in].
         grads: their gradients.
         momenta: their momentum.
         second_moments: their row statistic, last dimension 1.
-        active: per parameter None, or ``active_experts`` of its gradient.
-        stacks: the plan over exactly these parameters.
-        group_lrs: learning rate of each ``Stack.group``.
-        decays: per parameter, lr * weight_decay.
-        momentum: beta.
-        update_options: the keyword arguments of ``normalized_update``.
+        lr: learning rate.
+        decay: lr * weight_decay.
+        options: the formulas' numbers.
+        workspace: buffers shared by all stacks.
     """
-    dense = [i for i, mask in enumerate(active) if mask is None]
-    if dense:
-        torch._foreach_lerp_([momenta[i] for i in dense], [grads[i] for i in dense], 1.0 - momentum)
-        torch._foreach_mul_([params[i] for i in dense], [1.0 - decays[i] for i in dense])
-    for i, mask in enumerate(active):
-        if mask is not None:
-            momenta[i].lerp_(grads[i], mask * (1.0 - momentum))
-            params[i].mul_(1.0 - decays[i] * mask)
-    for stack in stacks:
-        like = params[stack.segments[0].index]
-        # Nesterov's look-ahead is formed in the stack itself: copy g, then lerp towards m.
-        nesterov_NRC = like.new_empty((stack.count, stack.rows, stack.cols))
-        slots = [segment.in_stack(nesterov_NRC) for segment in stack.segments]
-        torch._foreach_copy_(slots, [segment.in_param(grads) for segment in stack.segments])
-        torch._foreach_lerp_(slots, [segment.in_param(momenta) for segment in stack.segments], momentum)
-        statistic_NR1 = like.new_empty((stack.count, stack.rows, 1))
-        statistics = [segment.in_param(second_moments) for segment in stack.segments]
-        torch._foreach_copy_([segment.in_stack(statistic_NR1) for segment in stack.segments], statistics)
-        update_NRC, statistic_NR1 = normalized_update(
-            nesterov_NRC, statistic_NR1, _stack_activity(stack, active, like), **update_options
-        )
-        torch._foreach_copy_(statistics, [segment.in_stack(statistic_NR1) for segment in stack.segments])
-        torch._foreach_add_(
-            [segment.in_param(params) for segment in stack.segments],
-            [segment.in_stack(update_NRC) for segment in stack.segments],
-            alpha=-group_lrs[stack.group],
-        )
-
-
-def _stack_activity(stack: Stack, active: Sequence[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor | None:
-    """[N, 1, 1] activity of a stack's matrices, or None when none of them is routed."""
-    if all(active[segment.index] is None for segment in stack.segments):
-        return None
-    activity_N11 = like.new_ones((stack.count, 1, 1))
-    for segment in stack.segments:
-        mask = active[segment.index]
-        if mask is not None and segment.row is None:
-            activity_N11[segment.slot : segment.slot + segment.length] = mask.narrow(0, segment.start, segment.length)
-        elif mask is not None:
-            activity_N11[segment.slot] = mask
-    return activity_N11
+    dtype = params[stack.segments[0].index].dtype
+    grad_NRC = stack.gather(grads, dtype)
+    active_N11 = active_matrices(grad_NRC) if stack.routed and options.idle_expert_policy == "skip" else None
+    momentum_NRC = stack.gather(momenta, dtype)
+    weight = 1.0 - options.momentum
+    momentum_NRC.lerp_(grad_NRC, weight if active_N11 is None else weight * active_N11)
+    stack.scatter(momentum_NRC, momenta)
+    nesterov_NRC = workspace.take("nesterov", grad_NRC.shape, dtype, grad_NRC.device)
+    torch.lerp(grad_NRC, momentum_NRC, options.momentum, out=nesterov_NRC)
+    update_NRC = polar_express(
+        nesterov_NRC, steps=options.steps, safety=options.safety, dtype=options.compute_dtype, workspace=workspace
+    )
+    second_moment_NR1 = stack.gather(second_moments, dtype)
+    factor_NR1 = row_factors(update_NRC, second_moment_NR1, active_N11, beta2=options.beta2, eps=options.eps)
+    stack.scatter(second_moment_NR1, second_moments)
+    weight_NRC = stack.gather(params, dtype)
+    if decay:
+        weight_NRC.mul_(1.0 - decay if active_N11 is None else 1.0 - decay * active_N11)
+    weight_NRC.addcmul_(update_NRC, factor_NR1, value=-lr)
+    stack.scatter(weight_NRC, params)

@@ -20,7 +20,7 @@ from megatron_vpmoe.optim.matrix_stacks import matrix_layout
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
-LearningRate = Literal["lr", "normuon_aux_lr", "decoupled_lr"]
+LearningRate = Literal["lr", "normuon_aux_lr", "decoupled_lr", "router_lr"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ RULES: tuple[Rule, ...] = (
         True,
     ),
     Rule("expert matrices", ("*.mlp.experts.*weight", "*.mlp.experts.*weight[0-9]*"), "normuon", "lr", True),
-    Rule("router", ("*.mlp.router.weight",), "adamw", "normuon_aux_lr", True),
+    Rule("router", ("*.mlp.router.weight",), "adamw", "router_lr", True),
     Rule("norm scales", ("*layernorm.weight",), "adamw", "normuon_aux_lr", False),
     Rule("biases", ("*bias", "*bias[0-9]*"), "adamw", "normuon_aux_lr", False),
     Rule("softmax sinks", ("*.self_attention.sink",), "adamw", "normuon_aux_lr", False),
@@ -80,7 +80,8 @@ class RoutingRow:
     optimizer: str
     lr_field: str
     lr: float
-    """Peak learning rate."""
+    """Peak learning rate, multiplied."""
+    lr_multiplier: float
     weight_decay: float
     matrices: int
     """Logical matrices that are orthogonalised; 0 under AdamW."""
@@ -96,7 +97,8 @@ def routing_table(
     Under ``optimizer: adam`` the rules keep their learning rates and decays and every optimizer is AdamW.
 
     Raises:
-        ConfigError: a parameter that no rule or more than one rule matches, or one that NorMuon cannot take.
+        ConfigError: a parameter that no rule or more than one rule matches, or one that NorMuon cannot take; a learning
+            rate's multiplier or a rule's decay that reaches no parameter, or two multipliers for one.
     """
     return [row for row, _ in routed_parameters(model, cfg, rules)]
 
@@ -105,10 +107,46 @@ def routed_parameters(
     model: torch.nn.Module | Sequence[torch.nn.Module], cfg: RunConfig, rules: Sequence[Rule] = RULES
 ) -> list[tuple[RoutingRow, torch.nn.Parameter]]:
     """``routing_table`` with the parameter beside each row."""
-    peak_lrs = {"lr": cfg.optim.lr, "normuon_aux_lr": cfg.aux_lr, "decoupled_lr": cfg.embedding_lr}
-    return [
-        (_row(name, param, find_rule(name, rules), peak_lrs, cfg), param) for name, param in _named_parameters(model)
-    ]
+    named = list(_named_parameters(model))
+    found = {name: find_rule(name, rules) for name, _ in named}
+    factors = _lr_factors(list(found), cfg)
+    decays = _rule_decays({rule.name for rule in found.values()}, cfg)
+    return [(_row(name, param, found[name], factors[name], decays, cfg), param) for name, param in named]
+
+
+def _lr_factors(names: list[str], cfg: RunConfig) -> dict[str, float]:
+    """The multiplier of each name's learning rate."""
+    factors = dict.fromkeys(names, 1.0)
+    taken: dict[str, str] = {}
+    for multiplier in cfg.optim.lr_multipliers or ():
+        matched = fnmatch.filter(names, multiplier.pattern)
+        if not matched:
+            raise ConfigError(
+                f"optim.lr_multipliers: no parameter matches {multiplier.pattern!r}",
+                remedy="whole dotted names as in routing.json, such as '*.mlp.experts.fc1_weight', or leave it out",
+            )
+        for name in matched:
+            if name in taken:
+                raise ConfigError(
+                    f"optim.lr_multipliers: {name} is matched by {taken[name]!r} and by {multiplier.pattern!r}",
+                    remedy="patterns that do not overlap",
+                )
+            taken[name], factors[name] = multiplier.pattern, multiplier.factor
+    return factors
+
+
+def _rule_decays(rules: set[str], cfg: RunConfig) -> dict[str, float]:
+    """The decays that the configuration gives to rules by name."""
+    decays: dict[str, float] = {}
+    for entry in cfg.optim.weight_decays or ():
+        if entry.rule not in rules or entry.rule in decays:
+            reason = "is named twice" if entry.rule in decays else "matches no parameter of this model"
+            raise ConfigError(
+                f"optim.weight_decays: the rule {entry.rule!r} {reason}",
+                remedy=f"one entry for any of: {', '.join(sorted(rules))}",
+            )
+        decays[entry.rule] = entry.weight_decay
+    return decays
 
 
 def find_rule(name: str, rules: Sequence[Rule] = RULES) -> Rule:
@@ -128,16 +166,22 @@ def find_rule(name: str, rules: Sequence[Rule] = RULES) -> Rule:
     return matching[0]
 
 
-def _row(name: str, param: torch.Tensor, rule: Rule, peak_lrs: dict[str, float], cfg: RunConfig) -> RoutingRow:
+def _row(
+    name: str, param: torch.Tensor, rule: Rule, factor: float, decays: dict[str, float], cfg: RunConfig
+) -> RoutingRow:
     optimizer = "adamw" if cfg.optim.optimizer == "adam" else rule.optimizer
+    peak_lrs = {
+        "lr": cfg.optim.lr, "normuon_aux_lr": cfg.aux_lr, "decoupled_lr": cfg.embedding_lr, "router_lr": cfg.router_lr
+    }  # fmt: skip
     return RoutingRow(
         name=name,
         shape=tuple(param.shape),
         rule=rule.name,
         optimizer=optimizer,
         lr_field=rule.lr,
-        lr=peak_lrs[rule.lr],
-        weight_decay=cfg.optim.weight_decay if rule.weight_decay else 0.0,
+        lr=peak_lrs[rule.lr] * factor,
+        lr_multiplier=factor,
+        weight_decay=decays.get(rule.name, cfg.optim.weight_decay if rule.weight_decay else 0.0),
         matrices=matrix_layout(param, name).count if optimizer == "normuon" else 0,
         expert=not getattr(param, "allreduce", True),
     )
@@ -152,20 +196,20 @@ def _named_parameters(
                 yield re.sub(r"^(module\.)+", "", name), param
 
 
-def render_routing_table(rows: Iterable[RoutingRow]) -> Table:
-    """A rich table with one line a rule; ``write_routing_table`` has one line a parameter."""
-    table = Table(title="Optimizer routing", title_justify="left")
+def render_routing_table(rows: Iterable[RoutingRow], caption: str | None = None) -> Table:
+    """A rich table with one line for each rule and learning rate; ``write_routing_table`` has one line a parameter."""
+    table = Table(title="Optimizer routing", title_justify="left", caption=caption, caption_justify="left")
     for column in ("parameters", "tensors", "elements", "matrices", "optimizer", "peak lr", "decay"):
         table.add_column(column, justify="left" if column in ("parameters", "optimizer") else "right")
-    alike: dict[str, list[RoutingRow]] = {}
+    alike: dict[tuple[str, float], list[RoutingRow]] = {}
     for row in rows:
-        alike.setdefault(row.rule, []).append(row)
-    for rule, members in alike.items():
+        alike.setdefault((row.rule, row.lr), []).append(row)
+    for (rule, lr), members in alike.items():
         elements, matrices = sum(math.prod(row.shape) for row in members), sum(row.matrices for row in members)
         first = members[0]
         table.add_row(
             rule, f"{len(members):,}", f"{elements:,}", f"{matrices:,}" if matrices else "", first.optimizer,
-            f"{first.lr:g}", f"{first.weight_decay:g}",
+            f"{lr:g}", f"{first.weight_decay:g}",
         )  # fmt: skip
     return table
 

@@ -54,8 +54,8 @@ def build_scheduler(optimizer: MegatronOptimizer, cfg: RunConfig) -> IterationSc
         lr_warmup_steps=optim.lr_warmup_iters,
         lr_decay_steps=cfg.decay_iters,
         lr_decay_style=optim.lr_decay_style,
-        start_wd=optim.weight_decay,
-        end_wd=optim.weight_decay,
+        start_wd=1.0,  # constant; every group's decay is its wd_mult
+        end_wd=1.0,
         wd_incr_steps=0,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,

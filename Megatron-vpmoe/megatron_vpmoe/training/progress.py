@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from megatron_vpmoe.optim import render_routing_table
+from megatron_vpmoe.optim import describe_arithmetic, render_routing_table
+from megatron_vpmoe.runtime.device import current_device
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -61,7 +62,8 @@ class Progress:
         for line in run.notes:
             self.note(line)
         if self._enabled:
-            self._console.print(render_routing_table(run.routing))
+            arithmetic = describe_arithmetic(run.cfg, current_device().type)
+            self._console.print(render_routing_table(run.routing, arithmetic))
         self._last_time = self._clock()
         if self._bar is not None:
             self._bar.start()

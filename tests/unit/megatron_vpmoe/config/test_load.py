@@ -71,6 +71,12 @@ values_of_list = {
         max_size=2,
     ),
     "recompute_modules": st.lists(st.sampled_from(["core_attn", "mlp", "moe", "layernorm"]), max_size=3),
+    "lr_multipliers": st.lists(
+        st.fixed_dictionaries({"pattern": st.sampled_from("abc"), "factor": st.integers(1, 3)}), max_size=2
+    ),
+    "weight_decays": st.lists(
+        st.fixed_dictionaries({"rule": st.sampled_from("abc"), "weight_decay": st.integers(0, 3)}), max_size=2
+    ),
 }
 
 

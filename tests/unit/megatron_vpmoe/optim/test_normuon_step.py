@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_vpmoe.errors import ConfigError
-from megatron_vpmoe.optim.normuon import NorMuon, normalized_update
-
-OPTIONS = {"beta2": 0.95, "eps": 1e-10, "steps": 5, "safety": 2e-2}
+from megatron_vpmoe.optim.matrix_stacks import Member, matrix_layout, plan_stacks
+from megatron_vpmoe.optim.normuon import NorMuon, NorMuonOptions, row_factors
+from megatron_vpmoe.optim.polar_express import polar_express
 
 
 def step_with(optimizer: NorMuon, *grads: torch.Tensor) -> None:
@@ -28,21 +28,16 @@ def clone_parameters(*params: torch.nn.Parameter) -> list[torch.nn.Parameter]:
 def test_rows_are_evened_out_and_the_norm_is_that_of_the_orthogonal_matrix(rows: int, cols: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(3, rows, cols, dtype=torch.float64)
+    second = torch.zeros(3, rows, 1, dtype=torch.float64)
+    update = polar_express(x)
     # beta2 = 0: the statistic is this step's alone, so every row ends up with exactly the same norm.
-    update, second = normalized_update(x, torch.zeros(3, rows, 1, dtype=torch.float64), **OPTIONS | {"beta2": 0.0})
+    update = update * row_factors(update, second, beta2=0.0, eps=1e-10)
     scale = max(1.0, rows / cols) ** 0.5
     row_norms = update.norm(dim=2)
     assert torch.allclose(row_norms, row_norms[:, :1].expand_as(row_norms), rtol=1e-6)
     expected = min(rows, cols) ** 0.5 * scale
     assert (update.flatten(1).norm(dim=1) / expected - 1).abs().max() < 0.15
     assert torch.allclose(second.sum((1, 2)) * cols, (update.flatten(1).norm(dim=1) / scale) ** 2)
-
-
-def test_pure_function_leaves_its_arguments_alone() -> None:
-    x, second = torch.randn(2, 4, 6), torch.rand(2, 4, 1)
-    x_before, second_before = x.clone(), second.clone()
-    normalized_update(x, second, torch.ones(2, 1, 1), **OPTIONS)
-    assert torch.equal(x, x_before) and torch.equal(second, second_before)
 
 
 def test_stack_size_does_not_matter() -> None:
@@ -132,16 +127,11 @@ def test_an_idle_expert_does_not_change_its_neighbours() -> None:
 def test_policy_step_lets_stale_momentum_move_an_idle_expert() -> None:
     torch.manual_seed(0)
     param = torch.nn.Parameter(torch.randn(1, 4, 6))
-    optimizer = NorMuon([param], 0.1, idle_expert_policy="step")
+    optimizer = NorMuon([param], 0.1, options=NorMuonOptions(idle_expert_policy="step"))
     step_with(optimizer, torch.randn(1, 4, 6))
     before = param.detach().clone()
     step_with(optimizer, torch.zeros(1, 4, 6))
     assert (param - before).norm() > 0.1
-
-
-def test_an_unknown_policy_is_refused() -> None:
-    with pytest.raises(ConfigError, match="normuon_idle_expert_policy"):
-        NorMuon([torch.nn.Parameter(torch.randn(2, 2))], 0.1, idle_expert_policy="ignore")
 
 
 def test_parameters_without_gradient_are_left_alone() -> None:
@@ -197,3 +187,40 @@ def test_state_dict_continues_bit_for_bit() -> None:
         step_with(optimizer, *g)
         step_with(resumed, *g)
     assert all(torch.equal(a, b) for a, b in zip(params, copies, strict=True))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_momentum_in_bf16_is_the_fp32_one_rounded_after_each_step(stacked: bool) -> None:
+    torch.manual_seed(0)
+    shapes = [(3, 4, 6)] if stacked else [(4, 6), (4, 6)]
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    weights = [p.detach().clone() for p in params]
+    optimizer = NorMuon(params, 0.1, options=NorMuonOptions(momentum_dtype=torch.bfloat16))
+    expected = [torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes]
+    for _ in range(3):
+        grads = [torch.randn(shape) for shape in shapes]
+        exact = [torch.lerp(m.float(), g, 1 - 0.95) for m, g in zip(expected, grads, strict=True)]
+        expected = [m.bfloat16() for m in exact]
+        step_with(optimizer, *grads)
+        for param, weight, m, g in zip(params, weights, exact, grads, strict=True):
+            update = polar_express(torch.lerp(g, m, 0.95).view(-1, 4, 6)).view_as(param)
+            if torch.equal(weight, param):
+                raise AssertionError("nothing moved")
+            assert torch.nn.functional.cosine_similarity((weight - param).flatten(), update.flatten(), dim=0) > 0.9
+            weight.copy_(param.detach())
+    kept = [optimizer.state[p]["momentum_buffer"] for p in params]
+    assert all(m.dtype == torch.bfloat16 for m in kept)
+    assert all(torch.equal(a, b) for a, b in zip(kept, expected, strict=True))
+    resumed = NorMuon(clone_parameters(*params), 0.1, options=NorMuonOptions(momentum_dtype=torch.bfloat16))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert all(state["momentum_buffer"].dtype == torch.bfloat16 for state in resumed.state.values())
+
+
+def test_experts_that_fill_stacks_are_stepped_in_place() -> None:
+    """No copy of weights or state: the storage a stack works on is the parameter's own."""
+    params = [torch.nn.Parameter(torch.randn(8, 16, 32))]
+    stacks = plan_stacks([Member(p.shape, matrix_layout(p), 0) for p in params], stack_bytes=3 * 16 * 32 * 4)
+    assert [stack.count for stack in stacks] == [3, 3, 2]
+    for stack in stacks:
+        view = stack.gather(params, torch.float32)
+        assert view.untyped_storage().data_ptr() == params[0].untyped_storage().data_ptr()

@@ -11,7 +11,9 @@ import torch
 from rich.console import Console
 from toy_model import EXPERTS, ToyModel, toy_config
 
+from megatron_vpmoe.config.schema_run import LrMultiplier, RuleDecay
 from megatron_vpmoe.errors import ConfigError
+from megatron_vpmoe.optim import build_optimizer, build_scheduler
 from megatron_vpmoe.optim.routing import (
     RULES,
     Rule,
@@ -41,7 +43,7 @@ EXPECTED = {
     LAYER + "self_attention.grape_log_freq": ("adamw", "normuon_aux_lr", False),
     LAYER + "self_attention.value_residual_scale": ("adamw", "normuon_aux_lr", False),
     LAYER + "mlp.linear_fc1.weight": ("normuon", "lr", True),
-    LAYER + "mlp.router.weight": ("adamw", "normuon_aux_lr", True),
+    LAYER + "mlp.router.weight": ("adamw", "router_lr", True),
     LAYER + "mlp.shared_experts.linear_fc2.weight": ("normuon", "lr", True),
     LAYER + "mlp.shared_experts.linear_fc2.bias": ("adamw", "normuon_aux_lr", False),
     LAYER + "mlp.experts.fc1_weight": ("normuon", "lr", True),
@@ -81,8 +83,59 @@ def test_table_of_the_toy_model() -> None:
     experts = by_name["decoder.layers.0.mlp.experts.fc2_weight"]
     assert (experts.matrices, experts.expert) == (EXPERTS, True)
     assert by_name["output_layer.weight"].lr == 0.005
+    assert by_name["decoder.layers.0.mlp.router.weight"].lr == 0.003
     sink = by_name["decoder.layers.0.self_attention.sink"]
     assert (sink.lr, sink.weight_decay, sink.matrices) == (0.01, 0.0, 0)
+
+
+def test_multipliers_reach_the_groups_of_the_optimizer(single_process: None) -> None:
+    multipliers = [
+        LrMultiplier(pattern="*.0.mlp.experts.fc1_weight", factor=0.5),
+        LrMultiplier(pattern="out*", factor=2),
+    ]
+    cfg, model = toy_config(lr_multipliers=multipliers), ToyModel()
+    by_name = {row.name: row for row in routing_table(model, cfg)}
+    expected = {"decoder.layers.0.mlp.experts.fc1_weight": 0.01, "decoder.layers.1.mlp.experts.fc1_weight": 0.02}
+    expected |= {"output_layer.weight": 0.01, "embedding.word_embeddings.weight": 0.005}
+    optimizer = build_optimizer([model], cfg)
+    build_scheduler(optimizer, cfg).step(2)
+    for name, lr in expected.items():
+        assert by_name[name].lr == pytest.approx(lr)
+        (group,) = [g for g in optimizer.param_groups if any(p is model.get_parameter(name) for p in g["params"])]
+        assert group["max_lr"] == pytest.approx(lr)
+        assert group["lr"] == pytest.approx(lr, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "error"),
+    [(["*.mamba.*"], "no parameter matches '\\*.mamba.\\*'"), (["out*", "*layer.weight"], "'out\\*' and by '\\*layer")],
+)
+def test_multipliers_that_reach_nothing_or_overlap_are_refused(patterns: list[str], error: str) -> None:
+    multipliers = [LrMultiplier(pattern=pattern, factor=2.0) for pattern in patterns]
+    with pytest.raises(ConfigError, match=error):
+        routing_table(ToyModel(), toy_config(lr_multipliers=multipliers))
+
+
+def test_decay_of_a_rule(single_process: None) -> None:
+    decays = [RuleDecay(rule="router", weight_decay=0.0), RuleDecay(rule="biases", weight_decay=0.5)]
+    cfg, model = toy_config(weight_decays=decays, weight_decay=0.0), ToyModel()
+    by_name = {row.name: row.weight_decay for row in routing_table(model, cfg)}
+    assert by_name["decoder.layers.0.mlp.router.weight"] == by_name["output_layer.weight"] == 0.0
+    assert by_name["decoder.layers.0.self_attention.linear_proj.bias"] == 0.5
+    optimizer = build_optimizer([model], cfg)
+    build_scheduler(optimizer, cfg).step(1)
+    bias = model.get_parameter("decoder.layers.0.self_attention.linear_proj.bias")
+    (group,) = [g for g in optimizer.param_groups if any(p is bias for p in g["params"])]
+    assert group["weight_decay"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("names", "error"), [(["mamba"], "matches no parameter"), (["router", "router"], "named twice")]
+)
+def test_decays_of_unknown_or_repeated_rules_are_refused(names: list[str], error: str) -> None:
+    decays = [RuleDecay(rule=name, weight_decay=0.2) for name in names]
+    with pytest.raises(ConfigError, match=error):
+        routing_table(ToyModel(), toy_config(weight_decays=decays))
 
 
 def test_wrappers_prefixes_do_not_matter() -> None:

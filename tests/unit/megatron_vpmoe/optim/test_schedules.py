@@ -15,7 +15,7 @@ from megatron_vpmoe.optim.schedules import IterationScheduler, build_scheduler
 def groups() -> Any:
     """Stands for an optimizer: a NorMuon group at the peak, an AdamW one at half of it without decay."""
     return SimpleNamespace(
-        param_groups=[{"max_lr": 0.02, "wd_mult": 1.0, "params": []}, {"max_lr": 0.01, "wd_mult": 0.0, "params": []}]
+        param_groups=[{"max_lr": 0.02, "wd_mult": 0.1, "params": []}, {"max_lr": 0.01, "wd_mult": 0.0, "params": []}]
     )
 
 

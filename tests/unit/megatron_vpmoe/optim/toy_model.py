@@ -24,12 +24,15 @@ def toy_config(*, bf16: bool = False, **optim: Any) -> Any:
         "lr_wsd_decay_iters": None, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-8,
         "clip_grad": 1.0, "normuon_momentum": 0.95, "normuon_beta2": 0.95, "normuon_eps": 1e-10,
         "polar_express_steps": 5, "polar_express_safety": 2e-2, "normuon_idle_expert_policy": "skip",
+        "polar_express_dtype": "auto", "normuon_momentum_dtype": "float32", "normuon_stack_mib": None,
+        "lr_multipliers": None, "weight_decays": None,
     } | optim  # fmt: skip
     return SimpleNamespace(
         optim=SimpleNamespace(**fields),
         training=SimpleNamespace(bf16=bf16),
         aux_lr=0.01,
         embedding_lr=0.005,
+        router_lr=0.003,
         decay_iters=20,
     )
 
