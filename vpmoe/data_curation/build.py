@@ -9,14 +9,10 @@ until they are joined, so many input shards need less of it than few.
 
 from __future__ import annotations
 
-import fcntl
-import json
-import shutil
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +21,16 @@ import numpy as np
 from vpmoe.data_curation.build_manifest import assemble_manifest, warn_of_empty_valid
 from vpmoe.data_curation.build_parts import PartBuilder, WorkPlan, read_receipt, receipt_path
 from vpmoe.data_curation.build_plan import KIND, SPLITS, BuildOptions, Part, PartStats
+from vpmoe.data_curation.dataset_folder import COMPACT_MAP_NAME, PIECES_NAME, DatasetFolder
 from vpmoe.data_curation.harmony.conversations import KIND as INPUT_KIND
-from vpmoe.data_curation.manifest import FILE_NAME, read_manifest, write_manifest
+from vpmoe.data_curation.manifest import FILE_NAME, read_manifest
 from vpmoe.data_curation.progress import RowProgress
 from vpmoe.data_curation.workers import Call, Crew, make_crew
 from vpmoe.errors import DataError
-from vpmoe.files import json_bytes, sha256_of_file, write_atomically
+from vpmoe.files import sha256_of_file, write_atomically
 from vpmoe.tokenizer.compact import CompactVocabulary
 from vpmoe.tokenizer.interface import pieces_file_bytes
 from vpmoe.tokenizer.o200k_harmony import VOCAB_SIZE, load_o200k_harmony
-
-COMPACT_MAP_NAME = "compact_vocab.npy"
-PIECES_NAME = "token_pieces.txt"
-REJECTS_NAME = "rejects.jsonl"
-_STATE_NAME = "build.json"
 
 
 def build(
@@ -72,41 +64,40 @@ def build(
     source = read_manifest(input_dir, INPUT_KIND)
     state = {"config_hash": options.config_hash(), "input_manifest_sha256": sha256_of_file(input_dir / FILE_NAME)}
     load_o200k_harmony(options.tokenizer_model)  # a wrong rank file stops here, not in a worker
-    with _naming_missing_shards(output_dir, len(source["shards"])), _exclusive(output_dir):
+    folder = DatasetFolder(output_dir, KIND, state)
+    with _naming_missing_shards(output_dir, len(source["shards"])), folder.exclusive():
         if overwrite:
-            _clear(output_dir)
-        if (finished := _finished(output_dir, state)) is not None:
+            folder.clear()
+        if (finished := folder.finished()) is not None:
             return finished
-        _begin_or_resume(output_dir, state)
-        scratch = output_dir / ".build" / f"parts_{uuid.uuid4().hex}"
-        plan = WorkPlan(options, input_dir, output_dir, scratch, tuple(source["shards"]), None)
-        manifest = _build_in(plan, state, workers, quiet)
-        write_manifest(output_dir, manifest)
-        shutil.rmtree(output_dir / ".build")
+        folder.begin_or_resume()
+        # A folder of this run's own: a worker of a killed run may live a moment longer and still write into its own.
+        plan = WorkPlan(options, input_dir, output_dir, folder.scratch / uuid.uuid4().hex, tuple(source["shards"]))
+        manifest = _finish(folder, plan, state, _receipts(plan, folder, workers, quiet))
+        folder.finish(manifest)
     return manifest
 
 
-def _build_in(plan: WorkPlan, state: dict[str, str], workers: int, quiet: bool) -> dict[str, Any]:
+def _receipts(plan: WorkPlan, folder: DatasetFolder, workers: int, quiet: bool) -> list[dict[str, Any]]:
+    """Build what is missing; one receipt a shard, in order."""
     shards = range(len(plan.input_shards))
+    if plan.options.compact_map is not None:
+        write_atomically(plan.output_dir / COMPACT_MAP_NAME, plan.options.compact_map.read_bytes())
     with make_crew(plan, workers) as crew:
         for _ in crew.work_off(deque(Call("check_input", (shard,)) for shard in shards)):
             pass
         if plan.options.compact_vocab_size is not None and not (plan.output_dir / COMPACT_MAP_NAME).exists():
             _count_vocabulary(plan, crew, quiet)
-    if plan.options.compact_map is not None:
-        write_atomically(plan.output_dir / COMPACT_MAP_NAME, plan.options.compact_map.read_bytes())
-    if (plan.output_dir / COMPACT_MAP_NAME).exists():
-        plan = replace(plan, compact_map=plan.output_dir / COMPACT_MAP_NAME)
-    receipts = {shard: read_receipt(plan.output_dir, f"shard_{shard:02d}") for shard in shards}
-    waiting = [shard for shard in shards if receipts[shard] is None]
-    rows = sum(plan.input_shards[shard]["rows"] for shard in waiting)
-    with make_crew(plan, workers) as crew, RowProgress("building", rows, quiet=quiet) as progress:
-        receipts.update(_encode_shards(plan, crew, waiting, progress))
-    return _finish(plan, state, [receipt for _, receipt in sorted(receipts.items()) if receipt])
+        receipts = {shard: read_receipt(plan.output_dir, f"shard_{shard:02d}") for shard in shards}
+        waiting = [shard for shard in shards if receipts[shard] is None]
+        rows = sum(plan.input_shards[shard]["rows"] for shard in waiting)
+        with RowProgress("building", rows, quiet=quiet) as progress:
+            receipts.update(_encode_shards(plan, folder, crew, waiting, progress))
+    return [receipt for _, receipt in sorted(receipts.items()) if receipt]
 
 
 def _encode_shards(
-    plan: WorkPlan, crew: Crew, shards: list[int], progress: RowProgress
+    plan: WorkPlan, folder: DatasetFolder, crew: Crew, shards: list[int], progress: RowProgress
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Encode the parts of ``shards`` and yield ``(shard, receipt)`` as each is joined."""
     total_rows = sum(entry["rows"] for entry in plan.input_shards)
@@ -122,7 +113,7 @@ def _encode_shards(
         progress.add(stats.rows_read, stats.tokens)
         rejects += stats.rejects
         if len(rejects) > limit:
-            _refuse_rejects(plan, rejects, total_rows)
+            _refuse_rejects(plan, folder, rejects, total_rows)
         found[part.shard][part.group] = stats
         if len(found[part.shard]) == plan.input_shards[part.shard]["row_groups"]:
             total = PartStats()
@@ -157,12 +148,14 @@ def _part_calls(plan: WorkPlan, method: str, shards: Iterable[int]) -> deque[Cal
     )
 
 
-def _finish(plan: WorkPlan, state: dict[str, str], receipts: list[dict[str, Any]]) -> dict[str, Any]:
+def _finish(
+    folder: DatasetFolder, plan: WorkPlan, state: dict[str, str], receipts: list[dict[str, Any]]
+) -> dict[str, Any]:
     rejects = [reject for receipt in receipts for reject in receipt["rejects"]]
     rows = sum(receipt["rows_read"] for receipt in receipts)
     if plan.options.strict and len(rejects) > plan.options.max_reject_fraction * rows:
-        _refuse_rejects(plan, rejects, rows)
-    _write_rejects(plan.output_dir, rejects)
+        _refuse_rejects(plan, folder, rejects, rows)
+    folder.write_rejects(rejects)
     for split in SPLITS:
         (plan.output_dir / split).mkdir(exist_ok=True)
     tokenizer = PartBuilder(plan).tokenizer
@@ -178,8 +171,8 @@ def _finish(plan: WorkPlan, state: dict[str, str], receipts: list[dict[str, Any]
     return manifest
 
 
-def _refuse_rejects(plan: WorkPlan, rejects: list[dict[str, Any]], rows: int) -> None:
-    path = _write_rejects(plan.output_dir, rejects)
+def _refuse_rejects(plan: WorkPlan, folder: DatasetFolder, rejects: list[dict[str, Any]], rows: int) -> None:
+    path = folder.write_rejects(rejects)
     first = rejects[0]
     raise DataError(
         f"{len(rejects)} of {rows} rows are invalid, more than the fraction {plan.options.max_reject_fraction}; "
@@ -187,50 +180,6 @@ def _refuse_rejects(plan: WorkPlan, rejects: list[dict[str, Any]], rows: int) ->
         source=str(path),
         remedy="mend the source, or pass a larger --max-reject-fraction, or --no-strict",
     )
-
-
-def _write_rejects(output_dir: Path, rejects: list[dict[str, Any]]) -> Path:
-    path = output_dir / REJECTS_NAME
-    write_atomically(path, "".join(json.dumps(reject) + "\n" for reject in rejects).encode())
-    return path
-
-
-def _finished(output_dir: Path, state: dict[str, str]) -> dict[str, Any] | None:
-    if not (output_dir / FILE_NAME).exists():
-        return None
-    manifest = read_manifest(output_dir, KIND)
-    differing = [key for key, value in state.items() if manifest.get(key) != value]
-    if differing:
-        raise DataError(
-            f"the folder holds a finished dataset of another {' and '.join(differing)}",
-            source=str(output_dir / FILE_NAME),
-            remedy="pass --overwrite to replace it, or another --output-dir",
-        )
-    return manifest
-
-
-def _begin_or_resume(output_dir: Path, state: dict[str, str]) -> None:
-    path = output_dir / ".build" / _STATE_NAME
-    if path.exists():
-        if json.loads(path.read_bytes()) != state:
-            raise DataError(
-                "the folder holds an unfinished build of other options or another input",
-                source=str(path),
-                remedy="pass --overwrite to start afresh, or go on with the options it was begun with",
-            )
-    else:
-        _clear(output_dir)
-        write_atomically(path, json_bytes(state))
-    for stale in (output_dir / ".build").glob("parts_*"):
-        shutil.rmtree(stale)
-
-
-def _clear(output_dir: Path) -> None:
-    # The manifest goes first: at no moment may it describe files that are half gone.
-    for name in (FILE_NAME, f".build/{_STATE_NAME}", COMPACT_MAP_NAME, PIECES_NAME, REJECTS_NAME):
-        (output_dir / name).unlink(missing_ok=True)
-    for folder in (*SPLITS, ".build"):
-        shutil.rmtree(output_dir / folder, ignore_errors=True)
 
 
 @contextmanager
@@ -249,17 +198,3 @@ def _naming_missing_shards(output_dir: Path, shards: int) -> Iterator[None]:
             source=str(error.filename or output_dir),
             remedy="make room or mend the folder, then run the same command again: it goes on with the missing shards",
         ) from error
-
-
-@contextmanager
-def _exclusive(output_dir: Path) -> Iterator[None]:
-    """Hold the folder against a second builder; the lock goes with the process."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(
-                "another build is running in this folder", source=str(output_dir), remedy="wait for it, or stop it"
-            ) from error
-        yield

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from vpmoe.data_curation.build_plan import SPLITS, BuildOptions, Part, PartStats, SplitStats, histogram_width, split_of
+from vpmoe.data_curation.dataset_folder import COMPACT_MAP_NAME
 from vpmoe.data_curation.harmony.conversations import StoredConversation, open_shard, read_row_group
 from vpmoe.data_curation.manifest import check_file, file_entry
 from vpmoe.data_curation.token_files import TripleWriter, file_names
@@ -51,7 +52,6 @@ class WorkPlan:
         input_dir, output_dir: the conversations and the dataset.
         scratch: folder for part files; this run's own.
         input_shards: the input manifest's entries.
-        compact_map: map to encode with; None for the full vocabulary.
     """
 
     options: BuildOptions
@@ -59,7 +59,6 @@ class WorkPlan:
     output_dir: Path
     scratch: Path
     input_shards: tuple[dict[str, Any], ...]
-    compact_map: Path | None
 
 
 class PartBuilder:
@@ -75,11 +74,12 @@ class PartBuilder:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The vocabulary of the dataset."""
-        if self.plan.compact_map is None:
+        """The vocabulary of the dataset; the map of a compact one has to lie in the output folder by now."""
+        options = self.plan.options
+        if options.compact_map is None and options.compact_vocab_size is None:
             return self.full
-        size = self.plan.options.padded_vocab_size
-        return CompactVocabulary.load(self.full, self.plan.compact_map, padded_vocab_size=size)
+        path = self.plan.output_dir / COMPACT_MAP_NAME
+        return CompactVocabulary.load(self.full, path, padded_vocab_size=options.padded_vocab_size)
 
     @cached_property
     def _renderer(self) -> Renderer:

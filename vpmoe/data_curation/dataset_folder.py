@@ -36,7 +36,7 @@ class DatasetFolder:
     @property
     def scratch(self) -> Path:
         """Where the files of the shard in work lie."""
-        return self.path / ".build" / "parts_in_work"
+        return self.path / ".build" / "parts"
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

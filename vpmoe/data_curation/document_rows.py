@@ -16,14 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vpmoe.data_curation.harmony.conversations import strings
+from vpmoe.data_curation.hub_rows import HubRows
+from vpmoe.data_curation.row_stream import Row, RowStream
 from vpmoe.errors import DataError
 from vpmoe.files import sha256_of_file
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet", ".txt")
 TEXT_COLUMN = "text"
 _BATCH_ROWS = 512
-
-Row = Mapping[str, Any]
 
 
 @dataclass
@@ -59,14 +59,17 @@ class DocumentRows:
         Raises:
             DataError: a file or the hub dataset cannot be read, or lacks a column.
         """
-        if self.hub_id is not None:
-            yield from self._hub_rows(columns)
-        before = 0
-        for name, path in self.files:
-            for place, row, position in _reader(path)(name, path, columns):
-                self.bytes_read = before + position
-                yield place, row
-            before += path.stat().st_size
+        return iter(self.open(columns))
+
+    def open(self, columns: tuple[str, ...] | None = None, cursor: Mapping[str, Any] | None = None) -> RowStream:
+        """:meth:`rows` from ``cursor`` on: what a stream of this source gave between two rows."""
+        if self.hub_id is None:
+            return _LocalRows(self, columns, cursor["row"] if cursor else 0)
+
+        def check(present: set[str]) -> None:
+            _require(columns or (), sorted(present), str(self.hub_id))
+
+        return HubRows(self.hub_id, self.revision, cursor, check, config=self.config, split=self.split, columns=columns)
 
     def as_manifest(self) -> dict[str, Any]:
         """The source as a manifest records it: name, hub revision, and name, bytes and sha256 of each local file."""
@@ -74,27 +77,27 @@ class DocumentRows:
         hub = {"config": self.config, "split": self.split} if self.hub_id else {}
         return {"name": self.name, "hub_id": self.hub_id, "revision": self.revision, **hub, "files": files}
 
-    def _hub_rows(self, columns: tuple[str, ...] | None) -> Iterator[tuple[str, Row]]:
-        # Imported here: it takes seconds, and local sources do not need it.
-        import datasets
-        import httpx2  # the hub client's transport, whose errors are not OSErrors
-        from datasets.exceptions import DatasetsError
 
-        try:
-            stream = datasets.load_dataset(
-                str(self.hub_id), self.config, revision=self.revision, split=self.split, streaming=True
-            )
-            if stream.column_names and columns:
-                _require(columns, stream.column_names, str(self.hub_id))
-                stream = stream.select_columns(list(columns))
-            for index, row in enumerate(stream):
-                yield f"{self.hub_id}:{index}", row
-        except (OSError, ValueError, DatasetsError, httpx2.HTTPError) as error:
-            raise DataError(
-                f"the hub dataset cannot be read: {type(error).__name__}: {error}",
-                source=f"{self.hub_id} at {self.revision}",
-                remedy="check network, revision, --hub-config and --hub-split, or pass files that were fetched before",
-            ) from error
+class _LocalRows:
+    """The rows of local files; what lies before ``first`` is read again and left out."""
+
+    def __init__(self, source: DocumentRows, columns: tuple[str, ...] | None, first: int) -> None:
+        self._source, self._columns, self._row = source, columns, first
+
+    def cursor(self) -> dict[str, Any]:
+        return {"row": self._row}
+
+    def __iter__(self) -> Iterator[tuple[str, Row]]:
+        behind, before = self._row, 0
+        for name, path in self._source.files:
+            for place, row, position in _reader(path)(name, path, self._columns):
+                self._source.bytes_read = before + position
+                if behind:
+                    behind -= 1
+                    continue
+                self._row += 1
+                yield place, row
+            before += path.stat().st_size
 
 
 def resolve(

@@ -2,7 +2,7 @@
 
 For sources that are read once from front to back (compressed lines, the hub) and rows whose fate hangs on earlier ones
 (duplicates, a token budget). What a row becomes is a :class:`RowEncoder`'s business. A finished shard leaves a receipt
-under ``.build/``: a build that was killed skips the rows behind it and goes on. Memory: a million tokens, and what the
+under ``.build/``: a build that was killed goes on behind its rows. Memory: a million tokens, and what the
 encoder remembers.
 """
 
@@ -18,7 +18,8 @@ from vpmoe.data_curation.build_manifest import assemble_manifest, warn_of_empty_
 from vpmoe.data_curation.build_parts import read_receipt, receipt_path
 from vpmoe.data_curation.build_plan import SPLITS, BuildOptions
 from vpmoe.data_curation.dataset_folder import COMPACT_MAP_NAME, PIECES_NAME, DatasetFolder
-from vpmoe.data_curation.document_rows import DocumentRows, Row
+from vpmoe.data_curation.document_rows import DocumentRows
+from vpmoe.data_curation.row_stream import Row, RowStream
 from vpmoe.data_curation.sequential_shard import SequentialShard, Unit
 from vpmoe.data_curation.token_progress import TokenProgress
 from vpmoe.errors import DataError, RowError, TokenizerError
@@ -149,11 +150,12 @@ class _Builder:
             return self._receipts
         budget = self._extent.token_budget
         progress = TokenProgress(self._job.kind, self._source, budget, begun_with=self._tokens, quiet=quiet)
-        rows = self._source.rows(self._encoder.columns)
+        if self._receipts:
+            progress.going_on(self._rows_read)
+        stream = self._source.open(self._encoder.columns, self._receipts[-1]["cursor"] if self._receipts else None)
+        rows = iter(stream)
         try:
-            for _ in zip(range(self._rows_read), rows, strict=False):
-                progress.show(0, 0)
-            while not self._one_shard(rows, progress):
+            while not self._one_shard(stream, rows, progress):
                 pass
         except OSError as error:
             raise DataError(
@@ -172,7 +174,7 @@ class _Builder:
             self._rejected += len(receipt["rejects"])
             self._tokens += sum(split["tokens"] for split in receipt["splits"].values())
 
-    def _one_shard(self, rows: Iterator[tuple[str, Row]], progress: TokenProgress) -> bool:
+    def _one_shard(self, stream: RowStream, rows: Iterator[tuple[str, Row]], progress: TokenProgress) -> bool:
         """Fill the next shard; True if the source or the budget ended with it."""
         name = f"shard_{len(self._receipts):02d}"
         shard = SequentialShard(name, self._folder.scratch, self._job.base.seq_len)
@@ -210,6 +212,7 @@ class _Builder:
             "documents": dict(self._encoder.documents),
             "rejects": rejects,
             "ended": ended,
+            "cursor": stream.cursor(),
         }
         self._encoder.truncation.clear()
         self._encoder.documents.clear()

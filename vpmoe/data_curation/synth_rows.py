@@ -9,13 +9,14 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vpmoe.data_curation.harmony.conversations import strings
-from vpmoe.data_curation.synth_rows_hub import HubRows
+from vpmoe.data_curation.hub_rows import HubRows
+from vpmoe.data_curation.row_stream import Row, RowStream
 from vpmoe.errors import DataError
 from vpmoe.files import sha256_of_file
 
@@ -36,18 +37,6 @@ _REQUIRED = ("synth_id", "query", "synthetic_reasoning", "synthetic_answer")
 _BATCH_ROWS = 512
 # Read in pieces: not a whole column of a row group at once, and not mapped (a map counts as memory while it is read).
 _BUFFER_BYTES = 1 << 20
-
-Row = Mapping[str, Any]
-
-
-class RowStream(Protocol):
-    """Rows being read, and the place where another stream would go on."""
-
-    def __iter__(self) -> Iterator[tuple[str, Row]]: ...
-
-    def cursor(self) -> dict[str, Any]:
-        """JSON; to be called between two rows."""
-        ...
 
 
 class _LocalRows:

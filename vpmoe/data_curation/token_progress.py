@@ -36,6 +36,11 @@ class TokenProgress:
         if not self._quiet and time.monotonic() - self._last_line > _LINE_SECONDS:
             self._print()
 
+    def going_on(self, rows: int) -> None:
+        """Say that an earlier run's rows are kept; getting past them in local files may take a while."""
+        if not self._quiet:
+            print(f"{self._phase}: going on behind {rows:,} rows that are done", file=sys.stderr, flush=True)
+
     def end(self) -> None:
         """Print the last line."""
         if not self._quiet:

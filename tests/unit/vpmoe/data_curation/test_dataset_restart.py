@@ -63,7 +63,9 @@ def test_an_interrupted_build_goes_on_after_its_last_shard(
 def test_a_finished_shard_that_changed_stops_the_restart(
     conversations_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vpmoe.data_curation.build.write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "vpmoe.data_curation.dataset_folder.write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         build(conversations_dir, tmp_path, OPTIONS, quiet=True)
     monkeypatch.undo()

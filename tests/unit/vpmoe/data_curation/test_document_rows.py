@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from vpmoe.data_curation import hub_rows
 from vpmoe.data_curation.document_rows import resolve
 from vpmoe.errors import DataError
 
@@ -71,6 +72,7 @@ def test_the_hub_offline_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> No
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(hub_rows, "RETRY_SECONDS", (0, 0))
     with pytest.raises(DataError, match="no route to host"):
         list(resolve("owner/name", "abc").rows())
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vpmoe.data_curation import synth_rows_hub
+from vpmoe.data_curation import hub_rows
 from vpmoe.data_curation.synth_rows import READ_COLUMNS, resolve
 from vpmoe.errors import DataError
 
@@ -69,10 +69,10 @@ def test_an_unreachable_hub_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) ->
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    monkeypatch.setattr(synth_rows_hub, "RETRY_SECONDS", (0, 0))
+    monkeypatch.setattr(hub_rows, "RETRY_SECONDS", (0, 0))
     with pytest.raises(DataError, match="no route to host") as caught:
         list(resolve("PleIAs/SYNTH", "abc123").rows())
-    assert "check the network" in str(caught.value)
+    assert "check network" in str(caught.value)
 
 
 def test_missing_columns_and_broken_files_are_named(tmp_path: Path) -> None:

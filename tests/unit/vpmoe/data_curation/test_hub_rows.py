@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest_dataset import tree
+from dropping_hub import Hub
 
-from vpmoe.data_curation import synth_rows_hub
+from vpmoe.data_curation import hub_rows
 from vpmoe.data_curation.harmony import conversations
 from vpmoe.data_curation.harmony.synth_to_harmony import RECORD_NAME, convert
 from vpmoe.data_curation.synth_rows import RowSource, resolve
@@ -42,40 +43,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _small_parts_and_no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversations, "ROW_GROUP_ROWS", 8)
     monkeypatch.setattr("vpmoe.data_curation.harmony.synth_to_harmony.ROW_GROUPS_PER_PART", 3)
-    monkeypatch.setattr(synth_rows_hub, "RETRY_SECONDS", (0,) * 5)
-    monkeypatch.setattr(synth_rows_hub, "_STATE_ROWS", 10)
-
-
-class Hub:
-    """Stands for the hub: the files as a stream that breaks at random places."""
-
-    def __init__(self, folder: Path, chance: float, seed: int = 0) -> None:
-        self.folder, self.chance, self.draw, self.drops = folder, chance, random.Random(seed), 0
-
-    def load_dataset(self, *_: object, **__: object) -> "Hub._Stream":
-        self._drop()
-        return Hub._Stream(self)
-
-    def _drop(self) -> None:
-        if self.draw.random() < self.chance:
-            self.drops += 1
-            raise ConnectionResetError("the line dropped")
-
-    class _Stream:
-        def __init__(self, hub: "Hub") -> None:
-            self.hub = hub
-            paths = [str(path) for path in sorted(hub.folder.glob("*.parquet"))]
-            self.rows = _LOAD("parquet", data_files=paths, split="train", streaming=True)
-            self.column_names = self.rows.column_names
-            self.state_dict, self.load_state_dict = self.rows.state_dict, self.rows.load_state_dict
-
-        def __iter__(self):
-            for row in self.rows:
-                self.hub._drop()
-                yield row
-
-
-_LOAD = datasets.load_dataset
+    monkeypatch.setattr(hub_rows, "RETRY_SECONDS", (0,) * 5)
+    monkeypatch.setattr(hub_rows, "_STATE_ROWS", 10)
 
 
 def converted(output: Path, overwrite: bool = False) -> Path:
@@ -105,7 +74,7 @@ def test_dropped_connections_change_nothing(
 def test_a_conversion_that_gave_up_goes_on_where_it_stopped(
     files: Path, straight: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(synth_rows_hub, "RETRY_SECONDS", ())
+    monkeypatch.setattr(hub_rows, "RETRY_SECONDS", ())
     read, attempts = [], 0
     while not (tmp_path / "out" / "conversion.json").exists():
         hub = Hub(files, 0.006, attempts)
@@ -124,7 +93,7 @@ def test_a_conversion_that_gave_up_goes_on_where_it_stopped(
 def test_an_unfinished_conversion_of_something_else_is_not_gone_on_with(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(synth_rows_hub, "RETRY_SECONDS", ())
+    monkeypatch.setattr(hub_rows, "RETRY_SECONDS", ())
     for seed in range(20):
         monkeypatch.setattr(datasets, "load_dataset", Hub(files, 0.005, seed).load_dataset)
         with suppress(DataError):

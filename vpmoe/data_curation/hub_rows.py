@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from vpmoe.data_curation.row_stream import Row
 from vpmoe.errors import DataError
 
 # Waits between attempts that bring no row; a row that arrives starts the count afresh.
@@ -26,6 +27,8 @@ class HubRows:
         revision: commit.
         cursor: where to begin: what :meth:`cursor` gave; None begins at the first row.
         check_columns: called with the names of the columns before the first row.
+        config, split: of the dataset.
+        columns: the only ones that are fetched, where the files let others unread; None: all.
     """
 
     def __init__(
@@ -34,8 +37,13 @@ class HubRows:
         revision: str | None,
         cursor: Mapping[str, Any] | None,
         check_columns: Callable[[set[str]], None],
+        *,
+        config: str | None = None,
+        split: str = "train",
+        columns: tuple[str, ...] | None = None,
     ) -> None:
         self._hub_id, self._revision, self._check_columns = hub_id, revision, check_columns
+        self._config, self._split, self._columns = config, split, columns
         self._row = cursor["row"] if cursor else 0
         # The stream's own state and the row it stands before.
         self._state, self._state_row = (cursor["state"], cursor["state_row"]) if cursor else (None, 0)
@@ -46,7 +54,7 @@ class HubRows:
         self._note_state()
         return {"row": self._row, "state": self._state, "state_row": self._state_row}
 
-    def __iter__(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    def __iter__(self) -> Iterator[tuple[str, Row]]:
         import httpx2  # the hub client's transport, whose errors are not OSErrors
         from datasets.exceptions import DatasetsError
 
@@ -56,6 +64,8 @@ class HubRows:
             try:
                 yield from self._connected()
                 return
+            except ValueError as error:  # a split or a config that does not exist
+                raise self._gave_up(error) from error
             except (OSError, DatasetsError, httpx2.HTTPError) as error:
                 attempt = 0 if self._row > before else attempt + 1
                 permanent = isinstance(error, (FileNotFoundError, PermissionError))
@@ -69,14 +79,18 @@ class HubRows:
                 )
                 time.sleep(RETRY_SECONDS[attempt])
 
-    def _connected(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    def _connected(self) -> Iterator[tuple[str, Row]]:
         # Imported here: it takes seconds, and local sources do not need it.
         import datasets
 
         self._stream = None
-        stream = datasets.load_dataset(self._hub_id, revision=self._revision, split="train", streaming=True)
+        stream = datasets.load_dataset(
+            self._hub_id, self._config, revision=self._revision, split=self._split, streaming=True
+        )
         if stream.column_names:
             self._check_columns(set(stream.column_names))
+            if self._columns is not None:
+                stream = stream.select_columns(list(self._columns))
         if self._state is not None:
             stream.load_state_dict(self._state)
         skipped = self._row - self._state_row
@@ -98,6 +112,6 @@ class HubRows:
         return DataError(
             f"the hub dataset cannot be read: {type(error).__name__}: {error}",
             source=f"{self._hub_id} at {self._revision}, row {self._row}",
-            remedy="check the network and the revision and run the same command again (it goes on where it stopped), "
-            "or pass a folder of parquet files that were fetched before",
+            remedy="check network, revision, config and split and run the same command again (it goes on where it "
+            "stopped), or pass files that were fetched before",
         )
