@@ -278,7 +278,6 @@ def test_the_command_says_what_it_did(source: Path, tmp_path: Path, capsys: pyte
 
 @pytest.mark.usefixtures("single_process")
 def test_the_training_side_reads_it_and_has_a_loss(source: Path, dataset_dir: Path, tmp_path: Path) -> None:
-    import torch
 
     from megatron_vpmoe.data.batch import assemble
     from megatron_vpmoe.data.kd_dataset import KDDataset
