@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -112,15 +113,22 @@ def read_row_group(shard: pq.ParquetFile, group: int) -> Iterator[StoredConversa
     pyarrow does for nested rows, costs as much as the tokenizer.
     """
     table = shard.read_row_group(group, use_threads=False)
-    ids, languages = strings(table.column("synth_id")), strings(table.column("language"))
+    ids: list[Any] = strings(table.column("synth_id"))
+    languages: list[Any] = strings(table.column("language"))
     row = 0
     for chunk in table.column("messages").chunks:
         flat = chunk.flatten()
         bounds = [0, *chunk.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).cumsum().tolist()]
         roles, channels, contents = (strings(flat.field(name)) for name in ("role", "channel", "content"))
+        whole = not any(bytes in map(type, column) for column in (ids, languages, roles, channels, contents))
+        messages: list[Any] = list(map(Message, roles, contents, channels)) if whole else []  # pyright: ignore[reportArgumentType]
         for begin, end in pairwise(bounds):
-            yield _row(ids[row], languages[row], roles[begin:end], channels[begin:end], contents[begin:end])
+            synth_id, language = ids[row], languages[row]
             row += 1
+            if whole and synth_id:
+                yield StoredConversation(synth_id, language, tuple(messages[begin:end]))
+            else:
+                yield _row(synth_id, language, roles[begin:end], channels[begin:end], contents[begin:end])
 
 
 def strings(column: pa.ChunkedArray | pa.Array) -> list[str | bytes | None]:
