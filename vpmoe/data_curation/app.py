@@ -29,9 +29,7 @@ def verify(
     input_dir: Annotated[
         Path | None, typer.Option(help="the conversations it was built from: are they unchanged?")
     ] = None,
-    parsed_per_shard: Annotated[
-        int, typer.Option(help="conversations of each shard to parse")
-    ] = DEFAULT_PARSED_PER_SHARD,
+    parsed_per_shard: Annotated[int, typer.Option(help="documents of each shard to parse")] = DEFAULT_PARSED_PER_SHARD,
 ) -> None:
     """Re-hash and re-check a dataset (token files or conversations); lists every fault, exit code 2 if there is one."""
     faults = find_faults(dataset_dir, input_dir=input_dir, parsed_per_shard=parsed_per_shard)
@@ -44,11 +42,11 @@ def verify(
 def inspect(
     dataset_dir: _Folder,
     split: Annotated[str, typer.Option(help="train or valid")] = "train",
-    count: Annotated[int, typer.Option(help="conversations to show; 0 for the figures alone")] = 3,
-    start: Annotated[int, typer.Option(help="number of the first conversation shown")] = 0,
+    count: Annotated[int, typer.Option(help="documents to show; 0 for the figures alone")] = 3,
+    start: Annotated[int, typer.Option(help="number of the first document shown")] = 0,
     html: Annotated[Path | None, typer.Option(help="write a page of its own to this file instead")] = None,
 ) -> None:
-    """Show a dataset's figures, histograms of lengths, and decoded conversations, each span in its colour."""
+    """Show a dataset's figures, histograms of lengths, and decoded documents, each span in its colour."""
     if html is None:
         show(dataset_dir, Console(), split=split, count=count, start=start)
         return

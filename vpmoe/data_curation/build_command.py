@@ -75,7 +75,7 @@ def summary(output_dir: Path, manifest: dict[str, Any]) -> str:
     lines = [f"{output_dir}: vocabulary {manifest['tokenizer']['name']} of {manifest['tokenizer']['vocab_size']:,} ids"]
     for split, entry in manifest["splits"].items():
         spans = ", ".join(f"{name} {count:,}" for name, count in entry["span_tokens"].items())
-        lines.append(f"  {split}: {entry['rows']:,} conversations, {entry['tokens']:,} tokens ({spans})")
+        lines.append(f"  {split}: {entry['rows']:,} documents, {entry['tokens']:,} tokens ({spans})")
     cut = {branch: count for branch, count in manifest["truncation"].items() if count}
     lines.append("  truncation: " + ", ".join(f"{branch} {count:,}" for branch, count in cut.items()))
     lines.append(f"  rejected: {manifest['rejects']['count']:,}")

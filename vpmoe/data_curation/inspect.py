@@ -38,9 +38,9 @@ def inspect(dataset_dir: Path, console: Console, *, split: str = "train", count:
     manifest = token_manifest(dataset_dir)
     check_place(manifest, split, count, start)
     console.print(figures(manifest))
-    console.print(_bars(f"tokens a conversation, {split}", manifest_bars(manifest, split), _BAR_WIDTH))
+    console.print(_bars(f"tokens a document, {split}", manifest_bars(manifest, split), _BAR_WIDTH))
     sample = sample_split(dataset_dir, manifest, split, tokens=False)
-    console.print(f"tokens a conversation in each span, {sample.described}")
+    console.print(f"tokens a document in each span, {sample.described}")
     spans = [(name, histogram(sample.lengths[name], _SPAN_BAR_ROWS)) for name in SPAN_NAMES]
     console.print(Columns([_bars(name, bars, _SPAN_BAR_WIDTH) for name, bars in spans], padding=(0, 3)))
     tokenizer = load_tokenizer(dataset_dir)
@@ -71,7 +71,7 @@ def check_place(manifest: dict[str, Any], split: str, count: int, start: int) ->
     rows = split_entry(manifest, split)["rows"]
     if count and not 0 <= start < rows:
         raise DataError(
-            f"no conversation {start}: {split} has {rows}", source="--start", remedy="use another split or start"
+            f"no document {start}: {split} has {rows}", source="--start", remedy="use another split or start"
         )
 
 
@@ -92,7 +92,7 @@ def figures(manifest: dict[str, Any]) -> Table:
 
 def figure_rows(manifest: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]], str]:
     """Headings and a row of figures for each split, and what was cut and rejected in words."""
-    headings = ("split", "conversations", "tokens", *SPAN_NAMES, "tokens each", "longest")
+    headings = ("split", "documents", "tokens", *SPAN_NAMES, "tokens each", "longest")
     rows = []
     for split, entry in manifest["splits"].items():
         shares = [f"{entry['span_tokens'][name] / max(entry['tokens'], 1):.1%}" for name in SPAN_NAMES]

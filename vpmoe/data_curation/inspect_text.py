@@ -1,4 +1,4 @@
-"""Conversations of a built dataset as runs of text, one kind each, harmless to show."""
+"""Documents of a built dataset as runs of text, one kind each, harmless to show."""
 
 from __future__ import annotations
 
