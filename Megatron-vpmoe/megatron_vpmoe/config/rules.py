@@ -96,7 +96,6 @@ def _intervals(cfg: RunConfig) -> Findings:
 
 
 _UNSUPPORTED = {
-    "tensor_model_parallel_size": "the TPA factors and the sinks are not split over ranks",
     "pipeline_model_parallel_size": "layer 1's values, which every layer mixes in, do not travel between stages",
     "context_parallel_size": "windows and document masks need the whole sequence on one rank",
 }
@@ -107,6 +106,7 @@ def _parallel(cfg: RunConfig) -> Findings:
         size = getattr(cfg.parallel, name)
         if size > 1:
             yield Problem((name,), f"{size} is not supported: {reason}; set 1 and use expert or data parallelism")
+    yield from _tensor_parallel(cfg)
     ep, experts = cfg.parallel.expert_model_parallel_size, cfg.moe.num_experts
     if ep > 1 and experts is None:
         yield Problem(("expert_model_parallel_size", "num_experts"), f"{ep} ranks, and no experts to share")
@@ -122,21 +122,59 @@ def _parallel(cfg: RunConfig) -> Findings:
         )
 
 
+def _tensor_parallel(cfg: RunConfig) -> Findings:
+    ranks, m, moe = cfg.parallel.tensor_model_parallel_size, cfg.model, cfg.moe
+    name = "tensor_model_parallel_size"
+    if ranks == 1:
+        if cfg.parallel.sequence_parallel:
+            yield Problem(("sequence_parallel", name), "shares the sequence of tensor-parallel ranks and there is one")
+        return
+    if cfg.optim.optimizer == "normuon":
+        yield Problem((name, "optimizer"), f"NorMuon does not see a matrix that {ranks} ranks share; use adam")
+    shared_out: dict[str, int | None] = {
+        "num_attention_heads": m.num_attention_heads,
+        "num_query_groups": m.num_query_groups,
+        "padded_vocab_size": m.padded_vocab_size,
+    }
+    if not all(cfg.is_moe_layer(n) for n in range(1, m.num_layers + 1)):
+        shared_out["ffn_hidden_size"] = m.ffn_hidden_size
+    if moe.num_experts is not None:
+        shared_out["moe_shared_expert_intermediate_size"] = moe.moe_shared_expert_intermediate_size
+    if cfg.parallel.sequence_parallel:
+        shared_out["seq_length"] = cfg.data.seq_length
+    for field, size in shared_out.items():
+        if size is not None and size % ranks:
+            yield Problem((field, name), f"{size} cannot be split evenly over {ranks} ranks; set a divisor of it")
+    if moe.num_experts is not None and not cfg.parallel.sequence_parallel:
+        yield Problem(
+            ("sequence_parallel", name, "num_experts"),
+            "without it every tensor-parallel rank would send every token to the experts; set sequence_parallel true",
+        )
+
+
 def _world(cfg: RunConfig, world_size: int) -> Findings:
     p, t = cfg.parallel, cfg.training
-    model_ranks = p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
-    if model_ranks > 1:
+    if p.pipeline_model_parallel_size * p.context_parallel_size > 1:
         return  # already refused, and the data-parallel size would mean nothing
+    model_ranks = p.tensor_model_parallel_size
+    if world_size % model_ranks:
+        yield Problem(
+            ("tensor_model_parallel_size", "nproc_per_node"),
+            f"{world_size} processes cannot be divided into tensor-parallel groups of {model_ranks}",
+        )
+        return
     if world_size % p.expert_model_parallel_size:
         yield Problem(
             ("expert_model_parallel_size", "nproc_per_node"),
             f"{world_size} processes cannot be divided into expert groups of {p.expert_model_parallel_size}",
         )
-    rows = t.micro_batch_size * world_size
+    replicas = world_size // model_ranks
+    rows = t.micro_batch_size * replicas
     if t.global_batch_size % t.micro_batch_size == 0 and t.global_batch_size % rows:
         yield Problem(
             ("global_batch_size", "micro_batch_size", "nproc_per_node"),
-            f"{t.global_batch_size} rows are not a multiple of {t.micro_batch_size} x {world_size} processes = {rows}",
+            f"{t.global_batch_size} rows are not a multiple of {t.micro_batch_size} x {replicas} data-parallel ranks "
+            f"= {rows}",
         )
 
 

@@ -92,7 +92,9 @@ class ParallelSection(Section):
     """How the model and the batch are spread over processes."""
 
     tensor_model_parallel_size: Count = 1
-    """Ranks that share each matrix; only 1 is supported."""
+    """Ranks that share each matrix, by heads, feed-forward channels and vocabulary; divides the world size."""
+    sequence_parallel: bool = False
+    """Tensor-parallel ranks also share the sequence between attention and feed-forward; experts need it."""
     pipeline_model_parallel_size: Count = 1
     """Ranks that share the layers; only 1 is supported."""
     context_parallel_size: Count = 1

@@ -18,6 +18,7 @@ from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.model.attention.kv_cache import KVCache
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.model.sequence_parallel import whole_sequences
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def generate(model: VPModel, prompts: Sequence[Sequence[int]], options: Sampling
     """Continue each prompt until a stop token or ``max_new_tokens``.
 
     Args:
-        model: the bare model; its training mode is restored afterwards.
+        model: the bare model; its training mode is restored afterwards. A collective of its tensor- and
+            expert-parallel ranks: all pass the same prompts and get the same tokens.
         prompts: token ids, at least one a prompt.
         options: how to sample.
 
@@ -63,7 +65,8 @@ def generate(model: VPModel, prompts: Sequence[Sequence[int]], options: Sampling
     was_training = model.training
     model.eval()
     try:
-        return _decode(model, prompts, options)
+        with whole_sequences(model):
+            return _decode(model, prompts, options)
     finally:
         model.train(was_training)
 
@@ -79,7 +82,7 @@ def _decode(model: VPModel, prompts: Sequence[Sequence[int]], options: SamplingO
     tokens = tokens_BP
     for _ in range(options.max_new_tokens):
         output = model(tokens, layout, cache)
-        logits_BV = model.project(output.hidden_BSH[:, -1]).float()
+        logits_BV = model.logits(output.hidden_BSH[:, -1]).float()
         next_B = choose(logits_BV, options, generator)
         chosen.append(next_B)
         done_B |= torch.isin(next_B, stop)

@@ -1,10 +1,14 @@
 """The language model: embedding, stack of layers, output projection, and what an objective may ask of its output.
 
-Shapes: B batch, S sequence, H hidden, V padded vocabulary.
+Over tensor-parallel ranks the vocabulary is split; outside the stack every rank holds every position, also under
+sequence parallelism.
+
+Shapes: B batch, S sequence, H hidden, V padded vocabulary, T tensor-parallel ranks.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -16,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.enums import ModelType
 from torch import Tensor
@@ -40,7 +45,7 @@ class ModelOutput:
 
     def logits(self) -> Tensor:
         """Logits of every position, [B, S, V] in the model's dtype."""
-        return self.model.project(self.hidden_BSH)
+        return self.model.logits(self.hidden_BSH)
 
     def cross_entropy(self, labels_BS: Tensor, mask_BS: Tensor, weight_BS: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted sum of -log p(label) over the positions where the mask holds, and its terms without weights.
@@ -53,17 +58,11 @@ class ModelOutput:
         Returns:
             fp32 0-d, differentiable once; fp32 [mask.sum()] in row-major order, without gradient.
         """
-        model, tp_group = self.model, self.model.pg_collection.tp
-        hidden_BSH = self.hidden_BSH
         # Each tensor-parallel rank makes the part of the hidden states' gradient that comes from its own words.
-        if model.config.sequence_parallel:
-            hidden_SBH = hidden_BSH.transpose(0, 1)
-            hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, group=tp_group)  # backward: reduce-scatter
-            hidden_NH = hidden_SBH.transpose(0, 1)[mask_BS]
-        else:
-            hidden_NH = copy_to_tensor_model_parallel_region(hidden_BSH[mask_BS], group=tp_group)  # all-reduce
+        tp_group = self.model.pg_collection.tp
+        hidden_NH = copy_to_tensor_model_parallel_region(self.hidden_BSH[mask_BS], group=tp_group)  # backward: sum
         return weighted_cross_entropy(
-            hidden_NH, model.output_weight(), labels_BS[mask_BS], weight_BS[mask_BS], tp_group
+            hidden_NH, self.model.output_weight(), labels_BS[mask_BS], weight_BS[mask_BS], tp_group
         )
 
 
@@ -99,10 +98,13 @@ class VPModel(LanguageModule):
             tp_group=self.pg_collection.tp,
         )
         self.decoder = VPTransformerBlock(config=config, spec=block_spec(config), pg_collection=self.pg_collection)
+        # Objectives choose positions before the projection, so its input is whole and never to be gathered.
+        whole = copy.copy(config)
+        whole.sequence_parallel = False
         self.output_layer = tensor_parallel.ColumnParallelLinear(
             config.hidden_size,
             vocab_size,
-            config=config,
+            config=whole,
             init_method=cast("Callable[[Tensor], Tensor]", config.init_method),
             bias=False,
             skip_weight_param_allocation=share_embeddings_and_output_weights,
@@ -119,8 +121,12 @@ class VPModel(LanguageModule):
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         return cast("Tensor", weight)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The output projection over the whole vocabulary, [..., H] -> [..., V]; equal on every rank."""
+        return gather_from_tensor_model_parallel_region(self.project(hidden), group=self.pg_collection.tp)
+
     def project(self, hidden: Tensor) -> Tensor:
-        """The output projection, [..., H] -> [..., V]."""
+        """The output projection over this rank's part of the vocabulary, [..., H] -> [..., V / T]."""
         return self.output_layer(hidden, weight=self.output_weight())[0]
 
     def forward(self, tokens_BS: Tensor, layout: SequenceLayout, kv_cache: KVCache | None = None) -> ModelOutput:
@@ -133,7 +139,13 @@ class VPModel(LanguageModule):
         """
         hidden_SBH = self.embedding(input_ids=tokens_BS, position_ids=None)
         padding_BS = layout.document_id[:, -tokens_BS.shape[1] :] < 0
+        tp, split = self.pg_collection.tp, self.config.sequence_parallel
+        if split:
+            padding_BS = padding_BS.chunk(tp.size(), dim=1)[tp.rank()]
         hidden_SBH = self.decoder(hidden_SBH, layout, kv_cache, padding_BS)
+        if split:
+            # What follows is the same on every rank, so each takes its part of the gradient as it is.
+            hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False, group=tp)
         return ModelOutput(hidden_SBH.transpose(0, 1), self)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:

@@ -67,6 +67,8 @@ class RMSNorm(MegatronModule):
         super().__init__(config)
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size))
+        # Each rank norms its part of the sequence only: Megatron-Core sums the gradient over tensor-parallel ranks.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""

@@ -92,6 +92,8 @@ def transformer_config(cfg: RunConfig) -> VPTransformerConfig:
         first_layer_dense=moe.first_layer_dense,
         **(_moe_fields(cfg) if moe.num_experts is not None else {}),
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        expert_tensor_parallel_size=1,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,

@@ -172,7 +172,12 @@ def _member(
         if expert
         else parallel_state.get_model_parallel_group()
     )
-    member.tp_group = parallel_state.get_tensor_model_parallel_group()
+    # The group over which gradients that are alike on all ranks count once; each rank's experts are its own.
+    member.tp_group = (
+        parallel_state.get_expert_tensor_parallel_group()
+        if expert
+        else parallel_state.get_tensor_model_parallel_group()
+    )
     return member
 
 

@@ -50,6 +50,8 @@ def initialize(
         pipeline_model_parallel_size=pipeline_model_parallel_size,
         context_parallel_size=context_parallel_size,
         expert_model_parallel_size=expert_model_parallel_size,
+        # An expert is never split: over tensor-parallel ranks it is replicated, and each brings its own tokens.
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=timeout_minutes,
     )
     random.seed(seed)

@@ -48,7 +48,10 @@ class RouterMonitor:
         load_LE = torch.stack([router.tokens_per_expert for router in routers])
         balance_L = torch.stack([router.balance_loss_sum for router in routers])
         packed = torch.cat([load_LE, balance_L.unsqueeze(1)], dim=1).double()
-        torch.distributed.all_reduce(packed, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        # Tensor-parallel ranks routed different parts of a sequence (sequence parallelism); each has its whole loss.
+        packed[:, -1] /= parallel_state.get_tensor_model_parallel_world_size()
+        everyone = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(packed, group=everyone)
         biases = [cast(Tensor, router.expert_bias) for router in routers if router.enable_expert_bias]
         tags = router_health(
             packed[:, :-1].cpu(),

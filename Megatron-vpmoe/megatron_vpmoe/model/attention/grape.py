@@ -79,15 +79,22 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @functools.lru_cache
-def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
-    """fp32 [H]: m_h = 2^(-8(h+1)/H); where H is no power of two, ALiBi's interleave.
+def alibi_slopes(num_heads: int, device: torch.device, part: int = 0, parts: int = 1) -> Tensor:
+    """fp32 [H / parts]: m_h = 2^(-8(h+1)/H); where H is no power of two, ALiBi's interleave.
 
     The interleave takes the slopes of the largest power of two P below H, then every other slope of 2P.
-    One tensor per (H, device), so that layers can share what is computed from it.
+    One tensor per set of arguments, so that layers can share what is computed from it.
+
+    Args:
+        num_heads: H, of the whole layer.
+        device: of the result.
+        part: which of ``parts`` equal runs of heads; a tensor-parallel rank has one of them.
+        parts: divides H.
     """
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2.0 ** (-8.0 * (h + 1) / power) for h in range(power)]
     slopes += [2.0 ** (-8.0 * (2 * h + 1) / (2 * power)) for h in range(num_heads - power)]
+    count = num_heads // parts
     # The first caller may be a sampler in inference mode; the tensor must serve training as well.
     with torch.inference_mode(False):
-        return torch.tensor(slopes, dtype=torch.float32, device=device)
+        return torch.tensor(slopes[part * count : (part + 1) * count], dtype=torch.float32, device=device)

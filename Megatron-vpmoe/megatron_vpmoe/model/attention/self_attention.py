@@ -3,7 +3,11 @@
 Order of operations: project (grouped-query or tensor-product), norm queries and keys, rotate them (not on GRAPE-A
 layers), mix layer 1's values in, append to the cache when decoding, attend, project back.
 
-Shapes: S new tokens, B batch, H query heads, G KV groups, P = H / G heads a group, D head dim, K keys.
+Over tensor-parallel ranks heads and groups are split: every rank attends with its own, over the whole sequence. What
+all heads share (B factors, norms, λs) is on every rank, and its gradient is summed over them.
+
+Shapes: S new tokens, B batch, H query heads, G KV groups, P = H / G heads a group, D head dim, K keys. H and G are
+those of one tensor-parallel rank; under sequence parallelism a hidden state has S / T rows.
 """
 
 from __future__ import annotations
@@ -13,9 +17,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -30,9 +41,17 @@ from megatron_vpmoe.model.attention.grape import (
 )
 from megatron_vpmoe.model.attention.kv_cache import KVCache
 from megatron_vpmoe.model.attention.masks import SequenceLayout
-from megatron_vpmoe.model.attention.tpa import TPAGeometry, contract_factors, factor_a_init, section_rows
+from megatron_vpmoe.model.attention.mixed_qkv import mixed_qkv_rows, split_mixed_qkv
+from megatron_vpmoe.model.attention.tpa import (
+    TPAGeometry,
+    contract_factors,
+    factor_a_init,
+    factor_a_sharding,
+    section_rows,
+)
 from megatron_vpmoe.model.attention.value_residual import mix_first_value
 from megatron_vpmoe.model.recompute import recomputed
+from megatron_vpmoe.model.replicated_linear import ReplicatedLinear
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 
 
@@ -41,7 +60,7 @@ class VPSelfAttentionSubmodules:
     """The parts of `VPSelfAttention`.
 
     Attributes:
-        linear_qkv: column-parallel linear; in tensor-product layers both factor projections are built from it.
+        linear_qkv: column-parallel linear; in tensor-product layers the projection to the A factors is built from it.
         linear_proj: row-parallel linear of the output.
         q_layernorm: norm over the head dimension of queries, or None.
         k_layernorm: the same for keys.
@@ -57,16 +76,17 @@ class VPSelfAttention(MegatronModule):
     """Causal self-attention over packed documents.
 
     Parameters that stay fp32 in a bf16 model (``keep_fp32``): ``sink`` [H], ``grape_log_freq`` [D/2] and
-    ``value_residual_scale`` []. Weights that stack several logical matrices name their rows in ``matrix_rows``.
+    ``value_residual_scale`` []. Weights that stack several logical matrices name their (local) rows in ``matrix_rows``.
 
     Args:
         config: of the model.
         submodules: the parts.
         layer_number: global, 1-based; decides between local and global, and which layer gives the first values.
-        pg_collection: process groups; the tensor-parallel group must be of size 1.
+        pg_collection: process groups; the tensor-parallel one is used.
 
     Raises:
-        ConfigError: tensor parallelism, or a kind of softmax, position or backend that this layer does not have.
+        ConfigError: heads or groups that the tensor-parallel ranks cannot share out, or a kind of softmax, position or
+            backend that this layer does not have.
     """
 
     config: VPTransformerConfig
@@ -81,14 +101,16 @@ class VPSelfAttention(MegatronModule):
         super().__init__(config)
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
         self.tp_group = pg_collection.tp
-        if self.tp_group.size() != 1:
+        ranks = self.tp_group.size()
+        heads, groups = config.num_attention_heads, _present(config.num_query_groups)
+        if heads % ranks or groups % ranks:
             raise ConfigError(
-                f"attention is not split over {self.tp_group.size()} tensor-parallel ranks",
-                source="tensor_model_parallel_size",
-                remedy="tensor_model_parallel_size: 1",
+                f"{heads} heads and {groups} groups cannot be split evenly over {ranks} tensor-parallel ranks",
+                source="num_attention_heads, num_query_groups, tensor_model_parallel_size",
+                remedy="take a tensor_model_parallel_size that divides both",
             )
         self.layer_number = layer_number
-        self.num_heads, self.num_groups = config.num_attention_heads, _present(config.num_query_groups)
+        self.num_heads, self.num_groups = heads // ranks, groups // ranks
         self.head_dim = _present(config.kv_channels)
         is_global = config.is_global_layer(layer_number)
         self.window = None if is_global else config.window_size_tokens
@@ -98,7 +120,7 @@ class VPSelfAttention(MegatronModule):
         self._build_scalars()
 
     def _build_projections(self, submodules: VPSelfAttentionSubmodules, *, tensor_product: bool) -> None:
-        config, per_group = self.config, self.num_heads // self.num_groups
+        config, ranks = self.config, self.tp_group.size()
         column = functools.partial(
             build_module,
             submodules.linear_qkv,
@@ -109,26 +131,34 @@ class VPSelfAttention(MegatronModule):
             is_expert=False,
             tp_group=self.tp_group,
         )
-        qkv_size = self.num_groups * (per_group + 2) * self.head_dim
+        qkv_size = (self.num_heads + 2 * self.num_groups) * self.head_dim
         self.tpa: TPAGeometry | None = None
         if tensor_product:
-            self.tpa = TPAGeometry(self.num_heads, self.num_groups, self.head_dim, config.tpa_q_rank, config.tpa_rank)
+            heads, groups = self.num_heads * ranks, self.num_groups * ranks
+            whole = TPAGeometry(heads, groups, self.head_dim, config.tpa_q_rank, config.tpa_rank)
+            self.tpa = whole.part(ranks)
             self.linear_tpa_a = column(
-                sum(self.tpa.a_sizes), init_method=factor_a_init(self.tpa), bias=config.tpa_factor_bias
+                sum(whole.a_sizes), init_method=factor_a_init(whole, ranks), bias=config.tpa_factor_bias
             )
-            self.linear_tpa_b = column(sum(self.tpa.b_sizes), init_method=config.init_method, bias=False)
+            assert config.init_method is not None
+            self.linear_tpa_b = ReplicatedLinear(
+                config, config.hidden_size, sum(whole.b_sizes), init_method=config.init_method
+            )
             self.linear_tpa_a.weight.matrix_rows = section_rows(self.tpa.a_sizes)
             self.linear_tpa_b.weight.matrix_rows = section_rows(self.tpa.b_sizes)
-            self.qkv_bias = Parameter(torch.zeros(qkv_size, dtype=config.params_dtype)) if config.add_qkv_bias else None
+            self.qkv_bias = None
+            if config.add_qkv_bias:
+                self.qkv_bias = Parameter(torch.zeros(qkv_size, dtype=config.params_dtype))
+                set_tensor_model_parallel_attributes(self.qkv_bias, is_parallel=True, dim=0, stride=1)
         else:
-            self.linear_qkv = column(qkv_size, init_method=config.init_method, bias=config.add_qkv_bias)
+            self.linear_qkv = column(qkv_size * ranks, init_method=config.init_method, bias=config.add_qkv_bias)
             self.linear_qkv.weight.matrix_rows = mixed_qkv_rows(self.num_heads, self.num_groups, self.head_dim)
         norm = {"hidden_size": self.head_dim, "config": config, "eps": config.layernorm_epsilon}
         self.q_layernorm = build_module(submodules.q_layernorm, **norm) if submodules.q_layernorm else None
         self.k_layernorm = build_module(submodules.k_layernorm, **norm) if submodules.k_layernorm else None
         self.linear_proj = build_module(
             submodules.linear_proj,
-            self.num_heads * self.head_dim,
+            self.num_heads * ranks * self.head_dim,
             config.hidden_size,
             config=config,
             init_method=config.output_layer_init_method,
@@ -153,7 +183,10 @@ class VPSelfAttention(MegatronModule):
                 source="local_position_embedding, global_position_embedding",
                 remedy="grape_m, grape_a, rope or none",
             )
-        self.sink = _fp32_island(torch.zeros(self.num_heads)) if config.softmax_type == "learnable" else None
+        self.sink = None
+        if config.softmax_type == "learnable":
+            self.sink = _fp32_island(torch.zeros(self.num_heads))
+            set_tensor_model_parallel_attributes(self.sink, is_parallel=True, dim=0, stride=1)
         self.grape_log_freq = None
         if self.position_embedding == "grape_m":
             self.grape_log_freq = _fp32_island(
@@ -177,27 +210,31 @@ class VPSelfAttention(MegatronModule):
         """Attend from the new tokens to themselves and to the cached ones.
 
         Args:
-            hidden_SBH: normed hidden states of the new tokens, the last S rows of the layout.
+            hidden_SBH: normed hidden states of the new tokens, the last S rows of the layout; under sequence
+                parallelism this rank's S / T of them.
             layout: documents and positions of all keys, cached ones included.
             first_value: layer 1's values of the new tokens [S, B, G, D]; needed from layer 2 on by the value residual.
             kv_cache: past keys and values; receives the new ones.
 
         Returns:
-            (output [S, B, hidden], bias [hidden] still to be added, or None), and this layer's own values before any
-            mixing [S, B, G, D].
+            (output, of the shape of ``hidden_SBH``, and bias [hidden] still to be added, or None), and this layer's own
+            values before any mixing [S, B, G, D].
         """
-        queries = hidden_SBH.shape[0]
         query, key, own_value = self.project_qkv(hidden_SBH)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         query, key = self._rotate(query, key, layout)
         value = self._mix_value(own_value, first_value)
+        queries = query.shape[0]
 
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if kv_cache is not None:
             key, value = kv_cache.append(self.layer_number, key, value, window=self.window)
             layout = layout.last(key.shape[2])
-        slopes = alibi_slopes(self.num_heads, query.device) if self.position_embedding == "grape_a" else None
+        slopes = None
+        if self.position_embedding == "grape_a":
+            part, parts = self.tp_group.rank(), self.tp_group.size()
+            slopes = alibi_slopes(self.num_heads * parts, query.device, part, parts)
         attend = functools.partial(
             core_attention,
             layout=layout,
@@ -216,7 +253,13 @@ class VPSelfAttention(MegatronModule):
         """Queries [S, B, H, D], keys and values [S, B, G, D], biases included, before norm and positions."""
         if self.tpa is None:
             return split_mixed_qkv(self.linear_qkv(hidden_SBH)[0], self.num_heads, self.num_groups)
-        qkv = contract_factors(self.linear_tpa_a(hidden_SBH)[0], self.linear_tpa_b(hidden_SBH)[0], self.tpa)
+        factor_b = self.linear_tpa_b(hidden_SBH)
+        # Every rank's heads read the B factors: the sum of what they send back is the gradient.
+        if self.config.sequence_parallel:
+            factor_b = gather_from_sequence_parallel_region(factor_b, group=self.tp_group)
+        else:
+            factor_b = copy_to_tensor_model_parallel_region(factor_b, group=self.tp_group)
+        qkv = contract_factors(self.linear_tpa_a(hidden_SBH)[0], factor_b, self.tpa)
         if self.qkv_bias is None:
             return qkv
         query, key, value = (
@@ -228,7 +271,8 @@ class VPSelfAttention(MegatronModule):
     def _rotate(self, query: Tensor, key: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
         position_BS = layout.position[:, -query.shape[0] :]
         if self.grape_log_freq is not None:
-            frequency = torch.exp(self.grape_log_freq / self.config.grapem_log_freq_scale)
+            log_freq = copy_to_tensor_model_parallel_region(self.grape_log_freq, group=self.tp_group)
+            frequency = torch.exp(log_freq / self.config.grapem_log_freq_scale)
             angle = rotation_angles(position_BS, frequency)
         elif self.position_embedding == "rope":
 
@@ -246,7 +290,28 @@ class VPSelfAttention(MegatronModule):
             return value
         if first_value is None:
             raise ValueError(f"layer {self.layer_number} mixes layer 1's values and was not given them")
-        return mix_first_value(value, first_value, self.value_residual_scale)
+        scale = copy_to_tensor_model_parallel_region(self.value_residual_scale, group=self.tp_group)
+        return mix_first_value(value, first_value, scale)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Global tensors: heads and groups in the order of the whole layer, so any tensor-parallel size loads them."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        split = {name: p for name in ("sink", "qkv_bias") if (p := getattr(self, name, None)) is not None}
+        state |= make_sharded_tensors_for_checkpoint(
+            split,
+            prefix,
+            dict.fromkeys(split, 0),
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
+        if self.tpa is not None:
+            for key in (f"{prefix}linear_tpa_a.weight", f"{prefix}linear_tpa_a.bias"):
+                if key in state:
+                    state[key] = factor_a_sharding(state[key], self.tpa)
+        return state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VPSelfAttention:
         """Moves and casts as usual, except that fp32 islands never lose precision: a cast to bf16 leaves them fp32."""
@@ -259,24 +324,6 @@ class VPSelfAttention(MegatronModule):
             return tensor.to(applied.device) if narrowed and id(tensor) in kept else applied
 
         return super()._apply(careful, recurse)
-
-
-def split_mixed_qkv(qkv: Tensor, num_heads: int, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [..., H, D], keys and values [..., G, D] from Megatron's mixed layout [..., G·(P + 2)·D].
-
-    For each group the layout holds its P = H / G queries, then its key, then its value.
-    """
-    per_group = num_heads // num_groups
-    mixed = qkv.unflatten(-1, (num_groups, per_group + 2, -1))
-    query, key, value = mixed.split([per_group, 1, 1], dim=-2)
-    return query.flatten(-3, -2), key.squeeze(-2), value.squeeze(-2)
-
-
-def mixed_qkv_rows(num_heads: int, num_groups: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """int64 row indices of the query, key and value matrices in a weight of Megatron's mixed layout."""
-    rows = torch.arange((num_heads + 2 * num_groups) * head_dim, device="cpu")
-    query, key, value = split_mixed_qkv(rows, num_heads, num_groups)
-    return query.flatten(), key.flatten(), value.flatten()
 
 
 def _fp32_island(initial: Tensor) -> Parameter:

@@ -3,6 +3,9 @@
 For each token, A [heads, rank] and B [rank, D] are both linear in the hidden state, and the projection is A B / rank.
 The rows of the two weight matrices are ordered A_q [H·Rq], A_k [G·R], A_v [G·R] and B_q [Rq·D], B_k [R·D], B_v [R·D].
 
+Over T tensor-parallel ranks the A factors are split by head and group: a rank has the rows of its own H / T heads and
+G / T groups, in the same order of sections. The B factors belong to all heads and every rank has them whole.
+
 Shapes: S sequence, B batch, H query heads, G KV groups, D head dim, Rq query rank, R rank of keys and values.
 """
 
@@ -10,9 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
 
@@ -25,6 +30,10 @@ class TPAGeometry:
     head_dim: int
     q_rank: int
     rank: int
+
+    def part(self, ranks: int) -> TPAGeometry:
+        """What one of ``ranks`` tensor-parallel ranks has; heads and groups must be divisible by it."""
+        return replace(self, num_heads=self.num_heads // ranks, num_groups=self.num_groups // ranks)
 
     @property
     def a_sizes(self) -> tuple[int, int, int]:
@@ -55,12 +64,16 @@ def contract_factors(a_SBN: Tensor, b_SBN: Tensor, geometry: TPAGeometry) -> tup
     return query, key, value
 
 
-def factor_a_init(geometry: TPAGeometry) -> Callable[[Tensor], Tensor]:
+def factor_a_init(geometry: TPAGeometry, ranks: int = 1) -> Callable[[Tensor], Tensor]:
     """An initialiser of the A weight [sum(a_sizes), hidden] that gives the product a dense projection's variance.
 
     For inputs of unit mean square (the norm before attention sees to it) and independent factors,
     Var(A B / rank) = Var(A) · Var(B) / rank. B starts as a dense projection, so Var(A) = rank: a standard
     deviation of sqrt(rank / hidden), each section with its own rank.
+
+    Args:
+        geometry: of the whole projection.
+        ranks: T; the rows are drawn in the order of T = 1 and left in that of the T parts, one after the other.
     """
 
     def initialise(weight: Tensor) -> Tensor:
@@ -70,6 +83,8 @@ def factor_a_init(geometry: TPAGeometry) -> Callable[[Tensor], Tensor]:
                 weight.split(geometry.a_sizes), (geometry.q_rank, geometry.rank, geometry.rank), strict=True
             ):
                 section.normal_(0.0, math.sqrt(rank / hidden))
+            parts = (section.chunk(ranks) for section in weight.split(geometry.a_sizes))
+            weight.copy_(torch.cat([rows for part in zip(*parts, strict=True) for rows in part]))
         return weight
 
     return initialise
@@ -79,3 +94,29 @@ def section_rows(sizes: tuple[int, ...]) -> tuple[slice, ...]:
     """The row ranges of consecutive sections of the given sizes: the logical matrices of a stacked weight."""
     ends = torch.tensor(sizes, device="cpu").cumsum(0).tolist()
     return tuple(slice(end - size, end) for end, size in zip(ends, sizes, strict=True))
+
+
+def factor_a_sharding(local: ShardedTensor, geometry: TPAGeometry) -> ShardedTensorFactory:
+    """The A weight or its bias as three global tensors, q, k and v: saved at one tensor-parallel size, loads at any.
+
+    Args:
+        local: this rank's tensor, sharded along its rows as if they were one section.
+        geometry: of this rank's part.
+    """
+    assert local.axis_fragmentations is not None and local.data is not None
+    axis, fragments = local.prepend_axis_num, local.axis_fragmentations
+    part, ranks = local.global_offset[axis] // local.local_shape[0], fragments[axis]
+    prepended = [(i, local.global_offset[i], fragments[i]) for i in range(axis)]
+
+    def split(key: str, tensor: Tensor, replica_id: ReplicaId, _flattened_range: slice | None) -> Any:
+        return [
+            ShardedTensor.from_rank_offsets(
+                f"{key}_{name}", rows, *prepended, (axis, part, ranks), replica_id=replica_id, prepend_axis_num=axis
+            )
+            for name, rows in zip("qkv", tensor.split(geometry.a_sizes), strict=True)
+        ]
+
+    def join(sections: Any) -> Tensor:
+        return torch.cat(sections)
+
+    return ShardedTensorFactory(local.key, local.data, split, join, local.replica_id)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     compute_routing_scores_for_aux_loss,
@@ -14,13 +15,20 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_vpmoe.model.recompute import is_recomputing
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 
 
 def sequence_balance_loss(
-    scores_SBE: Tensor, routing_map_SBE: Tensor, real_SB: Tensor, *, topk: int, coefficient: float
+    scores_SBE: Tensor,
+    routing_map_SBE: Tensor,
+    real_SB: Tensor,
+    *,
+    topk: int,
+    coefficient: float,
+    sequence_group: ProcessGroup | None = None,
 ) -> Tensor:
     """DeepSeek-V3's sequence-wise balance loss, times the number of real tokens, summed over the batch.
 
@@ -32,6 +40,8 @@ def sequence_balance_loss(
         scores_SBE: normalised scores, fp32.
         routing_map_SBE: bool, the unbiased top-k.
         real_SB: bool, False on padding.
+        sequence_group: the ranks that hold the other parts of these sequences (sequence parallelism); each then
+            computes the whole loss and its part's gradient.
 
     Returns:
         0-d fp32.
@@ -40,7 +50,12 @@ def sequence_balance_loss(
     real_SB1 = real_SB.unsqueeze(-1)
     scores_BE = (scores_SBE * real_SB1).sum(0)
     tokens_BE = (routing_map_SBE & real_SB1).sum(0).to(scores_BE.dtype)
-    real_B = real_SB.sum(0).clamp(min=1)
+    real_B = real_SB.sum(0)
+    if sequence_group is not None:
+        scores_BE = reduce_from_tensor_model_parallel_region(scores_BE, group=sequence_group)
+        torch.distributed.all_reduce(tokens_BE, group=sequence_group)
+        torch.distributed.all_reduce(real_B, group=sequence_group)
+    real_B = real_B.clamp(min=1)
     return ((scores_BE * tokens_BE).sum(-1) * (experts * coefficient / topk) / real_B).sum()
 
 
@@ -110,7 +125,12 @@ class VPMoERouter(TopKRouter):
             logits.view(-1, logits.shape[-1]), self.topk, self.score_function
         )
         loss = sequence_balance_loss(
-            scores.view_as(logits), unbiased_map.view_as(logits), real_SB, topk=self.topk, coefficient=coefficient
+            scores.view_as(logits),
+            unbiased_map.view_as(logits),
+            real_SB,
+            topk=self.topk,
+            coefficient=coefficient,
+            sequence_group=self.tp_group if self.config.sequence_parallel else None,
         )
         if not is_recomputing():
             self.balance_loss_sum += loss.detach()

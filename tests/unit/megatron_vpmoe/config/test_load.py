@@ -286,7 +286,7 @@ def test_hash_ignores_spelling_and_sees_values(small: Path, child: Write) -> Non
 
 def test_world_size_is_checked_with_the_rest(small: Path) -> None:
     message = problems(small, "--nproc-per-node", "3", "--num-query-groups", "3", nodes=1)
-    assert "3 processes = 24" in message
+    assert "3 data-parallel ranks = 24" in message
     assert "3 groups" in message
     cfg = load_config(small, ["--expert-model-parallel-size", "2"])
     check_world(cfg, 2)
