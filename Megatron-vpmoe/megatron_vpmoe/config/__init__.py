@@ -6,9 +6,11 @@ says which differences forbid resuming a run.
 """
 
 from megatron_vpmoe.config.geometry import (
+    LayerGeometry,
     ParameterCount,
     forward_flops_per_token,
     kv_cache_bytes_per_token,
+    layer_geometries,
     parameter_count,
     training_flops_per_token,
 )
@@ -20,6 +22,7 @@ from megatron_vpmoe.config.schema import RunConfig, config_hash
 __all__ = [
     "FieldChange",
     "FitReport",
+    "LayerGeometry",
     "MemoryEstimate",
     "ParameterCount",
     "RunConfig",
@@ -29,6 +32,7 @@ __all__ = [
     "fit_report",
     "forward_flops_per_token",
     "kv_cache_bytes_per_token",
+    "layer_geometries",
     "load_config",
     "memory_estimate",
     "parameter_count",

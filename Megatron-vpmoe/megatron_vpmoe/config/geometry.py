@@ -117,24 +117,8 @@ def forward_flops_per_token(cfg: RunConfig, seq_length: int | None = None) -> fl
     window), feed-forward, router, output layer. A row of ``seq_length`` tokens is taken as one document, the upper
     bound for packed rows.
     """
-    m, moe = cfg.model, cfg.moe
     length = cfg.data.seq_length if seq_length is None else seq_length
-    gated = 3 if m.activation == "swiglu" else 2
-    heads_width = m.num_attention_heads * m.kv_channels
-    multiply_adds = float(m.padded_vocab_size * m.hidden_size)
-    for n in range(1, m.num_layers + 1):
-        rows = _projection_rows(cfg, n)
-        multiply_adds += (sum(rows.values()) + heads_width) * m.hidden_size
-        if "linear_tpa_a" in rows:
-            multiply_adds += (heads_width * m.tpa_q_rank) + 2 * m.num_query_groups * m.kv_channels * m.tpa_rank
-        window = None if cfg.is_global_layer(n) else m.window_size
-        multiply_adds += 2 * heads_width * mean_keys(length, window)
-        if cfg.is_moe_layer(n):
-            width = moe.moe_router_topk * moe.moe_ffn_hidden_size + (moe.moe_shared_expert_intermediate_size or 0)
-            multiply_adds += (gated * width + (moe.num_experts or 0)) * m.hidden_size
-        else:
-            multiply_adds += gated * m.ffn_hidden_size * m.hidden_size
-    return 2 * multiply_adds
+    return output_layer_flops(cfg) + sum(layer.flops(length) for layer in layer_geometries(cfg))
 
 
 def training_flops_per_token(cfg: RunConfig, seq_length: int | None = None) -> float:
@@ -148,5 +132,117 @@ def training_flops_per_token(cfg: RunConfig, seq_length: int | None = None) -> f
 
 def kv_cache_bytes_per_token(cfg: RunConfig) -> int:
     """Bytes that one generated token adds to the cache of dense keys and values over all layers (2 G d each)."""
+    return sum(layer.cache_bytes for layer in layer_geometries(cfg))
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """One layer: its kind, and what it costs. Parameters are those of the whole layer, over all experts and ranks."""
+
+    number: int
+    window: int | None
+    """Tokens that it sees; None: the whole document (a global layer)."""
+    tensor_product: bool
+    """TPA projections, not grouped-query ones."""
+    position: str
+    """grape_m, grape_a, rope or none."""
+    sparse: bool
+    """Routed experts, not one dense feed-forward network."""
+    attention_parameters: int
+    feed_forward_parameters: int
+    """Of a sparse layer: router, shared expert and all routed experts."""
+    active_feed_forward_parameters: int
+    """Of the routed experts only the top-k."""
+    norm_parameters: int
+    product_flops: int
+    """Forward FLOPs per token of all matrix products but those of queries with keys and of weights with values."""
+    flops_per_key: int
+    """Forward FLOPs per token and key in sight: 2 H d for the score, 2 H d for the weighted value."""
+    cache_bytes: int
+    """Bytes of one token's keys and values."""
+
+    @property
+    def is_global(self) -> bool:
+        """Whether it attends without a window."""
+        return self.window is None
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of the layer."""
+        return self.attention_parameters + self.feed_forward_parameters + self.norm_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token touches."""
+        return self.attention_parameters + self.active_feed_forward_parameters + self.norm_parameters
+
+    def attention_flops(self, seq_length: int) -> float:
+        """Forward FLOPs per token of scores and weighted values, averaged over a document of ``seq_length``."""
+        return self.flops_per_key * mean_keys(seq_length, self.window)
+
+    def flops(self, seq_length: int) -> float:
+        """Forward FLOPs per token, averaged over a document of ``seq_length``."""
+        return self.product_flops + self.attention_flops(seq_length)
+
+    def cached_tokens(self, seq_length: int) -> int:
+        """Tokens of a context that stay in the cache: of a local layer the last W - 1."""
+        return seq_length if self.window is None else min(seq_length, self.window - 1)
+
+
+def layer_geometries(cfg: RunConfig) -> list[LayerGeometry]:
+    """Every layer, from the first."""
+    return [layer_geometry(cfg, number) for number in range(1, cfg.model.num_layers + 1)]
+
+
+def layer_geometry(cfg: RunConfig, layer_number: int) -> LayerGeometry:
+    """Kind and costs of layer ``layer_number`` (from 1)."""
+    m, moe = cfg.model, cfg.moe
+    sparse = cfg.is_moe_layer(layer_number)
+    if sparse:
+        experts, shared = moe.num_experts or 0, moe.moe_shared_expert_intermediate_size
+        expert = _feed_forward(cfg, moe.moe_ffn_hidden_size)
+        always = experts * m.hidden_size + (_feed_forward(cfg, shared) if shared else 0)
+        total, active = always + experts * expert, always + moe.moe_router_topk * expert
+    else:
+        total = active = _feed_forward(cfg, m.ffn_hidden_size)
+    heads_width = m.num_attention_heads * m.kv_channels
+    return LayerGeometry(
+        number=layer_number,
+        window=None if cfg.is_global_layer(layer_number) else m.window_size,
+        tensor_product=cfg.is_tpa_layer(layer_number),
+        position=cfg.position_embedding(layer_number),
+        sparse=sparse,
+        attention_parameters=attention_parameters(cfg, layer_number),
+        feed_forward_parameters=total,
+        active_feed_forward_parameters=active,
+        norm_parameters=2 * m.hidden_size,
+        product_flops=2 * (_attention_products(cfg, layer_number) + _feed_forward_products(cfg, sparse)),
+        flops_per_key=2 * 2 * heads_width,
+        cache_bytes=2 * m.num_query_groups * m.kv_channels * (2 if cfg.training.bf16 else 4),
+    )
+
+
+def _attention_products(cfg: RunConfig, layer_number: int) -> int:
+    """Multiply-adds per token of the projections and of TPA's factor products."""
     m = cfg.model
-    return m.num_layers * 2 * m.num_query_groups * m.kv_channels * (2 if cfg.training.bf16 else 4)
+    rows = _projection_rows(cfg, layer_number)
+    heads_width = m.num_attention_heads * m.kv_channels
+    count = (sum(rows.values()) + heads_width) * m.hidden_size
+    if cfg.is_tpa_layer(layer_number):
+        count += heads_width * m.tpa_q_rank + 2 * m.num_query_groups * m.kv_channels * m.tpa_rank
+    return count
+
+
+def _feed_forward_products(cfg: RunConfig, sparse: bool) -> int:
+    """Multiply-adds per token of router, experts and feed-forward networks."""
+    m, moe = cfg.model, cfg.moe
+    gated = 3 if m.activation == "swiglu" else 2
+    if not sparse:
+        return gated * m.ffn_hidden_size * m.hidden_size
+    width = moe.moe_router_topk * moe.moe_ffn_hidden_size + (moe.moe_shared_expert_intermediate_size or 0)
+    return (gated * width + (moe.num_experts or 0)) * m.hidden_size
+
+
+def output_layer_flops(cfg: RunConfig) -> int:
+    """Forward FLOPs per token of the projection to the vocabulary."""
+    return 2 * cfg.model.padded_vocab_size * cfg.model.hidden_size

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from megatron_vpmoe.config import (
     forward_flops_per_token,
     kv_cache_bytes_per_token,
+    layer_geometries,
     load_config,
     parameter_count,
     training_flops_per_token,
@@ -104,6 +105,30 @@ def test_flops(stage1: Path) -> None:
     assert forward_flops_per_token(cfg) == pytest.approx(products + scores, rel=5e-3)
     assert training_flops_per_token(cfg) == 3 * forward_flops_per_token(cfg)
     assert forward_flops_per_token(cfg, 4096) > forward_flops_per_token(cfg)
+
+
+@pytest.mark.parametrize("name", ["vpmoe_stage1.yaml", "qwen3_0_6b.yaml", "nano/stage1.yaml"])
+def test_layers_sum_to_the_model(repository: Path, name: str) -> None:
+    cfg = load_config(repository / "configs" / name)
+    count, layers = parameter_count(cfg), layer_geometries(cfg)
+    around = count.parts["embedding"] + count.parts["output layer"] + cfg.model.hidden_size
+    assert sum(layer.parameters for layer in layers) + around == count.total
+    assert sum(layer.active_parameters for layer in layers) + around == count.active
+
+
+def test_the_layer_table_of_stage1(stage1: Path) -> None:
+    """All 80 rows: 4, 8, ..., 80 are global, layer 1 is dense, and each kind has its projections and positions."""
+    rows = [(n.number, n.window, n.tensor_product, n.position, n.sparse) for n in layer_geometries(load_config(stage1))]
+    local, whole = (128, True, "grape_m"), (None, False, "grape_a")
+    assert rows == [(n, *(whole if n % 4 == 0 else local), n > 1) for n in range(1, 81)]
+
+
+def test_what_a_layer_keeps_and_sees(stage1: Path) -> None:
+    local, whole = layer_geometries(load_config(stage1))[2:4]
+    assert (local.cached_tokens(2048), local.cached_tokens(50), whole.cached_tokens(2048)) == (127, 50, 2048)
+    assert local.attention_flops(10**6) == pytest.approx(4 * 8 * 128 * 128, rel=1e-4)  # W keys, however long S is
+    assert whole.attention_flops(4095) == 4 * 8 * 128 * 2048  # (S + 1) / 2 keys on average
+    assert local.flops(2048) == local.product_flops + local.attention_flops(2048)
 
 
 def test_cache(stage1: Path, small: Path) -> None:

@@ -1,0 +1,61 @@
+"""The arithmetic of FLOPs against a count of the products that a model carries out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_vpmoe.config import RunConfig, forward_flops_per_token, layer_geometries
+from megatron_vpmoe.model.attention.masks import SequenceLayout
+from megatron_vpmoe.model.builder import build_model
+from tests.tiny import tiny_config
+
+DESIGNS: dict[str, dict[str, Any]] = {
+    "vpMoE": {},
+    "other ranks, no shared expert": {"tpa_rank": 1, "tpa_q_rank": 3, "moe_shared_expert_intermediate_size": None},
+    "dense": {"num_experts": None},
+    "plain SwiGLU, tied": {
+        "num_experts": None,
+        "activation": "swiglu",
+        "window_size": None,
+        "tpa": False,
+        "global_position_embedding": "rope",
+        "untie_embeddings_and_output_weights": False,
+    },
+}
+
+
+def grouped_flops(x: tuple[int, ...], weight: tuple[int, ...], *_: object, **__: object) -> int:
+    """torch.grouped_mm of [N, I] with [E, I, O]: each row meets one expert."""
+    return 2 * x[0] * x[1] * weight[2]
+
+
+def counted(cfg: RunConfig, tokens: int) -> int:
+    """FLOPs of one forward pass and the logits over one document, on the backend with dense scores."""
+    model = build_model(cfg).eval()
+    layout = SequenceLayout(torch.zeros(1, tokens, dtype=torch.int32), torch.arange(tokens)[None])
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops})
+    with torch.no_grad(), counter:
+        model(torch.ones(1, tokens, dtype=torch.int64), layout).logits()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+def test_one_token(name: str, single_process: None) -> None:
+    """One token sees one key, whatever the kind of layer: the count is exact."""
+    # Without biases: b2 rides along in the experts' product as further columns, which are no part of the model.
+    cfg = tiny_config(**{**DESIGNS[name], "attention_backend": "reference", "add_bias_linear": False})
+    assert counted(cfg, 1) == forward_flops_per_token(cfg, seq_length=1)
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+def test_a_sequence(name: str, single_process: None) -> None:
+    """The reference computes all S x S scores; the arithmetic counts those in sight, per token mean_keys of them."""
+    cfg, length = tiny_config(**{**DESIGNS[name], "attention_backend": "reference", "add_bias_linear": False}), 12
+    layers = layer_geometries(cfg)
+    all_pairs = sum(layer.flops_per_key for layer in layers) * length
+    in_sight = sum(layer.attention_flops(length) for layer in layers)
+    assert counted(cfg, length) == pytest.approx((forward_flops_per_token(cfg, length) - in_sight + all_pairs) * length)
