@@ -5,6 +5,7 @@ Nothing heavy is imported before a verb needs it, so that ``vpmoe --help`` answe
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import traceback
@@ -30,7 +31,7 @@ _HELP = """From nothing to a trained nano vpMoE, and what comes before and after
 
   vpmoe sample runs/quickstart "What is 37 + 58?"   what it has learned
 
-  vpmoe param-count configs/vpmoe_stage1.yaml       how large the real one is
+  vpmoe model describe configs/vpmoe_stage1.yaml    how the real one is built, and how large it is
 
 Training is scripts/train.sh CONFIG [--any-field value]; its --help explains every field.
 
@@ -38,14 +39,14 @@ Exit codes: 0 done; 1 done, but a stated target was missed; 2 a mistake that the
 """
 
 
-class DataVerbs(TyperGroup):
-    """``vpmoe data ...``, whose verbs are imported when the first of them is looked for."""
+class LateVerbs(TyperGroup):
+    """Verbs of a room, imported when the first of them is looked for."""
+
+    room = ""
 
     @cached_property
     def _verbs(self) -> TyperGroup:
-        from vpmoe.data_curation.app import app as data_app
-
-        verbs = typer.main.get_command(data_app)
+        verbs = typer.main.get_command(importlib.import_module(f"vpmoe.{self.room}.app").app)
         assert isinstance(verbs, TyperGroup)
         return verbs
 
@@ -56,6 +57,18 @@ class DataVerbs(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The verb of a name; None if there is none."""
         return self._verbs.get_command(ctx, cmd_name)
+
+
+class DataVerbs(LateVerbs):
+    """``vpmoe data ...``."""
+
+    room = "data_curation"
+
+
+class ModelVerbs(LateVerbs):
+    """``vpmoe model ...``."""
+
+    room = "describe"
 
 
 app = typer.Typer(
@@ -70,6 +83,9 @@ app = typer.Typer(
 eval_app = typer.Typer(help="Evaluate a trained run.", no_args_is_help=True)
 tokenizer_app = typer.Typer(help="The o200k rank file behind every vocabulary.", no_args_is_help=True)
 app.add_typer(typer.Typer(), name="data", cls=DataVerbs, help="Make, check and look at datasets.", no_args_is_help=True)
+app.add_typer(
+    typer.Typer(), name="model", cls=ModelVerbs, help="Look at what a configuration builds.", no_args_is_help=True
+)
 app.add_typer(eval_app, name="eval")
 app.add_typer(tokenizer_app, name="tokenizer")
 
@@ -128,16 +144,10 @@ def param_count(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="a run's YAML; --field-name value after it overrides a field")],
 ) -> None:
-    """Count the parameters of a configuration, part by part; nothing is allocated."""
-    from megatron_vpmoe.config import load_config, parameter_count
+    """Count the parameters of a configuration, part by part; the same as ``vpmoe model param-count``."""
+    from vpmoe.describe.app import print_parameter_count
 
-    count = parameter_count(load_config(config, context.args))
-    typer.echo(f"parameters of {config}")
-    for part, value in count.parts.items():
-        typer.echo(f"  {part:<28}{value:>16,}{100 * value / count.total:>8.2f} %")
-    typer.echo(f"  {'total':<28}{count.total:>16,}")
-    typer.echo(f"  {'active':<28}{count.active:>16,}   one token's, of the routed experts the top-k")
-    typer.echo(f"  {'active without embeddings':<28}{count.active_without_embeddings:>16,}")
+    print_parameter_count(config, context.args)
 
 
 @app.command()

@@ -19,6 +19,7 @@ FAULTS = {
     "missing run to sample": (["sample", "runs/nowhere", "Why?"], "runs/nowhere"),
     "missing dataset": (["data", "verify", "nowhere"], "nowhere"),
     "missing config": (["param-count", "nowhere.yaml"], "nowhere.yaml"),
+    "missing config to describe": (["model", "describe", "nowhere.yaml"], "nowhere.yaml"),
     "unknown step": (["quickstart", "--force", "everything"], "everything"),
     "missing settings": (["quickstart", "--settings", "nowhere.toml"], "nowhere.toml"),
     "missing rank file": (["tokenizer", "install", "--tokenizer-model", "nowhere.tiktoken"], "nowhere.tiktoken"),
@@ -31,7 +32,9 @@ def test_help_loads_nothing_heavy() -> None:
     assert done.stdout.rstrip().endswith("[]"), done.stdout[-200:]
 
 
-@pytest.mark.parametrize("verb", [[], ["quickstart"], ["data"], ["eval"], ["eval", "nano"], ["sample"], ["tokenizer"]])
+@pytest.mark.parametrize(
+    "verb", [[], ["quickstart"], ["data"], ["eval"], ["eval", "nano"], ["sample"], ["tokenizer"], ["model"]]
+)
 def test_every_verb_has_help(verb: list[str], capsys) -> None:
     assert main([*verb, "--help"]) == 0
     assert "Usage" in capsys.readouterr().out
@@ -80,9 +83,10 @@ def test_wrong_usage_is_exit_code_2(words: list[str], capsys) -> None:
     assert "Usage" in capsys.readouterr().err
 
 
-def test_param_count_prints_the_geometry(repository: Path, capsys) -> None:
+@pytest.mark.parametrize("verb", [["param-count"], ["model", "param-count"]])
+def test_param_count_prints_the_geometry(verb: list[str], repository: Path, capsys) -> None:
     config = repository / "configs" / "nano" / "stage1.yaml"
-    assert main(["param-count", str(config), "--num-layers", "4"]) == 0
+    assert main([*verb, str(config), "--num-layers", "4"]) == 0
     count = parameter_count(load_config(config, ["--num-layers", "4"]))
     printed = {line[:30].strip(): line[30:46].strip() for line in capsys.readouterr().out.splitlines()[1:]}
     expected = {**count.parts, "total": count.total, "active": count.active}

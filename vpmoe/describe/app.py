@@ -1,0 +1,79 @@
+"""``vpmoe model ...``: look at the architecture that a configuration describes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megatron_vpmoe.config import load_config, parameter_count
+from megatron_vpmoe.config.combinations import IDLE, REFUSALS
+from vpmoe.describe.picture import stack_picture
+from vpmoe.describe.table import description, print_description
+from vpmoe.files import write_atomically
+
+app = typer.Typer(no_args_is_help=True, help="Architectures: layer table, sizes, picture, what goes together.")
+
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Settings of a command that takes ``--field-name value`` after its own options."""
+ConfigArgument = Annotated[Path, typer.Argument(help="a run's YAML; --field-name value after it overrides a field")]
+
+
+@app.command(context_settings=OVERRIDES)
+def describe(
+    context: typer.Context,
+    config: ConfigArgument,
+    every_layer: Annotated[bool, typer.Option("--all", help="one row a layer, repetitions not folded")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, one entry a layer, instead")] = False,
+    svg: Annotated[Path | None, typer.Option(dir_okay=False, help="also draw the stack to this file")] = None,
+) -> None:
+    """Print the layer table with parameters, KV bytes and FLOPs per token; nothing is allocated."""
+    cfg = load_config(config, context.args)
+    if svg is not None:
+        write_atomically(svg, stack_picture(cfg).encode())
+    if as_json:
+        typer.echo(json.dumps({"config": str(config), **description(cfg)}, indent=1))
+        return
+    # A pipe has no width of its own: the table is not to be cut there.
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    print_description(cfg, str(config), console, every_layer=every_layer)
+    if svg is not None:
+        typer.echo(f"{svg} written")
+
+
+@app.command(name="param-count", context_settings=OVERRIDES)
+def param_count(context: typer.Context, config: ConfigArgument) -> None:
+    """Count the parameters of a configuration, part by part; nothing is allocated."""
+    print_parameter_count(config, context.args)
+
+
+def print_parameter_count(config: Path, overrides: list[str]) -> None:
+    """The parts of a model with their shares, total and active."""
+    count = parameter_count(load_config(config, overrides))
+    typer.echo(f"parameters of {config}")
+    for part, value in count.parts.items():
+        typer.echo(f"  {part:<28}{value:>16,}{100 * value / count.total:>8.2f} %")
+    typer.echo(f"  {'total':<28}{count.total:>16,}")
+    typer.echo(f"  {'active':<28}{count.active:>16,}   one token's, of the routed experts the top-k")
+    typer.echo(f"  {'active without embeddings':<28}{count.active_without_embeddings:>16,}")
+
+
+@app.command()
+def combinations() -> None:
+    """Print which choices of architecture are refused and why, and which fields are idle where."""
+    refused = Table("fields", "refused because", title="Refused", title_justify="left")
+    for refusal in REFUSALS:
+        refused.add_row("\n".join(refusal.names), refusal.general_text().replace("`", ""))
+        refused.add_section()
+    idle = Table("fields", "where", title="Idle", title_justify="left")
+    for rule in IDLE:
+        idle.add_row("\n".join(rule.names), rule.where.replace("`", ""))
+        idle.add_section()
+    console = Console()
+    console.print(refused, idle)
