@@ -104,7 +104,8 @@ def fingerprint(cfg: RunConfig) -> dict[str, torch.Tensor | None]:
     model = build_model(cfg).train()
     batch = random_batch(2, cfg.data.seq_length, 64, seed=0)
     output = model(batch.tokens, SequenceLayout(batch.document_id, batch.position_ids))
-    loss = output.cross_entropy(batch.labels, batch.loss_mask).mean()
+    even = torch.full(batch.labels.shape, 1.0 / int(batch.loss_mask.sum()))
+    loss, _ = output.cross_entropy(batch.labels, batch.loss_mask, even)
     loss.backward()
     gradients: dict[str, torch.Tensor | None] = {name: p.grad for name, p in model.named_parameters()}
     return gradients | {"loss": loss.detach(), "expert bias": expert_bias(model)}
