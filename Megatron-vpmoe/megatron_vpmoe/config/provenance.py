@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 _ABSENT = "(absent)"
 _WHOLE_SECTIONS = {
     "model": frozenset({"attention_backend"}),
-    "moe": frozenset({"moe_token_dispatcher_type", "moe_permute_fusion", "moe_router_fusion"}),
+    "moe": frozenset(
+        {"moe_token_dispatcher_type", "moe_permute_fusion", "moe_router_fusion", "moe_shared_expert_overlap"}
+    ),
 }
 """Section -> its operational fields; all its other fields bind."""
 

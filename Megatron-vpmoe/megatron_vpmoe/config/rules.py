@@ -49,6 +49,12 @@ def _experts(cfg: RunConfig) -> Findings:
     experts = moe.num_experts
     if experts is None:
         return
+    if moe.moe_shared_expert_overlap:
+        yield Problem(
+            ("moe_shared_expert_overlap",),
+            "upstream overlaps by CUDA streams inside its own shared expert, which has no biases and is not used "
+            "here; set false",
+        )
     for name in ("moe_permute_fusion", "moe_router_fusion"):
         if getattr(moe, name) and importlib.util.find_spec("transformer_engine") is None:
             yield Problem((name,), "is a TransformerEngine kernel and TransformerEngine is not installed; set false")
@@ -90,9 +96,11 @@ def _intervals(cfg: RunConfig) -> Findings:
     save, keep = cfg.checkpoint.save_interval, cfg.checkpoint.keep_every
     if keep is not None and (save is None or keep % save):
         yield Problem(("keep_every", "save_interval"), f"{keep} is not a multiple of {save}, so nothing would be kept")
-    warn, fail = cfg.logging.router_dead_experts_warn, cfg.logging.router_dead_experts_fail
-    if warn is not None and fail is not None and fail < warn:
-        yield Problem(("router_dead_experts_fail", "router_dead_experts_warn"), f"fails at {fail}, warns at {warn}")
+    for field in ("dead_experts_{}", "max_load_{}_pct", "cv_{}_pct", "max_vio_{}", "drop_rate_{}_pct"):
+        warn_name, fail_name = (f"router_{field.format(kind)}" for kind in ("warn", "fail"))
+        warn, fail = getattr(cfg.logging, warn_name), getattr(cfg.logging, fail_name)
+        if warn is not None and fail is not None and fail < warn:
+            yield Problem((fail_name, warn_name), f"fails at {fail}, warns at {warn}")
 
 
 _UNSUPPORTED = {

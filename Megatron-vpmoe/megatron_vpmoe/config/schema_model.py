@@ -105,6 +105,8 @@ class MoeSection(Section):
     moe_token_dispatcher_type: Literal["auto", "alltoall", "allgather"] = "auto"
     """How tokens travel between expert-parallel ranks; "auto": alltoall, or with one such rank allgather, which then
     moves nothing."""
+    moe_shared_expert_overlap: bool = False
+    """Compute the shared expert while tokens travel; upstream's kernels for it refuse the biases of this design."""
     moe_permute_fusion: bool = False
     """Fused token permutation; needs TransformerEngine."""
     moe_router_fusion: bool = False

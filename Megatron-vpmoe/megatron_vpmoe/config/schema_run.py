@@ -234,7 +234,21 @@ class LoggingSection(Section):
     """Record router health for every layer as well as in aggregate."""
     router_max_load_warn_pct: PositiveFloat | None = None
     """Warn when the busiest expert takes more than this percentage of a layer's tokens."""
+    router_max_load_fail_pct: PositiveFloat | None = None
+    """End the run when it takes more than this percentage."""
     router_dead_experts_warn: Count | None = None
     """Warn at this many experts without tokens, over all layers."""
     router_dead_experts_fail: Count | None = None
     """End the run at this many experts without tokens, over all layers."""
+    router_cv_warn_pct: PositiveFloat | None = None
+    """Warn when the experts' loads vary by more than this (standard deviation in % of the mean, mean over layers)."""
+    router_cv_fail_pct: PositiveFloat | None = None
+    """End the run when they vary by more than this."""
+    router_max_vio_warn: PositiveFloat | None = None
+    """Warn when the busiest expert's load exceeds its layer's mean by more than this many times the mean."""
+    router_max_vio_fail: PositiveFloat | None = None
+    """End the run when it exceeds the mean by more than this many times the mean."""
+    router_drop_rate_warn_pct: Amount | None = None
+    """Warn when more than this percentage of the routed rows reach no expert; this design drops none."""
+    router_drop_rate_fail_pct: Amount | None = 0.0
+    """End the run when more than this percentage of them do."""

@@ -6,57 +6,96 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.model.moe.experts import StackedExperts
 from megatron_vpmoe.model.moe.router import VPMoERouter
 from megatron_vpmoe.model.moe.router_health import router_health
+from megatron_vpmoe.runtime.device import current_device
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
 
 class RouterMonitor:
-    """Collects what the routers counted over one step's micro-batches and turns it into metrics.
+    """Collects what the routers and experts counted over one step's micro-batches and turns it into metrics.
+
+    Nothing is computed and no value leaves the device before ``metrics``: one all-reduce for all layers together.
 
     Args:
-        model: the bare model; a dense one has no routers and yields no metrics.
+        model: the bare model, or this rank's part of it; a dense one has no routers and yields no metrics.
         cfg: ``logging.moe_per_layer_logging``.
     """
 
     def __init__(self, model: VPModel, cfg: RunConfig) -> None:
+        self._experts, self._has_bias = cfg.moe.num_experts or 0, cfg.moe.moe_router_enable_expert_bias
         self._per_layer = cfg.logging.moe_per_layer_logging
+        numbers = range(1, cfg.model.num_layers + 1)
+        self._numbers = [n for n in numbers if cfg.moe.num_experts is not None and cfg.is_moe_layer(n)]
         # A router knows its layer's number from the MoE layer that holds it.
-        found = [module for module in model.decoder.modules() if isinstance(module, VPMoERouter)]
-        self._routers = {cast(int, router.layer_number): router for router in found}
+        found = [module for module in model.decoder.modules() if isinstance(module, MoELayer)]
+        self._layers = {cast(int, layer.layer_number): layer for layer in found}
 
     def reset(self) -> None:
         """Start counting a new step."""
-        for router in self._routers.values():
+        for layer in self._layers.values():
+            router, experts = _parts(layer)
             router.tokens_per_expert.zero_()
             router.balance_loss_sum.zero_()
+            router.routed_rows = experts.processed_rows = 0
 
     def metrics(self, real_tokens: float) -> dict[str, float]:
-        """Health of the step since ``reset``, by the tags of docs/architecture.md; a collective.
+        """Health of the step since ``reset``, by the tags of docs/architecture.md; a collective of all ranks.
 
         Args:
             real_tokens: tokens of the global batch, which normalise the balance loss.
         """
-        if not self._routers:
+        if not self._numbers:
             return {}
-        routers = list(self._routers.values())
-        load_LE = torch.stack([router.tokens_per_expert for router in routers])
-        balance_L = torch.stack([router.balance_loss_sum for router in routers])
-        packed = torch.cat([load_LE, balance_L.unsqueeze(1)], dim=1).double()
-        # Tensor-parallel ranks routed different parts of a sequence (sequence parallelism); each has its whole loss.
-        packed[:, -1] /= parallel_state.get_tensor_model_parallel_world_size()
-        everyone = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-        torch.distributed.all_reduce(packed, group=everyone)
-        biases = [cast(Tensor, router.expert_bias) for router in routers if router.enable_expert_bias]
+        load_LE, bias_LE, balance_L, routed_L, processed_L = self._of_all_ranks()
         tags = router_health(
-            packed[:, :-1].cpu(),
-            expert_bias_LE=torch.stack(biases).cpu() if biases else None,
-            layer_numbers=list(self._routers),
+            load_LE,
+            expert_bias_LE=bias_LE,
+            layer_numbers=self._numbers,
             per_layer=self._per_layer,
+            rows_L=routed_L,
+            processed_L=processed_L,
         )
-        return {**tags, "moe/seq_aux_loss": packed[:, -1].sum().item() / max(real_tokens, 1.0)}
+        return {**tags, "moe/seq_aux_loss": balance_L.sum().item() / max(real_tokens, 1.0)}
+
+    def _of_all_ranks(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+        """Sums over the ranks that hold different tokens, and over the stages that hold different layers: all ranks.
+
+        An expert bias, which is equal on every rank of a stage, is contributed by one of them.
+        """
+        # Ranks that split experts' matrices each process every row of their experts. Tensor-parallel ranks routed
+        # different parts of a sequence (sequence parallelism), but each has the whole balance loss.
+        shards = parallel_state.get_expert_tensor_parallel_world_size() or 1
+        copies = parallel_state.get_tensor_model_parallel_world_size()
+        owns_bias = (
+            parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
+        rows: list[Tensor | None] = []
+        for number in self._numbers:
+            if number not in self._layers:
+                rows.append(None)
+                continue
+            router, experts = _parts(self._layers[number])
+            load_E = router.tokens_per_expert
+            bias_E = cast(Tensor, router.expert_bias) if self._has_bias and owns_bias else torch.zeros_like(load_E)
+            balance = router.balance_loss_sum.double()[None] / copies
+            counts = load_E.new_tensor([router.routed_rows, experts.processed_rows / shards], dtype=torch.float64)
+            rows.append(torch.cat([load_E.double(), bias_E.double(), balance, counts]))
+        empty = torch.zeros(2 * self._experts + 3, dtype=torch.float64, device=current_device())
+        packed = torch.stack([empty if row is None else row for row in rows])
+        torch.distributed.all_reduce(packed)
+        load_LE, bias_LE, rest_L3 = packed.cpu().split([self._experts, self._experts, 3], dim=1)
+        balance_L, routed_L, processed_L = rest_L3.unbind(1)
+        return load_LE, bias_LE if self._has_bias else None, balance_L, routed_L, processed_L
+
+
+def _parts(layer: MoELayer) -> tuple[VPMoERouter, StackedExperts]:
+    return cast(VPMoERouter, layer.router), cast(StackedExperts, layer.experts)

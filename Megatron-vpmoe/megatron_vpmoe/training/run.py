@@ -16,6 +16,7 @@ from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.model.attention.self_attention import VPSelfAttention
 from megatron_vpmoe.model.builder import build_model, wrap_for_training
 from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.model.moe.expert_rows import layout_rule
 from megatron_vpmoe.model.transformer_config import token_dispatcher
 from megatron_vpmoe.objectives import Objective, build_objective
 from megatron_vpmoe.optim import (
@@ -142,7 +143,9 @@ def implementation_notes(model: VPModel, cfg: RunConfig) -> list[str]:
             chosen[kind] = attention.backend_name(current_device())
     notes = ["attention: " + ", ".join(f"{kind} layers on {backend}" for kind, backend in chosen.items())]
     if cfg.moe.num_experts is not None:
-        notes.append(f"experts: {token_dispatcher(cfg)} dispatcher, {cfg.parallel.expert_model_parallel_size} ranks")
+        rule = layout_rule(model.config.params_dtype, current_device().type)
+        ranks = cfg.parallel.expert_model_parallel_size
+        notes.append(f"experts: {token_dispatcher(cfg)} dispatcher, {ranks} ranks; {rule}")
     return notes
 
 

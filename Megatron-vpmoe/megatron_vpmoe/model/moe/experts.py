@@ -1,6 +1,6 @@
-"""Routed experts as stacked 3-D weights: one grouped product for all experts of a rank, with biases and ReLU².
+"""Routed experts as stacked 3-D weights: one product for all experts of a rank, with biases and ReLU².
 
-Shapes: N tokens dispatched to this rank (top-k copies), E local experts, H hidden, F expert FFN width.
+Shapes: N rows dispatched to this rank (top-k copies of tokens), E local experts, H hidden, F expert FFN width.
 """
 
 from __future__ import annotations
@@ -13,19 +13,65 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTe
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
-from torch.nn import functional
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from megatron_vpmoe.errors import ConfigError
-from megatron_vpmoe.model.transformer_config import VPTransformerConfig
+from megatron_vpmoe.model.moe.expert_layout import SHARDED_NAMES
+from megatron_vpmoe.model.moe.expert_rows import ExpertRows, choose_layout
+from megatron_vpmoe.model.recompute import is_recomputing
+from megatron_vpmoe.model.transformer_config import VPTransformerConfig, squared_relu
 
-# Columns that carry fc2's bias; grouped GEMM on CUDA wants rows of whole 16 bytes.
-BIAS_COLUMNS = 8
 
+class _ExpertFeedForward(Function):
+    """p (W2 relu(W1 x + b1)² + b2) for every row with its own expert, and its derivative.
 
-def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """x_n @ weight_e(n)^T with torch's grouped GEMM; rows of x sorted by expert. Returns [N, O] in the dtype of x."""
-    offsets = tokens_per_expert.cumsum(0).to(device=x_NI.device, dtype=torch.int32)
-    return functional.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=offsets)
+    Written out because autograd would make an [N, H] tensor of biases and keep the squared activations: here x, the
+    pre-activation and p are kept, and the second bias enters as p b2. The weight p stays in its own precision (fp32).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: ExpertRows,
+        x_NH: Tensor,
+        p_N: Tensor,
+        w1_EFH: Tensor,
+        b1_EF: Tensor | None,
+        w2_EHF: Tensor,
+        b2_EH: Tensor | None,
+    ) -> Tensor:
+        x, p = rows.enter(x_NH), rows.enter(p_N.unsqueeze(1))
+        before = rows.linear(x, w1_EFH, b1_EF)
+        weighted = (torch.relu(before).square_() * p).to(x.dtype)
+        out = rows.linear(weighted, w2_EHF, None)
+        if b2_EH is not None:
+            out.add_(rows.spread(b2_EH) * p.to(x.dtype))
+        ctx.rows = rows
+        ctx.save_for_backward(x, p, before, w1_EFH, w2_EHF, b2_EH)
+        ctx.has_b1 = b1_EF is not None
+        return rows.leave(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, p, before, w1_EFH, w2_EHF, b2_EH = ctx.saved_tensors
+        rows: ExpertRows = ctx.rows
+        grad = rows.enter(grad_NH)
+        active = torch.relu(before)
+        squared = active.square()
+        grad_w2 = rows.outer(grad, (squared * p).to(x.dtype))
+        grad_weighted = rows.linear_transposed(grad, w2_EHF)
+        grad_p = (grad_weighted * squared).sum(-1, keepdim=True)
+        grad_b2 = None
+        if b2_EH is not None:
+            grad_p += rows.dot(grad, b2_EH)
+            grad_b2 = rows.total(grad, p)
+        grad_before = grad_weighted.mul_(active).mul_(2.0 * p)
+        grad_w1 = rows.outer(grad_before, x)
+        grad_b1 = rows.total(grad_before) if ctx.has_b1 else None
+        grad_x = rows.linear_transposed(grad_before, w1_EFH)
+        return None, rows.leave(grad_x), rows.leave(grad_p).squeeze(1).to(p.dtype), grad_w1, grad_b1, grad_w2, grad_b2
 
 
 class StackedExperts(MegatronModule):
@@ -33,21 +79,25 @@ class StackedExperts(MegatronModule):
 
     Parameters (E_local first; every expert's matrix is output by input, as in ``torch.nn.Linear``):
     ``fc1_weight`` [E, F, H], ``fc1_bias`` [E, F], ``fc2_weight`` [E, H, F], ``fc2_bias`` [E, H].
+
+    ``processed_rows`` counts rows over the micro-batches of a step, for the drop rate; ``last_layout`` names the layout
+    that the rule chose last.
     """
 
     def __init__(
         self, num_local_experts: int, config: VPTransformerConfig, pg_collection: ProcessGroupCollection
     ) -> None:
         super().__init__(config)
-        if config.gated_linear_unit:
+        if config.gated_linear_unit or config.activation_func is not squared_relu:
             raise ConfigError(
-                "gated activations are not available in routed experts",
-                source="model.activation = swiglu with moe.num_experts set",
+                "routed experts compute the squared ReLU only, without a gate",
+                source="model.activation with moe.num_experts set",
                 remedy="use activation: squared_relu, the design of vpMoE",
             )
         self.num_local_experts = num_local_experts
         self.ep_group, self.expt_dp_group = pg_collection.ep, pg_collection.expt_dp
-        self.activation: Callable[[Tensor], Tensor] = config.activation_func
+        self.last_layout: str | None = None
+        self.processed_rows = 0
         hidden, ffn, total = config.hidden_size, config.moe_ffn_hidden_size, config.num_moe_experts
         assert ffn is not None and total is not None
         self.fc1_weight = self._expert_parameter(total, (ffn, hidden), config.init_method)
@@ -85,33 +135,31 @@ class StackedExperts(MegatronModule):
         Returns:
             the weighted outputs [N, H] in the dtype of x, and None: biases are inside.
         """
-        probs_N1 = probs_N.unsqueeze(-1).to(x_NH.dtype)
+        if self.training and torch.is_grad_enabled() and not is_recomputing():
+            self.processed_rows += x_NH.shape[0]
         if x_NH.shape[0] == 0:
-            # Autograd hands an empty operand gradients of stride 0, which grouped GEMM's backward refuses; every weight
-            # still needs its (zero) gradient.
+            # No product to make; every weight still needs its (zero) gradient.
             return x_NH + sum(parameter.sum() for parameter in self.parameters()) * 0.0, None
-        hidden_NF = grouped_linear(x_NH, self.fc1_weight, tokens_per_expert)
-        if self.fc1_bias is None or self.fc2_bias is None:
-            return grouped_linear(self.activation(hidden_NF) * probs_N1, self.fc2_weight, tokens_per_expert), None
-        counts = tokens_per_expert.to(x_NH.device)
-        expert_N = torch.repeat_interleave(counts, output_size=x_NH.shape[0])
-        # An embedding look-up: its backward sums rows per expert, where indexing's would scatter them one by one.
-        hidden_NF = self.activation(hidden_NF + functional.embedding(expert_N, self.fc1_bias)) * probs_N1
-        # p (W h + b) as one product [W b] [p h; p]: no pass over [N, H] for the weight and the bias.
-        widened_NF = torch.cat([hidden_NF, functional.pad(probs_N1, (0, BIAS_COLUMNS - 1))], dim=1)
-        fc2_bias_EHC = functional.pad(self.fc2_bias.unsqueeze(-1), (0, BIAS_COLUMNS - 1))
-        fc2_EHF = torch.cat([self.fc2_weight, fc2_bias_EHC], dim=2)
-        return grouped_linear(widened_NF, fc2_EHF, tokens_per_expert), None
+        layout = choose_layout(tokens_per_expert, x_NH.dtype, x_NH.device.type)
+        self.last_layout = layout.name
+        rows = layout(tokens_per_expert, x_NH.device)
+        out = _ExpertFeedForward.apply(
+            rows, x_NH, probs_N, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias
+        )
+        return out, None  # type: ignore[return-value]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """One global tensor a parameter, expert axis split over expert-parallel ranks: loads at any EP size."""
+        """One global tensor a parameter, expert axis split over expert-parallel ranks, under SequentialMLP's keys.
+
+        Loads at any expert-parallel size, and from or into upstream's SequentialMLP (``expert_layout.SHARDED_NAMES``).
+        """
         prepended = len(sharded_offsets)
         expert_axis = (prepended, self.ep_group.rank(), self.ep_group.size())
         return {
             f"{prefix}{name}": ShardedTensor.from_rank_offsets(
-                f"{prefix}{name}",
+                f"{prefix}{SHARDED_NAMES[name]}",
                 parameter,
                 *sharded_offsets,
                 expert_axis,

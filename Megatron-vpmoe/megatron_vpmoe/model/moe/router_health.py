@@ -6,6 +6,7 @@ Shapes: L layers with experts, E experts of a layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,8 @@ def router_health(
     expert_bias_LE: Tensor | None = None,
     layer_numbers: Sequence[int] | None = None,
     per_layer: bool = False,
+    rows_L: Tensor | None = None,
+    processed_L: Tensor | None = None,
 ) -> dict[str, float]:
     """Metrics of load balance.
 
@@ -34,18 +37,24 @@ def router_health(
     - ``cv_pct``: coefficient of variation of the loads, 100 * population std / mean; 0 is perfect balance;
     - ``entropy``: -sum p ln p in nats, not normalised; ln E is perfect balance, 0 is one expert;
     - ``max_load_pct``: 100 * max p; 100 / E is perfect balance;
+    - ``max_vio``: maximal violation of balance, max load / mean load - 1; 0 is perfect balance (Wang et al. 2024,
+      arXiv 2408.15664, who call it MaxVio);
     - ``experts_active``, ``dead_experts``: experts with at least one token, and without any;
-    - ``bias_range``: largest minus smallest expert bias.
+    - ``bias_range``: largest minus smallest expert bias;
+    - ``drop_rate_pct``: routed rows that no expert processed, 100 * (routed - processed) / routed.
 
     Over all layers: ``mean_cv_pct``, ``std_cv_pct`` (population), ``mean_entropy``, ``min_entropy``,
-    ``mean_max_load_pct``, ``max_load_pct`` (of the worst layer), ``dead_experts_count`` (sum),
-    ``experts_active_mean``, ``expert_bias_range`` (of the widest layer).
+    ``mean_max_load_pct``, ``max_load_pct`` (of the worst layer), ``mean_max_vio``, ``max_vio`` (of the worst layer),
+    ``dead_experts_count`` (sum), ``experts_active_mean``, ``expert_bias_range`` (of the widest layer),
+    ``drop_rate_pct`` (over all layers' rows).
 
     Args:
         load_LE: tokens that each expert processed, any real dtype, summed over micro-batches and ranks.
         expert_bias_LE: the routers' expert biases; None leaves the bias metrics out.
         layer_numbers: global numbers of the L layers (from 1), for the tags of single layers.
         per_layer: also give the metrics of each layer.
+        rows_L: rows that the routers sent out (tokens times top-k, padding included); with ``processed_L``, the rows
+            that reached an expert, for the drop rate.
 
     Returns:
         tag -> value.
@@ -56,6 +65,7 @@ def router_health(
         "cv_pct": 100.0 * share_LE.std(dim=1, correction=0) / share_LE.mean(dim=1).clamp_min(1e-30),
         "entropy": torch.special.entr(share_LE).sum(dim=1),
         "max_load_pct": 100.0 * share_LE.amax(dim=1),
+        "max_vio": share_LE.amax(dim=1) / share_LE.mean(dim=1).clamp_min(1e-30) - 1.0,
         "experts_active": (load_LE > 0).sum(dim=1).double(),
         "dead_experts": (load_LE <= 0).sum(dim=1).double(),
     }
@@ -66,12 +76,18 @@ def router_health(
         "min_entropy": layers["entropy"].min(),
         "mean_max_load_pct": layers["max_load_pct"].mean(),
         "max_load_pct": layers["max_load_pct"].max(),
+        "mean_max_vio": layers["max_vio"].mean(),
+        "max_vio": layers["max_vio"].max(),
         "dead_experts_count": layers["dead_experts"].sum(),
         "experts_active_mean": layers["experts_active"].mean(),
     }
     if expert_bias_LE is not None:
         layers["bias_range"] = (expert_bias_LE.amax(dim=1) - expert_bias_LE.amin(dim=1)).double()
         aggregate["expert_bias_range"] = layers["bias_range"].max()
+    if rows_L is not None and processed_L is not None:
+        rows_L, lost_L = rows_L.double(), (rows_L - processed_L).double()
+        layers["drop_rate_pct"] = 100.0 * lost_L / rows_L.clamp_min(1.0)
+        aggregate["drop_rate_pct"] = 100.0 * lost_L.sum() / rows_L.sum().clamp_min(1.0)
     tags = {AGGREGATE + name: value.item() for name, value in aggregate.items()}
     if per_layer:
         numbers = layer_numbers if layer_numbers is not None else range(1, len(load_LE) + 1)
@@ -80,8 +96,52 @@ def router_health(
     return tags
 
 
+@dataclass(frozen=True)
+class Threshold:
+    """A limit on one metric: ``logging.<field>``, of which "warn" and "fail" are two.
+
+    ``text`` says what was found, with ``{value}`` and ``{limit}``. A count of dead experts is reached at its limit,
+    every other metric has to exceed it.
+    """
+
+    tag: str
+    field: str
+    text: str
+    reached_at_limit: bool = False
+
+    def passed(self, value: float, limit: float | None) -> bool:
+        """Whether ``value`` is out of bounds."""
+        return limit is not None and (value >= limit if self.reached_at_limit else value > limit)
+
+
+THRESHOLDS = (
+    Threshold("dead_experts_count", "router_dead_experts_{}", "{value:.0f} experts got no token (limit {limit})", True),
+    Threshold(
+        "max_load_pct",
+        "router_max_load_{}_pct",
+        "the busiest expert takes {value:.1f} % of its layer's tokens (limit {limit:g} %)",
+    ),
+    Threshold(
+        "mean_cv_pct",
+        "router_cv_{}_pct",
+        "the loads' coefficient of variation is {value:.1f} %, mean over layers (limit {limit:g} %)",
+    ),
+    Threshold(
+        "max_vio",
+        "router_max_vio_{}",
+        "the busiest expert has {value:.2f} times the mean load too much, in the worst layer (limit {limit:g})",
+    ),
+    Threshold(
+        "drop_rate_pct",
+        "router_drop_rate_{}_pct",
+        "{value:.3f} % of the routed rows reached no expert (limit {limit:g} %)",
+    ),
+)
+"""Every metric that can warn or end a run."""
+
+
 def check_thresholds(health: dict[str, float], cfg: RunConfig) -> list[str]:
-    """Hold the router's health against ``logging.router_*``.
+    """Hold the router's health against the limits ``logging.router_*_warn*`` and ``logging.router_*_fail*``.
 
     Args:
         health: from ``router_health``; empty for a dense model.
@@ -90,24 +150,22 @@ def check_thresholds(health: dict[str, float], cfg: RunConfig) -> list[str]:
         one line for each threshold at which to warn.
 
     Raises:
-        VpmoeError: ``router_dead_experts_fail`` is reached.
+        VpmoeError: one at which to end the run is passed.
     """
-    if not health:
-        return []
-    limits, warnings = cfg.logging, []
-    max_load, dead = health[AGGREGATE + "max_load_pct"], int(health[AGGREGATE + "dead_experts_count"])
-    if limits.router_dead_experts_fail is not None and dead >= limits.router_dead_experts_fail:
-        raise VpmoeError(
-            f"{dead} experts got no token, the run was to end at {limits.router_dead_experts_fail}",
-            source=AGGREGATE + "dead_experts_count; logging.router_dead_experts_fail",
-            remedy="raise --moe-aux-loss-coeff or --moe-router-bias-update-rate, or lower --lr; "
-            "--moe-per-layer-logging shows the layers",
-        )
-    if limits.router_dead_experts_warn is not None and dead >= limits.router_dead_experts_warn:
-        warnings.append(f"router: {dead} experts got no token (warning from {limits.router_dead_experts_warn} on)")
-    if limits.router_max_load_warn_pct is not None and max_load > limits.router_max_load_warn_pct:
-        warnings.append(
-            f"router: the busiest expert takes {max_load:.1f} % of its layer's tokens "
-            f"(warning above {limits.router_max_load_warn_pct:g} %)"
-        )
+    warnings = []
+    for threshold in THRESHOLDS:
+        value = health.get(AGGREGATE + threshold.tag)
+        if value is None:
+            continue
+        fail_field, warn_field = (threshold.field.format(kind) for kind in ("fail", "warn"))
+        fail, warn = (getattr(cfg.logging, field) for field in (fail_field, warn_field))
+        if threshold.passed(value, fail):
+            raise VpmoeError(
+                f"router collapse: {threshold.text.format(value=value, limit=fail)}",
+                source=f"{AGGREGATE}{threshold.tag} = {value:g}; logging.{fail_field} = {fail:g}",
+                remedy="raise --moe-aux-loss-coeff or --moe-router-bias-update-rate, or lower --lr; "
+                "--moe-per-layer-logging shows the layers",
+            )
+        if threshold.passed(value, warn):
+            warnings.append(f"router: {threshold.text.format(value=value, limit=warn)}")
     return warnings

@@ -46,6 +46,7 @@ from megatron_vpmoe.config.schema import fields
         ("--activation swiglu", "activation", "no gate"),
         ("--num-layers 1", "first_layer_dense", "no expert would ever be used"),
         ("--moe-ffn-hidden-size 30", "moe_ffn_hidden_size", "multiples of 8 in bf16 and of 4"),
+        ("--moe-shared-expert-overlap true", "moe_shared_expert_overlap", "no biases"),
         ("--router-dead-experts-warn 113", "router_dead_experts_warn", "112 routed experts"),
         ("--min-lr 4e-2", "min_lr", "above the peak"),
         ("--lr-warmup-iters 400", "lr_warmup_iters", "leaves nothing"),

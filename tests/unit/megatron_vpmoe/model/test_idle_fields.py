@@ -64,6 +64,7 @@ ELSEWHERE = {
     "moe_router_bias_update_rate",
     "moe_token_dispatcher_type",
     "moe_permute_fusion",
+    "moe_shared_expert_overlap",
     "moe_router_fusion",
 }
 BASES: dict[str, dict[str, Any]] = {

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_layer import get_default_pg_collection
 
+from megatron_vpmoe.model.builder import build_model, wrap_for_training
 from megatron_vpmoe.model.moe.router import VPMoERouter, sequence_balance_loss
 from megatron_vpmoe.model.transformer_config import transformer_config
-from tests.tiny import tiny_config
+from megatron_vpmoe.objectives import build_objective
+from megatron_vpmoe.optim import build_optimizer
+from megatron_vpmoe.training.router import RouterMonitor
+from megatron_vpmoe.training.step import layout_of, train_step
+from tests.tiny import random_batch, rows_of, tiny_config
 
 SEQ, ROWS, EXPERTS, TOPK = 12, 4, 8, 2
 
@@ -73,3 +80,69 @@ def test_expert_bias_decides_the_choice_and_not_the_weight() -> None:
     assert before[:, 0].sum() < SEQ * ROWS
     assert after[:, 0].all()
     torch.testing.assert_close(probs.sum(1), torch.full((SEQ * ROWS,), 2.5))
+
+
+@pytest.mark.usefixtures("single_process")
+def test_group_limit_against_every_choice() -> None:
+    """The chosen experts are the best of the groups that are best by the sum of their topk / group_topk best members,
+    found by trying all (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+    router = VPMoERouter(transformer_config(tiny_config(moe_router_topk=4)), get_default_pg_collection()).eval()
+    hidden = torch.randn(SEQ, ROWS, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        router.expert_bias.copy_(torch.randn(EXPERTS, generator=torch.Generator().manual_seed(1)) * 0.1)
+    _, chosen = router(hidden)
+    scores = torch.sigmoid(hidden.reshape(-1, 32) @ router.weight.T) + router.expert_bias
+    for token, row in enumerate(scores.tolist()):
+        groups = [[2 * g, 2 * g + 1] for g in range(4)]
+        best = max(
+            itertools.combinations(groups, 2),
+            key=lambda pair: sum(sum(sorted((row[e] for e in group), reverse=True)[:2]) for group in pair),
+        )
+        allowed = [expert for group in best for expert in group]
+        expected = sorted(sorted(allowed, key=lambda e: -row[e])[:4])
+        assert chosen[token].nonzero().flatten().tolist() == expected
+
+
+@pytest.mark.usefixtures("single_process")
+def test_bias_moves_against_the_load() -> None:
+    """After a step the bias of an expert with more than the mean load has fallen by the update rate, else risen."""
+    cfg = tiny_config(moe_router_bias_update_rate=1e-3)
+    model = build_model(cfg)
+    wrapped = wrap_for_training(model, cfg)
+    optimizer, objective = build_optimizer([wrapped], cfg), build_objective(cfg)
+    monitor = RouterMonitor(model, cfg)
+    monitor.reset()
+    batch = random_batch(4, 48, 64, seed=0)
+    result = train_step(wrapped, optimizer, objective, [rows_of(batch, 0, 2), rows_of(batch, 2, 4)])
+    routers = [module for module in model.modules() if isinstance(module, VPMoERouter)]
+    assert len(routers) == 3
+    for router in routers:
+        load = router.tokens_per_expert
+        assert load.sum() == 2 * result.metrics["tokens/real"]
+        torch.testing.assert_close(router.expert_bias, 1e-3 * torch.sign(load.mean() - load))
+    health = monitor.metrics(result.metrics["tokens/real"])
+    assert health["moe/router_agg/drop_rate_pct"] == 0.0
+    assert health["moe/router_agg/expert_bias_range"] == pytest.approx(2e-3)
+    assert routers[0].routed_rows == 2 * 4 * 48, "padding is routed as well"
+
+
+@pytest.mark.usefixtures("single_process")
+def test_a_dispatcher_that_loses_rows_is_found() -> None:
+    cfg = tiny_config()
+    model = build_model(cfg).train()
+    monitor = RouterMonitor(model, cfg)
+    layer = model.decoder.layers[2].mlp
+    process = layer.experts.forward
+
+    def lossy(x: torch.Tensor, counts: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        kept = counts.clone()
+        kept[int(counts.argmax())] -= 3
+        keep = torch.cat([torch.arange(int(n)) < int(k) for n, k in zip(counts, kept, strict=True)])
+        out = x.new_zeros(x.shape).index_copy(0, keep.nonzero().flatten(), process(x[keep], kept, probs[keep])[0])
+        return out, None
+
+    layer.experts.forward = lossy
+    batch = random_batch(2, 48, 64, seed=0)
+    model(batch.tokens, layout_of(batch))
+    health = monitor.metrics(1.0)
+    assert health["moe/router_agg/drop_rate_pct"] == pytest.approx(100 * 3 / (3 * 2 * 2 * 48))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vpmoe.errors import VpmoeError
+from megatron_vpmoe.errors import ConfigError, VpmoeError
 from megatron_vpmoe.model.moe.router_health import check_thresholds, router_health
 from tests.tiny import tiny_config
 
@@ -31,6 +31,8 @@ def test_perfect_balance():
             "min_entropy": math.log(4),
             "mean_max_load_pct": 25.0,
             "max_load_pct": 25.0,
+            "mean_max_vio": 0.0,
+            "max_vio": 0.0,
             "dead_experts_count": 0.0,
             "experts_active_mean": 4.0,
         }
@@ -43,6 +45,7 @@ def test_collapse_of_one_layer_shows():
     assert values["std_cv_pct"] == pytest.approx(100 * math.sqrt(3) / 2)
     assert values["min_entropy"] == 0.0 and values["mean_entropy"] == pytest.approx(math.log(4) / 2)
     assert values["mean_max_load_pct"] == 62.5 and values["max_load_pct"] == 100.0
+    assert values["max_vio"] == pytest.approx(3.0) and values["mean_max_vio"] == pytest.approx(1.5)
     assert values["dead_experts_count"] == 3.0 and values["experts_active_mean"] == 2.5
 
 
@@ -56,7 +59,7 @@ def test_single_layers_carry_their_global_numbers():
     load, bias = torch.tensor([[4, 0], [1, 3]]), torch.tensor([[0.0, 1.0], [0.0, 0.25]])
     tags = router_health(load, expert_bias_LE=bias, layer_numbers=[2, 7], per_layer=True)
     layer = {tag: value for tag, value in tags.items() if not tag.startswith(AGGREGATE)}
-    names = {"cv_pct", "entropy", "max_load_pct", "experts_active", "dead_experts", "bias_range"}
+    names = {"cv_pct", "entropy", "max_load_pct", "max_vio", "experts_active", "dead_experts", "bias_range"}
     assert set(layer) == {f"moe/router/layer_{number}/{name}" for number in (2, 7) for name in names}
     assert layer["moe/router/layer_2/dead_experts"] == 1.0
     assert layer["moe/router/layer_7/max_load_pct"] == 75.0
@@ -72,16 +75,54 @@ def test_only_the_shares_count(loads, factor):
     assert once["dead_experts_count"] + once["experts_active_mean"] == len(loads)
 
 
-def test_thresholds():
-    health = router_health(torch.tensor([[6, 0, 0, 2], [2, 2, 2, 2]]))
-    quiet = {"router_max_load_warn_pct": None, "router_dead_experts_warn": None, "router_dead_experts_fail": None}
-    assert check_thresholds(health, tiny_config(**quiet)) == []
-    calm = {"router_max_load_warn_pct": 75.0, "router_dead_experts_warn": 3, "router_dead_experts_fail": 3}
-    assert check_thresholds(health, tiny_config(**calm)) == []
-    warned = check_thresholds(
-        health, tiny_config(**{**quiet, "router_max_load_warn_pct": 74.0, "router_dead_experts_warn": 2})
-    )
-    assert len(warned) == 2 and "2 experts" in warned[0] and "75.0 %" in warned[1]
-    with pytest.raises(VpmoeError, match="2 experts got no token"):
-        check_thresholds(health, tiny_config(**{**quiet, "router_dead_experts_fail": 2}))
-    assert check_thresholds({}, tiny_config(**{**quiet, "router_dead_experts_fail": 1})) == []
+def test_drop_rate_is_of_all_rows():
+    load, rows, processed = torch.ones(2, 4), torch.tensor([100, 300]), torch.tensor([100, 270])
+    tags = router_health(load, rows_L=rows, processed_L=processed, per_layer=True)
+    assert tags[AGGREGATE + "drop_rate_pct"] == pytest.approx(7.5)
+    assert tags["moe/router/layer_1/drop_rate_pct"] == 0.0
+    assert tags["moe/router/layer_2/drop_rate_pct"] == pytest.approx(10.0)
+
+
+QUIET = {
+    f"router_{name.format(kind)}": None
+    for name in ("dead_experts_{}", "max_load_{}_pct", "cv_{}_pct", "max_vio_{}", "drop_rate_{}_pct")
+    for kind in ("warn", "fail")
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "quiet_at", "fires_at", "message"),
+    [
+        ("router_dead_experts_{}", 3, 2, "2 experts got no token"),
+        ("router_max_load_{}_pct", 75.0, 74.0, "the busiest expert takes 75.0 %"),
+        ("router_cv_{}_pct", 61.3, 61.2, "coefficient of variation is 61.2 %"),
+        ("router_max_vio_{}", 2.0, 1.9, "2.00 times the mean load too much"),
+        ("router_drop_rate_{}_pct", 2.0, 1.9, "2.000 % of the routed rows"),
+    ],
+)
+def test_thresholds_warn_and_fail(field, quiet_at, fires_at, message):
+    """Each at its limit and just past it; nothing of the other metrics speaks up."""
+    load = torch.tensor([[6, 0, 0, 2], [2, 2, 2, 2]])
+    health = router_health(load, rows_L=torch.tensor([50, 50]), processed_L=torch.tensor([49, 49]))
+    assert check_thresholds(health, tiny_config(**QUIET)) == []
+    warn, fail = field.format("warn"), field.format("fail")
+    assert check_thresholds(health, tiny_config(**{**QUIET, warn: quiet_at, fail: quiet_at})) == []
+    (warning,) = check_thresholds(health, tiny_config(**{**QUIET, warn: fires_at}))
+    assert message in warning
+    with pytest.raises(VpmoeError, match=message) as caught:
+        check_thresholds(health, tiny_config(**{**QUIET, fail: fires_at}))
+    assert fail in str(caught.value)
+    assert check_thresholds({}, tiny_config(**{**QUIET, fail: fires_at})) == []
+
+
+def test_a_dropped_row_ends_a_run_by_default():
+    health = router_health(torch.ones(1, 4), rows_L=torch.tensor([1000]), processed_L=torch.tensor([999]))
+    with pytest.raises(VpmoeError, match=r"0\.100 % of the routed rows"):
+        check_thresholds(health, tiny_config())
+
+
+@pytest.mark.parametrize("name", ["max_load_{}_pct", "cv_{}_pct", "max_vio_{}", "drop_rate_{}_pct"])
+def test_failing_before_warning_is_refused(name):
+    warn, fail = (f"router_{name.format(kind)}" for kind in ("warn", "fail"))
+    with pytest.raises(ConfigError, match=r"fails at 1\.0, warns at 2\.0"):
+        tiny_config(**{warn: 2.0, fail: 1.0})
