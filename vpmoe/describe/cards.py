@@ -110,14 +110,14 @@ def attention_card(drawing: Drawing, x: float, y: float, cfg: RunConfig, members
     right = x + 256
     _pattern(drawing, right, y + 56, layer, sink=m.softmax_type == "learnable")
     lines = [
-        f"{m.num_attention_heads} query heads of {m.kv_channels}",
-        f"{m.num_query_groups} key/value groups",
-        "",
+        f"{m.num_attention_heads} query heads",
+        f"{m.num_query_groups} key/value heads",
+        f"head size {m.kv_channels}",
         f"{layer.attention_parameters:,} params",
         f"{layer.cache_bytes:,} B KV a token",
     ]
     for index, words in enumerate(lines):
-        drawing.text(right, y + 206 + 17 * index, words, size=11, fill=INK if index < 2 else FAINT)
+        drawing.text(right, y + 206 + 17 * index, words, size=11, fill=INK if index < 3 else FAINT)
 
 
 def _pattern(drawing: Drawing, x: float, y: float, layer: LayerGeometry, *, sink: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_vpmoe.config import (
     LayerGeometry,
     RunConfig,
@@ -81,7 +83,7 @@ def _stack(drawing: Drawing, cfg: RunConfig, layers: list[LayerGeometry], height
     width = _STRIP_LEFT + _STRIP_WIDTH - _BAR_LEFT
     top = bottom - pitch * len(layers)
     drawing.arrow((stream, bottom + _END_GAP), (stream, top - _END_GAP - 18))
-    every = _label_every(cfg, pitch)
+    every = _label_every(layers, pitch)
     for layer in layers:
         y = bottom - pitch * layer.number + (pitch - thickness) / 2
         drawing.rect(_BAR_LEFT, y, _BAR_WIDTH, thickness, COLOURS[attention_kind(layer)])
@@ -103,10 +105,10 @@ def _stack(drawing: Drawing, cfg: RunConfig, layers: list[LayerGeometry], height
             )
 
 
-def _label_every(cfg: RunConfig, pitch: float) -> int:
-    """Label every n-th layer: multiples of the schedule's period that leave room for a line of text."""
-    step = cfg.model.window_attn_skip_freq if cfg.model.window_size is not None else 1
-    every = step
-    while every * pitch < 13:
-        every += step
-    return every
+def _label_every(layers: list[LayerGeometry], pitch: float) -> int:
+    """Label every n-th layer, the least that leaves room for a line of text; where some are global, of those."""
+    kinds = [layer.is_global for layer in layers]
+    if True in kinds and False in kinds:
+        first = kinds.index(True) + 1
+        return first * math.ceil(13 / (first * pitch))
+    return next((step for step in (1, 2, 5, 10, 20, 50) if step * pitch >= 13), 100)

@@ -18,7 +18,7 @@ from megatron_vpmoe.config import (
     parameter_count,
     training_flops_per_token,
 )
-from megatron_vpmoe.config.combinations import IDLE, idle_fields
+from megatron_vpmoe.config.combinations import idle_fields, idle_lines
 from megatron_vpmoe.config.geometry import output_layer_flops
 from vpmoe.describe.layers import POSITION_NAMES, attention_words, feed_forward_words, fold, kind_words, numbers_of
 
@@ -51,7 +51,8 @@ def print_description(cfg: RunConfig, name: str, console: Console, *, every_laye
         table.add_row(layer_numbers, times, *_words(cfg, layer), *_figures(layer, length), style=style)
     console.print(table)
     console.print(Text("\n".join(_totals(cfg))))
-    _print_idle(cfg, console)
+    for line in idle_lines(cfg):
+        console.print(Text(f"idle           {line}", style="dim"))
 
 
 def _rows(layers: list[LayerGeometry], every_layer: bool) -> list[tuple[str, str, LayerGeometry]]:
@@ -107,14 +108,6 @@ def _totals(cfg: RunConfig) -> list[str]:
         cost = local.flops_per_key * (local.window or 0) / 1e6
         lines.append(f"               a local layer's stays below W x {local.flops_per_key / 1e6:g} M = {cost:g} M")
     return lines
-
-
-def _print_idle(cfg: RunConfig, console: Console) -> None:
-    for rule in IDLE:
-        if not rule.applies(cfg):
-            continue
-        named = ", ".join(rule.names) if len(rule.names) < 6 else f"{len(rule.names)} fields of experts and router"
-        console.print(Text(f"idle           {named}: {rule.where.replace('`', '')}", style="dim"))
 
 
 def description(cfg: RunConfig) -> dict[str, Any]:

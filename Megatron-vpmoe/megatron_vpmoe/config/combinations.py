@@ -246,6 +246,17 @@ def idle_fields(cfg: RunConfig) -> dict[str, str]:
     return {name: rule.where for rule in IDLE if rule.applies(cfg) for name in rule.names}
 
 
+def idle_lines(cfg: RunConfig) -> list[str]:
+    """One line for each reason: the fields that change nothing in ``cfg``, and why."""
+    return [f"{_named(rule)}: {rule.where}".replace("`", "") for rule in IDLE if rule.applies(cfg)]
+
+
+def _named(rule: Idle) -> str:
+    if rule.names is _OF_EXPERTS:
+        return "all of `moe`, and the thresholds and optimizer settings of experts"
+    return ", ".join(f"`{name}`" for name in rule.names)
+
+
 def refusal_table() -> str:
     """``REFUSALS`` as a Markdown table."""
     rows = [f"| {', '.join(f'`{name}`' for name in r.names)} | {r.general_text()} |" for r in REFUSALS]
@@ -254,10 +265,5 @@ def refusal_table() -> str:
 
 def idle_table() -> str:
     """``IDLE`` as a Markdown table."""
-    rows = []
-    for rule in IDLE:
-        named = (
-            "all of `moe`, and the thresholds and optimizer settings of experts" if rule.names is _OF_EXPERTS else ""
-        )
-        rows.append(f"| {named or ', '.join(f'`{name}`' for name in rule.names)} | {rule.where} |")
+    rows = [f"| {_named(rule)} | {rule.where} |" for rule in IDLE]
     return "\n".join(["| idle | where |", "|---|---|", *rows])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_vpmoe.config.combinations import idle_lines
 from megatron_vpmoe.config.geometry import parameter_count
 from megatron_vpmoe.config.schema import RunConfig
 from megatron_vpmoe.errors import DeviceError
@@ -39,7 +40,7 @@ def _layer_activations(cfg: RunConfig, layer_number: int, compute_bytes: int, on
     m, moe = cfg.model, cfg.moe
     heads, qkv = m.num_attention_heads, (m.num_attention_heads + 2 * m.num_query_groups) * m.kv_channels
     rest = 4 * m.hidden_size + 3 * qkv + heads * m.kv_channels
-    if m.tpa and not cfg.is_global_layer(layer_number):
+    if cfg.is_tpa_layer(layer_number):
         rest += (m.tpa_q_rank + 2 * m.tpa_rank) * m.kv_channels
     parts = {"rest": rest * compute_bytes}
     if cfg.is_moe_layer(layer_number):
@@ -47,7 +48,7 @@ def _layer_activations(cfg: RunConfig, layer_number: int, compute_bytes: int, on
         parts["shared_experts"] = 3 * (moe.moe_shared_expert_intermediate_size or 0) * compute_bytes
     else:
         parts["mlp"] = 3 * m.ffn_hidden_size * compute_bytes
-    windowed = m.window_size is not None and not cfg.is_global_layer(layer_number)
+    windowed = not cfg.is_global_layer(layer_number) and cfg.position_embedding(layer_number) != "grape_a"
     fused = m.attention_backend in ("banded", "sdpa") or (m.attention_backend == "auto" and on_cpu)
     if not fused:
         scores = 2 * heads * cfg.data.seq_length  # the scores and their softmax
@@ -119,13 +120,15 @@ def _gib(count: float) -> str:
 
 
 def describe_geometry(cfg: RunConfig, *, on_cpu: bool = False) -> str:
-    """The parameter and memory table that a dry run prints."""
+    """What a dry run prints: parameters, memory, and the fields of the architecture that change nothing."""
     count, memory = parameter_count(cfg), memory_estimate(cfg, on_cpu=on_cpu)
     rows = [*count.parts.items(), ("total", count.total), ("active per token", count.active)]
     rows.append(("active without embeddings", count.active_without_embeddings))
     lines = ["parameters", *(f"  {name:<26}{value:>16,}" for name, value in rows)]
     lines += ["memory of one process", *(f"  {name:<26}{_gib(value):>16}" for name, value in memory.parts.items())]
-    return "\n".join([*lines, f"  {'total':<26}{_gib(memory.total):>16}"])
+    lines += [f"  {'total':<26}{_gib(memory.total):>16}"]
+    idle = [f"  {line}" for line in idle_lines(cfg)]
+    return "\n".join([*lines, *(["idle here", *idle] if idle else [])])
 
 
 @dataclass(frozen=True)

@@ -85,3 +85,15 @@ def test_description_names_every_part(stage1: Path) -> None:
     text = describe_geometry(load_config(stage1))
     for part in [*parameter_count(load_config(stage1)).parts, "active without embeddings", "optimizer state"]:
         assert part in text
+
+
+def test_a_dry_run_names_idle_fields(stage1: Path, small: Path) -> None:
+    assert "idle here" not in describe_geometry(load_config(small))
+    text = describe_geometry(load_config(stage1, ["--no-tpa"]))
+    assert "tpa_rank, tpa_q_rank, tpa_factor_bias: tpa is false" in text
+
+
+def test_a_bias_on_distance_in_local_layers_needs_the_dense_mask(small: Path) -> None:
+    banded, dense = load_config(small), load_config(small, ["--local-position-embedding", "grape_a"])
+    for_banded, for_dense = (memory_estimate(cfg, on_cpu=True).parts["activations"] for cfg in (banded, dense))
+    assert for_dense > for_banded
