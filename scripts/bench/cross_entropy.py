@@ -4,7 +4,7 @@
 "plain, supervised" projects the supervised positions only. Both make the gradients of hidden states and projection.
 
 Every round runs each side once, in an order that rotates, and forms the ratios within the round. Memory is the peak
-over what was there before: of the allocator on a GPU, of the process on Linux (resident set, reset before each run).
+over what was there before (peak_memory.py).
 
     python scripts/bench/cross_entropy.py --hidden 1024 --supervised 60
     python scripts/bench/cross_entropy.py --hidden 128 --supervised 100 --bf16
@@ -16,9 +16,9 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from peak_memory import PeakMemory
 from torch import Tensor
 from torch.nn import functional
 
@@ -70,31 +70,15 @@ def run(side: Side, leaves: tuple[Tensor, ...]) -> tuple[float, float, float, li
     for leaf in leaves:
         leaf.grad = None
     on_gpu = leaves[0].is_cuda
-    before = _reset_peak(on_gpu)
+    memory = PeakMemory(leaves[0].device)
     begin = time.perf_counter()
     loss = side()
     loss.backward()
     if on_gpu:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
-    peak = torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM")
-    return seconds, (peak - before) / 2**30, float(loss.detach()), [x.grad for x in leaves if x.grad is not None]
-
-
-def _reset_peak(on_gpu: bool) -> int:
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak resident set starts again from the present one
-    return _resident("VmRSS")
-
-
-def _resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}")
+    peak = memory.over_start()
+    return seconds, peak / 2**30, float(loss.detach()), [x.grad for x in leaves if x.grad is not None]
 
 
 def main() -> None:

@@ -49,13 +49,18 @@ def _layer_activations(cfg: RunConfig, layer_number: int, compute_bytes: int, on
     else:
         parts["mlp"] = 3 * m.ffn_hidden_size * compute_bytes
     windowed = not cfg.is_global_layer(layer_number) and cfg.position_embedding(layer_number) != "grape_a"
-    fused = m.attention_backend in ("banded", "sdpa") or (m.attention_backend == "auto" and on_cpu)
-    if not fused:
+    backend = m.attention_backend
+    if backend == "auto":
+        backend = "flex" if not on_cpu else "banded" if windowed else "sdpa"
+    if backend == "reference":
         scores = 2 * heads * cfg.data.seq_length  # the scores and their softmax
-    elif windowed:
-        scores = 2 * min(cfg.data.seq_length, 2 * (m.window_size or 0))  # the mask of each block
+    elif backend == "flex":
+        scores = 2 * heads  # the log-sum-exp and the sink's weight
+    elif backend == "banded":
+        keys = min(cfg.data.seq_length, 2 * (m.window_size or 0))
+        scores = 2 * keys * (1 if on_cpu else heads)  # the mask of each block; off the CPU scores and softmax as well
     else:
-        scores = heads * cfg.data.seq_length  # the mask with each head's bias on distance
+        scores = (1 if windowed else heads) * cfg.data.seq_length  # the mask, with each head's bias on distance
     parts["core_attn"] = scores * _FP32 + heads * m.kv_channels * compute_bytes
     return parts
 

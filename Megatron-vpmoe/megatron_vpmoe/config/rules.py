@@ -42,6 +42,11 @@ def _backend(cfg: RunConfig) -> Findings:
         yield Problem(
             ("attention_backend", "local_position_embedding"), "banded has no bias on distance (grape_a); use auto"
         )
+    if m.attention_backend == "transformer_engine":
+        yield Problem(
+            ("attention_backend",),
+            "there is no adapter for the package transformer-engine, installed or not; use flex or auto on a GPU",
+        )
 
 
 def _experts(cfg: RunConfig) -> Findings:

@@ -67,8 +67,9 @@ class ModelSection(Section):
     """Bias on the head factors A of TPA, which lets TPA reproduce a plain projection exactly."""
     value_residual: bool = True
     """Mix layer 1's values into every later layer with one learned scalar a layer."""
-    attention_backend: Literal["auto", "reference", "banded", "sdpa"] = "auto"
-    """Attention implementation; "auto" takes the fastest that the layer and the device allow."""
+    attention_backend: Literal["auto", "reference", "banded", "sdpa", "flex", "transformer_engine"] = "auto"
+    """Attention implementation; "auto" takes the fastest that the layer and the device allow: banded (local) and sdpa
+    (global) on a CPU, flex on a GPU. transformer_engine is refused."""
 
 
 class MoeSection(Section):

@@ -27,6 +27,7 @@ from megatron_vpmoe.config.schema import fields
         ),
         ("--seq-length 16", "window_size", "never ends"),
         ("--attention-backend banded", "attention_backend", "global layers"),
+        ("--attention-backend transformer_engine", "attention_backend", "no adapter for the package"),
         (
             "--attention-backend banded --window-attn-skip-freq 9 --local-position-embedding grape_a",
             "local_position_embedding",

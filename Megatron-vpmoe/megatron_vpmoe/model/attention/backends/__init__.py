@@ -3,9 +3,13 @@
 ``reference``
     dense scores, fp32 softmax; every layer, every device, decoding too. The others must equal it.
 ``banded``
-    local layers on the CPU: blocks of W queries against 2W keys, time and memory O(S · W).
+    local layers on any device: blocks of W queries against 2W keys, time and memory O(S · W).
 ``sdpa``
     global layers on the CPU: torch's fused kernel over a dense mask that the layers share.
+``flex``
+    every layer on a GPU: FlexAttention, compiled, over the tiles that hold a visible pair.
+``transformer_engine``
+    refused: there is no adapter for it.
 
 Shapes: B batch, H query heads, G KV groups, Q queries, K keys, D head dim.
 """
@@ -17,11 +21,12 @@ from torch import Tensor
 
 from megatron_vpmoe.errors import ConfigError, DeviceError
 from megatron_vpmoe.model.attention.backends.banded import banded_attention
+from megatron_vpmoe.model.attention.backends.flex import flex_attention
 from megatron_vpmoe.model.attention.backends.reference import reference_attention
 from megatron_vpmoe.model.attention.backends.sdpa import sdpa_attention
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 
-BACKENDS = ("reference", "banded", "sdpa")
+BACKENDS = ("reference", "banded", "sdpa", "flex")
 
 
 def select_backend(requested: str, *, window: int | None, device: torch.device, alibi: bool = False) -> str:
@@ -40,8 +45,15 @@ def select_backend(requested: str, *, window: int | None, device: torch.device, 
     on_cpu = device.type == "cpu"
     if requested == "auto":
         if not on_cpu:
-            return "reference"
+            return "flex"
         return "sdpa" if window is None or alibi else "banded"
+    if requested == "transformer_engine":
+        raise ConfigError(
+            "the attention backend 'transformer_engine' is not offered: vpMoE has no adapter for the package "
+            "transformer-engine, whether it is installed or not",
+            source="attention_backend",
+            remedy="attention_backend: flex (or auto) runs every layer on a GPU",
+        )
     if requested not in BACKENDS:
         raise ConfigError(
             f"there is no attention backend {requested!r}",
@@ -52,7 +64,7 @@ def select_backend(requested: str, *, window: int | None, device: torch.device, 
         raise ConfigError(
             "the attention backend 'banded' needs a window and cannot run a global layer",
             source="attention_backend",
-            remedy="attention_backend: auto takes banded for local layers and another for global ones",
+            remedy="attention_backend: auto takes banded or a faster one for local layers and another for global ones",
         )
     if requested == "banded" and alibi:
         raise ConfigError(
@@ -60,11 +72,17 @@ def select_backend(requested: str, *, window: int | None, device: torch.device, 
             source="attention_backend",
             remedy="attention_backend: auto",
         )
-    if requested != "reference" and not on_cpu:
+    if requested == "sdpa" and not on_cpu:
         raise DeviceError(
-            f"the attention backend {requested!r} runs on the CPU only, not on {device}",
+            f"the attention backend 'sdpa' runs on the CPU only, not on {device}",
             source="attention_backend",
             remedy="attention_backend: auto",
+        )
+    if requested == "flex" and on_cpu:
+        raise DeviceError(
+            "the attention backend 'flex' cannot train on the CPU: FlexAttention has no backward pass there",
+            source="attention_backend",
+            remedy="attention_backend: auto takes banded and sdpa on a CPU",
         )
     return requested
 
@@ -103,6 +121,8 @@ def core_attention(
     arguments = (q_BHQD, k_BGKD, v_BGKD, layout)
     if backend == "reference" or q_BHQD.shape[2] < layout.num_keys:
         return reference_attention(*arguments, window, alibi_slopes_H, sink_H, softmax_scale)
+    if backend == "flex":
+        return flex_attention(*arguments, window, alibi_slopes_H, sink_H, softmax_scale)
     if backend == "sdpa":
         return sdpa_attention(*arguments, window, alibi_slopes_H, sink_H, softmax_scale)
     if backend == "banded" and window is not None and alibi_slopes_H is None:

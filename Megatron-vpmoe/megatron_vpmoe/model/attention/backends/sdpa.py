@@ -23,19 +23,50 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
+def fused_forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, softmax_scale: float, *, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The kernel: output [B, H, Q, D] without a sink and log-sum-exp [B, H, Q].
+
+    ``bias`` fp32 (fp64 for fp64 inputs), broadcastable to [B, H, Q, K], with a finite entry in each row; ``causal``
+    additionally masks keys after the query's row and skips their work (Q = K).
+    """
+    q, k, v = (_dense_rows(x) for x in (q, k, v))
+    return _forward(q, k, v, 0.0, causal, attn_mask=bias, scale=softmax_scale)
+
+
+def fused_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor,
+    softmax_scale: float,
+    *,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; with ``out`` and ``lse`` that include a sink, those with the sink."""
+    q, k, v = (_dense_rows(x) for x in (q, k, v))
+    return _backward(grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=softmax_scale)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    # The kernel reads heads as if their elements lay side by side, and says nothing where they do not.
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 class FusedSinkAttention(torch.autograd.Function):
     """Attention of [B, H, Q, D] queries to [B, H, K, D] keys and values under an additive mask, with an optional sink.
 
-    ``apply(q, k, v, bias, sink, softmax_scale, causal)``: ``bias`` fp32 (fp64 for fp64 inputs), broadcastable to
-    [B, H, Q, K], with a finite entry in each row and no gradient; ``sink`` broadcastable to [B, H, Q], or None;
-    ``causal`` additionally masks keys after the query's row and skips their work (Q = K).
+    ``apply(q, k, v, bias, sink, softmax_scale, causal)``, as `fused_forward`; ``sink`` broadcastable to [B, H, Q], or
+    None. The bias has no gradient.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, bias, sink, softmax_scale, causal):  # type: ignore[override]
-        # The kernel reads heads as if their elements lay side by side, and says nothing where they do not.
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        out, lse = _forward(q, k, v, 0.0, causal, attn_mask=bias, scale=softmax_scale)
+        out, lse = fused_forward(q, k, v, bias, softmax_scale, causal=causal)
         if sink is not None:
             out, lse = absorb_sink(out, lse, sink.to(lse.dtype))
         ctx.save_for_backward(q, k, v, bias, sink, out, lse)
@@ -46,12 +77,12 @@ class FusedSinkAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         q, k, v, bias, sink, out, lse = ctx.saved_tensors
-        dq, dk, dv = _backward(grad, q, k, v, out, lse, 0.0, ctx.causal, attn_mask=bias, scale=ctx.softmax_scale)
         dsink = None
         if sink is not None and ctx.needs_input_grad[4]:
             row_sum = (grad * out).sum(-1, dtype=lse.dtype)
             dsink = -(torch.exp(sink.to(lse.dtype) - lse) * row_sum).sum_to_size(sink.shape).to(sink.dtype)
-        return dq, dk, dv, None, dsink, None, None
+        grads = fused_backward(grad, q, k, v, out, lse, bias, ctx.softmax_scale, causal=ctx.causal)
+        return *grads, None, dsink, None, None
 
 
 def sdpa_attention(

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vpmoe.errors import ConfigError, DeviceError
-from megatron_vpmoe.model.attention.backends import core_attention, select_backend
+from megatron_vpmoe.model.attention.backends import banded, core_attention, select_backend
 from megatron_vpmoe.model.attention.grape import alibi_slopes
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 ROWS = {
     "one document": ([16],),
     "two rows, packed, padded": ([5, 7, 1, -3], [9, 6, -1]),
@@ -21,7 +21,9 @@ ROWS = {
     "shorter than the window": ([2], [1, 1]),
     "padding first": ([-3, 10], [-1, 12]),
 }
-LOCAL = [("banded", 4, False), ("sdpa", 4, False)]
+# "banded off the CPU" is what banded computes where torch's fused CPU kernel is not to be had; "in chunks", one block
+# of queries at a time.
+LOCAL = [("banded", 4, False), ("banded in chunks", 4, False), ("banded off the CPU", 4, False), ("sdpa", 4, False)]
 GLOBAL = [("sdpa", None, False), ("sdpa", None, True)]
 
 
@@ -35,9 +37,20 @@ def attend(
     alibi: bool = False,
 ) -> Tensor:
     slopes = alibi_slopes(qkv[0].shape[1], CPU) if alibi else None
-    return core_attention(
-        *qkv, layout=layout, window=window, alibi_slopes_H=slopes, sink_H=sink, softmax_scale=0.3, backend=backend
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        if backend == "banded off the CPU":
+            patch.setattr(banded._FusedTiles, "apply", banded._by_definition)
+        if backend == "banded in chunks":
+            patch.setattr(banded, "_BYTES_A_THREAD", 1)
+        return core_attention(
+            *qkv,
+            layout=layout,
+            window=window,
+            alibi_slopes_H=slopes,
+            sink_H=sink,
+            softmax_scale=0.3,
+            backend=backend.split()[0],
+        )
 
 
 def value_and_gradients(inputs: tuple[Tensor, ...], layout: SequenceLayout, **how: object) -> list[Tensor]:
@@ -60,7 +73,7 @@ def test_equals_reference(rows, backend, window, alibi, with_sink, dtype, tolera
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 1), (6, 2), (1, 1)])
-@pytest.mark.parametrize(("backend", "window"), [("banded", 4), ("sdpa", None)])
+@pytest.mark.parametrize(("backend", "window"), [("banded", 4), ("banded off the CPU", 4), ("sdpa", None)])
 def test_heads_read_their_group(heads: int, groups: int, backend: str, window: int | None) -> None:
     layout = packed_layout([5, 6])
     inputs = random_qkv(layout, heads=heads, groups=groups)
@@ -181,12 +194,13 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_banded_never_holds_all_pairs() -> None:
+@pytest.mark.parametrize("backend", ["banded", "banded off the CPU"])
+def test_banded_never_holds_all_pairs(backend: str) -> None:
     def largest(length: int) -> int:
-        layout = packed_layout([length])
+        layout = packed_layout([length - 100, 60, -40])
         inputs = random_qkv(layout, heads=2, groups=1, dim=4, dtype=torch.float32)
         with LargestTensor() as recorded:
-            attend(inputs[:3], layout, inputs[3], backend="banded", window=8).sum().backward()
+            attend(inputs[:3], layout, inputs[3], backend=backend, window=8).sum().backward()
         return recorded.elements
 
     assert largest(2048) == 2 * largest(1024) < 1024 * 1024
@@ -195,18 +209,32 @@ def test_banded_never_holds_all_pairs() -> None:
 def test_auto_takes_the_fastest_that_can() -> None:
     assert select_backend("auto", window=128, device=CPU) == "banded"
     assert select_backend("auto", window=None, device=CPU) == "sdpa"
+<<<<<<< HEAD
     assert select_backend("auto", window=128, device=CPU, alibi=True) == "sdpa"
     assert select_backend("auto", window=128, device=torch.device("cuda")) == "reference"
+=======
+    assert select_backend("auto", window=128, device=GPU) == select_backend("auto", window=None, device=GPU) == "flex"
+    assert select_backend("banded", window=128, device=GPU) == "banded"
+>>>>>>> 0a6df1c (flex on GPUs, banded on any device and in half the memory; transformer_engine refused by name)
     assert select_backend("reference", window=128, device=CPU) == "reference"
 
 
 def test_impossible_backends_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="'banded' needs a window"):
         select_backend("banded", window=None, device=CPU)
+<<<<<<< HEAD
     with pytest.raises(ConfigError, match="'banded' has no bias on distance"):
         select_backend("banded", window=4, device=CPU, alibi=True)
     with pytest.raises(DeviceError, match="'banded' runs on the CPU only"):
         select_backend("banded", window=4, device=torch.device("cuda"))
+=======
+    with pytest.raises(DeviceError, match="'sdpa' runs on the CPU only"):
+        select_backend("sdpa", window=None, device=GPU)
+    with pytest.raises(DeviceError, match="'flex' cannot train on the CPU"):
+        select_backend("flex", window=4, device=CPU)
+    with pytest.raises(ConfigError, match="package transformer-engine"):
+        select_backend("transformer_engine", window=4, device=GPU)
+>>>>>>> 0a6df1c (flex on GPUs, banded on any device and in half the memory; transformer_engine refused by name)
     with pytest.raises(ConfigError, match="no attention backend 'fastest'"):
         select_backend("fastest", window=4, device=CPU)
 
