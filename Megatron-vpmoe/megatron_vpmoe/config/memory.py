@@ -86,7 +86,8 @@ def _activations(cfg: RunConfig, compute_bytes: int, on_cpu: bool) -> int:
 
 def _loss(cfg: RunConfig, compute_bytes: int) -> int:
     """Bytes that the loss takes: a chunk's logits and probabilities, and the output projection's gradient."""
-    vocab, tokens = cfg.model.padded_vocab_size, cfg.training.micro_batch_size * cfg.data.seq_length
+    vocab = cfg.model.padded_vocab_size // cfg.parallel.tensor_model_parallel_size
+    tokens = cfg.training.micro_batch_size * cfg.data.seq_length
     entries = min(tokens * vocab, _LOGITS_CHUNK_BYTES // _FP32)
     return entries * (_FP32 + compute_bytes) + vocab * cfg.model.hidden_size * compute_bytes
 

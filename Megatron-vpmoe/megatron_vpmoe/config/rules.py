@@ -30,6 +30,11 @@ def _architecture(cfg: RunConfig) -> Findings:
 
 
 def _backend(cfg: RunConfig) -> Findings:
+    if cfg.model.attention_backend == "transformer_engine":
+        yield Problem(
+            ("attention_backend",),
+            "there is no adapter for the package transformer-engine, installed or not; use flex or auto on a GPU",
+        )
     if cfg.model.attention_backend != "banded":
         return
     layers = range(1, cfg.model.num_layers + 1)
@@ -41,11 +46,6 @@ def _backend(cfg: RunConfig) -> Findings:
     elif any(cfg.position_embedding(n) == "grape_a" for n in layers):
         yield Problem(
             ("attention_backend", "local_position_embedding"), "banded has no bias on distance (grape_a); use auto"
-        )
-    if m.attention_backend == "transformer_engine":
-        yield Problem(
-            ("attention_backend",),
-            "there is no adapter for the package transformer-engine, installed or not; use flex or auto on a GPU",
         )
 
 

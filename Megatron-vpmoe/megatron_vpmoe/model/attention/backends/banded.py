@@ -115,7 +115,8 @@ class _FusedTiles(torch.autograd.Function):
             for total, part in zip(grad_before, grads[1:], strict=True):
                 _add_tiles(total[:, :, seen], part, window)
         grad_k, grad_v = (x[:, :, window:] for x in grad_before)
-        return grad_q, grad_k, grad_v, None, None if grad_sink is None else grad_sink.to(sink.dtype), None, None
+        grad_sink = None if sink is None or grad_sink is None else grad_sink.to(sink.dtype)
+        return grad_q, grad_k, grad_v, None, grad_sink, None, None
 
 
 def _chunks(q_BHSD: Tensor, window: int) -> list[tuple[slice, slice, slice]]:
