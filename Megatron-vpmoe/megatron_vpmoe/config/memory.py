@@ -11,7 +11,7 @@ from megatron_vpmoe.config.schema import RunConfig
 from megatron_vpmoe.errors import DeviceError
 
 _FP32 = 4
-_LOGITS_CHUNK_BYTES = 128 * 2**20  # fp32 probabilities that the cross-entropy holds at one time
+_LOGITS_CHUNK_BYTES = 256 * 2**20  # logits and probabilities that the cross-entropy holds at one time
 _PROCESS_BYTES = 350 * 2**20  # interpreter, torch and megatron.core of one worker, as measured on Linux
 
 
@@ -88,8 +88,8 @@ def _loss(cfg: RunConfig, compute_bytes: int) -> int:
     """Bytes that the loss takes: a chunk's logits and probabilities, and the output projection's gradient."""
     vocab = cfg.model.padded_vocab_size // cfg.parallel.tensor_model_parallel_size
     tokens = cfg.training.micro_batch_size * cfg.data.seq_length
-    entries = min(tokens * vocab, _LOGITS_CHUNK_BYTES // _FP32)
-    return entries * (_FP32 + compute_bytes) + vocab * cfg.model.hidden_size * compute_bytes
+    chunk = min(tokens * vocab * (_FP32 + compute_bytes), _LOGITS_CHUNK_BYTES)
+    return chunk + vocab * cfg.model.hidden_size * compute_bytes
 
 
 def memory_estimate(cfg: RunConfig, *, on_cpu: bool = False) -> MemoryEstimate:

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# fp32 probabilities of one chunk: bounds the extra memory at any vocabulary size.
-CHUNK_BYTES = 128 * 2**20
+# Logits and fp32 probabilities of one chunk: bounds the extra memory at any vocabulary size.
+CHUNK_BYTES = 256 * 2**20
 
 
 def weighted_cross_entropy(
@@ -33,7 +33,7 @@ def weighted_cross_entropy(
     """Σ weight · -log softmax(hidden · projectionᵀ)[label], and the terms without their weights.
 
     Memory beyond inputs and gradients: the logits of a chunk in the dtype of the hidden states and their probabilities
-    in fp32, the latter at most CHUNK_BYTES. Under tensor parallelism the gradient of the hidden states is this rank's
+    in fp32, together CHUNK_BYTES. Under tensor parallelism the gradient of the hidden states is this rank's
     part of a sum over ranks; the caller places the operation that sums it.
 
     Args:
@@ -62,9 +62,13 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         # Of no tokens the gradient is zero, not absent.
         grad_projection = (torch.empty_like if len(labels) else torch.zeros_like)(projection) if wanted[1] else None
 
-        rows = max(1, min(len(labels), CHUNK_BYTES // (4 * projection.shape[0])))
-        logits = hidden.new_empty(rows, projection.shape[0])
-        probability = logits.new_empty(logits.shape, dtype=wide)
+        vocab, logit_bytes, probability_bytes = len(projection), hidden.itemsize, wide.itemsize
+        # The CPU's softmax may write where it reads; that of other devices need not.
+        in_place = hidden.is_cpu and hidden.dtype == wide
+        row_bytes = vocab * (probability_bytes + (0 if in_place else logit_bytes))
+        rows = max(1, min(len(labels), CHUNK_BYTES // row_bytes))
+        logits = hidden.new_empty(rows, vocab)
+        probability = logits if in_place else logits.new_empty(logits.shape, dtype=wide)
         for begin in range(0, len(labels), rows):
             chunk = slice(begin, begin + rows)
             size = len(labels[chunk])
@@ -98,19 +102,20 @@ def _chunk(
     probability_nV: Tensor,
     tp_group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
-    """Losses [n] of a chunk and the gradient of their weighted sum by the logits [n, V]; overwrites both buffers.
+    """Losses [n] of a chunk and the gradient of their weighted sum by the logits [n, V].
 
-    The gradient is weight · (p - [label]), in the dtype of the hidden states. At the label it is weight · (exp(-loss)
-    - 1) to full precision: of a token that is nearly certain little more than rounding would be left otherwise.
+    Overwrites the buffers, which may be one. The gradient is weight · (p - [label]), in the dtype of the hidden
+    states. At the label it is weight · (exp(-loss) - 1) to full precision: of a token that is nearly certain little
+    more than rounding would be left otherwise.
     """
     torch.mm(hidden_nH, projection_VH.t(), out=logits_nV)
-    torch.softmax(logits_nV, dim=-1, dtype=probability_nV.dtype, out=probability_nV)
     largest = logits_nV.amax(-1).to(probability_nV.dtype)
-    # The largest logit has probability 1 / Σ exp(x - largest): the sum, without another pass that exponentiates.
-    own_sum = 1.0 / probability_nV.amax(-1)
     is_mine = (labels_n >= 0) & (labels_n < projection_VH.shape[0])
     own_label = torch.where(is_mine, labels_n, 0).unsqueeze(-1)
     label_logit = logits_nV.gather(-1, own_label).squeeze(-1).to(largest.dtype)
+    torch.softmax(logits_nV, dim=-1, dtype=probability_nV.dtype, out=probability_nV)
+    # The largest logit has probability 1 / Σ exp(x - largest): the sum, without another pass that exponentiates.
+    own_sum = 1.0 / probability_nV.amax(-1)
     if tp_group is None or tp_group.size() == 1:
         loss, share = own_sum.log() + (largest - label_logit), 1.0
     else:

@@ -56,7 +56,7 @@ def with_gradients(function, inputs: Inputs, dtype: torch.dtype, factor: float =
 def test_equals_the_plain_one(tokens: int, hidden: int, vocab: int, rows_a_chunk: int, sharp: float, seed: int) -> None:
     inputs = draw(tokens, hidden, vocab, seed=seed, sharp=sharp)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cross_entropy, "CHUNK_BYTES", rows_a_chunk * 4 * vocab)
+        patch.setattr(cross_entropy, "CHUNK_BYTES", rows_a_chunk * 8 * vocab)
         got = with_gradients(weighted_cross_entropy, inputs, torch.float64)
     for mine, theirs in zip(got, with_gradients(plain, inputs, torch.float64), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
@@ -71,7 +71,7 @@ def test_rounding_is_that_of_the_plain_one(monkeypatch: pytest.MonkeyPatch, dtyp
     likely = (inputs[0] @ inputs[1].T).argmax(-1)
     inputs = (*inputs[:2], torch.where(torch.arange(200) % 4 > 0, likely, inputs[2]), inputs[3])
     exact = with_gradients(plain, inputs, torch.float64)
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 64 * 4 * 50)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 64 * 6 * 50)
     ours, theirs = (with_gradients(f, inputs, dtype) for f in (weighted_cross_entropy, plain))
     assert ours[0].dtype == ours[1].dtype == torch.float32
     for mine, other, truth in zip(ours, theirs, exact, strict=True):
