@@ -40,6 +40,7 @@ def train_steps(model_fields: dict[str, object], layout: Layout, **changes: obje
     """A few steps on fixed global batches; the parts of this rank. Process groups are left behind for the next call."""
     from megatron.core import parallel_state
 
+    from megatron_vpmoe.config.geometry import parameter_count, tensor_parallel_rank
     from megatron_vpmoe.model.builder import build_model, wrap_for_training
     from megatron_vpmoe.objectives import build_objective
     from megatron_vpmoe.optim import build_optimizer, build_scheduler
@@ -74,8 +75,11 @@ def train_steps(model_fields: dict[str, object], layout: Layout, **changes: obje
         scheduler.step(1)
     parallel_state.destroy_model_parallel()
     parameters: list[tuple[str, Any]] = list(model.named_parameters())
+    estimated = dict(parameter_count(tensor_parallel_rank(cfg)).parts)
+    estimated["routed experts"] //= layout.expert
     return {
         "records": records,
+        "held": (sum(parameter.numel() for _, parameter in parameters), sum(estimated.values())),
         "start": start,
         "gradients": {name: parameter.main_grad.clone() for name, parameter in parameters},
         "parameters": {name: parameter.detach().clone() for name, parameter in parameters},

@@ -103,6 +103,22 @@ def parameter_count(cfg: RunConfig) -> ParameterCount:
     return ParameterCount(parts, routed_experts_active=sparse * min(moe.moe_router_topk, experts) * expert)
 
 
+def tensor_parallel_rank(cfg: RunConfig) -> RunConfig:
+    """The configuration of what one tensor-parallel rank holds: its heads, groups, channels and part of the vocabulary.
+
+    What every rank holds whole (TPA's B factors, norms, router, experts) does not change. ``parallel`` stays as it is.
+    """
+    ranks, m, shared = (
+        cfg.parallel.tensor_model_parallel_size,
+        cfg.model,
+        cfg.moe.moe_shared_expert_intermediate_size,
+    )
+    split = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "padded_vocab_size")
+    model = m.model_copy(update={name: getattr(m, name) // ranks for name in split})
+    moe = cfg.moe.model_copy(update={"moe_shared_expert_intermediate_size": shared // ranks if shared else shared})
+    return cfg.model_copy(update={"model": model, "moe": moe})
+
+
 def mean_keys(seq_length: int, window: int | None) -> float:
     """Keys that a query sees on average in one causal document of ``seq_length`` tokens."""
     if window is None or window >= seq_length:

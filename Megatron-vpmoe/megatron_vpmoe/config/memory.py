@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_vpmoe.config.combinations import idle_lines
-from megatron_vpmoe.config.geometry import parameter_count
+from megatron_vpmoe.config.geometry import parameter_count, tensor_parallel_rank
 from megatron_vpmoe.config.schema import RunConfig
 from megatron_vpmoe.errors import DeviceError
 
@@ -28,7 +28,7 @@ class MemoryEstimate:
 
 
 def _local_parameters(cfg: RunConfig) -> tuple[int, int]:
-    """(hidden matrices, everything else) of one process, after the experts are spread."""
+    """(hidden matrices, everything else) of one process, after the experts are spread; ``cfg`` is of that process."""
     parts = dict(parameter_count(cfg).parts)
     routed = parts.pop("routed experts") // cfg.parallel.expert_model_parallel_size
     others = parts["embedding"] + parts["output layer"] + parts["router"] + parts["norms"]
@@ -36,15 +36,18 @@ def _local_parameters(cfg: RunConfig) -> tuple[int, int]:
 
 
 def _layer_activations(cfg: RunConfig, layer_number: int, compute_bytes: int, on_cpu: bool) -> dict[str, int]:
-    """Bytes per token that one layer keeps for its backward pass, by the part that can be recomputed."""
+    """Bytes per token that one layer of a process keeps for its backward pass, by the part that can be recomputed."""
     m, moe = cfg.model, cfg.moe
     heads, qkv = m.num_attention_heads, (m.num_attention_heads + 2 * m.num_query_groups) * m.kv_channels
-    rest = 4 * m.hidden_size + 3 * qkv + heads * m.kv_channels
+    # Outside attention and feed-forward, and in the experts, a rank has its part of the sequence alone.
+    parts_of_sequence = cfg.parallel.tensor_model_parallel_size if cfg.parallel.sequence_parallel else 1
+    rest = 4 * m.hidden_size // parts_of_sequence + 3 * qkv + heads * m.kv_channels
     if cfg.is_tpa_layer(layer_number):
         rest += (m.tpa_q_rank + 2 * m.tpa_rank) * m.kv_channels
     parts = {"rest": rest * compute_bytes}
     if cfg.is_moe_layer(layer_number):
-        parts["moe"] = moe.moe_router_topk * (2 * m.hidden_size + 3 * moe.moe_ffn_hidden_size) * compute_bytes
+        chosen = moe.moe_router_topk * (2 * m.hidden_size + 3 * moe.moe_ffn_hidden_size) * compute_bytes
+        parts["moe"] = chosen // parts_of_sequence
         parts["shared_experts"] = 3 * (moe.moe_shared_expert_intermediate_size or 0) * compute_bytes
     else:
         parts["mlp"] = 3 * m.ffn_hidden_size * compute_bytes
@@ -103,6 +106,7 @@ def memory_estimate(cfg: RunConfig, *, on_cpu: bool = False) -> MemoryEstimate:
         cfg: the run.
         on_cpu: the machine has no GPU, which decides the attention backend that "auto" takes.
     """
+    cfg = tensor_parallel_rank(cfg)
     matrices, others = _local_parameters(cfg)
     local = matrices + others
     compute_bytes = 2 if cfg.training.bf16 else _FP32

@@ -110,7 +110,8 @@ def _intervals(cfg: RunConfig) -> Findings:
 
 _UNSUPPORTED = {
     "pipeline_model_parallel_size": "layer 1's values, which every layer mixes in, do not travel between stages",
-    "context_parallel_size": "windows and document masks need the whole sequence on one rank",
+    "context_parallel_size": "a rank would have the keys of its own part of a row, and no attention backend fetches "
+    "the rest of a window or a document from the other ranks",
 }
 
 
@@ -118,7 +119,9 @@ def _parallel(cfg: RunConfig) -> Findings:
     for name, reason in _UNSUPPORTED.items():
         size = getattr(cfg.parallel, name)
         if size > 1:
-            yield Problem((name,), f"{size} is not supported: {reason}; set 1 and use expert or data parallelism")
+            yield Problem(
+                (name,), f"{size} is not supported: {reason}; set 1 and use tensor parallelism with sequence_parallel"
+            )
     yield from _tensor_parallel(cfg)
     ep, experts = cfg.parallel.expert_model_parallel_size, cfg.moe.num_experts
     if ep > 1 and experts is None:

@@ -22,6 +22,9 @@ def test_states_by_hand(small: Path) -> None:
     assert (half["parameters"], half["optimizer state"]) == (2 * total, 12 * total)
 
 
+TWO_TENSOR_RANKS = ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--optimizer", "adam")
+
+
 @pytest.mark.parametrize(
     ("flags", "part"),
     [
@@ -34,6 +37,9 @@ def test_states_by_hand(small: Path) -> None:
         (["--micro-batch-size", "4"], "activations"),
         (["--expert-model-parallel-size", "2"], "parameters"),
         (["--attention-backend", "auto", "--window-size", "16"], "activations"),
+        ([*TWO_TENSOR_RANKS], "parameters"),
+        ([*TWO_TENSOR_RANKS], "gradients"),
+        ([*TWO_TENSOR_RANKS], "activations"),
     ],
 )
 def test_what_saves_memory_is_estimated_lower(small: Path, flags: list[str], part: str) -> None:

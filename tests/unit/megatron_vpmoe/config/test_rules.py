@@ -73,7 +73,7 @@ from megatron_vpmoe.config.schema import fields
         ("--tensor-model-parallel-size 2 --sequence-parallel --seq-length 511", "seq_length", "511 cannot be split"),
         ("--sequence-parallel", "sequence_parallel", "there is one"),
         ("--pipeline-model-parallel-size 2", "pipeline_model_parallel_size", "layer 1's values"),
-        ("--context-parallel-size 2", "context_parallel_size", "not supported"),
+        ("--context-parallel-size 2", "context_parallel_size", "no attention backend fetches"),
         ("--expert-model-parallel-size 3", "expert_model_parallel_size", "spread evenly over 3"),
         (
             "--num-experts null --expert-model-parallel-size 2 --router-dead-experts-warn null",
