@@ -14,6 +14,7 @@ from megatron_vpmoe.config import load_config, parameter_count
 from megatron_vpmoe.config.combinations import IDLE, REFUSALS
 from vpmoe.describe.picture import stack_picture
 from vpmoe.describe.table import description, print_description
+from vpmoe.errors import DataError
 from vpmoe.files import write_atomically
 
 app = typer.Typer(no_args_is_help=True, help="Architectures: layer table, sizes, picture, what goes together.")
@@ -34,17 +35,24 @@ def describe(
     """Print the layer table with parameters, KV bytes and FLOPs per token; nothing is allocated."""
     cfg = load_config(config, context.args)
     if svg is not None:
-        write_atomically(svg, stack_picture(cfg).encode())
+        _write(svg, stack_picture(cfg))
     if as_json:
         typer.echo(json.dumps({"config": str(config), **description(cfg)}, indent=1))
         return
     # A pipe has no width of its own: the table is not to be cut there.
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)
+        console = Console(width=120)
     print_description(cfg, str(config), console, every_layer=every_layer)
     if svg is not None:
         typer.echo(f"{svg} written")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}", source="--svg", remedy="name another file") from error
 
 
 @app.command(name="param-count", context_settings=OVERRIDES)

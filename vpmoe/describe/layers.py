@@ -12,26 +12,48 @@ POSITION_NAMES = {"grape_m": "GRAPE-M", "grape_a": "GRAPE-A", "rope": "RoPE", "n
 ACTIVATION_NAMES = {"squared_relu": "ReLU²", "swiglu": "SwiGLU"}
 
 
+def amount(count: float) -> str:
+    """Three digits and a unit: 6.02 B, 781 M, 879 K."""
+    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " K")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
+
+
 def kind_words(layer: LayerGeometry) -> str:
     """Local with its window, or global."""
-    return "global" if layer.window is None else f"local, W {layer.window}"
+    return "global" if layer.window is None else f"local {layer.window}"
 
 
 def attention_words(cfg: RunConfig, layer: LayerGeometry) -> str:
-    """The projections: tensor-product with its ranks, or grouped-query with heads and groups."""
-    m = cfg.model
-    heads = f"{m.num_attention_heads}/{m.num_query_groups} x {m.kv_channels}"
-    return f"TPA {heads}, R_q {m.tpa_q_rank}, R {m.tpa_rank}" if layer.tensor_product else f"GQA {heads}"
+    """The projections: tensor-product with its ranks, or grouped-query."""
+    return f"TPA {cfg.model.tpa_q_rank}/{cfg.model.tpa_rank}" if layer.tensor_product else "GQA"
 
 
 def feed_forward_words(cfg: RunConfig, layer: LayerGeometry) -> str:
-    """Dense with its width, or experts with how many a token visits."""
-    moe, activation = cfg.moe, ACTIVATION_NAMES[cfg.model.activation]
+    """Dense with its width, or how many experts of how many a token visits."""
     if not layer.sparse:
-        return f"dense {cfg.model.ffn_hidden_size} {activation}"
-    shared = moe.moe_shared_expert_intermediate_size
-    routed = f"{moe.moe_router_topk} of {moe.num_experts} x {moe.moe_ffn_hidden_size} {activation}"
-    return f"{routed} + shared {shared}" if shared else routed
+        return f"dense {cfg.model.ffn_hidden_size}"
+    return f"MoE {cfg.moe.moe_router_topk}/{cfg.moe.num_experts}"
+
+
+def legend(cfg: RunConfig, layers: Sequence[LayerGeometry]) -> list[tuple[str, str]]:
+    """What the short words stand for, of those that occur: (word, meaning)."""
+    m, moe, activation = cfg.model, cfg.moe, ACTIVATION_NAMES[cfg.model.activation]
+    sink = ", softmax with sink" if m.softmax_type == "learnable" else ""
+    heads = f"{m.num_attention_heads} query heads, {m.num_query_groups} key/value heads of {m.kv_channels}{sink}"
+    lines = [("attention", heads)]
+    if any(layer.tensor_product for layer in layers):
+        lines.append(("TPA", f"rank {m.tpa_q_rank} for queries, {m.tpa_rank} for keys and for values"))
+    if m.value_residual:
+        lines.append(("values", "layer 1's are mixed into every later layer"))
+    if any(not layer.sparse for layer in layers):
+        lines.append(("dense", f"{m.hidden_size} -> {m.ffn_hidden_size} -> {m.hidden_size}, {activation}"))
+    if any(layer.sparse for layer in layers):
+        shared = moe.moe_shared_expert_intermediate_size
+        routed = f"{moe.moe_router_topk} of {moe.num_experts} experts of {moe.moe_ffn_hidden_size}, {activation}"
+        lines.append(("MoE", routed + (f"; beside them a shared one of {shared}" if shared else "")))
+    return lines
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from vpmoe.describe.cards import (
     feed_forward_kind,
 )
 from vpmoe.describe.drawing import FAINT, LINE, Drawing
+from vpmoe.describe.layers import amount
 
 _MARGIN, _TOP, _GAP = 28, 84, 20
 _CARDS_LEFT = 330
@@ -53,21 +54,13 @@ def stack_picture(cfg: RunConfig) -> str:
     return drawing.render(f"{cfg.model.num_layers} layers of hidden size {cfg.model.hidden_size}")
 
 
-def _amount(count: float) -> str:
-    """Three digits and a unit: 6.02 B, 781 M, 879 K."""
-    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " K")):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:.0f}"
-
-
 def _headline(drawing: Drawing, cfg: RunConfig) -> None:
     m, count = cfg.model, parameter_count(cfg)
-    flops = _amount(forward_flops_per_token(cfg)).replace(" B", " G")
+    flops = amount(forward_flops_per_token(cfg)).replace(" B", " G")
     drawing.text(_MARGIN, 36, f"{m.num_layers} layers, hidden size {m.hidden_size}", size=18, bold=True)
-    active = f" ({_amount(count.active)} active)" if count.active != count.total else ""
+    active = f" ({amount(count.active)} active)" if count.active != count.total else ""
     figures = [
-        f"{_amount(count.total)} parameters{active}",
+        f"{amount(count.total)} parameters{active}",
         f"{flops}FLOP a token forward at {cfg.data.seq_length:,} tokens",
         f"{kv_cache_bytes_per_token(cfg) / 1024:,.4g} KiB of keys and values a token",
     ]

@@ -20,9 +20,18 @@ from megatron_vpmoe.config import (
 )
 from megatron_vpmoe.config.combinations import idle_fields, idle_lines
 from megatron_vpmoe.config.geometry import output_layer_flops
-from vpmoe.describe.layers import POSITION_NAMES, attention_words, feed_forward_words, fold, kind_words, numbers_of
+from vpmoe.describe.layers import (
+    POSITION_NAMES,
+    amount,
+    attention_words,
+    feed_forward_words,
+    fold,
+    kind_words,
+    legend,
+    numbers_of,
+)
 
-_NUMBERS = ("parameters", "active", "KV B/token", "MFLOP/token")
+_WIDE = 100  # columns of a terminal that hold a row with every digit
 
 
 def cache_bytes(cfg: RunConfig, seq_length: int) -> int:
@@ -38,21 +47,31 @@ def print_description(cfg: RunConfig, name: str, console: Console, *, every_laye
         name: its file, for the title.
         console: where to.
         every_layer: one row a layer instead of folding repetitions.
+
+    A narrow terminal gets the parameters of a layer to three digits, as 70.9 M.
     """
-    length = cfg.data.seq_length
-    table = Table(title=f"{name}: {cfg.model.num_layers} layers, hidden {cfg.model.hidden_size}", title_justify="left")
-    table.box = box.SIMPLE_HEAD
-    for column in ("layers", "x", "kind", "attention", "positions", "feed-forward"):
-        table.add_column(column, justify="right" if column == "x" else "left")
-    for column in _NUMBERS:
+    length, layers = cfg.data.seq_length, layer_geometries(cfg)
+    title = f"{name}: {cfg.model.num_layers} layers, hidden {cfg.model.hidden_size}"
+    exact = console.width >= _WIDE
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.padding = (0, 1, 0, 0) if exact else 0
+    table.add_column("layers")
+    table.add_column("x", justify="right", no_wrap=True)
+    for column in ("kind", "attn", "position", "ffn"):
+        table.add_column(column, no_wrap=True)
+    for column in ("params", "active", "KV B", "MFLOP"):
         table.add_column(column, justify="right", no_wrap=True)
-    for layer_numbers, times, layer in _rows(layer_geometries(cfg), every_layer):
+    for layer_numbers, times, layer in _rows(layers, every_layer):
         style = "bold" if layer.is_global else None
-        table.add_row(layer_numbers, times, *_words(cfg, layer), *_figures(layer, length), style=style)
+        table.add_row(layer_numbers, times, *_words(cfg, layer), *_figures(layer, length, exact), style=style)
     console.print(table)
-    console.print(Text("\n".join(_totals(cfg))))
+    notes = Table.grid("", "", padding=(0, 2, 0, 0))
+    per_token = ("KV B, MFLOP", "bytes of cache and forward FLOPs of one token in one layer")
+    for word, meaning in [per_token, *legend(cfg, layers), *_totals(cfg)]:
+        notes.add_row(word, Text(meaning))
     for line in idle_lines(cfg):
-        console.print(Text(f"idle           {line}", style="dim"))
+        notes.add_row("idle", Text(line), style="dim")
+    console.print(notes)
 
 
 def _rows(layers: list[LayerGeometry], every_layer: bool) -> list[tuple[str, str, LayerGeometry]]:
@@ -71,42 +90,40 @@ def _words(cfg: RunConfig, layer: LayerGeometry) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _figures(layer: LayerGeometry, seq_length: int) -> tuple[str, ...]:
+def _figures(layer: LayerGeometry, seq_length: int, exact: bool) -> tuple[str, ...]:
+    write = (lambda count: f"{count:,}") if exact else amount
     return (
-        f"{layer.parameters:,}",
-        f"{layer.active_parameters:,}",
+        write(layer.parameters),
+        write(layer.active_parameters),
         f"{layer.cache_bytes:,}",
         f"{layer.flops(seq_length) / 1e6:,.2f}",
     )
 
 
-def _totals(cfg: RunConfig) -> list[str]:
-    count, length = parameter_count(cfg), cfg.data.seq_length
-    layers = layer_geometries(cfg)
-    tied = "" if cfg.model.untie_embeddings_and_output_weights else ", which is the output layer too"
-    per_token = kv_cache_bytes_per_token(cfg)
-    precision = "bf16" if cfg.training.bf16 else "fp32"
-    forward = forward_flops_per_token(cfg) / 1e6
+def _totals(cfg: RunConfig) -> list[tuple[str, str]]:
+    count, length, layers = parameter_count(cfg), cfg.data.seq_length, layer_geometries(cfg)
+    vocabulary = f"{count.parts['embedding']:,} parameters, and the output layer " + (
+        f"{count.parts['output layer']:,}" if cfg.model.untie_embeddings_and_output_weights else "is the same matrix"
+    )
+    cache = f"{kv_cache_bytes_per_token(cfg):,} B a token ({'bf16' if cfg.training.bf16 else 'fp32'}), "
+    cache += f"{cache_bytes(cfg, length) / 2**20:,.2f} MiB after {length:,} tokens"
+    local = [layer for layer in layers if layer.window is not None]
+    if local:
+        cache += f": local layers keep the last {(local[0].window or 0) - 1}"
     attention = sum(layer.attention_flops(length) for layer in layers) / 1e6
-    windows = {layer.window for layer in layers if layer.window is not None}
-    whole = [layer for layer in layers if layer.is_global]
-    lines = [
-        f"embedding      {count.parts['embedding']:,} parameters{tied}; output layer {count.parts['output layer']:,}, "
-        f"{output_layer_flops(cfg) / 1e6:,.2f} MFLOP/token; final norm {cfg.model.hidden_size:,}",
-        f"parameters     {count.total:,} in all, {count.active:,} active, "
-        f"{count.active_without_embeddings:,} active without embedding and output layer",
-        f"KV cache       {per_token:,} B a token ({precision}), {cache_bytes(cfg, length) / 2**20:,.2f} MiB after "
-        f"{length:,} tokens" + (f": local layers keep the last {min(windows) - 1}" if windows else ""),
-        f"FLOPs          {forward:,.2f} M a token forward at {length:,} tokens, of which {attention:,.2f} M are scores "
-        f"and weighted values; {training_flops_per_token(cfg) / 1e9:,.3f} G to train on one",
-    ]
-    if whole:
-        each = whole[0].flops_per_key / 2e6
-        lines.append(f"  with length  a global layer's attention costs (S + 1) x {each:g} M: {len(whole)} grow with S")
-    if windows:
-        local = next(layer for layer in layers if not layer.is_global)
-        cost = local.flops_per_key * (local.window or 0) / 1e6
-        lines.append(f"               a local layer's stays below W x {local.flops_per_key / 1e6:g} M = {cost:g} M")
+    flops = f"{forward_flops_per_token(cfg) / 1e6:,.2f} M a token forward at {length:,} tokens: "
+    flops += f"{attention:,.2f} M of scores and weighted values, {output_layer_flops(cfg) / 1e6:,.2f} M of the output "
+    flops += f"layer; {training_flops_per_token(cfg) / 1e9:,.3f} G to train on one"
+    parameters = f"{count.total:,} in all, {count.active:,} active, {count.active_without_embeddings:,} active "
+    parameters += "without embedding and output layer"
+    lines = [("embedding", vocabulary), ("parameters", parameters), ("KV cache", cache), ("FLOPs", flops)]
+    each = layers[0].flops_per_key
+    if len(local) < len(layers):
+        cost = f"(S + 1) / 2 x {each:,} in a document of S tokens, on average"
+        lines.append(("  global", f"scores and weighted values of each of {len(layers) - len(local)} layers: {cost}"))
+    if local:
+        cost = f"below W x {each:,} = {each * (local[0].window or 0):,}, however long S is"
+        lines.append(("  local", f"of each of {len(local)} layers: {cost}"))
     return lines
 
 
@@ -141,7 +158,6 @@ def _layer(cfg: RunConfig, layer: LayerGeometry, seq_length: int) -> dict[str, A
         "attention": "TPA" if layer.tensor_product else "GQA",
         "positions": layer.position,
         "feed_forward": "moe" if layer.sparse else "dense",
-        "description": feed_forward_words(cfg, layer),
         "parameters": layer.parameters,
         "active_parameters": layer.active_parameters,
         "kv_bytes_per_token": layer.cache_bytes,

@@ -56,3 +56,11 @@ def test_variant(small: Path, single_process: None, name: str) -> None:
 def test_shipped(repository: Path, single_process: None, name: str) -> None:
     cfg = load_config(repository / "configs" / name, ["--expert-model-parallel-size", "1"])
     assert parameter_count(cfg).total == built(cfg) == SHIPPED[name]
+
+
+def test_the_docs_have_the_sizes(repository: Path) -> None:
+    documented = (repository / "docs" / "architecture.md").read_text()
+    for name in SHIPPED:
+        if "/" not in name:
+            count = parameter_count(load_config(repository / "configs" / name))
+            assert f"{count.total:,}" in documented and f"{count.active_without_embeddings:,}" in documented, name

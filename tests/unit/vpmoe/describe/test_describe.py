@@ -37,8 +37,8 @@ def cfg(request: pytest.FixtureRequest, repository: Path) -> RunConfig:
     return load_config(repository / "configs" / request.param)
 
 
-def table_of(cfg: RunConfig, **options: bool) -> str:
-    console = Console(width=220, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+def table_of(cfg: RunConfig, width: int = 220, **options: bool) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     print_description(cfg, "a name", console, **options)
     return console.export_text()
 
@@ -77,7 +77,7 @@ def test_every_layer_has_a_row_on_demand(repository: Path) -> None:
     cfg = load_config(repository / "configs" / "vpmoe_stage1.yaml")
     rows = [line.split() for line in table_of(cfg, every_layer=True).splitlines()]
     kinds = {int(row[0]): row[1] for row in rows if len(row) > 5 and row[0].isdigit()}
-    assert kinds == {n: "global" if n % 4 == 0 else "local," for n in range(1, 81)}
+    assert kinds == {n: "global" if n % 4 == 0 else "local" for n in range(1, 81)}
 
 
 def test_the_table_has_the_figures_of_the_geometry(cfg: RunConfig) -> None:
@@ -89,6 +89,13 @@ def test_the_table_has_the_figures_of_the_geometry(cfg: RunConfig) -> None:
         row.append(f"{layer.flops(cfg.data.seq_length) / 1e6:,.2f}")
         assert any(line.split()[-4:] == row for line in text.splitlines())
     assert f"{forward_flops_per_token(cfg) / 1e6:,.2f} M a token forward" in text
+
+
+def test_the_table_fits_a_narrow_terminal(cfg: RunConfig) -> None:
+    """Nothing is cut off at 80 columns, nor with every digit at 100."""
+    assert "…" not in table_of(cfg, width=100)
+    assert "…" not in table_of(cfg, width=80)
+    assert max(len(line) for line in table_of(cfg, width=80).splitlines()) <= 80
 
 
 def test_json_adds_up(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,6 +151,13 @@ def test_svg_is_written(repository: Path, tmp_path: Path, capsys: pytest.Capture
     path = tmp_path / "new" / "stack.svg"
     assert main(["model", "describe", str(repository / "configs" / "nano" / "stage1.yaml"), "--svg", str(path)]) == 0
     assert path.read_text().startswith("<svg") and str(path) in capsys.readouterr().out
+
+
+def test_a_picture_that_cannot_be_written(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(repository / "configs" / "nano" / "stage1.yaml")
+    assert main(["model", "describe", config, "--svg", "/proc/nowhere/stack.svg"]) == 2
+    said = capsys.readouterr().err
+    assert "/proc/nowhere/stack.svg" in said and "Traceback" not in said
 
 
 def test_combinations_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
