@@ -25,11 +25,12 @@ FLOORS = {
     "metrics": 3,
     "training": 4,
     "generation": 4,
+    "profiling": 4,
     "launch": 5,
     "pretrain": 5,
 }
-# On one floor only these cross: an objective reads a batch, and training shows samples.
-SAME_FLOOR = {("objectives", "data"), ("training", "generation")}
+# On one floor only these cross: an objective reads a batch, training shows samples, profiling runs steps.
+SAME_FLOOR = {("objectives", "data"), ("training", "generation"), ("profiling", "training")}
 NO_MODEL = ("tokenizer", "harmony", "data_curation")
 
 

@@ -20,6 +20,7 @@ from megatron_vpmoe.model.attention.kv_cache import KVCache
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.recompute import recomputed
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
+from megatron_vpmoe.runtime.ranges import annotated
 
 
 class VPTransformerLayer(TransformerLayer):
@@ -59,7 +60,9 @@ class VPTransformerLayer(TransformerLayer):
     def _feed_forward(self, normed_SBH: Tensor, padding_BS: Tensor | None) -> tuple[Tensor, Tensor | None]:
         again = self.training and self.config.recomputation.recomputes("moe" if self.is_moe_layer else "mlp")
         keywords = {"padding_mask": padding_BS} if self.is_moe_layer else {}
-        return recomputed(self.mlp, normed_SBH, **keywords) if again else self.mlp(normed_SBH, **keywords)
+        # Of a MoE layer, what is not router, experts or shared expert is the way of the tokens.
+        with annotated("dispatch" if self.is_moe_layer else "feed_forward"):
+            return recomputed(self.mlp, normed_SBH, **keywords) if again else self.mlp(normed_SBH, **keywords)
 
 
 def _add(residual: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:

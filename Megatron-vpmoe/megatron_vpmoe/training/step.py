@@ -20,6 +20,7 @@ from megatron_vpmoe.objectives import Objective
 from megatron_vpmoe.optim import VpOptimizer
 from megatron_vpmoe.runtime.device import current_device
 from megatron_vpmoe.runtime.distributed import sum_over_ranks
+from megatron_vpmoe.runtime.ranges import annotated
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ def global_totals(objective: Objective, batches: list[Batch]) -> dict[str, float
     """The counts that normalise a global batch, summed over all micro-batches and data-parallel ranks first."""
     counts = {key: float(value) for key, value in objective.counts(batches).items()}
     counts["tokens/real"] = float(sum(batch.real_tokens for batch in batches))
-    return sum_over_ranks(counts)
+    with annotated("communication"):
+        return sum_over_ranks(counts)
 
 
 def layout_of(batch: Batch) -> SequenceLayout:
@@ -79,7 +81,8 @@ def train_step(
     metrics = global_metrics(objective, collected, totals)
     updated, grad_norm = False, math.nan
     if math.isfinite(metrics["loss/total"]):
-        updated, grad_norm, _ = optimizer.step()
+        with annotated("optimizer"):
+            updated, grad_norm, _ = optimizer.step()
     if not updated:
         # Finalising the gradients has moved the expert biases already.
         for bias, before in zip(biases, biases_before, strict=True):

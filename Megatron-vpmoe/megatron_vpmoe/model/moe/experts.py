@@ -21,6 +21,7 @@ from megatron_vpmoe.model.moe.expert_layout import SHARDED_NAMES
 from megatron_vpmoe.model.moe.expert_rows import ExpertRows, choose_layout
 from megatron_vpmoe.model.recompute import is_recomputing
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig, squared_relu
+from megatron_vpmoe.runtime.ranges import annotated
 
 
 class _ExpertFeedForward(Function):
@@ -143,9 +144,10 @@ class StackedExperts(MegatronModule):
         layout = choose_layout(tokens_per_expert, x_NH.dtype, x_NH.device.type)
         self.last_layout = layout.name
         rows = layout(tokens_per_expert, x_NH.device)
-        out = _ExpertFeedForward.apply(
-            rows, x_NH, probs_N, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias
-        )
+        with annotated("experts"):
+            out = _ExpertFeedForward.apply(
+                rows, x_NH, probs_N, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias
+            )
         return out, None  # type: ignore[return-value]
 
     def sharded_state_dict(

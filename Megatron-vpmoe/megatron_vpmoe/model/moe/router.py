@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_vpmoe.model.recompute import is_recomputing
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
+from megatron_vpmoe.runtime.ranges import annotated
 
 
 def sequence_balance_loss(
@@ -80,6 +81,11 @@ class VPMoERouter(TopKRouter):
         assert experts is not None
         self.register_buffer("tokens_per_expert", torch.zeros(experts, device=device), persistent=False)
         self.register_buffer("balance_loss_sum", torch.zeros((), device=device), persistent=False)
+
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Upstream's: the logits of ``input`` [S, B, H], then ``routing``."""
+        with annotated("router"):
+            return super().forward(input, padding_mask)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts.

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.model.recompute import recomputed
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
+from megatron_vpmoe.runtime.ranges import annotated
 
 
 class VPSharedExpert(MLP):
@@ -43,6 +44,10 @@ class VPSharedExpert(MLP):
 
     def forward(self, hidden_SBH: Tensor) -> Tensor:  # type: ignore[override]
         """[S, B, H] -> [S, B, H], bias included."""
+        with annotated("shared_expert"):
+            return self._forward(hidden_SBH)
+
+    def _forward(self, hidden_SBH: Tensor) -> Tensor:
         again = self.training and self.config.recomputation.recomputes("shared_experts")
         out, bias = recomputed(super().forward, hidden_SBH) if again else super().forward(hidden_SBH)
         return out if bias is None else out + bias

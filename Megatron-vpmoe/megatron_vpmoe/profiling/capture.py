@@ -1,0 +1,158 @@
+"""Training steps on mock data, timed, split by range and traced."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import resource
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_vpmoe.model.builder import build_model, wrap_for_training
+from megatron_vpmoe.objectives import build_objective
+from megatron_vpmoe.optim import build_optimizer
+from megatron_vpmoe.profiling.clock import RANGES, RangeClock, TraceMarks, UpstreamTimers
+from megatron_vpmoe.profiling.mock import mock_step
+from megatron_vpmoe.runtime.ranges import listening
+from megatron_vpmoe.training.router import RouterMonitor
+from megatron_vpmoe.training.step import train_step
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.config import RunConfig
+
+TOP_OPERATORS = 20
+
+
+@dataclass(frozen=True)
+class Window:
+    """How many steps to leave unmeasured, and how many to take in each of the three passes."""
+
+    warm: int = 3
+    steps: int = 5
+
+
+class Subject:
+    """A model in training whose steps can be repeated at will; process groups must exist."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self.cfg = cfg
+        self.model = build_model(cfg)
+        self.wrapped = wrap_for_training(self.model, cfg)
+        self.optimizer = build_optimizer([self.wrapped], cfg)
+        self.objective = build_objective(cfg)
+        self.monitor = RouterMonitor(self.model, cfg)
+        self.health: dict[str, float] = {}
+        self.tokens, self.loss = 0.0, math.nan
+        self._step = 0
+
+    def step(self) -> None:
+        """One step as the loop makes it, router health included."""
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        batches = mock_step(self.cfg, step=self._step % 4, dp_rank=rank, dp_size=size)
+        self.monitor.reset()
+        result = train_step(self.wrapped, self.optimizer, self.objective, batches)
+        self.tokens, self.loss = result.metrics["tokens/real"], result.metrics["loss/total"]
+        self.health = self.monitor.metrics(self.tokens)
+        self._step += 1
+
+
+def capture(cfg: RunConfig, directory: Path, window: Window, *, tool: str) -> dict[str, Any]:
+    """Three passes over the same steps: bare (speed), clocked (split by range), traced (operators).
+
+    Args:
+        directory: for the trace of "torch"; Nsight Systems writes its own.
+        tool: "torch", or "nsys" inside ``nsys profile --capture-range=cudaProfilerApi``.
+
+    Returns:
+        the summary's measurements; times in milliseconds a step.
+    """
+    subject = Subject(cfg)
+    for _ in range(window.warm):
+        subject.step()
+    bare = [_seconds(subject.step) for _ in range(window.steps)]
+    clock = RangeClock()
+    _listen(subject, clock, window.steps)
+    split = {name: 1e3 * clock.seconds.get(name, 0.0) / window.steps for name in RANGES}
+    clocked = 1e3 * clock.seconds["step"] / window.steps + sum(split.values())
+    if tool == "nsys":
+        torch.cuda.profiler.start()
+        _listen(subject, TraceMarks(), window.steps)
+        torch.cuda.profiler.stop()
+        operators: list[dict[str, Any]] = []
+    else:
+        operators = _traced(subject, window.steps, directory)
+    step = statistics.median(bare)
+    return {
+        "step_ms": {"min": _ms(min(bare)), "median": _ms(step), "max": _ms(max(bare))},
+        "tokens_per_step": subject.tokens,
+        "tokens_per_second": round(subject.tokens / step, 1),
+        "clocked_step_ms": round(clocked, 3),
+        "split_ms": {**{name: round(value, 3) for name, value in split.items()}, "other": _other(clock, window)},
+        "peak_memory_mib": _peak_memory_mib(),
+        "router_agg": {tag: value for tag, value in subject.health.items() if tag.startswith("moe/router_agg/")},
+        "top_operators": operators,
+    }
+
+
+def _listen(subject: Subject, listener: Any, steps: int) -> None:
+    subject.model.config.timers = UpstreamTimers(listener)
+    with listening(listener):
+        for _ in range(steps):
+            listener.enter("step")
+            subject.step()
+            listener.leave("step")
+    subject.model.config.timers = None
+
+
+def _traced(subject: Subject, steps: int, directory: Path) -> list[dict[str, Any]]:
+    """Write ``trace.json.gz`` (Chrome, Perfetto) and return the operators that take most time themselves."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        _listen(subject, TraceMarks(), steps)
+    plain = directory / "trace.json"
+    profile.export_chrome_trace(str(plain))
+    with plain.open("rb") as source, gzip.open(directory / "trace.json.gz", "wb", compresslevel=4) as packed:
+        shutil.copyfileobj(source, packed)
+    plain.unlink()
+    where = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    events = [event for event in profile.key_averages() if event.key not in (*RANGES, "step")]
+    events.sort(key=lambda event: getattr(event, where), reverse=True)
+    return [
+        {"name": event.key, "self_ms": round(getattr(event, where) / 1e3 / steps, 3), "calls": event.count / steps}
+        for event in events[:TOP_OPERATORS]
+    ]
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def _ms(seconds: float) -> float:
+    return round(1e3 * seconds, 3)
+
+
+def _other(clock: RangeClock, window: Window) -> float:
+    return round(1e3 * clock.seconds["step"] / window.steps, 3)
+
+
+def _peak_memory_mib() -> float:
+    """Of the device, or of the process where there is no GPU (ru_maxrss, KiB on Linux)."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)

@@ -1,0 +1,47 @@
+"""Named ranges of a training step: marks in the code that cost nothing until a profiler listens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Protocol
+
+
+class RangeListener(Protocol):
+    """Told of every range of this process, properly nested."""
+
+    def enter(self, name: str) -> None:
+        """A range begins."""
+        ...
+
+    def leave(self, name: str) -> None:
+        """The innermost range, ``name``, ends."""
+        ...
+
+
+_listener: RangeListener | None = None
+
+
+@contextlib.contextmanager
+def annotated(name: str) -> Iterator[None]:
+    """Mark what runs inside as part of the range ``name``."""
+    listener = _listener
+    if listener is None:
+        yield
+        return
+    listener.enter(name)
+    try:
+        yield
+    finally:
+        listener.leave(name)
+
+
+@contextlib.contextmanager
+def listening(listener: RangeListener) -> Iterator[None]:
+    """Have ``listener`` told of every range while this runs; one at a time."""
+    global _listener
+    before, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = before
