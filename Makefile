@@ -40,7 +40,7 @@ format: setup  ## rewrite in the house format
 	@$(BIN)/ruff format .
 
 bench: setup  ## every benchmark in scripts/bench
-	@for bench in scripts/bench/*.py; do echo "==> $$bench"; $(BIN)/python $$bench || exit 1; done
+	@for bench in $$(grep -l __main__ scripts/bench/*.py); do echo "==> $$bench"; $(BIN)/python $$bench || exit 1; done
 
 clean:  ## remove what runs and builds have left (not data/, not reports/)
 	rm -rf runs artifacts .pytest_cache .ruff_cache .hypothesis

@@ -80,10 +80,11 @@ def _stock_moe(layer: Any) -> None:
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     layer.experts = SequentialMLP(layer.num_local_experts, layer.config, linears, groups).to(ours.weight.device)
     layer.experts.load_state_dict(sequential_from_stacked(stacked), strict=False)
+    expert: Any
     for expert in layer.experts.local_experts:
         expert.linear_fc2.explicit_expert_comm = True  # see docs/megatron.md: with it biases can be trained
     for parameter in layer.experts.parameters():
-        parameter.allreduce = False
+        parameter.allreduce = False  # type: ignore[attr-defined]
     with torch.no_grad():
         layer.router.weight.copy_(ours.weight)
         if layer.router.bias is not None:
