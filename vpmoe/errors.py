@@ -73,3 +73,11 @@ class RowError(VpmoeError):
 
 class DataError(VpmoeError):
     """A dataset that is missing, incomplete, stale, or disagrees with its manifest."""
+
+
+class WeightsError(VpmoeError):
+    """Weights that are missing, damaged, or of another geometry than was declared."""
+
+
+class UpcycleError(VpmoeError):
+    """A job of the ladder that cannot run: an object that is missing, altered or stale, or a result out of bounds."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from megatron_vpmoe.config.combinations import idle_fields
+from megatron_vpmoe.config.schema import RunConfig
+
 _ABSENT = "(absent)"
 _WHOLE_SECTIONS = {
     "model": frozenset({"attention_backend"}),
@@ -59,6 +62,19 @@ def provenance_diff(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any
             if is_binding(section, name) and pair[0] != pair[1]:
                 changes.append(FieldChange(f"{section}.{name}", *pair))
     return changes
+
+
+# Of the sections model and moe: what decides how a model is trained, and not what it computes.
+_TRAINING_ONLY = frozenset(
+    {"init_method_std", "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_router_bias_update_rate"}
+)
+
+
+def geometry_diff(old: RunConfig, new: RunConfig) -> list[FieldChange]:
+    """Differences in what two models compute: fields of ``model`` and ``moe`` that are neither operational nor idle."""
+    trees = ({name: cfg.model_dump(mode="json")[name] for name in ("model", "moe")} for cfg in (old, new))
+    idle = _TRAINING_ONLY | (idle_fields(old).keys() & idle_fields(new).keys())
+    return [change for change in provenance_diff(*trees) if change.key.split(".")[1] not in idle]
 
 
 def _bound(name: str, value: Any) -> Any:

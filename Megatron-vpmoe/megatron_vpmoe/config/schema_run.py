@@ -215,6 +215,9 @@ class CheckpointSection(Section):
     """Newest checkpoints to keep."""
     keep_every: Count | None = None
     """Also keep every checkpoint whose iteration is a multiple of this."""
+    load_weights: Path | None = None
+    """Checkpoint (or run) whose weights the run starts from; its optimizer, schedule and position are left; null: none.
+    A resumed run goes on from its own checkpoint."""
     resume: bool = False
     """Continue from the newest complete checkpoint in the run directory."""
     allow_provenance_change: bool = False

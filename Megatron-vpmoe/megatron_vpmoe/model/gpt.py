@@ -149,7 +149,6 @@ class VPModel(LanguageModule):
         return ModelOutput(hidden_SBH.transpose(0, 1), self)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Megatron-Core's sharded state, without the output layer's empty extra state."""
+        """Megatron-Core's sharded state, without the linear layers' extra states, which are always empty."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        state.pop(f"{prefix}output_layer._extra_state", None)
-        return state
+        return {name: value for name, value in state.items() if not name.endswith("._extra_state")}

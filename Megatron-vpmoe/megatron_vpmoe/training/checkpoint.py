@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_vpmoe.errors import CheckpointError
@@ -31,7 +31,8 @@ from megatron_vpmoe.runtime.device import has_gpu
 TRACKER = "latest_checkpointed_iteration.txt"
 _NAME = re.compile(r"iter_(\d{7})")
 # Optimizer state that loads at any data- and expert-parallel size.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+# Upstream adds process groups to the mapping that it is handed: hand it a copy.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 @dataclass(frozen=True)
@@ -119,27 +120,34 @@ def save(directory: Path, run_state: dict[str, Any], model: Any, optimizer: Any,
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    model_state = model.sharded_state_dict(metadata=_METADATA)
+    model_state = model.sharded_state_dict(metadata=dict(METADATA))
     state = {
         "model": model_state,
-        "optimizer": optimizer.sharded_state_dict(model_state, metadata=_METADATA),
+        "optimizer": optimizer.sharded_state_dict(model_state, metadata=dict(METADATA)),
         "scheduler": scheduler.state_dict(),
         "rng": _rng_object(_rng_state()),
     }
-    dist_checkpointing.save(state, str(partial), content_metadata=_METADATA)
+    dist_checkpointing.save(state, str(partial), content_metadata=METADATA)
     dist.barrier()
     if distributed.rank() == 0:
-        _seal(partial, final, run_state)
+        seal(partial, final, run_state)
     dist.barrier()
     return final
 
 
-def _seal(partial: Path, final: Path, run_state: dict[str, Any]) -> None:
+def seal(partial: Path, final: Path, run_state: dict[str, Any]) -> None:
+    """Make a directory of torch_dist files a checkpoint: state, list of files with hashes, fsync, rename, tracker.
+
+    Args:
+        partial: a finished directory beside ``final``; gone afterwards.
+        final: ``iter_NNNNNNN``; replaced where it exists.
+        run_state: JSON-able; holds ``iteration``.
+    """
     _write_synced(partial / "run_state.json", json.dumps(run_state, indent=1))
     files = {}
-    for file in sorted(partial.iterdir()):
+    for file in sorted(path for path in partial.rglob("*") if path.is_file()):
         _fsync(file)
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        files[file.relative_to(partial).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
     _write_synced(partial / "files.json", json.dumps(files, indent=1))
     _fsync(partial)
     if final.exists():
@@ -157,11 +165,11 @@ def load(found: Found, model: Any, optimizer: Any = None, scheduler: Any = None)
     The random state is restored when the number of processes is the one that saved it; another number continues the
     same data order and schedule with this run's own seed (the model draws no random numbers while training).
     """
-    model_state = model.sharded_state_dict(metadata=_METADATA)
+    model_state = model.sharded_state_dict(metadata=dict(METADATA))
     state: dict[str, Any] = {"model": model_state}
     same_world = found.state["world_size"] == distributed.world_size()
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_METADATA)
+        state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=dict(METADATA))
         if same_world:
             state["rng"] = _rng_object(_rng_state())
     with warnings.catch_warnings():
@@ -174,6 +182,22 @@ def load(found: Found, model: Any, optimizer: Any = None, scheduler: Any = None)
             _set_rng_state(loaded["rng"])
     if scheduler is not None:
         scheduler.load_state_dict(loaded["scheduler"])
+
+
+def stored_tensors(model: Any) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Where a checkpoint keeps each tensor of the model's state: name -> {key: global shape}.
+
+    Most have one key, their own name. Others are kept in sections along their first axis, in order, so that they load
+    at any tensor-parallel size; or under upstream's name for them.
+    """
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, value in model.sharded_state_dict(metadata=dict(METADATA)).items():
+        parts = value.build() if isinstance(value, ShardedTensorFactory) else [value]
+        parts = list(parts.values()) if isinstance(parts, dict) else parts
+        keys = {part.key: tuple(part.global_shape) for part in parts if isinstance(part, ShardedTensor)}
+        if keys:
+            found[name] = keys
+    return found
 
 
 def prune(directory: Path, *, keep_last: int, keep_every: int | None) -> list[Path]:

@@ -31,6 +31,7 @@ from megatron_vpmoe.optim import (
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.runtime.device import current_device
 from megatron_vpmoe.training import checkpoint
+from megatron_vpmoe.training.initial_weights import load_initial_weights
 from megatron_vpmoe.training.provenance import check_provenance, collect_provenance
 
 if TYPE_CHECKING:
@@ -105,6 +106,9 @@ def open_run(cfg: RunConfig) -> Run:
     data_parallel = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     train, valid = (open_parts(cfg, split) for split in ("train", "valid"))
     model = build_model(cfg)
+    if found is None and cfg.checkpoint.load_weights is not None:
+        # Before the optimizer, whose fp32 masters are copies of the weights.
+        notes.append(load_initial_weights(model, cfg))
     wrapped = wrap_for_training(model, cfg)
     optimizer = build_optimizer([wrapped], cfg)
     run = Run(

@@ -1,0 +1,66 @@
+"""Weights to start a run from: those of another run, or of a conversion; never its optimizer or position."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.core import dist_checkpointing
+from pydantic import ValidationError
+
+from megatron_vpmoe.config import geometry_diff
+from megatron_vpmoe.errors import CheckpointError
+from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.training import checkpoint
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.config import RunConfig
+
+_SHOWN = 8
+
+
+def load_initial_weights(model: VPModel, cfg: RunConfig) -> str:
+    """Fill ``model`` from ``cfg.checkpoint.load_weights``; a collective. Returns a line for the log.
+
+    Any tensor-, pipeline-, expert- and data-parallel size may have written it; dtypes are converted.
+
+    Raises:
+        CheckpointError: there is no usable checkpoint, or it is of a model that computes something else: another
+            field, tensor or shape. Everything that differs is named.
+    """
+    found = checkpoint.open_checkpoint(Path(str(cfg.checkpoint.load_weights)))
+    differing = [str(change) for change in geometry_diff(_stored_config(found, cfg), cfg)]
+    differing = differing or _tensor_differences(model, found)
+    if differing:
+        more = [f"and {len(differing) - _SHOWN} more"] if len(differing) > _SHOWN else []
+        raise CheckpointError(
+            "the weights to start from are of another model (checkpoint -> this run):\n    "
+            + "\n    ".join([*differing[:_SHOWN], *more]),
+            source=f"checkpoint.load_weights = {found.path}",
+            remedy="set the fields back, or name weights of this model",
+        )
+    checkpoint.load(found, model)
+    return f"weights from {found.path}"
+
+
+def _stored_config(found: checkpoint.Found, cfg: RunConfig) -> RunConfig:
+    """``cfg`` with the geometry of the checkpoint."""
+    stored = found.state.get("config", {})
+    try:
+        return type(cfg).model_validate_json(
+            json.dumps({**cfg.model_dump(mode="json"), "model": stored["model"], "moe": stored["moe"]})
+        )
+    except (KeyError, ValidationError) as error:
+        raise CheckpointError(
+            f"the checkpoint does not say its geometry in this version's terms: {error}",
+            source=str(found.path / "run_state.json"),
+            remedy="name weights that this version wrote",
+        ) from error
+
+
+def _tensor_differences(model: VPModel, found: checkpoint.Found) -> list[str]:
+    stored: dict[str, Any] = dist_checkpointing.load_tensors_metadata(str(found.path))
+    here = {key: shape for keys in checkpoint.stored_tensors(model).values() for key, shape in keys.items()}
+    there = {key: tuple(stored[key].global_shape) if key in stored else None for key in here}
+    return [f"{key}: {there[key] or 'absent'} -> {shape}" for key, shape in here.items() if there[key] != shape]

@@ -1,0 +1,68 @@
+"""A run that starts from weights has them, or says why it cannot."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vpmoe.errors import CheckpointError
+from tests.tiny import tiny_config
+from vpmoe.weights.geometry import expected_shapes, geometry_of
+from vpmoe.weights.megatron_checkpoint import write_checkpoint
+from vpmoe.weights.tensors import LazyTensor
+
+SMALL = {"num_layers": 2, "num_experts": None}
+
+
+def test_weights_arrive_and_another_model_is_refused(single_process, tmp_path: Path) -> None:
+    from megatron_vpmoe.model.builder import build_model
+    from megatron_vpmoe.training.initial_weights import load_initial_weights
+
+    cfg = tiny_config(**SMALL, load_weights=tmp_path)
+    source = build_model(cfg)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.normal_()
+    state = {name: value for name, value in source.state_dict().items() if isinstance(value, torch.Tensor)}
+    weights = {name: LazyTensor.of(value) for name, value in state.items()}
+    path, _ = write_checkpoint(tmp_path, weights, {"config": geometry_of(cfg)})
+
+    model = build_model(cfg)
+    assert str(path) in load_initial_weights(model, cfg)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items() if name in state)
+
+    # Idle in a dense model, or of training only.
+    free = tiny_config(**SMALL, load_weights=tmp_path, moe_router_topk=4, init_method_std=0.1)
+    load_initial_weights(build_model(free), free)
+
+    other = tiny_config(**SMALL, load_weights=tmp_path, window_size=4)
+    with pytest.raises(CheckpointError, match=r"model\.window_size: 8 -> 4"):
+        load_initial_weights(build_model(other), other)
+    nowhere = tiny_config(**SMALL, load_weights=tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        load_initial_weights(model, nowhere)
+
+
+def test_missing_tensors_are_named(single_process, tmp_path: Path) -> None:
+    from megatron_vpmoe.model.builder import build_model
+    from megatron_vpmoe.training.initial_weights import load_initial_weights
+
+    cfg = tiny_config(**SMALL, load_weights=tmp_path)
+    narrow = tiny_config(**{**SMALL, "hidden_size": 40})
+    weights = {name: LazyTensor.of(torch.zeros(shape)) for name, shape in expected_shapes(narrow).items()}
+    path, _ = write_checkpoint(tmp_path, weights, {"config": geometry_of(narrow)})
+    # As if another version had written it: what it says is this model, what it holds is not.
+    state = json.loads((path / "run_state.json").read_text())
+    (path / "run_state.json").write_text(json.dumps({**state, "config": geometry_of(cfg)}))
+    files = json.loads((path / "files.json").read_text())
+    content = (path / "run_state.json").read_bytes()
+    files["run_state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / "files.json").write_text(json.dumps(files))
+    with pytest.raises(CheckpointError) as caught:
+        load_initial_weights(build_model(cfg), cfg)
+    assert "embedding.word_embeddings.weight: (64, 40) -> (64, 32)" in str(caught.value)
+    assert "more" in str(caught.value)

@@ -1,0 +1,153 @@
+"""From a geometry (the ``model`` and ``moe`` sections of a run's configuration) to the tensors that it has, and to a
+model that holds given ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+
+from megatron_vpmoe.config import RunConfig
+from megatron_vpmoe.config.rules import find_problems
+from megatron_vpmoe.runtime.device import prepare
+from vpmoe.errors import WeightsError
+from vpmoe.weights.tensors import LazyTensor, Weights, check_geometry
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.model.gpt import VPModel
+
+# A geometry says nothing of training; these are the smallest values that a whole configuration accepts.
+_NO_TRAINING: dict[str, Any] = {
+    "optim": {"lr": 1e-3},
+    "parallel": {},
+    "evaluation": {},
+    "checkpoint": {},
+    "logging": {},
+}
+
+
+def geometry_of(cfg: RunConfig) -> dict[str, Any]:
+    """The part of a configuration that decides names and shapes, JSON-ready: sections ``model`` and ``moe``."""
+    return {"model": cfg.model.model_dump(mode="json"), "moe": cfg.moe.model_dump(mode="json")}
+
+
+def config_of(geometry: Mapping[str, Any], *, source: str, bf16: bool = False) -> RunConfig:
+    """A configuration for building the model of a geometry, one process, no training.
+
+    Args:
+        geometry: from ``geometry_of``; keys of the two sections that have defaults may be left out.
+        source: where it was read, for messages.
+        bf16: compute in bfloat16 instead of fp32.
+
+    Raises:
+        WeightsError: it is no geometry of this version, or its fields contradict each other.
+    """
+    window = geometry.get("model", {}).get("window_size", 128)
+    values = {
+        **_NO_TRAINING,
+        "data": {"data_path": "(none)", "seq_length": window or 128},
+        "training": {
+            "run_name": "weights",
+            "micro_batch_size": 1,
+            "global_batch_size": 1,
+            "train_iters": 1,
+            "bf16": bf16,
+        },
+        "model": geometry.get("model", {}),
+        "moe": geometry.get("moe", {}),
+    }
+    try:
+        cfg = RunConfig.model_validate(values)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()]
+    else:
+        faults = [f"{', '.join(problem.names)}: {problem.text}" for problem in find_problems(cfg)]
+        if not faults:
+            return cfg
+    raise WeightsError(
+        "not a geometry that this version can build:\n    " + "\n    ".join(faults),
+        source=source,
+        remedy="correct the model and moe sections named above",
+    )
+
+
+@contextlib.contextmanager
+def process_groups(seed: int = 1234) -> Iterator[None]:
+    """Process groups of a job of one, unless the caller has some already."""
+    prepare()
+    from megatron.core import parallel_state
+
+    from megatron_vpmoe.runtime.distributed import single_process
+
+    if parallel_state.model_parallel_is_initialized():
+        yield
+        return
+    with single_process(seed):
+        yield
+
+
+def expected_shapes(cfg: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in the model's state, global over ranks; nothing is allocated."""
+    return {name: tuple(tensor.shape) for name, tensor in _meta_model(cfg).state_dict().items() if _is_tensor(tensor)}
+
+
+def stored_keys(cfg: RunConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Name -> {key in a checkpoint: shape} of every tensor; sections along the first axis where there are several."""
+    with process_groups():
+        from megatron_vpmoe.training.checkpoint import stored_tensors
+
+        return stored_tensors(_meta_model(cfg))
+
+
+def conform(weights: Weights, cfg: RunConfig, dtype: torch.dtype | None, *, source: str) -> dict[str, LazyTensor]:
+    """``weights`` in the order of the model, checked against its geometry, cast to ``dtype``.
+
+    What the architecture keeps in fp32 (sinks, frequencies, value-residual scalars, expert biases) is fp32.
+
+    Args:
+        weights: every tensor of the model.
+        cfg: its geometry.
+        dtype: of everything else; None leaves each tensor's own.
+        source: of the weights, for messages.
+
+    Raises:
+        WeightsError: names or shapes disagree with the geometry.
+    """
+    model = _meta_model(cfg)
+    names = [name for name, tensor in model.state_dict().items() if _is_tensor(tensor)]
+    check_geometry(weights, expected_shapes(cfg), source=source)
+    fp32 = {name for name, parameter in model.named_parameters() if getattr(parameter, "keep_fp32", False)}
+    fp32 |= {name for name, _ in model.named_buffers()}
+    return {name: weights[name].to(torch.float32 if name in fp32 else dtype or weights[name].dtype) for name in names}
+
+
+def _meta_model(cfg: RunConfig) -> VPModel:
+    with process_groups():
+        from megatron_vpmoe.model.builder import build_model
+
+        return build_model(cfg, device=torch.device("meta"))
+
+
+def _is_tensor(value: object) -> bool:
+    """False for the extra states of Megatron's linear layers, which are always empty."""
+    return isinstance(value, torch.Tensor)
+
+
+def load_model(cfg: RunConfig, weights: Weights, *, source: str) -> VPModel:
+    """A model in evaluation mode that holds ``weights``; process groups must exist (``process_groups``).
+
+    Raises:
+        WeightsError: names or shapes disagree with the geometry.
+    """
+    from megatron_vpmoe.model.builder import build_model
+
+    model = build_model(cfg)
+    own = {name: tensor for name, tensor in model.state_dict().items() if _is_tensor(tensor)}
+    check_geometry(weights, {name: tuple(tensor.shape) for name, tensor in own.items()}, source=source)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name].read())
+    return model.eval()

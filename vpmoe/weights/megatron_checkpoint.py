@@ -1,0 +1,187 @@
+"""Megatron's distributed checkpoint (torch_dist) as a stream: written and read by one process, tensor by tensor.
+
+What is written here is what ``megatron_vpmoe.training.checkpoint`` writes, without optimizer, scheduler and random
+state; it loads at any tensor-, pipeline- and expert-parallel size. What is read may come from a training run of any
+such size: the tensors of a checkpoint are global ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import metadata as layout
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_into
+from torch.distributed.checkpoint.state_dict_saver import save as save_plan
+
+from megatron_vpmoe.runtime.device import prepare
+from vpmoe.errors import WeightsError
+from vpmoe.files import json_bytes, write_atomically
+from vpmoe.weights.geometry import config_of, expected_shapes, stored_keys
+from vpmoe.weights.tensors import LazyTensor, Weights, check_geometry, tensor_sha256
+
+ITERATION = "iter_0000000"
+ASSETS = "assets"
+RUN_STATE = "run_state.json"
+# What megatron.core.dist_checkpointing looks for beside torch's files: the backends that wrote the two parts.
+_BACKENDS = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+# The model's own parts; optimizer and random state of a training run lie beside them.
+_MODEL_PARTS = ("embedding.", "decoder.", "output_layer.")
+
+
+class _StreamingPlanner(DefaultSavePlanner):
+    """Plans from shapes alone (meta tensors) and computes each tensor when the writer has come to it."""
+
+    def __init__(self, weights: Weights, progress: Callable[[str, int], None]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self.weights, self.progress = weights, progress
+        self.hashes: dict[str, str] = {}
+
+    def lookup_object(self, index: layout.MetadataIndex) -> torch.Tensor:
+        tensor = self.weights[index.fqn].read()
+        self.hashes[index.fqn] = tensor_sha256(tensor)
+        self.progress(index.fqn, tensor.nbytes)
+        return tensor
+
+
+def write_checkpoint(
+    directory: Path,
+    weights: Weights,
+    run_state: dict[str, Any],
+    *,
+    assets: Sequence[Path] = (),
+    progress: Callable[[str, int], None] = lambda name, size: None,
+) -> tuple[Path, dict[str, str]]:
+    """Write ``directory/iter_0000000``, whole or not at all.
+
+    Args:
+        directory: made where it is missing.
+        weights: every tensor of the model under its name in the state dict, whole.
+        run_state: JSON-able, with the geometry as ``config``; becomes ``run_state.json`` with ``iteration`` 0.
+        assets: files to keep beside the weights, in ``assets/``: the tokenizer's, for a later export.
+        progress: told each tensor's name and bytes.
+
+    Returns:
+        the checkpoint's directory, and name -> ``tensor_sha256``.
+    """
+    prepare()
+    from megatron_vpmoe.training import checkpoint
+
+    final = directory / ITERATION
+    partial = directory / f"{ITERATION}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    stored = _under_keys(weights, run_state)
+    planner = _StreamingPlanner(stored, progress)
+    shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in stored.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is.*")
+        writer = FileSystemWriter(str(partial), thread_count=1)
+        save_plan(shapes, storage_writer=writer, planner=planner, no_dist=True)
+    torch.save({"content_metadata": checkpoint.METADATA}, partial / "common.pt")
+    write_atomically(partial / "metadata.json", json_bytes(_BACKENDS))
+    for asset in assets:
+        (partial / ASSETS).mkdir(exist_ok=True)
+        shutil.copyfile(asset, partial / ASSETS / asset.name)
+    checkpoint.seal(partial, final, {"iteration": 0, "world_size": 1, **run_state})
+    hashes = {name: planner.hashes.get(name) or tensor_sha256(tensor.read()) for name, tensor in weights.items()}
+    return final, hashes
+
+
+def _under_keys(weights: Weights, run_state: dict[str, Any]) -> dict[str, LazyTensor]:
+    cfg = config_of(run_state["config"], source="run_state")
+    check_geometry(weights, expected_shapes(cfg), source="the weights to write")
+    stored: dict[str, LazyTensor] = {}
+    for name, keys in stored_keys(cfg).items():
+        tensor, begin = weights[name], 0
+        if len(keys) == 1:
+            stored[next(iter(keys))] = tensor
+            continue
+        for key, shape in keys.items():
+            part = functools.partial(_rows, tensor, begin, begin + shape[0])
+            stored[key] = LazyTensor(shape, tensor.dtype, part)
+            begin += shape[0]
+    return stored
+
+
+def _rows(tensor: LazyTensor, begin: int, end: int) -> torch.Tensor:
+    return tensor.read()[begin:end]
+
+
+class _CachedReader(FileSystemReader):
+    """Reads the metadata once instead of once a tensor."""
+
+    @functools.cached_property
+    def _metadata(self) -> layout.Metadata:
+        return super().read_metadata()
+
+    def read_metadata(self, *_args: Any, **_kwargs: Any) -> layout.Metadata:
+        return self._metadata
+
+
+def read_weights(path: Path) -> dict[str, LazyTensor]:
+    """Every model tensor of one checkpoint directory (``iter_NNNNNNN``) under its name, whole; none is read yet.
+
+    Raises:
+        WeightsError: it is no readable checkpoint, or lacks a tensor of its own geometry.
+    """
+    reader = _CachedReader(str(path))
+    try:
+        entries = reader.read_metadata().state_dict_metadata
+        state = json.loads((path / RUN_STATE).read_text())
+    except (OSError, EOFError, ValueError) as error:
+        raise WeightsError(
+            f"not a readable torch_dist checkpoint: {error}",
+            source=str(path),
+            remedy="name a directory such as checkpoints/iter_0000100",
+        ) from error
+    stored = {
+        name: LazyTensor(tuple(entry.size), entry.properties.dtype, functools.partial(_read, reader, name, entry))
+        for name, entry in entries.items()
+        if isinstance(entry, layout.TensorStorageMetadata) and name.startswith(_MODEL_PARTS)
+    }
+    return _under_names(stored, state, path)
+
+
+def _under_names(stored: Weights, state: dict[str, Any], path: Path) -> dict[str, LazyTensor]:
+    cfg = config_of(state["config"], source=str(path / RUN_STATE))
+    weights: dict[str, LazyTensor] = {}
+    for name, keys in stored_keys(cfg).items():
+        missing = [key for key in keys if key not in stored]
+        if missing:
+            raise WeightsError(
+                f"the checkpoint has no {missing[0]}",
+                source=str(path),
+                remedy="its run_state.json asks for it: name a complete checkpoint",
+            )
+        sections = [stored[key] for key in keys]
+        first = sections[0]
+        rows = (sum(section.shape[0] for section in sections), *first.shape[1:]) if first.shape else ()
+        load = first.load if len(sections) == 1 else functools.partial(_joined, sections)
+        weights[name] = LazyTensor(rows, first.dtype, load)
+    return weights
+
+
+def _joined(sections: list[LazyTensor]) -> torch.Tensor:
+    return torch.cat([section.read() for section in sections])
+
+
+def _read(reader: _CachedReader, name: str, entry: layout.TensorStorageMetadata) -> torch.Tensor:
+    target = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is.*")
+        load_into(target, storage_reader=reader, no_dist=True)
+    return target[name]

@@ -1,0 +1,108 @@
+"""Tensors that are read when asked for, their hashes, and the check that a set of them is what a model needs."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vpmoe.errors import WeightsError
+from vpmoe.files import sha256_of_json
+
+DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+"""As settings spell them; "keep" leaves each tensor's own."""
+_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor whose shape and dtype are known and whose values are computed or read on each call of ``load``.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: of the tensor.
+        load: gives it, on the CPU; may be called more than once and gives equal values each time.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> LazyTensor:
+        """A tensor that is in memory already."""
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """The values, contiguous.
+
+        Raises:
+            WeightsError: ``load`` gave another shape or dtype than it declared.
+        """
+        tensor = self.load()
+        if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
+            raise WeightsError(
+                f"a tensor declared as {self.dtype} {list(self.shape)} is {tensor.dtype} {list(tensor.shape)}",
+                remedy="the conversion that declares it is wrong; report it",
+            )
+        return tensor.detach().contiguous()
+
+    def to(self, dtype: torch.dtype) -> LazyTensor:
+        """The same values in another dtype."""
+        return self if dtype == self.dtype else replace(self, dtype=dtype, load=lambda: self.load().to(dtype))
+
+
+Weights = Mapping[str, LazyTensor]
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The raw little-endian bytes of a contiguous CPU tensor, without a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Hex sha256 of dtype, shape and values."""
+    digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
+    digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def weights_sha256(hashes: Mapping[str, str]) -> str:
+    """One hash for a set of named tensors, whatever files they lie in.
+
+    Args:
+        hashes: name -> ``tensor_sha256``.
+    """
+    return sha256_of_json(dict(hashes))
+
+
+def check_geometry(weights: Weights, expected: Mapping[str, tuple[int, ...]], *, source: str) -> None:
+    """Hold names and shapes against what a model of the declared geometry has.
+
+    Raises:
+        WeightsError: naming the tensors that are missing, surplus or of another shape.
+    """
+    faults = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in weights]
+    faults += [f"surplus: {name} {list(tensor.shape)}" for name, tensor in weights.items() if name not in expected]
+    faults += [
+        f"{name}: {list(weights[name].shape)}, the geometry says {list(shape)}"
+        for name, shape in expected.items()
+        if name in weights and weights[name].shape != tuple(shape)
+    ]
+    if faults:
+        more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
+        raise WeightsError(
+            f"{len(faults)} tensors disagree with the declared geometry:\n    "
+            + "\n    ".join([*faults[:_SHOWN], *more]),
+            source=source,
+            remedy="correct the geometry in the configuration, or name the weights that have it",
+        )
