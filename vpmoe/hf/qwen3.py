@@ -1,0 +1,255 @@
+"""HF's Qwen3 and ours: the same model under two layouts.
+
+Megatron interleaves queries, keys and values per group in one matrix (``linear_qkv``: of each group its P = H / G
+queries, then its key, then its value) and stacks a gated feed-forward's gate over its up projection (``linear_fc1``);
+HF keeps them apart. Everything else is a renaming. Rows beyond HF's vocabulary hold the mean embedding: their logit is
+the mean of all logits, so no greedy choice changes.
+
+Shapes: H heads, G groups, P heads a group, D head dim, h hidden, V rows of HF's embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_vpmoe.config import RunConfig
+from vpmoe.errors import WeightsError
+from vpmoe.weights.tensors import LazyTensor, Weights
+
+ARCHITECTURE = "Qwen3ForCausalLM"
+_EMBEDDING = ("model.embed_tokens.weight", "embedding.word_embeddings.weight")
+_OUTPUT = ("lm_head.weight", "output_layer.weight")
+_FINAL_NORM = ("model.norm.weight", "decoder.final_layernorm.weight")
+# Inside a layer: HF's name, ours.
+_RENAMED = (
+    ("input_layernorm.weight", "input_layernorm.weight"),
+    ("self_attn.q_norm.weight", "self_attention.q_layernorm.weight"),
+    ("self_attn.k_norm.weight", "self_attention.k_layernorm.weight"),
+    ("self_attn.o_proj.weight", "self_attention.linear_proj.weight"),
+    ("post_attention_layernorm.weight", "pre_mlp_layernorm.weight"),
+    ("mlp.down_proj.weight", "mlp.linear_fc2.weight"),
+)
+_QKV = tuple(f"self_attn.{name}_proj.weight" for name in "qkv")
+_GATE_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+# What a configuration must say for the model to be the one that we build; a key that is left out counts as met.
+_DEMANDS: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
+# Our fields that have one value in every Qwen3.
+_FIXED = {
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "qk_layernorm": True,
+    "normalization": "RMSNorm",
+    "activation": "swiglu",
+    "softmax_type": "vanilla",
+    "window_size": None,
+    "global_position_embedding": "rope",
+    "tpa": False,
+    "value_residual": False,
+}
+
+
+def geometry(config: Mapping[str, Any], *, source: str, padded_vocab_size: int | None = None) -> dict[str, Any]:
+    """Our geometry of an HF configuration (``config.json`` as a mapping), for ``vpmoe.weights.geometry.config_of``.
+
+    Args:
+        config: HF's.
+        source: its file, for messages.
+        padded_vocab_size: rows of our embedding; None takes HF's.
+
+    Raises:
+        WeightsError: it is not a Qwen3, or one with a feature that ours has not.
+    """
+    if config.get("model_type") != "qwen3":
+        raise WeightsError(
+            f"model_type {config.get('model_type')!r} is not offered",
+            source=source,
+            remedy="name a directory of a dense Qwen3 (model_type qwen3)",
+        )
+    wrong = [f"{key}: {config[key]!r}" for key, value in _DEMANDS.items() if config.get(key, value) != value]
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        wrong.append(f"rope_type: {rope.get('rope_type', rope.get('type'))!r}")
+    if wrong:
+        raise WeightsError(
+            f"features that our Qwen3 has not: {', '.join(wrong)}",
+            source=source,
+            remedy="name a Qwen3 with silu, no attention biases, no sliding window and plain RoPE",
+        )
+    try:
+        vocab = int(config["vocab_size"])
+        model = {
+            **_FIXED,
+            "num_layers": config["num_hidden_layers"],
+            "hidden_size": config["hidden_size"],
+            "ffn_hidden_size": config["intermediate_size"],
+            "num_attention_heads": config["num_attention_heads"],
+            "num_query_groups": config["num_key_value_heads"],
+            "kv_channels": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+            "padded_vocab_size": vocab if padded_vocab_size is None else padded_vocab_size,
+            "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+            "layernorm_epsilon": config.get("rms_norm_eps", 1e-6),
+            "rotary_base": float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
+        }
+    except KeyError as error:
+        raise WeightsError(f"{error} is missing", source=source, remedy="name a complete config.json") from error
+    if model["padded_vocab_size"] < vocab:
+        raise WeightsError(
+            f"padded_vocab_size {padded_vocab_size} is below the model's {vocab} rows",
+            source=source,
+            remedy=f"pad to {vocab} or more",
+        )
+    return {"model": model, "moe": {}}
+
+
+def is_qwen3(cfg: RunConfig) -> bool:
+    """Whether a geometry of ours is a Qwen3, which ``transformers`` runs without code of ours."""
+    return cfg.moe.num_experts is None and all(getattr(cfg.model, key) == value for key, value in _FIXED.items())
+
+
+def hf_config(cfg: RunConfig, *, vocab_size: int, dtype: torch.dtype, kept: Mapping[str, Any]) -> dict[str, Any]:
+    """``config.json`` of a Qwen3 geometry of ours.
+
+    Args:
+        vocab_size: rows of HF's embedding.
+        dtype: of the weights.
+        kept: keys of the configuration that the weights came from and that ours has no word for (token ids, longest
+            position); what the geometry decides is not taken from it.
+    """
+    m = cfg.model
+    return {
+        **kept,
+        "architectures": [ARCHITECTURE],
+        "model_type": "qwen3",
+        "vocab_size": vocab_size,
+        "hidden_size": m.hidden_size,
+        "intermediate_size": m.ffn_hidden_size,
+        "num_hidden_layers": m.num_layers,
+        "num_attention_heads": m.num_attention_heads,
+        "num_key_value_heads": m.num_query_groups,
+        "head_dim": m.kv_channels,
+        "rms_norm_eps": m.layernorm_epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": m.rotary_base},
+        "rope_theta": m.rotary_base,  # where readers before transformers 5 look
+        "tie_word_embeddings": not m.untie_embeddings_and_output_weights,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def to_megatron(weights: Weights, cfg: RunConfig, *, source: str) -> dict[str, LazyTensor]:
+    """HF's tensors under our names and in our layout.
+
+    Raises:
+        WeightsError: a tensor is missing; or the model is tied and has an output layer of its own that differs.
+    """
+    m = cfg.model
+    found = _Source(weights, source)
+    rows = m.padded_vocab_size
+    ours = {_EMBEDDING[1]: _padded(found[_EMBEDDING[0]], rows), _FINAL_NORM[1]: found[_FINAL_NORM[0]]}
+    if m.untie_embeddings_and_output_weights:
+        ours[_OUTPUT[1]] = _padded(found[_OUTPUT[0]], rows)
+    elif _OUTPUT[0] in weights and not torch.equal(weights[_OUTPUT[0]].read(), weights[_EMBEDDING[0]].read()):
+        raise WeightsError(
+            "the configuration ties embedding and output layer, and the weights hold two that differ",
+            source=source,
+            remedy="set tie_word_embeddings to false in config.json, or remove lm_head.weight",
+        )
+    for n in range(m.num_layers):
+        theirs_prefix, prefix = f"model.layers.{n}.", f"decoder.layers.{n}."
+        for theirs, name in _RENAMED:
+            ours[prefix + name] = found[theirs_prefix + theirs]
+        qkv = [found[theirs_prefix + name] for name in _QKV]
+        ours[f"{prefix}self_attention.linear_qkv.weight"] = _joined(
+            qkv, lambda q, k, v: interleave_qkv(q, k, v, m.num_query_groups)
+        )
+        ours[f"{prefix}mlp.linear_fc1.weight"] = _joined([found[theirs_prefix + name] for name in _GATE_UP], _stack)
+    return ours
+
+
+def from_megatron(weights: Weights, cfg: RunConfig, *, vocab_size: int) -> dict[str, LazyTensor]:
+    """Our tensors under HF's names and in HF's layout and order; rows from ``vocab_size`` on are left out."""
+    m = cfg.model
+    theirs = {_EMBEDDING[0]: _cut(weights[_EMBEDDING[1]], vocab_size)}
+    for n in range(m.num_layers):
+        theirs_prefix, prefix = f"model.layers.{n}.", f"decoder.layers.{n}."
+        for name, ours in _RENAMED:
+            theirs[theirs_prefix + name] = weights[prefix + ours]
+        qkv = weights[f"{prefix}self_attention.linear_qkv.weight"]
+        for index, rows in enumerate((m.num_attention_heads, m.num_query_groups, m.num_query_groups)):
+            theirs[theirs_prefix + _QKV[index]] = _part(
+                qkv, rows * m.kv_channels, lambda w, i=index: split_qkv(w, m.num_attention_heads, m.num_query_groups)[i]
+            )
+        fc1 = weights[f"{prefix}mlp.linear_fc1.weight"]
+        for index, name in enumerate(_GATE_UP):
+            theirs[theirs_prefix + name] = _part(fc1, m.ffn_hidden_size, lambda w, i=index: w.chunk(2)[i])
+    theirs[_FINAL_NORM[0]] = weights[_FINAL_NORM[1]]
+    if m.untie_embeddings_and_output_weights:
+        theirs[_OUTPUT[0]] = _cut(weights[_OUTPUT[1]], vocab_size)
+    return theirs
+
+
+def interleave_qkv(query: Tensor, key: Tensor, value: Tensor, num_groups: int) -> Tensor:
+    """[H·D, h], [G·D, h], [G·D, h] -> [G·(P + 2)·D, h] in Megatron's order: per group its queries, key, value."""
+    parts = (x.unflatten(0, (num_groups, -1)) for x in (query, key, value))
+    return torch.cat(list(parts), dim=1).flatten(0, 1)
+
+
+def split_qkv(mixed: Tensor, num_heads: int, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of ``interleave_qkv``."""
+    per_group = num_heads // num_groups
+    grouped = mixed.unflatten(0, (num_groups, per_group + 2, -1))
+    query, key, value = grouped.split([per_group, 1, 1], dim=1)
+    return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
+
+
+class _Source:
+    """Looks tensors up; a missing one is a user's error."""
+
+    def __init__(self, weights: Weights, source: str) -> None:
+        self.weights, self.source = weights, source
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        if name not in self.weights:
+            raise WeightsError(
+                f"the weights have no {name}",
+                source=self.source,
+                remedy="the configuration asks for it: name a complete directory",
+            )
+        return self.weights[name]
+
+
+def _joined(parts: list[LazyTensor], join: Callable[..., Tensor]) -> LazyTensor:
+    rows = sum(part.shape[0] for part in parts)
+    return LazyTensor((rows, *parts[0].shape[1:]), parts[0].dtype, lambda: join(*(part.read() for part in parts)))
+
+
+def _stack(*parts: Tensor) -> Tensor:
+    return torch.cat(parts)
+
+
+def _part(whole: LazyTensor, rows: int, take: Callable[[Tensor], Tensor]) -> LazyTensor:
+    return LazyTensor((rows, *whole.shape[1:]), whole.dtype, lambda: take(whole.read()))
+
+
+def _padded(table: LazyTensor, rows: int) -> LazyTensor:
+    missing = rows - table.shape[0]
+    if missing == 0:
+        return table
+
+    def load() -> Tensor:
+        known = table.read()
+        mean = known.double().mean(dim=0).to(known.dtype)
+        return torch.cat([known, mean.expand(missing, -1)])
+
+    return LazyTensor((rows, *table.shape[1:]), table.dtype, load)
+
+
+def _cut(table: LazyTensor, rows: int) -> LazyTensor:
+    return table if rows == table.shape[0] else _part(table, rows, lambda whole: whole[:rows])
