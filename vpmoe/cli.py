@@ -71,6 +71,18 @@ class ModelVerbs(LateVerbs):
     room = "describe"
 
 
+class HFVerbs(LateVerbs):
+    """``vpmoe hf ...``."""
+
+    room = "hf"
+
+
+class UpcycleVerbs(LateVerbs):
+    """``vpmoe upcycle ...``."""
+
+    room = "upcycle"
+
+
 app = typer.Typer(
     name="vpmoe",
     help=_HELP,
@@ -85,6 +97,10 @@ tokenizer_app = typer.Typer(help="The o200k rank file behind every vocabulary.",
 app.add_typer(typer.Typer(), name="data", cls=DataVerbs, help="Make, check and look at datasets.", no_args_is_help=True)
 app.add_typer(
     typer.Typer(), name="model", cls=ModelVerbs, help="Look at what a configuration builds.", no_args_is_help=True
+)
+app.add_typer(typer.Typer(), name="hf", cls=HFVerbs, help="To HF directories and back.", no_args_is_help=True)
+app.add_typer(
+    typer.Typer(), name="upcycle", cls=UpcycleVerbs, help="Climb from Qwen3-0.6B to vpMoE.", no_args_is_help=True
 )
 app.add_typer(eval_app, name="eval")
 app.add_typer(tokenizer_app, name="tokenizer")

@@ -1,0 +1,76 @@
+"""Rung 1: HF's Qwen3 becomes a Megatron checkpoint, and the export gives HF's directory back.
+
+The receipt holds the largest logit difference between the two models in fp32, whether 64 greedy tokens are the same on
+both sides with a key-value cache, and whether importing the export gives the same bits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from vpmoe.errors import UpcycleError
+from vpmoe.hf.convert import open_directory
+from vpmoe.hf.parity import compare
+from vpmoe.upcycle.job import Job, JobSettings, Product, Task
+from vpmoe.weights import megatron_checkpoint
+from vpmoe.weights.tensors import DTYPES, tensor_sha256
+
+
+class ImportQwen3Settings(JobSettings):
+    """Settings of ``import_qwen3``."""
+
+    prompt_lengths: tuple[int, ...] = (1, 7, 33)
+    """Lengths of the prompts (of random tokens) that both models read."""
+    greedy_steps: int = Field(default=64, ge=1)
+    """Tokens that both continue them by."""
+    logit_tolerance: float = Field(default=1e-4, gt=0)
+    """Largest allowed logit difference in fp32, relative to the largest logit where that is above 1."""
+
+
+class ImportQwen3(Job[ImportQwen3Settings]):
+    """``source`` (an HF directory) -> rung 1."""
+
+    name: ClassVar[str] = "import_qwen3"
+    roles: ClassVar[tuple[str, ...]] = ("source",)
+    settings_type = ImportQwen3Settings
+
+    def convert(self, task: Task[ImportQwen3Settings]) -> Product:
+        source = task.inputs["source"]
+        model = open_directory(source.hf, cfg=task.cfg, dtype=DTYPES[task.settings.dtype])
+        task.report["vocab_size"] = model.vocab_size
+        task.report["padding_rows"] = task.cfg.model.padded_vocab_size - model.vocab_size
+        return Product(model.weights, model.run_state(), model.assets)
+
+    def verify(self, task: Task[ImportQwen3Settings], folder: Path) -> dict[str, Any]:
+        checkpoint = folder / "megatron" / megatron_checkpoint.ITERATION
+        again = open_directory(folder / "hf", cfg=task.cfg).weights
+        here = megatron_checkpoint.read_weights(checkpoint)
+        changed = [name for name in here if tensor_sha256(here[name].read()) != tensor_sha256(again[name].read())]
+        if changed:
+            raise UpcycleError(
+                f"{len(changed)} tensors change when the export is imported again, first {changed[0]}",
+                source=task.spec.id,
+                remedy="the conversion is wrong; report it",
+            )
+        # Weights are compared as they are written; a cast to bf16 on the way would not be the conversion's fault.
+        source = task.inputs["source"].hf if task.settings.dtype == "keep" else folder / "hf"
+        settings = task.settings
+        found = compare(
+            source,
+            checkpoint,
+            prompt_lengths=settings.prompt_lengths,
+            greedy_steps=settings.greedy_steps,
+            seed=settings.seed,
+        )
+        bound = settings.logit_tolerance * max(1.0, found.logit_scale)
+        if not found.logit_difference <= bound or not found.greedy_identical:
+            raise UpcycleError(
+                f"not the same model: logits differ by {found.logit_difference:.2e} (allowed {bound:.2e}), greedy "
+                f"tokens {'agree' if found.greedy_identical else 'differ'}",
+                source=task.spec.id,
+                remedy="the conversion is wrong, or the directory is no plain Qwen3",
+            )
+        return {"parity": found.as_json(), "reimport_bit_identical": True}

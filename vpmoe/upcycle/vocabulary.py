@@ -1,0 +1,244 @@
+"""Rung 2: another vocabulary. Rows by tokensurgeon, special tokens set explicitly, padding by us, tying kept.
+
+Everything but the embedding (and the output layer where it is untied) is the input's, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vpmoe.errors import UpcycleError
+from vpmoe.files import json_bytes, write_atomically
+from vpmoe.hf.convert import ASSETS, read_config, run_state
+from vpmoe.upcycle.job import Input, Job, JobSettings, Product, Task
+from vpmoe.upcycle.token_surgery import Assignment, Surgery, new_rows
+from vpmoe.upcycle.vocabulary_report import measure
+from vpmoe.weights import LazyTensor, megatron_checkpoint, safetensors_folder
+from vpmoe.weights.tensors import tensor_sha256
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+NUMBERS = ("1 2 3 4 5", "1234567890", "1.2345e-10", "2025-08-05", "1/3 = 0.333...")
+_ROUND_TRIPS = (*NUMBERS, "Dear reader,\n\n  naïve — 東京 🙂\t<|end|> is text here.")
+
+
+class VocabularySettings(JobSettings):
+    """Settings of ``vocabulary``."""
+
+    method: str = "omp"
+    """How rows that the two vocabularies do not share are approximated: one of ``token_surgery.METHODS``."""
+    k: int = Field(default=64, ge=1)
+    """Shared tokens that one row is made of."""
+    batch_size: int = Field(default=512, ge=1)
+    """Rows approximated together; finished batches survive an interruption."""
+    special_rows: dict[str, list[str]]
+    """Special token of the donor -> texts or special tokens of the source, the mean of whose rows it gets."""
+    reference: Literal["o200k_harmony"] | None = None
+    """Vocabulary of ours that the donor's tokenizer has to be: same ids for every text and special token."""
+    eos_tokens: list[str] = Field(min_length=1)
+    """Tokens of the donor that end a generation."""
+    texts: list[str] = Field(default_factory=list)
+    """Further texts whose length and loss are compared, besides the numbers that always are."""
+    largest_norm_ratio: float = Field(default=4.0, gt=1)
+    """Largest norm of a new row, in units of the largest norm of an old one."""
+
+
+class Vocabulary(Job[VocabularySettings]):
+    """``model`` (a rung with an HF form) and ``donor`` (an HF directory: tokenizer and embedding) -> the next rung."""
+
+    name: ClassVar[str] = "vocabulary"
+    roles: ClassVar[tuple[str, ...]] = ("model", "donor")
+    settings_type = VocabularySettings
+
+    def convert(self, task: Task[VocabularySettings]) -> Product:
+        model, donor = task.inputs["model"], task.inputs["donor"]
+        source_tokenizer, donor_tokenizer = _tokenizer(model.hf), _tokenizer(donor.hf)
+        weights = megatron_checkpoint.read_weights(model.checkpoint)
+        state = json.loads((model.checkpoint / "run_state.json").read_text())
+        padded = task.cfg.model.padded_vocab_size
+        specials = _special_ids(donor_tokenizer, task.settings)
+
+        for name in [EMBEDDING, OUTPUT] if OUTPUT in weights else [EMBEDDING]:
+            source = weights[name].read()[: state["vocab_size"]]
+            surgery = Surgery(
+                source=source,
+                donor=donor_rows(donor, output=name == OUTPUT),
+                source_tokenizer=source_tokenizer,
+                donor_tokenizer=donor_tokenizer,
+                method=task.settings.method,
+                k=task.settings.k,
+                batch_size=task.settings.batch_size,
+                seed=task.settings.seed,
+                output=name == OUTPUT,
+            )
+            rows, assignment = new_rows(surgery, task.scratch / name, task.progress)
+            if rows.shape[0] > padded:
+                raise UpcycleError(
+                    f"the donor's vocabulary has {rows.shape[0]} ids, the declared geometry {padded} rows",
+                    source=f"{task.spec.id}: padded_vocab_size",
+                    remedy="declare a larger padded_vocab_size",
+                )
+            whole = padded_with_mean(rows, source, padded)
+            for token, row in specials.items():
+                whole[row] = special_row(source, source_tokenizer, task.settings.special_rows[token])
+            _check_norms(whole, source, task)
+            weights[name] = LazyTensor.of(whole)
+            task.report[name] = _figures(assignment, rows.shape[0], padded, len(specials), whole, source)
+        assets = _assets(task, donor_tokenizer)
+        eos = [donor_tokenizer.convert_tokens_to_ids(token) for token in task.settings.eos_tokens]
+        kept = {**state.get("hf_config", {}), "eos_token_id": eos, "bos_token_id": None, "pad_token_id": None}
+        return Product(weights, run_state(task.cfg, vocab_size=padded, kept=kept), assets)
+
+    def verify(self, task: Task[VocabularySettings], folder: Path) -> dict[str, Any]:
+        model = task.inputs["model"]
+        new = folder / "megatron" / megatron_checkpoint.ITERATION
+        before, after = (megatron_checkpoint.read_weights(path) for path in (model.checkpoint, new))
+        changed = [
+            name
+            for name in before
+            if name not in (EMBEDDING, OUTPUT)
+            and tensor_sha256(before[name].read()) != tensor_sha256(after[name].read())
+        ]
+        if changed or before.keys() != after.keys():
+            raise UpcycleError(
+                f"tensors besides the vocabulary's changed: {changed or sorted(before.keys() ^ after.keys())}",
+                source=task.spec.id,
+                remedy="the conversion is wrong; report it",
+            )
+        tied = read_config(folder / "hf")["tie_word_embeddings"]
+        if tied == task.cfg.model.untie_embeddings_and_output_weights:
+            raise UpcycleError("the tying of the embeddings was not kept", source=task.spec.id)
+        tokenizers = _tokenizer(model.hf), _tokenizer(folder / "hf")
+        for text in _ROUND_TRIPS:
+            ids = tokenizers[1](text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            if tokenizers[1].decode(ids, clean_up_tokenization_spaces=False) != text:
+                raise UpcycleError(f"the new tokenizer does not give {text!r} back", source=str(folder / "hf"))
+        texts = [*NUMBERS, *task.settings.texts]
+        specials = _special_ids(tokenizers[1], task.settings)
+        if task.settings.reference is not None:
+            _check_reference(tokenizers[1], specials, [*_ROUND_TRIPS, *task.settings.texts])
+        return {
+            "other_tensors_bit_identical": True,
+            "tied": tied,
+            "special_ids": specials,
+            "texts": measure((model.checkpoint, new), tokenizers, texts),
+        }
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UpcycleError(
+            f"no tokenizer there: {str(error).splitlines()[0]}",
+            source=str(folder),
+            remedy="put tokenizer.json and tokenizer_config.json beside the weights",
+        ) from error
+
+
+def _check_reference(tokenizer: Any, specials: dict[str, int], texts: list[str]) -> None:
+    from vpmoe.tokenizer import O200kHarmony
+
+    ours = O200kHarmony()
+    differing = [token for token, row in specials.items() if ours.special_tokens.get(token) != row]
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if ids != ours.encode_ordinary(text).tolist():
+            differing.append(text)
+    if differing:
+        raise UpcycleError(
+            f"the donor's tokenizer is not {ours.name}: it differs on {differing[0]!r}",
+            source="reference",
+            remedy="name the donor whose tokenizer is o200k_harmony, or set no reference",
+        )
+
+
+def donor_rows(donor: Input, *, output: bool) -> Tensor:
+    """The donor's embedding, or its output layer (a tied donor's embedding), [rows, d]; nothing else is read."""
+    weights = safetensors_folder.read_weights(donor.hf, partial=donor.spec.partial)
+    wanted = ["lm_head.weight"] if output else []
+    for name in [*wanted, "model.embed_tokens.weight", "model.language_model.embed_tokens.weight"]:
+        if name in weights:
+            return weights[name].read()
+    raise UpcycleError(
+        "the donor has no model.embed_tokens.weight", source=str(donor.hf), remedy="put the shard that holds it there"
+    )
+
+
+def _special_ids(tokenizer: Any, settings: VocabularySettings) -> dict[str, int]:
+    """Ids of the donor's special tokens that get explicit rows; every one that ends a generation must be among them."""
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in [*settings.special_rows, *settings.eos_tokens] if token not in vocabulary]
+    unset = [token for token in settings.eos_tokens if token not in settings.special_rows]
+    if missing or unset:
+        raise UpcycleError(
+            f"not in the donor's vocabulary: {missing or 'none'}; without a row of their own: {unset or 'none'}",
+            source="special_rows, eos_tokens",
+            remedy="name special tokens of the donor, and give every eos token a row",
+        )
+    return {token: vocabulary[token] for token in settings.special_rows}
+
+
+def special_row(source: Tensor, tokenizer: Any, texts: list[str]) -> Tensor:
+    """The mean row [h] of all tokens of all texts in the source's vocabulary, specials among them by their spelling."""
+    ids = [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    if not ids:
+        raise UpcycleError(f"{texts} has no token", source="special_rows", remedy="give it a text")
+    return source[ids].double().mean(dim=0).to(source.dtype)
+
+
+def padded_with_mean(rows: Tensor, source: Tensor, padded: int) -> Tensor:
+    """``rows`` with the mean of the source's rows for all ids up to ``padded`` (their logit is then the mean logit)."""
+    mean = source.double().mean(dim=0).to(rows.dtype)
+    return torch.cat([rows, mean.expand(padded - rows.shape[0], -1)])
+
+
+def _check_norms(rows: Tensor, source: Tensor, task: Task[VocabularySettings]) -> None:
+    limit = task.settings.largest_norm_ratio * float(source.float().norm(dim=1).max())
+    norms = rows.float().norm(dim=1)
+    worst = int(norms.argmax())
+    if task.settings.method != "randn" and not float(norms[worst]) <= limit:
+        raise UpcycleError(
+            f"row {worst} has norm {float(norms[worst]):.3g}, above {limit:.3g}",
+            source=f"{task.spec.id}: method {task.settings.method}, k {task.settings.k}",
+            remedy="a smaller k, or a larger largest_norm_ratio if this is meant",
+        )
+
+
+def _figures(
+    assignment: Assignment, tokens: int, padded: int, specials: int, rows: Tensor, source: Tensor
+) -> dict[str, Any]:
+    quantiles = torch.tensor([0.0, 0.5, 0.99, 1.0], dtype=torch.float64)
+
+    def norms(matrix: Tensor) -> list[float]:
+        return [round(float(q), 5) for q in torch.quantile(matrix.double().norm(dim=1), quantiles)]
+
+    return {
+        "rows_copied": len(assignment.copied),
+        "rows_approximated": len(assignment.approximated),
+        "rows_set_explicitly": specials,
+        "rows_padding": padded - tokens,
+        "norms_min_median_p99_max": {"source": norms(source), "result": norms(rows)},
+    }
+
+
+def _assets(task: Task[VocabularySettings], tokenizer: Any) -> list[Path]:
+    """The donor's tokenizer files, and generation settings that end at its tokens."""
+    donor = task.inputs["donor"].hf
+    files = [donor / name for name in ASSETS if (donor / name).is_file() and name != "generation_config.json"]
+    own = task.inputs["model"].hf / "generation_config.json"
+    settings = json.loads(own.read_text()) if own.is_file() else {}
+    settings |= {"eos_token_id": [tokenizer.convert_tokens_to_ids(token) for token in task.settings.eos_tokens]}
+    for name in ("bos_token_id", "pad_token_id"):
+        settings.pop(name, None)
+    written = task.scratch / "generation_config.json"
+    write_atomically(written, json_bytes(settings))
+    return [*files, written]
