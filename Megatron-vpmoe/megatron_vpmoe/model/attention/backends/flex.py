@@ -23,6 +23,7 @@ from megatron_vpmoe.model.attention.masks import SequenceLayout
 TILE = 128
 # The compiled kernel takes no smaller head; zeros change neither scores nor, cut off again, values.
 _SMALLEST_DIM = 16
+_GRAPHS = 64
 
 
 def flex_attention(
@@ -74,9 +75,11 @@ def with_sink(out_BHSD: Tensor, lse_BHS: Tensor, sink_H: Tensor) -> Tensor:
 
 
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
+def _compiled(backend: object = "inductor") -> Callable[..., Tensor]:
     # Here and not at import: megatron.core is imported with a torch.compile that does nothing (runtime/device.py).
-    return torch.compile(_attend)
+    # One graph or an error: past its limit of recompilations torch would otherwise compute densely, and not say so.
+    # Windows, bias or not, gradients or not and the first two sequence lengths multiply: torch's limit of 8 is too low.
+    return torch.compile(_attend, backend=backend, fullgraph=True, recompile_limit=_GRAPHS)  # type: ignore[arg-type]
 
 
 def block_mask(layout: SequenceLayout, window: int | None) -> flex.BlockMask:

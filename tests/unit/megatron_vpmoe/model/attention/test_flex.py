@@ -165,12 +165,18 @@ def test_layers_of_a_kind_share_one_mask() -> None:
     assert built == [None, 8]
 
 
-@pytest.mark.usefixtures("gradients_on_cpu")
-def test_traced_whole_and_once_for_all_batches() -> None:
-    """Forward and backward through the compiler's front end: one graph, and none more for other documents."""
-    counter = CompileCounterWithBackend("aot_eager")
+@pytest.fixture
+def counter():
+    """The compiler's front end alone, counting graphs."""
     torch._dynamo.reset()
-    run = torch.compile(flex._attend, backend=counter, fullgraph=True)
+    yield CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("gradients_on_cpu")
+def test_traced_whole_and_once_for_all_batches(counter: CompileCounterWithBackend) -> None:
+    """Forward and backward: one graph, and none more for other documents."""
+    run = flex._compiled(counter)
     for lengths in ([100, 60, 32], [192], [50, 50, 50, -42]):
         layout = packed_layout(lengths)
         inputs = random_qkv(layout, dim=16)
@@ -182,4 +188,16 @@ def test_traced_whole_and_once_for_all_batches() -> None:
         for mine, theirs in zip(*gradients, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)  # traced, torch's has fp32 in places
     assert counter.frame_count == 1
-    torch._dynamo.reset()
+
+
+def test_more_graphs_than_torch_allows_by_default(counter: CompileCounterWithBackend) -> None:
+    """Windows, biases and lengths multiply; the first two lengths of each kind take a graph, further ones none."""
+    run, counts = flex._compiled(counter), []
+    for length in (128, 160, 192):
+        for window in (None, 16, 32):
+            for heads in (2, 4):
+                layout = packed_layout([length])
+                q, k, v, sink = (x.detach() for x in random_qkv(layout, heads=heads, dim=16, dtype=torch.float32))
+                run(q, k, v, flex.block_mask(layout, window), None, sink, 0.3)
+        counts.append(counter.frame_count)
+    assert 8 < counts[1] == counts[2] < flex._GRAPHS
