@@ -205,11 +205,9 @@ REFUSALS: tuple[Refusal, ...] = (
 
 _OF_EXPERTS = (
     *(name for name in section_types()["moe"].model_fields if name != "num_experts"),
+    *(name for name in section_types()["logging"].model_fields if name.startswith(("router_", "moe_"))),
+    "router_lr",
     "normuon_idle_expert_policy",
-    "moe_per_layer_logging",
-    "router_max_load_warn_pct",
-    "router_dead_experts_warn",
-    "router_dead_experts_fail",
 )
 
 IDLE: tuple[Idle, ...] = (
