@@ -43,9 +43,9 @@ STUDENTS: dict[str, dict[str, object]] = {
         "tpa_rank": 1,
         "tpa_q_rank": 3,
     },
-    "global layers first and without positions": {
+    "global layers without positions": {
         **DENSE,
-        "window_attn_skip_freq": 1,
+        "window_size": None,
         "tpa": False,
         "global_position_embedding": "none",
     },
