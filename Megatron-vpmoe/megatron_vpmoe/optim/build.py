@@ -159,7 +159,11 @@ def _member(
     optim = cfg.optim
     if kind == "normuon":
         optimizer: torch.optim.Optimizer = NorMuon(
-            groups, lr=optim.lr, options=normuon_options(optim), stack_bytes=_mebibytes(optim.normuon_stack_mib)
+            groups,
+            lr=optim.lr,
+            options=normuon_options(optim),
+            stack_bytes=_mebibytes(optim.normuon_stack_mib),
+            tp_group=None if expert else parallel_state.get_tensor_model_parallel_group(),
         )
         initialize = _initialize_normuon_state
     else:

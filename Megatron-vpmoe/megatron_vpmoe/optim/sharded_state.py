@@ -40,7 +40,7 @@ Sharded = ShardedTensor | ShardedTensorFactory
 def row_statistic_sharding(model_param: Sharded, statistic: torch.Tensor, prefix: str) -> Sharded:
     """Shard a state tensor [..., rows, 1] like its parameter [..., rows, columns].
 
-    Where the parameter's columns are split over ranks, each shard keeps a statistic of its own columns.
+    It is of whole rows: where tensor-parallel ranks split the parameter's columns, all of them hold the same.
 
     Args:
         model_param: the parameter in the model's sharded state dict. A factory has to take its shapes from the tensor
@@ -51,18 +51,20 @@ def row_statistic_sharding(model_param: Sharded, statistic: torch.Tensor, prefix
     key = f"{prefix}.{model_param.key}"
     if isinstance(model_param, ShardedTensorFactory):
         return replace(model_param, key=key, data=statistic)
-    shards = model_param.global_shape[-1] // model_param.local_shape[-1]
     shard = model_param.global_offset[-1] // model_param.local_shape[-1]
-    fragmentations = model_param.axis_fragmentations
+    fragmentations, replica = model_param.axis_fragmentations, model_param.replica_id
+    if shard and isinstance(replica, tuple):
+        replica = (replica[0], shard, *replica[2:])
     return replace(
         model_param,
         key=key,
         data=statistic,
         dtype=statistic.dtype,
         local_shape=tuple(statistic.shape),
-        global_shape=(*model_param.global_shape[:-1], shards),
-        global_offset=(*model_param.global_offset[:-1], shard),
-        axis_fragmentations=fragmentations,
+        global_shape=(*model_param.global_shape[:-1], 1),
+        global_offset=(*model_param.global_offset[:-1], 0),
+        axis_fragmentations=None if fragmentations is None else (*fragmentations[:-1], 1),
+        replica_id=replica,
     )
 
 

@@ -32,11 +32,12 @@ def test_a_prepended_layer_axis_stays() -> None:
     assert (row.global_shape, row.global_offset, row.local_shape) == ((8, 3, 1), (6, 0, 0), (3, 1))
 
 
-def test_split_columns_keep_one_statistic_a_shard() -> None:
-    param = ShardedTensor.from_rank_offsets("w", torch.zeros(3, 5), (1, 1, 2))
-    row = row_statistic_sharding(param, torch.zeros(3, 1), "s")
-    assert isinstance(row, ShardedTensor)
-    assert (row.global_shape, row.global_offset) == ((3, 2), (0, 1))
+def test_ranks_that_split_columns_hold_one_statistic() -> None:
+    for rank in range(2):
+        param = ShardedTensor.from_rank_offsets("w", torch.zeros(3, 5), (1, rank, 2), replica_id=(0, 0, 3))
+        row = row_statistic_sharding(param, torch.zeros(3, 1), "s")
+        assert isinstance(row, ShardedTensor)
+        assert (row.global_shape, row.global_offset, row.replica_id) == ((3, 1), (0, 0), (0, rank, 3))
 
 
 def test_a_factory_builds_the_statistic_by_its_own_rule() -> None:
