@@ -173,6 +173,7 @@ def model_against_floor(arguments: argparse.Namespace, device: str) -> dict[str,
     with single_process(seed=0):
         from megatron_vpmoe.model.builder import build_model
         from megatron_vpmoe.optim import build_optimizer, routing_table
+        from megatron_vpmoe.optim.matrix_stacks import layout_flops, matrix_layout
 
         model = build_model(cfg)
         optimizer = build_optimizer([model], cfg)
@@ -191,9 +192,8 @@ def model_against_floor(arguments: argparse.Namespace, device: str) -> dict[str,
     copied = 2 if cfg.training.bf16 else 0
     bytes_moved = elements["normuon"] * (5 * 4 + copied) + elements["adamw"] * (7 * 4 + copied)
     dtype = compute_dtype(device)
-    flops = sum(
-        _matrix_flops(param, dtype) for param, row in zip(model.parameters(), rows, strict=True) if row.matrices
-    )
+    routed = [param for param, row in zip(model.parameters(), rows, strict=True) if row.matrices]
+    flops = sum(layout_flops(matrix_layout(param), param.shape, dtype) for param in routed)
     memory_s, compute_s = bytes_moved / (2 * COPY_BYTES[device] / copy_s), flops / (product_flops / matmul_s)
     return {
         "config": str(arguments.model),
@@ -213,14 +213,6 @@ def model_against_floor(arguments: argparse.Namespace, device: str) -> dict[str,
 
 
 KINDS = ("normuon", "adamw")
-
-
-def _matrix_flops(param: torch.nn.Parameter, dtype: torch.dtype) -> int:
-    from megatron_vpmoe.optim.matrix_stacks import matrix_layout
-
-    layout, cols = matrix_layout(param), param.shape[-1]
-    rows = [sum(length for _, length in runs) for runs in layout.matrices] or [param.shape[1]] * layout.experts
-    return sum(polar_express_flops(r, cols, iteration=choose_iteration(r, cols, dtype)) for r in rows)
 
 
 def main() -> None:

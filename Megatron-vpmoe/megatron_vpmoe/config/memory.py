@@ -95,12 +95,30 @@ def _loss(cfg: RunConfig, compute_bytes: int) -> int:
     return chunk + vocab * cfg.model.hidden_size * compute_bytes
 
 
+def _optimizer_state(cfg: RunConfig, matrices: int, others: int) -> int:
+    """Bytes of one rank's share of the optimizer state, of ``matrices`` and ``others`` parameters held by the process.
+
+    NorMuon keeps one moment a matrix entry, AdamW two; bf16 parameters have an fp32 master copy. Data-parallel ranks
+    share it; as many as one machine has are counted, more leave less to each.
+    """
+    o, p = cfg.optim, cfg.parallel
+    experts = dict(parameter_count(cfg).parts)["routed experts"] // p.expert_model_parallel_size
+    experts = min(experts, matrices)
+    moment = 2 if o.normuon_momentum_dtype == "bfloat16" else _FP32
+    per_matrix_entry = moment if o.optimizer == "normuon" else 2 * _FP32
+    master = _FP32 if cfg.training.bf16 else 0
+    split = p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
+    dense_ranks = max(1, p.nproc_per_node // split)
+    expert_ranks = max(1, p.nproc_per_node // (p.expert_model_parallel_size * p.pipeline_model_parallel_size))
+    dense = (matrices - experts) * (per_matrix_entry + master) + others * (2 * _FP32 + master)
+    return dense // dense_ranks + experts * (per_matrix_entry + master) // expert_ranks
+
+
 def memory_estimate(cfg: RunConfig, *, on_cpu: bool = False) -> MemoryEstimate:
     """Memory of one process of the run.
 
-    Gradients are accumulated in fp32; bf16 parameters have an fp32 master copy; NorMuon keeps one fp32 moment a matrix
-    entry, AdamW two. Activations are for one micro-batch: what recomputation leaves of them, and the inside of the
-    largest recomputed part.
+    Gradients are accumulated in fp32. Activations are for one micro-batch: what recomputation leaves of them, and the
+    inside of the largest recomputed part.
 
     Args:
         cfg: the run.
@@ -110,14 +128,12 @@ def memory_estimate(cfg: RunConfig, *, on_cpu: bool = False) -> MemoryEstimate:
     matrices, others = _local_parameters(cfg)
     local = matrices + others
     compute_bytes = 2 if cfg.training.bf16 else _FP32
-    matrix_moments = 1 if cfg.optim.optimizer == "normuon" else 2
-    optimizer = _FP32 * (matrix_moments * matrices + 2 * others + (local if cfg.training.bf16 else 0))
     tokens = cfg.training.micro_batch_size * cfg.data.seq_length
     return MemoryEstimate(
         {
             "parameters": local * compute_bytes,
             "gradients": local * _FP32,
-            "optimizer state": optimizer,
+            "optimizer state": _optimizer_state(cfg, matrices, others),
             "activations": tokens * _activations(cfg, compute_bytes, on_cpu),
             "loss": _loss(cfg, compute_bytes),
             "process": _PROCESS_BYTES,

@@ -101,6 +101,8 @@ class ParallelSection(Section):
     """Ranks that share each sequence; only 1 is supported."""
     expert_model_parallel_size: Count = 1
     """Ranks over which the experts are spread; divides the world size and num_experts."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over data-parallel ranks bucket by bucket while the backward pass still runs."""
     nproc_per_node: Count = 1
     """Worker processes on each machine: one a GPU, or as many as pay on a CPU."""
     distributed_timeout_minutes: Count = 10

@@ -66,7 +66,7 @@ def wrap_for_training(model: VPModel, cfg: RunConfig) -> DistributedDataParallel
     """Megatron-Core's DDP: fp32 gradient buffers, reduced as sums (the loss is normalised by global counts already)."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=cfg.parallel.overlap_grad_reduce,
         use_distributed_optimizer=False,
         check_for_nan_in_grad=False,
     )

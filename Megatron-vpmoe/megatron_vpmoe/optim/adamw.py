@@ -12,7 +12,7 @@ def build_adamw(param_groups: list[dict[str, Any]], *, betas: tuple[float, float
     return torch.optim.AdamW(param_groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True)
 
 
-def initialize_adamw_state(optimizer: torch.optim.Optimizer, _config: object = None) -> None:
+def initialize_adamw_state(optimizer: torch.optim.Optimizer) -> None:
     """Create zero state for every parameter that has none, as the first step would."""
     for group in optimizer.param_groups:
         for param in group["params"]:

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_vpmoe.optim.adamw import build_adamw, initialize_adamw_state
+from megatron_vpmoe.optim.matrix_stacks import layout_flops, matrix_layout
 from megatron_vpmoe.optim.normuon import STACK_BYTES, NorMuon, NorMuonOptions
 from megatron_vpmoe.optim.polar_express import compute_dtype
 from megatron_vpmoe.optim.routing import RULES, RoutingRow, Rule, routed_parameters
-from megatron_vpmoe.optim.sharded_state import ShardedFloat16Optimizer, ShardedFP32Optimizer
+from megatron_vpmoe.optim.sharded_optimizer import ShardedOptimizer
+from megatron_vpmoe.optim.shares import Units
 from megatron_vpmoe.runtime import device
 
 device.prepare()
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig  # noqa: E402
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -30,27 +33,40 @@ if TYPE_CHECKING:
 class VpOptimizer(ChainedOptimizer):
     """NorMuon and AdamW, dense and expert, as one optimizer with one global gradient norm.
 
-    Compared to upstream's chain: the norm is taken over all members at once without a host round trip per tensor, and a
-    step whose norm is not finite changes nothing.
+    Compared to upstream's chain: each data-parallel rank steps its share and the weights are gathered; the norm is
+    taken over all members at once without a host round trip per tensor; where it is not finite nothing changes.
+
+    Args:
+        members: the chain.
+        config: upstream's, the members' own.
+        groups: of this rank.
     """
+
+    def __init__(
+        self, members: Sequence[ShardedOptimizer], config: OptimizerConfig, groups: ProcessGroupCollection
+    ) -> None:
+        super().__init__(list(members))
+        self.config = config
+        self.members = list(members)
+        self.finished_updates = 0
+        # Every rank of these groups takes part, also one that has no such parameters.
+        self._norm_groups = {False: (groups.dp_cp, groups.mp), True: (groups.expt_dp, groups.tp_ep_pp)}
 
     @torch.no_grad()
     def get_grad_norm(self) -> float:
         """L2 norm of the whole model's gradient; call after ``prepare_grads``.
 
-        Gradients are complete on every rank of a data-parallel group; what differs between ranks (experts, or tensor-
-        and pipeline-parallel shards) is summed over each member's ``grad_stats_parallel_group``.
+        Gradients are complete on every rank of a data-parallel group; each rank takes its share, and the sum goes over
+        the group and over the ranks that hold other parameters (experts, tensor- and pipeline-parallel shards).
         """
-        squares: dict[Any, list[torch.Tensor]] = {}
-        for member in self.chained_optimizers:
-            group = member.get_grad_stats_parallel_group()
-            grads = member.get_main_grads_for_grad_norm()
-            squares.setdefault(group, []).extend(torch._foreach_norm(grads) if grads else ())
         total = torch.zeros((), dtype=torch.float64, device=device.current_device())
-        for group, norms in squares.items():
+        for expert, groups in self._norm_groups.items():
+            grads = [g for m in self.members if m.expert == expert for g in m.get_main_grads_for_grad_norm()]
+            norms = torch._foreach_norm(grads) if grads else ()
             square = torch.stack(norms).double().square_().sum() if norms else torch.zeros_like(total)
-            if torch.distributed.get_world_size(group) > 1:
-                torch.distributed.all_reduce(square, group=group)
+            for group in groups:
+                if torch.distributed.get_world_size(group) > 1:
+                    torch.distributed.all_reduce(square, group=group)
             total += square
         return math.sqrt(total.item())
 
@@ -81,30 +97,61 @@ class VpOptimizer(ChainedOptimizer):
         assert self.config is not None
         clip = self.config.clip_grad
         if clip > 0.0 and grad_norm > clip:
-            params = (param for member in self.chained_optimizers for param in member.get_parameters())
+            params = (param for member in self.members for param in member.get_parameters())
             torch._foreach_mul_([param.grad for param in params if param.grad is not None], clip / (grad_norm + 1e-6))
         return self.step_with_ready_grads()
 
+    @torch.no_grad()
+    def step_with_ready_grads(self) -> bool:
+        """Every rank its share, then everybody's weights; a collective of the data-parallel groups."""
+        for member in self.members:
+            member.step_with_ready_grads()
+        for member in self.members:
+            member.gather_parameters()
+        self.finished_updates += 1
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of this rank's share; checkpoints go through ``sharded_state_dict``."""
+        members = {str(index): member.state_dict() for index, member in enumerate(self.members)}
+        return {"finished_updates": self.finished_updates, "members": members}
+
     def sharded_state_dict(
         self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, **kwargs: Any
-    ) -> dict[Any, Any]:
-        """Upstream's, with keys by parameter name alone: which member a parameter belongs to is no part of the file."""
-        kwargs["metadata"] = {"chained_optim_avoid_prefix": True, **(kwargs.get("metadata") or {})}
-        return super().sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
+    ) -> dict[str, Any]:
+        """The members' state by parameter name: which member, and which rank, had it is no part of the file."""
+        members = {
+            str(index): member.sharded_state_dict(model_sharded_state_dict, is_loading)
+            for index, member in enumerate(self.members)
+        }
+        return {"finished_updates": self.finished_updates, "members": members}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from what ``sharded_state_dict``'s tensors were read into."""
+        self.finished_updates = int(state_dict["finished_updates"])
+        for index, member in enumerate(self.members):
+            member.load_state_dict(state_dict["members"].get(str(index), {}))
+            for state in member.state.values():
+                if "step" in state:
+                    state["step"].fill_(self.finished_updates)
 
 
 def build_optimizer(
-    model_chunks: Sequence[torch.nn.Module], cfg: RunConfig, rules: Sequence[Rule] = RULES
+    model_chunks: Sequence[torch.nn.Module],
+    cfg: RunConfig,
+    rules: Sequence[Rule] = RULES,
+    groups: ProcessGroupCollection | None = None,
 ) -> VpOptimizer:
     """Route every parameter and build one torch optimizer for each of NorMuon/AdamW x dense/expert.
 
-    Dense parameters and experts (``allreduce`` False) are apart because their gradient statistics are summed over
-    different ranks. In bf16 each member keeps fp32 master weights; parameters that are fp32 already stay their own.
+    Dense parameters and experts (``allreduce`` False) are apart because they are replicated over different ranks. In
+    bf16 each member keeps fp32 master weights; parameters that are fp32 already stay their own.
 
     Args:
         model_chunks: the model, wrapped in Megatron's DistributedDataParallel or bare.
         cfg: sections ``optim`` and ``training.bf16``.
         rules: the routing rules.
+        groups: this rank's process groups; None: those of ``parallel_state``.
 
     Raises:
         ConfigError: from the routing, or for options of NorMuon out of range.
@@ -118,14 +165,15 @@ def build_optimizer(
         bf16=cfg.training.bf16,
         params_dtype=torch.bfloat16 if cfg.training.bf16 else torch.float32,
     )
+    groups = ProcessGroupCollection.use_mpu_process_groups() if groups is None else groups
     routed = routed_parameters(list(model_chunks), cfg, rules)
-    members: list[MegatronOptimizer] = []
+    members: list[ShardedOptimizer] = []
     for expert in (False, True):
         for kind in ("normuon", "adamw"):
             chosen = [(row, param) for row, param in routed if (row.optimizer, row.expert) == (kind, expert)]
             if chosen:
-                members.append(_member(kind, expert, _param_groups(chosen, cfg), config, cfg))
-    return VpOptimizer(members)
+                members.append(_member(kind, expert, _param_groups(chosen, cfg), config, cfg, groups))
+    return VpOptimizer(members, config, groups)
 
 
 def _param_groups(chosen: list[tuple[RoutingRow, torch.nn.Parameter]], cfg: RunConfig) -> list[dict[str, Any]]:
@@ -154,35 +202,52 @@ def _param_groups(chosen: list[tuple[RoutingRow, torch.nn.Parameter]], cfg: RunC
 
 
 def _member(
-    kind: str, expert: bool, groups: list[dict[str, Any]], config: OptimizerConfig, cfg: RunConfig
-) -> MegatronOptimizer:
-    optim = cfg.optim
+    kind: str,
+    expert: bool,
+    param_groups: list[dict[str, Any]],
+    config: OptimizerConfig,
+    cfg: RunConfig,
+    groups: ProcessGroupCollection,
+) -> ShardedOptimizer:
+    optim, options = cfg.optim, normuon_options(cfg.optim)
+    stack_bytes = None if optim.normuon_stack_mib is None else optim.normuon_stack_mib * 2**20
     if kind == "normuon":
-        optimizer: torch.optim.Optimizer = NorMuon(
-            groups,
-            lr=optim.lr,
-            options=normuon_options(optim),
-            stack_bytes=_mebibytes(optim.normuon_stack_mib),
-            tp_group=None if expert else parallel_state.get_tensor_model_parallel_group(),
-        )
+        build = partial(NorMuon, lr=optim.lr, options=options, stack_bytes=stack_bytes)
+        units = partial(_matrix_units, options=options)
         initialize = _initialize_normuon_state
     else:
-        optimizer = build_adamw(groups, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps)
-        initialize = initialize_adamw_state
-    wrapper = ShardedFloat16Optimizer if config.bf16 else ShardedFP32Optimizer
-    member = wrapper(optimizer, config, initialize)
-    member.grad_stats_parallel_group = (
-        parallel_state.get_expert_tensor_model_pipeline_parallel_group()
-        if expert
-        else parallel_state.get_model_parallel_group()
+        build = partial(build_adamw, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps)
+        units, initialize = _element_units, initialize_adamw_state
+    return ShardedOptimizer(
+        param_groups,
+        build,
+        initialize,
+        config,
+        units=units,
+        data_parallel_group=groups.expt_dp if expert else groups.dp_cp,
+        # An expert is never split, so that each rank's gradients of experts count.
+        tp_group=groups.expt_tp if expert else groups.tp,
+        expert=expert,
     )
-    # The group over which gradients that are alike on all ranks count once; each rank's experts are its own.
-    member.tp_group = (
-        parallel_state.get_expert_tensor_parallel_group()
-        if expert
-        else parallel_state.get_tensor_model_parallel_group()
-    )
-    return member
+
+
+def _matrix_units(param: torch.nn.Parameter, options: NorMuonOptions) -> Units:
+    """A 2-D weight is one unit, a stack has one an expert; they cost what Polar Express does."""
+    layout = matrix_layout(param)
+    dtype = options.compute_dtype or compute_dtype(param.device.type)
+    flops = layout_flops(layout, param.shape, dtype, options.steps)
+    return Units(layout.experts, flops // layout.experts) if layout.experts else Units(1, flops)
+
+
+def _element_units(param: torch.nn.Parameter) -> Units:
+    """Rows of plain 2-D parameters (embedding, output layer, experts' biases), others whole; by their elements."""
+    divisible = param.ndim > 1 and not hasattr(param, "matrix_rows")
+    return Units(param.shape[0], param.numel() // param.shape[0]) if divisible else Units(1, param.numel())
+
+
+def _initialize_normuon_state(optimizer: torch.optim.Optimizer) -> None:
+    assert isinstance(optimizer, NorMuon)
+    optimizer.initialize_state()
 
 
 def normuon_options(optim: OptimSection) -> NorMuonOptions:
@@ -212,12 +277,3 @@ def describe_arithmetic(cfg: RunConfig, device_type: str) -> str:
         f"NorMuon: Polar Express in {name}, {forms}; momentum in {optim.normuon_momentum_dtype}; "
         f"stacks of up to {stack} MiB; idle experts: {optim.normuon_idle_expert_policy}"
     )
-
-
-def _mebibytes(count: int | None) -> int | None:
-    return None if count is None else count * 2**20
-
-
-def _initialize_normuon_state(optimizer: torch.optim.Optimizer, _config: object = None) -> None:
-    assert isinstance(optimizer, NorMuon)
-    optimizer.initialize_state()

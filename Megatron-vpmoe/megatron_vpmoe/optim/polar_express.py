@@ -36,7 +36,7 @@ def choose_iteration(rows: int, cols: int, dtype: torch.dtype, steps: int = 5) -
     """The form with fewer operations; always "direct" in bf16.
 
     The Gram form keeps A apart from X, so rounding in A is multiplied by a² in each iteration for directions of small
-    singular values: about 2e5 over the five. That leaves 1 % of error in such a direction in fp32 and no digit in bf16.
+    singular values: about 2e5 until the last. In fp32 that leaves 1 % of error in such a direction, in bf16 no digit.
     """
     if dtype == torch.bfloat16:
         return "direct"

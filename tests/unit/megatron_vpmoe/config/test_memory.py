@@ -14,11 +14,11 @@ GIB = 2**30
 
 
 def test_states_by_hand(small: Path) -> None:
-    cfg = load_config(small, ["--optimizer", "adam"])
+    cfg = load_config(small, ["--optimizer", "adam", "--nproc-per-node", "1"])
     total = parameter_count(cfg).total
     parts = memory_estimate(cfg).parts
     assert (parts["parameters"], parts["gradients"], parts["optimizer state"]) == (4 * total, 4 * total, 8 * total)
-    half = memory_estimate(load_config(small, ["--optimizer", "adam", "--bf16"])).parts
+    half = memory_estimate(load_config(small, ["--optimizer", "adam", "--nproc-per-node", "1", "--bf16"])).parts
     assert (half["parameters"], half["optimizer state"]) == (2 * total, 12 * total)
 
 
@@ -36,6 +36,8 @@ TWO_TENSOR_RANKS = ("--tensor-model-parallel-size", "2", "--sequence-parallel", 
         (["--recompute-granularity", "selective", "--recompute-modules", "[mlp, shared_experts]"], "activations"),
         (["--micro-batch-size", "4"], "activations"),
         (["--expert-model-parallel-size", "2"], "parameters"),
+        (["--nproc-per-node", "4"], "optimizer state"),
+        (["--normuon-momentum-dtype", "bfloat16"], "optimizer state"),
         (["--attention-backend", "auto", "--window-size", "16"], "activations"),
         ([*TWO_TENSOR_RANKS], "parameters"),
         ([*TWO_TENSOR_RANKS], "gradients"),
@@ -57,6 +59,14 @@ def test_recomputing_more_is_estimated_lower(small: Path) -> None:
     selective = ("--recompute-granularity", "selective", "--recompute-modules")
     assert activations(*selective, "[shared_experts]") > activations(*selective, "[moe]")
     assert activations(*selective, "[moe]") > activations(*selective, "[core_attn, mlp, moe]") > activations(*full)
+
+
+def test_data_parallel_ranks_share_the_optimizer_state(small: Path) -> None:
+    one, two = (memory_estimate(load_config(small, ["--nproc-per-node", n])).parts for n in ("1", "2"))
+    assert two["optimizer state"] == pytest.approx(one["optimizer state"] / 2)
+    # Two expert-parallel ranks hold half of the experts each, and nobody to share those with.
+    experts = memory_estimate(load_config(small, ["--nproc-per-node", "2", "--expert-model-parallel-size", "2"])).parts
+    assert experts["optimizer state"] == pytest.approx(two["optimizer state"])
 
 
 def test_normuon_keeps_one_moment(small: Path) -> None:

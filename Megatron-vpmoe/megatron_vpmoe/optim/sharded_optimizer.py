@@ -1,0 +1,193 @@
+"""A torch optimizer over this rank's pieces of the parameters, as a MegatronOptimizer.
+
+It takes the place of upstream's ``FP32Optimizer`` and ``Float16OptimizerWithFloat16Params``: where a parameter is bf16
+the piece has an fp32 master, where it is fp32 the torch optimizer works on the parameter's own memory. Masters and
+state exist for this rank's pieces alone.
+"""
+
+# pyright: reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_vpmoe.errors import CheckpointError
+from megatron_vpmoe.optim.sharded_state import piece_sharding, sharding_of_parameters
+from megatron_vpmoe.optim.shares import ParameterGather, Piece, Units, pieces_of_ranks
+from megatron_vpmoe.runtime import device
+
+device.prepare()
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig  # noqa: E402
+
+MASTER = "fp32_param"
+"""Name of the master weights among the state in a checkpoint."""
+
+_ATTRIBUTES = ("allreduce", "matrix_rows", "partition_dim", "partition_stride", "shared", "tensor_model_parallel")
+
+
+class ShardedOptimizer(MegatronOptimizer):
+    """One rank's share of a set of parameters.
+
+    Args:
+        groups: parameter groups of whole model parameters; replaced by this rank's pieces.
+        build: makes the torch optimizer of the groups.
+        initialize_state: creates missing state, as the first step would.
+        config: upstream's.
+        units: how a parameter may be divided.
+        data_parallel_group: the ranks that hold the same parameters and gradients.
+        tp_group: decides which rank counts a gradient that tensor-parallel ranks share.
+        expert: whether these are routed experts' parameters.
+        gathers_rows: row statistics are over whole rows also where tensor-parallel ranks split the columns.
+    """
+
+    is_stub_optimizer = False
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        build: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        initialize_state: Callable[[torch.optim.Optimizer], None],
+        config: OptimizerConfig,
+        *,
+        units: Callable[[torch.nn.Parameter], Units],
+        data_parallel_group: dist.ProcessGroup,
+        tp_group: dist.ProcessGroup,
+        expert: bool,
+        gathers_rows: bool = False,
+    ) -> None:
+        params = [param for group in groups for param in group["params"]]
+        ranks, rank = dist.get_world_size(data_parallel_group), dist.get_rank(data_parallel_group)
+        shares = pieces_of_ranks(params, [units(param) for param in params], ranks)
+        self.pieces = shares[rank]
+        self._leaves = [_leaf(piece) for piece in self.pieces]
+        held = {id(piece.param): leaf for piece, leaf in zip(self.pieces, self._leaves, strict=True)}
+        for group in groups:
+            group["params"] = [held[id(param)] for param in group["params"] if id(param) in held]
+        super().__init__(build(groups), config, initialize_state)
+        self.tp_group, self.expert, self._gathers_rows = tp_group, expert, gathers_rows
+        self._gather = ParameterGather(shares, data_parallel_group)
+
+    @property
+    def model_params(self) -> list[torch.nn.Parameter]:
+        """The parameters of which this rank has a piece, in the order of ``get_parameters``."""
+        return [piece.param for piece in self.pieces]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients; the buffers behind them are zeroed by DDP."""
+        for piece, leaf in zip(self.pieces, self._leaves, strict=True):
+            piece.param.grad = leaf.grad = None
+
+    @torch.no_grad()
+    def prepare_grads(self) -> bool:
+        """Point every piece to its part of the gradient; False: nothing is looked at here."""
+        for piece, leaf in zip(self.pieces, self._leaves, strict=True):
+            grad = getattr(piece.param, "main_grad", piece.param.grad)
+            leaf.grad = None if grad is None else piece.of(grad).to(leaf.dtype)
+        return False
+
+    @torch.no_grad()
+    def step_with_ready_grads(self) -> bool:
+        """Update this rank's pieces; ``gather_parameters`` has to follow."""
+        self.optimizer.step()
+        self._masters_to_model()
+        return True
+
+    def gather_parameters(self) -> None:
+        """Bring the other ranks' pieces up to date; a collective of the data-parallel group."""
+        self._gather.run()
+
+    def _masters_to_model(self) -> None:
+        pairs = [(p.of(p.param.data), leaf) for p, leaf in zip(self.pieces, self._leaves, strict=True) if _apart(p)]
+        if pairs:
+            torch._foreach_copy_([model for model, _ in pairs], [leaf.data for _, leaf in pairs])
+
+    def reload_model_params(self, state_dict: dict[str, Any] | None = None) -> None:
+        """Masters from the model's weights: after weights were loaded without optimizer state."""
+        if state_dict is not None:
+            raise ValueError("masters are taken from the model")
+        with torch.no_grad():
+            for piece, leaf in zip(self.pieces, self._leaves, strict=True):
+                if _apart(piece):
+                    leaf.copy_(piece.of(piece.param.data))
+
+    def get_loss_scale(self) -> torch.Tensor:
+        """One: bf16 and fp32 need no scale."""
+        return torch.ones(1, device=device.current_device())
+
+    def step(self) -> tuple[bool, float, None]:
+        """Refused: the norm to clip to is that of the whole model, which ``VpOptimizer`` knows."""
+        raise NotImplementedError("step through VpOptimizer")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The torch optimizer's, for this rank's pieces; checkpoints go through ``sharded_state_dict``."""
+        return self.optimizer.state_dict()
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """State and masters of the pieces with a sharding for each tensor; missing state is created.
+
+        The files know whole parameters alone, so that they load under any division. Parameter groups (learning rates,
+        decays) are not stored: a run's own configuration is the truth about them. Neither is ``step``, which is the
+        same for all parameters and ``VpOptimizer``'s to store.
+
+        Args:
+            model_sharded_state_dict: of the unwrapped model; its tensors are the parameters themselves.
+            is_loading: no difference here: saving and loading ask for the same tensors.
+            metadata: no difference here either.
+
+        Raises:
+            CheckpointError: a parameter that the model's sharded state dict does not hold.
+        """
+        self.init_state_fn(self.optimizer)
+        shardings = sharding_of_parameters(model_sharded_state_dict, self.model_params)
+        return {
+            str(index): {
+                name: piece_sharding(sharding, piece, tensor, name, whole_rows=self._gathers_rows)
+                for name, tensor in self._tensors(piece, leaf).items()
+            }
+            for index, (piece, leaf, sharding) in enumerate(zip(self.pieces, self._leaves, shardings, strict=True))
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what ``sharded_state_dict``'s tensors were read into.
+
+        Raises:
+            CheckpointError: a tensor is missing.
+        """
+        self.init_state_fn(self.optimizer)
+        with torch.no_grad():
+            for index, (piece, leaf) in enumerate(zip(self.pieces, self._leaves, strict=True)):
+                loaded = state_dict.get(str(index), {})
+                for name, tensor in self._tensors(piece, leaf).items():
+                    if name not in loaded:
+                        raise CheckpointError(
+                            f"the loaded state has no {name} for a parameter of shape {tuple(piece.param.shape)}",
+                            remedy="hand over what was loaded for this optimizer's sharded_state_dict",
+                        )
+                    tensor.copy_(loaded[name])
+
+    def _tensors(self, piece: Piece, leaf: torch.Tensor) -> dict[str, torch.Tensor]:
+        tensors = {name: value for name, value in self.optimizer.state[leaf].items() if name != "step"}
+        return tensors | {MASTER: leaf.data} if _apart(piece) else tensors
+
+
+def _apart(piece: Piece) -> bool:
+    """Whether the piece's fp32 values live in a master instead of the parameter."""
+    return piece.param.dtype != torch.float32 and piece.param.dtype != torch.float64
+
+
+def _leaf(piece: Piece) -> torch.nn.Parameter:
+    """What the torch optimizer updates for a piece."""
+    if piece.whole and not _apart(piece):
+        return piece.param
+    part = piece.of(piece.param.data)
+    leaf = torch.nn.Parameter(part.float() if _apart(piece) else part)
+    for name in _ATTRIBUTES:
+        if hasattr(piece.param, name):
+            setattr(leaf, name, getattr(piece.param, name))
+    return leaf
