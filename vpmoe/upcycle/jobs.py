@@ -9,6 +9,7 @@ from vpmoe.upcycle.job import Job
 
 _JOBS = {
     "vocabulary": "vpmoe.upcycle.vocabulary:Vocabulary",
+    "depth": "vpmoe.upcycle.depth:Depth",
     "import_qwen3": "vpmoe.upcycle.import_qwen3:ImportQwen3",
 }
 

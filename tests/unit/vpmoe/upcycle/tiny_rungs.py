@@ -1,0 +1,77 @@
+"""Objects of tiny geometry and random weights, to run a job on without the rungs below it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_vpmoe.config import RunConfig
+from megatron_vpmoe.model.attention.grape import initial_log_frequencies
+from tests.tiny import tiny_config
+from vpmoe.hf.convert import run_state
+from vpmoe.upcycle import runner
+from vpmoe.upcycle.job import Input
+from vpmoe.upcycle.jobs import job_of
+from vpmoe.upcycle.registry import ObjectSpec
+from vpmoe.weights import megatron_checkpoint
+from vpmoe.weights.geometry import expected_shapes
+from vpmoe.weights.tensors import LazyTensor
+
+DENSE = {
+    "num_experts": None,
+    "hidden_size": 16,
+    "ffn_hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_query_groups": 1,
+    "padded_vocab_size": 32,
+    "window_size": 4,
+    "window_attn_skip_freq": 2,
+}
+
+
+def dense_config(**changes: object) -> RunConfig:
+    """A dense student, two layers to a block of the schedule."""
+    return tiny_config(**{**DENSE, **changes})
+
+
+def random_weights(cfg: RunConfig, seed: int = 0) -> dict[str, LazyTensor]:
+    """Weights with nothing at a neutral value."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in expected_shapes(cfg).items():
+        value, last = torch.randn(shape, generator=generator), name.rsplit(".", 1)[-1]
+        if last == "grape_log_freq":
+            value += initial_log_frequencies(2 * shape[0], cfg.model.rotary_base, cfg.model.grapem_log_freq_scale)
+        elif last == "value_residual_scale":
+            value = 0.6 + 0.1 * value
+        elif "norm" in name:
+            value = 1 + 0.3 * value
+        elif last in ("sink", "expert_bias") or "bias" in last:
+            value *= 0.3
+        elif "embedding" not in name:
+            value *= 1.5 * shape[-1] ** -0.5
+        weights[name] = LazyTensor.of(value)
+    return weights
+
+
+def object_of(folder: Path, identifier: str, cfg: RunConfig, weights: dict[str, LazyTensor]) -> Input:
+    """A derived object on disk, as far as a job reads it."""
+    state = run_state(cfg, vocab_size=cfg.model.padded_vocab_size, kept={})
+    megatron_checkpoint.write_checkpoint(folder / identifier / "megatron", weights, state)
+    spec = ObjectSpec(id=identifier, kind="derived", rung=1, path=str(folder / identifier))
+    return Input(spec, cfg, {}, None)
+
+
+def make(
+    folder: Path, job: str, cfg: RunConfig, model: Input, **settings: Any
+) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+    """Run a job on one input: the receipt and the new object's weights."""
+    spec = ObjectSpec(id="made", kind="derived", rung=2, path=str(folder / "made"))
+    instance = job_of(job, source="test")
+    planned = runner.Planned(
+        spec, cfg, instance, instance.settings_type.model_validate(settings), {"model": model}, key=repr(settings)
+    )
+    receipt = runner.run(planned, force=True, quiet=True)
+    return receipt, megatron_checkpoint.read_weights(folder / "made" / "megatron" / megatron_checkpoint.ITERATION)

@@ -1,0 +1,166 @@
+"""Rung 5: more layers that compute nothing yet, so that the deeper model is the same function, bit for bit.
+
+New layers come as whole blocks of the layer schedule (local, local, local, global), so every old layer keeps its kind.
+A new block copies the old one below it, norms included, except that what it adds to the residual stream is zero: the
+output projections of attention and feed-forward and their biases. Its value residual is 1. Zero projections have
+gradients at the first step, so the new layers learn.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from megatron_vpmoe.config import RunConfig
+from vpmoe.errors import UpcycleError
+from vpmoe.upcycle.job import Job, JobSettings, Product, Task
+from vpmoe.upcycle.rung_below import (
+    LogitDifference,
+    RungBelow,
+    in_layer,
+    layer_and_name,
+    logits_of,
+    random_prompts,
+    refuse_other_changes,
+)
+from vpmoe.weights import megatron_checkpoint
+from vpmoe.weights.tensors import LazyTensor, tensor_sha256
+
+Placement = Literal["between", "interpolate", "append"]
+
+VALUE_RESIDUAL = "self_attention.value_residual_scale"
+_ADDED_TO_THE_STREAM = tuple(
+    f"{linear}.{part}" for linear in ("self_attention.linear_proj", "mlp.linear_fc2") for part in ("weight", "bias")
+)
+
+
+class DepthSettings(JobSettings):
+    """Settings of ``depth``."""
+
+    placement: Placement = "between"
+    """Where new blocks go: "between" the old ones, as evenly as whole blocks allow; "interpolate": the same with the
+    place above the last one too; "append": all above the last one."""
+    prompt_lengths: tuple[int, ...] = Field(default=(1, 7, 33), min_length=1)
+    """Lengths of the prompts (of random tokens) on which both models have to give equal logits."""
+
+
+class Depth(Job[DepthSettings]):
+    """``model`` (a dense rung) -> the same function with more layers."""
+
+    name: ClassVar[str] = "depth"
+    roles: ClassVar[tuple[str, ...]] = ("model",)
+    settings_type = DepthSettings
+
+    def convert(self, task: Task[DepthSettings]) -> Product:
+        below = RungBelow.open(task.inputs["model"])
+        refuse_other_changes(task, below, {"num_layers"})
+        layers = layer_sources(below.cfg, task.cfg, task.settings.placement, source=task.spec.id)
+        task.report["old_layers"] = {index + 1: old + 1 for index, (old, is_new) in enumerate(layers) if not is_new}
+        task.report["new_layers_copied_from"] = {
+            index + 1: old + 1 for index, (old, is_new) in enumerate(layers) if is_new
+        }
+        return below.product(task.cfg, deepened(below.weights, layers))
+
+    def verify(self, task: Task[DepthSettings], folder: Path) -> dict[str, Any]:
+        below = RungBelow.open(task.inputs["model"])
+        written = megatron_checkpoint.read_weights(folder / "megatron" / megatron_checkpoint.ITERATION)
+        before = below.cast(task.settings.dtype)
+        layers = layer_sources(below.cfg, task.cfg, task.settings.placement, source=task.spec.id)
+        _check_old_layers(task, before, written, layers)
+        prompts = random_prompts(below.vocab_size, task.settings.prompt_lengths, task.settings.seed)
+        found = LogitDifference.between(
+            logits_of(below.cfg, before, prompts, source=task.inputs["model"].spec.id),
+            logits_of(task.cfg, written, prompts, source=task.spec.id),
+        )
+        if found.largest != 0.0:
+            raise UpcycleError(
+                f"the logits differ by {found.largest:.2e}; they have to be equal",
+                source=task.spec.id,
+                remedy="the conversion is wrong; report it",
+            )
+        return {**found.as_json(), "old_tensors_bit_identical": True}
+
+
+def layer_sources(old: RunConfig, new: RunConfig, placement: Placement, *, source: str) -> list[tuple[int, bool]]:
+    """For every layer of the deeper model, from 0: (the old layer that it is or copies, whether it is new).
+
+    Raises:
+        UpcycleError: fewer layers, layers that are no whole blocks, or routed experts.
+    """
+    period = 1 if old.model.window_size is None else old.model.window_attn_skip_freq
+    before, after = old.model.num_layers, new.model.num_layers
+    if before % period or after % period or after < before:
+        raise UpcycleError(
+            f"{before} -> {after} layers, where the schedule repeats every {period}",
+            source=f"{source}: num_layers",
+            remedy=f"take multiples of {period}, and no fewer than before",
+        )
+    if old.moe.num_experts is not None:
+        raise UpcycleError(
+            "layers with routed experts are not inserted",
+            source=f"{source}: num_experts",
+            remedy="deepen the dense rung, then add experts",
+        )
+    blocks = block_sources(before // period, after // period, placement)
+    return [(block * period + offset, is_new) for block, is_new in blocks for offset in range(period)]
+
+
+def block_sources(old: int, new: int, placement: Placement) -> list[tuple[int, bool]]:
+    """For every block of the deeper model: (the old block that it is or copies, whether it is new).
+
+    The first block is always the old first one: layer 1's values stay layer 1's. A new block copies the old one below.
+    """
+    added = new - old
+    if placement == "append":
+        gaps = [0] * (old - 1) + [added]
+    else:
+        places = max(old - 1, 1) if placement == "between" else old
+        ends = [added * (place + 1) // places for place in range(places)]
+        gaps = [end - begin for begin, end in zip([0, *ends], ends, strict=False)] + [0] * (old - places)
+    return [(block, copy > 0) for block, gap in enumerate(gaps) for copy in range(gap + 1)]
+
+
+def deepened(weights: dict[str, LazyTensor], layers: list[tuple[int, bool]]) -> dict[str, LazyTensor]:
+    """The deeper model's tensors; ``layers`` from ``layer_sources``."""
+    by_layer: dict[int, dict[str, LazyTensor]] = {}
+    result: dict[str, LazyTensor] = {}
+    for name, tensor in weights.items():
+        place = layer_and_name(name)
+        if place is None:
+            result[name] = tensor
+        else:
+            by_layer.setdefault(place[0], {})[place[1]] = tensor
+    mixes = any(VALUE_RESIDUAL in tensors for tensors in by_layer.values())
+    for index, (old, is_new) in enumerate(layers):
+        tensors = dict(by_layer[old])
+        if is_new:
+            tensors |= {name: _zeros(tensors[name]) for name in _ADDED_TO_THE_STREAM if name in tensors}
+            if mixes:
+                # Layer 1 has none, and may be what is copied.
+                tensors[VALUE_RESIDUAL] = LazyTensor.of(torch.ones(()))
+        result |= {in_layer(index, name): tensor for name, tensor in tensors.items()}
+    return result
+
+
+def _zeros(like: LazyTensor) -> LazyTensor:
+    return LazyTensor(like.shape, like.dtype, functools.partial(torch.zeros, like.shape, dtype=like.dtype))
+
+
+def _check_old_layers(
+    task: Task[DepthSettings],
+    before: dict[str, LazyTensor],
+    written: dict[str, LazyTensor],
+    layers: list[tuple[int, bool]],
+) -> None:
+    moved = {old: index for index, (old, is_new) in enumerate(layers) if not is_new}
+    for name, tensor in before.items():
+        place = layer_and_name(name)
+        now = name if place is None else in_layer(moved[place[0]], place[1])
+        if tensor_sha256(tensor.read()) != tensor_sha256(written[now].read()):
+            raise UpcycleError(
+                f"{name} changed on its way to {now}", source=task.spec.id, remedy="the conversion is wrong; report it"
+            )

@@ -1,0 +1,141 @@
+"""What a job takes over from the rung below, and how two rungs are compared: logits on the same tokens, in fp32."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_vpmoe.config import RunConfig, geometry_diff
+from vpmoe.errors import UpcycleError
+from vpmoe.hf.convert import run_state
+from vpmoe.upcycle.job import Input, Product, Task
+from vpmoe.weights import Weights, megatron_checkpoint
+from vpmoe.weights.geometry import conform, process_groups
+from vpmoe.weights.streamed_model import streamed_model
+from vpmoe.weights.tensors import DTYPES, LazyTensor
+
+_LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class RungBelow:
+    """An input model, opened; no tensor is read yet.
+
+    Attributes:
+        cfg: its geometry.
+        weights: under Megatron's names.
+        vocab_size: rows of the embedding that mean something.
+        kept: keys of HF's ``config.json`` beyond the geometry.
+        assets: tokenizer files.
+    """
+
+    cfg: RunConfig
+    weights: dict[str, LazyTensor]
+    vocab_size: int
+    kept: dict[str, Any]
+    assets: list[Path]
+
+    @classmethod
+    def open(cls, item: Input) -> RungBelow:
+        """The model of a derived object."""
+        assert item.cfg is not None
+        state = json.loads((item.checkpoint / megatron_checkpoint.RUN_STATE).read_text())
+        return cls(
+            cfg=item.cfg,
+            weights=megatron_checkpoint.read_weights(item.checkpoint),
+            vocab_size=state.get("vocab_size", item.cfg.model.padded_vocab_size),
+            kept=state.get("hf_config", {}),
+            assets=sorted((item.checkpoint / megatron_checkpoint.ASSETS).glob("*")),
+        )
+
+    def product(self, cfg: RunConfig, weights: Weights) -> Product:
+        """New weights with this rung's vocabulary and files."""
+        return Product(weights, run_state(cfg, vocab_size=self.vocab_size, kept=self.kept), self.assets)
+
+    def cast(self, dtype: str) -> dict[str, LazyTensor]:
+        """Its weights in the dtype that a job's settings name."""
+        return conform(self.weights, self.cfg, DTYPES[dtype], source="the rung below")
+
+
+def layer_and_name(name: str) -> tuple[int, str] | None:
+    """(index from 0, name inside the layer) of a layer's tensor; None for embedding, final norm and output."""
+    match = _LAYER_NAME.fullmatch(name)
+    return (int(match[1]), match[2]) if match else None
+
+
+def in_layer(index: int, name: str) -> str:
+    """The inverse of ``layer_and_name``."""
+    return f"decoder.layers.{index}.{name}"
+
+
+def refuse_other_changes(task: Task, below: RungBelow, allowed: Collection[str]) -> None:
+    """Hold the two geometries to differ in fields that the job can change only.
+
+    Args:
+        allowed: names of fields of ``model`` and ``moe``.
+
+    Raises:
+        UpcycleError: naming every other field that differs.
+    """
+    found = [
+        f"{change.key}: {change.old!r} -> {change.new!r}"
+        for change in geometry_diff(below.cfg, task.cfg)
+        if change.key.split(".")[1] not in allowed
+    ]
+    if found:
+        raise UpcycleError(
+            "the geometries differ in what this job does not change:\n    " + "\n    ".join(found),
+            source=task.spec.id,
+            remedy="correct the config of one of the two objects in objects.toml",
+        )
+
+
+def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int) -> list[list[int]]:
+    """One prompt of random tokens of each length; a pure function of its arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def logits_of(cfg: RunConfig, weights: Weights, prompts: Sequence[Sequence[int]], *, source: str) -> list[Tensor]:
+    """fp32 logits [length, padded vocabulary] of every prompt; one layer is in memory at a time."""
+    from megatron_vpmoe.generation.sampler import left_padded
+
+    with process_groups(), torch.no_grad():
+        model = streamed_model(cfg, weights, source=source)
+        logits = model(*left_padded(prompts, torch.device("cpu"))).logits()
+    return [row[-len(prompt) :].float() for row, prompt in zip(logits, prompts, strict=True)]
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """How far two models' logits are apart.
+
+    Attributes:
+        largest: absolute, over all positions and words.
+        scale: largest absolute logit of the first model.
+        prompts: lengths, in tokens.
+    """
+
+    largest: float
+    scale: float
+    prompts: list[int]
+
+    @classmethod
+    def between(cls, before: Sequence[Tensor], after: Sequence[Tensor]) -> LogitDifference:
+        """Of two results of ``logits_of`` on the same prompts."""
+        pairs = list(zip(before, after, strict=True))
+        return cls(
+            largest=max(float((new - old).abs().max()) for old, new in pairs),
+            scale=max(float(old.abs().max()) for old in before),
+            prompts=[len(old) for old in before],
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return {"logit_difference": self.largest, "logit_scale": self.scale, "prompts": self.prompts}

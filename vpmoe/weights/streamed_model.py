@@ -1,0 +1,67 @@
+"""A model for a pass or two over weights that do not fit into memory: a layer's are read when the pass comes to it."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from megatron_vpmoe.config import RunConfig
+from vpmoe.weights.geometry import config_of, expected_shapes, geometry_of
+from vpmoe.weights.tensors import Weights, check_geometry
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.model.gpt import VPModel
+
+_LAYER = "decoder.layers.{}."
+
+
+def streamed_model(cfg: RunConfig, weights: Weights, *, source: str) -> VPModel:
+    """A model in evaluation mode and fp32 that holds embedding, output layer and one layer at a time.
+
+    Equal to ``load_model``'s in every number. For passes without gradients; each reads all layers again, so give it all
+    tokens at once. Process groups must exist (``process_groups``) while it is used.
+
+    Args:
+        cfg: whose ``model`` and ``moe`` sections are the geometry; its parallel sizes and precision do not matter.
+        weights: every tensor of the model.
+        source: of the weights, for messages.
+
+    Raises:
+        WeightsError: names or shapes disagree with the geometry.
+    """
+    from megatron_vpmoe.model.builder import build_model
+
+    cfg = config_of(geometry_of(cfg), source=source)
+    check_geometry(weights, expected_shapes(cfg), source=source)
+    model = build_model(cfg, device=torch.device("meta")).eval().requires_grad_(False)
+    layers: Any = model.decoder.layers
+    for name, module in model.named_children():
+        if name != "decoder":
+            _fill(module, f"{name}.", weights)
+    for name, module in model.decoder.named_children():
+        if name != "layers":
+            _fill(module, f"decoder.{name}.", weights)
+    for index, layer in enumerate(layers):
+        layer.register_forward_pre_hook(functools.partial(_enter, _LAYER.format(index), weights))
+        layer.register_forward_hook(_leave)
+    return model
+
+
+def _enter(prefix: str, weights: Weights, layer: nn.Module, _arguments: Any) -> None:
+    _fill(layer, prefix, weights)
+
+
+def _leave(layer: nn.Module, _arguments: Any, _result: Any) -> None:
+    layer.to("meta")
+
+
+def _fill(module: nn.Module, prefix: str, weights: Weights) -> None:
+    module.to_empty(device="cpu")
+    for buffer in module.buffers():
+        buffer.zero_()
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, torch.Tensor) and f"{prefix}{name}" in weights:
+            tensor.copy_(weights[f"{prefix}{name}"].read())
