@@ -25,6 +25,13 @@ def command(run_dir: Path, dataset: Path, **changes: object) -> list[str]:
     return [sys.executable, "-m", "megatron_vpmoe.pretrain", str(ROOT / "configs" / "nano" / "stage1.yaml"), *flags]
 
 
+def work(arguments: list[str]) -> None:
+    """What one worker does with the arguments of ``command``, for workers that a test starts itself."""
+    from megatron_vpmoe.pretrain import run
+
+    run(arguments)
+
+
 def train(run_dir: Path, dataset: Path, **changes: object) -> subprocess.CompletedProcess[str]:
     """Run to the end."""
     return subprocess.run(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from megatron_vpmoe.config import RunConfig, config_hash
+from megatron_vpmoe.config.schema_run import ParallelSection
 from megatron_vpmoe.errors import CheckpointError, TokenizerError
 from vpmoe.files import sha256_of_file
 from vpmoe.tokenizer import Tokenizer, load_tokenizer
@@ -122,7 +123,7 @@ def _for_one_process(cfg: RunConfig, data_path: Path | None) -> RunConfig:
     data = {} if data_path is None else {"data_path": str(data_path), "blend": None, "blend_schedule": None}
     return cfg.model_copy(
         update={
-            "parallel": cfg.parallel.model_copy(update={"expert_model_parallel_size": 1, "nproc_per_node": 1}),
+            "parallel": ParallelSection(),
             "data": cfg.data.model_copy(update=data),
         }
     )

@@ -81,24 +81,31 @@ def attention_parameters(cfg: RunConfig, layer_number: int) -> int:
     return count
 
 
-def parameter_count(cfg: RunConfig) -> ParameterCount:
-    """Parameters of the model that ``cfg`` describes, equal to those of the built model."""
+def parameter_count(cfg: RunConfig, layers: range | None = None) -> ParameterCount:
+    """Parameters of the model that ``cfg`` describes, equal to those of the built model.
+
+    Args:
+        cfg: the run.
+        layers: count the pipeline stage of these layer numbers (from 1) alone; None: the whole model.
+    """
     m, moe = cfg.model, cfg.moe
-    layers = range(1, m.num_layers + 1)
+    layers = range(1, m.num_layers + 1) if layers is None else layers
+    is_first, is_last = layers.start == 1, layers.stop == m.num_layers + 1
+    owns_output = is_last and (m.untie_embeddings_and_output_weights or not is_first)  # a tied one is a copy there
     sparse = sum(cfg.is_moe_layer(n) for n in layers)
     experts, expert = moe.num_experts or 0, _feed_forward(cfg, moe.moe_ffn_hidden_size)
     shared = moe.moe_shared_expert_intermediate_size
     vocabulary = m.padded_vocab_size * m.hidden_size
     parts = {
-        "embedding": vocabulary,
-        "output layer": vocabulary if m.untie_embeddings_and_output_weights else 0,
+        "embedding": vocabulary if is_first else 0,
+        "output layer": vocabulary if owns_output else 0,
         "attention, local": sum(attention_parameters(cfg, n) for n in layers if not cfg.is_global_layer(n)),
         "attention, global": sum(attention_parameters(cfg, n) for n in layers if cfg.is_global_layer(n)),
-        "dense feed-forward": (m.num_layers - sparse) * _feed_forward(cfg, m.ffn_hidden_size),
+        "dense feed-forward": (len(layers) - sparse) * _feed_forward(cfg, m.ffn_hidden_size),
         "router": sparse * experts * m.hidden_size,
         "shared experts": sparse * _feed_forward(cfg, shared) if shared else 0,
         "routed experts": sparse * experts * expert,
-        "norms": (2 * m.num_layers + 1) * m.hidden_size,
+        "norms": (2 * len(layers) + is_last) * m.hidden_size,
     }
     return ParameterCount(parts, routed_experts_active=sparse * min(moe.moe_router_topk, experts) * expert)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_vpmoe.config.combinations import idle_lines
 from megatron_vpmoe.config.geometry import parameter_count, tensor_parallel_rank
+from megatron_vpmoe.config.pipeline import stage_layers
 from megatron_vpmoe.config.schema import RunConfig
 from megatron_vpmoe.errors import DeviceError
 
@@ -27,9 +28,9 @@ class MemoryEstimate:
         return sum(self.parts.values())
 
 
-def _local_parameters(cfg: RunConfig) -> tuple[int, int]:
-    """(hidden matrices, everything else) of one process, after the experts are spread; ``cfg`` is of that process."""
-    parts = dict(parameter_count(cfg).parts)
+def _local_parameters(cfg: RunConfig, layers: range) -> tuple[int, int]:
+    """(hidden matrices, everything else) of a rank that holds ``layers``, experts spread; ``cfg`` is the rank's."""
+    parts = dict(parameter_count(cfg, layers).parts)
     routed = parts.pop("routed experts") // cfg.parallel.expert_model_parallel_size
     others = parts["embedding"] + parts["output layer"] + parts["router"] + parts["norms"]
     return sum(parts.values()) - others + routed, others
@@ -68,23 +69,24 @@ def _layer_activations(cfg: RunConfig, layer_number: int, compute_bytes: int, on
     return parts
 
 
-def _activations(cfg: RunConfig, compute_bytes: int, on_cpu: bool) -> int:
-    """Bytes per token at the peak: what the stack keeps, and the inside of a recomputed part as it runs again."""
-    training, count = cfg.training, cfg.model.num_layers
-    layers = [_layer_activations(cfg, n, compute_bytes, on_cpu) for n in range(1, count + 1)]
+def _activations(cfg: RunConfig, numbers: range, compute_bytes: int, on_cpu: bool) -> tuple[int, int]:
+    """Bytes per token of one stage: what it keeps of a micro-batch, and what stands while a part runs again."""
+    training, count = cfg.training, len(numbers)
+    layers = [_layer_activations(cfg, n, compute_bytes, on_cpu) for n in numbers]
     whole = [sum(parts.values()) for parts in layers]
     if training.recompute_granularity is None:
-        return sum(whole)
+        return sum(whole), 0
     if training.recompute_granularity == "selective":
         again = set(training.recompute_modules or ("core_attn",))
         again |= {"shared_experts"} if "moe" in again else set()
         freed = [sum(size for part, size in parts.items() if part in again) for parts in layers]
-        return sum(whole) - sum(freed) + max(freed)
-    run = training.recompute_num_layers or 1
+        return sum(whole) - sum(freed), max(freed)
+    run = min(training.recompute_num_layers or 1, count)
     kept_input = cfg.model.hidden_size * compute_bytes
     if training.recompute_method == "block":
-        return run * kept_input + max(sum(whole[run:]), max(whole[:run]))  # the kept layers are gone by then
-    return -(-count // run) * kept_input + max(sum(whole[i : i + run]) for i in range(0, count, run))
+        kept = sum(whole[run:])  # gone by the time that the first layers run again
+        return run * kept_input + kept, max(0, max(whole[:run]) - kept)
+    return -(-count // run) * kept_input, max(sum(whole[i : i + run]) for i in range(0, count, run))
 
 
 def _loss(cfg: RunConfig, compute_bytes: int) -> int:
@@ -95,14 +97,14 @@ def _loss(cfg: RunConfig, compute_bytes: int) -> int:
     return chunk + vocab * cfg.model.hidden_size * compute_bytes
 
 
-def _optimizer_state(cfg: RunConfig, matrices: int, others: int) -> int:
-    """Bytes of one rank's share of the optimizer state, of ``matrices`` and ``others`` parameters held by the process.
+def _optimizer_state(cfg: RunConfig, layers: range, matrices: int, others: int) -> int:
+    """Bytes of one rank's share of the optimizer state, of ``matrices`` and ``others`` parameters in its ``layers``.
 
     NorMuon keeps one moment a matrix entry, AdamW two; bf16 parameters have an fp32 master copy. Data-parallel ranks
     share it; as many as one machine has are counted, more leave less to each.
     """
     o, p = cfg.optim, cfg.parallel
-    experts = dict(parameter_count(cfg).parts)["routed experts"] // p.expert_model_parallel_size
+    experts = dict(parameter_count(cfg, layers).parts)["routed experts"] // p.expert_model_parallel_size
     experts = min(experts, matrices)
     moment = 2 if o.normuon_momentum_dtype == "bfloat16" else _FP32
     per_matrix_entry = moment if o.optimizer == "normuon" else 2 * _FP32
@@ -115,27 +117,37 @@ def _optimizer_state(cfg: RunConfig, matrices: int, others: int) -> int:
 
 
 def memory_estimate(cfg: RunConfig, *, on_cpu: bool = False) -> MemoryEstimate:
-    """Memory of one process of the run.
+    """Memory of one process of the run; of a pipeline, that of the stage that needs most.
 
-    Gradients are accumulated in fp32. Activations are for one micro-batch: what recomputation leaves of them, and the
-    inside of the largest recomputed part.
+    Gradients are accumulated in fp32. Activations are what recomputation leaves of one micro-batch, and the inside of
+    the largest recomputed part; of P stages the first keeps P micro-batches under way, the last one.
 
     Args:
         cfg: the run.
         on_cpu: the machine has no GPU, which decides the attention backend that "auto" takes.
     """
     cfg = tensor_parallel_rank(cfg)
-    matrices, others = _local_parameters(cfg)
+    stages = stage_layers(cfg)
+    estimates = [_stage_estimate(cfg, layers, len(stages) - i, on_cpu) for i, layers in enumerate(stages)]
+    return max(estimates, key=lambda estimate: estimate.total)
+
+
+def _stage_estimate(cfg: RunConfig, layers: range, under_way: int, on_cpu: bool) -> MemoryEstimate:
+    m, is_last = cfg.model, layers.stop == cfg.model.num_layers + 1
+    matrices, others = _local_parameters(cfg, layers)
     local = matrices + others
     compute_bytes = 2 if cfg.training.bf16 else _FP32
     tokens = cfg.training.micro_batch_size * cfg.data.seq_length
+    kept, transient = _activations(cfg, layers, compute_bytes, on_cpu)
+    if layers.start > 1:  # what the stage before has sent
+        kept += (m.hidden_size + m.value_residual * m.num_query_groups * m.kv_channels) * compute_bytes
     return MemoryEstimate(
         {
             "parameters": local * compute_bytes,
             "gradients": local * _FP32,
-            "optimizer state": _optimizer_state(cfg, matrices, others),
-            "activations": tokens * _activations(cfg, compute_bytes, on_cpu),
-            "loss": _loss(cfg, compute_bytes),
+            "optimizer state": _optimizer_state(cfg, layers, matrices, others),
+            "activations": tokens * (under_way * kept + transient),
+            "loss": _loss(cfg, compute_bytes) if is_last else 0,
             "process": _PROCESS_BYTES,
         }
     )

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from megatron_vpmoe.config.blend import blend_problems
 from megatron_vpmoe.config.combinations import REFUSALS
+from megatron_vpmoe.config.pipeline import pipeline_problems
 from megatron_vpmoe.config.recomputation import recomputation_problems
 from megatron_vpmoe.config.schema import RunConfig
 
@@ -109,7 +110,6 @@ def _intervals(cfg: RunConfig) -> Findings:
 
 
 _UNSUPPORTED = {
-    "pipeline_model_parallel_size": "layer 1's values, which every layer mixes in, do not travel between stages",
     "context_parallel_size": "a rank would have the keys of its own part of a row, and no attention backend fetches "
     "the rest of a window or a document from the other ranks",
 }
@@ -170,21 +170,24 @@ def _tensor_parallel(cfg: RunConfig) -> Findings:
 
 def _world(cfg: RunConfig, world_size: int) -> Findings:
     p, t = cfg.parallel, cfg.training
-    if p.pipeline_model_parallel_size * p.context_parallel_size > 1:
+    if p.context_parallel_size > 1:
         return  # already refused, and the data-parallel size would mean nothing
-    model_ranks = p.tensor_model_parallel_size
-    if world_size % model_ranks:
-        yield Problem(
-            ("tensor_model_parallel_size", "nproc_per_node"),
-            f"{world_size} processes cannot be divided into tensor-parallel groups of {model_ranks}",
-        )
-        return
-    if world_size % p.expert_model_parallel_size:
+    stages, shards = p.pipeline_model_parallel_size, p.tensor_model_parallel_size
+    for name, size, what in (
+        ("pipeline_model_parallel_size", stages, f"pipelines of {stages} stages"),
+        ("tensor_model_parallel_size", stages * shards, f"tensor-parallel groups of {shards}"),
+    ):
+        if world_size % size:
+            of_stages = f" over {stages} stages" if stages > 1 and size > stages else ""
+            yield Problem((name, "nproc_per_node"), f"{world_size} processes cannot be divided into {what}{of_stages}")
+            return
+    if world_size // stages % p.expert_model_parallel_size:
         yield Problem(
             ("expert_model_parallel_size", "nproc_per_node"),
-            f"{world_size} processes cannot be divided into expert groups of {p.expert_model_parallel_size}",
+            f"{world_size // stages} processes{' of each stage' if stages > 1 else ''} cannot be divided into expert "
+            f"groups of {p.expert_model_parallel_size}",
         )
-    replicas = world_size // model_ranks
+    replicas = world_size // (stages * shards)
     rows = t.micro_batch_size * replicas
     if t.global_batch_size % t.micro_batch_size == 0 and t.global_batch_size % rows:
         yield Problem(
@@ -198,6 +201,10 @@ def _data(cfg: RunConfig) -> Findings:
     yield from (Problem(names, text) for names, text in blend_problems(cfg.data))
 
 
+def _pipeline(cfg: RunConfig) -> Findings:
+    yield from (Problem(names, text) for names, text in pipeline_problems(cfg))
+
+
 def _recomputation(cfg: RunConfig) -> Findings:
     yield from (Problem(names, text) for names, text in recomputation_problems(cfg))
 
@@ -209,6 +216,7 @@ _RULES: tuple[Callable[[RunConfig], Findings], ...] = (
     _schedule,
     _intervals,
     _parallel,
+    _pipeline,
     _recomputation,
     _data,
 )

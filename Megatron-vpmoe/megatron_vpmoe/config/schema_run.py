@@ -96,7 +96,13 @@ class ParallelSection(Section):
     sequence_parallel: bool = False
     """Tensor-parallel ranks also share the sequence between attention and feed-forward; experts need it."""
     pipeline_model_parallel_size: Count = 1
-    """Ranks that share the layers; only 1 is supported."""
+    """Stages that the layers are cut into, each on its own ranks; Megatron's 1F1B schedule runs them."""
+    num_layers_in_first_pipeline_stage: Count | None = None
+    """Layers of the first stage where they are not shared out evenly; null: as many as the others."""
+    num_layers_in_last_pipeline_stage: Count | None = None
+    """Layers of the last stage, which has the output layer as well; null: as many as the others."""
+    virtual_pipeline_model_parallel_size: Count | None = None
+    """Pieces of a stage in the interleaved schedule; only null is supported."""
     context_parallel_size: Count = 1
     """Ranks that share each sequence; only 1 is supported."""
     expert_model_parallel_size: Count = 1

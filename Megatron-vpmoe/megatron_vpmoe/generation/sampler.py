@@ -17,8 +17,10 @@ from torch import Tensor
 from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.model.attention.kv_cache import KVCache
 from megatron_vpmoe.model.attention.masks import SequenceLayout
-from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.model.gpt import ModelOutput, VPModel
 from megatron_vpmoe.model.sequence_parallel import whole_sequences
+from megatron_vpmoe.runtime import stages
+from megatron_vpmoe.runtime.device import current_device
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def generate(model: VPModel, prompts: Sequence[Sequence[int]], options: Sampling
 
 
 def _decode(model: VPModel, prompts: Sequence[Sequence[int]], options: SamplingOptions) -> list[list[int]]:
-    device = model.embedding.word_embeddings.weight.device
+    device = current_device()
     tokens_BP, layout = left_padded(prompts, device)
     generator = torch.Generator(device=device).manual_seed(options.seed)
     stop = torch.tensor(options.stop_ids, device=device)
@@ -81,15 +83,32 @@ def _decode(model: VPModel, prompts: Sequence[Sequence[int]], options: SamplingO
     chosen: list[Tensor] = []
     tokens = tokens_BP
     for _ in range(options.max_new_tokens):
-        output = model(tokens, layout, cache)
-        logits_BV = model.logits(output.hidden_BSH[:, -1]).float()
-        next_B = choose(logits_BV, options, generator)
+        output = _through_stages(model, tokens, layout, cache)
+        if isinstance(output, ModelOutput):
+            logits_BV = model.logits(output.hidden_BSH[:, -1]).float()
+            next_B = choose(logits_BV, options, generator)
+        else:
+            next_B = torch.empty(len(prompts), dtype=torch.int64, device=device)
+        stages.tell_stages(next_B)
         chosen.append(next_B)
         done_B |= torch.isin(next_B, stop)
         if bool(done_B.all()):
             break
         tokens, layout = next_B.unsqueeze(1), extended(layout)
     return [_until_stop(row, options.stop_ids) for row in torch.stack(chosen, dim=1).tolist()]
+
+
+def _through_stages(model: VPModel, tokens: Tensor, layout: SequenceLayout, cache: KVCache) -> ModelOutput | Tensor:
+    """This stage's part of a forward pass: what comes from the stage before, and what goes on to the next one."""
+    if not model.stage.is_first:
+        shape = (tokens.shape[1], tokens.shape[0], model.wire.width)
+        received = torch.empty(shape, dtype=model.config.pipeline_dtype, device=tokens.device)
+        stages.receive_from_previous_stage(received)
+        model.set_input_tensor([received])
+    output = model(tokens, layout, cache)
+    if isinstance(output, Tensor):
+        stages.send_to_next_stage(output)
+    return output
 
 
 def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, SequenceLayout]:

@@ -70,7 +70,7 @@ def _add(residual: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class VPTransformerBlock(TransformerBlock):
-    """All layers of the model and the final norm."""
+    """The layers of one pipeline stage, and on the last stage the final norm."""
 
     config: VPTransformerConfig
 
@@ -80,15 +80,28 @@ class VPTransformerBlock(TransformerBlock):
         layout: SequenceLayout,
         kv_cache: KVCache | None = None,
         padding_BS: Tensor | None = None,
-    ) -> Tensor:
-        """Run every layer; returns the normed residual stream [S, B, H]."""
-        first_value: Tensor | None = None
+        first_value: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run every layer.
+
+        Args:
+            hidden_SBH: the embedded tokens, or the residual stream of the stage before.
+            layout: which positions belong to which document.
+            kv_cache: keys and values of earlier positions when decoding.
+            padding_BS: bool, True on padding.
+            first_value: layer 1's values [S, B, G, D] from the stage before; None on the first stage.
+
+        Returns:
+            the residual stream [S, B, H], normed on the last stage, and layer 1's values.
+        """
         for layers, again in self.config.recomputation.runs(list(self.layers)):
             arguments = (layers, hidden_SBH, layout, first_value, kv_cache, padding_BS)
             hidden_SBH, first_value = (
                 recomputed(_run_layers, *arguments) if again and self.training else _run_layers(*arguments)
             )
-        return self.final_layernorm(hidden_SBH) if self.final_layernorm is not None else hidden_SBH
+        if self.final_layernorm is not None:
+            hidden_SBH = self.final_layernorm(hidden_SBH)
+        return hidden_SBH, first_value
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -9,9 +9,10 @@ Shapes: B batch, S sequence, H hidden, V padded vocabulary, T tensor-parallel ra
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -30,6 +31,7 @@ from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.block import VPTransformerBlock
 from megatron_vpmoe.model.cross_entropy import weighted_cross_entropy
 from megatron_vpmoe.model.layer_specs import block_spec
+from megatron_vpmoe.model.pipeline import Stage, Wire, draw_preceding_weights
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 
 
@@ -67,7 +69,7 @@ class ModelOutput:
 
 
 class VPModel(LanguageModule):
-    """The student at any rung: embedding -> layers -> norm -> output projection.
+    """The student at any rung: embedding -> layers -> norm -> output projection; of a pipeline, one stage of it.
 
     Args:
         config: the transformer's configuration.
@@ -86,34 +88,72 @@ class VPModel(LanguageModule):
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.vocab_size = vocab_size
+        self.stage = Stage.of(config, self.pg_collection.pp)
+        self._received: Tensor | None = None
         self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
         # Read by Megatron-Core's LanguageModule and schedules.
-        self.pre_process = self.post_process = True
+        self.pre_process, self.post_process = self.stage.is_first, self.stage.is_last
         self.model_type = ModelType.encoder_or_decoder
-        self.embedding = LanguageModelEmbedding(
+        self._embedding_of_first_stage = draw_preceding_weights(config, self.stage, vocab_size, self.pg_collection)
+        if self.pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=vocab_size,
+                max_sequence_length=0,
+                position_embedding_type="none",
+                tp_group=self.pg_collection.tp,
+            )
+        self.decoder = VPTransformerBlock(
             config=config,
-            vocab_size=vocab_size,
-            max_sequence_length=0,
-            position_embedding_type="none",
-            tp_group=self.pg_collection.tp,
+            spec=block_spec(config, self.stage.layers),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=self.pg_collection,
         )
-        self.decoder = VPTransformerBlock(config=config, spec=block_spec(config), pg_collection=self.pg_collection)
-        # Objectives choose positions before the projection, so its input is whole and never to be gathered.
-        whole = copy.copy(config)
-        whole.sequence_parallel = False
-        self.output_layer = tensor_parallel.ColumnParallelLinear(
-            config.hidden_size,
-            vocab_size,
-            config=whole,
-            init_method=cast("Callable[[Tensor], Tensor]", config.init_method),
-            bias=False,
-            skip_weight_param_allocation=share_embeddings_and_output_weights,
-            tp_group=self.pg_collection.tp,
-        )
+        if self.post_process:
+            # Objectives choose positions before the projection, so its input is whole and never to be gathered.
+            whole = copy.copy(config)
+            whole.sequence_parallel = False
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size,
+                vocab_size,
+                config=whole,
+                init_method=cast("Callable[[Tensor], Tensor]", config.init_method),
+                bias=False,
+                skip_weight_param_allocation=share_embeddings_and_output_weights and self.pre_process,
+                tp_group=self.pg_collection.tp,
+            )
         self.setup_embeddings_and_output_layer()
+        del self._embedding_of_first_stage
 
-    def set_input_tensor(self, _input_tensor: object) -> None:
-        """Megatron-Core's schedules hand every stage its input; the only stage takes its own from the batch."""
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Mark embedding and output layer for upstream; of a tied pair on two stages the last one gets its copy here.
+
+        Upstream's way to the copy is an all-reduce on the GPU before the model is there.
+        """
+        if not self.share_embeddings_and_output_weights or self.stage.count == 1:
+            super().setup_embeddings_and_output_layer()
+        elif self.pre_process or self.post_process:
+            weight: Any = self.shared_embedding_or_output_weight()
+            weight.is_embedding_or_output_parameter = weight.shared_embedding = True
+            # Its gradient is reduced over both copies; the norm of the whole gradient counts the first one alone.
+            weight.shared = self.post_process
+            if self.post_process and self._embedding_of_first_stage is not None:
+                weight.data.copy_(self._embedding_of_first_stage)
+
+    @property
+    def wire(self) -> Wire:
+        """What travels between stages: another shape while sequence parallelism is off for decoding."""
+        return Wire.of(cast(VPTransformerConfig, self.config))
+
+    def set_input_tensor(self, input_tensor: Sequence[Tensor | None]) -> None:
+        """What the stage before has sent: one tensor [S, B, width of the wire]; the first stage gets None."""
+        self._received = input_tensor[0]
+
+    def absolute_name(self, name: str) -> str:
+        """A parameter's name with the global number of its layer (from 0), as in checkpoints and one-process runs."""
+        offset = self.stage.layers.start - 1
+        return re.sub(r"(?<=decoder\.layers\.)\d+", lambda match: str(int(match.group()) + offset), name)
 
     def output_weight(self) -> Tensor:
         """The output projection's matrix, [V, H]; under tensor parallelism this rank's rows."""
@@ -129,20 +169,31 @@ class VPModel(LanguageModule):
         """The output projection over this rank's part of the vocabulary, [..., H] -> [..., V / T]."""
         return self.output_layer(hidden, weight=self.output_weight())[0]
 
-    def forward(self, tokens_BS: Tensor, layout: SequenceLayout, kv_cache: KVCache | None = None) -> ModelOutput:
+    def forward(
+        self, tokens_BS: Tensor, layout: SequenceLayout, kv_cache: KVCache | None = None
+    ) -> ModelOutput | Tensor:
         """One pass over packed rows, or over the next tokens of rows whose past is in the cache.
 
         Args:
             tokens_BS: int64; when decoding only the new tokens.
             layout: documents and positions of all keys, past ones included.
             kv_cache: filled and read when decoding.
+
+        Returns:
+            on the last stage what an objective reads; on others the tensor for the next stage.
         """
-        hidden_SBH = self.embedding(input_ids=tokens_BS, position_ids=None)
+        if self._received is None:
+            hidden_SBH, first_value = self.embedding(input_ids=tokens_BS, position_ids=None), None
+        else:
+            hidden_SBH, first_value = self.wire.unpack(self._received)
+            self._received = None
         padding_BS = layout.document_id[:, -tokens_BS.shape[1] :] < 0
         tp, split = self.pg_collection.tp, self.config.sequence_parallel
         if split:
             padding_BS = padding_BS.chunk(tp.size(), dim=1)[tp.rank()]
-        hidden_SBH = self.decoder(hidden_SBH, layout, kv_cache, padding_BS)
+        hidden_SBH, first_value = self.decoder(hidden_SBH, layout, kv_cache, padding_BS, first_value)
+        if not self.post_process:
+            return self.wire.pack(hidden_SBH, first_value)
         if split:
             # What follows is the same on every rank, so each takes its part of the gradient as it is.
             hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False, group=tp)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import cast
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -56,7 +57,7 @@ def layer_spec(config: VPTransformerConfig, layer_number: int) -> ModuleSpec:
     )
 
 
-def block_spec(config: VPTransformerConfig) -> TransformerBlockSubmodules:
-    """All layers of the stack and the final norm."""
-    layers = [layer_spec(config, number) for number in range(1, config.num_layers + 1)]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=ModuleSpec(module=RMSNorm))
+def block_spec(config: VPTransformerConfig, layers: Iterable[int]) -> TransformerBlockSubmodules:
+    """The layers of these (global, 1-based) numbers, and the final norm, which upstream builds on the last stage."""
+    specs = [layer_spec(config, number) for number in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=ModuleSpec(module=RMSNorm))

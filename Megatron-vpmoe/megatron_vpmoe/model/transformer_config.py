@@ -95,9 +95,13 @@ def transformer_config(cfg: RunConfig) -> VPTransformerConfig:
         sequence_parallel=parallel.sequence_parallel,
         expert_tensor_parallel_size=1,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         pipeline_dtype=dtype,
+        # What a stage has sent is kept for its graph alone.
+        deallocate_pipeline_outputs=parallel.pipeline_model_parallel_size > 1,
         params_dtype=dtype,
         bf16=training.bf16,
         calculate_per_token_loss=True,

@@ -9,8 +9,7 @@ import torch
 from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.objectives import Objective
-from megatron_vpmoe.runtime.device import current_device
-from megatron_vpmoe.training.step import global_metrics, global_totals, layout_of
+from megatron_vpmoe.training.step import global_totals, run_micro_batches
 
 
 @torch.no_grad()
@@ -26,11 +25,6 @@ def evaluate(model: VPModel, objective: Objective, batches: Iterable[Batch]) -> 
     was_training = model.training
     model.eval()
     try:
-        collected = []
-        for batch in batches:
-            batch = batch.to(current_device())
-            output = model(batch.tokens, layout_of(batch))
-            collected.append(objective(output, batch, totals).metrics)
+        return run_micro_batches(model, objective, batches, totals, forward_only=True)
     finally:
         model.train(was_training)
-    return global_metrics(objective, collected, totals)

@@ -11,7 +11,7 @@ from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.errors import NonFiniteError
 from megatron_vpmoe.metrics import MetricStream, open_sinks
 from megatron_vpmoe.model.moe.router_health import check_thresholds
-from megatron_vpmoe.runtime import distributed
+from megatron_vpmoe.runtime import distributed, stages
 from megatron_vpmoe.runtime.signals import StopRequest
 from megatron_vpmoe.training.evaluate import evaluate
 from megatron_vpmoe.training.progress import Progress
@@ -101,7 +101,7 @@ def _skip_or_stop(run: Run, result: StepResult, batches: list[Batch]) -> None:
         "grad_norm": result.grad_norm,
         "sample_ids": [sample for batch in batches for sample in batch.sample_ids],
         "parameters": [
-            name
+            run.model.absolute_name(name)
             for name, parameter in run.model.named_parameters()
             if (grad := getattr(parameter, "main_grad", None)) is not None and not bool(grad.isfinite().all())
         ],
@@ -111,7 +111,8 @@ def _skip_or_stop(run: Run, result: StepResult, batches: list[Batch]) -> None:
     if training.nonfinite_policy == "skip" and run.skipped_steps <= training.nonfinite_max_skips:
         return
     what = "loss" if not math.isfinite(result.metrics["loss/total"]) else "gradient"
-    named = f", first in {report['parameters'][0]}" if report["parameters"] else ""
+    first = [name for names in stages.gather_stages(report["parameters"]) for name in names][:1]
+    named = f", first in {first[0]}" if first else ""
     raise NonFiniteError(
         f"the {what} of iteration {run.iteration + 1} is not finite{named}",
         source=f"{path} (batch ids, parameters with a non-finite gradient)",

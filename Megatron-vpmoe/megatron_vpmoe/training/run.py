@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from megatron_vpmoe.optim import (
     routing_table,
     write_routing_table,
 )
-from megatron_vpmoe.runtime import distributed
+from megatron_vpmoe.runtime import distributed, stages
 from megatron_vpmoe.runtime.device import current_device
 from megatron_vpmoe.training import checkpoint
 from megatron_vpmoe.training.initial_weights import load_initial_weights
@@ -127,7 +127,13 @@ def open_run(cfg: RunConfig) -> Run:
         valid_dataset=valid[0].dataset,
         provenance=collect_provenance(cfg, [part.dataset.manifest for part in train]),
         notes=(*notes, *implementation_notes(model, cfg)),
-        routing=routing_table(model, cfg),
+        routing=[
+            row
+            for stage in stages.gather_stages(
+                [replace(row, name=model.absolute_name(row.name)) for row in routing_table(model, cfg)]
+            )
+            for row in stage
+        ],
     )
     if distributed.rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
@@ -145,11 +151,15 @@ def implementation_notes(model: VPModel, cfg: RunConfig) -> list[str]:
         if isinstance(attention, VPSelfAttention):
             kind = "global" if attention.window is None else f"local (window {attention.window})"
             chosen[kind] = attention.backend_name(current_device())
+    told = stages.gather_stages((model.stage.layers, chosen))
+    chosen = {kind: backend for _, of_stage in told for kind, backend in of_stage.items()}
     notes = ["attention: " + ", ".join(f"{kind} layers on {backend}" for kind, backend in chosen.items())]
     if cfg.moe.num_experts is not None:
         rule = layout_rule(model.config.params_dtype, current_device().type)
         ranks = cfg.parallel.expert_model_parallel_size
         notes.append(f"experts: {token_dispatcher(cfg)} dispatcher, {ranks} ranks; {rule}")
+    if len(told) > 1:
+        notes.append("pipeline: layers " + ", ".join(f"{layers[0]}-{layers[-1]}" for layers, _ in told))
     return notes
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.model.attention.masks import SequenceLayout
-from megatron_vpmoe.model.gpt import ModelOutput
+from megatron_vpmoe.model.gpt import ModelOutput, VPModel
 from megatron_vpmoe.objectives import Objective
 from megatron_vpmoe.optim import VpOptimizer
+from megatron_vpmoe.runtime import distributed, stages
 from megatron_vpmoe.runtime.device import current_device
-from megatron_vpmoe.runtime.distributed import sum_over_ranks
 from megatron_vpmoe.runtime.ranges import annotated
 
 
@@ -43,7 +43,7 @@ def global_totals(objective: Objective, batches: list[Batch]) -> dict[str, float
     counts = {key: float(value) for key, value in objective.counts(batches).items()}
     counts["tokens/real"] = float(sum(batch.real_tokens for batch in batches))
     with annotated("communication"):
-        return sum_over_ranks(counts)
+        return distributed.sum_over_ranks(counts)
 
 
 def layout_of(batch: Batch) -> SequenceLayout:
@@ -69,16 +69,7 @@ def train_step(
     biases_before = [bias.clone() for bias in biases]
     model.zero_grad_buffer()
     optimizer.zero_grad()
-    collected = get_forward_backward_func()(
-        forward_step_func=_forward_step(objective, totals),
-        data_iterator=iter(batches),
-        model=[model],
-        num_microbatches=len(batches),
-        seq_length=batches[0].tokens.shape[1],
-        micro_batch_size=batches[0].tokens.shape[0],
-        forward_only=False,
-    )
-    metrics = global_metrics(objective, collected, totals)
+    metrics = run_micro_batches(model, objective, batches, totals, forward_only=False)
     updated, grad_norm = False, math.nan
     if math.isfinite(metrics["loss/total"]):
         with annotated("optimizer"):
@@ -90,6 +81,39 @@ def train_step(
     return StepResult(metrics, grad_norm, updated)
 
 
+def run_micro_batches(
+    model: DistributedDataParallel | VPModel,
+    objective: Objective,
+    batches: list[Batch],
+    totals: dict[str, float],
+    *,
+    forward_only: bool,
+) -> dict[str, float]:
+    """Run Megatron-Core's schedule over the micro-batches (1F1B where there are pipeline stages); a collective.
+
+    Args:
+        model: in training the wrapped one, whose gradients are finalised.
+        batches: the same on every stage of a pipeline, on the CPU.
+        totals: of ``global_totals``.
+        forward_only: leave out the backward passes.
+
+    Returns:
+        the objective's metrics over the global batch, on every rank.
+    """
+    unwrapped: VPModel = model if isinstance(model, VPModel) else cast(VPModel, model.module)
+    collected = get_forward_backward_func()(
+        forward_step_func=_forward_step(objective, totals),
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens.shape[1],
+        micro_batch_size=batches[0].tokens.shape[0],
+        forward_only=forward_only,
+        adjust_tensor_shapes_fn=unwrapped.wire.adjust_shapes if unwrapped.stage.count > 1 else None,
+    )
+    return stages.from_last_stage(_global_metrics(objective, collected, totals) if unwrapped.stage.is_last else None)
+
+
 def _forward_step(objective: Objective, totals: dict[str, float]) -> Callable[..., Any]:
     real_tokens = totals["tokens/real"]
 
@@ -98,16 +122,18 @@ def _forward_step(objective: Objective, totals: dict[str, float]) -> Callable[..
         num_tokens = torch.tensor(batch.real_tokens, dtype=torch.int, device=result.loss.device)
         return result.loss * real_tokens, num_tokens, result.metrics
 
-    def forward_step(data_iterator: Iterator[Batch], model: DistributedDataParallel) -> tuple[ModelOutput, Any]:
+    def forward_step(
+        data_iterator: Iterator[Batch], model: DistributedDataParallel | VPModel
+    ) -> tuple[ModelOutput | Tensor, Any]:
         batch = next(data_iterator).to(current_device())
         return model(batch.tokens, layout_of(batch)), partial(loss_of, batch)
 
     return forward_step
 
 
-def global_metrics(
+def _global_metrics(
     objective: Objective, collected: list[dict[str, Tensor]], totals: dict[str, float]
 ) -> dict[str, float]:
     """Per-micro-batch metrics summed over micro-batches and data-parallel ranks, and what follows from the counts."""
     local = {key: float(sum(float(metrics[key]) for metrics in collected)) for key in collected[0]}
-    return {**sum_over_ranks(local), **objective.summary(totals), "tokens/real": totals["tokens/real"]}
+    return {**distributed.sum_over_ranks(local), **objective.summary(totals), "tokens/real": totals["tokens/real"]}

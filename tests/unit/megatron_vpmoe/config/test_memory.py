@@ -69,6 +69,18 @@ def test_data_parallel_ranks_share_the_optimizer_state(small: Path) -> None:
     assert experts["optimizer state"] == pytest.approx(two["optimizer state"])
 
 
+def test_a_stage_holds_its_share(small: Path) -> None:
+    """Two stages of 4 layers: the first keeps two micro-batches under way, so its activations do not shrink."""
+    whole, half = (
+        memory_estimate(load_config(small, ["--pipeline-model-parallel-size", str(n), "--nproc-per-node", "2"])).parts
+        for n in (1, 2)
+    )
+    assert 0.4 * whole["parameters"] < half["parameters"] < 0.6 * whole["parameters"]
+    # Two data-parallel ranks share the state of all layers; a stage has that of its layers to itself.
+    assert 0.8 * whole["optimizer state"] < half["optimizer state"] < 1.2 * whole["optimizer state"]
+    assert 0.9 * whole["activations"] < half["activations"] < 1.1 * whole["activations"]
+
+
 def test_normuon_keeps_one_moment(small: Path) -> None:
     adam, normuon = (memory_estimate(load_config(small, ["--optimizer", o])) for o in ("adam", "normuon"))
     assert normuon.parts["optimizer state"] < adam.parts["optimizer state"]

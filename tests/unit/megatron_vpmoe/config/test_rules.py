@@ -72,7 +72,32 @@ from megatron_vpmoe.config.schema import fields
         ),
         ("--tensor-model-parallel-size 2 --sequence-parallel --seq-length 511", "seq_length", "511 cannot be split"),
         ("--sequence-parallel", "sequence_parallel", "there is one"),
-        ("--pipeline-model-parallel-size 2", "pipeline_model_parallel_size", "layer 1's values"),
+        ("--pipeline-model-parallel-size 3", "num_layers", "8 layers cannot be shared out evenly over 3 stages"),
+        ("--pipeline-model-parallel-size 16", "num_layers", "do not fill 16 stages"),
+        (
+            "--pipeline-model-parallel-size 2 --num-layers-in-first-pipeline-stage 8",
+            "num_layers_in_first_pipeline_stage",
+            "do not fill 2 stages with 8 in the first",
+        ),
+        (
+            "--pipeline-model-parallel-size 2 --num-layers-in-first-pipeline-stage 4 "
+            "--num-layers-in-last-pipeline-stage 3",
+            "num_layers_in_last_pipeline_stage",
+            "4 in the first and 3 in the last",
+        ),
+        (
+            "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2",
+            "tensor_model_parallel_size",
+            "both together",
+        ),
+        ("--num-layers-in-last-pipeline-stage 3", "pipeline_model_parallel_size", "no effect on a single stage"),
+        ("--virtual-pipeline-model-parallel-size 2", "virtual_pipeline_model_parallel_size", "interleaved"),
+        ("--pipeline-model-parallel-size 8", "first_layer_dense", "stage 0 holds no layer with experts"),
+        (
+            "--pipeline-model-parallel-size 4 --recompute-granularity full --recompute-num-layers 3",
+            "recompute_num_layers",
+            "the largest stage has 2",
+        ),
         ("--context-parallel-size 2", "context_parallel_size", "no attention backend fetches"),
         ("--expert-model-parallel-size 3", "expert_model_parallel_size", "spread evenly over 3"),
         (
