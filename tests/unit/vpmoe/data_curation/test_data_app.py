@@ -32,7 +32,7 @@ def test_inspect_shows_figures_and_conversations(dataset_dir: Path) -> None:
     inspect(dataset_dir, console, split="valid", count=2, start=1)
     shown = console.export_text()
     assert "valid 1:" in shown and "valid 2:" in shown and "valid 3:" not in shown
-    assert shown.count("<|return|>") == 2 and "tokens a conversation, valid" in shown
+    assert shown.count("<|return|>") == 2 and "tokens a document, valid" in shown
 
 
 def test_inspect_goes_over_shard_borders(dataset_dir: Path) -> None:

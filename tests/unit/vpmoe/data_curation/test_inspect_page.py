@@ -111,7 +111,7 @@ def test_the_terminal_shows_lengths_of_each_span(dataset_dir: Path) -> None:
     console = Console(record=True, width=160)
     inspect(dataset_dir, console, count=0)
     shown = console.export_text()
-    assert "tokens a conversation in each span, all" in shown
+    assert "tokens a document in each span, all" in shown
     assert "spans: context  analysis  final  special" in shown
 
 
