@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from tests.tiny import ROOT, TINY, flag_text
+from tests.workers import run_workers
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'Megatron-vpmoe'}:{ROOT}"}
 
@@ -37,6 +38,18 @@ def train(run_dir: Path, dataset: Path, **changes: object) -> subprocess.Complet
     return subprocess.run(
         command(run_dir, dataset, **changes), env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
     )
+
+
+def train_in_workers(count: int, run_dir: Path, dataset: Path, **changes: object) -> None:
+    """Run to the end in ``count`` processes."""
+    arguments = command(run_dir, dataset, nproc_per_node=count, **changes)[3:]
+    assert run_workers(count, _worker, arguments, folder=run_dir.parent) == [0] * count
+
+
+def _worker(arguments: list[str]) -> int:
+    from megatron_vpmoe import pretrain
+
+    return pretrain.main(arguments)
 
 
 def train_until(step: int, how: signal.Signals, run_dir: Path, dataset: Path, **changes: object) -> int:

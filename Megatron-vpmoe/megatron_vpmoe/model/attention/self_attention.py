@@ -145,7 +145,7 @@ class VPSelfAttention(MegatronModule):
                 config, config.hidden_size, sum(whole.b_sizes), init_method=config.init_method
             )
             self.linear_tpa_a.weight.matrix_rows = section_rows(self.tpa.a_sizes)
-            self.linear_tpa_b.weight.matrix_rows = section_rows(self.tpa.b_sizes)
+            self.linear_tpa_b.weight.matrix_rows = section_rows(self.tpa.b_sizes)  # type: ignore[attr-defined]
             self.qkv_bias = None
             if config.add_qkv_bias:
                 self.qkv_bias = Parameter(torch.zeros(qkv_size, dtype=config.params_dtype))
