@@ -50,7 +50,7 @@ def train_steps(model_fields: dict[str, object], layout: Layout, **changes: obje
     from megatron_vpmoe.training.step import train_step
 
     cfg = tiny_config(
-        **{**model_fields, **OPTIMIZER, **changes},
+        **{**OPTIMIZER, **model_fields, **changes},
         tensor_model_parallel_size=layout.tensor,
         sequence_parallel=layout.sequence,
         expert_model_parallel_size=layout.expert,

@@ -10,7 +10,15 @@ import torch
 from tests.distributed.tensor_parallel_steps import DENSE, MOE, QWEN3, Layout, train_all, train_steps, whole
 from tests.workers import run_workers
 
-STACKS = {"dense": DENSE, "qwen3": QWEN3, "moe": MOE}
+NORMUON: dict[str, object] = {"optimizer": "normuon"}
+STACKS = {
+    "dense": DENSE,
+    "qwen3": QWEN3,
+    "moe": MOE,
+    "dense normuon": {**DENSE, **NORMUON},
+    "qwen3 normuon": {**QWEN3, **NORMUON},
+    "moe normuon": {**MOE, **NORMUON},
+}
 ON_TWO = {
     "dense": (DENSE, Layout(tensor=2)),
     "dense, sequence": (DENSE, Layout(tensor=2, sequence=True)),
@@ -18,9 +26,13 @@ ON_TWO = {
     "qwen3, sequence": (QWEN3, Layout(tensor=2, sequence=True)),
     "moe, sequence": (MOE, Layout(tensor=2, sequence=True)),
     "moe, sequence, expert": (MOE, Layout(tensor=2, sequence=True, expert=2)),
+    "dense normuon": ({**DENSE, **NORMUON}, Layout(tensor=2)),
+    "qwen3 normuon": ({**QWEN3, **NORMUON}, Layout(tensor=2)),
+    "moe normuon, sequence, expert": ({**MOE, **NORMUON}, Layout(tensor=2, sequence=True, expert=2)),
 }
 HALF = ({**MOE, "bf16": True}, Layout(tensor=2, sequence=True))
 ON_FOUR = {
+    "dense normuon": ({**DENSE, **NORMUON}, Layout(tensor=2)),
     "moe, sequence": (MOE, Layout(tensor=2, sequence=True)),
     "moe, sequence, expert": (MOE, Layout(tensor=2, sequence=True, expert=2)),
     "moe, sequence, all experts": (MOE, Layout(tensor=2, sequence=True, expert=4)),
@@ -42,7 +54,9 @@ def on_four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str
     return run_workers(4, train_all, ON_FOUR, folder=tmp_path_factory.mktemp("four"))
 
 
-def assert_same(results: list[dict[str, Any]], layout: Layout, reference: dict[str, Any]) -> None:
+def assert_same(
+    results: list[dict[str, Any]], layout: Layout, reference: dict[str, Any], *, looser: float = 1.0
+) -> None:
     for result in results:
         assert result["records"] == results[0]["records"]
         assert result["held"][0] == result["held"][1], "parameters of a rank, and their estimate"
@@ -58,7 +72,7 @@ def assert_same(results: list[dict[str, Any]], layout: Layout, reference: dict[s
         for name, expected in reference[what].items():
             change = expected if what == "gradients" else expected - reference["start"][name]
             largest = (joined[name] - expected).abs().max()
-            assert largest <= tolerance * change.abs().max() + 1e-8, (
+            assert largest <= looser * tolerance * change.abs().max() + 1e-8, (
                 f"{what} of {name}: {largest} of {change.abs().max()}"
             )
     for result in results:
@@ -66,9 +80,16 @@ def assert_same(results: list[dict[str, Any]], layout: Layout, reference: dict[s
             assert torch.equal(result["biases"][name], expected), name
 
 
+def looser(case: str) -> float:
+    """NorMuon gives the smallest directions of a gradient full size, rounding errors among them."""
+    return 50.0 if "normuon" in case else 1.0
+
+
 @pytest.mark.parametrize("case", ON_TWO)
 def test_two_ranks(case: str, on_two: list[dict[str, Any]], references: dict[str, Any]) -> None:
-    assert_same([result[case] for result in on_two], ON_TWO[case][1], references[case.split(",")[0]])
+    assert_same(
+        [result[case] for result in on_two], ON_TWO[case][1], references[case.split(",")[0]], looser=looser(case)
+    )
 
 
 def test_two_ranks_in_bf16(on_two: list[dict[str, Any]], references: dict[str, Any]) -> None:
@@ -84,4 +105,6 @@ def test_two_ranks_in_bf16(on_two: list[dict[str, Any]], references: dict[str, A
 
 @pytest.mark.parametrize("case", ON_FOUR)
 def test_four_ranks_with_data_parallelism(case: str, on_four: list[dict[str, Any]], references: dict[str, Any]) -> None:
-    assert_same([result[case] for result in on_four], ON_FOUR[case][1], references[case.split(",")[0]])
+    assert_same(
+        [result[case] for result in on_four], ON_FOUR[case][1], references[case.split(",")[0]], looser=looser(case)
+    )

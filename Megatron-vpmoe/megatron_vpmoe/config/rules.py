@@ -145,8 +145,6 @@ def _tensor_parallel(cfg: RunConfig) -> Findings:
         if cfg.parallel.sequence_parallel:
             yield Problem(("sequence_parallel", name), "shares the sequence of tensor-parallel ranks and there is one")
         return
-    if cfg.optim.optimizer == "normuon":
-        yield Problem((name, "optimizer"), f"NorMuon does not see a matrix that {ranks} ranks share; use adam")
     shared_out: dict[str, int | None] = {
         "num_attention_heads": m.num_attention_heads,
         "num_query_groups": m.num_query_groups,

@@ -212,7 +212,8 @@ def _member(
     optim, options = cfg.optim, normuon_options(cfg.optim)
     stack_bytes = None if optim.normuon_stack_mib is None else optim.normuon_stack_mib * 2**20
     if kind == "normuon":
-        build = partial(NorMuon, lr=optim.lr, options=options, stack_bytes=stack_bytes)
+        split_over = None if expert else groups.tp  # an expert is never split
+        build = partial(NorMuon, lr=optim.lr, options=options, stack_bytes=stack_bytes, tp_group=split_over)
         units = partial(_matrix_units, options=options)
         initialize = _initialize_normuon_state
     else:
@@ -228,6 +229,7 @@ def _member(
         # An expert is never split, so that each rank's gradients of experts count.
         tp_group=groups.expt_tp if expert else groups.tp,
         expert=expert,
+        gathers_rows=kind == "normuon",
     )
 
 

@@ -39,6 +39,8 @@ class MatrixLayout(NamedTuple):
     """E of a 3-D parameter, else 0."""
     routed: bool
     """Whether tokens are routed here, so that a step can pass without any."""
+    split: int | None = None
+    """The dimension that tensor-parallel ranks split: 0 rows, 1 columns; None: this rank has whole matrices."""
 
     @property
     def count(self) -> int:
@@ -46,8 +48,14 @@ class MatrixLayout(NamedTuple):
         return self.experts or len(self.matrices)
 
 
-def matrix_layout(param: torch.Tensor, name: str = "a parameter") -> MatrixLayout:
+def matrix_layout(param: torch.Tensor, name: str = "a parameter", *, tensor_parallel: bool = False) -> MatrixLayout:
     """Read the layout of ``param`` from its dimensions and its attributes ``matrix_rows`` and ``allreduce``.
+
+    Args:
+        param: this rank's.
+        name: for the error.
+        tensor_parallel: there are several tensor-parallel ranks, so that Megatron's ``tensor_model_parallel`` and
+            ``partition_dim`` tell whether this is a part.
 
     Raises:
         ConfigError: ``param`` is neither 2-D nor 3-D, or ``matrix_rows`` does not hold each row exactly once.
@@ -68,7 +76,9 @@ def matrix_layout(param: torch.Tensor, name: str = "a parameter") -> MatrixLayou
             f"matrix_rows of {name} names {sum(len(s) for s in selected)} rows of {param.shape[0]}",
             remedy="every row belongs to exactly one logical matrix",
         )
-    return MatrixLayout(tuple(_runs(s.tolist()) for s in selected), 0, routed)
+    is_part = tensor_parallel and getattr(param, "tensor_model_parallel", False)
+    split = getattr(param, "partition_dim", None) if is_part else None
+    return MatrixLayout(tuple(_runs(s.tolist()) for s in selected), 0, routed, split)
 
 
 def layout_flops(layout: MatrixLayout, shape: Sequence[int], dtype: torch.dtype, steps: int = 5) -> int:
@@ -107,12 +117,13 @@ class Segment(NamedTuple):
 
 @dataclass
 class Stack:
-    """N matrices of one shape [R, C], one parameter group and one kind."""
+    """N matrices of one shape [R, C], one parameter group and one kind; of split ones R and C are this rank's."""
 
     rows: int
     cols: int
     group: int
     routed: bool
+    split: int | None = None
     count: int = 0
     segments: list[Segment] = field(default_factory=list)
 
@@ -141,6 +152,16 @@ class Stack:
         return [segment.in_stack(stack_NRX) for segment in self.segments]
 
 
+class _Kind(NamedTuple):
+    """What the matrices of a stack have in common; the fields are ``Stack``'s."""
+
+    rows: int
+    cols: int
+    group: int
+    routed: bool
+    split: int | None
+
+
 class Member(NamedTuple):
     """One parameter as the plan sees it."""
 
@@ -161,21 +182,21 @@ def plan_stacks(members: Sequence[Member], *, stack_bytes: int, element_size: in
         element_size: bytes of one element of a stack.
     """
     plan: list[Stack] = []
-    open_stacks: dict[tuple[int, int, int, bool], Stack] = {}
+    open_stacks: dict[_Kind, Stack] = {}
 
-    def new_stack(rows: int, cols: int, group: int, routed: bool) -> Stack:
-        plan.append(Stack(rows, cols, group, routed))
+    def new_stack(kind: _Kind) -> Stack:
+        plan.append(Stack(*kind))
         return plan[-1]
 
-    def shared_stack(key: tuple[int, int, int, bool], capacity: int) -> Stack:
+    def shared_stack(key: _Kind, capacity: int) -> Stack:
         stack = open_stacks.get(key)
         if stack is None or stack.count == capacity:
-            stack = open_stacks[key] = new_stack(*key)
+            stack = open_stacks[key] = new_stack(key)
         return stack
 
     for index, (shape, layout, group) in enumerate(members):
         for runs in layout.matrices:
-            key = (sum(length for _, length in runs), shape[1], group, layout.routed)
+            key = _Kind(sum(length for _, length in runs), shape[1], group, layout.routed, layout.split)
             stack = shared_stack(key, _capacity(key, stack_bytes, element_size))
             row = 0
             for start, length in runs:
@@ -184,11 +205,11 @@ def plan_stacks(members: Sequence[Member], *, stack_bytes: int, element_size: in
             stack.count += 1
         start = 0
         while start < layout.experts:
-            key = (shape[1], shape[2], group, layout.routed)
+            key = _Kind(shape[1], shape[2], group, layout.routed, layout.split)
             capacity = _capacity(key, stack_bytes, element_size)
             if layout.experts * _OWN_STACK_SHARE >= capacity:
                 stacks_left = math.ceil((layout.experts - start) / capacity)
-                stack, length = new_stack(*key), math.ceil((layout.experts - start) / stacks_left)
+                stack, length = new_stack(key), math.ceil((layout.experts - start) / stacks_left)
             else:
                 stack = shared_stack(key, capacity)
                 length = min(capacity - stack.count, layout.experts - start)
@@ -198,5 +219,5 @@ def plan_stacks(members: Sequence[Member], *, stack_bytes: int, element_size: in
     return plan
 
 
-def _capacity(key: tuple[int, int, int, bool], stack_bytes: int, element_size: int) -> int:
-    return max(1, stack_bytes // (key[0] * key[1] * element_size))
+def _capacity(kind: _Kind, stack_bytes: int, element_size: int) -> int:
+    return max(1, stack_bytes // (kind.rows * kind.cols * element_size))

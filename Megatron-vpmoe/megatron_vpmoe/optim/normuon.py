@@ -15,13 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 
 from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.optim.matrix_stacks import MatrixLayout, Member, Stack, matrix_layout, plan_stacks
 from megatron_vpmoe.optim.polar_express import Workspace, polar_express
+from megatron_vpmoe.optim.split_matrices import Split
 
 STACK_BYTES = {"cuda": 256 * 2**20, "cpu": 4 * 2**20}
 """Largest stack per device, where none is named: few launches on a GPU, what the caches hold on a CPU."""
@@ -56,6 +59,7 @@ def row_factors(
     *,
     beta2: float,
     eps: float,
+    split: Split | None = None,
 ) -> torch.Tensor:
     """What each row of the orthogonalised update is multiplied by: row normalisation, restored norm and scale in one.
 
@@ -65,6 +69,8 @@ def row_factors(
         active_N11: 1 for matrices that take part, 0 for those whose update is zero and whose statistic stays.
         beta2: decay of the row statistic.
         eps: added to it before the root.
+        split: tensor-parallel ranks hold parts of these matrices; the statistic is of whole rows, the norm of whole
+            matrices.
 
     Returns:
         [N, R, 1] in the dtype of the statistic; the update is to be multiplied by it and by -lr.
@@ -72,12 +78,17 @@ def row_factors(
     rows, cols = update_NRC.shape[1:]
     dtype = second_moment_NR1.dtype
     power_NR1 = torch.linalg.vector_norm(update_NRC, dim=2, keepdim=True, dtype=dtype).square_()
+    if split is not None and split.dim == 1:
+        power_NR1, cols = split.sum(power_NR1), cols * split.group.size()
     weight = 1.0 - beta2 if active_N11 is None else (1.0 - beta2) * active_N11
     second_moment_NR1.lerp_(power_NR1 / cols, weight)
     inverse_NR1 = (second_moment_NR1 + eps).reciprocal_()
     # The rescaling needs only the row norms, so the matrix itself is touched once. Zero matrices give 0 / tiny = 0.
-    normed_N11 = (power_NR1 * inverse_NR1).sum(dim=1, keepdim=True).clamp_min_(torch.finfo(dtype).tiny)
-    factor_NR1 = inverse_NR1.sqrt_().mul_((power_NR1.sum(dim=1, keepdim=True) / normed_N11).sqrt_())
+    sums_2N11 = torch.stack([(power_NR1 * inverse_NR1).sum(dim=1, keepdim=True), power_NR1.sum(dim=1, keepdim=True)])
+    if split is not None and split.dim == 0:
+        sums_2N11, rows = split.sum(sums_2N11), rows * split.group.size()
+    normed_N11, whole_N11 = sums_2N11.unbind()
+    factor_NR1 = inverse_NR1.sqrt_().mul_((whole_N11 / normed_N11.clamp_min_(torch.finfo(dtype).tiny)).sqrt_())
     factor_NR1 *= max(1.0, rows / cols) ** 0.5
     return factor_NR1 if active_N11 is None else factor_NR1.mul_(active_N11)
 
@@ -118,6 +129,8 @@ class NorMuon(torch.optim.Optimizer):
         weight_decay: decoupled; w is multiplied by 1 - lr * weight_decay.
         options: the formulas' numbers.
         stack_bytes: size of the largest stack, by default ``STACK_BYTES``; about four times as much is held.
+        tp_group: the ranks that hold parts of the parameters which Megatron marks as ``tensor_model_parallel``; every
+            ``step`` is a collective of them then.
 
     Raises:
         ConfigError: a parameter that holds no matrices, or is not fp32 (fp64).
@@ -131,7 +144,9 @@ class NorMuon(torch.optim.Optimizer):
         *,
         options: NorMuonOptions = NorMuonOptions(),
         stack_bytes: int | None = None,
+        tp_group: dist.ProcessGroup | None = None,
     ) -> None:
+        self._tp_group = tp_group if tp_group is not None and tp_group.size() > 1 else None
         self._layouts: list[list[MatrixLayout]] = []
         self._plans: dict[tuple[tuple[int, int], ...], list[Stack]] = {}
         self._options = options
@@ -142,7 +157,12 @@ class NorMuon(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and read the layout of its parameters."""
         super().add_param_group(param_group)
-        self._layouts.append([matrix_layout(param) for param in self.param_groups[-1]["params"]])
+        self._layouts.append(
+            [
+                matrix_layout(param, tensor_parallel=self._tp_group is not None)
+                for param in self.param_groups[-1]["params"]
+            ]
+        )
         self._plans.clear()
 
     def initialize_state(self) -> None:
@@ -201,6 +221,7 @@ class NorMuon(torch.optim.Optimizer):
                 decay=group["lr"] * group["weight_decay"],
                 options=self._options,
                 workspace=self._workspace,
+                split=None if stack.split is None else Split(stack.split, cast(dist.ProcessGroup, self._tp_group)),
             )
 
     def _stacks(self, places: tuple[tuple[int, int], ...]) -> list[Stack]:
@@ -225,6 +246,7 @@ def step_stack(
     decay: float,
     options: NorMuonOptions,
     workspace: Workspace,
+    split: Split | None = None,
 ) -> None:
     """One step of the matrices of ``stack``; their parameters, momenta and row statistics are updated in place.
 
@@ -238,6 +260,7 @@ def step_stack(
         decay: lr * weight_decay.
         options: the formulas' numbers.
         workspace: buffers shared by all stacks.
+        split: how tensor-parallel ranks share these matrices, if they do.
     """
     dtype = params[stack.segments[0].index].dtype
     grad_NRC = stack.gather(grads, dtype)
@@ -248,11 +271,14 @@ def step_stack(
     stack.scatter(momentum_NRC, momenta)
     nesterov_NRC = workspace.take("nesterov", grad_NRC.shape, dtype, grad_NRC.device)
     torch.lerp(grad_NRC, momentum_NRC, options.momentum, out=nesterov_NRC)
-    update_NRC = polar_express(
-        nesterov_NRC, steps=options.steps, safety=options.safety, dtype=options.compute_dtype, workspace=workspace
+    orthogonalise = partial(
+        polar_express, steps=options.steps, safety=options.safety, dtype=options.compute_dtype, workspace=workspace
     )
+    update_NRC = orthogonalise(nesterov_NRC) if split is None else split.apply_whole(nesterov_NRC, orthogonalise)
     second_moment_NR1 = stack.gather(second_moments, dtype)
-    factor_NR1 = row_factors(update_NRC, second_moment_NR1, active_N11, beta2=options.beta2, eps=options.eps)
+    factor_NR1 = row_factors(
+        update_NRC, second_moment_NR1, active_N11, beta2=options.beta2, eps=options.eps, split=split
+    )
     stack.scatter(second_moment_NR1, second_moments)
     weight_NRC = stack.gather(params, dtype)
     if decay:

@@ -59,7 +59,6 @@ from megatron_vpmoe.config.schema import fields
         ("--kd-span-weight-reasoning 0 --kd-span-weight-final 0", "kd_span_weight_final", "nothing would be learnt"),
         ("--keep-every 150", "keep_every", "not a multiple of 100"),
         ("--router-dead-experts-fail 1", "router_dead_experts_fail", "fails at 1"),
-        ("--tensor-model-parallel-size 2", "optimizer", "NorMuon does not see"),
         ("--tensor-model-parallel-size 2", "sequence_parallel", "every token to the experts"),
         ("--tensor-model-parallel-size 3", "num_attention_heads", "4 cannot be split evenly over 3"),
         ("--tensor-model-parallel-size 4", "num_query_groups", "2 cannot be split evenly over 4"),

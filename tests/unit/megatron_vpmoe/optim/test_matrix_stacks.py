@@ -24,9 +24,14 @@ def test_layouts() -> None:
     fused = parameter(6, 3, rows=(torch.tensor([0, 1, 3, 4]), torch.tensor([2, 5])))
     assert matrix_layout(fused).matrices == (((0, 2), (3, 2)), ((2, 1), (5, 1)))
     assert matrix_layout(parameter(6, 3, rows=(slice(0, 4), slice(4, 6)))).count == 2
-    assert matrix_layout(parameter(5, 6, 3)) == ((), 5, True)
+    assert matrix_layout(parameter(5, 6, 3)) == ((), 5, True, None)
     assert matrix_layout(parameter(6, 3, allreduce=False)).routed
     assert not matrix_layout(parameter(6, 3)).routed
+    columns = parameter(6, 3)
+    columns.tensor_model_parallel, columns.partition_dim = True, 1  # type: ignore[attr-defined]
+    assert matrix_layout(columns).split is None
+    assert matrix_layout(columns, tensor_parallel=True).split == 1
+    assert matrix_layout(parameter(6, 3), tensor_parallel=True).split is None
 
 
 @pytest.mark.parametrize("rows", [(slice(0, 4),), (slice(0, 4), slice(3, 6)), (torch.tensor([0, 1, 2, 3, 4, 4]),)])
