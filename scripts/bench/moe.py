@@ -7,13 +7,14 @@ Both sides have the same weights, routing settings (sigmoid scores, groups, expe
 and dispatcher; outputs and gradients are compared first, and the benchmark ends with an error where they differ.
 Upstream's shared expert refuses biases, so the layer has none. A round is forward plus backward of either side. Prints
 one JSON object a dtype: milliseconds (fastest and median of the rounds), the ratio upstream / ours of each round (min,
-median, max), and the experts' implementation.
+median, max) by wall and by processor time, and the experts' implementation.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -86,13 +87,14 @@ def our_layer(config: VPTransformerConfig) -> Any:
 
 
 def share_weights(ours: Any, theirs: Any) -> None:
-    """Random weights and expert biases of upstream's layer, copied into ours."""
+    """Upstream's weights, as the configuration initialises them, copied into ours; biases are random to count at all,
+    those of the router of the size of a few update steps."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-        theirs.router.expert_bias.copy_(torch.randn(theirs.router.expert_bias.shape, generator=generator) * 1e-2)
+        for name, parameter in theirs.experts.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        theirs.router.expert_bias.copy_(torch.randn(theirs.router.expert_bias.shape, generator=generator) * 2e-3)
         ours.router.weight.copy_(theirs.router.weight)
         ours.router.expert_bias.copy_(theirs.router.expert_bias)
     state = {f"experts.{name}": value for name, value in theirs.experts.state_dict().items()}
@@ -116,19 +118,24 @@ class Side:
         out.backward(self.grad)
         return out
 
-    def seconds(self) -> float:
-        """Wall time of one ``run`` with the device idle before and after."""
+    def seconds(self) -> tuple[float, float]:
+        """Wall and processor time of one ``run`` with the device idle before and after."""
         synchronize()
-        start = time.perf_counter()
+        wall, processor = time.perf_counter(), time.process_time()
         self.run()
         synchronize()
-        return time.perf_counter() - start
+        return time.perf_counter() - wall, time.process_time() - processor
 
 
 def synchronize() -> None:
     """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Min, median and max."""
+    return {name: round(f(values), 2) for name, f in (("min", min), ("median", statistics.median), ("max", max))}
 
 
 def differences(ours: Side, theirs: Side) -> dict[str, float]:
@@ -161,8 +168,9 @@ def measure(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, obje
     if wrong:
         raise SystemExit(f"the two layers differ (relative to the largest value): {wrong}")
     rounds = [tuple(side.seconds() for side in sides) for _ in range(arguments.rounds)]
-    ratios = [b / a for a, b in rounds]
-    milliseconds = [[1e3 * value for value in column] for column in zip(*rounds, strict=True)]
+    ratios = [b[0] / a[0] for a, b in rounds]
+    processor = [b[1] / a[1] for a, b in rounds]
+    milliseconds = [[1e3 * wall for wall, _ in column] for column in zip(*rounds, strict=True)]
     load = ours.router.tokens_per_expert / ours.router.tokens_per_expert.mean()
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -170,13 +178,11 @@ def measure(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, obje
         "largest_difference": max(found.values()),
         "busiest_expert_over_mean": round(float(load.max()), 2),
         "layout": ours.experts.last_layout,
+        "load_average": round(os.getloadavg()[0], 1),
         "ours_ms": {"min": round(min(milliseconds[0]), 1), "median": round(statistics.median(milliseconds[0]), 1)},
         "upstream_ms": {"min": round(min(milliseconds[1]), 1), "median": round(statistics.median(milliseconds[1]), 1)},
-        "upstream_over_ours": {
-            "min": round(min(ratios), 2),
-            "median": round(statistics.median(ratios), 2),
-            "max": round(max(ratios), 2),
-        },
+        "upstream_over_ours": spread(ratios),
+        "upstream_over_ours_processor_time": spread(processor),
     }
 
 

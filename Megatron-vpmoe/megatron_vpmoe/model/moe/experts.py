@@ -27,8 +27,8 @@ from megatron_vpmoe.runtime.ranges import annotated
 class _ExpertFeedForward(Function):
     """p (W2 relu(W1 x + b1)² + b2) for every row with its own expert, and its derivative.
 
-    Written out because autograd would make an [N, H] tensor of biases and keep the squared activations: here x, the
-    pre-activation and p are kept, and the second bias enters as p b2. The weight p stays in its own precision (fp32).
+    Written out because autograd would keep every step of the activation, and an [N, H] tensor of biases: here x, the
+    pre-activation, the weighted activation and p are kept. The weight p stays in its own precision (fp32).
     """
 
     @staticmethod
@@ -49,21 +49,20 @@ class _ExpertFeedForward(Function):
         if b2_EH is not None:
             out.add_(rows.spread(b2_EH) * p.to(x.dtype))
         ctx.rows = rows
-        ctx.save_for_backward(x, p, before, w1_EFH, w2_EHF, b2_EH)
+        ctx.save_for_backward(x, p, before, weighted, w1_EFH, w2_EHF, b2_EH)
         ctx.has_b1 = b1_EF is not None
         return rows.leave(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, p, before, w1_EFH, w2_EHF, b2_EH = ctx.saved_tensors
+        x, p, before, weighted, w1_EFH, w2_EHF, b2_EH = ctx.saved_tensors
         rows: ExpertRows = ctx.rows
         grad = rows.enter(grad_NH)
         active = torch.relu(before)
-        squared = active.square()
-        grad_w2 = rows.outer(grad, (squared * p).to(x.dtype))
+        grad_w2 = rows.outer(grad, weighted)
         grad_weighted = rows.linear_transposed(grad, w2_EHF)
-        grad_p = (grad_weighted * squared).sum(-1, keepdim=True)
+        grad_p = (grad_weighted * active.square()).sum(-1, keepdim=True)
         grad_b2 = None
         if b2_EH is not None:
             grad_p += rows.dot(grad, b2_EH)
