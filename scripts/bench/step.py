@@ -123,7 +123,7 @@ def measure(cfg: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.ours_only:
         from stock_parts import Stock
 
-        stock = Stock(cfg, ours.model)
+        stock = Stock(cfg, ours.model, ours.steps)
         sides.append(stock)
         result["losses_ours_stock"] = [[round(x, 5) for x in pair] for pair in compare(ours, stock, 3)]
     else:

@@ -30,7 +30,6 @@ from megatron_vpmoe.model.norm import RMSNorm
 from megatron_vpmoe.objectives import Objective, ObjectiveResult, build_objective
 from megatron_vpmoe.optim.polar_express import COEFFICIENTS
 from megatron_vpmoe.optim.routing import routed_parameters
-from megatron_vpmoe.profiling.mock import mock_step
 from megatron_vpmoe.training.step import train_step
 
 OUR_CORE_ATTENTION = self_attention.core_attention
@@ -39,8 +38,8 @@ OUR_CORE_ATTENTION = self_attention.core_attention
 class Stock:
     """The stock model in training, from the weights of ours."""
 
-    def __init__(self, cfg: RunConfig, ours: VPModel) -> None:
-        self.cfg, self.loss, self._step = cfg, math.nan, 0
+    def __init__(self, cfg: RunConfig, ours: VPModel, steps: list[list[Batch]]) -> None:
+        self.steps, self.loss, self._step = steps, math.nan, 0
         model = build_model(cfg)
         model.load_state_dict(ours.state_dict())
         for layer in model.decoder.layers:
@@ -56,7 +55,7 @@ class Stock:
         """One step on the same data as ours."""
         self_attention.core_attention = self.attention
         try:
-            batches = mock_step(self.cfg, step=self._step % 4)
+            batches = self.steps[self._step % len(self.steps)]
             result = train_step(self.wrapped, self.optimizer, self.objective, batches)
         finally:
             self_attention.core_attention = OUR_CORE_ATTENTION

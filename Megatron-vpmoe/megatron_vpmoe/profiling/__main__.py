@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_vpmoe.config import RunConfig, load_config
@@ -191,7 +191,7 @@ def main() -> int:
         cfg = load_config(wanted.config, arguments if directory else wanted.overrides, nodes=1)
         if directory is None:
             return launch(wanted)
-        work(wanted, cfg, Path(directory))
+        work(replace(wanted, overrides=arguments), cfg, Path(directory))
     except VpmoeError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

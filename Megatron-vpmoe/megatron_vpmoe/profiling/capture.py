@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
 TOP_OPERATORS = 20
+DIFFERENT_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,15 @@ class Subject:
         self.monitor = RouterMonitor(self.model, cfg)
         self.health: dict[str, float] = {}
         self.tokens, self.loss = 0.0, math.nan
+        # Made in advance, as the loop's own thread does: making rows is no part of a step.
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        self.steps = [mock_step(cfg, step=step, dp_rank=rank, dp_size=size) for step in range(DIFFERENT_STEPS)]
         self._step = 0
 
     def step(self) -> None:
         """One step as the loop makes it, router health included."""
-        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        batches = mock_step(self.cfg, step=self._step % 4, dp_rank=rank, dp_size=size)
         self.monitor.reset()
+        batches = self.steps[self._step % len(self.steps)]
         result = train_step(self.wrapped, self.optimizer, self.objective, batches)
         self.tokens, self.loss = result.metrics["tokens/real"], result.metrics["loss/total"]
         self.health = self.monitor.metrics(self.tokens)
