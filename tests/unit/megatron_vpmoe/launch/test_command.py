@@ -37,7 +37,7 @@ def test_dry_run_prints_what_would_run(run_yaml: Path, capsys: pytest.CaptureFix
         (["nowhere.yaml"], "cannot read nowhere.yaml"),
         (["RUN", "--lrr", "1"], "unknown flag --lrr; nearest: --lr"),
         (["RUN", "--data-path", "nowhere"], "nowhere"),
-        (["RUN", "--global-batch-size", "5"], "5 rows are not a multiple of 1 x 2 processes"),
+        (["RUN", "--global-batch-size", "5"], "5 rows are not a multiple of 1 x 2 data-parallel ranks"),
     ],
 )
 def test_user_errors_end_with_two(

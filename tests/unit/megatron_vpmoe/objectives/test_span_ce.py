@@ -115,7 +115,7 @@ def test_a_batch_of_padding_has_a_zero_loss_with_a_gradient():
     logits = logits_for(batch)
     result = objective(Logits(logits), batch, {"tokens/analysis": 100.0, "tokens/final": 50.0})
     result.loss.backward()
-    assert float(result.loss) == 0.0
+    assert result.loss.item() == 0.0
     assert logits.grad is not None and not logits.grad.any()
 
 
