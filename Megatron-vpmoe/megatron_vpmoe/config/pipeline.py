@@ -42,11 +42,12 @@ def pipeline_problems(cfg: RunConfig) -> Findings:
             if getattr(p, name) is not None:
                 yield (name, _SIZE), "has no effect on a single stage; set it to null"
         return
-    if p.tensor_model_parallel_size > 1:
-        yield (
-            (_SIZE, "tensor_model_parallel_size"),
-            "no test has shown yet that both together equal one process; set one of them to 1",
-        )
+    for other in ("tensor_model_parallel_size", "expert_model_parallel_size"):
+        if getattr(p, other) > 1:
+            yield (
+                (_SIZE, other),
+                f"no test has shown yet that it equals one process together with {other}; set one of them to 1",
+            )
     uneven = (first is not None) + (last is not None)
     left, stages = layers - (first or 0) - (last or 0), size - uneven
     if left < stages or (stages == 0 and left):

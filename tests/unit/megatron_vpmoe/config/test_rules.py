@@ -87,7 +87,12 @@ from megatron_vpmoe.config.schema import fields
         (
             "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2",
             "tensor_model_parallel_size",
-            "both together",
+            "together with tensor_model_parallel_size",
+        ),
+        (
+            "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2",
+            "expert_model_parallel_size",
+            "together with expert_model_parallel_size",
         ),
         ("--num-layers-in-last-pipeline-stage 3", "pipeline_model_parallel_size", "no effect on a single stage"),
         ("--virtual-pipeline-model-parallel-size 2", "virtual_pipeline_model_parallel_size", "interleaved"),
