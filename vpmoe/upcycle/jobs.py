@@ -10,6 +10,7 @@ from vpmoe.upcycle.job import Job
 _JOBS = {
     "vocabulary": "vpmoe.upcycle.vocabulary:Vocabulary",
     "depth": "vpmoe.upcycle.depth:Depth",
+    "experts": "vpmoe.upcycle.experts:Experts",
     "import_qwen3": "vpmoe.upcycle.import_qwen3:ImportQwen3",
 }
 
