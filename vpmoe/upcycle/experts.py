@@ -6,8 +6,8 @@ The dense width D is cut into G = D / F slices of the routed experts' width F. T
   a second matrix of zeros. The same function.
 - ``virtual_groups``: G consecutive experts hold the G slices and share one router row, so a token that is sent to one
   of them is sent to all, and gets the whole dense feed-forward from the routed side: a fraction f of it, the shared
-  expert giving 1 - f. Normalised gates sum to the scaling factor s, so every chosen expert's is s / G when all of a group are
-  equal: second matrices are scaled by f G / s, their biases by f / s. The same function. (Virtual groups:
+  expert giving 1 - f. Normalised gates sum to the scaling factor s, so every chosen expert's is s / G when all of a
+  group are equal: second matrices are scaled by f G / s, their biases by f / s. The same function. (Virtual groups:
   arXiv 2410.07524.)
 - ``copy_plus_noise``: the same scales with noise on the copies and router rows of their own: equal on average only.
 

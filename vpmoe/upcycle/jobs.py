@@ -11,6 +11,7 @@ _JOBS = {
     "vocabulary": "vpmoe.upcycle.vocabulary:Vocabulary",
     "depth": "vpmoe.upcycle.depth:Depth",
     "experts": "vpmoe.upcycle.experts:Experts",
+    "morph": "vpmoe.upcycle.morph:Morph",
     "import_qwen3": "vpmoe.upcycle.import_qwen3:ImportQwen3",
 }
 

@@ -139,3 +139,20 @@ class LogitDifference:
 
     def as_json(self) -> dict[str, Any]:
         return {"logit_difference": self.largest, "logit_scale": self.scale, "prompts": self.prompts}
+
+
+def text_loss(cfg: RunConfig, weights: Weights, texts: Sequence[Sequence[int]], *, source: str) -> float:
+    """Mean cross-entropy of texts, given as tokens, in nats a token; the first token of each is not scored.
+
+    One layer is in memory at a time, and logits of one chunk of positions.
+    """
+    from megatron_vpmoe.generation.sampler import left_padded
+
+    with process_groups(), torch.no_grad():
+        model = streamed_model(cfg, weights, source=source)
+        tokens, layout = left_padded(texts, torch.device("cpu"))
+        labels = tokens.roll(-1, dims=1)
+        scored = layout.document_id >= 0
+        scored[:, -1] = False
+        total, terms = model(tokens, layout).cross_entropy(labels, scored, torch.ones(labels.shape))
+    return float(total) / len(terms)

@@ -58,7 +58,7 @@ class Vocabulary(Job[VocabularySettings]):
 
     def convert(self, task: Task[VocabularySettings]) -> Product:
         model, donor = task.inputs["model"], task.inputs["donor"]
-        source_tokenizer, donor_tokenizer = _tokenizer(model.hf), _tokenizer(donor.hf)
+        source_tokenizer, donor_tokenizer = open_tokenizer(model.hf), open_tokenizer(donor.hf)
         weights = megatron_checkpoint.read_weights(model.checkpoint)
         state = json.loads((model.checkpoint / "run_state.json").read_text())
         padded = task.cfg.model.padded_vocab_size
@@ -114,7 +114,7 @@ class Vocabulary(Job[VocabularySettings]):
         tied = read_config(folder / "hf")["tie_word_embeddings"]
         if tied == task.cfg.model.untie_embeddings_and_output_weights:
             raise UpcycleError("the tying of the embeddings was not kept", source=task.spec.id)
-        tokenizers = _tokenizer(model.hf), _tokenizer(folder / "hf")
+        tokenizers = open_tokenizer(model.hf), open_tokenizer(folder / "hf")
         for text in _ROUND_TRIPS:
             ids = tokenizers[1](text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
             if tokenizers[1].decode(ids, clean_up_tokenization_spaces=False) != text:
@@ -131,7 +131,7 @@ class Vocabulary(Job[VocabularySettings]):
         }
 
 
-def _tokenizer(folder: Path) -> Any:
+def open_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:

@@ -10,6 +10,7 @@ import torch
 from megatron_vpmoe.config import RunConfig
 from megatron_vpmoe.model.attention.grape import initial_log_frequencies
 from tests.tiny import tiny_config
+from tests.unit.vpmoe.upcycle.tiny_vocabularies import write_tokenizer
 from vpmoe.hf.convert import run_state
 from vpmoe.upcycle import runner
 from vpmoe.upcycle.job import Input
@@ -29,6 +30,18 @@ DENSE = {
     "window_size": 4,
     "window_attn_skip_freq": 2,
 }
+
+
+# As rung 3 has it: full causal attention with RoPE.
+PLAIN = {
+    **DENSE,
+    "softmax_type": "vanilla",
+    "window_size": None,
+    "global_position_embedding": "rope",
+    "tpa": False,
+    "value_residual": False,
+}
+TEXT = "the ship left the harbour before dawn; the harbour was still. 1 2 3 4 5 and 1234567890. "
 
 
 def dense_config(**changes: object) -> RunConfig:
@@ -57,9 +70,11 @@ def random_weights(cfg: RunConfig, seed: int = 0) -> dict[str, LazyTensor]:
 
 
 def object_of(folder: Path, identifier: str, cfg: RunConfig, weights: dict[str, LazyTensor]) -> Input:
-    """A derived object on disk, as far as a job reads it."""
+    """A derived object on disk, as far as a job reads it; a vocabulary of more than bytes has its tokenizer."""
     state = run_state(cfg, vocab_size=cfg.model.padded_vocab_size, kept={})
     megatron_checkpoint.write_checkpoint(folder / identifier / "megatron", weights, state)
+    if cfg.model.padded_vocab_size > 256:
+        assert write_tokenizer(folder / identifier / "hf", TEXT * 4, [], 300) <= cfg.model.padded_vocab_size
     spec = ObjectSpec(id=identifier, kind="derived", rung=1, path=str(folder / identifier))
     return Input(spec, cfg, {}, None)
 
