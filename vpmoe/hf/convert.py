@@ -169,6 +169,7 @@ def export_checkpoint(
     Raises:
         WeightsError: ``folder`` exists.
     """
+    from megatron_vpmoe.training.checkpoint import ASSETS as STORED_ASSETS
     from megatron_vpmoe.training.checkpoint import open_checkpoint
 
     if folder.exists():
@@ -189,7 +190,7 @@ def export_checkpoint(
     write_atomically(partial / "config.json", json_bytes(config))
     for code in student.CODE if form is student else ():
         shutil.copyfile(code, partial / code.name)
-    for asset in sorted((found.path / megatron_checkpoint.ASSETS).glob("*")):
+    for asset in sorted((found.path / STORED_ASSETS).glob("*")):
         shutil.copyfile(asset, partial / asset.name)
     sync_directory(partial)
     os.replace(partial, folder)

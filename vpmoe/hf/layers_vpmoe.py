@@ -163,8 +163,11 @@ class VpMoeFeedForward(nn.Module):
 class VpMoeRouter(nn.Module):
     """Sigmoid (or softmax) scores, choice limited to groups, an expert bias that takes part in the choice alone."""
 
+    expert_bias: torch.Tensor | None
+
     def __init__(self, config: VpMoeConfig):
         super().__init__()
+        assert config.num_experts is not None
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         bias = torch.zeros(config.num_experts) if config.router_expert_bias else None
@@ -205,6 +208,7 @@ class VpMoeExperts(nn.Module):
     def __init__(self, config: VpMoeConfig):
         super().__init__()
         experts, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
+        assert experts is not None
         self.fc1_weight = nn.Parameter(torch.empty(experts, width, hidden))
         self.fc2_weight = nn.Parameter(torch.empty(experts, hidden, width))
         self.fc1_bias = nn.Parameter(torch.zeros(experts, width)) if config.linear_bias else None

@@ -29,7 +29,6 @@ from vpmoe.weights.geometry import config_of, expected_shapes, stored_keys
 from vpmoe.weights.tensors import LazyTensor, Weights, check_geometry, tensor_sha256
 
 ITERATION = "iter_0000000"
-ASSETS = "assets"
 RUN_STATE = "run_state.json"
 # What megatron.core.dist_checkpointing looks for beside torch's files: the backends that wrote the two parts.
 _BACKENDS = {
@@ -94,8 +93,8 @@ def write_checkpoint(
     torch.save({"content_metadata": checkpoint.METADATA}, partial / "common.pt")
     write_atomically(partial / "metadata.json", json_bytes(_BACKENDS))
     for asset in assets:
-        (partial / ASSETS).mkdir(exist_ok=True)
-        shutil.copyfile(asset, partial / ASSETS / asset.name)
+        (partial / checkpoint.ASSETS).mkdir(exist_ok=True)
+        shutil.copyfile(asset, partial / checkpoint.ASSETS / asset.name)
     checkpoint.seal(partial, final, {"iteration": 0, "world_size": 1, **run_state})
     hashes = {name: planner.hashes.get(name) or tensor_sha256(tensor.read()) for name, tensor in weights.items()}
     return final, hashes

@@ -28,6 +28,7 @@ from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.runtime.device import has_gpu
 
+ASSETS = "assets"
 TRACKER = "latest_checkpointed_iteration.txt"
 _NAME = re.compile(r"iter_(\d{7})")
 # Optimizer state that loads at any data- and expert-parallel size.
@@ -45,6 +46,28 @@ class Found:
     @property
     def iteration(self) -> int:
         return int(self.state["iteration"])
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What a conversion left in a checkpoint and training hands on from each checkpoint to the next.
+
+    Attributes:
+        state: entries of ``run_state.json``: the vocabulary's true size, and what HF's configuration said besides.
+        assets: files under ``assets/`` by name: the tokenizer's.
+    """
+
+    state: dict[str, Any]
+    assets: dict[str, bytes]
+
+    @classmethod
+    def of(cls, found: Found | None) -> Carried:
+        """What ``found`` holds; nothing if there is no checkpoint."""
+        if found is None:
+            return cls({}, {})
+        files = sorted((found.path / ASSETS).glob("*"))
+        state = {key: found.state[key] for key in ("vocab_size", "hf_config") if key in found.state}
+        return cls(state, {file.name: file.read_bytes() for file in files})
 
 
 def damage(path: Path, *, check_hashes: bool = True) -> str | None:
@@ -101,7 +124,15 @@ def open_checkpoint(path: Path) -> Found:
     return found
 
 
-def save(directory: Path, run_state: dict[str, Any], model: Any, optimizer: Any, scheduler: Any) -> Path:
+def save(
+    directory: Path,
+    run_state: dict[str, Any],
+    model: Any,
+    optimizer: Any,
+    scheduler: Any,
+    *,
+    carried: Carried | None = None,
+) -> Path:
     """Write one checkpoint; a collective. Returns its directory.
 
     Written under a temporary name, fsynced, renamed; then the tracker moves. A crash at any moment leaves the older
@@ -113,6 +144,7 @@ def save(directory: Path, run_state: dict[str, Any], model: Any, optimizer: Any,
         model: the bare model.
         optimizer: a MegatronOptimizer.
         scheduler: an OptimizerParamScheduler.
+        carried: from the checkpoint that the run started from.
     """
     final = directory / f"iter_{run_state['iteration']:07d}"
     partial = directory / f"{final.name}.partial"
@@ -130,7 +162,10 @@ def save(directory: Path, run_state: dict[str, Any], model: Any, optimizer: Any,
     dist_checkpointing.save(state, str(partial), content_metadata=METADATA)
     dist.barrier()
     if distributed.rank() == 0:
-        seal(partial, final, run_state)
+        for name, content in carried.assets.items() if carried else ():
+            (partial / ASSETS).mkdir(exist_ok=True)
+            (partial / ASSETS / name).write_bytes(content)
+        seal(partial, final, {**run_state, **(carried.state if carried else {})})
     dist.barrier()
     return final
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _SHOWN = 8
 
 
-def load_initial_weights(model: VPModel, cfg: RunConfig) -> str:
-    """Fill ``model`` from ``cfg.checkpoint.load_weights``; a collective. Returns a line for the log.
+def load_initial_weights(model: VPModel, cfg: RunConfig) -> checkpoint.Found:
+    """Fill ``model`` from ``cfg.checkpoint.load_weights``; a collective. Returns their checkpoint.
 
     Any tensor-, pipeline-, expert- and data-parallel size may have written it; dtypes are converted.
 
@@ -41,7 +41,7 @@ def load_initial_weights(model: VPModel, cfg: RunConfig) -> str:
             remedy="set the fields back, or name weights of this model",
         )
     checkpoint.load(found, model)
-    return f"weights from {found.path}"
+    return found
 
 
 def _stored_config(found: checkpoint.Found, cfg: RunConfig) -> RunConfig:

@@ -51,6 +51,7 @@ class Run:
         skipped_steps: steps dropped under ``nonfinite_policy: skip``.
         restored_from: the checkpoint that this run continues, if any.
         notes: lines about the restore, for the log.
+        carried: what the weights brought along, for every checkpoint of the run.
     """
 
     cfg: RunConfig
@@ -70,6 +71,7 @@ class Run:
     skipped_steps: int = 0
     restored_from: Path | None = None
     notes: tuple[str, ...] = ()
+    carried: checkpoint.Carried | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -86,7 +88,9 @@ class Run:
             "config": self.cfg.model_dump(mode="json"),
             "provenance": self.provenance,
         }
-        path = checkpoint.save(self.checkpoints, state, self.model, self.optimizer, self.scheduler)
+        path = checkpoint.save(
+            self.checkpoints, state, self.model, self.optimizer, self.scheduler, carried=self.carried
+        )
         if distributed.rank() == 0:
             keep = self.cfg.checkpoint
             checkpoint.prune(self.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every)
@@ -106,9 +110,11 @@ def open_run(cfg: RunConfig) -> Run:
     data_parallel = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     train, valid = (open_parts(cfg, split) for split in ("train", "valid"))
     model = build_model(cfg)
+    started_from = found
     if found is None and cfg.checkpoint.load_weights is not None:
         # Before the optimizer, whose fp32 masters are copies of the weights.
-        notes.append(load_initial_weights(model, cfg))
+        started_from = load_initial_weights(model, cfg)
+        notes.append(f"weights from {started_from.path}")
     wrapped = wrap_for_training(model, cfg)
     optimizer = build_optimizer([wrapped], cfg)
     run = Run(
@@ -127,6 +133,7 @@ def open_run(cfg: RunConfig) -> Run:
         valid_dataset=valid[0].dataset,
         provenance=collect_provenance(cfg, [part.dataset.manifest for part in train]),
         notes=(*notes, *implementation_notes(model, cfg)),
+        carried=checkpoint.Carried.of(started_from if distributed.rank() == 0 else None),
         routing=[
             row
             for stage in stages.gather_stages(
