@@ -138,8 +138,10 @@ class StackedExperts(MegatronModule):
         if self.training and torch.is_grad_enabled() and not is_recomputing():
             self.processed_rows += x_NH.shape[0]
         if x_NH.shape[0] == 0:
-            # No product to make; every weight still needs its (zero) gradient.
-            return x_NH + sum(parameter.sum() for parameter in self.parameters()) * 0.0, None
+            # No product to make. The weights still need their (zero) gradients, and both inputs a path back: each came
+            # through a collective of its own, whose backward pass the other ranks wait in.
+            untouched = probs_N.sum() + sum(parameter.sum() for parameter in self.parameters())
+            return x_NH + (untouched * 0.0).to(x_NH.dtype), None
         layout = choose_layout(tokens_per_expert, x_NH.dtype, x_NH.device.type)
         self.last_layout = layout.name
         rows = layout(tokens_per_expert, x_NH.device)

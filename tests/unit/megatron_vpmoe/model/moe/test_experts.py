@@ -129,10 +129,12 @@ def test_a_gradient_of_stride_zero(layout: type[ExpertRows], monkeypatch: pytest
 
 def test_no_token_at_all() -> None:
     experts = random_experts(torch.float32)
-    out, _ = experts(torch.zeros(0, 32, requires_grad=True), torch.zeros(8, dtype=torch.int64), torch.zeros(0))
+    x, probs = torch.zeros(0, 32, requires_grad=True), torch.zeros(0, requires_grad=True)
+    out, _ = experts(x, torch.zeros(8, dtype=torch.int64), probs)
     assert out.shape == (0, 32)
     out.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in experts.parameters())
+    assert x.grad is not None and probs.grad is not None, "their collectives would not be joined in the backward pass"
 
 
 def test_rule() -> None:
