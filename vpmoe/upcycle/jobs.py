@@ -12,6 +12,7 @@ _JOBS = {
     "depth": "vpmoe.upcycle.depth:Depth",
     "experts": "vpmoe.upcycle.experts:Experts",
     "morph": "vpmoe.upcycle.morph:Morph",
+    "shape": "vpmoe.upcycle.shape:Shape",
     "import_qwen3": "vpmoe.upcycle.import_qwen3:ImportQwen3",
 }
 

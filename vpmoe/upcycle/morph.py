@@ -33,6 +33,7 @@ from vpmoe.upcycle.rung_below import (
     text_loss,
 )
 from vpmoe.upcycle.sinks import calibrate_sinks
+from vpmoe.upcycle.vocabulary import tokens_of
 from vpmoe.weights import LazyTensor, Weights, megatron_checkpoint
 from vpmoe.weights.geometry import config_of, geometry_of
 
@@ -78,7 +79,7 @@ class Morph(Job[MorphSettings]):
         weights = morphed(below.weights, task.cfg, {})
         if task.cfg.model.softmax_type == "learnable":
             sinks = calibrate_sinks(
-                task.cfg, weights, tokens_of(task), task.settings.sink_mass, source=task.inputs["model"].spec.id
+                task.cfg, weights, _texts(task), task.settings.sink_mass, source=task.inputs["model"].spec.id
             )
             weights = morphed(below.weights, task.cfg, sinks)
             task.report["sinks"] = {number: sink.tolist() for number, sink in sinks.items()}
@@ -103,7 +104,7 @@ class Ledger:
     """What single switches cost, measured on the model below in fp32."""
 
     def __init__(self, task: Task[MorphSettings], below: RungBelow) -> None:
-        self.task, self.below, self.texts = task, below, tokens_of(task)
+        self.task, self.below, self.texts = task, below, _texts(task)
         self.source = task.inputs["model"].spec.id
         self.prompts = random_prompts(below.vocab_size, task.settings.prompt_lengths, task.settings.seed)
         self.longest = max(map(len, [*self.prompts, *self.texts]))
@@ -241,21 +242,8 @@ def factor_errors(weights: Weights, cfg: RunConfig) -> dict[int, dict[str, float
     return found
 
 
-def tokens_of(task: Task[MorphSettings]) -> list[list[int]]:
-    """The settings' texts under the input's tokenizer, cut to ``text_tokens``.
-
-    Raises:
-        UpcycleError: no tokenizer, or a text of fewer than two tokens.
-    """
-    from vpmoe.upcycle.vocabulary import open_tokenizer
-
-    tokenizer = open_tokenizer(task.inputs["model"].hf)
-    options = {"add_special_tokens": False, "split_special_tokens": True}
-    texts = [tokenizer(text, **options)["input_ids"][: task.settings.text_tokens] for text in task.settings.texts]
-    short = [text for text, ids in zip(task.settings.texts, texts, strict=True) if len(ids) < 2]
-    if short:
-        raise UpcycleError(f"{short[0]!r} has no two tokens", source="texts", remedy="name longer texts")
-    return texts
+def _texts(task: Task[MorphSettings]) -> list[list[int]]:
+    return tokens_of(task.inputs["model"].hf, task.settings.texts, task.settings.text_tokens)
 
 
 def _check(task: Task[MorphSettings], below: RungBelow) -> None:

@@ -144,6 +144,20 @@ def open_tokenizer(folder: Path) -> Any:
         ) from error
 
 
+def tokens_of(folder: Path, texts: list[str], longest: int) -> list[list[int]]:
+    """Texts under the tokenizer of an HF directory, without special tokens, cut to ``longest``.
+
+    Raises:
+        UpcycleError: no tokenizer, or a text of fewer than two tokens.
+    """
+    tokenizer = open_tokenizer(folder)
+    found = [tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in texts]
+    short = [text for text, ids in zip(texts, found, strict=True) if len(ids) < 2]
+    if short:
+        raise UpcycleError(f"{short[0]!r} has no two tokens", source="texts", remedy="name longer texts")
+    return [ids[:longest] for ids in found]
+
+
 def _check_reference(tokenizer: Any, specials: dict[str, int], texts: list[str]) -> None:
     from vpmoe.tokenizer import O200kHarmony
 

@@ -86,7 +86,12 @@ def make(
     spec = ObjectSpec(id="made", kind="derived", rung=2, path=str(folder / "made"))
     instance = job_of(job, source="test")
     planned = runner.Planned(
-        spec, cfg, instance, instance.settings_type.model_validate(settings), {"model": model}, key=repr(settings)
+        spec,
+        cfg,
+        instance,
+        instance.settings_type.model_validate(settings),
+        {"model": model},
+        key=repr((settings, cfg.model, cfg.moe)),
     )
     receipt = runner.run(planned, force=True, quiet=True)
     return receipt, megatron_checkpoint.read_weights(folder / "made" / "megatron" / megatron_checkpoint.ITERATION)
