@@ -15,8 +15,13 @@ STEPS = 3
 ROWS = TINY["global_batch_size"]
 
 
-def train_steps(expert_parallel: int, micro_batch_size: int, dispatcher: str = "allgather") -> dict[str, Any]:
-    """A few steps of the tiny model on this process's share of fixed global batches."""
+def train_steps(
+    expert_parallel: int, micro_batch_size: int, dispatcher: str = "allgather", favoured: int = 0
+) -> dict[str, Any]:
+    """A few steps of the tiny model on this process's share of fixed global batches.
+
+    With ``favoured`` the routers choose among the first so many experts alone.
+    """
     from megatron.core import parallel_state
 
     from megatron_vpmoe.model.builder import build_model, wrap_for_training
@@ -34,6 +39,9 @@ def train_steps(expert_parallel: int, micro_batch_size: int, dispatcher: str = "
     distributed.initialize(seed=7, expert_model_parallel_size=expert_parallel)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     model = build_model(cfg)
+    for name, buffer in model.named_buffers():
+        if name.endswith("expert_bias"):
+            buffer[:favoured] += 100.0
     wrapped = wrap_for_training(model, cfg)
     optimizer = build_optimizer([wrapped], cfg)
     scheduler = build_scheduler(optimizer, cfg)
@@ -100,5 +108,18 @@ def test_two_expert_parallel_ranks(reference: dict[str, Any], tmp_path: Path, di
         for name, value in first["parameters"].items()
     }
     assert any(".experts." in name for name in joined)
+    assert_same(first, reference, joined)
+    assert_same(second, reference, joined)
+
+
+def test_an_expert_parallel_rank_without_tokens(tmp_path: Path) -> None:
+    """It exchanges nothing and has to take part in every exchange, the backward ones of the probabilities included."""
+    reference = train_steps(1, 4, favoured=4)
+    assert reference["health"]["moe/router_agg/dead_experts_count"] == 4 * 3
+    first, second = run_workers(2, train_steps, 2, 1, "alltoall", 4, folder=tmp_path)
+    joined = {
+        name: torch.cat([value, second["parameters"][name]]) if ".experts." in name else value
+        for name, value in first["parameters"].items()
+    }
     assert_same(first, reference, joined)
     assert_same(second, reference, joined)
