@@ -57,6 +57,7 @@ class Split(NamedTuple):
 
     def _exchange(self, sent: torch.Tensor) -> torch.Tensor:
         """Stretch t of ``sent`` goes to rank t; what came from rank t is stretch t of the result."""
+        sent = sent.contiguous()
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent.contiguous(), group=self.group)
+        dist.all_to_all_single(received, sent, group=self.group)
         return received
