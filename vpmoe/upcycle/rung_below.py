@@ -45,6 +45,8 @@ class RungBelow:
     @classmethod
     def open(cls, item: Input) -> RungBelow:
         """The model of a derived object."""
+        from megatron_vpmoe.training.checkpoint import ASSETS
+
         assert item.cfg is not None
         state = json.loads((item.checkpoint / megatron_checkpoint.RUN_STATE).read_text())
         return cls(
@@ -52,7 +54,7 @@ class RungBelow:
             weights=megatron_checkpoint.read_weights(item.checkpoint),
             vocab_size=state.get("vocab_size", item.cfg.model.padded_vocab_size),
             kept=state.get("hf_config", {}),
-            assets=sorted((item.checkpoint / megatron_checkpoint.ASSETS).glob("*")),
+            assets=sorted((item.checkpoint / ASSETS).glob("*")),
         )
 
     def product(self, cfg: RunConfig, weights: Weights) -> Product:
