@@ -83,7 +83,8 @@ def test_between_expert_parallel_sizes(straight: dict[str, Any], saved_at: int, 
     continued = run(loaded_at, trained, loaded_at, str(files), True, 2, folder=tmp_path)
     assert continued[0]["losses"] == pytest.approx(straight["losses"][2:], rel=2e-6)
     for name, got in joined(continued).items():
-        torch.testing.assert_close(got, straight["weights"][name], rtol=1e-4, atol=2e-5, msg=lambda m, n=name: n + m)
+        # NorMuon enlarges the rounding of another order of sums; an update is about 1e-2 here.
+        torch.testing.assert_close(got, straight["weights"][name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: n + m)
 
 
 def stored(expert_parallel: int, folders: dict[str, bool], save: bool) -> dict[str, dict[str, torch.Tensor]]:
