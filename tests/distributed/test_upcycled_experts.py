@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny_config
-from tests.unit.vpmoe.upcycle.test_experts import SPARSE
+from tests.unit.vpmoe.upcycle.test_dense_to_experts import SPARSE
 from tests.unit.vpmoe.upcycle.tiny_rungs import dense_config, random_weights
 from tests.workers import run_workers
 from vpmoe.hf.convert import run_state
