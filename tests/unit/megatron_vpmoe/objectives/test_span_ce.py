@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from plain_output import VOCAB, Logits, logits_for
 from torch import Tensor
 from torch.nn import functional
 
@@ -13,24 +14,6 @@ from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.objectives import OBJECTIVES, SpanCE, build_objective
 from tests.tiny import random_batch, rows_of, tiny_config
-
-VOCAB = 17
-
-
-class Logits:
-    """A model output that is nothing but logits [B, S, V]."""
-
-    def __init__(self, logits_BSV: Tensor) -> None:
-        self.logits_BSV = logits_BSV
-
-    def cross_entropy(self, labels_BS: Tensor, mask_BS: Tensor, weight_BS: Tensor) -> tuple[Tensor, Tensor]:
-        losses = functional.cross_entropy(self.logits_BSV[mask_BS].float(), labels_BS[mask_BS], reduction="none")
-        return (losses * weight_BS[mask_BS]).sum(), losses.detach()
-
-
-def logits_for(batch: Batch) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(*batch.tokens.shape, VOCAB, generator=generator, dtype=torch.float64).requires_grad_()
 
 
 def totals_of(objective: SpanCE, batches: list[Batch]) -> dict[str, float]:
