@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_vpmoe.training.provenance import git_state
 from vpmoe.errors import UpcycleError
-from vpmoe.files import json_bytes, sha256_of_file, write_atomically
+from vpmoe.files import json_bytes, write_atomically
 
 NAME = "receipt.json"
 _PACKAGES = ("torch", "megatron-core", "transformers", "safetensors", "mergekit", "numpy")
@@ -49,32 +49,6 @@ def read_receipt(folder: Path) -> dict[str, Any]:
             f"the receipt lacks {', '.join(missing)}", source=str(path), remedy="make the object again with --force"
         )
     return receipt
-
-
-def list_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Path relative to ``folder`` -> bytes and sha256 of every file below it."""
-    return {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
-        for file in sorted(path for path in folder.rglob("*") if path.is_file())
-    }
-
-
-def damage(folder: Path, files: dict[str, dict[str, Any]], *, hashes: bool) -> str | None:
-    """The first file that is not as the receipt says; None if all are.
-
-    Args:
-        files: from ``list_files``.
-        hashes: compare contents, not only names and sizes.
-    """
-    for name, expected in files.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, the receipt says {expected['bytes']}"
-        if hashes and sha256_of_file(file) != expected["sha256"]:
-            return f"{name} does not have the receipt's sha256"
-    return None
 
 
 def software() -> dict[str, Any]:

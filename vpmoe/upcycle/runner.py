@@ -22,6 +22,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_vpmoe.config import RunConfig
+from megatron_vpmoe.training.file_list import first_damage, list_files
 from vpmoe.errors import UpcycleError
 from vpmoe.files import json_bytes, sha256_of_file, sha256_of_json, sync_directory, write_atomically
 from vpmoe.hf.convert import ASSETS, export_checkpoint
@@ -118,7 +119,7 @@ def open_input(spec: ObjectSpec, *, check_hashes: bool = True) -> Input:
     receipt = receipts.read_receipt(folder)
     if receipt["object"] != spec.id:
         raise UpcycleError(f"this is {receipt['object']}, not {spec.id}", source=str(folder), remedy="correct the path")
-    fault = receipts.damage(folder, receipt["outputs"]["files"], hashes=check_hashes)
+    fault = first_damage(folder, receipt["outputs"]["files"], check_hashes=check_hashes)
     cfg = geometry(spec)
     assert cfg is not None
     if fault is None and receipt["geometry"] != geometry_of(cfg):
@@ -166,7 +167,7 @@ def up_to_date(planned: Planned, *, check_hashes: bool = False) -> str | None:
         return error.what
     if receipt["key"] != planned.key:
         return "made from other inputs, settings or geometry"
-    return receipts.damage(folder, receipt["outputs"]["files"], hashes=check_hashes)
+    return first_damage(folder, receipt["outputs"]["files"], check_hashes=check_hashes)
 
 
 def run(planned: Planned, *, force: bool = False, quiet: bool = False, say: Say = lambda line: None) -> dict[str, Any]:
@@ -257,9 +258,7 @@ def _write_weights(planned: Planned, task: Task, directory: Path, quiet: bool) -
 
 def _receipt(planned: Planned, task: Task, stages: _Stages, partial: Path, seconds: float) -> dict[str, Any]:
     files = {
-        f"{part}/{name}": entry
-        for part in ("hf", "megatron")
-        for name, entry in receipts.list_files(partial / part).items()
+        f"{part}/{name}": entry for part in ("hf", "megatron") for name, entry in list_files(partial / part).items()
     }
     return {
         "object": planned.spec.id,

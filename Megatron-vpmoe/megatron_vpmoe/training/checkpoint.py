@@ -8,7 +8,6 @@ written last). A directory without a matching ``files.json`` is not a checkpoint
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.runtime.device import has_gpu
+from megatron_vpmoe.training.file_list import first_damage, list_files
 
 ASSETS = "assets"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -79,15 +79,7 @@ def damage(path: Path, *, check_hashes: bool = True) -> str | None:
         files: dict[str, dict[str, Any]] = json.loads(listing.read_text())
     except ValueError as error:
         return f"files.json is not JSON: {error}"
-    for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, {expected['bytes']} were written"
-        if check_hashes and _sha256(file) != expected["sha256"]:
-            return f"{name} does not have the sha256 that was written"
-    return None
+    return first_damage(path, files, check_hashes=check_hashes)
 
 
 def find_newest(directory: Path, *, check_hashes: bool = True) -> tuple[Found | None, list[str]]:
@@ -179,10 +171,10 @@ def seal(partial: Path, final: Path, run_state: dict[str, Any]) -> None:
         run_state: JSON-able; holds ``iteration``.
     """
     _write_synced(partial / "run_state.json", json.dumps(run_state, indent=1))
-    files = {}
-    for file in sorted(path for path in partial.rglob("*") if path.is_file()):
-        _fsync(file)
-        files[file.relative_to(partial).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    for file in partial.rglob("*"):
+        if file.is_file():
+            _fsync(file)
+    files = list_files(partial)
     _write_synced(partial / "files.json", json.dumps(files, indent=1))
     _fsync(partial)
     if final.exists():
@@ -271,11 +263,6 @@ def _rng_tracker() -> Any:
 
 def _rng_object(state: dict[str, Any]) -> ShardedObject:
     return ShardedObject("rng", state, (distributed.world_size(),), (distributed.rank(),), replica_id=0)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _fsync(path: Path) -> None:
