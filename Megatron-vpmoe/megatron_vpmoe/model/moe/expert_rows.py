@@ -70,9 +70,10 @@ class GroupedRows:
     name = "grouped"
 
     def __init__(self, tokens_per_expert: Tensor, device: torch.device) -> None:
+        self.sizes: list[int] = tokens_per_expert.tolist()
         self.counts = tokens_per_expert.to(device)
         self.offsets = self.counts.cumsum(0).to(torch.int32)
-        self.expert_N = torch.repeat_interleave(self.counts, output_size=int(tokens_per_expert.sum()))
+        self.expert_N = torch.repeat_interleave(self.counts, output_size=sum(self.sizes))
 
     def enter(self, x_NW: Tensor) -> Tensor:
         return x_NW.contiguous()
@@ -94,7 +95,11 @@ class GroupedRows:
         return bias_EW.index_select(0, self.expert_N)
 
     def dot(self, rows: Tensor, vector_EW: Tensor) -> Tensor:
-        return (rows * self.spread(vector_EW)).sum(-1, keepdim=True)
+        if rows.is_cuda or rows.dtype != torch.float32:
+            return (rows * self.spread(vector_EW)).sum(-1, keepdim=True)
+        # A quarter of the time: no [N, W] of spread vectors, none of products. In bf16 such products are slow on a CPU.
+        parts = zip(rows.split(self.sizes), vector_EW.unsqueeze(2).unbind(), strict=True)
+        return torch.cat([part @ vector for part, vector in parts])
 
     def total(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
         # A product too: summed in fp32 and in a fixed order, which adding by index is not.

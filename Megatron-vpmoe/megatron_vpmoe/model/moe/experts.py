@@ -47,7 +47,7 @@ class _ExpertFeedForward(Function):
         weighted = (torch.relu(before).square_() * p).to(x.dtype)
         out = rows.linear(weighted, w2_EHF, None)
         if b2_EH is not None:
-            out.add_(rows.spread(b2_EH) * p.to(x.dtype))
+            out.addcmul_(rows.spread(b2_EH), p.to(x.dtype))
         ctx.rows = rows
         ctx.save_for_backward(x, p, before, weighted, w1_EFH, w2_EHF, b2_EH)
         ctx.has_b1 = b1_EF is not None
