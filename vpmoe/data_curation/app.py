@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from vpmoe.data_curation import question_texts, text_vocabulary
 from vpmoe.data_curation import stats as comparison
 from vpmoe.data_curation import synth_mini as mini
+from vpmoe.data_curation.document_rows import TEXT_COLUMN, resolve
 from vpmoe.data_curation.inspect import inspect as show
 from vpmoe.data_curation.inspect_page import write_page
 from vpmoe.data_curation.stats_sample import DEFAULT_DOCUMENTS
@@ -94,3 +96,49 @@ def synth_mini(
         overwrite=overwrite,
     )
     typer.echo(mini.report(output_dir, rows, made))
+
+
+_TextsFolder = Annotated[str, typer.Option("--input", help="texts: a file or folder of JSONL, parquet or .txt")]
+_TextField = Annotated[str, typer.Option(help="column of the text (of text files: text)")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what was made of other input or options")]
+
+
+@app.command("question-texts")
+def question_texts_(
+    input_dir: Annotated[Path, typer.Option(help="rows of vpmoe data synth-mini")],
+    output_dir: Annotated[Path, typer.Option(help="folder to write")],
+    overwrite: _Overwrite = False,
+) -> None:
+    """Write rows as plain text, a question and its answer each: what a model without conversations learns."""
+    made = question_texts.write_texts(input_dir, output_dir, overwrite=overwrite)
+    typer.echo(f"{output_dir}: {'written' if made else 'already there'}")
+
+
+@app.command("train-bpe")
+def train_bpe(
+    source: _TextsFolder,
+    output_dir: Annotated[Path, typer.Option(help="HF directory to write")],
+    vocab_size: Annotated[int, typer.Option(help="ids in all, 256 bytes and 3 special tokens among them")],
+    text_field: _TextField = TEXT_COLUMN,
+    overwrite: _Overwrite = False,
+) -> None:
+    """Learn a byte-level BPE in Qwen's form from texts; build with --tokenizer OUTPUT_DIR."""
+    made = text_vocabulary.write_bpe(
+        resolve(source), output_dir, vocab_size=vocab_size, text_field=text_field, overwrite=overwrite
+    )
+    typer.echo(f"{output_dir}: {'written' if made else 'already there'}")
+
+
+@app.command("compact-map")
+def compact_map(
+    source: _TextsFolder,
+    output: Annotated[Path, typer.Option(help=".npy file to write")],
+    size: Annotated[int, typer.Option(help="ids in all, 256 bytes and 9 special tokens among them")],
+    text_field: _TextField = TEXT_COLUMN,
+    overwrite: _Overwrite = False,
+) -> None:
+    """Choose the o200k ids that texts use most as a compact vocabulary; build with --compact-map OUTPUT."""
+    made = text_vocabulary.write_compact_map(
+        resolve(source), output, size=size, text_field=text_field, overwrite=overwrite
+    )
+    typer.echo(f"{output}: {'written' if made else 'already there'}")

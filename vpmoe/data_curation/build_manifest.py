@@ -12,6 +12,8 @@ from vpmoe.data_curation.manifest import git_state
 from vpmoe.files import sha256_of_file
 from vpmoe.harmony.spans import SPAN_NAMES
 from vpmoe.tokenizer.compact import CompactVocabulary
+from vpmoe.tokenizer.from_dataset import TOKENIZER_FOLDER
+from vpmoe.tokenizer.hf_directory import HFDirectory
 from vpmoe.tokenizer.interface import Tokenizer
 
 _SPLIT_RULE = "valid iff the big-endian first 8 bytes of blake2b(synth_id) are below valid_fraction * 2^64, else train"
@@ -73,6 +75,10 @@ def _tokenizer_entry(output_dir: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     compact_map = None
     if isinstance(tokenizer, CompactVocabulary):
         compact_map = {"path": "compact_vocab.npy", "sha256": sha256_of_file(output_dir / "compact_vocab.npy")}
+    carried = {}
+    if isinstance(tokenizer, HFDirectory):
+        names = (f"{TOKENIZER_FOLDER}/{file.name}" for file in tokenizer.files)
+        carried = {"files": [{"path": name, "sha256": sha256_of_file(output_dir / name)} for name in names]}
     return {
         "name": tokenizer.name,
         "rank_file_sha256": tokenizer.rank_file_sha256,
@@ -82,6 +88,7 @@ def _tokenizer_entry(output_dir: Path, tokenizer: Tokenizer) -> dict[str, Any]:
         "special_tokens": tokenizer.special_tokens,
         "compact_map": compact_map,
         "pieces": {"path": "token_pieces.txt", "sha256": sha256_of_file(output_dir / "token_pieces.txt")},
+        **carried,
     }
 
 

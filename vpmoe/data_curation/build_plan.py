@@ -17,6 +17,7 @@ from vpmoe.harmony.renderer import installed_harmony_version
 from vpmoe.harmony.spans import SPAN_NAMES
 from vpmoe.harmony.truncation import BRANCHES
 from vpmoe.tokenizer import rank_file
+from vpmoe.tokenizer.hf_directory import HFDirectory
 
 SCHEMA_VERSION = 1
 KIND = "harmony_kd"
@@ -33,6 +34,7 @@ class BuildOptions:
         valid_fraction: share of conversations in the split ``valid``.
         renderer: ``fast`` or ``official``.
         tokenizer_model: a rank file to use instead of the usual places.
+        tokenizer: an HF directory whose vocabulary is used instead of o200k Harmony's; of plain text only.
         compact_vocab_size: count the train split's ids and keep this many ids in all; None: no counting.
         compact_map: use this compact map; None: none is given.
         padded_vocab_size: embedding rows; None lets the vocabulary decide.
@@ -44,6 +46,7 @@ class BuildOptions:
     valid_fraction: float = 0.001
     renderer: str = "fast"
     tokenizer_model: Path | None = None
+    tokenizer: Path | None = None
     compact_vocab_size: int | None = None
     compact_map: Path | None = None
     padded_vocab_size: int | None = None
@@ -66,6 +69,8 @@ class BuildOptions:
             faults.append(f"--renderer {self.renderer}: must be one of {', '.join(RENDERERS)}")
         if self.compact_vocab_size is not None and self.compact_map is not None:
             faults.append("--compact-vocab-size and --compact-map: give one of them")
+        if self.tokenizer is not None and (self.compact_map is not None or self.tokenizer_model is not None):
+            faults.append("--tokenizer is another vocabulary: give no --compact-map or --tokenizer-model beside it")
         if faults:
             raise DataError(
                 "options that cannot be built:\n  " + "\n  ".join(faults), source="command line", remedy="--help"
@@ -79,7 +84,7 @@ class BuildOptions:
             "valid_fraction": self.valid_fraction,
             "renderer": self.renderer,
             "renderer_version": renderer_version(self.renderer),
-            "rank_file_sha256": rank_file.SHA256,
+            "rank_file_sha256": self._vocabulary_sha256(),
             "compact_vocab_size": self.compact_vocab_size,
             "compact_map_sha256": _file_hash(self.compact_map),
             "padded_vocab_size": self.padded_vocab_size,
@@ -88,6 +93,11 @@ class BuildOptions:
     def config_hash(self) -> str:
         """sha256 over :meth:`as_manifest`: the strictness may change between a build and its continuation."""
         return sha256_of_json(self.as_manifest())
+
+    def _vocabulary_sha256(self) -> str:
+        if self.tokenizer is None:
+            return rank_file.SHA256
+        return HFDirectory(self.tokenizer).rank_file_sha256
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from vpmoe.data_curation.build_plan import SPLITS
 from vpmoe.data_curation.manifest import FILE_NAME, read_manifest, write_manifest
 from vpmoe.errors import DataError
 from vpmoe.files import json_bytes, write_atomically
+from vpmoe.tokenizer.from_dataset import TOKENIZER_FOLDER
 
 COMPACT_MAP_NAME = "compact_vocab.npy"
 PIECES_NAME = "token_pieces.txt"
@@ -84,7 +85,7 @@ class DatasetFolder:
         """Throw a dataset away, the manifest first: at no moment may it describe files that are half gone."""
         for name in (FILE_NAME, f".build/{_STATE_NAME}", COMPACT_MAP_NAME, PIECES_NAME, REJECTS_NAME):
             (self.path / name).unlink(missing_ok=True)
-        for folder in (*SPLITS, ".build"):
+        for folder in (*SPLITS, TOKENIZER_FOLDER, ".build"):
             shutil.rmtree(self.path / folder, ignore_errors=True)
 
     def write_rejects(self, rejects: list[dict[str, Any]]) -> Path:

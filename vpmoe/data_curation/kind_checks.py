@@ -50,11 +50,11 @@ def check_sample(triple: Triple, tokenizer: Tokenizer, manifest: dict[str, Any],
     Raises:
         DataError: one is not what the tokens say.
     """
-    parser = Parser(tokenizer)
-    text = manifest["kind"] == TEXT_KIND
+    # A vocabulary of plain text need not have what conversations are parsed by.
+    parser = None if manifest["kind"] == TEXT_KIND else Parser(tokenizer)
     only_last = manifest["config"].get("supervise") == "last"
     for document in np.unique(np.linspace(0, triple.documents - 1, min(count, triple.documents), dtype=np.int64)):
-        if text:
+        if parser is None:
             _check_text(triple, tokenizer, int(document), where)
         else:
             _check_conversation(triple, parser, int(document), where, only_last)

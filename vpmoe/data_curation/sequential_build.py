@@ -25,6 +25,8 @@ from vpmoe.data_curation.token_progress import TokenProgress
 from vpmoe.errors import DataError, RowError, TokenizerError
 from vpmoe.files import json_bytes, sha256_of_json, write_atomically
 from vpmoe.tokenizer.compact import CompactVocabulary
+from vpmoe.tokenizer.from_dataset import TOKENIZER_FOLDER
+from vpmoe.tokenizer.hf_directory import HFDirectory
 from vpmoe.tokenizer.interface import Tokenizer, pieces_file_bytes
 from vpmoe.tokenizer.o200k_harmony import load_o200k_harmony
 
@@ -250,6 +252,10 @@ def _state_path(output_dir: Path, shard: str) -> Path:
 
 
 def _tokenizer(output_dir: Path, base: BuildOptions) -> Tokenizer:
+    if base.tokenizer is not None:
+        for file in HFDirectory(base.tokenizer).files:
+            write_atomically(output_dir / TOKENIZER_FOLDER / file.name, file.read_bytes())
+        return HFDirectory(output_dir / TOKENIZER_FOLDER, base.padded_vocab_size)
     full = load_o200k_harmony(base.tokenizer_model)
     if base.compact_map is None:
         return full

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from vpmoe.data_curation.build_command import summary
@@ -30,11 +31,14 @@ def healing_text(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--drop-long", action="store_true", help="drop documents longer than --seq-len instead of cutting them"
     )
+    parser.add_argument(
+        "--tokenizer", type=Path, help="HF directory whose tokenizer.json to use instead of o200k Harmony"
+    )
 
     def job(options: argparse.Namespace) -> HealingText:
         languages = tuple(name.strip() for name in (options.language or "").split(",") if name.strip())
         return HealingText(
-            _base(options, "fast"),
+            replace(_base(options, "fast"), tokenizer=options.tokenizer),
             text_field=options.text_field,
             id_field=options.id_field,
             language_field=options.language_field,

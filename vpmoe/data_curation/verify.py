@@ -92,7 +92,7 @@ def _input_faults(folder: Path, manifest: dict[str, Any], input_dir: Path | None
 
 def _named_file_faults(folder: Path, manifest: dict[str, Any]) -> Iterator[VpmoeError]:
     entry = manifest["tokenizer"]
-    for named in filter(None, (entry["pieces"], entry["compact_map"])):
+    for named in filter(None, (entry["pieces"], entry["compact_map"], *entry.get("files", ()))):
         path = folder / named["path"]
         if not path.is_file():
             yield DataError("a file of the manifest is missing", source=str(path), remedy=_REBUILD)

@@ -9,9 +9,14 @@ from typing import Any
 from vpmoe.errors import DataError, TokenizerError
 from vpmoe.tokenizer.compact import NAME as COMPACT_NAME
 from vpmoe.tokenizer.compact import CompactVocabulary
+from vpmoe.tokenizer.hf_directory import NAME as HF_NAME
+from vpmoe.tokenizer.hf_directory import HFDirectory
 from vpmoe.tokenizer.interface import Tokenizer
 from vpmoe.tokenizer.o200k_harmony import NAME as FULL_NAME
 from vpmoe.tokenizer.o200k_harmony import load_o200k_harmony
+
+TOKENIZER_FOLDER = "tokenizer"
+"""Where a dataset with a vocabulary from an HF directory carries that directory's files."""
 
 
 def load_tokenizer(dataset_dir: Path | str, *, rank_file: Path | None = None) -> Tokenizer:
@@ -27,6 +32,9 @@ def load_tokenizer(dataset_dir: Path | str, *, rank_file: Path | None = None) ->
     """
     path = Path(dataset_dir) / "manifest.json"
     entry = _tokenizer_entry(path)
+    if entry["name"] == HF_NAME:
+        folder = path.parent / TOKENIZER_FOLDER
+        return HFDirectory(folder, entry["padded_vocab_size"], sha256=entry["rank_file_sha256"])
     full = load_o200k_harmony(rank_file)
     if full.rank_file_sha256 != entry["rank_file_sha256"]:
         raise TokenizerError(

@@ -14,6 +14,8 @@ from megatron_vpmoe.model.gpt import VPModel
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
+_ENDS_OF_MESSAGES = ("<|return|>", "<|call|>")
+
 
 class SampleWriter:
     """Greedy continuations of held-out prompts, appended to ``samples.jsonl`` of the run.
@@ -32,8 +34,9 @@ class SampleWriter:
         self._resume_step: int | None = resume_step
         tokenizer = dataset.manifest.tokenizer
         self._pieces = TokenPieces.load(dataset.manifest)
-        stop = (tokenizer.special_tokens["<|return|>"], tokenizer.special_tokens["<|call|>"], tokenizer.eod_id)
-        self._options = SamplingOptions(cfg.evaluation.sample_max_new_tokens, stop)
+        # A vocabulary of plain text has no tokens that end a message.
+        ends = [tokenizer.special_tokens[name] for name in _ENDS_OF_MESSAGES if name in tokenizer.special_tokens]
+        self._options = SamplingOptions(cfg.evaluation.sample_max_new_tokens, (*ends, tokenizer.eod_id))
         count = min(cfg.evaluation.sample_prompts, len(dataset))
         self._prompts = [dataset[index].prompt.tolist() for index in range(count)]
 

@@ -1,0 +1,99 @@
+"""Questions as plain text, and datasets of them under a vocabulary learned from them or cut out of o200k."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vpmoe.cli import main
+from vpmoe.data_curation.question_texts import answer_in, document, prompt
+from vpmoe.data_curation.synth_mini import generate
+from vpmoe.data_curation.token_files import read_triple
+from vpmoe.data_curation.verify import verify
+from vpmoe.errors import DataError, TokenizerError
+from vpmoe.tokenizer import CompactVocabulary, load_tokenizer
+from vpmoe.tokenizer.hf_directory import HFDirectory
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts of 300 rows, a BPE and a compact map of them."""
+    root = tmp_path_factory.mktemp("texts")
+    generate(root / "rows", rows=300, seed=1, families={"sorting": 0.5, "addition": 0.5})
+    for _ in range(2):  # a second time nothing is done
+        assert main(["data", "question-texts", "--input-dir", f"{root}/rows", "--output-dir", f"{root}/texts"]) == 0
+        words = ["--input", f"{root}/texts/pool.jsonl"]
+        assert main(["data", "train-bpe", *words, "--output-dir", f"{root}/bpe", "--vocab-size", "320"]) == 0
+        assert main(["data", "compact-map", *words, "--output", f"{root}/map.npy", "--size", "300"]) == 0
+    return root
+
+
+def build(root: Path, output: Path, *words: str) -> Path:
+    from vpmoe.data_curation.sequential_command import healing_text
+
+    common = ["--input", str(root / "texts" / "pool.jsonl"), "--id-field", "synth_id", "--valid-fraction", "0.05"]
+    assert healing_text([*common, "--seq-len", "64", "--quiet", "--output-dir", str(output), *words]) == 0
+    return output
+
+
+def texts_of(dataset: Path, split: str) -> list[str]:
+    tokenizer = load_tokenizer(dataset)
+    shards = json.loads((dataset / "manifest.json").read_text())["splits"][split]["shards"]
+    triples = [read_triple(dataset / split, shard["name"]) for shard in shards]
+    return [
+        tokenizer.decode(triple.tokens[begin : end - 1].tolist())
+        for triple in triples
+        for begin, end in zip(triple.bounds, triple.bounds[1:], strict=False)
+    ]
+
+
+def test_both_vocabularies_store_the_same_texts(folder: Path, tmp_path: Path) -> None:
+    own = build(folder, tmp_path / "own", "--tokenizer", str(folder / "bpe"), "--padded-vocab-size", "384")
+    compact = build(folder, tmp_path / "compact", "--compact-map", str(folder / "map.npy"))
+    assert isinstance(load_tokenizer(own), HFDirectory)
+    assert isinstance(load_tokenizer(compact), CompactVocabulary)
+    for split in ("train", "valid"):
+        assert texts_of(own, split) == texts_of(compact, split) != []
+    assert texts_of(own, "train")[0].startswith("Question: ")
+    for dataset in (own, compact):
+        assert verify(dataset) == []
+
+    # The dataset carries the tokenizer: it can be read where the directory it came from is gone, and is hashed.
+    manifest = json.loads((own / "manifest.json").read_text())
+    assert [file["path"] for file in manifest["tokenizer"]["files"]] == [
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+    ]
+    (own / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    assert any("tokenizer_config.json" in fault for fault in verify(own))
+    (own / "tokenizer" / "tokenizer.json").write_text((folder / "bpe" / "tokenizer.json").read_text() + "\n")
+    with pytest.raises(TokenizerError, match="the manifest says"):
+        load_tokenizer(own)
+
+
+def test_no_held_out_question_is_in_the_pool(folder: Path) -> None:
+    pool, test = (
+        [json.loads(line)["text"] for line in (folder / "texts" / name).read_text().splitlines()]
+        for name in ("pool.jsonl", "test.jsonl")
+    )
+    assert len(pool) == 300 and not set(pool) & set(test)
+
+
+def test_an_answer_is_the_first_line_behind_its_prompt() -> None:
+    text = document("Sort the digits 4 1 3.", "1 3 4")
+    assert text.startswith(prompt("Sort the digits 4 1 3."))
+    assert answer_in(text.removeprefix(prompt("Sort the digits 4 1 3."))) == "1 3 4"
+
+
+def test_others_are_refused(folder: Path, tmp_path: Path) -> None:
+    from vpmoe.data_curation.build_plan import BuildOptions
+    from vpmoe.data_curation.question_texts import write_texts
+
+    generate(tmp_path / "rows", rows=10, seed=2, families={"sorting": 1.0})
+    with pytest.raises(DataError, match="texts of other rows"):
+        write_texts(tmp_path / "rows", folder / "texts")
+    assert main(["data", "train-bpe", "--input", str(folder / "texts"), "--output-dir", str(folder / "bpe")]) == 2
+    with pytest.raises(DataError, match="--tokenizer is another vocabulary"):
+        BuildOptions(tokenizer=folder / "bpe", compact_map=folder / "map.npy").check()

@@ -1,0 +1,77 @@
+"""A small byte-level BPE in the form of Qwen's: its cuts, its special tokens, its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from vpmoe.errors import TokenizerError
+from vpmoe.files import json_bytes, write_atomically
+from vpmoe.tokenizer.hf_directory import END_OF_DOCUMENT, FILE_NAME
+
+SPECIAL_TOKENS = (END_OF_DOCUMENT, "<|im_start|>", "<|im_end|>")
+# How Qwen2 and Qwen3 cut text before merging, from their published tokenizer.json: a digit is a token of its own.
+SPLIT_PATTERN = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+_BYTES = 256
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A vocabulary of the 256 bytes, merges learned from ``texts``, and the special tokens, which come last.
+
+    Args:
+        texts: read once.
+        vocab_size: ids in all; fewer where the texts have no more pairs to merge.
+
+    Raises:
+        TokenizerError: ``vocab_size`` cannot hold bytes and special tokens.
+    """
+    least = _BYTES + len(SPECIAL_TOKENS)
+    if vocab_size < least:
+        raise TokenizerError(
+            f"a vocabulary of {vocab_size} ids cannot hold the {least} byte and special tokens",
+            source="--vocab-size",
+            remedy=f"ask for at least {least}",
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    return tokenizer
+
+
+def save_bpe(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json``, which ``AutoTokenizer`` loads."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_DOCUMENT,
+        "pad_token": END_OF_DOCUMENT,
+        "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
+        "clean_up_tokenization_spaces": False,
+    }
+    write_atomically(folder / "tokenizer_config.json", json_bytes(config))
+    write_atomically(folder / FILE_NAME, (tokenizer.to_str(pretty=True) + "\n").encode())

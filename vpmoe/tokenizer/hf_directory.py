@@ -1,0 +1,178 @@
+"""A vocabulary that lies in an HF directory as ``tokenizer.json``: a byte-level BPE, as Qwen's is.
+
+For plain text only: it has no Harmony tokens, so no conversation can be rendered with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import pre_tokenizers
+
+from vpmoe.errors import TokenizerError
+from vpmoe.files import sha256_of_file
+from vpmoe.tokenizer.compact import padded_size
+from vpmoe.tokenizer.interface import PieceDecoder, TokenArray
+
+NAME = "hf_tokenizer"
+FILE_NAME = "tokenizer.json"
+FILE_NAMES = (
+    FILE_NAME,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+END_OF_DOCUMENT = "<|endoftext|>"
+
+
+class HFDirectory:
+    """The tokenizer of an HF directory; implements :class:`vpmoe.tokenizer.interface.Tokenizer` for plain text.
+
+    Added tokens (``<|im_start|>``, ``<think>``) are never read out of a text: their spelling gives ordinary ids.
+
+    Args:
+        folder: holds ``tokenizer.json``.
+        padded_vocab_size: embedding rows; None rounds up to a multiple of 128.
+        sha256: hash that ``tokenizer.json`` has to have; None: any.
+
+    Raises:
+        TokenizerError: no such file, no byte-level BPE, added tokens that do not follow the ordinary ones, no
+            ``<|endoftext|>``, or another hash.
+    """
+
+    name = NAME
+
+    def __init__(self, folder: Path, padded_vocab_size: int | None = None, *, sha256: str | None = None) -> None:
+        self.folder = folder
+        path = folder / FILE_NAME
+        content = _read(path)
+        self.rank_file_sha256 = sha256_of_file(path)
+        if sha256 is not None and self.rank_file_sha256 != sha256:
+            raise TokenizerError(
+                f"the tokenizer's sha256 is {self.rank_file_sha256}, the manifest says {sha256}",
+                source=str(path),
+                remedy="restore the file that the dataset was built with, or build the dataset again",
+            )
+        self.special_tokens: dict[str, int] = {entry["content"]: entry["id"] for entry in content["added_tokens"]}
+        ordinary = {text: row for text, row in content["model"]["vocab"].items() if text not in self.special_tokens}
+        self.first_special_id = len(ordinary)
+        self.vocab_size = len(ordinary) + len(self.special_tokens)
+        if sorted([*ordinary.values(), *self.special_tokens.values()]) != list(range(self.vocab_size)) or (
+            min(self.special_tokens.values(), default=self.vocab_size) != self.first_special_id
+        ):
+            raise TokenizerError(
+                "ids have gaps, or added tokens stand among the ordinary ones",
+                source=str(path),
+                remedy="use a vocabulary whose added tokens follow the others, as Qwen's do",
+            )
+        self.eod_id = self.special_id(END_OF_DOCUMENT)
+        self.padded_vocab_size = padded_size(self.vocab_size, padded_vocab_size)
+        self._ordinary = ordinary
+        self._encoding = tokenizers.Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
+
+    @property
+    def files(self) -> list[Path]:
+        """The tokenizer's files, by name."""
+        return [self.folder / name for name in FILE_NAMES if (self.folder / name).is_file()]
+
+    def special_id(self, spelling: str) -> int:
+        """Id of an added token; raises :class:`TokenizerError` for any other spelling."""
+        if spelling not in self.special_tokens:
+            raise TokenizerError(
+                f"{spelling!r} is no added token of this vocabulary",
+                source=str(self.folder / FILE_NAME),
+                remedy=f"use one of {', '.join(self.special_tokens) or 'none: it has no added tokens'}",
+            )
+        return self.special_tokens[spelling]
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether ``token_id`` is an added token."""
+        return self.first_special_id <= token_id < self.vocab_size
+
+    def encode_ordinary(self, text: str) -> TokenArray:
+        """Ids of ``text`` as ordinary text, int32 ``[n]``; raises :class:`TokenizerError` for a lone surrogate."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(
+                f"text has no UTF-8 form: {error.reason} at character {error.start}",
+                source=repr(text[max(0, error.start - 20) : error.end + 20]),
+                remedy="reject the row, or repair the text where it is made",
+            ) from error
+        return np.array(self._encoding.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def encode_ordinary_batch(self, texts: Sequence[str]) -> list[TokenArray]:
+        """:meth:`encode_ordinary` of each text."""
+        return [self.encode_ordinary(text) for text in texts]
+
+    def from_o200k(self, ids: Sequence[int] | TokenArray) -> TokenArray:
+        """Raises :class:`TokenizerError`: this vocabulary is no part of o200k Harmony."""
+        raise TokenizerError(
+            f"{len(ids)} ids of o200k_harmony have no form in this vocabulary",
+            source=str(self.folder / FILE_NAME),
+            remedy="build conversations with o200k_harmony or a compact vocabulary of it",
+        )
+
+    @cached_property
+    def _decoder(self) -> PieceDecoder:
+        return PieceDecoder(self.pieces(), self.vocab_size, self.name)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Bytes of ``ids``; raises :class:`TokenizerError` for an id outside the vocabulary."""
+        return self._decoder.decode_bytes(ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def pieces(self) -> list[bytes]:
+        """Bytes of every id, ``padded_vocab_size`` of them; an added token gives its spelling, padding is empty."""
+        table = [b""] * self.padded_vocab_size
+        for text, row in self._ordinary.items():
+            table[row] = bytes(map(_BYTE_OF.__getitem__, text))
+        for text, row in self.special_tokens.items():
+            table[row] = text.encode()
+        return table
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TokenizerError(
+            f"no readable tokenizer: {error}", source=str(path), remedy="name a directory with a tokenizer.json"
+        ) from error
+    parts = [content.get("pre_tokenizer") or {}, content.get("decoder") or {}]
+    kinds = {entry.get("type") for part in parts for entry in (part, *part.get("pretokenizers", []))}
+    model = content.get("model") or {}
+    added = {entry["content"] for entry in content.get("added_tokens", [])}
+    ordinary = set(model.get("vocab", {})) - added
+    spelled_in_bytes = all(symbol in _BYTE_OF for text in ordinary for symbol in text)
+    if model.get("type") != "BPE" or "ByteLevel" not in kinds or not spelled_in_bytes:
+        raise TokenizerError(
+            "this is no byte-level BPE",
+            source=str(path),
+            remedy="name a tokenizer such as Qwen's or GPT-2's, whose every token is a sequence of bytes",
+        )
+    return {"added_tokens": [], **content}
+
+
+def _byte_symbols() -> dict[str, int]:
+    """GPT-2's spelling of bytes in a vocabulary: those that print stand for themselves, the rest for U+0100 and on."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printed]
+    symbols = {chr(byte): byte for byte in printed} | {chr(256 + place): byte for place, byte in enumerate(rest)}
+    assert set(symbols) == set(pre_tokenizers.ByteLevel.alphabet())
+    return symbols
+
+
+_BYTE_OF = _byte_symbols()
