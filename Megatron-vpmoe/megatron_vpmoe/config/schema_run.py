@@ -84,6 +84,8 @@ class OptimSection(Section):
     """What NorMuon's momentum is kept in between steps."""
     normuon_stack_mib: Count | None = None
     """Largest stack of matrices, MiB of fp32 (four times as much is held); null: 256 on a GPU, 4 on a CPU."""
+    normuon_tensor_parallel: Literal["whole", "blockwise"] = "whole"
+    """Of matrices that tensor-parallel ranks split: "whole" exchanges parts, "blockwise" leaves each rank its own."""
     normuon_idle_expert_policy: Literal["skip", "step"] = "skip"
     """Experts without tokens in a step: "skip" leaves them as they are, "step" updates them from old momentum too."""
 
