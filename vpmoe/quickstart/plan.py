@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 
 from megatron_vpmoe.config import RunConfig, config_hash, load_config
+from vpmoe.commands import Command
 from vpmoe.data_curation.build_plan import SCHEMA_VERSION as DATASET_VERSION
 from vpmoe.data_curation.build_plan import renderer_version
 from vpmoe.data_curation.harmony.conversations import SCHEMA_VERSION as CONVERSATIONS_VERSION
 from vpmoe.data_curation.synth_mini import TEST_NAME, make_row
 from vpmoe.files import sha256_of_file, sha256_of_json
 from vpmoe.quickstart import outputs
-from vpmoe.quickstart.commands import Command
 from vpmoe.quickstart.jobs import Beginning, Job, Values
 from vpmoe.quickstart.settings import Settings
 from vpmoe.tokenizer import rank_file

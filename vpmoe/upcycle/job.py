@@ -108,8 +108,15 @@ class Job(Generic[Settings]):
     name: ClassVar[str]
     """As a job's TOML says it."""
     roles: ClassVar[tuple[str, ...]]
-    """Inputs that it needs, by the name of the part they play."""
+    """Inputs that it needs, by the name of the part they play; may be none."""
     settings_type: type[Settings]
+
+    def decides(self, settings: Settings) -> dict[str, Any]:
+        """What decides the output besides inputs, settings and geometry, JSON-able: goes into the object's key.
+
+        Such as the hash of a file that the settings name.
+        """
+        return {}
 
     def convert(self, task: Task[Settings]) -> Product:
         """Compute the output; raises ``UpcycleError`` where the inputs cannot give it."""

@@ -14,6 +14,8 @@ _JOBS = {
     "morph": "vpmoe.upcycle.morph:Morph",
     "shape": "vpmoe.upcycle.shape:Shape",
     "import_qwen3": "vpmoe.upcycle.import_qwen3:ImportQwen3",
+    "pretrain": "vpmoe.upcycle.training_jobs:Pretrain",
+    "heal": "vpmoe.upcycle.training_jobs:Heal",
 }
 
 

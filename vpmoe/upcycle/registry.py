@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +37,8 @@ class ObjectSpec(BaseModel):
     job: str | None = None
     """TOML of the job that makes it; of a derived object."""
     inputs: dict[str, str] = {}
-    """What the job reads: role -> id."""
+    """What the job reads: role -> id; a job's ``roles`` say which, and where an HF directory will do, a derived object
+    serves by its own."""
     origin: str | None = None
     """Where a source is published, for the message when it is missing."""
     revision: str | None = None
@@ -115,8 +118,6 @@ def _contradictions(spec: ObjectSpec, table: dict[str, Any]) -> list[str]:
     faults = [f"inputs: there is no object {name!r}" for name in spec.inputs.values() if name not in table]
     if spec.kind == "derived":
         faults += [f"{key}: a derived object needs it" for key in ("job", "config") if getattr(spec, key) is None]
-        if not spec.inputs:
-            faults.append("inputs: a derived object needs some")
         if spec.sha256 or spec.revision or spec.origin:
             faults.append("sha256, revision, origin: of sources only; receipts hold those of a derived object")
     elif spec.job or spec.inputs:
@@ -132,12 +133,16 @@ def geometry(spec: ObjectSpec) -> RunConfig | None:
     """
     if spec.config is None:
         return None
-    words = [word for name, value in spec.overrides.items() for word in (f"--{name.replace('_', '-')}", _text(value))]
-    return load_config(Path(spec.config), words)
+    return load_config(Path(spec.config), flags(spec.overrides))
+
+
+def flags(overrides: Mapping[str, Any]) -> list[str]:
+    """Fields by name as the words of a command line; TOML has no null, so the text "null" stands for it."""
+    return [f"--{name.replace('_', '-')}={_text(value)}" for name, value in overrides.items()]
 
 
 def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -45,16 +45,21 @@ class RungBelow:
     @classmethod
     def open(cls, item: Input) -> RungBelow:
         """The model of a derived object."""
+        assert item.cfg is not None
+        return cls.of_checkpoint(item.checkpoint, item.cfg)
+
+    @classmethod
+    def of_checkpoint(cls, path: Path, cfg: RunConfig) -> RungBelow:
+        """The model of a checkpoint directory (``iter_NNNNNNN``), also of a training run's."""
         from megatron_vpmoe.training.checkpoint import ASSETS
 
-        assert item.cfg is not None
-        state = json.loads((item.checkpoint / megatron_checkpoint.RUN_STATE).read_text())
+        state = json.loads((path / megatron_checkpoint.RUN_STATE).read_text())
         return cls(
-            cfg=item.cfg,
-            weights=megatron_checkpoint.read_weights(item.checkpoint),
-            vocab_size=state.get("vocab_size", item.cfg.model.padded_vocab_size),
+            cfg=cfg,
+            weights=megatron_checkpoint.read_weights(path),
+            vocab_size=state.get("vocab_size", cfg.model.padded_vocab_size),
             kept=state.get("hf_config", {}),
-            assets=sorted((item.checkpoint / ASSETS).glob("*")),
+            assets=sorted((path / ASSETS).glob("*")),
         )
 
     def product(self, cfg: RunConfig, weights: Weights) -> Product:

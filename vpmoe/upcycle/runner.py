@@ -67,7 +67,8 @@ def plan(registry: Registry, identifier: str, *, check_hashes: bool = True) -> P
     job, settings = _read_job(spec)
     if set(job.roles) != set(spec.inputs):
         raise UpcycleError(
-            f"{job.name} reads {', '.join(job.roles)}; the object declares {', '.join(spec.inputs)}",
+            f"{job.name} reads {', '.join(job.roles) or 'nothing'}; the object declares "
+            f"{', '.join(spec.inputs) or 'nothing'}",
             source=f"{registry.path}, {identifier}.inputs",
             remedy="declare exactly these roles",
         )
@@ -80,6 +81,7 @@ def plan(registry: Registry, identifier: str, *, check_hashes: bool = True) -> P
         "settings": settings.model_dump(mode="json"),
         "geometry": geometry_of(cfg),
         "inputs": {role: _content_sha256(item.content) for role, item in inputs.items()},
+        **job.decides(settings),
     }
     return Planned(spec, cfg, job, settings, inputs, sha256_of_json(decides))
 
@@ -257,9 +259,8 @@ def _write_weights(planned: Planned, task: Task, directory: Path, quiet: bool) -
 
 
 def _receipt(planned: Planned, task: Task, stages: _Stages, partial: Path, seconds: float) -> dict[str, Any]:
-    files = {
-        f"{part}/{name}": entry for part in ("hf", "megatron") for name, entry in list_files(partial / part).items()
-    }
+    parts = sorted(path.name for path in partial.iterdir() if path.is_dir() and path != task.scratch)
+    files = {f"{part}/{name}": entry for part in parts for name, entry in list_files(partial / part).items()}
     return {
         "object": planned.spec.id,
         "rung": planned.spec.rung,

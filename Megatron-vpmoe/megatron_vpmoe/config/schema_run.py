@@ -205,7 +205,9 @@ class EvaluationSection(Section):
     """Validation and samples during the run."""
 
     eval_interval: Count | None = None
-    """Iterations between validation passes; null: never."""
+    """Iterations between validation passes, and one after the last iteration; null: never."""
+    eval_at_start: bool = False
+    """Validate before the first iteration too: what a run's initial weights give, at step 0 of the metrics."""
     eval_iters: Count = 10
     """Global batches in one validation pass."""
     sample_interval: Count | None = None

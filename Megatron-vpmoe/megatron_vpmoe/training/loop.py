@@ -42,6 +42,8 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
     samples = SampleWriter(run.valid_dataset, cfg, run.directory / "samples.jsonl", resume_step=run.iteration)
     throughput = Throughput(cfg)
     progress.opened(run)
+    if cfg.evaluation.eval_at_start and run.iteration == 0:
+        _validate(run, metrics, progress)
     stopping = False
     throughput.restart()
 
@@ -71,10 +73,7 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
             for warning in check_thresholds(health, cfg):
                 progress.note(warning)
         if _due(step, cfg.evaluation.eval_interval, last):
-            for prefix, source in run.valid.items():
-                valid = evaluate(run.model, run.objective, source)
-                metrics.log(step, {f"{prefix}/{tag}": value for tag, value in valid.items()})
-                progress.evaluated(step, valid, prefix)
+            _validate(run, metrics, progress)
         if _due(step, cfg.evaluation.sample_interval, last):
             samples.write(run.model, step, is_writer=is_main)
         if _due(step, cfg.checkpoint.save_interval, last) or step == last or stopping:
@@ -82,6 +81,14 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
         throughput.restart()
 
     progress.finished(run.iteration, stopped=stopping and run.iteration < last)
+
+
+def _validate(run: Run, metrics: MetricStream, progress: Progress) -> None:
+    """The objective over every validation split, at the run's step; a collective."""
+    for prefix, source in run.valid.items():
+        valid = evaluate(run.model, run.objective, source)
+        metrics.log(run.iteration, {f"{prefix}/{tag}": value for tag, value in valid.items()})
+        progress.evaluated(run.iteration, valid, prefix)
 
 
 def _due(step: int, interval: int | None, last: int) -> bool:

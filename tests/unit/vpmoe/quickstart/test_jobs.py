@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from vpmoe.commands import Command, CommandFailed
 from vpmoe.files import sha256_of_file
-from vpmoe.quickstart.commands import Command
-from vpmoe.quickstart.errors import CommandFailed, QuickstartError
+from vpmoe.quickstart.errors import QuickstartError
 from vpmoe.quickstart.jobs import Beginning, Job, run_job, state_of
 
 WRITE = (

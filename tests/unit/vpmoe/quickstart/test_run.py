@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from vpmoe.commands import Command, CommandFailed
 from vpmoe.eval.plots import plot_run
 from vpmoe.quickstart import outputs
-from vpmoe.quickstart.commands import Command
-from vpmoe.quickstart.errors import CommandFailed, QuickstartError
+from vpmoe.quickstart.errors import QuickstartError
 from vpmoe.quickstart.jobs import Job
 from vpmoe.quickstart.plan import Plan
 from vpmoe.quickstart.report import held_against, training_summary

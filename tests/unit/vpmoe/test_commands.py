@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vpmoe.quickstart.commands import Command, run_command
-from vpmoe.quickstart.errors import CommandFailed, Interrupted
+from vpmoe.commands import Command, CommandFailed, Interrupted, run_command
 
 POLITE = """
 import pathlib, signal, sys, time
