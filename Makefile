@@ -5,7 +5,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup quickstart test check format bench clean
+# Single-process tests side by side; what starts several processes runs by itself afterwards.
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile
+
+.PHONY: help setup quickstart test test-unit check format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,7 +30,11 @@ quickstart: setup  ## data, training, evaluation and a report of a nano vpMoE, o
 	@$(BIN)/vpmoe quickstart
 
 test: setup  ## the whole suite
-	@$(BIN)/python -m pytest tests
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests --ignore tests/distributed --ignore tests/golden
+	@$(BIN)/python -m pytest tests/distributed tests/golden
+
+test-unit: setup  ## the quick part of it
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit
 
 check: setup  ## lint, types, layering
 	@$(BIN)/ruff check .
