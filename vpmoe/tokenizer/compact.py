@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from vpmoe.errors import TokenizerError
 from vpmoe.files import write_atomically
-from vpmoe.tokenizer.interface import PieceDecoder, TokenArray
+from vpmoe.tokenizer.interface import PieceVocabulary, TokenArray
 from vpmoe.tokenizer.o200k_harmony import FIRST_SPECIAL_ID, NAMED_SPECIAL_TOKENS, VOCAB_SIZE, O200kHarmony
 
 NAME = "o200k_harmony_compact"
@@ -28,7 +28,7 @@ FIXED_IDS = BYTE_TOKENS + len(NAMED_SPECIAL_TOKENS)
 DEFAULT_PADDING_MULTIPLE = 128
 
 
-class CompactVocabulary:
+class CompactVocabulary(PieceVocabulary):
     """A vocabulary cut out of o200k Harmony; implements :class:`vpmoe.tokenizer.interface.Tokenizer`.
 
     Args:
@@ -183,29 +183,9 @@ class CompactVocabulary:
             )
         return self.special_tokens[spelling]
 
-    def is_special(self, token_id: int) -> bool:
-        """Whether ``token_id`` is one of the nine named special tokens (the highest ids)."""
-        return self.first_special_id <= token_id < self.vocab_size
-
     def encode_ordinary(self, text: str) -> TokenArray:
         """Ids of ``text`` as ordinary text, int32 ``[n]``; raises :class:`TokenizerError` for a lone surrogate."""
         return self.from_o200k(self.full.encode_ordinary(text))
-
-    def encode_ordinary_batch(self, texts: Sequence[str]) -> list[TokenArray]:
-        """:meth:`encode_ordinary` of each text."""
-        return [self.encode_ordinary(text) for text in texts]
-
-    @cached_property
-    def _decoder(self) -> PieceDecoder:
-        return PieceDecoder(self.pieces(), self.vocab_size, self.name)
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of ``ids``; raises :class:`TokenizerError` for an id outside the vocabulary."""
-        return self._decoder.decode_bytes(ids)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode(errors="replace")
 
     def pieces(self) -> list[bytes]:
         """Bytes of every id, ``padded_vocab_size`` of them; a special token gives its spelling, padding is empty."""

@@ -6,8 +6,7 @@ For plain text only: it has no Harmony tokens, so no conversation can be rendere
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from tokenizers import pre_tokenizers
 from vpmoe.errors import TokenizerError
 from vpmoe.files import sha256_of_file
 from vpmoe.tokenizer.compact import padded_size
-from vpmoe.tokenizer.interface import PieceDecoder, TokenArray
+from vpmoe.tokenizer.interface import PieceVocabulary, TokenArray
 
 NAME = "hf_tokenizer"
 FILE_NAME = "tokenizer.json"
@@ -34,7 +33,7 @@ FILE_NAMES = (
 END_OF_DOCUMENT = "<|endoftext|>"
 
 
-class HFDirectory:
+class HFDirectory(PieceVocabulary):
     """The tokenizer of an HF directory; implements :class:`vpmoe.tokenizer.interface.Tokenizer` for plain text.
 
     Added tokens (``<|im_start|>``, ``<think>``) are never read out of a text: their spelling gives ordinary ids.
@@ -94,10 +93,6 @@ class HFDirectory:
             )
         return self.special_tokens[spelling]
 
-    def is_special(self, token_id: int) -> bool:
-        """Whether ``token_id`` is an added token."""
-        return self.first_special_id <= token_id < self.vocab_size
-
     def encode_ordinary(self, text: str) -> TokenArray:
         """Ids of ``text`` as ordinary text, int32 ``[n]``; raises :class:`TokenizerError` for a lone surrogate."""
         try:
@@ -110,10 +105,6 @@ class HFDirectory:
             ) from error
         return np.array(self._encoding.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
-    def encode_ordinary_batch(self, texts: Sequence[str]) -> list[TokenArray]:
-        """:meth:`encode_ordinary` of each text."""
-        return [self.encode_ordinary(text) for text in texts]
-
     def from_o200k(self, ids: Sequence[int] | TokenArray) -> TokenArray:
         """Raises :class:`TokenizerError`: this vocabulary is no part of o200k Harmony."""
         raise TokenizerError(
@@ -121,18 +112,6 @@ class HFDirectory:
             source=str(self.folder / FILE_NAME),
             remedy="build conversations with o200k_harmony or a compact vocabulary of it",
         )
-
-    @cached_property
-    def _decoder(self) -> PieceDecoder:
-        return PieceDecoder(self.pieces(), self.vocab_size, self.name)
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of ``ids``; raises :class:`TokenizerError` for an id outside the vocabulary."""
-        return self._decoder.decode_bytes(ids)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode(errors="replace")
 
     def pieces(self) -> list[bytes]:
         """Bytes of every id, ``padded_vocab_size`` of them; an added token gives its spelling, padding is empty."""

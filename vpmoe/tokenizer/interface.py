@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import binascii
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -101,24 +102,49 @@ class Tokenizer(Protocol):
         ...
 
 
-class PieceDecoder:
-    """Decoding by a table of pieces, the same for every vocabulary."""
+class PieceVocabulary:
+    """What every vocabulary does alike once it has ids, pieces and ``encode_ordinary``; base of the classes."""
 
-    def __init__(self, pieces: Sequence[bytes], vocab_size: int, name: str) -> None:
-        self._pieces, self._vocab_size, self._name = pieces, vocab_size, name
+    name: str
+    vocab_size: int
+    first_special_id: int
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether ``token_id`` is a special token: these have the highest ids."""
+        return self.first_special_id <= token_id < self.vocab_size
+
+    def encode_ordinary(self, text: str) -> TokenArray:
+        """As :class:`Tokenizer` has it."""
+        raise NotImplementedError
+
+    def encode_ordinary_batch(self, texts: Sequence[str]) -> list[TokenArray]:
+        """:meth:`encode_ordinary` of each text (a thread pool is slower than this loop on short texts)."""
+        return [self.encode_ordinary(text) for text in texts]
+
+    def pieces(self) -> list[bytes]:
+        """As :class:`Tokenizer` has it."""
+        raise NotImplementedError
+
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        return self.pieces()
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Concatenated pieces of ``ids``; raises :class:`TokenizerError` for an id outside the vocabulary."""
-        out: list[bytes] = []
+        """Bytes of ``ids``; raises :class:`TokenizerError` for an id outside the vocabulary."""
+        pieces, out = self._pieces, list[bytes]()
         for token_id in ids:
-            if not 0 <= token_id < self._vocab_size:
+            if not 0 <= token_id < self.vocab_size:
                 raise TokenizerError(
-                    f"token id {int(token_id)} is outside the vocabulary of {self._vocab_size} ids",
-                    source=self._name,
+                    f"token id {int(token_id)} is outside the vocabulary of {self.vocab_size} ids",
+                    source=self.name,
                     remedy="decode with the dataset's own tokenizer (vpmoe.tokenizer.load_tokenizer)",
                 )
-            out.append(self._pieces[token_id])
+            out.append(pieces[token_id])
         return b"".join(out)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode(errors="replace")
 
 
 def pieces_file_bytes(tokenizer: Tokenizer) -> bytes:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import tiktoken
 
 from vpmoe.errors import TokenizerError
 from vpmoe.tokenizer import rank_file
-from vpmoe.tokenizer.interface import PieceDecoder, TokenArray
+from vpmoe.tokenizer.interface import PieceVocabulary, TokenArray
 
 NAME = "o200k_harmony"
 VOCAB_SIZE = 201_088
@@ -61,7 +61,7 @@ _BLANKS = f" {_ODD_BLANKS}"
 _TWO_BLANKS = re.compile(f"[{_BLANKS}]{{2}}(?=[^\r\n{_BLANKS}])")
 
 
-class O200kHarmony:
+class O200kHarmony(PieceVocabulary):
     """The full vocabulary of 201,088 ids; implements :class:`vpmoe.tokenizer.interface.Tokenizer`.
 
     Args:
@@ -109,10 +109,6 @@ class O200kHarmony:
             )
         return ALL_SPECIAL_TOKENS[spelling]
 
-    def is_special(self, token_id: int) -> bool:
-        """Whether ``token_id`` is one of the 1,090 special ids."""
-        return FIRST_SPECIAL_ID <= token_id < VOCAB_SIZE
-
     def encode_ordinary(self, text: str) -> TokenArray:
         """Ids of ``text`` as ordinary text, int32 ``[n]``; raises :class:`TokenizerError` for text that has none."""
         try:
@@ -137,25 +133,9 @@ class O200kHarmony:
     def _encode_uncut(self, text: str) -> TokenArray:
         return np.frombuffer(self._encode_to_buffer(text, _NO_SPECIAL), dtype=np.int32)
 
-    def encode_ordinary_batch(self, texts: Sequence[str]) -> list[TokenArray]:
-        """:meth:`encode_ordinary` of each text (tiktoken's thread pool is slower than this loop on short texts)."""
-        return [self.encode_ordinary(text) for text in texts]
-
     def from_o200k(self, ids: Sequence[int] | TokenArray) -> TokenArray:
         """The ids themselves, as int32."""
         return np.asarray(ids, dtype=np.int32)
-
-    @cached_property
-    def _decoder(self) -> PieceDecoder:
-        return PieceDecoder(self.pieces(), self.vocab_size, self.name)
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of ``ids``; raises :class:`TokenizerError` for an id outside the vocabulary."""
-        return self._decoder.decode_bytes(ids)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode(errors="replace")
 
     def pieces(self) -> list[bytes]:
         """Bytes of all 201,088 ids in order; a special token's piece is its spelling."""
