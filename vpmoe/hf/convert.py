@@ -19,21 +19,12 @@ import torch
 from megatron_vpmoe.config import RunConfig, geometry_diff
 from vpmoe.errors import WeightsError
 from vpmoe.files import json_bytes, sync_directory, write_atomically
-from vpmoe.hf import qwen3, student
+from vpmoe.hf import qwen3, student, tokenizer_files
 from vpmoe.weights import megatron_checkpoint, safetensors_folder
 from vpmoe.weights.geometry import config_of, conform, geometry_of
 from vpmoe.weights.tensors import LazyTensor, weights_sha256
 
-ASSETS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+ASSETS = tokenizer_files.FILES
 # Written anew from the geometry, or true of one version of a library only.
 _NOT_KEPT = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "layer_types", "rope_scaling")
 
@@ -144,7 +135,10 @@ def open_directory(
         cfg=cfg,
         vocab_size=int(config["vocab_size"]),
         kept={key: value for key, value in config.items() if key not in produced and key not in _NOT_KEPT},
-        assets=[folder / name for name in ASSETS if (folder / name).is_file()],
+        assets=[
+            *tokenizer_files.assets_of(folder),
+            *(path for path in [folder / tokenizer_files.GENERATION] if path.is_file()),
+        ],
     )
 
 
@@ -181,7 +175,11 @@ def export_checkpoint(
     ours = conform(megatron_checkpoint.read_weights(found.path), cfg, dtype, source=str(found.path))
     theirs = form.from_megatron(ours, cfg, vocab_size=vocab_size)
     stored = next(iter(ours.values())).dtype
-    config = form.hf_config(cfg, vocab_size=vocab_size, dtype=stored, kept=found.state.get("hf_config", {}))
+    assets = sorted((found.path / STORED_ASSETS).glob("*"))
+    made, token_ids = tokenizer_files.made_from(assets)
+    kept = dict(found.state.get("hf_config", {}))
+    kept |= {key: value for key, value in token_ids.items() if kept.get(key) is None}
+    config = form.hf_config(cfg, vocab_size=vocab_size, dtype=stored, kept=kept)
 
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -190,8 +188,11 @@ def export_checkpoint(
     write_atomically(partial / "config.json", json_bytes(config))
     for code in student.CODE if form is student else ():
         shutil.copyfile(code, partial / code.name)
-    for asset in sorted((found.path / STORED_ASSETS).glob("*")):
+    for name, content in made.items():
+        (partial / name).write_bytes(content)
+    for asset in assets:
         shutil.copyfile(asset, partial / asset.name)
+    tokenizer_files.give_harmony_template(partial)
     sync_directory(partial)
     os.replace(partial, folder)
     sync_directory(folder.parent)

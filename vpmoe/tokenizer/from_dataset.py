@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,27 @@ def load_tokenizer(dataset_dir: Path | str, *, rank_file: Path | None = None) ->
         TokenizerError: the rank file or the compact map is missing or is not the one the dataset was built with.
     """
     path = Path(dataset_dir) / "manifest.json"
-    entry = _tokenizer_entry(path)
+    return vocabulary_of(_tokenizer_entry(path), path, rank_file=rank_file)
+
+
+def vocabulary_of(entry: Mapping[str, Any], path: Path, *, rank_file: Path | None = None) -> Tokenizer:
+    """The vocabulary that ``entry``, the tokenizer entry of a manifest in the file ``path``, describes.
+
+    Args:
+        entry: ``name``, ``rank_file_sha256``, ``padded_vocab_size``, ``compact_map`` (beside the file).
+        path: the file, also for messages.
+        rank_file: as for ``load_tokenizer``.
+
+    Raises:
+        TokenizerError: as for ``load_tokenizer``.
+    """
     if entry["name"] == HF_NAME:
         folder = path.parent / TOKENIZER_FOLDER
         return HFDirectory(folder, entry["padded_vocab_size"], sha256=entry["rank_file_sha256"])
     full = load_o200k_harmony(rank_file)
     if full.rank_file_sha256 != entry["rank_file_sha256"]:
         raise TokenizerError(
-            f"the dataset was built with rank file {entry['rank_file_sha256']}, here is {full.rank_file_sha256}",
+            f"the ids are of rank file {entry['rank_file_sha256']}, here is {full.rank_file_sha256}",
             source=str(path),
             remedy="rebuild the dataset with this version",
         )
@@ -47,6 +61,8 @@ def load_tokenizer(dataset_dir: Path | str, *, rank_file: Path | None = None) ->
     if entry["name"] != COMPACT_NAME:
         raise TokenizerError(f"unknown tokenizer {entry['name']!r}", source=str(path), remedy="rebuild the dataset")
     compact_map = entry["compact_map"]
+    if compact_map is None:
+        raise TokenizerError("a compact vocabulary without a map", source=str(path), remedy="rebuild the dataset")
     return CompactVocabulary.load(
         full,
         path.parent / compact_map["path"],

@@ -94,6 +94,10 @@ class O200kHarmony(PieceVocabulary):
         # What encode_to_numpy of tiktoken calls, without its checks for special tokens that do not apply here.
         self._encode_to_buffer = self._encoding._core_bpe.encode_to_tiktoken_buffer
 
+    def rank_file_content(self) -> bytes:
+        """The rank file, unpacked."""
+        return rank_file.find(self.rank_file_path).content
+
     @property
     def special_tokens(self) -> dict[str, int]:
         """Spelling -> id of the nine named special tokens."""

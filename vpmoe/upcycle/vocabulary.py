@@ -15,7 +15,8 @@ from torch import Tensor
 
 from vpmoe.errors import UpcycleError
 from vpmoe.files import json_bytes, write_atomically
-from vpmoe.hf.convert import ASSETS, read_config, run_state
+from vpmoe.hf.convert import read_config, run_state
+from vpmoe.hf.tokenizer_files import GENERATION, assets_of, open_tokenizer
 from vpmoe.upcycle.job import Input, Job, JobSettings, Product, Task
 from vpmoe.upcycle.token_surgery import Assignment, Surgery, new_rows
 from vpmoe.upcycle.vocabulary_report import measure
@@ -131,24 +132,12 @@ class Vocabulary(Job[VocabularySettings]):
         }
 
 
-def open_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UpcycleError(
-            f"no tokenizer there: {str(error).splitlines()[0]}",
-            source=str(folder),
-            remedy="put tokenizer.json and tokenizer_config.json beside the weights",
-        ) from error
-
-
 def tokens_of(folder: Path, texts: list[str], longest: int) -> list[list[int]]:
     """Texts under the tokenizer of an HF directory, without special tokens, cut to ``longest``.
 
     Raises:
-        UpcycleError: no tokenizer, or a text of fewer than two tokens.
+        UpcycleError: a text of fewer than two tokens.
+        WeightsError: no tokenizer.
     """
     tokenizer = open_tokenizer(folder)
     found = [tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in texts]
@@ -247,12 +236,11 @@ def _figures(
 def _assets(task: Task[VocabularySettings], tokenizer: Any) -> list[Path]:
     """The donor's tokenizer files, and generation settings that end at its tokens."""
     donor = task.inputs["donor"].hf
-    files = [donor / name for name in ASSETS if (donor / name).is_file() and name != "generation_config.json"]
-    own = task.inputs["model"].hf / "generation_config.json"
+    own = task.inputs["model"].hf / GENERATION
     settings = json.loads(own.read_text()) if own.is_file() else {}
     settings |= {"eos_token_id": [tokenizer.convert_tokens_to_ids(token) for token in task.settings.eos_tokens]}
     for name in ("bos_token_id", "pad_token_id"):
         settings.pop(name, None)
-    written = task.scratch / "generation_config.json"
+    written = task.scratch / GENERATION
     write_atomically(written, json_bytes(settings))
-    return [*files, written]
+    return [*assets_of(donor), written]

@@ -56,7 +56,11 @@ class HashedFile(_Entry):
 
 
 class TokenizerEntry(_Entry):
-    """The vocabulary that the ids on disk belong to."""
+    """The vocabulary that the ids on disk belong to.
+
+    ``files`` are those of a Hugging Face tokenizer, where it is one's: ``tokenizer/tokenizer.json`` and what lies
+    beside it; ``rank_file_sha256`` is then the hash of the file that decides its ids.
+    """
 
     name: str
     rank_file_sha256: str
@@ -66,6 +70,7 @@ class TokenizerEntry(_Entry):
     special_tokens: dict[str, int]
     compact_map: HashedFile | None
     pieces: HashedFile
+    files: list[HashedFile] = []
 
     def identity(self) -> dict[str, str]:
         """What must be equal for two datasets, or a dataset and a model, to mean the same by an id."""

@@ -50,7 +50,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Carried:
-    """What a conversion left in a checkpoint and training hands on from each checkpoint to the next.
+    """What an export needs besides weights: a conversion or the dataset gave it, each checkpoint hands it on.
 
     Attributes:
         state: entries of ``run_state.json``: the vocabulary's true size, and what HF's configuration said besides.

@@ -11,7 +11,9 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_vpmoe.data.blend import as_stored, open_parts
 from megatron_vpmoe.data.kd_dataset import KDDataset
+from megatron_vpmoe.data.manifest import Manifest
 from megatron_vpmoe.data.source import BatchSource, ValidSource
+from megatron_vpmoe.data.vocabulary_files import differing, vocabulary_files
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.model.attention.self_attention import VPSelfAttention
 from megatron_vpmoe.model.builder import build_model, wrap_for_training
@@ -133,7 +135,7 @@ def open_run(cfg: RunConfig) -> Run:
         valid_dataset=valid[0].dataset,
         provenance=collect_provenance(cfg, [part.dataset.manifest for part in train]),
         notes=(*notes, *implementation_notes(model, cfg)),
-        carried=checkpoint.Carried.of(started_from if distributed.rank() == 0 else None),
+        carried=_carried(started_from, train[0].dataset.manifest, cfg),
         routing=[
             row
             for stage in stages.gather_stages(
@@ -149,6 +151,28 @@ def open_run(cfg: RunConfig) -> Run:
     if found is not None:
         _restore(run, found)
     return run
+
+
+def _carried(started_from: checkpoint.Found | None, manifest: Manifest, cfg: RunConfig) -> checkpoint.Carried:
+    """What the weights brought along; where they brought no vocabulary, the dataset's.
+
+    Raises:
+        CheckpointError: the weights mean another vocabulary than the dataset.
+        TokenizerError: a file of the dataset's vocabulary is damaged.
+    """
+    carried, of_dataset = checkpoint.Carried.of(started_from), vocabulary_files(manifest)
+    if not carried.assets:
+        return checkpoint.Carried(carried.state, of_dataset)
+    other = differing(carried.assets, of_dataset)
+    if not other:
+        return carried
+    if not cfg.checkpoint.allow_provenance_change:
+        raise CheckpointError(
+            f"the weights and the dataset {manifest.root} do not share a vocabulary: {', '.join(other)} differ",
+            source=str(started_from.path if started_from else cfg.checkpoint.load_weights),
+            remedy="build the dataset with the weights' vocabulary; --allow-provenance-change trains on the dataset's",
+        )
+    return checkpoint.Carried(carried.state, of_dataset)
 
 
 def implementation_notes(model: VPModel, cfg: RunConfig) -> list[str]:

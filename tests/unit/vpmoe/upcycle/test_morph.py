@@ -11,9 +11,9 @@ import torch
 from tests.tiny import tiny_config
 from tests.unit.vpmoe.upcycle.tiny_rungs import PLAIN, TEXT, dense_config, make, object_of, random_weights
 from vpmoe.errors import UpcycleError
+from vpmoe.hf.tokenizer_files import open_tokenizer
 from vpmoe.upcycle import morph
 from vpmoe.upcycle.constant_factors import constant_factors, relative_error
-from vpmoe.upcycle.vocabulary import open_tokenizer
 from vpmoe.weights.geometry import config_of, geometry_of, load_model, process_groups
 
 SIZES = {"num_layers": 2, "padded_vocab_size": 320, "num_attention_heads": 4, "num_query_groups": 2}

@@ -1,0 +1,134 @@
+"""The tokenizer's files of an HF directory: made from a vocabulary of ours, or those of another tokenizer as they are.
+
+A checkpoint keeps them as assets (``megatron_vpmoe.data.vocabulary_files``). ``vocabulary.json`` among them names a
+vocabulary of ours, and everything that ``transformers`` needs is made from it at every export. Without it the files
+came from another directory, and are copied.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_vpmoe.data.vocabulary_files import VOCABULARY
+from vpmoe.errors import WeightsError
+from vpmoe.files import json_bytes
+from vpmoe.hf import tokenization_vpmoe
+from vpmoe.hf.byte_level_bpe import tokenizer_json
+from vpmoe.hf.chat_template import CHAT_TEMPLATE
+from vpmoe.tokenizer import CompactVocabulary, Tokenizer
+from vpmoe.tokenizer.from_dataset import vocabulary_of
+from vpmoe.tokenizer.hf_directory import FILE_NAMES
+from vpmoe.tokenizer.o200k_harmony import ALL_SPECIAL_TOKENS, NAMED_SPECIAL_TOKENS, SPLIT_PATTERN, O200kHarmony
+
+GENERATION = "generation_config.json"
+TEMPLATE = "chat_template.jinja"
+_OURS = (VOCABULARY, tokenization_vpmoe.COMPACT_MAP)
+# Every file of an HF directory besides weights and config.json that decides what it does.
+FILES = (*_OURS, *FILE_NAMES, GENERATION)
+_CODE = Path(tokenization_vpmoe.__file__)
+# What ends a generation; the first also ends a conversation.
+_EOS = ("<|return|>", "<|call|>", "<|endoftext|>")
+_ROLES = {"bos_token": "<|startoftext|>", "eos_token": _EOS[0], "pad_token": "<|endoftext|>"}
+
+
+def assets_of(folder: Path) -> list[Path]:
+    """What a checkpoint has to keep of an HF directory's tokenizer, generation settings excepted."""
+    names = _OURS if (folder / VOCABULARY).is_file() else FILE_NAMES
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def made_from(assets: Iterable[Path]) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Files that are made from a vocabulary of ours, and its token ids for ``config.json``; nothing without one.
+
+    Args:
+        assets: of a checkpoint.
+
+    Raises:
+        TokenizerError: the rank file is not to be found, or the compact map is damaged.
+    """
+    found = next((path for path in assets if path.name == VOCABULARY), None)
+    if found is None:
+        return {}, {}
+    vocabulary = vocabulary_of(json.loads(found.read_text()), found)
+    ids = {
+        "bos_token_id": vocabulary.special_id(_ROLES["bos_token"]),
+        "eos_token_id": [vocabulary.special_id(token) for token in _EOS],
+        "pad_token_id": vocabulary.special_id(_ROLES["pad_token"]),
+    }
+    files = {
+        **(_compact_files(vocabulary) if isinstance(vocabulary, CompactVocabulary) else _full_files(vocabulary)),
+        "special_tokens_map.json": json_bytes(_ROLES),
+        GENERATION: json_bytes({**ids, "do_sample": False}),
+    }
+    return files, ids
+
+
+def _full_files(vocabulary: Tokenizer) -> dict[str, bytes]:
+    assert isinstance(vocabulary, O200kHarmony)
+    config = _tokenizer_config("PreTrainedTokenizerFast")
+    return {
+        "tokenizer.json": tokenizer_json(vocabulary.ranks, ALL_SPECIAL_TOKENS, SPLIT_PATTERN),
+        "tokenizer_config.json": json_bytes(config),
+    }
+
+
+def _compact_files(vocabulary: CompactVocabulary) -> dict[str, bytes]:
+    config = {
+        **_tokenizer_config("VpMoeTokenizer"),
+        "auto_map": {"AutoTokenizer": [f"{_CODE.stem}.VpMoeTokenizer", None]},
+        "pattern": SPLIT_PATTERN,
+        "special_ids": vocabulary.special_tokens,
+    }
+    return {
+        _CODE.name: _CODE.read_bytes(),
+        tokenization_vpmoe.RANK_FILE: vocabulary.full.rank_file_content(),
+        tokenization_vpmoe.COMPACT_MAP: vocabulary.file_bytes,
+        "tokenizer_config.json": json_bytes(config),
+    }
+
+
+def _tokenizer_config(name: str) -> dict[str, Any]:
+    return {
+        "tokenizer_class": name,
+        **_ROLES,
+        "extra_special_tokens": list(NAMED_SPECIAL_TOKENS),
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+
+
+def give_harmony_template(folder: Path) -> None:
+    """Write our chat template where the vocabulary of an HF directory is Harmony's, whoever wrote its tokenizer."""
+    if _special_tokens(folder) >= NAMED_SPECIAL_TOKENS.keys():
+        (folder / TEMPLATE).write_text(CHAT_TEMPLATE)
+
+
+def _special_tokens(folder: Path) -> set[str]:
+    whole, compact = folder / "tokenizer.json", folder / tokenization_vpmoe.COMPACT_MAP
+    if whole.is_file():
+        return {str(token["content"]) for token in json.loads(whole.read_text()).get("added_tokens", [])}
+    return set(NAMED_SPECIAL_TOKENS) if compact.is_file() else set()
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer of an HF directory; ours by our own class, so that no directory's code is run.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        if (folder / tokenization_vpmoe.COMPACT_MAP).is_file():
+            return tokenization_vpmoe.VpMoeTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"no tokenizer there: {str(error).splitlines()[0]}",
+            source=str(folder),
+            remedy="put tokenizer.json and tokenizer_config.json beside the weights",
+        ) from error
