@@ -15,7 +15,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +247,8 @@ def _no_progress(_what: str, _size: int) -> None:
 
 def _write_weights(planned: Planned, task: Task, directory: Path, quiet: bool) -> dict[str, str]:
     task.scratch.mkdir(parents=True, exist_ok=True)
-    product = planned.job.convert(task)
+    with TensorProgress("conversion", None, quiet=quiet) as progress:
+        product = planned.job.convert(replace(task, progress=progress))
     dtype = DTYPES[planned.settings.dtype]
     weights = conform(product.weights, planned.cfg, dtype, source=planned.spec.id)
     total = sum(tensor.nbytes for tensor in weights.values())

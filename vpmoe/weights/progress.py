@@ -13,7 +13,7 @@ _LINE_SECONDS = 10.0
 
 
 class TensorProgress:
-    """Counts bytes of tensors; use as a context manager and call it with (name, bytes).
+    """Counts bytes of tensors; use as a context manager and call it with (name, bytes). Silent until the first call.
 
     Args:
         stage: what is being done.
@@ -33,8 +33,6 @@ class TensorProgress:
             self._task = self._bar.add_task(stage, total=total_bytes, name="")
 
     def __enter__(self) -> TensorProgress:
-        if self._bar:
-            self._bar.start()
         return self
 
     def __exit__(
@@ -42,13 +40,14 @@ class TensorProgress:
     ) -> None:
         if self._bar:
             self._bar.stop()
-        elif kind is None and not self._quiet:
+        elif kind is None and self.done and not self._quiet:
             self._line("done")
 
     def __call__(self, name: str, size: int) -> None:
         """Count one tensor, or one step of another measure, as done."""
         self.done += size
         if self._bar:
+            self._bar.start()  # nothing where it runs already
             self._bar.update(self._task, advance=size, name=name)
         elif not self._quiet and time.monotonic() - self._last_line > _LINE_SECONDS:
             self._last_line = time.monotonic()
