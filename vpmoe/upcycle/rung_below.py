@@ -148,10 +148,20 @@ class LogitDifference:
         return {"logit_difference": self.largest, "logit_scale": self.scale, "prompts": self.prompts}
 
 
-def text_loss(cfg: RunConfig, weights: Weights, texts: Sequence[Sequence[int]], *, source: str) -> float:
+def text_loss(
+    cfg: RunConfig,
+    weights: Weights,
+    texts: Sequence[Sequence[int]],
+    *,
+    source: str,
+    scored: Sequence[Sequence[bool]] | None = None,
+) -> float:
     """Mean cross-entropy of texts, given as tokens, in nats a token; the first token of each is not scored.
 
     One layer is in memory at a time, and logits of one chunk of positions.
+
+    Args:
+        scored: of each text as many entries as tokens; entry t says whether token t + 1 counts. None: all do.
     """
     from megatron_vpmoe.generation.sampler import left_padded
 
@@ -159,7 +169,9 @@ def text_loss(cfg: RunConfig, weights: Weights, texts: Sequence[Sequence[int]], 
         model = streamed_model(cfg, weights, source=source)
         tokens, layout = left_padded(texts, torch.device("cpu"))
         labels = tokens.roll(-1, dims=1)
-        scored = layout.document_id >= 0
-        scored[:, -1] = False
-        total, terms = model(tokens, layout).cross_entropy(labels, scored, torch.ones(labels.shape))
+        counts = layout.document_id >= 0
+        for row, marks in zip(counts, scored or [], strict=scored is not None):
+            row[-len(marks) :] = torch.tensor(marks)
+        counts[:, -1] = False
+        total, terms = model(tokens, layout).cross_entropy(labels, counts, torch.ones(labels.shape))
     return float(total) / len(terms)

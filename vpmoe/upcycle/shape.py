@@ -1,37 +1,37 @@
-"""Rung 3: Qwen3's blocks in the student's shapes, without calibration.
+"""Rung 3: Qwen3's blocks in the student's shapes.
 
-Attention is mean-pooled: consecutive query heads, and consecutive groups' keys and values, become their mean; the
-output projection's columns are summed over the heads that became one, since a mean would shrink the output. Of the
-feed-forward the neurons with the largest columns of the second matrix stay; a neuron's silu(g) u becomes
-relu((g + u) / 2)², which is g u where gate and up projection agree. Norms are copied, biases are zero, an output layer
-that was tied becomes a copy of the embedding.
-
-This is the plain conversion, and it loses most of what the model knew: the receipt has each block's error and the loss.
-
-Shapes: H heads, G groups, D head dim, C hidden, F feed-forward width.
+Attention loses heads and groups, SwiGLU becomes a narrower squared ReLU, linear layers get biases, a tied output layer
+becomes a copy of the embedding. Each of attention and feed-forward is converted plainly (``plain_shapes``: the
+baselines) or calibrated (``calibrated_layers``). Norms in front of the blocks are copied.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from megatron_vpmoe.config import RunConfig
-from megatron_vpmoe.model.attention.mixed_qkv import mixed_qkv_rows, split_mixed_qkv
+from megatron_vpmoe.data.manifest import read_manifest
 from vpmoe.errors import UpcycleError
-from vpmoe.upcycle.block_errors import block_errors
-from vpmoe.upcycle.job import Job, JobSettings, Product, Task
-from vpmoe.upcycle.rung_below import RungBelow, in_layer, layer_and_name, refuse_other_changes, text_loss
-from vpmoe.upcycle.vocabulary import EMBEDDING, OUTPUT, tokens_of
+from vpmoe.files import sha256_of_file
+from vpmoe.upcycle.block_errors import Rung, block_errors
+from vpmoe.upcycle.block_regression import Regression
+from vpmoe.upcycle.calibrated_layers import Calibration, Errors, calibrated_layers
+from vpmoe.upcycle.job import Job, Product, Task
+from vpmoe.upcycle.passages import Passages
+from vpmoe.upcycle.plain_shapes import FC1, FC2, PROJ, QKV, plain_attention, plain_feed_forward
+from vpmoe.upcycle.residual_streams import batches_of
+from vpmoe.upcycle.rung_below import RungBelow, layer_and_name, refuse_other_changes, text_loss
+from vpmoe.upcycle.shape_settings import ShapeSettings, calibration_passages, heldout_passages
+from vpmoe.upcycle.vocabulary import EMBEDDING, OUTPUT
 from vpmoe.weights import LazyTensor, Weights, megatron_checkpoint
-from vpmoe.weights.geometry import expected_shapes
+from vpmoe.weights.geometry import expected_shapes, process_groups
 
 _CHANGED = {
     "num_attention_heads",
@@ -44,15 +44,6 @@ _CHANGED = {
 }
 
 
-class ShapeSettings(JobSettings):
-    """Settings of ``shape``."""
-
-    texts: list[str] = Field(min_length=1)
-    """On which errors and losses are measured."""
-    text_tokens: int = Field(default=512, ge=2)
-    """Most tokens of a text that are read."""
-
-
 class Shape(Job[ShapeSettings]):
     """``model`` (a Qwen3 rung) -> the student's shapes, activation and biases, with plain attention."""
 
@@ -60,28 +51,89 @@ class Shape(Job[ShapeSettings]):
     roles: ClassVar[tuple[str, ...]] = ("model",)
     settings_type = ShapeSettings
 
+    def decides(self, settings: ShapeSettings) -> dict[str, Any]:
+        if not settings.calibration:
+            return {}
+        return {"calibration_manifest_sha256": sha256_of_file(read_manifest(settings.calibration).path)}
+
     def convert(self, task: Task[ShapeSettings]) -> Product:
         below = RungBelow.open(task.inputs["model"])
         refuse_other_changes(task, below, _CHANGED)
         _check(below.cfg, task.cfg, source=task.spec.id)
-        return below.product(task.cfg, reshaped(below.weights, below.cfg, task.cfg))
+        passages = calibration_passages(task) if task.settings.calibrated else None
+        rungs = (below.cfg, below.weights), task.cfg
+        weights, errors = convert_blocks(
+            *rungs, task.settings, passages, task.scratch, source=task.spec.id, progress=task.progress
+        )
+        if passages:
+            task.report["calibration_tokens"] = passages.num_tokens
+            task.report["calibration_error"] = errors
+        return below.product(task.cfg, weights)
 
     def verify(self, task: Task[ShapeSettings], folder: Path) -> dict[str, Any]:
         below = RungBelow.open(task.inputs["model"])
         written = megatron_checkpoint.read_weights(folder / "megatron" / megatron_checkpoint.ITERATION)
-        texts = tokens_of(task.inputs["model"].hf, task.settings.texts, task.settings.text_tokens)
-        losses = [
-            text_loss(cfg, weights, texts, source=task.spec.id)
-            for cfg, weights in ((below.cfg, below.weights), (task.cfg, written))
-        ]
-        return {
-            "texts_tokens": sum(len(text) - 1 for text in texts),
-            "loss": dict(zip(("before", "after"), losses, strict=True)),
-            "perplexity": dict(zip(("before", "after"), map(math.exp, losses), strict=True)),
-            "relative_output_error": block_errors(
-                (below.cfg, below.weights), (task.cfg, written), texts, source=task.spec.id
-            ),
-        }
+        before, passages = (below.cfg, below.weights), heldout_passages(task)
+        rungs = {"plain": (task.cfg, reshaped(below.weights, below.cfg, task.cfg)), "after": (task.cfg, written)}
+        return measure(before, rungs, passages, task.settings.batch_tokens, source=task.spec.id)
+
+
+def convert_blocks(
+    old: Rung,
+    new: RunConfig,
+    settings: ShapeSettings,
+    passages: Passages | None,
+    scratch: Path,
+    *,
+    source: str,
+    progress: Callable[[str, int], None],
+) -> tuple[dict[str, LazyTensor], Errors]:
+    """The new model's weights by the methods that the settings name.
+
+    Args:
+        old: the original.
+        new: the new geometry.
+        passages: to calibrate on; None where no part is calibrated.
+        scratch: a directory for this conversion alone; the weights are read from it.
+        source: for messages.
+        progress: told each calibrated layer and its bytes.
+
+    Returns:
+        names -> tensors, and what ``calibrated_layers`` says of the errors on the calibration texts.
+    """
+    plain = reshaped(old[1], old[0], new)
+    if passages is None:
+        return plain, {}
+    calibration = Calibration(
+        batches=batches_of(passages, settings.batch_tokens),
+        parts=settings.calibrated,
+        regression=Regression(settings.ridge, settings.steps, settings.learning_rate, settings.seed),
+        align_heads=settings.attention_start == "aligned",
+        neurons=settings.feed_forward_start,
+    )
+    with process_groups():
+        layers, errors = calibrated_layers(old, (new, plain), calibration, scratch, source=source, progress=progress)
+    return {name: layers.get(name, tensor).to(tensor.dtype) for name, tensor in plain.items()}, errors
+
+
+def measure(
+    before: Rung, rungs: Mapping[str, Rung], passages: Passages, batch_tokens: int, *, source: str
+) -> dict[str, Any]:
+    """Losses of a model and its conversions on held-out text, in nats a token, and each conversion's block errors."""
+    batches = batches_of(passages, batch_tokens)
+    losses = {
+        name: text_loss(*rung, passages.tokens, scored=passages.scored, source=source)
+        for name, rung in {"before": before, **rungs}.items()
+    }
+    return {
+        "heldout_tokens": passages.num_tokens,
+        "scored_tokens": passages.num_scored,
+        "loss": losses,
+        "perplexity": {name: math.exp(loss) for name, loss in losses.items()},
+        "relative_output_error": {
+            name: block_errors(before, rung, batches, source=source) for name, rung in rungs.items()
+        },
+    }
 
 
 def _check(old: RunConfig, new: RunConfig, *, source: str) -> None:
@@ -109,19 +161,26 @@ def _check(old: RunConfig, new: RunConfig, *, source: str) -> None:
 
 
 def reshaped(weights: Weights, old: RunConfig, new: RunConfig) -> dict[str, LazyTensor]:
-    """The tensors of ``new`` from those of ``old``."""
-    shapes = expected_shapes(new)
-    changes: dict[str, Callable[[int], Tensor]] = {
-        "self_attention.linear_qkv.weight": lambda n: _qkv(weights[in_layer(n, _QKV)].read(), old, new),
-        "self_attention.linear_proj.weight": lambda n: _projection(weights[in_layer(n, _PROJ)].read(), old, new),
-        "mlp.linear_fc1.weight": lambda n: _first_matrix(*_feed_forward(weights, n), new.model.ffn_hidden_size),
-        "mlp.linear_fc2.weight": lambda n: _second_matrix(*_feed_forward(weights, n), new.model.ffn_hidden_size),
+    """The plain conversion: the tensors of ``new`` from those of ``old``."""
+
+    def attention(name: str, index: int) -> Tensor:
+        return plain_attention(weights, index, old, new)[name]
+
+    def feed_forward(name: str, index: int) -> Tensor:
+        return plain_feed_forward(weights, index, new)[name]
+
+    changes: dict[str, Callable[[str, int], Tensor]] = {
+        QKV: attention,
+        PROJ: attention,
+        FC1: feed_forward,
+        FC2: feed_forward,
     }
     result: dict[str, LazyTensor] = {}
-    for name, shape in shapes.items():
+    for name, shape in expected_shapes(new).items():
         place = layer_and_name(name)
         if place and place[1] in changes:
-            result[name] = LazyTensor(shape, weights[name].dtype, functools.partial(changes[place[1]], place[0]))
+            load = functools.partial(changes[place[1]], place[1], place[0])
+            result[name] = LazyTensor(shape, torch.float32, load).to(weights[name].dtype)
         elif place and place[1].endswith(".bias"):
             dtype = weights[name.removesuffix("bias") + "weight"].dtype
             result[name] = LazyTensor(shape, dtype, functools.partial(torch.zeros, shape, dtype=dtype))
@@ -130,46 +189,3 @@ def reshaped(weights: Weights, old: RunConfig, new: RunConfig) -> dict[str, Lazy
         else:
             result[name] = weights[name]
     return result
-
-
-_QKV = "self_attention.linear_qkv.weight"
-_PROJ = "self_attention.linear_proj.weight"
-
-
-def _qkv(mixed: Tensor, old: RunConfig, new: RunConfig) -> Tensor:
-    """Means over runs of heads and groups, in Megatron's mixed layout again."""
-    before, after = old.model, new.model
-    parts = split_mixed_qkv(mixed.float().t(), before.num_attention_heads, before.num_query_groups)  # [C, heads, D]
-    counts = (after.num_attention_heads, after.num_query_groups, after.num_query_groups)
-    rows = mixed_qkv_rows(after.num_attention_heads, after.num_query_groups, after.kv_channels)
-    pooled = mixed.new_empty(sum(len(row) for row in rows), mixed.shape[1])
-    for part, count, row in zip(parts, counts, rows, strict=True):
-        mean = part.unflatten(1, (count, -1)).mean(2)
-        pooled[row] = mean.flatten(1).t().to(mixed.dtype)
-    return pooled
-
-
-def _projection(weight: Tensor, old: RunConfig, new: RunConfig) -> Tensor:
-    """[C, H D] -> [C, H' D]: the sum over the heads that became one."""
-    heads, dim = new.model.num_attention_heads, new.model.kv_channels
-    together = old.model.num_attention_heads // heads
-    return weight.float().unflatten(1, (heads, together, dim)).sum(2).flatten(1).to(weight.dtype)
-
-
-def _feed_forward(weights: Weights, index: int) -> tuple[Tensor, Tensor]:
-    first, second = (weights[in_layer(index, f"mlp.linear_{name}.weight")].read() for name in ("fc1", "fc2"))
-    return first, second
-
-
-def _first_matrix(first: Tensor, second: Tensor, width: int) -> Tensor:
-    gate, up = first.float().chunk(2)
-    return ((gate + up) / 2)[_largest(second, width)].to(first.dtype)
-
-
-def _second_matrix(_first: Tensor, second: Tensor, width: int) -> Tensor:
-    return second[:, _largest(second, width)]
-
-
-def _largest(second: Tensor, width: int) -> Tensor:
-    """Indices, ascending, of the neurons with the largest columns."""
-    return second.float().norm(dim=0).topk(width).indices.sort().values

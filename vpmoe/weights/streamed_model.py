@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_vpmoe.config import RunConfig
 from vpmoe.weights.geometry import config_of, expected_shapes, geometry_of
@@ -48,6 +50,51 @@ def streamed_model(cfg: RunConfig, weights: Weights, *, source: str) -> VPModel:
         layer.register_forward_pre_hook(functools.partial(_enter, _LAYER.format(index), weights))
         layer.register_forward_hook(_leave)
     return model
+
+
+class LayerByLayer:
+    """A model's embedding and layers, each in memory, in evaluation mode and fp32, only while it is used.
+
+    For work that takes all texts through one layer before it comes to the next. Process groups must exist
+    (``process_groups``) while it is used.
+
+    Args:
+        cfg: whose ``model`` and ``moe`` sections are the geometry.
+        weights: every tensor of the model; those of a layer are looked up when it is used.
+        source: of the weights, for messages.
+
+    Raises:
+        WeightsError: names or shapes disagree with the geometry.
+    """
+
+    def __init__(self, cfg: RunConfig, weights: Weights, *, source: str) -> None:
+        from megatron_vpmoe.model.builder import build_model
+
+        cfg = config_of(geometry_of(cfg), source=source)
+        check_geometry(weights, expected_shapes(cfg), source=source)
+        self._weights = weights
+        self._model = build_model(cfg, device=torch.device("meta")).eval().requires_grad_(False)
+
+    @property
+    def count(self) -> int:
+        """Layers."""
+        return len(self._model.decoder.layers)
+
+    @contextlib.contextmanager
+    def embedding(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """int64 [B, S] -> the residual stream [S, B, H] before the first layer."""
+        embedding = self._model.embedding
+        _fill(embedding, "embedding.", self._weights)
+        yield lambda tokens_BS: embedding(input_ids=tokens_BS, position_ids=None)
+        embedding.to("meta")
+
+    @contextlib.contextmanager
+    def layer(self, index: int) -> Iterator[Any]:
+        """A layer (from 0), filled; what is changed in it is not kept."""
+        layer = self._model.decoder.layers[index]
+        _fill(layer, _LAYER.format(index), self._weights)
+        yield layer
+        layer.to("meta")
 
 
 def _enter(prefix: str, weights: Weights, layer: nn.Module, _arguments: Any) -> None:
