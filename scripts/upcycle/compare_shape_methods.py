@@ -38,6 +38,7 @@ METHODS = (
     "closed form: steps=0",
     "calibrated attention: feed_forward=l2_topk",
     "calibrated feed-forward: attention=meanpool",
+    "calibrated from the plain start: attention_start=meanpool, feed_forward_start=l2_topk",
     "calibrated:",
 )
 

@@ -40,16 +40,16 @@ class ShapeSettings(JobSettings):
 
     attention_start: Literal["aligned", "meanpool"] = "aligned"
     """Where the calibrated attention starts: heads aligned before they are merged, or the baseline."""
-    feed_forward_start: Literal["contribution", "contribution_pairs", "l2_topk"] = "contribution"
-    """Where the calibrated feed-forward starts: the neurons that add most to the output, as one squared-ReLU neuron or
-    as two of opposite sign, or the baseline."""
+    feed_forward_start: Literal["contribution_pairs", "contribution", "l2_topk"] = "contribution_pairs"
+    """Where the calibrated feed-forward starts: the neurons that add most to the output, as two squared-ReLU neurons of
+    opposite sign or as one, or the baseline."""
     ridge: float = Field(default=1e-3, ge=0)
     """Penalty of the closed-form fits, in units of a feature's mean variance."""
-    steps: int = Field(default=200, ge=0)
+    steps: int = Field(default=400, ge=0)
     """Of Adam on a block's regression; 0: only the closed form."""
-    learning_rate: float = Field(default=0.03, gt=0)
+    learning_rate: float = Field(default=0.06, gt=0)
     """Of these steps, in units of a matrix's root mean square."""
-    batch_tokens: int = Field(default=2048, ge=2)
+    batch_tokens: int = Field(default=1024, ge=2)
     """Positions of a batch: one step's, and what passes through a layer at once."""
 
     @property

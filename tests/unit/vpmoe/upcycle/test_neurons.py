@@ -35,6 +35,10 @@ def test_a_pair_is_the_product_behind_a_relu_where_the_gate_is_larger() -> None:
     inside = up.abs() <= gate.abs()
     assert 0.3 < inside.float().mean() < 0.7
     torch.testing.assert_close(product[inside], (gate.relu() * up)[inside], rtol=1e-4, atol=1e-4)
+    odd = squared_relu_neurons(first, second, power, 7, pairs=True)
+    strongest = power.topk(4).indices.sort().values
+    torch.testing.assert_close(odd[0][:4], (first[:NEURONS] + first[NEURONS:])[strongest] / 2)
+    assert [tuple(matrix.shape) for matrix in odd] == [(7, HIDDEN), (HIDDEN, 7)]
 
 
 def test_the_strongest_stay_and_are_exact_where_gate_and_up_projection_agree() -> None:
