@@ -45,11 +45,11 @@ class ShapeSettings(JobSettings):
     opposite sign or as one, or the baseline."""
     ridge: float = Field(default=1e-3, ge=0)
     """Penalty of the closed-form fits, in units of a feature's mean variance."""
-    steps: int = Field(default=400, ge=0)
+    steps: int = Field(default=800, ge=0)
     """Of Adam on a block's regression; 0: only the closed form."""
     learning_rate: float = Field(default=0.06, gt=0)
     """Of these steps, in units of a matrix's root mean square."""
-    batch_tokens: int = Field(default=1024, ge=2)
+    batch_tokens: int = Field(default=512, ge=2)
     """Positions of a batch: one step's, and what passes through a layer at once."""
 
     @property
