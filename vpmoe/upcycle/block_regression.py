@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vpmoe.errors import UpcycleError
 from vpmoe.upcycle.ridge import Ridge
 
 _BETAS = (0.9, 0.99)
@@ -83,6 +84,9 @@ class Block:
 def fit(block: Block, how: Regression) -> dict[str, float]:
     """Fit a block in place.
 
+    Raises:
+        UpcycleError: the steps diverge.
+
     Returns:
         the error over all calibration rows at the "start", after "ridge", after "steps" and "steps and ridge" (if there
         are any), and of what was "kept".
@@ -101,6 +105,12 @@ def fit(block: Block, how: Regression) -> dict[str, float]:
     if how.steps:
         descend(block, how)
         judge("steps")
+        if not math.isfinite(errors["steps"]):
+            raise UpcycleError(
+                f"the regression of a block diverges: error {errors['ridge']:.3f} before its steps, not finite after",
+                source=f"learning_rate {how.learning_rate}",
+                remedy="a smaller learning_rate",
+            )
         refit_output(block, how.ridge)
         judge("steps and ridge")
     block.module.load_state_dict(best[1])

@@ -60,6 +60,7 @@ class Shape(Job[ShapeSettings]):
         below = RungBelow.open(task.inputs["model"])
         refuse_other_changes(task, below, _CHANGED)
         _check(below.cfg, task.cfg, source=task.spec.id)
+        heldout_passages(task)  # what is wrong with them is said now, not after hours
         passages = calibration_passages(task) if task.settings.calibrated else None
         rungs = (below.cfg, below.weights), task.cfg
         weights, errors = convert_blocks(

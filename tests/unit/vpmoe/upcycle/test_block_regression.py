@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vpmoe.errors import UpcycleError
 from vpmoe.upcycle.block_regression import Block, Regression, fit
 
 HIDDEN, WIDTH, BATCHES, TOKENS = 6, 10, 4, 64
@@ -64,3 +65,8 @@ def test_what_makes_it_worse_is_not_kept(ridge: float, rate: float) -> None:
     errors = fit(block, Regression(ridge, steps=5, learning_rate=rate, seed=0))
     assert errors["kept"] == min(errors.values()) <= errors["start"] < max(errors.values())
     assert block.error() == pytest.approx(errors["kept"])
+
+
+def test_divergence_is_an_error() -> None:
+    with pytest.raises(UpcycleError, match="diverges"):
+        fit(_block(SquaredReLU(1), SquaredReLU(0)), Regression(1e-6, steps=5, learning_rate=1e30, seed=0))
