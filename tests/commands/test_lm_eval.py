@@ -1,0 +1,65 @@
+"""lm-eval runs on an exported directory and finds what the weights say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests import training_runs
+from tests.tiny import ROOT
+from tests.tiny_student import write_student, write_vocabulary
+from vpmoe.data_curation.question_texts import prompt
+from vpmoe.data_curation.synth_mini import generate
+from vpmoe.hf.convert import export_checkpoint
+from vpmoe.hf.tokenizer_files import open_tokenizer
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("lm_eval") is None,
+        reason="lm-eval is not installed: pip install -r requirements/lm-eval.txt -c requirements/lock.txt",
+    ),
+]
+ROWS, LIMIT = 384, 6
+
+
+def test_both_tasks(tmp_path: Path) -> None:
+    generate(tmp_path / "data" / "synth_mini", rows=1, seed=1, families={"addition": 1.0})
+    assets = write_vocabulary(tmp_path / "vocabulary", "Question: What is 1 2 3 4 5 6 7 8 9 0? Answer: Add and", ROWS)
+    checkpoint = write_student(tmp_path / "megatron", assets=assets, padded_vocab_size=ROWS)
+    exported = export_checkpoint(checkpoint, tmp_path / "hf").path
+    tasks = ["synth_mini_answers", "synth_mini_likelihood"]
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "2"]
+    command += ["--model_args", f"pretrained={exported},trust_remote_code=True,dtype=float32"]
+    command += ["--include_path", str(ROOT / "configs" / "eval" / "lm_eval"), "--tasks", ",".join(tasks)]
+    command += ["--limit", str(LIMIT), "--output_path", str(tmp_path / "out"), "--log_samples"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    environment = {**training_runs.ENVIRONMENT, **offline}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["results"]
+    assert found.keys() == set(tasks) and 0 <= found["synth_mini_answers"]["exact_match,first_line"] <= 1
+
+    model: Any = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
+    tokenizer = open_tokenizer(exported)
+    lines = (tmp_path / "data" / "synth_mini" / "test.jsonl").read_text().splitlines()[:LIMIT]
+    total = 0.0
+    for row in map(json.loads, lines):
+        # lm-eval gives the blank before an answer to the answer, as the tokens do.
+        start, whole = (
+            tokenizer(text)["input_ids"]
+            for text in (prompt(row["query"]), f"{prompt(row['query'])} {row['synthetic_answer']}")
+        )
+        with torch.no_grad():
+            logs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+        total += sum(float(logs[at - 1, whole[at]]) for at in range(len(start), len(whole)))
+    assert math.log(found["synth_mini_likelihood"]["perplexity,none"]) == pytest.approx(-total / LIMIT, rel=1e-5)
