@@ -151,7 +151,12 @@ def import_directory(model: HFModel, directory: Path, *, progress: Progress = _s
 
 
 def export_checkpoint(
-    checkpoint: Path, folder: Path, *, dtype: torch.dtype | None = None, progress: Progress = _silent
+    checkpoint: Path,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = safetensors_folder.SHARD_BYTES,
+    progress: Progress = _silent,
 ) -> Written:
     """Write a checkpoint as an HF directory, whole or not at all; nothing but the checkpoint is read.
 
@@ -159,6 +164,7 @@ def export_checkpoint(
         checkpoint: ``iter_NNNNNNN``, or a run or checkpoints directory (the newest complete one is taken).
         folder: must not exist.
         dtype: of the weights; None keeps each tensor's own.
+        shard_bytes: a weight file is closed before it grows beyond this.
 
     Raises:
         WeightsError: ``folder`` exists.
@@ -184,7 +190,7 @@ def export_checkpoint(
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    hashes = safetensors_folder.write_weights(partial, theirs, progress=progress)
+    hashes = safetensors_folder.write_weights(partial, theirs, shard_bytes=shard_bytes, progress=progress)
     write_atomically(partial / "config.json", json_bytes(config))
     for code in student.CODE if form is student else ():
         shutil.copyfile(code, partial / code.name)

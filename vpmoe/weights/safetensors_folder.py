@@ -23,7 +23,7 @@ from vpmoe.weights.tensors import LazyTensor, Weights, tensor_bytes, tensor_sha2
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_SHARD_BYTES = 4 << 30
+SHARD_BYTES = 4 << 30
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -102,7 +102,7 @@ def write_weights(
     folder: Path,
     weights: Weights,
     *,
-    shard_bytes: int = _SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES,
     progress: Callable[[str, int], None] = lambda name, size: None,
 ) -> dict[str, str]:
     """Write every tensor, in the mapping's order; returns name -> ``tensor_sha256``.
