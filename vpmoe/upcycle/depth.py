@@ -21,13 +21,13 @@ from vpmoe.upcycle.job import Job, JobSettings, Product, Task
 from vpmoe.upcycle.rung_below import (
     LogitDifference,
     RungBelow,
+    below_and_written,
     in_layer,
     layer_and_name,
     logits_of,
     random_prompts,
     refuse_other_changes,
 )
-from vpmoe.weights import megatron_checkpoint
 from vpmoe.weights.tensors import LazyTensor, tensor_sha256
 
 Placement = Literal["between", "interpolate", "append"]
@@ -66,8 +66,7 @@ class Depth(Job[DepthSettings]):
         return below.product(task.cfg, deepened(below.weights, layers))
 
     def verify(self, task: Task[DepthSettings], folder: Path) -> dict[str, Any]:
-        below = RungBelow.open(task.inputs["model"])
-        written = megatron_checkpoint.read_weights(folder / "megatron" / megatron_checkpoint.ITERATION)
+        below, written = below_and_written(task, folder)
         before = below.cast(task.settings.dtype)
         layers = layer_sources(below.cfg, task.cfg, task.settings.placement, source=task.spec.id)
         _check_old_layers(task, before, written, layers)

@@ -37,13 +37,14 @@ from vpmoe.upcycle.job import Job, JobSettings, Product, Task
 from vpmoe.upcycle.rung_below import (
     LogitDifference,
     RungBelow,
+    below_and_written,
     in_layer,
     layer_and_name,
     logits_of,
     random_prompts,
     refuse_other_changes,
 )
-from vpmoe.weights import Weights, megatron_checkpoint
+from vpmoe.weights import Weights
 from vpmoe.weights.tensors import LazyTensor
 
 _FEED_FORWARD = "mlp."
@@ -105,9 +106,9 @@ class Experts(Job[ExpertsSettings]):
         )
 
     def verify(self, task: Task[ExpertsSettings], folder: Path) -> dict[str, Any]:
-        below, settings = RungBelow.open(task.inputs["model"]), task.settings
+        below, written = below_and_written(task, folder)
+        settings = task.settings
         conversion = Conversion.of(task.cfg, below.cfg, settings, source=task.spec.id)
-        written = megatron_checkpoint.read_weights(folder / "megatron" / megatron_checkpoint.ITERATION)
         prompts = random_prompts(below.vocab_size, settings.prompt_lengths, settings.seed)
         before = logits_of(below.cfg, below.weights, prompts, source=task.inputs["model"].spec.id)
         # The conversion is held to its promise in fp32; what the dtype on disk costs is reported beside it.

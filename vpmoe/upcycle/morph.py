@@ -25,6 +25,7 @@ from vpmoe.upcycle.job import Job, JobSettings, Product, Task
 from vpmoe.upcycle.rung_below import (
     LogitDifference,
     RungBelow,
+    below_and_written,
     in_layer,
     layer_and_name,
     logits_of,
@@ -34,7 +35,7 @@ from vpmoe.upcycle.rung_below import (
 )
 from vpmoe.upcycle.sinks import calibrate_sinks
 from vpmoe.upcycle.vocabulary import tokens_of
-from vpmoe.weights import LazyTensor, Weights, megatron_checkpoint
+from vpmoe.weights import LazyTensor, Weights
 from vpmoe.weights.geometry import config_of, geometry_of
 
 _QKV = "self_attention.linear_qkv."
@@ -87,8 +88,7 @@ class Morph(Job[MorphSettings]):
         return below.product(task.cfg, weights)
 
     def verify(self, task: Task[MorphSettings], folder: Path) -> dict[str, Any]:
-        below = RungBelow.open(task.inputs["model"])
-        written = megatron_checkpoint.read_weights(folder / "megatron" / megatron_checkpoint.ITERATION)
+        below, written = below_and_written(task, folder)
         ledger = Ledger(task, below)
         found = switches(task.cfg, below.cfg, endless=ledger.longest + 1)
         entries = {name: ledger.entry(cfg, exact=exact) for name, (cfg, exact) in found.items()}

@@ -71,6 +71,12 @@ class RungBelow:
         return conform(self.weights, self.cfg, DTYPES[dtype], source="the rung below")
 
 
+def below_and_written(task: Task, folder: Path) -> tuple[RungBelow, dict[str, LazyTensor]]:
+    """What a job verifies: its input ``model``, and the weights that were written to ``folder``."""
+    written = megatron_checkpoint.read_weights(folder / "megatron" / megatron_checkpoint.ITERATION)
+    return RungBelow.open(task.inputs["model"]), written
+
+
 def layer_and_name(name: str) -> tuple[int, str] | None:
     """(index from 0, name inside the layer) of a layer's tensor; None for embedding, final norm and output."""
     match = _LAYER_NAME.fullmatch(name)

@@ -220,10 +220,7 @@ class VPSelfAttention(MegatronModule):
             (output, of the shape of ``hidden_SBH``, and bias [hidden] still to be added, or None), and this layer's own
             values before any mixing [S, B, G, D].
         """
-        query, key, own_value = self.project_qkv(hidden_SBH)
-        if self.q_layernorm is not None and self.k_layernorm is not None:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        query, key = self._rotate(query, key, layout)
+        query, key, own_value = self.scored_qkv(hidden_SBH, layout)
         value = self._mix_value(own_value, first_value)
         queries = query.shape[0]
 
@@ -267,6 +264,13 @@ class VPSelfAttention(MegatronModule):
             for x, bias in zip(qkv, split_mixed_qkv(self.qkv_bias, self.num_heads, self.num_groups), strict=True)
         )
         return query, key, value
+
+    def scored_qkv(self, hidden_SBH: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
+        """``project_qkv`` with queries and keys as they meet in the scores: normed, and rotated where layers rotate."""
+        query, key, value = self.project_qkv(hidden_SBH)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        return *self._rotate(query, key, layout), value
 
     def _rotate(self, query: Tensor, key: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
         position_BS = layout.position[:, -query.shape[0] :]
