@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -17,6 +17,9 @@ from vpmoe.errors import UpcycleError
 from vpmoe.files import json_bytes, write_atomically
 from vpmoe.hf.convert import read_config, run_state
 from vpmoe.hf.tokenizer_files import GENERATION, assets_of, open_tokenizer
+from vpmoe.tokenizer import load_tokenizer
+from vpmoe.tokenizer.o200k_harmony import NAME as O200K_HARMONY
+from vpmoe.tokenizer.o200k_harmony import load_o200k_harmony
 from vpmoe.upcycle.job import Input, Job, JobSettings, Product, Task
 from vpmoe.upcycle.token_surgery import Assignment, Surgery, new_rows
 from vpmoe.upcycle.vocabulary_report import measure
@@ -40,8 +43,9 @@ class VocabularySettings(JobSettings):
     """Rows approximated together; finished batches survive an interruption."""
     special_rows: dict[str, list[str]]
     """Special token of the donor -> texts or special tokens of the source, the mean of whose rows it gets."""
-    reference: Literal["o200k_harmony"] | None = None
-    """Vocabulary of ours that the donor's tokenizer has to be: same ids for every text and special token."""
+    reference: str | None = None
+    """Vocabulary of ours that the donor's tokenizer has to be, the same ids for every text and special token:
+    "o200k_harmony", or the folder of a dataset whose (compact) vocabulary it is."""
     eos_tokens: list[str] = Field(min_length=1)
     """Tokens of the donor that end a generation."""
     texts: list[str] = Field(default_factory=list)
@@ -123,7 +127,7 @@ class Vocabulary(Job[VocabularySettings]):
         texts = [*NUMBERS, *task.settings.texts]
         specials = _special_ids(tokenizers[1], task.settings)
         if task.settings.reference is not None:
-            _check_reference(tokenizers[1], specials, [*_ROUND_TRIPS, *task.settings.texts])
+            _check_reference(task.settings.reference, tokenizers[1], specials, [*_ROUND_TRIPS, *task.settings.texts])
         return {
             "other_tensors_bit_identical": True,
             "tied": tied,
@@ -147,10 +151,8 @@ def tokens_of(folder: Path, texts: list[str], longest: int) -> list[list[int]]:
     return [ids[:longest] for ids in found]
 
 
-def _check_reference(tokenizer: Any, specials: dict[str, int], texts: list[str]) -> None:
-    from vpmoe.tokenizer import O200kHarmony
-
-    ours = O200kHarmony()
+def _check_reference(reference: str, tokenizer: Any, specials: dict[str, int], texts: list[str]) -> None:
+    ours = load_o200k_harmony() if reference == O200K_HARMONY else load_tokenizer(Path(reference))
     differing = [token for token, row in specials.items() if ours.special_tokens.get(token) != row]
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -159,8 +161,8 @@ def _check_reference(tokenizer: Any, specials: dict[str, int], texts: list[str])
     if differing:
         raise UpcycleError(
             f"the donor's tokenizer is not {ours.name}: it differs on {differing[0]!r}",
-            source="reference",
-            remedy="name the donor whose tokenizer is o200k_harmony, or set no reference",
+            source=f"reference: {reference}",
+            remedy="name the donor whose tokenizer is the reference's, or set no reference",
         )
 
 

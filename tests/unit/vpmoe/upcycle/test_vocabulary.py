@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.unit.vpmoe.upcycle.tiny_vocabularies import write_donor, write_model
+from tests.unit.vpmoe.upcycle.tiny_vocabularies import compact_vocabulary, dataset_of, write_donor, write_model
 from vpmoe.errors import UpcycleError
 from vpmoe.upcycle import runner
 from vpmoe.upcycle.registry import Registry, load_registry
@@ -110,6 +110,27 @@ def test_the_rung(tmp_path: Path, repository: Path, tied: bool) -> None:
     end = donor.convert_tokens_to_ids("<|return|>")
     assert model.generation_config.eos_token_id == [end]
     assert json.loads((tmp_path / "new" / "hf" / "config.json").read_text())["vocab_size"] == PADDED
+
+
+def test_a_donor_with_a_compact_vocabulary(tmp_path: Path, repository: Path) -> None:
+    """The reference is then the dataset that has this vocabulary; another one's is refused."""
+    write_model(tmp_path / "model_hf")
+    write_donor(tmp_path / "donor_hf", vocabulary=compact_vocabulary(280))
+    for name, size in (("own", 280), ("other", 290)):
+        dataset_of(tmp_path / name, compact_vocabulary(size))
+    registry = write_registry(tmp_path, repository, untied=False)
+    job = JOB.replace("k = 5", f'k = 5\nlargest_norm_ratio = 1e9\nreference = "{tmp_path}/other"')
+    job = job.replace('"1"]', '"1"]\n"<|call|>" = ["<|im_end|>"]')
+    (tmp_path / "new.toml").write_text(job)
+    with pytest.raises(UpcycleError, match="the donor's tokenizer is not o200k_harmony_compact"):
+        climb(registry)
+    (tmp_path / "new.toml").write_text(job.replace("/other", "/own"))
+    receipt = climb(registry)
+    figures = receipt["report"]["embedding.word_embeddings.weight"]
+    assert figures["rows_copied"] >= 256 and figures["rows_padding"] == PADDED - 280
+    after = AutoTokenizer.from_pretrained(tmp_path / "new" / "hf", trust_remote_code=True)
+    text = "the ship was bound for 12345"
+    assert after(text)["input_ids"] == compact_vocabulary(280).encode_ordinary(text).tolist()
 
 
 def test_what_cannot_be(tmp_path: Path, repository: Path) -> None:
