@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Single-process tests side by side; what starts several processes runs by itself afterwards.
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: help setup quickstart test test-unit check format bench clean
+.PHONY: help setup quickstart ladder-nano test test-unit check format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ $(STAMP): requirements/lock.txt pyproject.toml
 
 quickstart: setup  ## data, training, evaluation and a report of a nano vpMoE, on two CPU cores
 	@$(BIN)/vpmoe quickstart
+
+ladder-nano: setup  ## all six rungs with healing between them, from a tiny Qwen3 that it trains first
+	@scripts/upcycle/ladder_nano.sh --force
 
 test: setup  ## the whole suite
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests --ignore tests/distributed --ignore tests/golden

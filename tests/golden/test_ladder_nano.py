@@ -1,0 +1,129 @@
+"""``make ladder-nano`` from end to end: its own files and commands, a smaller model and a few steps of training."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.test_training_jobs import toml
+from tests.tiny import ROOT
+from vpmoe.ladder.climb import Request, climb, listing
+
+pytestmark = pytest.mark.slow
+
+LADDER = ROOT / "configs" / "nano" / "ladder"
+SMALL = {"hidden_size": 32, "kv_channels": 8}
+DENSE = {**SMALL, "ffn_hidden_size": 32, "num_layers": 4}
+GEOMETRY = {
+    "qwen3": {**SMALL, "ffn_hidden_size": 96, "num_layers": 4},
+    "donor": {**SMALL, "ffn_hidden_size": 96, "num_layers": 1},
+    "vpdense0_5": DENSE,
+    "vpdense_8": DENSE,
+    "vpdense_16": {**DENSE, "num_layers": 8},
+    "vpmoe": {**DENSE, "num_layers": 8, "moe_ffn_hidden_size": 8, "moe_shared_expert_intermediate_size": 32},
+}
+TRAINING = {"train_iters": 4, "lr_warmup_iters": 1, "nproc_per_node": 1, "eval_iters": 1, "log_interval": 1}
+RUNGS = ["qwen3", "qwen3_o200k", "vpdense0_5", "vpdense_8", "vpdense_16", "vpmoe", "vpmoe-healed"]
+MADE = ["qwen3_trained", "donor_trained", *RUNGS]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'Megatron-vpmoe'}"}
+
+
+def geometry_of(identifier: str) -> Mapping[str, Any]:
+    name = max((name for name in GEOMETRY if identifier.startswith(name)), key=len)
+    return GEOMETRY[name]
+
+
+def in_folder(value: Any, folder: Path) -> Any:
+    """Paths of what is made, moved into ``folder``; paths of the checkout made absolute."""
+    if isinstance(value, dict):
+        return {key: in_folder(item, folder) for key, item in value.items()}
+    if not isinstance(value, str):
+        return value
+    for made in ("artifacts/ladder_nano", "data/ladder_nano", "reports/ladder"):
+        value = value.replace(made, str(folder / made))
+    if value.startswith("configs/"):
+        return str(ROOT / value) if value.endswith(".yaml") else str(folder / Path(value).name)
+    return value
+
+
+def write_ladder(folder: Path) -> Path:
+    """The nano ladder's own files with another place, geometry and length; returns the ladder's."""
+    objects = in_folder(tomllib.loads((LADDER / "objects.toml").read_text()), folder)
+    # Of the healings the last one alone: each training takes seconds to start.
+    objects = {name: entry for name, entry in objects.items() if name in MADE}
+    for identifier, entry in objects.items():
+        inputs = entry.get("inputs", {})
+        entry["inputs"] = {
+            role: name if name in MADE else name.removesuffix("-healed") for role, name in inputs.items()
+        }
+        entry["overrides"] = dict(geometry_of(identifier))
+        job = in_folder(tomllib.loads((LADDER / f"{identifier}.toml").read_text()), folder)
+        if job["job"] in ("pretrain", "heal"):
+            data = "texts_bpe" if identifier == "qwen3_trained" else "texts_o200k"
+            data_path = str(folder / "data" / "ladder_nano" / data)
+            job["settings"]["overrides"] = {**geometry_of(identifier), **TRAINING, "data_path": data_path}
+        if job["job"] == "shape":
+            job["settings"] |= {"steps": 2, "calibration_tokens": 2000, "heldout_tokens": 200}
+        if job["job"] == "vocabulary":
+            job["settings"] |= {"k": 4, "largest_norm_ratio": 1e3}
+        write_toml(folder / f"{identifier}.toml", job)
+    write_toml(folder / "objects.toml", objects)
+    ladder = in_folder(tomllib.loads((LADDER / "ladder.toml").read_text()), folder)
+    ladder["evaluation"] |= {"documents": 20, "per_family": 3}
+    return write_toml(folder / "ladder.toml", ladder)
+
+
+def write_toml(path: Path, table: Mapping[str, Any]) -> Path:
+    """Plain values first, then tables, one level deep."""
+    lines = [f"{key} = {toml(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    for name, entries in table.items():
+        if isinstance(entries, dict):
+            lines += [f"[{json.dumps(name)}]", *(f"{json.dumps(k)} = {toml(v)}" for k, v in entries.items())]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def run(*words: object, cwd: Path) -> None:
+    done = subprocess.run(
+        [str(word) for word in words],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_six_rungs(tmp_path: Path) -> None:
+    """Every rung is made and evaluated; a second climb would find everything done."""
+    run("bash", ROOT / "scripts" / "upcycle" / "ladder_nano.sh", "--texts-only", "--rows", 400, cwd=tmp_path)
+    request = Request(write_ladder(tmp_path), quiet=True)
+    report = climb(request, lambda line: None)
+    reports = tmp_path / "reports" / "ladder"
+    assert report == json.loads((reports / "ladder.json").read_text())
+
+    assert [step["object"] for step in report["steps"]] == RUNGS
+    assert [entry["object"] for entry in report["below"]] == MADE[:2]
+    by_name = {step["object"]: step for step in report["steps"]}
+    for below, above in (("vpdense_8", "vpdense_16"), ("vpdense_16", "vpmoe")):
+        before, after = (by_name[name]["evaluation"]["texts"]["nats_per_token"] for name in (below, above))
+        assert after == pytest.approx(before, abs=1e-4), f"{above} keeps the function"
+    assert all(step["evaluation"]["questions"]["n"] == 12 for step in report["steps"])
+    assert set(by_name["vpmoe-healed"]["validation"]["valid/loss/total"]) == {"before", "after"}
+    table = (reports / "ladder.md").read_text()
+    assert all(f"`{name}`" in table for name in RUNGS) and (reports / "ladder.png").is_file()
+
+    lines = listing(request)
+    assert len(lines) == len(MADE) and all("done and up to date" in line for line in lines)

@@ -1,0 +1,80 @@
+"""A climb: what is done and valid is skipped, what is not is done, and the report says what was found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.unit.vpmoe.ladder.tiny_ladder import write_ladder
+from vpmoe.cli import main
+from vpmoe.errors import UpcycleError
+from vpmoe.ladder import climb as module
+from vpmoe.ladder.climb import Request, climb, listing
+
+
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+    return write_ladder(tmp_path_factory.mktemp("climb"), repository)
+
+
+def go(ladder: Path, *, force: bool = False) -> tuple[dict, list[str]]:
+    lines: list[str] = []
+    return climb(Request(ladder, quiet=True, force=force), lines.append), lines
+
+
+def test_climbing_twice_does_nothing_the_second_time(ladder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "to be made: not made yet; to be evaluated" in listing(Request(ladder))[0]
+    report, _ = go(ladder)
+    (step,) = report["steps"]
+    assert step["delta"] == {"bits_per_byte": 0.0, "accuracy": 0.0}
+    assert step["job_time"]["seconds"] > 0 and step["evaluation_time"]["seconds"] > 0
+    receipt = json.loads((ladder.parent / "model" / "receipt.json").read_text())
+    assert step["weights_sha256"] == receipt["outputs"]["weights_sha256"]
+    folder = ladder.parent / "reports"
+    assert json.loads((folder / "ladder.json").read_text()) == report
+    assert (folder / "ladder.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{step['evaluation']['texts']['bits_per_byte']:.4f}" in (folder / "ladder.md").read_text()
+
+    def never(*_arguments: object, **_options: object) -> None:
+        raise AssertionError("evaluated again")
+
+    monkeypatch.setattr(module, "evaluate", never)
+    again, lines = go(ladder)
+    assert "  evaluation: done before" in lines
+    assert again["steps"] == report["steps"]
+    assert "done and up to date; evaluated" in listing(Request(ladder))[0]
+
+
+def test_other_questions_are_asked_again(ladder: Path) -> None:
+    before, _ = go(ladder)
+    ladder.write_text(ladder.read_text().replace("per_family = 4", "per_family = 3"))
+    assert "done and up to date; to be evaluated" in listing(Request(ladder))[0]
+    after, lines = go(ladder)
+    assert "  evaluation: done before" not in lines
+    assert (before["steps"][0]["evaluation"]["questions"]["n"], after["steps"][0]["evaluation"]["questions"]["n"]) == (
+        8,
+        6,
+    )
+    assert after["steps"][0]["job_time"] is None, "the job was done before"
+
+
+def test_an_object_out_of_date_is_made_again_when_asked(ladder: Path) -> None:
+    go(ladder)
+    job = ladder.parent / "model.toml"
+    job.write_text(job.read_text().replace("prompt_lengths = [3]", "prompt_lengths = [4]"))
+    with pytest.raises(UpcycleError, match="made from other inputs, settings or geometry"):
+        go(ladder)
+    report, _ = go(ladder, force=True)
+    assert report["steps"][0]["job_time"] is not None
+
+
+def test_what_is_refused(ladder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = tmp_path / "ladder.toml"
+    wrong.write_text(ladder.read_text().replace("documents = 9", "documents = 0\ncolour = 1"))
+    assert main(["ladder", "--config", str(wrong), "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert "evaluation.documents" in said and "evaluation.colour" in said
+    assert main(["ladder", "--config", str(ladder), "--from", "5", "--dry-run"]) == 2
+    assert "no object of rungs 5 to 1" in capsys.readouterr().err

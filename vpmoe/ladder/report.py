@@ -1,0 +1,172 @@
+"""A ladder's report, from the records of its objects: ``ladder.json``, ``ladder.md`` (the table), ``ladder.png``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vpmoe.data_curation.manifest import git_state
+from vpmoe.eval.reports import write_report as write_json
+from vpmoe.files import move_into_place, sha256_of_file, write_atomically
+from vpmoe.ladder.settings import Ladder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SCHEMA_VERSION = 1
+KIND = "ladder"
+HEALED = "heal"
+_HEADINGS = (
+    "rung",
+    "object",
+    "job",
+    "nats/token",
+    "bits/byte",
+    "Δ rung 1",
+    "exact",
+    "Δ rung 1",
+    "validation, before → after",
+    "job s (processor)",
+    "evaluation s (processor)",
+    "weights",
+)
+
+Record = dict[str, Any]
+
+
+def write_report(ladder: Ladder, records: Sequence[Record], folder: Path, *, source: Path) -> dict[str, Any]:
+    """Write the three files; returns the report.
+
+    Args:
+        ladder: its settings.
+        records: one an object, in the order of making.
+        folder: of the report.
+        source: the ladder's file.
+    """
+    evaluated = with_deltas([record for record in records if "evaluation" in record])
+    fed = [record for record in records if "evaluation" not in record]
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": KIND,
+        "config": {"path": str(source), "sha256": sha256_of_file(source)},
+        "settings": ladder.model_dump(mode="json"),
+        "git": git_state(),
+        "time": total_time(records),
+        "below": fed,
+        "steps": evaluated,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "ladder.md", (table(evaluated, fed, report["time"]) + "\n").encode())
+    if evaluated:
+        plot(evaluated, folder / "ladder.png")
+    write_json(folder / "ladder.json", report)
+    return report
+
+
+def with_deltas(records: Sequence[Record]) -> list[Record]:
+    """The records with ``delta``: bits per byte and accuracy minus those of the first object of rung 1, if it is there.
+
+    Between rungs nothing else compares: nats a token belong to a vocabulary.
+    """
+    base = next((record["evaluation"] for record in records if record["rung"] == 1), None)
+    result = []
+    for record in records:
+        found = record["evaluation"]
+        delta = base and {
+            "bits_per_byte": found["texts"]["bits_per_byte"] - base["texts"]["bits_per_byte"],
+            "accuracy": found["questions"]["accuracy"] - base["questions"]["accuracy"],
+        }
+        result.append({**record, "delta": delta})
+    return result
+
+
+def total_time(records: Sequence[Record]) -> dict[str, float]:
+    """Seconds and processor seconds of all jobs and evaluations on record; what was done before is not counted."""
+    parts = [record[key] for record in records for key in ("job_time", "evaluation_time") if record.get(key)]
+    return {name: round(sum(part[name] for part in parts), 1) for name in ("seconds", "processor_seconds")}
+
+
+def table(evaluated: Sequence[Record], fed: Sequence[Record], time: dict[str, float]) -> str:
+    """The ladder as a Markdown table, and what it took."""
+    lines = [_row(_HEADINGS), _row(["---"] * len(_HEADINGS))]
+    lines += [_row(_cells(record)) for record in evaluated]
+    lines += ["", f"In all {time['seconds']:,.0f} s, {time['processor_seconds']:,.0f} s of processor time."]
+    for record in fed:
+        lines.append(
+            f"Below rung 1: `{record['object']}` ({record['job']}, {_validation(record)}, {_time(record, 'job_time')})."
+        )
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cells(record: Record) -> list[str]:
+    texts, questions, delta = record["evaluation"]["texts"], record["evaluation"]["questions"], record["delta"]
+    return [
+        str(record["rung"]),
+        f"`{record['object']}`",
+        record["job"],
+        f"{texts['nats_per_token']:.4f}",
+        f"{texts['bits_per_byte']:.4f}",
+        f"{delta['bits_per_byte']:+.4f}" if delta else "",
+        f"{100 * questions['accuracy']:.1f} % ({questions['exact']}/{questions['n']})",
+        f"{100 * delta['accuracy']:+.1f}" if delta else "",
+        _validation(record),
+        _time(record, "job_time"),
+        _time(record, "evaluation_time"),
+        f"`{record['weights_sha256'][:12]}`",
+    ]
+
+
+def _validation(record: Record) -> str:
+    losses = (record.get("validation") or {}).get("valid/loss/total")
+    return f"{losses['before']:.4f} → {losses['after']:.4f}" if losses else ""
+
+
+def _time(record: Record, key: str) -> str:
+    spent = record.get(key)
+    return f"{spent['seconds']:.0f} ({spent['processor_seconds']:.0f})" if spent else "before"
+
+
+def plot(evaluated: Sequence[Record], output: Path) -> None:
+    """Bits per byte and accuracy along the ladder, into a PNG which appears whole or not at all."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (losses, answers) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    figure.suptitle("The ladder: each conversion and its healing")
+    loss = [record["evaluation"]["texts"]["bits_per_byte"] for record in evaluated]
+    share = [100 * record["evaluation"]["questions"]["accuracy"] for record in evaluated]
+    _along(losses, evaluated, loss)
+    losses.set(title="held-out texts", ylabel="bits per byte", ylim=(0, None))
+    _along(answers, evaluated, share)
+    count = evaluated[0]["evaluation"]["questions"]["n"]
+    answers.set(title=f"held-out questions, greedy (n = {count})", ylabel="exact, %", ylim=(0, 105))
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        # Without the date and the version, the same ladder draws the same bytes.
+        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+        move_into_place(temporary, output)
+    finally:
+        pyplot.close(figure)
+        temporary.unlink(missing_ok=True)
+
+
+def _along(axes: Axes, evaluated: Sequence[Record], values: Sequence[float]) -> None:
+    places = range(len(evaluated))
+    axes.plot(places, values, color="0.75", linewidth=1.2, zorder=1)
+    for healed, label, face in ((False, "converted", "white"), (True, "healed", "tab:blue")):
+        chosen = [place for place in places if (evaluated[place]["job"] == HEALED) == healed]
+        axes.scatter(chosen, [values[place] for place in chosen], s=36, c=face, edgecolors="tab:blue", label=label)
+    for place, value in zip(places, values, strict=True):
+        where = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"{value:.3g}", (place, value), fontsize=7, **where)
+    names = [f"{record['rung']}: {record['object']}" for record in evaluated]
+    axes.set_xticks(list(places), names, rotation=40, ha="right", fontsize=7)
+    axes.legend(frameon=False, fontsize=8)
