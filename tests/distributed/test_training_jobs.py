@@ -55,6 +55,11 @@ JOBS = {
     "imported": ("import_qwen3", {"prompt_lengths": [5], "greedy_steps": 4}, {"source": "random"}),
     "healed": ("heal", {"config": QWEN3, "overrides": RUN}, {"model": "imported"}),
     "healed_again": ("heal", {"config": QWEN3, "overrides": RUN}, {"model": "imported"}),
+    "settled": (
+        "heal",
+        {"config": QWEN3, "overrides": {**RUN, "train_only": '["embedding.*"]'}},
+        {"model": "imported"},
+    ),
 }
 
 
@@ -154,6 +159,37 @@ def test_the_loss_before_healing_is_the_loss_of_what_is_healed(registry: Registr
     loss = receipt(registry, "healed")["verification"]["validation"]["valid/loss/total"]
     assert loss["before"] == before
     assert loss["after"] < before
+
+
+def test_frozen_parameters_are_the_input_s(registry: Registry) -> None:
+    runner.run(runner.plan(registry, "settled"), quiet=True)
+    made = receipt(registry, "settled")
+    loss = made["verification"]["validation"]["valid/loss/total"]
+    assert loss["after"] < loss["before"]
+    before, after = (
+        megatron_checkpoint.read_weights(Path(registry.get(name).path) / "megatron" / "iter_0000000")
+        for name in ("imported", "settled")
+    )
+    changed = [n for n in before if tensor_sha256(before[n].read()) != tensor_sha256(after[n].read())]
+    assert changed == ["embedding.word_embeddings.weight"]
+    assert made["verification"]["frozen_tensors_bit_identical"] == len(before) - 1
+
+
+def test_a_run_by_hand_starts_from_an_object(registry: Registry, dataset: Path, tmp_path: Path) -> None:
+    """``scripts/train.sh CONFIG --load-weights OBJECT/megatron``, as the docs have it."""
+    start = Path(registry.get("imported").path) / "megatron"
+    fields = {**RUN, "train_iters": 3, "eval_at_start": True, "data_path": dataset, "run_dir": tmp_path / "run"}
+    flags = [f"--{name.replace('_', '-')}={str(value).lower()}" for name, value in fields.items() if "path" not in name]
+    words = [f"{ROOT}/scripts/train.sh", QWEN3, *flags, f"--data-path={dataset}", "--load-weights", str(start)]
+    done = subprocess.run(
+        words, env=training_runs.ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"weights from {start}" in done.stdout
+    found = {(r["step"], r["tag"]): r["value"] for r in training_runs.records(tmp_path / "run")}
+    expected = receipt(registry, "random")["verification"]["validation"]["valid/loss/total"]["after"]
+    assert found[0, "valid/loss/total"] == expected
+    assert found[3, "valid/loss/total"] < expected
 
 
 def test_the_key_covers_configuration_and_data(registry: Registry, dataset: Path, tmp_path: Path) -> None:

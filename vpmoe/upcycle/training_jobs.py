@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from megatron_vpmoe.config import RunConfig, config_hash, geometry_diff, load_config
+from megatron_vpmoe.config.parameters import is_trained
 from megatron_vpmoe.data.manifest import read_manifest
 from megatron_vpmoe.metrics import read_records
 from vpmoe.commands import Command, CommandFailed, run_command
@@ -22,6 +23,8 @@ from vpmoe.upcycle.job import Job, JobSettings, Product, Task
 from vpmoe.upcycle.registry import flags
 from vpmoe.upcycle.rung_below import RungBelow, refuse_other_changes
 from vpmoe.upcycle.training_receipt import router_report, training_report, validation_report
+from vpmoe.weights import megatron_checkpoint
+from vpmoe.weights.tensors import tensor_sha256
 
 LAUNCHER = "megatron_vpmoe.launch"
 KEPT = ("metrics.jsonl", "config.yaml", "routing.json")
@@ -71,6 +74,22 @@ class Heal(Pretrain):
     def convert(self, task: Task[TrainingSettings]) -> Product:
         refuse_other_changes(task, RungBelow.open(task.inputs["model"]), ())
         return super().convert(task)
+
+    def verify(self, task: Task[TrainingSettings], folder: Path) -> dict[str, Any]:
+        below = RungBelow.open(task.inputs["model"]).weights
+        written = megatron_checkpoint.read_weights(folder / "megatron" / megatron_checkpoint.ITERATION)
+        cfg = training_config(task.settings)
+        # An expert bias is no parameter; it goes with its router's weight.
+        frozen = [name for name in below if not is_trained(cfg, name.replace("router.expert_bias", "router.weight"))]
+        for name in frozen:
+            before = below[name].to(written[name].dtype)
+            if tensor_sha256(before.read()) != tensor_sha256(written[name].read()):
+                raise UpcycleError(
+                    f"{name} changed, and train_only leaves it out",
+                    source=task.spec.id,
+                    remedy="the training is wrong; report it",
+                )
+        return {**super().verify(task, folder), "frozen_tensors_bit_identical": len(frozen)}
 
 
 def training_config(settings: TrainingSettings) -> RunConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_vpmoe.config.parameters import attention_sizes, feed_forward_sizes, projection_rows
 from megatron_vpmoe.config.schema import RunConfig
 
 
@@ -37,48 +38,13 @@ class ParameterCount:
         return self.active - self.parts["embedding"] - self.parts["output layer"]
 
 
-def _linear(inputs: int, outputs: int, bias: bool) -> int:
-    return inputs * outputs + (outputs if bias else 0)
-
-
 def _feed_forward(cfg: RunConfig, width: int) -> int:
-    """One feed-forward network of inner width ``width``; SwiGLU's first matrix is twice as wide."""
-    m = cfg.model
-    inner = 2 * width if m.activation == "swiglu" else width
-    return _linear(m.hidden_size, inner, m.add_bias_linear) + _linear(width, m.hidden_size, m.add_bias_linear)
-
-
-def _projection_rows(cfg: RunConfig, layer_number: int) -> dict[str, int]:
-    """Output rows of the matrices that make q, k and v, by name."""
-    m = cfg.model
-    heads, groups = m.num_attention_heads, m.num_query_groups
-    if cfg.is_tpa_layer(layer_number):
-        return {
-            "linear_tpa_a": heads * m.tpa_q_rank + 2 * groups * m.tpa_rank,
-            "linear_tpa_b": (m.tpa_q_rank + 2 * m.tpa_rank) * m.kv_channels,
-        }
-    return {"linear_qkv": (heads + 2 * groups) * m.kv_channels}
+    return sum(feed_forward_sizes(cfg, width).values())
 
 
 def attention_parameters(cfg: RunConfig, layer_number: int) -> int:
     """Parameters of the attention of layer ``layer_number`` (from 1), its QK-norms and scalars included."""
-    m = cfg.model
-    rows = _projection_rows(cfg, layer_number)
-    count = sum(rows.values()) * m.hidden_size
-    if "linear_tpa_a" in rows and m.tpa_factor_bias:
-        count += rows["linear_tpa_a"]
-    if m.add_qkv_bias:
-        count += (m.num_attention_heads + 2 * m.num_query_groups) * m.kv_channels
-    count += _linear(m.num_attention_heads * m.kv_channels, m.hidden_size, m.add_bias_linear)
-    if m.qk_layernorm:
-        count += 2 * m.kv_channels
-    if m.softmax_type == "learnable":
-        count += m.num_attention_heads
-    if cfg.position_embedding(layer_number) == "grape_m":
-        count += m.kv_channels // 2
-    if m.value_residual and layer_number > 1:
-        count += 1
-    return count
+    return sum(attention_sizes(cfg, layer_number).values())
 
 
 def parameter_count(cfg: RunConfig, layers: range | None = None) -> ParameterCount:
@@ -248,7 +214,7 @@ def layer_geometry(cfg: RunConfig, layer_number: int) -> LayerGeometry:
 def _attention_products(cfg: RunConfig, layer_number: int) -> int:
     """Multiply-adds per token of the projections and of TPA's factor products."""
     m = cfg.model
-    rows = _projection_rows(cfg, layer_number)
+    rows = projection_rows(cfg, layer_number)
     heads_width = m.num_attention_heads * m.kv_channels
     count = (sum(rows.values()) + heads_width) * m.hidden_size
     if cfg.is_tpa_layer(layer_number):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_vpmoe.config.combinations import idle_lines
 from megatron_vpmoe.config.geometry import parameter_count, tensor_parallel_rank
+from megatron_vpmoe.config.parameters import EMBEDDING, OUTPUT, ROUTED, is_matrix, is_trained, parameter_sizes
 from megatron_vpmoe.config.pipeline import stage_layers
 from megatron_vpmoe.config.schema import RunConfig
 from megatron_vpmoe.errors import DeviceError
@@ -28,12 +29,27 @@ class MemoryEstimate:
         return sum(self.parts.values())
 
 
-def _local_parameters(cfg: RunConfig, layers: range) -> tuple[int, int]:
-    """(hidden matrices, everything else) of a rank that holds ``layers``, experts spread; ``cfg`` is the rank's."""
-    parts = dict(parameter_count(cfg, layers).parts)
-    routed = parts.pop("routed experts") // cfg.parallel.expert_model_parallel_size
-    others = parts["embedding"] + parts["output layer"] + parts["router"] + parts["norms"]
-    return sum(parts.values()) - others + routed, others
+@dataclass(frozen=True)
+class _Held:
+    """Parameters of one rank by what their optimizer state takes."""
+
+    matrices: int
+    experts: int
+    others: int
+
+    @property
+    def total(self) -> int:
+        return self.matrices + self.experts + self.others
+
+
+def _held(cfg: RunConfig, layers: range, *, trained_only: bool) -> _Held:
+    """What a rank holds of ``layers``, experts spread, or what of it is trained; ``cfg`` is the rank's."""
+    counts = {"matrices": 0, "experts": 0, "others": 0}
+    for name, size in parameter_sizes(cfg, layers).items():
+        if trained_only and not is_trained(cfg, name):
+            continue
+        counts["experts" if ROUTED in name else "matrices" if is_matrix(name) else "others"] += size
+    return _Held(counts["matrices"], counts["experts"] // cfg.parallel.expert_model_parallel_size, counts["others"])
 
 
 def _layer_activations(cfg: RunConfig, layer_number: int, compute_bytes: int, on_cpu: bool) -> dict[str, int]:
@@ -90,37 +106,37 @@ def _activations(cfg: RunConfig, numbers: range, compute_bytes: int, on_cpu: boo
 
 
 def _loss(cfg: RunConfig, compute_bytes: int) -> int:
-    """Bytes that the loss takes: a chunk's logits and probabilities, and the output projection's gradient."""
+    """Bytes that the loss takes: a chunk's logits and probabilities, and the trained output projection's gradient."""
     vocab = cfg.model.padded_vocab_size // cfg.parallel.tensor_model_parallel_size
     tokens = cfg.training.micro_batch_size * cfg.data.seq_length
     chunk = min(tokens * vocab * (_FP32 + compute_bytes), _LOGITS_CHUNK_BYTES)
-    return chunk + vocab * cfg.model.hidden_size * compute_bytes
+    projection = OUTPUT if cfg.model.untie_embeddings_and_output_weights else EMBEDDING
+    return chunk + is_trained(cfg, projection) * vocab * cfg.model.hidden_size * compute_bytes
 
 
-def _optimizer_state(cfg: RunConfig, layers: range, matrices: int, others: int) -> int:
-    """Bytes of one rank's share of the optimizer state, of ``matrices`` and ``others`` parameters in its ``layers``.
+def _optimizer_state(cfg: RunConfig, trained: _Held) -> int:
+    """Bytes of one rank's share of the optimizer state of the ``trained`` parameters.
 
     NorMuon keeps one moment a matrix entry, AdamW two; bf16 parameters have an fp32 master copy. Data-parallel ranks
     share it; as many as one machine has are counted, more leave less to each.
     """
     o, p = cfg.optim, cfg.parallel
-    experts = dict(parameter_count(cfg, layers).parts)["routed experts"] // p.expert_model_parallel_size
-    experts = min(experts, matrices)
     moment = 2 if o.normuon_momentum_dtype == "bfloat16" else _FP32
     per_matrix_entry = moment if o.optimizer == "normuon" else 2 * _FP32
     master = _FP32 if cfg.training.bf16 else 0
     split = p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
     dense_ranks = max(1, p.nproc_per_node // split)
     expert_ranks = max(1, p.nproc_per_node // (p.expert_model_parallel_size * p.pipeline_model_parallel_size))
-    dense = (matrices - experts) * (per_matrix_entry + master) + others * (2 * _FP32 + master)
-    return dense // dense_ranks + experts * (per_matrix_entry + master) // expert_ranks
+    dense = trained.matrices * (per_matrix_entry + master) + trained.others * (2 * _FP32 + master)
+    return dense // dense_ranks + trained.experts * (per_matrix_entry + master) // expert_ranks
 
 
 def memory_estimate(cfg: RunConfig, *, on_cpu: bool = False) -> MemoryEstimate:
     """Memory of one process of the run; of a pipeline, that of the stage that needs most.
 
-    Gradients are accumulated in fp32. Activations are what recomputation leaves of one micro-batch, and the inside of
-    the largest recomputed part; of P stages the first keeps P micro-batches under way, the last one.
+    Gradients are accumulated in fp32; frozen parameters have none, and no optimizer state. Activations are what
+    recomputation leaves of one micro-batch (as if everything were trained), and the inside of the largest recomputed
+    part; of P stages the first keeps P micro-batches under way, the last one.
 
     Args:
         cfg: the run.
@@ -134,8 +150,7 @@ def memory_estimate(cfg: RunConfig, *, on_cpu: bool = False) -> MemoryEstimate:
 
 def _stage_estimate(cfg: RunConfig, layers: range, under_way: int, on_cpu: bool) -> MemoryEstimate:
     m, is_last = cfg.model, layers.stop == cfg.model.num_layers + 1
-    matrices, others = _local_parameters(cfg, layers)
-    local = matrices + others
+    held, trained = (_held(cfg, layers, trained_only=only) for only in (False, True))
     compute_bytes = 2 if cfg.training.bf16 else _FP32
     tokens = cfg.training.micro_batch_size * cfg.data.seq_length
     kept, transient = _activations(cfg, layers, compute_bytes, on_cpu)
@@ -143,9 +158,9 @@ def _stage_estimate(cfg: RunConfig, layers: range, under_way: int, on_cpu: bool)
         kept += (m.hidden_size + m.value_residual * m.num_query_groups * m.kv_channels) * compute_bytes
     return MemoryEstimate(
         {
-            "parameters": local * compute_bytes,
-            "gradients": local * _FP32,
-            "optimizer state": _optimizer_state(cfg, layers, matrices, others),
+            "parameters": held.total * compute_bytes,
+            "gradients": trained.total * _FP32,
+            "optimizer state": _optimizer_state(cfg, trained),
             "activations": tokens * (under_way * kept + transient),
             "loss": _loss(cfg, compute_bytes) if is_last else 0,
             "process": _PROCESS_BYTES,

@@ -20,7 +20,15 @@ _SINGLE_FIELDS = {
     "optim": frozenset({"optimizer"}),
     "data": frozenset({"seq_length", "packing_window", "data_seed", "blend", "blend_schedule"}),
     "training": frozenset(
-        {"global_batch_size", "seed", "bf16", "objective", "kd_span_weight_reasoning", "kd_span_weight_final"}
+        {
+            "global_batch_size",
+            "seed",
+            "train_only",
+            "bf16",
+            "objective",
+            "kd_span_weight_reasoning",
+            "kd_span_weight_final",
+        }
     ),
 }
 """Section -> its binding fields; everything else, and every section not named here, is operational."""
@@ -52,7 +60,7 @@ def provenance_diff(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any
     """Binding differences between two resolved configurations (``RunConfig.model_dump()``); empty: resuming is sound.
 
     A field that only one side has, such as after an update of the software, counts as a difference. A blend is bound by
-    its weights; a checkpoint from before there were blends has none.
+    its weights; what a checkpoint from before a field was there lacks, counts as null where that is what was done.
     """
     changes = []
     for section in dict.fromkeys([*old, *new]):
@@ -77,8 +85,12 @@ def geometry_diff(old: RunConfig, new: RunConfig) -> list[FieldChange]:
     return [change for change in provenance_diff(*trees) if change.key.split(".")[1] not in idle]
 
 
+# Binding fields that checkpoints from before them lack, where null is what was done then.
+_LATER_FIELDS = ("blend", "blend_schedule", "train_only")
+
+
 def _bound(name: str, value: Any) -> Any:
     """What of a field's value binds: of a blend the weights, since its datasets are bound by their manifests."""
     if name == "blend" and isinstance(value, list):
         return [part["weight"] for part in value]
-    return None if name in ("blend", "blend_schedule") and value == _ABSENT else value
+    return None if name in _LATER_FIELDS and value == _ABSENT else value

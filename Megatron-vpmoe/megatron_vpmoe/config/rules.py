@@ -5,12 +5,15 @@ Those of the architecture are a table of their own, ``combinations``.
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from megatron_vpmoe.config.blend import blend_problems
 from megatron_vpmoe.config.combinations import REFUSALS
+from megatron_vpmoe.config.parameters import is_trained, parameter_sizes
 from megatron_vpmoe.config.pipeline import pipeline_problems
 from megatron_vpmoe.config.recomputation import recomputation_problems
 from megatron_vpmoe.config.schema import RunConfig
@@ -107,6 +110,35 @@ def _intervals(cfg: RunConfig) -> Findings:
         warn, fail = getattr(cfg.logging, warn_name), getattr(cfg.logging, fail_name)
         if warn is not None and fail is not None and fail < warn:
             yield Problem((fail_name, warn_name), f"fails at {fail}, warns at {warn}")
+
+
+def _trained(cfg: RunConfig) -> Findings:
+    patterns = cfg.training.train_only
+    if patterns is None:
+        return
+    if not patterns:
+        yield Problem(("train_only",), "an empty list trains nothing; null trains everything")
+    names = list(parameter_sizes(cfg))
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            near = difflib.get_close_matches(pattern, names, 3, 0.0)
+            yield Problem(("train_only",), f"no parameter matches {pattern!r}; near: {', '.join(near)}")
+    bare = [n for n in names if _is_fused_bias(n) and is_trained(cfg, n) and not is_trained(cfg, _weight_of(n))]
+    if bare:
+        yield Problem(
+            ("train_only",),
+            f"{bare[0]} is trained and its matrix is not: Megatron-Core's linear gives the bias of a frozen matrix no "
+            f"gradient; add {_weight_of(bare[0])}, or leave the bias out",
+        )
+
+
+def _is_fused_bias(name: str) -> bool:
+    """Of a matrix that adds its bias itself."""
+    return name.endswith((".linear_qkv.bias", ".linear_tpa_a.bias"))
+
+
+def _weight_of(bias: str) -> str:
+    return bias.removesuffix("bias") + "weight"
 
 
 _UNSUPPORTED = {
@@ -212,6 +244,7 @@ _RULES: tuple[Callable[[RunConfig], Findings], ...] = (
     _backend,
     _experts,
     _schedule,
+    _trained,
     _intervals,
     _parallel,
     _pipeline,

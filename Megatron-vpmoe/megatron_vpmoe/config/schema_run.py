@@ -179,6 +179,9 @@ class TrainingSection(Section):
     """Optimizer steps of the run."""
     seed: Cardinal = 1234
     """Seed of the weights and of dropout-free randomness such as sampling."""
+    train_only: list[Path] | None = None
+    """Globs over whole parameter names as in routing.json; all other parameters stay as they are, bit for bit, and an
+    expert bias moves only where its router's weight is trained. Each has to match one; null: everything is trained."""
     bf16: bool
     """Compute in bfloat16 with fp32 master weights; false: fp32 throughout."""
     recompute_granularity: Literal["selective", "full"] | None = None

@@ -10,6 +10,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP
 
+from megatron_vpmoe.config.parameters import EMBEDDING, is_trained
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig, transformer_config
 from megatron_vpmoe.runtime.device import current_device
@@ -62,8 +63,24 @@ def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(wanted)
 
 
+def freeze_parameters(model: VPModel, cfg: RunConfig) -> None:
+    """Make what ``training.train_only`` does not name untrainable; a stage where no pattern matches is frozen whole.
+
+    Of a tied embedding on two pipeline stages both copies go by the embedding's name.
+    """
+    if cfg.training.train_only is None:
+        return
+    for name, parameter in model.named_parameters():
+        whole = EMBEDDING if getattr(parameter, "shared_embedding", False) else model.absolute_name(name)
+        parameter.requires_grad_(is_trained(cfg, whole))
+
+
 def wrap_for_training(model: VPModel, cfg: RunConfig) -> DistributedDataParallel:
-    """Megatron-Core's DDP: fp32 gradient buffers, reduced as sums (the loss is normalised by global counts already)."""
+    """Megatron-Core's DDP: fp32 gradient buffers, reduced as sums (the loss is normalised by global counts already).
+
+    Parameters that ``train_only`` leaves out are frozen first: they have no gradient buffer.
+    """
+    freeze_parameters(model, cfg)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=cfg.parallel.overlap_grad_reduce,

@@ -98,7 +98,9 @@ class VpOptimizer(ChainedOptimizer):
         clip = self.config.clip_grad
         if clip > 0.0 and grad_norm > clip:
             params = (param for member in self.members for param in member.get_parameters())
-            torch._foreach_mul_([param.grad for param in params if param.grad is not None], clip / (grad_norm + 1e-6))
+            grads = [param.grad for param in params if param.grad is not None]
+            if grads:  # a rank whose parameters are all frozen has none
+                torch._foreach_mul_(grads, clip / (grad_norm + 1e-6))
         return self.step_with_ready_grads()
 
     @torch.no_grad()

@@ -68,6 +68,10 @@ RULES: tuple[Rule, ...] = (
 """The rules of the vpMoE, vpDense and Qwen3 layers."""
 
 
+FROZEN = "frozen"
+"""In the place of an optimizer: the parameter is not trained."""
+
+
 @dataclass(frozen=True)
 class RoutingRow:
     """What was decided for one parameter."""
@@ -78,6 +82,7 @@ class RoutingRow:
     """Local shape on this rank."""
     rule: str
     optimizer: str
+    """normuon, adamw, or frozen (``training.train_only``)."""
     lr_field: str
     lr: float
     """Peak learning rate, multiplied."""
@@ -92,13 +97,13 @@ class RoutingRow:
 def routing_table(
     model: torch.nn.Module | Sequence[torch.nn.Module], cfg: RunConfig, rules: Sequence[Rule] = RULES
 ) -> list[RoutingRow]:
-    """Decide for every trainable parameter of ``model`` (or of its chunks).
+    """Decide for every parameter of ``model`` (or of its chunks); a frozen one has its rule and no learning rate.
 
     Under ``optimizer: adam`` the rules keep their learning rates and decays and every optimizer is AdamW.
 
     Raises:
         ConfigError: a parameter that no rule or more than one rule matches, or one that NorMuon cannot take; a learning
-            rate's multiplier or a rule's decay that reaches no parameter, or two multipliers for one.
+            rate's multiplier or a rule's decay that reaches no trained parameter, or two multipliers for one.
     """
     return [row for row, _ in routed_parameters(model, cfg, rules)]
 
@@ -109,9 +114,18 @@ def routed_parameters(
     """``routing_table`` with the parameter beside each row."""
     named = list(_named_parameters(model))
     found = {name: find_rule(name, rules) for name, _ in named}
-    factors = _lr_factors(list(found), cfg)
-    decays = _rule_decays({rule.name for rule in found.values()}, cfg)
-    return [(_row(name, param, found[name], factors[name], decays, cfg), param) for name, param in named]
+    trained = [name for name, param in named if param.requires_grad]
+    factors = _lr_factors(trained, cfg)
+    decays = _rule_decays({found[name].name for name in trained}, cfg)
+    return [
+        (
+            _row(name, param, found[name], factors[name], decays, cfg)
+            if param.requires_grad
+            else _frozen_row(name, param, found[name]),
+            param,
+        )
+        for name, param in named
+    ]
 
 
 def _lr_factors(names: list[str], cfg: RunConfig) -> dict[str, float]:
@@ -187,13 +201,17 @@ def _row(
     )
 
 
+def _frozen_row(name: str, param: torch.Tensor, rule: Rule) -> RoutingRow:
+    expert = not getattr(param, "allreduce", True)
+    return RoutingRow(name, tuple(param.shape), rule.name, FROZEN, rule.lr, 0.0, 1.0, 0.0, 0, expert)
+
+
 def _named_parameters(
     model: torch.nn.Module | Sequence[torch.nn.Module],
 ) -> Iterator[tuple[str, torch.nn.Parameter]]:
     for chunk in [model] if isinstance(model, torch.nn.Module) else model:
         for name, param in chunk.named_parameters():
-            if param.requires_grad:
-                yield re.sub(r"^(module\.)+", "", name), param
+            yield re.sub(r"^(module\.)+", "", name), param
 
 
 def render_routing_table(rows: Iterable[RoutingRow], caption: str | None = None) -> Table:

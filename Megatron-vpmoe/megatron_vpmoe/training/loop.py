@@ -53,7 +53,7 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
         result = train_step(run.wrapped, run.optimizer, run.objective, batches)
         if not result.updated:
             _skip_or_stop(run, result, batches)
-        lr = run.optimizer.param_groups[0]["lr"]
+        lr = run.scheduler.get_lr({"max_lr": cfg.optim.lr, "min_lr": cfg.optim.min_lr})
         run.scheduler.step(1)
         run.iteration += 1
         run.consumed_samples += cfg.training.global_batch_size

@@ -94,7 +94,11 @@ def check_provenance(state: Mapping[str, Any], cfg: RunConfig, *, source: str) -
     here = {"config": cfg.model_dump(mode="json"), "provenance": collect_provenance(cfg, manifests)}
     differences = compare(state, here)
     binding = [difference for difference in differences if difference.binding]
-    loadable = all(difference.key.split(".")[0] not in ("model", "moe") for difference in binding)
+    # Other parameters have no optimizer state in the checkpoint.
+    loadable = not any(
+        difference.key.split(".")[0] in ("model", "moe") or difference.key == "training.train_only"
+        for difference in binding
+    )
     if binding and not (cfg.checkpoint.allow_provenance_change and loadable):
         override = "; --allow-provenance-change continues all the same" if loadable else ""
         raise CheckpointError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
+from megatron_vpmoe.config.parameters import is_trained, parameter_sizes
 from megatron_vpmoe.data.blend import as_stored, open_parts
 from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.data.manifest import Manifest
@@ -189,6 +190,10 @@ def implementation_notes(model: VPModel, cfg: RunConfig) -> list[str]:
         rule = layout_rule(model.config.params_dtype, current_device().type)
         ranks = cfg.parallel.expert_model_parallel_size
         notes.append(f"experts: {token_dispatcher(cfg)} dispatcher, {ranks} ranks; {rule}")
+    if cfg.training.train_only is not None:
+        sizes = parameter_sizes(cfg)
+        trained = sum(size for name, size in sizes.items() if is_trained(cfg, name))
+        notes.append(f"train_only: {trained:,} of {sum(sizes.values()):,} parameters")
     if len(told) > 1:
         notes.append("pipeline: layers " + ", ".join(f"{layers[0]}-{layers[-1]}" for layers, _ in told))
     return notes

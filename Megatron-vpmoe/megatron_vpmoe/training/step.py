@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.gpt import ModelOutput, VPModel
+from megatron_vpmoe.model.moe.router import VPMoERouter
 from megatron_vpmoe.objectives import Objective
 from megatron_vpmoe.optim import VpOptimizer
 from megatron_vpmoe.runtime import distributed, stages
@@ -65,8 +66,11 @@ def train_step(
         batches: this rank's micro-batches, on the CPU.
     """
     totals = global_totals(objective, batches)
-    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("expert_bias")]
-    biases_before = [bias.clone() for bias in biases]
+    biases = [
+        (bias, bias.clone(), router.weight.requires_grad)
+        for router in model.modules()
+        if isinstance(router, VPMoERouter) and (bias := router.expert_bias) is not None
+    ]
     model.zero_grad_buffer()
     optimizer.zero_grad()
     metrics = run_micro_batches(model, objective, batches, totals, forward_only=False)
@@ -74,9 +78,9 @@ def train_step(
     if math.isfinite(metrics["loss/total"]):
         with annotated("optimizer"):
             updated, grad_norm, _ = optimizer.step()
-    if not updated:
-        # Finalising the gradients has moved the expert biases already.
-        for bias, before in zip(biases, biases_before, strict=True):
+    # Finalising the gradients has moved the expert biases already, those of frozen routers too.
+    for bias, before, is_router_trained in biases:
+        if not (updated and is_router_trained):
             bias.copy_(before)
     return StepResult(metrics, grad_norm, updated)
 

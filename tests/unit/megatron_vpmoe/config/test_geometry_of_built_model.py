@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_vpmoe.config import load_config, parameter_count
+from megatron_vpmoe.config.parameters import parameter_sizes
 
 NO_WARNING = "--router-dead-experts-warn null"
 VARIANTS = {
@@ -41,9 +42,12 @@ SHIPPED = {
 
 
 def built(cfg) -> int:
+    """Elements of the built model's parameters, whose names and sizes are held to the arithmetic's first."""
     from megatron_vpmoe.model.builder import build_model
 
-    return sum(parameter.numel() for parameter in build_model(cfg, device=torch.device("meta")).parameters())
+    sizes = {name: p.numel() for name, p in build_model(cfg, device=torch.device("meta")).named_parameters()}
+    assert parameter_sizes(cfg) == sizes
+    return sum(sizes.values())
 
 
 @pytest.mark.parametrize("name", VARIANTS)

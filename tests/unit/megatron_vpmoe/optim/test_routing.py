@@ -145,10 +145,18 @@ def test_wrappers_prefixes_do_not_matter() -> None:
     assert routing_table([wrapped], toy_config()) == routing_table(wrapped.module.module, toy_config())
 
 
-def test_frozen_parameters_are_not_routed() -> None:
+def test_frozen_parameters_are_listed_and_not_optimised(single_process: None) -> None:
     model = ToyModel()
     model.output_layer.weight.requires_grad_(False)
-    assert "output_layer.weight" not in {row.name for row in routing_table(model, toy_config())}
+    rows = {row.name: row for row in routing_table(model, toy_config())}
+    assert (rows["output_layer.weight"].optimizer, rows["output_layer.weight"].lr) == ("frozen", 0.0)
+    assert [row for row in rows.values() if row.optimizer == "frozen"] == [rows["output_layer.weight"]]
+    optimizer = build_optimizer([model], toy_config())
+    optimized = {id(param) for member in optimizer.chained_optimizers for param in member.model_params}
+    assert id(model.output_layer.weight) not in optimized and len(optimized) == len(rows) - 1
+    multiplier = [LrMultiplier(pattern="output_layer.weight", factor=2.0)]
+    with pytest.raises(ConfigError, match="no parameter matches 'output_layer"):
+        routing_table(model, toy_config(lr_multipliers=multiplier))
 
 
 def test_adam_takes_everything_at_the_same_learning_rates() -> None:
