@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import pytest
 
 from megatron_vpmoe.errors import DataError
 from tests import training_runs
-from tests.fixtures_dataset import rewrite_manifest, small_dataset
+from tests.fixtures_dataset import rewrite_manifest
+from tests.golden.test_vocabulary_travels import WORDS
+from tests.golden.test_vocabulary_travels import dataset as text_dataset
 from tests.tiny import ROOT
 from vpmoe.errors import UpcycleError
 from vpmoe.upcycle import runner
@@ -32,12 +35,13 @@ GEOMETRY = {
     "num_attention_heads": 2,
     "num_query_groups": 1,
     "kv_channels": 8,
-    "padded_vocab_size": 64,
+    "padded_vocab_size": 384,
 }
 STEPS = 12
 RUN = {
     **GEOMETRY,
     "seq_length": 48,
+    "objective": "token_ce",
     "micro_batch_size": 2,
     "global_batch_size": 4,
     "train_iters": STEPS,
@@ -86,7 +90,7 @@ def write_registry(root: Path, dataset: Path) -> Registry:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_dataset(tmp_path_factory.mktemp("data") / "set", train=120)
+    return text_dataset(tmp_path_factory.mktemp("data") / "text", " ".join(WORDS))
 
 
 @pytest.fixture(scope="module")
@@ -202,23 +206,25 @@ def test_the_key_covers_configuration_and_data(registry: Registry, dataset: Path
     finally:
         job.write_text(text)
     assert runner.plan(registry, "random").key == key
-    other = small_dataset(tmp_path / "set", train=120)
-    rewrite_manifest(other, lambda manifest: manifest.update(made="later"))
+    other = Path(shutil.copytree(dataset, tmp_path / "set"))
     job_of_other = write_registry(tmp_path, other)
     before = runner.plan(job_of_other, "random").key
     rewrite_manifest(other, lambda manifest: manifest.update(made="still later"))
     assert runner.plan(job_of_other, "random").key != before
 
 
-def test_errors_of_the_training_are_one_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_the_training_are_one_message(
+    dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     registry = write_registry(tmp_path, tmp_path / "nothing")
     with pytest.raises(DataError, match="build it with"):
         runner.plan(registry, "random")
-    dataset = small_dataset(tmp_path / "set")
-    registry = write_registry(tmp_path, dataset)
-    (dataset / "train" / "shard_00_tokens.bin").unlink()
+    damaged = Path(shutil.copytree(dataset, tmp_path / "set"))
+    registry = write_registry(tmp_path, damaged)
+    lost = next((damaged / "train").glob("*tokens*.bin"))
+    lost.unlink()
     with pytest.raises(UpcycleError, match="ended with exit code 2"):
         runner.run(runner.plan(registry, "random"), quiet=True)
     said = capfd.readouterr().err
-    assert said.count("error:") == 1 and "shard_00_tokens.bin" in said and "Traceback" not in said
+    assert said.count("error:") == 1 and lost.name in said and "Traceback" not in said
     assert not (tmp_path / "random").exists()

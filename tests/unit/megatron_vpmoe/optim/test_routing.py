@@ -152,7 +152,7 @@ def test_frozen_parameters_are_listed_and_not_optimised(single_process: None) ->
     assert (rows["output_layer.weight"].optimizer, rows["output_layer.weight"].lr) == ("frozen", 0.0)
     assert [row for row in rows.values() if row.optimizer == "frozen"] == [rows["output_layer.weight"]]
     optimizer = build_optimizer([model], toy_config())
-    optimized = {id(param) for member in optimizer.chained_optimizers for param in member.model_params}
+    optimized = {id(param) for member in optimizer.members for param in member.model_params}
     assert id(model.output_layer.weight) not in optimized and len(optimized) == len(rows) - 1
     multiplier = [LrMultiplier(pattern="output_layer.weight", factor=2.0)]
     with pytest.raises(ConfigError, match="no parameter matches 'output_layer"):

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from megatron_vpmoe.config import fit_report, geometry_diff
+from megatron_vpmoe.config import RunConfig, fit_report, geometry_diff
 from megatron_vpmoe.config.parameters import is_trained, parameter_sizes
 from vpmoe.upcycle import depth, experts, morph, runner, shape
 from vpmoe.upcycle.job import Input, Task
-from vpmoe.upcycle.registry import geometry, load_registry
+from vpmoe.upcycle.registry import ObjectSpec, geometry, load_registry
 from vpmoe.upcycle.rung_below import RungBelow, layer_and_name, refuse_other_changes
-from vpmoe.upcycle.training_jobs import Heal, training_config
+from vpmoe.upcycle.training_jobs import Heal, TrainingSettings, training_config
 
 
 def task_and_below(identifier: str) -> tuple[Task[Any], RungBelow]:
@@ -54,6 +54,13 @@ def test_rungs_three_to_six(repository: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (conversion.slices, conversion.scale, conversion.bias_scale) == (4, pytest.approx(0.8), pytest.approx(0.2))
 
 
+def run_of(spec: ObjectSpec) -> RunConfig:
+    """The configuration of a healing."""
+    job, settings = runner._read_job(spec)
+    assert isinstance(job, Heal) and isinstance(settings, TrainingSettings)
+    return training_config(settings)
+
+
 HEALED = ("qwen3-0_6B-o200k", "vpdense0_5_28", "vpdense_28", "vpdense_80", "vpmoe")
 
 
@@ -70,9 +77,8 @@ def test_healing(rung: str, repository: Path, monkeypatch: pytest.MonkeyPatch) -
         steps.append(registry.get(steps[-1].inputs["model"]))
     assert [spec.id.removeprefix(rung) for spec in steps[::-1]] in (["", "-healed"], ["", "-settled", "-healed"])
     for spec in steps[:-1]:
-        job, settings = runner._read_job(spec)
-        cfg, declared = training_config(settings), geometry(spec)
-        assert isinstance(job, Heal) and declared is not None
+        cfg, declared = run_of(spec), geometry(spec)
+        assert declared is not None
         assert geometry_diff(declared, cfg) == []
         assert fit_report(cfg, 80 * 2**30, "NVIDIA", device_count=8).fits
         assert (cfg.training.train_only is not None) == spec.id.endswith("-settled")
@@ -82,13 +88,12 @@ def test_the_new_layers_are_trained_first(repository: Path, monkeypatch: pytest.
     monkeypatch.chdir(repository)
     task, below = task_and_below("vpdense_80")
     layers = depth.layer_sources(below.cfg, task.cfg, task.settings.placement, source="")
-    _, settings = runner._read_job(load_registry().get("vpdense_80-settled"))
-    cfg = training_config(settings)
+    cfg = run_of(load_registry().get("vpdense_80-settled"))
     trained = {name: layer_and_name(name) for name in parameter_sizes(cfg) if is_trained(cfg, name)}
     assert {place[0] for place in trained.values() if place} == {i for i, (_, is_new) in enumerate(layers) if is_new}
     assert None not in trained.values()
-    _, settings = runner._read_job(load_registry().get("vpdense_80-healed"))
-    slower = [m.pattern for m in training_config(settings).optim.lr_multipliers or []]
+    healed = run_of(load_registry().get("vpdense_80-healed"))
+    slower = [m.pattern for m in healed.optim.lr_multipliers or []]
     old = [f"decoder.layers.{i}.input_layernorm.weight" for i, (_, is_new) in enumerate(layers) if not is_new]
     matched = [name for name in parameter_sizes(cfg) for pattern in slower if fnmatch.fnmatch(name, pattern)]
     assert [name for name in matched if name.endswith("input_layernorm.weight")] == old
