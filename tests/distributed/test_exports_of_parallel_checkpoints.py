@@ -1,4 +1,4 @@
-"""A checkpoint saved by two tensor- or expert-parallel ranks exports to the HF directory that one process's gives."""
+"""A checkpoint saved by two tensor-, expert- or pipeline-parallel ranks exports to the HF directory of one process."""
 
 from __future__ import annotations
 
@@ -16,13 +16,31 @@ from vpmoe.weights.megatron_checkpoint import write_checkpoint
 from vpmoe.weights.tensors import LazyTensor
 
 pytestmark = pytest.mark.slow
+TWO = {"num_layers": 2, "window_attn_skip_freq": 2}
+QWEN3 = {
+    "num_experts": None,
+    "num_layers": 2,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "activation": "swiglu",
+    "softmax_type": "vanilla",
+    "window_size": None,
+    "global_position_embedding": "rope",
+    "tpa": False,
+    "value_residual": False,
+    "untie_embeddings_and_output_weights": False,
+}
 CASES = {
-    "tensor parallel": {"num_experts": None, "num_layers": 2, "window_attn_skip_freq": 2, "activation": "swiglu"},
-    "expert parallel": {"num_layers": 2, "window_attn_skip_freq": 2},
+    "tensor parallel": {**TWO, "num_experts": None, "activation": "swiglu"},
+    "expert parallel": TWO,
+    "pipeline parallel": {"num_layers": 4},
+    "pipeline parallel, a tied Qwen3": QWEN3,
 }
 SIZES = {
     "tensor parallel": {"tensor_model_parallel_size": 2},
     "expert parallel": {"expert_model_parallel_size": 2},
+    "pipeline parallel": {"pipeline_model_parallel_size": 2},
+    "pipeline parallel, a tied Qwen3": {"pipeline_model_parallel_size": 2},
 }
 
 
@@ -61,5 +79,8 @@ def test_same_directory(name: str, tmp_path: Path) -> None:
 
     one, two = (export_checkpoint(tmp_path / part, tmp_path / f"hf_{part}") for part in ("source", "saved"))
     assert one.tensor_sha256 == two.tensor_sha256
-    for file in ("config.json", "tokenizer.json", "modeling_vpmoe.py"):
-        assert (one.path / file).read_bytes() == (two.path / file).read_bytes(), file
+    files = sorted(path.name for path in one.path.iterdir())
+    assert files == sorted(path.name for path in two.path.iterdir())
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= set(files)
+    assert ("modeling_vpmoe.py" in files) == (CASES[name] is not QWEN3)
+    assert [file for file in files if (one.path / file).read_bytes() != (two.path / file).read_bytes()] == []

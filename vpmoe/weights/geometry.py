@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,17 +90,60 @@ def process_groups(seed: int = 1234) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """What a geometry decides of its tensors.
+
+    Attributes:
+        shapes: name -> shape, in the order of the model.
+        keys: name -> {key in a checkpoint: shape}.
+        fp32: names of what the architecture keeps in fp32 (sinks, frequencies, value-residual scalars, expert biases).
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    keys: dict[str, dict[str, tuple[int, ...]]]
+    fp32: frozenset[str]
+
+    @classmethod
+    def of(cls, cfg: RunConfig) -> _Layout:
+        """From a model on the meta device; process groups must exist."""
+        from megatron_vpmoe.model.builder import build_model
+        from megatron_vpmoe.training.checkpoint import stored_tensors
+
+        model = build_model(cfg, device=torch.device("meta"))
+        fp32 = {name for name, parameter in model.named_parameters() if getattr(parameter, "keep_fp32", False)}
+        return cls(
+            shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if _is_tensor(tensor)},
+            keys=stored_tensors(model),
+            fp32=frozenset(fp32 | {name for name, _ in model.named_buffers()}),
+        )
+
+
+# A job asks for the same few layouts again and again; process groups and a model each time are most of a small one.
+_LAYOUTS: dict[str, _Layout] = {}
+
+
+def _layout(cfg: RunConfig) -> _Layout:
+    prepare()
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        return _Layout.of(cfg)  # of this rank's part: not to be kept
+    key = cfg.model_dump_json()
+    if key not in _LAYOUTS:
+        with process_groups():
+            _LAYOUTS[key] = _Layout.of(cfg)
+    return _LAYOUTS[key]
+
+
 def expected_shapes(cfg: RunConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in the model's state, global over ranks; nothing is allocated."""
-    return {name: tuple(tensor.shape) for name, tensor in _meta_model(cfg).state_dict().items() if _is_tensor(tensor)}
+    return dict(_layout(cfg).shapes)
 
 
 def stored_keys(cfg: RunConfig) -> dict[str, dict[str, tuple[int, ...]]]:
     """Name -> {key in a checkpoint: shape} of every tensor; sections along the first axis where there are several."""
-    with process_groups():
-        from megatron_vpmoe.training.checkpoint import stored_tensors
-
-        return stored_tensors(_meta_model(cfg))
+    return dict(_layout(cfg).keys)
 
 
 def conform(weights: Weights, cfg: RunConfig, dtype: torch.dtype | None, *, source: str) -> dict[str, LazyTensor]:
@@ -116,19 +160,12 @@ def conform(weights: Weights, cfg: RunConfig, dtype: torch.dtype | None, *, sour
     Raises:
         WeightsError: names or shapes disagree with the geometry.
     """
-    model = _meta_model(cfg)
-    names = [name for name, tensor in model.state_dict().items() if _is_tensor(tensor)]
-    check_geometry(weights, expected_shapes(cfg), source=source)
-    fp32 = {name for name, parameter in model.named_parameters() if getattr(parameter, "keep_fp32", False)}
-    fp32 |= {name for name, _ in model.named_buffers()}
-    return {name: weights[name].to(torch.float32 if name in fp32 else dtype or weights[name].dtype) for name in names}
-
-
-def _meta_model(cfg: RunConfig) -> VPModel:
-    with process_groups():
-        from megatron_vpmoe.model.builder import build_model
-
-        return build_model(cfg, device=torch.device("meta"))
+    layout = _layout(cfg)
+    check_geometry(weights, layout.shapes, source=source)
+    return {
+        name: weights[name].to(torch.float32 if name in layout.fp32 else dtype or weights[name].dtype)
+        for name in layout.shapes
+    }
 
 
 def _is_tensor(value: object) -> bool:
