@@ -3,7 +3,7 @@
 Two runs, one with twice the steps of the other, tell the seconds of a step from those of everything else; both are
 divided by the layers. Time is CPU time of the process, so that other processes on the machine count less.
 
-    python scripts/bench/calibrated_shape.py --layers 1 --tokens 8192 --steps 8
+    python scripts/bench/calibrated_shape.py --layers 1 --tokens 4096 --steps 40
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def main() -> None:
     parser.add_argument("--old", default="configs/qwen3_0_6b_o200k.yaml")
     parser.add_argument("--new", default="configs/vpdense0_5_28.yaml")
     parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--text-tokens", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -45,6 +45,7 @@ def main() -> None:
     old, new = (load_config(path, flags) for path in (options.old, options.new))
     texts = random_prompts(vocabulary, [options.text_tokens] * (options.tokens // options.text_tokens), 0)
     passages = Passages.of_texts(texts)
+    _seconds(old, new, passages, 1)  # the first run loads libraries and memory
     once, twice = (_seconds(old, new, passages, steps) / options.layers for steps in (options.steps, 2 * options.steps))
     step = (twice - once) / options.steps
     print(f"a layer, {passages.num_tokens} tokens, CPU seconds, {options.threads} threads:")

@@ -27,10 +27,10 @@ from vpmoe.upcycle.job import Job, Product, Task
 from vpmoe.upcycle.passages import Passages
 from vpmoe.upcycle.plain_shapes import FC1, FC2, PROJ, QKV, plain_attention, plain_feed_forward
 from vpmoe.upcycle.residual_streams import batches_of
-from vpmoe.upcycle.rung_below import RungBelow, layer_and_name, refuse_other_changes, text_loss
+from vpmoe.upcycle.rung_below import RungBelow, below_and_written, layer_and_name, refuse_other_changes, text_loss
 from vpmoe.upcycle.shape_settings import ShapeSettings, calibration_passages, heldout_passages
 from vpmoe.upcycle.vocabulary import EMBEDDING, OUTPUT
-from vpmoe.weights import LazyTensor, Weights, megatron_checkpoint
+from vpmoe.weights import LazyTensor, Weights
 from vpmoe.weights.geometry import expected_shapes, process_groups
 
 _CHANGED = {
@@ -72,8 +72,7 @@ class Shape(Job[ShapeSettings]):
         return below.product(task.cfg, weights)
 
     def verify(self, task: Task[ShapeSettings], folder: Path) -> dict[str, Any]:
-        below = RungBelow.open(task.inputs["model"])
-        written = megatron_checkpoint.read_weights(folder / "megatron" / megatron_checkpoint.ITERATION)
+        below, written = below_and_written(task, folder)
         before, passages = (below.cfg, below.weights), heldout_passages(task)
         rungs = {"plain": (task.cfg, reshaped(below.weights, below.cfg, task.cfg)), "after": (task.cfg, written)}
         return measure(before, rungs, passages, task.settings.batch_tokens, source=task.spec.id)
