@@ -8,7 +8,7 @@ came from another directory, and are copied.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def assets_of(folder: Path) -> list[Path]:
 
 
 def made_from(assets: Iterable[Path]) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Files that are made from a vocabulary of ours, and its token ids for ``config.json``; nothing without one.
+    """Files that are made from a vocabulary of ours (none without one), and token ids for ``config.json``.
 
     Args:
         assets: of a checkpoint.
@@ -49,9 +49,10 @@ def made_from(assets: Iterable[Path]) -> tuple[dict[str, bytes], dict[str, Any]]
     Raises:
         TokenizerError: the rank file is not to be found, or the compact map is damaged.
     """
-    found = next((path for path in assets if path.name == VOCABULARY), None)
+    by_name = {path.name: path for path in assets}
+    found = by_name.get(VOCABULARY)
     if found is None:
-        return {}, {}
+        return {}, _ids_told_by(by_name)
     vocabulary = vocabulary_of(json.loads(found.read_text()), found)
     ids = {
         "bos_token_id": vocabulary.special_id(_ROLES["bos_token"]),
@@ -64,6 +65,17 @@ def made_from(assets: Iterable[Path]) -> tuple[dict[str, bytes], dict[str, Any]]
         GENERATION: json_bytes({**ids, "do_sample": False}),
     }
     return files, ids
+
+
+def _ids_told_by(files: Mapping[str, Path]) -> dict[str, int]:
+    """Ids of the tokens that another tokenizer's configuration gives a part, by their key in ``config.json``."""
+    if not {"tokenizer.json", "tokenizer_config.json"} <= files.keys():
+        return {}
+    whole, config = (json.loads(files[name].read_text()) for name in ("tokenizer.json", "tokenizer_config.json"))
+    ids = {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
+    told = {role: config.get(role) for role in _ROLES}
+    spelled = {role: token["content"] if isinstance(token, dict) else token for role, token in told.items()}
+    return {f"{role}_id": ids[token] for role, token in spelled.items() if token in ids}
 
 
 def _full_files(vocabulary: Tokenizer) -> dict[str, bytes]:

@@ -38,6 +38,11 @@ def vocabulary_files(manifest: Manifest) -> dict[str, bytes]:
     return files
 
 
+def name_a_vocabulary(files: Mapping[str, bytes]) -> bool:
+    """Whether a checkpoint's files say what its ids mean; generation settings alone do not."""
+    return any(name in files for name in _DECIDING)
+
+
 def differing(files: Mapping[str, bytes], others: Mapping[str, bytes]) -> list[str]:
     """Names of the files that both have and that make them different vocabularies."""
     return [name for name in _DECIDING if name in files and name in others and files[name] != others[name]]

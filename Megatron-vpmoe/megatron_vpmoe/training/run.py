@@ -14,7 +14,7 @@ from megatron_vpmoe.data.blend import as_stored, open_parts
 from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.data.manifest import Manifest
 from megatron_vpmoe.data.source import BatchSource, ValidSource
-from megatron_vpmoe.data.vocabulary_files import differing, vocabulary_files
+from megatron_vpmoe.data.vocabulary_files import differing, name_a_vocabulary, vocabulary_files
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.model.attention.self_attention import VPSelfAttention
 from megatron_vpmoe.model.builder import build_model, wrap_for_training
@@ -162,8 +162,8 @@ def _carried(started_from: checkpoint.Found | None, manifest: Manifest, cfg: Run
         TokenizerError: a file of the dataset's vocabulary is damaged.
     """
     carried, of_dataset = checkpoint.Carried.of(started_from), vocabulary_files(manifest)
-    if not carried.assets:
-        return checkpoint.Carried(carried.state, of_dataset)
+    if not name_a_vocabulary(carried.assets):
+        return checkpoint.Carried(carried.state, {**of_dataset, **carried.assets})
     other = differing(carried.assets, of_dataset)
     if not other:
         return carried

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vpmoe.data.manifest import read_manifest
-from megatron_vpmoe.data.vocabulary_files import VOCABULARY, differing, vocabulary_files
+from megatron_vpmoe.data.vocabulary_files import VOCABULARY, differing, name_a_vocabulary, vocabulary_files
 from megatron_vpmoe.errors import TokenizerError
 from tests.fixtures_dataset import rewrite_manifest, small_dataset
 
@@ -40,6 +40,7 @@ def test_the_files_of_another_tokenizer_come_as_they_are(tmp_path: Path) -> None
     files = vocabulary_files(read_manifest(root))
     assert files == {"tokenizer.json": b"{}", "tokenizer_config.json": b"{ }"}
     assert differing(files, {**files, "tokenizer_config.json": b"another padding side"}) == []
+    assert name_a_vocabulary(files) and not name_a_vocabulary({"generation_config.json": b"{}"})
     assert differing(files, {"tokenizer.json": b"{'model': 1}"}) == ["tokenizer.json"]
     (root / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(TokenizerError, match="is missing"):

@@ -1,0 +1,64 @@
+"""An export's tokenizer files, whether the vocabulary is ours or came with files of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, AutoTokenizer
+
+from tests.tiny_student import write_student, write_vocabulary
+from vpmoe.errors import WeightsError
+from vpmoe.hf import tokenizer_files
+from vpmoe.hf.chat_template import CHAT_TEMPLATE
+from vpmoe.hf.convert import export_checkpoint, open_directory
+from vpmoe.tokenizer.bpe import save_bpe, train_bpe
+from vpmoe.tokenizer.o200k_harmony import NAMED_SPECIAL_TOKENS
+
+ROWS = 384
+SMALL = {"padded_vocab_size": ROWS, "num_layers": 2, "window_attn_skip_freq": 2, "num_experts": None}
+
+
+def export(root: Path, assets: list[Path]) -> Path:
+    return export_checkpoint(write_student(root / "megatron", assets=assets, **SMALL), root / "hf").path
+
+
+def test_files_of_another_tokenizer_are_copied_and_name_its_end(tmp_path: Path) -> None:
+    save_bpe(train_bpe(["the ship left the harbour"], 300), tmp_path / "bpe")
+    exported = export(tmp_path, tokenizer_files.assets_of(tmp_path / "bpe"))
+    tokenizer = AutoTokenizer.from_pretrained(exported, local_files_only=True)
+    config = AutoConfig.from_pretrained(exported, trust_remote_code=True)
+    assert config.eos_token_id == config.pad_token_id == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert config.bos_token_id is None
+    assert not (exported / "chat_template.jinja").exists()
+    assert {path.name for path in open_directory(exported).assets} == {"tokenizer.json", "tokenizer_config.json"}
+    name = "tokenizer.json"
+    assert (exported / name).read_bytes() == (tmp_path / "bpe" / name).read_bytes()
+
+
+def test_whoever_has_harmonys_tokens_gets_our_template(tmp_path: Path) -> None:
+    tokenizer = train_bpe(["the ship left the harbour"], 300)
+    tokenizer.add_special_tokens([token for token in NAMED_SPECIAL_TOKENS if tokenizer.token_to_id(token) is None])
+    save_bpe(tokenizer, tmp_path / "donor")
+    (tmp_path / "donor" / "chat_template.jinja").write_text("another")
+    exported = export(tmp_path, tokenizer_files.assets_of(tmp_path / "donor"))
+    assert (exported / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+    assert AutoTokenizer.from_pretrained(exported, local_files_only=True).chat_template == CHAT_TEMPLATE
+
+
+def test_a_compact_vocabulary_is_opened_without_running_the_directorys_code(tmp_path: Path) -> None:
+    exported = export(tmp_path, write_vocabulary(tmp_path / "vocabulary", "the ship", ROWS))
+    (exported / "tokenization_vpmoe.py").write_text("raise SystemExit")
+    tokenizer = tokenizer_files.open_tokenizer(exported)
+    assert tokenizer.decode(tokenizer("the ship, naïve")["input_ids"]) == "the ship, naïve"
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|return|>", "<|call|>", "<|endoftext|>")]
+    assert json.loads((exported / "generation_config.json").read_text())["eos_token_id"] == ends
+    assert json.loads((exported / "config.json").read_text())["pad_token_id"] == tokenizer.pad_token_id
+    names = {path.name for path in open_directory(exported).assets}
+    assert names == {"vocabulary.json", "compact_vocab.npy", "generation_config.json"}
+
+
+def test_a_directory_without_one_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="no tokenizer there"):
+        tokenizer_files.open_tokenizer(tmp_path)
