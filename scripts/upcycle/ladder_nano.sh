@@ -22,10 +22,10 @@ texts() { "$python" "$root/scripts/datasets/build_healing_text_v1.py" --input $d
     --valid-fraction 0.05 --seq-len 128 --quiet "$@"; }
 
 say vpmoe data synth-mini --output-dir $data/rows --rows "$rows" --levels "counting=6 items" \
-    --families sorting=0.2,maximum=0.25,counting=0.2,addition=0.35
+    --families sorting=0.3,maximum=0.35,counting=0.35
 say vpmoe data question-texts --input-dir $data/rows --output-dir $data/texts
 say vpmoe data train-bpe --input $data/texts/pool.jsonl --output-dir $data/bpe --vocab-size 384
-say vpmoe data compact-map --input $data/texts/pool.jsonl --output $data/o200k.npy --size 340
+say vpmoe data compact-map --input $data/texts/pool.jsonl --output $data/o200k.npy --size 298
 say texts --output-dir $data/texts_bpe --tokenizer $data/bpe --padded-vocab-size 384
 say texts --output-dir $data/texts_o200k --compact-map $data/o200k.npy --padded-vocab-size 512
 [[ $climb == no ]] || say vpmoe ladder --config configs/nano/ladder/ladder.toml "${rest[@]}"

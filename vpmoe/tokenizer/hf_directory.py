@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import pre_tokenizers
 
 from vpmoe.errors import TokenizerError
 from vpmoe.files import sha256_of_file
@@ -145,13 +144,16 @@ def _read(path: Path) -> dict[str, Any]:
     return {"added_tokens": [], **content}
 
 
-def _byte_symbols() -> dict[str, int]:
-    """GPT-2's spelling of bytes in a vocabulary: those that print stand for themselves, the rest for U+0100 and on."""
-    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in printed]
-    symbols = {chr(byte): byte for byte in printed} | {chr(256 + place): byte for place, byte in enumerate(rest)}
-    assert set(symbols) == set(pre_tokenizers.ByteLevel.alphabet())
-    return symbols
+def byte_characters() -> list[str]:
+    """The character that stands for each byte in a byte-level vocabulary: GPT-2's table.
+
+    Printable ones stand for themselves, the others for U+0100 and on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in printable)
+    characters = {byte: chr(byte) for byte in printable}
+    characters |= {byte: chr(0x100 + place) for place, byte in enumerate(others)}
+    return [characters[byte] for byte in range(256)]
 
 
-_BYTE_OF = _byte_symbols()
+_BYTE_OF = {character: byte for byte, character in enumerate(byte_characters())}

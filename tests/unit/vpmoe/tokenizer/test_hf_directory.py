@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from vpmoe.errors import TokenizerError
+from vpmoe.hf import tokenization_vpmoe
 from vpmoe.tokenizer.bpe import SPECIAL_TOKENS, save_bpe, train_bpe
-from vpmoe.tokenizer.hf_directory import HFDirectory
+from vpmoe.tokenizer.hf_directory import HFDirectory, byte_characters
 
 TEXTS = ["Question: Sort the digits 4 1 3.\nAnswer: 1 3 4\n", "Question: Add 16 and 96.\nAnswer: 112\n"] * 20
 
@@ -74,3 +76,9 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps({**content, "added_tokens": moved}))
     with pytest.raises(TokenizerError, match="gaps"):
         HFDirectory(tmp_path)
+
+
+def test_bytes_are_written_as_exports_write_them() -> None:
+    """The class inside an export imports nothing of ours, so it has a table of its own."""
+    assert byte_characters() == tokenization_vpmoe.byte_characters()
+    assert set(byte_characters()) == set(pre_tokenizers.ByteLevel.alphabet())
