@@ -120,7 +120,7 @@ def test_six_rungs(tmp_path: Path) -> None:
     for below, above in (("vpdense_8", "vpdense_16"), ("vpdense_16", "vpmoe")):
         before, after = (by_name[name]["evaluation"]["texts"]["nats_per_token"] for name in (below, above))
         assert after == pytest.approx(before, abs=1e-4), f"{above} keeps the function"
-    assert all(step["evaluation"]["questions"]["n"] == 12 for step in report["steps"])
+    assert all(step["evaluation"]["questions"]["n"] == 9 for step in report["steps"])
     assert set(by_name["vpmoe-healed"]["validation"]["valid/loss/total"]) == {"before", "after"}
     table = (reports / "ladder.md").read_text()
     assert all(f"`{name}`" in table for name in RUNGS) and (reports / "ladder.png").is_file()

@@ -146,7 +146,8 @@ def _step(
         "object": spec.id,
         "rung": spec.rung,
         "key": key,
-        "job_time": None if done_before else job.as_json(),
+        "made": receipt["key"],
+        "job_time": _time_before(reports, spec, receipt["key"]) if done_before else job.as_json(),
     }
     if spec.rung:  # what only feeds the ladder is no rung of it
         evaluation = Spent()
@@ -182,6 +183,15 @@ def _kept(reports: Path, spec: ObjectSpec, key: str) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record if record.get("key") == key else None
+
+
+def _time_before(reports: Path, spec: ObjectSpec, made: str) -> dict[str, float] | None:
+    """What the job took, if a record of the same object tells it."""
+    try:
+        record = json.loads(_record_path(reports, spec).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return record["job_time"] if record.get("made") == made else None
 
 
 def _records(registry: Registry, ladder: Ladder, held_out: HeldOut, reports: Path) -> list[dict[str, Any]]:
