@@ -16,6 +16,7 @@ from rich.table import Table
 
 from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.optim.matrix_stacks import matrix_layout
+from megatron_vpmoe.runtime import stages
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -77,7 +78,7 @@ class RoutingRow:
     """What was decided for one parameter."""
 
     name: str
-    """Dotted name without the wrappers' ``module.``."""
+    """Dotted name without the wrappers' ``module.``; layers are counted over all stages of a pipeline."""
     shape: tuple[int, ...]
     """Local shape on this rank."""
     rule: str
@@ -111,12 +112,15 @@ def routing_table(
 def routed_parameters(
     model: torch.nn.Module | Sequence[torch.nn.Module], cfg: RunConfig, rules: Sequence[Rule] = RULES
 ) -> list[tuple[RoutingRow, torch.nn.Parameter]]:
-    """``routing_table`` with the parameter beside each row."""
+    """``routing_table`` with the parameter beside each row; a collective of the stages of a pipeline.
+
+    A pattern or a rule needs a match on one of the stages alone.
+    """
     named = list(_named_parameters(model))
     found = {name: find_rule(name, rules) for name, _ in named}
-    trained = [name for name, param in named if param.requires_grad]
-    factors = _lr_factors(trained, cfg)
-    decays = _rule_decays({found[name].name for name in trained}, cfg)
+    trained = _over_stages([(name, found[name].name) for name, param in named if param.requires_grad])
+    factors = _lr_factors([name for name, _ in trained], cfg)
+    decays = _rule_decays({rule for _, rule in trained}, cfg)
     return [
         (
             _row(name, param, found[name], factors[name], decays, cfg)
@@ -126,6 +130,15 @@ def routed_parameters(
         )
         for name, param in named
     ]
+
+
+def _over_stages(trained: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The same of the whole model, where this is one stage of a pipeline."""
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        return trained
+    return [item for stage in stages.gather_stages(trained) for item in stage]
 
 
 def _lr_factors(names: list[str], cfg: RunConfig) -> dict[str, float]:
@@ -209,9 +222,14 @@ def _frozen_row(name: str, param: torch.Tensor, rule: Rule) -> RoutingRow:
 def _named_parameters(
     model: torch.nn.Module | Sequence[torch.nn.Module],
 ) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """With the numbers that layers have in the whole model, not in this stage of a pipeline."""
     for chunk in [model] if isinstance(model, torch.nn.Module) else model:
+        whole = chunk
+        while isinstance(inner := getattr(whole, "module", None), torch.nn.Module):
+            whole = inner
+        absolute = getattr(whole, "absolute_name", str)
         for name, param in chunk.named_parameters():
-            yield re.sub(r"^(module\.)+", "", name), param
+            yield absolute(re.sub(r"^(module\.)+", "", name)), param
 
 
 def render_routing_table(rows: Iterable[RoutingRow], caption: str | None = None) -> Table:

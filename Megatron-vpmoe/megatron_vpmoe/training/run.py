@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,13 +137,7 @@ def open_run(cfg: RunConfig) -> Run:
         provenance=collect_provenance(cfg, [part.dataset.manifest for part in train]),
         notes=(*notes, *implementation_notes(model, cfg)),
         carried=_carried(started_from, train[0].dataset.manifest, cfg),
-        routing=[
-            row
-            for stage in stages.gather_stages(
-                [replace(row, name=model.absolute_name(row.name)) for row in routing_table(model, cfg)]
-            )
-            for row in stage
-        ],
+        routing=[row for stage in stages.gather_stages(routing_table(model, cfg)) for row in stage],
     )
     if distributed.rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
