@@ -144,7 +144,7 @@ def plot(evaluated: Sequence[Record], output: Path) -> None:
     loss = [record["evaluation"]["texts"]["bits_per_byte"] for record in evaluated]
     share = [100 * record["evaluation"]["questions"]["accuracy"] for record in evaluated]
     _along(losses, evaluated, loss)
-    losses.set(title="held-out texts", ylabel="bits per byte", ylim=(0, None))
+    losses.set(title="held-out texts", ylabel="bits per byte", ylim=(0, 1.1 * max(loss)))
     _along(answers, evaluated, share)
     count = evaluated[0]["evaluation"]["questions"]["n"]
     answers.set(title=f"held-out questions, greedy (n = {count})", ylabel="exact, %", ylim=(0, 105))
