@@ -33,8 +33,8 @@ ladder-nano: setup  ## all six rungs with healing between them, from a tiny Qwen
 	@scripts/upcycle/ladder_nano.sh --force
 
 test: setup  ## the whole suite
-	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests --ignore tests/distributed --ignore tests/golden
-	@$(BIN)/python -m pytest tests/distributed tests/golden
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests --ignore tests/distributed --ignore tests/golden; first=$$?; \
+	$(BIN)/python -m pytest tests/distributed tests/golden && exit $$first
 
 test-unit: setup  ## the quick part of it
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit

@@ -12,6 +12,7 @@ from vpmoe.files import move_into_place
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
@@ -60,10 +61,17 @@ def plot_run(curves: Curves, generations: Mapping[str, Any], output: Path, *, ti
     _plot_losses(losses, curves)
     _plot_router(router, curves)
     _plot_answers(answers, generations)
+    save_figure(figure, output)
+
+
+def save_figure(figure: Figure, output: Path) -> None:
+    """Write a PNG, whole or not at all, and close the figure."""
+    from matplotlib import pyplot
+
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
-        # Without the date and the version, the same run draws the same bytes.
+        # Without the date and the version, the same figure gives the same bytes.
         figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
         move_into_place(temporary, output)
     finally:

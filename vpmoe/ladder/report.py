@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vpmoe.data_curation.manifest import git_state
+from vpmoe.eval.plots import save_figure
 from vpmoe.eval.reports import write_report as write_json
-from vpmoe.files import move_into_place, sha256_of_file, write_atomically
+from vpmoe.files import sha256_of_file, write_atomically
 from vpmoe.ladder.settings import Ladder
 
 if TYPE_CHECKING:
@@ -148,14 +148,7 @@ def plot(evaluated: Sequence[Record], output: Path) -> None:
     _along(answers, evaluated, share)
     count = evaluated[0]["evaluation"]["questions"]["n"]
     answers.set(title=f"held-out questions, greedy (n = {count})", ylabel="exact, %", ylim=(0, 105))
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        # Without the date and the version, the same ladder draws the same bytes.
-        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
-        move_into_place(temporary, output)
-    finally:
-        pyplot.close(figure)
-        temporary.unlink(missing_ok=True)
+    save_figure(figure, output)
 
 
 def _along(axes: Axes, evaluated: Sequence[Record], values: Sequence[float]) -> None:

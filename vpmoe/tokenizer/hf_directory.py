@@ -16,7 +16,7 @@ import tokenizers
 from vpmoe.errors import TokenizerError
 from vpmoe.files import sha256_of_file
 from vpmoe.tokenizer.compact import padded_size
-from vpmoe.tokenizer.interface import PieceVocabulary, TokenArray
+from vpmoe.tokenizer.interface import PieceVocabulary, TokenArray, no_utf8_form
 
 NAME = "hf_tokenizer"
 FILE_NAME = "tokenizer.json"
@@ -97,11 +97,7 @@ class HFDirectory(PieceVocabulary):
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"text has no UTF-8 form: {error.reason} at character {error.start}",
-                source=repr(text[max(0, error.start - 20) : error.end + 20]),
-                remedy="reject the row, or repair the text where it is made",
-            ) from error
+            raise no_utf8_form(text, error) from error
         return np.array(self._encoding.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def from_o200k(self, ids: Sequence[int] | TokenArray) -> TokenArray:

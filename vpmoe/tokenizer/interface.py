@@ -102,6 +102,15 @@ class Tokenizer(Protocol):
         ...
 
 
+def no_utf8_form(text: str, error: UnicodeEncodeError) -> TokenizerError:
+    """The error that a lone surrogate in ``text`` is."""
+    return TokenizerError(
+        f"text has no UTF-8 form: {error.reason} at character {error.start}",
+        source=repr(text[max(0, error.start - 20) : error.end + 20]),
+        remedy="reject the row, or repair the text where it is made",
+    )
+
+
 class PieceVocabulary:
     """What every vocabulary does alike once it has ids, pieces and ``encode_ordinary``; base of the classes."""
 

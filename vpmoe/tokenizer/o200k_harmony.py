@@ -13,7 +13,7 @@ import tiktoken
 
 from vpmoe.errors import TokenizerError
 from vpmoe.tokenizer import rank_file
-from vpmoe.tokenizer.interface import PieceVocabulary, TokenArray
+from vpmoe.tokenizer.interface import PieceVocabulary, TokenArray, no_utf8_form
 
 NAME = "o200k_harmony"
 VOCAB_SIZE = 201_088
@@ -121,11 +121,7 @@ class O200kHarmony(PieceVocabulary):
                 return np.concatenate([self._encode_uncut(text[begin:end]) for begin, end in bounds])
             return self._encode_uncut(text)
         except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"text has no UTF-8 form: {error.reason} at character {error.start}",
-                source=repr(text[max(0, error.start - 20) : error.end + 20]),
-                remedy="reject the row, or repair the text where it is made",
-            ) from error
+            raise no_utf8_form(text, error) from error
         except ValueError as error:
             # The split pattern backtracks; about a million blanks in a row exhaust the stack that it is given.
             raise TokenizerError(
