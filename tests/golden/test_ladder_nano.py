@@ -122,6 +122,10 @@ def test_six_rungs(tmp_path: Path) -> None:
         assert after == pytest.approx(before, abs=1e-4), f"{above} keeps the function"
     assert all(step["evaluation"]["questions"]["n"] == 9 for step in report["steps"])
     assert set(by_name["vpmoe-healed"]["validation"]["valid/loss/total"]) == {"before", "after"}
+    receipt = json.loads((tmp_path / "artifacts" / "ladder_nano" / "vpmoe-healed" / "receipt.json").read_text())
+    health = receipt["report"]["router_health"]["first_steps"]
+    assert health["steps"] == [1, 2, 3, 4]
+    assert {"moe/router_agg/mean_entropy", "moe/router_agg/max_vio", "moe/router_agg/dead_experts_count"} <= set(health)
     table = (reports / "ladder.md").read_text()
     assert all(f"`{name}`" in table for name in RUNGS) and (reports / "ladder.png").is_file()
 
