@@ -37,7 +37,7 @@ test: setup  ## the whole suite
 	$(BIN)/python -m pytest tests/distributed tests/golden && exit $$first
 
 test-unit: setup  ## the quick part of it
-	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit -m "not slow"
 
 check: setup  ## lint, types, layering
 	@$(BIN)/ruff check .

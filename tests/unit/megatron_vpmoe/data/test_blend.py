@@ -44,6 +44,7 @@ def rows(source: BatchSource, consumed: int) -> dict[int, list[int]]:
 
 @settings(max_examples=30, deadline=None)
 @given(consumed=st.integers(0, 200), split=st.sampled_from([(1, 1), (3, 2), (1, 12), (2, 3), (6, 1)]))
+@pytest.mark.slow
 def test_any_cursor_and_any_number_of_ranks_continue_the_same_order(roots, consumed, split):
     mbs, dp_size = split
     cfg = config(roots, mbs=mbs)

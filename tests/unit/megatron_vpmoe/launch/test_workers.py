@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # two processes under a launcher in each
+
 WORKER = """
 import os, pathlib, signal, sys, time
 kind, folder = sys.argv[1], pathlib.Path(sys.argv[2])

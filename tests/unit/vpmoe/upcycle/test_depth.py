@@ -23,6 +23,7 @@ PLACED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", PLACED)
 def test_the_same_logits_at_twice_the_depth(placement: str, tmp_path: Path) -> None:
     old, new = dense_config(num_layers=4), dense_config(num_layers=8)

@@ -20,6 +20,7 @@ SIZES = {"num_layers": 2, "padded_vocab_size": 320, "num_attention_heads": 4, "n
 SETTINGS: dict[str, Any] = {"texts": [TEXT, TEXT[20:]], "prompt_lengths": [1, 4], "text_tokens": 12}
 
 
+@pytest.mark.slow
 def test_the_ledger(tmp_path: Path) -> None:
     plain = tiny_config(**PLAIN | SIZES)
     below = object_of(tmp_path, "below", plain, random_weights(plain))
@@ -61,6 +62,7 @@ def mean_sink_mass(cfg: Any, weights: Any, number: int, texts: list[list[int]]) 
     return 1 - float(torch.cat(given).mean())
 
 
+@pytest.mark.slow
 def test_lower_ranks_are_reported_and_not_called_exact(tmp_path: Path) -> None:
     plain = tiny_config(**PLAIN | SIZES)
     below = object_of(tmp_path, "below", plain, random_weights(plain))

@@ -190,6 +190,7 @@ def test_traced_whole_and_once_for_all_batches(counter: CompileCounterWithBacken
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_more_graphs_than_torch_allows_by_default(counter: CompileCounterWithBackend) -> None:
     """Windows, biases and lengths multiply; the first two lengths of each kind take a graph, further ones none."""
     run, counts = flex._compiled(counter), []
