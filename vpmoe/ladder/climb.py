@@ -176,21 +176,23 @@ def _record_path(reports: Path, spec: ObjectSpec) -> Path:
     return reports / f"{spec.id}.json"
 
 
+def _record(reports: Path, spec: ObjectSpec) -> dict[str, Any]:
+    """What is on record of an object; empty where nothing is, or nothing readable."""
+    try:
+        return json.loads(_record_path(reports, spec).read_bytes())
+    except (OSError, ValueError):
+        return {}
+
+
 def _kept(reports: Path, spec: ObjectSpec, key: str) -> dict[str, Any] | None:
     """The record of an object, if it is of this key."""
-    try:
-        record = json.loads(_record_path(reports, spec).read_bytes())
-    except (OSError, ValueError):
-        return None
+    record = _record(reports, spec)
     return record if record.get("key") == key else None
 
 
 def _time_before(reports: Path, spec: ObjectSpec, made: str) -> dict[str, float] | None:
     """What the job took, if a record of the same object tells it."""
-    try:
-        record = json.loads(_record_path(reports, spec).read_bytes())
-    except (OSError, ValueError):
-        return None
+    record = _record(reports, spec)
     return record["job_time"] if record.get("made") == made else None
 
 

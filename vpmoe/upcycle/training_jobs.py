@@ -21,9 +21,8 @@ from vpmoe.commands import Command, CommandFailed, run_command
 from vpmoe.errors import UpcycleError
 from vpmoe.upcycle.job import Job, JobSettings, Product, Task
 from vpmoe.upcycle.registry import flags
-from vpmoe.upcycle.rung_below import RungBelow, refuse_other_changes
+from vpmoe.upcycle.rung_below import RungBelow, below_and_written, refuse_other_changes
 from vpmoe.upcycle.training_receipt import router_report, training_report, validation_report
-from vpmoe.weights import megatron_checkpoint
 from vpmoe.weights.tensors import tensor_sha256
 
 LAUNCHER = "megatron_vpmoe.launch"
@@ -76,13 +75,14 @@ class Heal(Pretrain):
         return super().convert(task)
 
     def verify(self, task: Task[TrainingSettings], folder: Path) -> dict[str, Any]:
-        below = RungBelow.open(task.inputs["model"]).weights
-        written = megatron_checkpoint.read_weights(folder / "megatron" / megatron_checkpoint.ITERATION)
+        below, written = below_and_written(task, folder)
         cfg = training_config(task.settings)
         # An expert bias is no parameter; it goes with its router's weight.
-        frozen = [name for name in below if not is_trained(cfg, name.replace("router.expert_bias", "router.weight"))]
+        frozen = [
+            name for name in below.weights if not is_trained(cfg, name.replace("router.expert_bias", "router.weight"))
+        ]
         for name in frozen:
-            before = below[name].to(written[name].dtype)
+            before = below.weights[name].to(written[name].dtype)
             if tensor_sha256(before.read()) != tensor_sha256(written[name].read()):
                 raise UpcycleError(
                     f"{name} changed, and train_only leaves it out",

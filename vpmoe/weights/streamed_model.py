@@ -34,11 +34,7 @@ def streamed_model(cfg: RunConfig, weights: Weights, *, source: str) -> VPModel:
     Raises:
         WeightsError: names or shapes disagree with the geometry.
     """
-    from megatron_vpmoe.model.builder import build_model
-
-    cfg = config_of(geometry_of(cfg), source=source)
-    check_geometry(weights, expected_shapes(cfg), source=source)
-    model = build_model(cfg, device=torch.device("meta")).eval().requires_grad_(False)
+    model = _empty_model(cfg, weights, source)
     layers: Any = model.decoder.layers
     for name, module in model.named_children():
         if name != "decoder":
@@ -68,12 +64,8 @@ class LayerByLayer:
     """
 
     def __init__(self, cfg: RunConfig, weights: Weights, *, source: str) -> None:
-        from megatron_vpmoe.model.builder import build_model
-
-        cfg = config_of(geometry_of(cfg), source=source)
-        check_geometry(weights, expected_shapes(cfg), source=source)
         self._weights = weights
-        self._model = build_model(cfg, device=torch.device("meta")).eval().requires_grad_(False)
+        self._model = _empty_model(cfg, weights, source)
 
     @property
     def count(self) -> int:
@@ -95,6 +87,14 @@ class LayerByLayer:
         _fill(layer, _LAYER.format(index), self._weights)
         yield layer
         layer.to("meta")
+
+
+def _empty_model(cfg: RunConfig, weights: Weights, source: str) -> VPModel:
+    from megatron_vpmoe.model.builder import build_model
+
+    cfg = config_of(geometry_of(cfg), source=source)
+    check_geometry(weights, expected_shapes(cfg), source=source)
+    return build_model(cfg, device=torch.device("meta")).eval().requires_grad_(False)
 
 
 def _enter(prefix: str, weights: Weights, layer: nn.Module, _arguments: Any) -> None:

@@ -11,9 +11,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_vpmoe.data.pairs import PAIR
-from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.errors import DataError, TokenizerError
 
 SCHEMA_VERSION = 1
+VOCABULARY_REMEDY = "rebuild the dataset (--overwrite), or copy it again if it was copied"
 BUILD_REMEDY = (
     "build it with `python scripts/datasets/build_synth_kd_v1.py --input-dir data/synth_harmony --output-dir {path}` "
     "(`make quickstart` does it for the embedded rows), or point --data-path to a built dataset"
@@ -111,6 +112,23 @@ class Manifest:
     def path(self) -> Path:
         """The manifest file."""
         return self.root / "manifest.json"
+
+    def read_vocabulary_file(self, file: HashedFile) -> bytes:
+        """The content of a file that ``tokenizer`` names.
+
+        Raises:
+            TokenizerError: it is missing or has another hash.
+        """
+        path = self.root / file.path
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError as error:
+            raise TokenizerError(f"{file.path} is missing", source=str(path), remedy=VOCABULARY_REMEDY) from error
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != file.sha256:
+            what = f"{file.path} has sha256 {digest}, the manifest says {file.sha256}"
+            raise TokenizerError(what, source=str(path), remedy=VOCABULARY_REMEDY)
+        return content
 
 
 def read_manifest(data_path: Path | str) -> Manifest:

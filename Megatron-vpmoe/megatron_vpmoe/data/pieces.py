@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 from collections.abc import Iterable, Sequence
 
-from megatron_vpmoe.data.manifest import Manifest
+from megatron_vpmoe.data.manifest import VOCABULARY_REMEDY, Manifest
 from megatron_vpmoe.errors import TokenizerError
-
-_REMEDY = "rebuild the dataset (--overwrite), or copy it again if it was copied"
 
 
 class TokenPieces:
@@ -31,16 +28,7 @@ class TokenPieces:
             TokenizerError: it is missing, has another hash, is not base64 or has not one line an id.
         """
         entry = manifest.tokenizer.pieces
-        path = manifest.root / entry.path
-        try:
-            raw = path.read_bytes()
-        except FileNotFoundError as error:
-            raise TokenizerError(f"{entry.path} is missing", source=str(path), remedy=_REMEDY) from error
-        digest = hashlib.sha256(raw).hexdigest()
-        if digest != entry.sha256:
-            raise TokenizerError(
-                f"{entry.path} has sha256 {digest}, the manifest says {entry.sha256}", source=str(path), remedy=_REMEDY
-            )
+        path, raw = manifest.root / entry.path, manifest.read_vocabulary_file(entry)
         lines = raw.split(b"\n")
         if lines[-1] == b"":
             lines.pop()
@@ -48,12 +36,14 @@ class TokenPieces:
             raise TokenizerError(
                 f"{len(lines)} lines for a vocabulary of {manifest.tokenizer.padded_vocab_size}",
                 source=str(path),
-                remedy=_REMEDY,
+                remedy=VOCABULARY_REMEDY,
             )
         try:
             return cls([base64.b64decode(line, validate=True) for line in lines])
         except binascii.Error as error:
-            raise TokenizerError(f"a line is not base64: {error}", source=str(path), remedy=_REMEDY) from error
+            raise TokenizerError(
+                f"a line is not base64: {error}", source=str(path), remedy=VOCABULARY_REMEDY
+            ) from error
 
     def __len__(self) -> int:
         return len(self._pieces)

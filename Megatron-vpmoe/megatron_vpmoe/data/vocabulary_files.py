@@ -7,13 +7,11 @@ folder ``tokenizer/``.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 
-from megatron_vpmoe.data.manifest import HashedFile, Manifest
-from megatron_vpmoe.errors import TokenizerError
+from megatron_vpmoe.data.manifest import Manifest
 
 VOCABULARY = "vocabulary.json"
 _TOLD = ("name", "rank_file_sha256", "vocab_size", "padded_vocab_size", "compact_map")
@@ -28,13 +26,13 @@ def vocabulary_files(manifest: Manifest) -> dict[str, bytes]:
         TokenizerError: a file that the manifest names is missing or has another hash.
     """
     entry = manifest.tokenizer
-    files = {PurePosixPath(file.path).name: _checked(manifest, file) for file in entry.files}
+    files = {PurePosixPath(file.path).name: manifest.read_vocabulary_file(file) for file in entry.files}
     if files:
         return files
     told = entry.model_dump(mode="json", include=set(_TOLD))
     files[VOCABULARY] = (json.dumps(told, indent=1, sort_keys=True) + "\n").encode()
     if entry.compact_map is not None:
-        files[entry.compact_map.path] = _checked(manifest, entry.compact_map)
+        files[entry.compact_map.path] = manifest.read_vocabulary_file(entry.compact_map)
     return files
 
 
@@ -46,17 +44,3 @@ def name_a_vocabulary(files: Mapping[str, bytes]) -> bool:
 def differing(files: Mapping[str, bytes], others: Mapping[str, bytes]) -> list[str]:
     """Names of the files that both have and that make them different vocabularies."""
     return [name for name in _DECIDING if name in files and name in others and files[name] != others[name]]
-
-
-def _checked(manifest: Manifest, file: HashedFile) -> bytes:
-    path = manifest.root / file.path
-    remedy = "rebuild the dataset (--overwrite), or copy it again if it was copied"
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise TokenizerError(f"{file.path} is missing", source=str(path), remedy=remedy) from error
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != file.sha256:
-        what = f"{file.path} has sha256 {digest}, the manifest says {file.sha256}"
-        raise TokenizerError(what, source=str(path), remedy=remedy)
-    return content
