@@ -16,10 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from megatron_vpmoe.errors import VpmoeError as TrainerError
-from vpmoe.errors import VpmoeError as SidecarError
-
-USER_ERRORS = (TrainerError, SidecarError)
+from vpmoe.errors import VpmoeError
 
 _HELP = """From nothing to a trained nano vpMoE, and what comes before and after any training.
 
@@ -275,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         app(args=[word for word in words if word != "--debug"], prog_name="vpmoe")
-    except USER_ERRORS as error:
+    except VpmoeError as error:
         if debug:
             traceback.print_exc()
         else:

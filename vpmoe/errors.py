@@ -1,45 +1,20 @@
-"""Errors that a user can cause in the sidecar: each names the value, where it came from and the remedy.
-
-The shape is the same as in the trainer's own errors, written a second time on purpose: the data side of the sidecar
-does not import the trainer.
-"""
+"""Errors that a user can cause in the sidecar; their base, and those that training shares, are megatron_vpmoe's."""
 
 from __future__ import annotations
 
+from megatron_vpmoe.errors import BusyError, DataError, NotOursError, TokenizerError, VpmoeError
 
-class VpmoeError(Exception):
-    """Base of every error that is the user's to mend; entry points print it without a traceback and exit with 2.
-
-    Args:
-        what: what is wrong, naming the offending value.
-        source: the file, key, row or address it came from.
-        remedy: what to do about it.
-    """
-
-    exit_code = 2
-
-    def __init__(self, what: str, *, source: str | None = None, remedy: str | None = None) -> None:
-        self.what, self.source, self.remedy = what, source, remedy
-        lines = [what]
-        if source:
-            lines.append(f"  where:  {source}")
-        if remedy:
-            lines.append(f"  remedy: {remedy}")
-        super().__init__("\n".join(lines))
-
-    def __reduce__(self) -> tuple[object, ...]:
-        # Worker processes raise these: by default, unpickling would pass the rendered text as `what`.
-        return _rebuild, (type(self), str(self), dict(self.__dict__))
-
-
-def _rebuild(kind: type[VpmoeError], text: str, fields: dict[str, object]) -> VpmoeError:
-    error = kind.__new__(kind, text)
-    error.__dict__.update(fields)
-    return error
-
-
-class TokenizerError(VpmoeError):
-    """A rank file or a vocabulary map that is missing, altered, or does not hold the asked id."""
+__all__ = [
+    "BusyError",
+    "DataError",
+    "HarmonyError",
+    "NotOursError",
+    "RowError",
+    "TokenizerError",
+    "UpcycleError",
+    "VpmoeError",
+    "WeightsError",
+]
 
 
 class HarmonyError(VpmoeError):
@@ -69,10 +44,6 @@ class RowError(VpmoeError):
     ) -> None:
         self.reason = reason
         super().__init__(what or reason, source=source, remedy=remedy)
-
-
-class DataError(VpmoeError):
-    """A dataset that is missing, incomplete, stale, or disagrees with its manifest."""
 
 
 class WeightsError(VpmoeError):

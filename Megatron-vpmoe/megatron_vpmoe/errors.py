@@ -1,4 +1,4 @@
-"""The errors a user can cause: each names the value, where it came from and the remedy."""
+"""The errors a user can cause, of training and of the sidecar: each names the value, where it came from, the remedy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ class VpmoeError(Exception):
 
     Args:
         what: what is wrong, naming the offending value.
-        source: the file, key, row or rank it came from.
+        source: the file, key, row, rank or address it came from.
         remedy: what to do about it.
     """
 
@@ -23,17 +23,27 @@ class VpmoeError(Exception):
             lines.append(f"  remedy: {remedy}")
         super().__init__("\n".join(lines))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Worker processes raise these: by default, unpickling would pass the rendered text as `what`.
+        return _rebuild, (type(self), str(self), dict(self.__dict__))
+
+
+def _rebuild(kind: type[VpmoeError], text: str, fields: dict[str, object]) -> VpmoeError:
+    error = kind.__new__(kind, text)
+    error.__dict__.update(fields)
+    return error
+
 
 class ConfigError(VpmoeError):
     """A configuration that cannot run: unknown key, wrong type, fields that contradict each other."""
 
 
 class DataError(VpmoeError):
-    """A dataset that is missing, incomplete or disagrees with itself or with the model."""
+    """A dataset that is missing, incomplete, stale, or disagrees with itself, its manifest or the model."""
 
 
 class TokenizerError(VpmoeError):
-    """A vocabulary that does not match the model."""
+    """A vocabulary or rank file that is missing, altered, does not hold the asked id, or does not match the model."""
 
 
 class CheckpointError(VpmoeError):
@@ -46,3 +56,11 @@ class DeviceError(VpmoeError):
 
 class NonFiniteError(VpmoeError):
     """A loss or gradient that is not finite, under the policy ``stop`` or past the permitted skips."""
+
+
+class BusyError(VpmoeError):
+    """Another process works where this one was to work."""
+
+
+class NotOursError(VpmoeError):
+    """What was to be removed or replaced is not known to be made by the command, or is finished work."""

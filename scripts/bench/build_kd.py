@@ -30,9 +30,9 @@ import openai_harmony
 import psutil
 from synth_like_rows import GeneratedRows, RepeatedRows
 
-from vpmoe.data_curation.build import build
-from vpmoe.data_curation.build_plan import BuildOptions
-from vpmoe.data_curation.harmony.conversations import StoredConversation, open_shard, read_row_group
+from vpmoe.data_curation.conversations.store import StoredConversation, open_shard, read_row_group
+from vpmoe.data_curation.datasets.kd import build
+from vpmoe.data_curation.datasets.plan import BuildOptions
 from vpmoe.data_curation.harmony.synth_to_harmony import convert
 from vpmoe.data_curation.harmony.write_synth_harmony_manifest import write_conversations_manifest
 from vpmoe.harmony.official import as_official, load_encoding

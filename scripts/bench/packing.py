@@ -35,7 +35,7 @@ from megatron_vpmoe.data.cursor import SampleOrder  # noqa: E402
 from megatron_vpmoe.data.source import BatchSource  # noqa: E402
 from megatron_vpmoe.training.run import Run, open_run  # noqa: E402
 from megatron_vpmoe.training.step import train_step  # noqa: E402
-from vpmoe.data_curation.token_files import TripleWriter, file_names  # noqa: E402
+from vpmoe.data_curation.datasets.token_files import TripleWriter, file_names  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EOD = 1

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vpmoe.data_curation.synth_rows import Row, RowStream, resolve
+from vpmoe.data_curation.rows.synth import Row, RowStream, resolve
 
 # Mean and deviation of the logarithm of the characters of each field, of 700 rows of SYNTH.
 FIELD_LENGTHS = {"query": (5.08, 0.60), "synthetic_reasoning": (7.45, 0.62), "synthetic_answer": (7.12, 0.50)}

@@ -2,7 +2,7 @@
 
 import sys
 
-from vpmoe.data_curation.sequential_command import healing_text
+from vpmoe.data_curation.datasets.sequential_command import healing_text
 
 if __name__ == "__main__":
     sys.exit(healing_text())

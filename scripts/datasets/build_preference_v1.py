@@ -2,7 +2,7 @@
 
 import sys
 
-from vpmoe.data_curation.sequential_command import preference
+from vpmoe.data_curation.datasets.sequential_command import preference
 
 if __name__ == "__main__":
     sys.exit(preference())

@@ -2,7 +2,7 @@
 
 import sys
 
-from vpmoe.data_curation.sequential_command import sft
+from vpmoe.data_curation.datasets.sequential_command import sft
 
 if __name__ == "__main__":
     sys.exit(sft())

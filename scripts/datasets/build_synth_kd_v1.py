@@ -2,7 +2,7 @@
 
 import sys
 
-from vpmoe.data_curation.build_command import main
+from vpmoe.data_curation.datasets.kd_command import main
 
 if __name__ == "__main__":
     sys.exit(main())

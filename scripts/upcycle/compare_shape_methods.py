@@ -26,8 +26,8 @@ from megatron_vpmoe.runtime.device import prepare
 prepare()
 
 from megatron_vpmoe.config import load_config  # noqa: E402
+from megatron_vpmoe.files import json_bytes, write_atomically  # noqa: E402
 from megatron_vpmoe.training.checkpoint import open_checkpoint  # noqa: E402
-from vpmoe.files import json_bytes, write_atomically  # noqa: E402
 from vpmoe.upcycle.passages import Passages  # noqa: E402
 from vpmoe.upcycle.shape import convert_blocks, measure  # noqa: E402
 from vpmoe.upcycle.shape_settings import ShapeSettings  # noqa: E402

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from tests import training_runs
 from tests.tiny import ROOT
 from tests.tiny_student import write_student, write_vocabulary
-from vpmoe.data_curation.question_texts import prompt
-from vpmoe.data_curation.synth_mini import generate
+from vpmoe.data_curation.tasks.question_texts import prompt
+from vpmoe.data_curation.tasks.synth_mini import generate
 from vpmoe.hf.convert import export_checkpoint
 from vpmoe.hf.tokenizer_files import open_tokenizer
 

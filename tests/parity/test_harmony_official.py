@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpmoe.data_curation.harmony.synth_to_harmony import to_conversation
-from vpmoe.data_curation.synth_rows import resolve
+from vpmoe.data_curation.rows.synth import resolve
 from vpmoe.errors import TokenizerError
 from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.official import OfficialRenderer, load_encoding

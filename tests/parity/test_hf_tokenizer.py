@@ -15,7 +15,7 @@ from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 
 from vpmoe.data_curation.harmony.synth_to_harmony import to_conversation
-from vpmoe.data_curation.synth_rows import resolve
+from vpmoe.data_curation.rows.synth import resolve
 from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.prompts import REASONING_EFFORTS, Prompts
 from vpmoe.harmony.renderer import FastRenderer

@@ -9,15 +9,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vpmoe.data_curation import question_texts, text_vocabulary
-from vpmoe.data_curation import stats as comparison
-from vpmoe.data_curation import synth_mini as mini
-from vpmoe.data_curation.document_rows import TEXT_COLUMN, resolve
-from vpmoe.data_curation.inspect import inspect as show
-from vpmoe.data_curation.inspect_page import write_page
-from vpmoe.data_curation.stats_sample import DEFAULT_DOCUMENTS
-from vpmoe.data_curation.verify import DEFAULT_PARSED_PER_SHARD, manifest_summary
-from vpmoe.data_curation.verify import verify as find_faults
+from vpmoe.data_curation.checks import stats as comparison
+from vpmoe.data_curation.checks.stats_sample import DEFAULT_DOCUMENTS
+from vpmoe.data_curation.checks.verify import DEFAULT_PARSED_PER_SHARD, manifest_summary
+from vpmoe.data_curation.checks.verify import verify as find_faults
+from vpmoe.data_curation.datasets import vocabularies as text_vocabulary
+from vpmoe.data_curation.look.inspect import inspect as show
+from vpmoe.data_curation.look.page import write_page
+from vpmoe.data_curation.rows.documents import TEXT_COLUMN, resolve
+from vpmoe.data_curation.tasks import question_texts
+from vpmoe.data_curation.tasks import synth_mini as mini
 from vpmoe.errors import DataError
 
 app = typer.Typer(no_args_is_help=True, help="Datasets: verify, inspect, compare, and the generated one.")

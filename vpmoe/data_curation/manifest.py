@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
+from megatron_vpmoe.files import json_bytes, sha256_of_file, write_atomically
 from vpmoe.errors import DataError
-from vpmoe.files import json_bytes, sha256_of_file, write_atomically
 
 FILE_NAME = "manifest.json"
-
-
-def git_state(folder: Path | None = None) -> dict[str, Any]:
-    """``{"sha": commit or None, "dirty": bool or None}`` of the source tree this code runs from.
-
-    Both are None outside a repository, before its first commit, or where git is not installed.
-    """
-    where = folder or Path(__file__).parent
-    try:
-        sha = _git(where, "rev-parse", "HEAD")
-        return {"sha": sha, "dirty": bool(_git(where, "status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.CalledProcessError):
-        return {"sha": None, "dirty": None}
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> Path:
@@ -61,11 +47,6 @@ def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
     return manifest
 
 
-def file_entry(path: Path) -> dict[str, Any]:
-    """``{"bytes", "sha256"}`` of a file."""
-    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-
-
 def check_file(path: Path, entry: dict[str, Any], *, remedy: str, hashed: bool = True) -> None:
     """Hold a file against its manifest entry.
 
@@ -83,8 +64,3 @@ def check_file(path: Path, entry: dict[str, Any], *, remedy: str, hashed: bool =
         raise DataError(
             f"the file's sha256 is {found}, the manifest says {entry['sha256']}", source=str(path), remedy=remedy
         )
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
-    return done.stdout.strip()

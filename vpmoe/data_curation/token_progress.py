@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from vpmoe.data_curation.document_rows import DocumentRows
+from vpmoe.data_curation.rows.documents import DocumentRows
 
 _LINE_SECONDS = 10.0
 

@@ -12,10 +12,10 @@ from rich.table import Table
 
 from megatron_vpmoe.config import load_config, parameter_count
 from megatron_vpmoe.config.combinations import IDLE, REFUSALS
+from megatron_vpmoe.files import write_atomically
 from vpmoe.describe.picture import stack_picture
 from vpmoe.describe.table import description, print_description
 from vpmoe.errors import DataError
-from vpmoe.files import write_atomically
 
 app = typer.Typer(no_args_is_help=True, help="Architectures: layer table, sizes, picture, what goes together.")
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from megatron_vpmoe.config import RunConfig, config_hash
 from megatron_vpmoe.config.schema_run import ParallelSection
 from megatron_vpmoe.errors import CheckpointError, TokenizerError
-from vpmoe.files import sha256_of_file
+from megatron_vpmoe.files import sha256_of_file
 from vpmoe.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.errors import ConfigError
-from vpmoe.data_curation.synth_mini import check
+from megatron_vpmoe.files import sha256_of_file
+from vpmoe.data_curation.tasks.synth_mini import check
 from vpmoe.eval.checkpoints import TrainedRun, open_trained, require_folder
 from vpmoe.eval.display import spell
 from vpmoe.eval.plots import plot_run, read_curves
 from vpmoe.eval.questions import Question, context_messages, prompt_ids, read_questions
 from vpmoe.eval.reports import write_report
 from vpmoe.eval.scoring import Scored, score, summarize
-from vpmoe.files import sha256_of_file
 from vpmoe.harmony.parse import Parser
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_vpmoe.files import move_into_place
 from vpmoe.errors import DataError
-from vpmoe.files import move_into_place
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

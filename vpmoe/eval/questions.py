@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vpmoe.data_curation.build_plan import KIND as DATASET_KIND
-from vpmoe.data_curation.harmony.conversations import KIND as CONVERSATIONS_KIND
+from megatron_vpmoe.files import sha256_of_file
+from vpmoe.data_curation.conversations.store import KIND as CONVERSATIONS_KIND
+from vpmoe.data_curation.datasets.plan import KIND as DATASET_KIND
 from vpmoe.data_curation.manifest import read_manifest
 from vpmoe.errors import DataError
-from vpmoe.files import sha256_of_file
 from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.renderer import FastRenderer
 from vpmoe.tokenizer.interface import Tokenizer
 
-_REMEDY = "make them: python -m vpmoe.data_curation.synth_mini --output-dir data/synth_mini"
+_REMEDY = "make them: python -m vpmoe.data_curation.tasks.synth_mini --output-dir data/synth_mini"
 
 
 @dataclass(frozen=True, slots=True)

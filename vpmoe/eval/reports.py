@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_vpmoe.files import json_bytes, write_atomically
 from vpmoe.errors import DataError
-from vpmoe.files import json_bytes, write_atomically
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:

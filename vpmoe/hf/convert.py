@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from megatron_vpmoe.config import RunConfig, geometry_diff
+from megatron_vpmoe.files import json_bytes, sync, write_atomically
 from vpmoe.errors import WeightsError
-from vpmoe.files import json_bytes, sync_directory, write_atomically
 from vpmoe.hf import qwen3, student, tokenizer_files
 from vpmoe.weights import megatron_checkpoint, safetensors_folder
 from vpmoe.weights.geometry import config_of, conform, geometry_of
@@ -199,7 +199,7 @@ def export_checkpoint(
     for asset in assets:
         shutil.copyfile(asset, partial / asset.name)
     tokenizer_files.give_harmony_template(partial)
-    sync_directory(partial)
+    sync(partial)
     os.replace(partial, folder)
-    sync_directory(folder.parent)
+    sync(folder.parent)
     return Written(folder, weights_sha256(hashes), hashes)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vpmoe.data.vocabulary_files import VOCABULARY
+from megatron_vpmoe.files import json_bytes
 from vpmoe.errors import WeightsError
-from vpmoe.files import json_bytes
 from vpmoe.hf import tokenization_vpmoe
 from vpmoe.hf.byte_level_bpe import tokenizer_json
 from vpmoe.hf.chat_template import CHAT_TEMPLATE

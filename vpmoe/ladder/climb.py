@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_vpmoe.files import json_bytes, sha256_of_file, sha256_of_json, write_atomically
 from vpmoe.errors import UpcycleError, VpmoeError
-from vpmoe.files import json_bytes, sha256_of_file, sha256_of_json, write_atomically
 from vpmoe.ladder.evaluation import HeldOut, evaluate
 from vpmoe.ladder.report import write_report
 from vpmoe.ladder.settings import Ladder, read_ladder

@@ -2,7 +2,7 @@
 
 The same texts and questions at every rung, whatever the vocabulary. Losses of different vocabularies compare per byte
 of text, not per token. A text's first token is not scored, as nothing stands before it; its bytes are not counted
-either. A question is asked as the texts ask it (``vpmoe.data_curation.question_texts``) and answered greedily with a
+either. A question is asked as the texts ask it (``data_curation.tasks.question_texts``) and answered greedily with a
 key-value cache; the answer is the first line, and has to be the expected one, blanks around it apart.
 """
 
@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vpmoe.data_curation import question_texts
-from vpmoe.data_curation.document_rows import resolve
+from megatron_vpmoe.files import sha256_of_file, sha256_of_json
+from vpmoe.data_curation.rows.documents import resolve
+from vpmoe.data_curation.tasks import question_texts
 from vpmoe.errors import DataError
 from vpmoe.eval.nano import decode_in_batches
 from vpmoe.eval.questions import Question, read_questions
-from vpmoe.files import sha256_of_file, sha256_of_json
 from vpmoe.hf.tokenizer_files import open_tokenizer
 from vpmoe.ladder.settings import Evaluation
 from vpmoe.weights import megatron_checkpoint

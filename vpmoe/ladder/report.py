@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vpmoe.data_curation.manifest import git_state
+from megatron_vpmoe.files import sha256_of_file, write_atomically
+from megatron_vpmoe.software import git_state
 from vpmoe.eval.plots import save_figure
 from vpmoe.eval.reports import write_report as write_json
-from vpmoe.files import sha256_of_file, write_atomically
 from vpmoe.ladder.settings import Ladder
 
 if TYPE_CHECKING:

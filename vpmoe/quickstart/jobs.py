@@ -10,8 +10,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from megatron_vpmoe.files import json_bytes, sha256_of_json, write_atomically
 from vpmoe.commands import Command, run_command
-from vpmoe.files import json_bytes, sha256_of_json, write_atomically
 from vpmoe.quickstart.errors import QuickstartError
 
 Values = dict[str, Any]

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vpmoe.data_curation.build_plan import KIND as DATASET_KIND
-from vpmoe.data_curation.harmony.conversations import KIND as CONVERSATIONS_KIND
+from megatron_vpmoe.files import sha256_of_file
+from vpmoe.data_curation.conversations.store import KIND as CONVERSATIONS_KIND
+from vpmoe.data_curation.datasets.plan import KIND as DATASET_KIND
 from vpmoe.data_curation.manifest import FILE_NAME, check_file, read_manifest
-from vpmoe.data_curation.synth_mini import RECORD_NAME
+from vpmoe.data_curation.tasks.synth_mini import RECORD_NAME
 from vpmoe.errors import DataError
-from vpmoe.files import sha256_of_file
 
 Values = dict[str, Any]
 Listed = Iterator[tuple[Path, dict[str, Any]]]

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 
 from megatron_vpmoe.config import RunConfig, config_hash, load_config
+from megatron_vpmoe.files import sha256_of_file, sha256_of_json
 from vpmoe.commands import Command
-from vpmoe.data_curation.build_plan import SCHEMA_VERSION as DATASET_VERSION
-from vpmoe.data_curation.build_plan import renderer_version
-from vpmoe.data_curation.harmony.conversations import SCHEMA_VERSION as CONVERSATIONS_VERSION
-from vpmoe.data_curation.synth_mini import TEST_NAME, make_row
-from vpmoe.files import sha256_of_file, sha256_of_json
+from vpmoe.data_curation.conversations.store import SCHEMA_VERSION as CONVERSATIONS_VERSION
+from vpmoe.data_curation.datasets.plan import SCHEMA_VERSION as DATASET_VERSION
+from vpmoe.data_curation.datasets.plan import renderer_version
+from vpmoe.data_curation.tasks.synth_mini import TEST_NAME, make_row
 from vpmoe.quickstart import outputs
 from vpmoe.quickstart.jobs import Beginning, Job, Values
 from vpmoe.quickstart.settings import Settings
@@ -117,7 +117,7 @@ class Plan:
             inputs=lambda: {"options": options, "first_rows": sha256_of_json(probe)},
             outputs=partial(outputs.rows_outputs, self.work / self.rows_path),
             commands=lambda beginning: [
-                _python("vpmoe.data_curation.synth_mini", *words, *_overwrite_if(beginning is Beginning.REPLACE))
+                _python("vpmoe.data_curation.tasks.synth_mini", *words, *_overwrite_if(beginning is Beginning.REPLACE))
             ],
         )
 

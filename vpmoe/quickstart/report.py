@@ -9,11 +9,12 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.config import config_hash, parameter_count
-from vpmoe.data_curation.manifest import git_state, read_manifest
+from megatron_vpmoe.files import move_into_place
+from megatron_vpmoe.software import git_state
+from vpmoe.data_curation.manifest import read_manifest
 from vpmoe.eval.nano import KIND as EVALUATION_KIND
 from vpmoe.eval.plots import read_curves
 from vpmoe.eval.reports import read_report, write_report
-from vpmoe.files import move_into_place
 from vpmoe.quickstart.environment import describe
 from vpmoe.quickstart.plan import Plan
 from vpmoe.quickstart.settings import Targets

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from megatron_vpmoe.files import json_bytes, write_atomically
 from vpmoe.errors import TokenizerError
-from vpmoe.files import json_bytes, write_atomically
 from vpmoe.tokenizer.hf_directory import END_OF_DOCUMENT, FILE_NAME
 
 SPECIAL_TOKENS = (END_OF_DOCUMENT, "<|im_start|>", "<|im_end|>")

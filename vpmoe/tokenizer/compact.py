@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vpmoe.files import write_atomically
 from vpmoe.errors import TokenizerError
-from vpmoe.files import write_atomically
 from vpmoe.tokenizer.interface import PieceVocabulary, TokenArray
 from vpmoe.tokenizer.o200k_harmony import FIRST_SPECIAL_ID, NAMED_SPECIAL_TOKENS, VOCAB_SIZE, O200kHarmony
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from megatron_vpmoe.files import sha256_of_file
 from vpmoe.errors import TokenizerError
-from vpmoe.files import sha256_of_file
 from vpmoe.tokenizer.compact import padded_size
 from vpmoe.tokenizer.interface import PieceVocabulary, TokenArray, no_utf8_form
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from megatron_vpmoe.config import RunConfig
-from vpmoe.files import write_atomically
+from megatron_vpmoe.files import write_atomically
 from vpmoe.upcycle.aligned_heads import merged_heads
 from vpmoe.upcycle.block_regression import Block, Regression, fit
 from vpmoe.upcycle.neurons import contributions, squared_relu_neurons

@@ -7,14 +7,12 @@ geometry, contents of the inputs): an object whose receipt has today's key is up
 from __future__ import annotations
 
 import json
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megatron_vpmoe.training.provenance import git_state
+from megatron_vpmoe.files import json_bytes, write_atomically
+from megatron_vpmoe.software import git_state, package_versions
 from vpmoe.errors import UpcycleError
-from vpmoe.files import json_bytes, write_atomically
 
 NAME = "receipt.json"
 _PACKAGES = ("torch", "megatron-core", "transformers", "safetensors", "mergekit", "numpy")
@@ -53,10 +51,4 @@ def read_receipt(folder: Path) -> dict[str, Any]:
 
 def software() -> dict[str, Any]:
     """Code revision and the versions of what touches weights."""
-    packages = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {"git": git_state(Path(__file__).parent), "packages": packages}
+    return {"git": git_state(), "packages": package_versions(_PACKAGES)}

@@ -22,9 +22,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_vpmoe.config import RunConfig
-from megatron_vpmoe.training.file_list import first_damage, list_files
+from megatron_vpmoe.files import (
+    first_damage,
+    json_bytes,
+    list_files,
+    sha256_of_file,
+    sha256_of_json,
+    sync,
+    write_atomically,
+)
 from vpmoe.errors import UpcycleError
-from vpmoe.files import json_bytes, sha256_of_file, sha256_of_json, sync_directory, write_atomically
 from vpmoe.hf.convert import ASSETS, export_checkpoint
 from vpmoe.upcycle import receipt as receipts
 from vpmoe.upcycle.job import Input, Job, JobSettings, Task
@@ -236,7 +243,7 @@ def _make(planned: Planned, folder: Path, quiet: bool, say: Say) -> dict[str, An
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)
-    sync_directory(folder.parent)
+    sync(folder.parent)
     say(f"{planned.spec.id}: {folder}")
     return receipt
 

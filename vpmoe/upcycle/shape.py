@@ -18,8 +18,8 @@ from torch import Tensor
 
 from megatron_vpmoe.config import RunConfig
 from megatron_vpmoe.data.manifest import read_manifest
+from megatron_vpmoe.files import sha256_of_file
 from vpmoe.errors import UpcycleError
-from vpmoe.files import sha256_of_file
 from vpmoe.upcycle.block_errors import Rung, block_errors
 from vpmoe.upcycle.block_regression import Regression
 from vpmoe.upcycle.calibrated_layers import Calibration, Errors, calibrated_layers

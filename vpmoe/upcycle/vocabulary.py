@@ -13,8 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from megatron_vpmoe.files import json_bytes, write_atomically
 from vpmoe.errors import UpcycleError
-from vpmoe.files import json_bytes, write_atomically
 from vpmoe.hf.convert import read_config, run_state
 from vpmoe.hf.tokenizer_files import GENERATION, assets_of, open_tokenizer
 from vpmoe.tokenizer import load_tokenizer

@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load as load_into
 from torch.distributed.checkpoint.state_dict_saver import save as save_plan
 
+from megatron_vpmoe.files import json_bytes, write_atomically
 from megatron_vpmoe.runtime.device import prepare
 from vpmoe.errors import WeightsError
-from vpmoe.files import json_bytes, write_atomically
 from vpmoe.weights.geometry import config_of, expected_shapes, stored_keys
 from vpmoe.weights.tensors import LazyTensor, Weights, check_geometry, tensor_sha256
 

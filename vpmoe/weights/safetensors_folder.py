@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_vpmoe.files import json_bytes, write_atomically
 from vpmoe.errors import WeightsError
-from vpmoe.files import json_bytes, write_atomically
 from vpmoe.weights.tensors import LazyTensor, Weights, tensor_bytes, tensor_sha256
 
 SINGLE = "model.safetensors"

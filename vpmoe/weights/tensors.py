@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_vpmoe.files import sha256_of_json
 from vpmoe.errors import WeightsError
-from vpmoe.files import sha256_of_json
 
 DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 """As settings spell them; "keep" leaves each tensor's own."""

@@ -24,9 +24,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_vpmoe.errors import CheckpointError
+from megatron_vpmoe.files import first_damage, list_files
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.runtime.device import has_gpu
-from megatron_vpmoe.training.file_list import first_damage, list_files
 
 ASSETS = "assets"
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_vpmoe.config import config_hash
 from megatron_vpmoe.config.provenance import provenance_diff
 from megatron_vpmoe.data.manifest import Manifest, read_manifest
 from megatron_vpmoe.errors import CheckpointError
+from megatron_vpmoe.software import git_state, package_versions
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -49,11 +46,11 @@ def collect_provenance(cfg: RunConfig, manifests: Sequence[Manifest]) -> dict[st
     """
     hashes = [manifest.sha256 for manifest in manifests]
     return {
-        "git": git_state(Path(__file__).parent),
+        "git": git_state(),
         "config_hash": config_hash(cfg),
         "tokenizer": manifests[0].tokenizer.identity(),
         "dataset_manifest_sha256": hashes[0] if len(hashes) == 1 else hashes,
-        "packages": _versions(),
+        "packages": package_versions(_PACKAGES),
     }
 
 
@@ -107,34 +104,6 @@ def check_provenance(state: Mapping[str, Any], cfg: RunConfig, *, source: str) -
             remedy=f"set these back to continue it, or take another --run-name to start afresh{override}",
         )
     return [f"changed since the checkpoint: {difference}" for difference in differences]
-
-
-def git_state(folder: Path) -> dict[str, str | bool | None]:
-    """{"sha": of HEAD, "dirty": tracked files differ from it}; None for both without git, repository or commit."""
-    sha = _git(folder, "rev-parse", "--verify", "HEAD")
-    if sha is None:
-        return {"sha": None, "dirty": None}
-    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return {"sha": sha, "dirty": None if changes is None else bool(changes)}
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    command = ["git", "-C", str(folder), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

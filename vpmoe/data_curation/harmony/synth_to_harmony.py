@@ -18,13 +18,13 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from vpmoe.data_curation.harmony import conversations
-from vpmoe.data_curation.harmony.conversations import StoredConversation
-from vpmoe.data_curation.harmony.conversion_state import ROW_GROUPS_PER_PART, ConversionState, PartFiles
+from megatron_vpmoe.files import json_bytes, sha256_of_json, write_atomically
+from vpmoe.data_curation.conversations import store as conversations
+from vpmoe.data_curation.conversations.parts import ROW_GROUPS_PER_PART, ConversionState, PartFiles
+from vpmoe.data_curation.conversations.store import StoredConversation
 from vpmoe.data_curation.progress import RowProgress
-from vpmoe.data_curation.synth_rows import Row, RowSource, resolve
+from vpmoe.data_curation.rows.synth import Row, RowSource, resolve
 from vpmoe.errors import DataError, RowError, VpmoeError
-from vpmoe.files import json_bytes, sha256_of_json, write_atomically
 from vpmoe.harmony.conversation import CHANNELS, Message, check_text
 from vpmoe.harmony.prompts import (
     DEFAULT_IDENTITY,

@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vpmoe.data_curation.harmony.conversations import KIND, SCHEMA_VERSION, open_shard
+from megatron_vpmoe.files import file_entry
+from megatron_vpmoe.software import git_state
+from vpmoe.data_curation.conversations.store import KIND, SCHEMA_VERSION, open_shard
 from vpmoe.data_curation.harmony.synth_to_harmony import RECORD_NAME
-from vpmoe.data_curation.manifest import file_entry, git_state, write_manifest
+from vpmoe.data_curation.manifest import write_manifest
 from vpmoe.errors import DataError, VpmoeError
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from megatron_vpmoe.data.manifest import read_manifest
 from megatron_vpmoe.errors import CheckpointError
-from megatron_vpmoe.training.provenance import check_provenance, collect_provenance, compare, git_state
+from megatron_vpmoe.software import git_state
+from megatron_vpmoe.training.provenance import check_provenance, collect_provenance, compare
 from tests.fixtures_dataset import rewrite_manifest, small_dataset
 from tests.tiny import tiny_config
 

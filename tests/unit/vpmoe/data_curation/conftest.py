@@ -6,12 +6,12 @@ import pytest
 from conftest_dataset import OPTIONS, ROWS
 from hypothesis import settings
 
-from vpmoe.data_curation import synth_mini
-from vpmoe.data_curation.build import build
-from vpmoe.data_curation.harmony import conversations as conversation_shards
+from vpmoe.data_curation.conversations import store as conversation_shards
+from vpmoe.data_curation.datasets.kd import build
 from vpmoe.data_curation.harmony.synth_to_harmony import convert
 from vpmoe.data_curation.harmony.write_synth_harmony_manifest import write_conversations_manifest
-from vpmoe.data_curation.synth_rows import resolve
+from vpmoe.data_curation.rows.synth import resolve
+from vpmoe.data_curation.tasks import synth_mini
 from vpmoe.harmony.prompts import Prompts
 
 settings.register_profile("no deadline", deadline=None)

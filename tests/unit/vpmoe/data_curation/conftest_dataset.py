@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vpmoe.data_curation.build_plan import BuildOptions
+from vpmoe.data_curation.datasets.plan import BuildOptions
 
 ROWS = 400
 OPTIONS = BuildOptions(seq_len=160, valid_fraction=0.05, compact_vocab_size=512)

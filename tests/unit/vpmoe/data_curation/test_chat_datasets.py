@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vpmoe.data_curation.build_plan import BuildOptions
-from vpmoe.data_curation.chat_datasets import ChatDataset, ChatEncoder
-from vpmoe.data_curation.document_rows import resolve
-from vpmoe.data_curation.manifest import file_entry
-from vpmoe.data_curation.sequential_build import Pass, build_sequential
-from vpmoe.data_curation.sequential_command import preference, sft
-from vpmoe.data_curation.sequential_shard import LabelledDocument
-from vpmoe.data_curation.token_files import read_triple
-from vpmoe.data_curation.verify import verify
+from megatron_vpmoe.files import file_entry
+from vpmoe.data_curation.checks.verify import verify
+from vpmoe.data_curation.datasets.chat import ChatDataset, ChatEncoder
+from vpmoe.data_curation.datasets.plan import BuildOptions
+from vpmoe.data_curation.datasets.sequential import Pass, build_sequential
+from vpmoe.data_curation.datasets.sequential_command import preference, sft
+from vpmoe.data_curation.datasets.shard import LabelledDocument
+from vpmoe.data_curation.datasets.token_files import read_triple
+from vpmoe.data_curation.rows.documents import resolve
 from vpmoe.errors import DataError
 from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.parse import Parser

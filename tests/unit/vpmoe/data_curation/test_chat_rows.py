@@ -2,7 +2,7 @@
 
 import pytest
 
-from vpmoe.data_curation.chat_rows import Pair, chat_messages, preference_pair
+from vpmoe.data_curation.conversations.chat_rows import Pair, chat_messages, preference_pair
 from vpmoe.errors import RowError
 from vpmoe.harmony.conversation import Message
 

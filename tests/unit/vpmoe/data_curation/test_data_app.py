@@ -7,8 +7,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vpmoe.data_curation.app import app
-from vpmoe.data_curation.inspect import SPAN_STYLES, coloured, inspect
-from vpmoe.data_curation.token_files import read_triple
+from vpmoe.data_curation.datasets.token_files import read_triple
+from vpmoe.data_curation.look.inspect import SPAN_STYLES, coloured, inspect
 from vpmoe.errors import DataError
 from vpmoe.harmony.parse import Parser
 from vpmoe.tokenizer import load_tokenizer

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from conftest_dataset import OPTIONS, tree
 
-from vpmoe.data_curation.build import build
-from vpmoe.data_curation.build_command import main
-from vpmoe.data_curation.build_plan import BuildOptions, split_of
-from vpmoe.data_curation.harmony.conversations import StoredConversation, open_shard, read_row_group
-from vpmoe.data_curation.token_files import read_triple
-from vpmoe.data_curation.verify import verify
+from megatron_vpmoe.files import sha256_of_file
+from vpmoe.data_curation.checks.verify import verify
+from vpmoe.data_curation.conversations.store import StoredConversation, open_shard, read_row_group
+from vpmoe.data_curation.datasets.kd import build
+from vpmoe.data_curation.datasets.kd_command import main
+from vpmoe.data_curation.datasets.plan import BuildOptions, split_of
+from vpmoe.data_curation.datasets.token_files import read_triple
 from vpmoe.errors import DataError, TokenizerError
-from vpmoe.files import sha256_of_file
 from vpmoe.harmony.renderer import FastRenderer
 from vpmoe.harmony.spans import document
 from vpmoe.tokenizer import load_tokenizer
@@ -163,7 +163,7 @@ def test_a_length_that_drops_everything_is_refused(conversations_dir: Path, tmp_
 def test_invalid_rows_are_listed_and_strictness_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vpmoe.data_curation.harmony.synth_to_harmony import convert
     from vpmoe.data_curation.harmony.write_synth_harmony_manifest import write_conversations_manifest
-    from vpmoe.data_curation.synth_rows import resolve
+    from vpmoe.data_curation.rows.synth import resolve
     from vpmoe.harmony.prompts import Prompts
 
     rows = [
@@ -177,7 +177,7 @@ def test_invalid_rows_are_listed_and_strictness_decides(tmp_path: Path, monkeypa
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr("vpmoe.data_curation.harmony.synth_to_harmony.check_text", lambda *_: None)
-    monkeypatch.setattr("vpmoe.data_curation.harmony.conversations.ROW_GROUP_ROWS", 2)
+    monkeypatch.setattr("vpmoe.data_curation.conversations.store.ROW_GROUP_ROWS", 2)
     convert(resolve(str(tmp_path / "rows.jsonl")), tmp_path / "in", num_shards=2, prompts=Prompts())
     write_conversations_manifest(tmp_path / "in")
     arguments = [

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from conftest_dataset import OPTIONS, tree
 
-from vpmoe.data_curation import build_parts
-from vpmoe.data_curation.build import build
-from vpmoe.data_curation.build_plan import BuildOptions
-from vpmoe.data_curation.token_files import TripleWriter
-from vpmoe.data_curation.verify import verify
+from vpmoe.data_curation.checks.verify import verify
+from vpmoe.data_curation.datasets import kd_parts as build_parts
+from vpmoe.data_curation.datasets.kd import build
+from vpmoe.data_curation.datasets.plan import BuildOptions
+from vpmoe.data_curation.datasets.token_files import TripleWriter
 from vpmoe.errors import DataError
 
 
@@ -64,7 +64,7 @@ def test_a_finished_shard_that_changed_stops_the_restart(
     conversations_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "vpmoe.data_curation.dataset_folder.write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        "vpmoe.data_curation.datasets.folder.write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         build(conversations_dir, tmp_path, OPTIONS, quiet=True)
@@ -107,7 +107,7 @@ def test_a_folder_that_cannot_be_made_is_a_typed_error(conversations_dir: Path, 
 _BUILD = """
 import sys
 from pathlib import Path
-from vpmoe.data_curation.build import build
+from vpmoe.data_curation.datasets.kd import build
 from conftest_dataset import OPTIONS
 if __name__ == "__main__":
     build(Path(sys.argv[1]), Path(sys.argv[2]), OPTIONS, workers=int(sys.argv[3]), quiet=True)
@@ -148,7 +148,8 @@ def test_kill_9_at_random_moments_gives_the_same_dataset(
 _KILLED_AT_SECOND_SHARD = """
 import multiprocessing, os, signal, sys
 from pathlib import Path
-from vpmoe.data_curation import build, progress
+from vpmoe.data_curation.datasets import kd as build
+from vpmoe.data_curation import progress
 from conftest_dataset import OPTIONS
 
 seen = []

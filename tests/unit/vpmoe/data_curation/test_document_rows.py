@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from vpmoe.data_curation import hub_rows
-from vpmoe.data_curation.document_rows import resolve
+from vpmoe.data_curation.rows import hub as hub_rows
+from vpmoe.data_curation.rows.documents import resolve
 from vpmoe.errors import DataError
 
 ROWS = [{"id": f"d{i}", "text": f"line {i}\nwith é {i}"} for i in range(20)]

@@ -21,14 +21,15 @@ from dropping_hub import Hub
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vpmoe.data_curation import hub_rows, sequential_build
-from vpmoe.data_curation.build_plan import BuildOptions, split_of
-from vpmoe.data_curation.document_rows import resolve
-from vpmoe.data_curation.healing_text import HealingText, cut, text_hash
-from vpmoe.data_curation.sequential_build import Pass, build_sequential
-from vpmoe.data_curation.sequential_command import healing_text
-from vpmoe.data_curation.token_files import read_triple
-from vpmoe.data_curation.verify import verify
+from vpmoe.data_curation.checks.verify import verify
+from vpmoe.data_curation.datasets import sequential as sequential_build
+from vpmoe.data_curation.datasets.plan import BuildOptions, split_of
+from vpmoe.data_curation.datasets.sequential import Pass, build_sequential
+from vpmoe.data_curation.datasets.sequential_command import healing_text
+from vpmoe.data_curation.datasets.text import HealingText, cut, text_hash
+from vpmoe.data_curation.datasets.token_files import read_triple
+from vpmoe.data_curation.rows import hub as hub_rows
+from vpmoe.data_curation.rows.documents import resolve
 from vpmoe.errors import DataError
 from vpmoe.tokenizer import load_tokenizer
 
@@ -260,7 +261,7 @@ def test_verify_sees_a_mask_that_is_not_of_text(source: Path, tmp_path: Path) ->
     path.write_bytes(b"\0" + path.read_bytes()[1:])
     files = manifest["splits"]["train"]["shards"][0]["files"]
     assert any("sha256" in fault for fault in verify(tmp_path))
-    from vpmoe.data_curation.manifest import file_entry
+    from megatron_vpmoe.files import file_entry
 
     files[path.name] = file_entry(path)
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))

@@ -17,10 +17,10 @@ import pytest
 from conftest_dataset import tree
 from dropping_hub import Hub
 
-from vpmoe.data_curation import hub_rows
-from vpmoe.data_curation.harmony import conversations
+from vpmoe.data_curation.conversations import store as conversations
 from vpmoe.data_curation.harmony.synth_to_harmony import RECORD_NAME, convert
-from vpmoe.data_curation.synth_rows import RowSource, resolve
+from vpmoe.data_curation.rows import hub as hub_rows
+from vpmoe.data_curation.rows.synth import RowSource, resolve
 from vpmoe.errors import DataError
 from vpmoe.harmony.prompts import Prompts
 
@@ -108,8 +108,9 @@ def test_an_unfinished_conversion_of_something_else_is_not_gone_on_with(
 _CONVERT = """
 import sys
 from pathlib import Path
-from vpmoe.data_curation.harmony import conversations, synth_to_harmony
-from vpmoe.data_curation.synth_rows import resolve
+from vpmoe.data_curation.conversations import store as conversations
+from vpmoe.data_curation.harmony import synth_to_harmony
+from vpmoe.data_curation.rows.synth import resolve
 from vpmoe.harmony.prompts import Prompts
 conversations.ROW_GROUP_ROWS, synth_to_harmony.ROW_GROUPS_PER_PART = 8, 3
 synth_to_harmony.convert(

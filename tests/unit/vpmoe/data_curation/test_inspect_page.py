@@ -11,14 +11,14 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vpmoe.data_curation.app import app
-from vpmoe.data_curation.build import build
-from vpmoe.data_curation.build_plan import BuildOptions
+from vpmoe.data_curation.datasets.kd import build
+from vpmoe.data_curation.datasets.plan import BuildOptions
 from vpmoe.data_curation.harmony.synth_to_harmony import convert
 from vpmoe.data_curation.harmony.write_synth_harmony_manifest import write_conversations_manifest
-from vpmoe.data_curation.inspect import inspect, token_manifest
-from vpmoe.data_curation.inspect_page import write_page
-from vpmoe.data_curation.inspect_text import documents, visible
-from vpmoe.data_curation.synth_rows import resolve
+from vpmoe.data_curation.look.inspect import inspect, token_manifest
+from vpmoe.data_curation.look.page import write_page
+from vpmoe.data_curation.look.text import documents, visible
+from vpmoe.data_curation.rows.synth import resolve
 from vpmoe.errors import DataError
 from vpmoe.harmony.prompts import Prompts
 from vpmoe.tokenizer import load_tokenizer

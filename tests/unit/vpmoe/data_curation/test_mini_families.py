@@ -11,11 +11,11 @@ from conftest_mini_steps import assert_derived
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vpmoe.data_curation.build_plan import split_of
-from vpmoe.data_curation.mini.family import BUCKETS, LANGUAGES
-from vpmoe.data_curation.mini.registry import FAMILIES
-from vpmoe.data_curation.synth_mini import check, make_row, parse_levels
-from vpmoe.data_curation.synth_mini import test_rows as held_out_rows
+from vpmoe.data_curation.datasets.plan import split_of
+from vpmoe.data_curation.tasks.family import BUCKETS, LANGUAGES
+from vpmoe.data_curation.tasks.registry import FAMILIES
+from vpmoe.data_curation.tasks.synth_mini import check, make_row, parse_levels
+from vpmoe.data_curation.tasks.synth_mini import test_rows as held_out_rows
 from vpmoe.errors import DataError
 
 EVEN = dict.fromkeys(FAMILIES, 1.0)

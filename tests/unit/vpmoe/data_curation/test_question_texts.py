@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from vpmoe.cli import main
-from vpmoe.data_curation.question_texts import answer_in, document, prompt
-from vpmoe.data_curation.synth_mini import generate
-from vpmoe.data_curation.token_files import read_triple
-from vpmoe.data_curation.verify import verify
+from vpmoe.data_curation.checks.verify import verify
+from vpmoe.data_curation.datasets.token_files import read_triple
+from vpmoe.data_curation.tasks.question_texts import answer_in, document, prompt
+from vpmoe.data_curation.tasks.synth_mini import generate
 from vpmoe.errors import DataError, TokenizerError
 from vpmoe.tokenizer import CompactVocabulary, load_tokenizer
 from vpmoe.tokenizer.hf_directory import HFDirectory
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(root: Path, output: Path, *words: str) -> Path:
-    from vpmoe.data_curation.sequential_command import healing_text
+    from vpmoe.data_curation.datasets.sequential_command import healing_text
 
     common = ["--input", str(root / "texts" / "pool.jsonl"), "--id-field", "synth_id", "--valid-fraction", "0.05"]
     assert healing_text([*common, "--seq-len", "64", "--quiet", "--output-dir", str(output), *words]) == 0
@@ -88,8 +88,8 @@ def test_an_answer_is_the_first_line_behind_its_prompt() -> None:
 
 
 def test_others_are_refused(folder: Path, tmp_path: Path) -> None:
-    from vpmoe.data_curation.build_plan import BuildOptions
-    from vpmoe.data_curation.question_texts import write_texts
+    from vpmoe.data_curation.datasets.plan import BuildOptions
+    from vpmoe.data_curation.tasks.question_texts import write_texts
 
     generate(tmp_path / "rows", rows=10, seed=2, families={"sorting": 1.0})
     with pytest.raises(DataError, match="texts of other rows"):

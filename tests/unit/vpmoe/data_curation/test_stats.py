@@ -9,17 +9,17 @@ import pytest
 from conftest_dataset import ROWS
 from typer.testing import CliRunner
 
-from vpmoe.data_curation import synth_mini
 from vpmoe.data_curation.app import app
-from vpmoe.data_curation.build import build
-from vpmoe.data_curation.build_plan import BuildOptions
+from vpmoe.data_curation.checks.stats import compare, log_likelihood
+from vpmoe.data_curation.checks.stats_sample import histogram, sample_split
+from vpmoe.data_curation.datasets.kd import build
+from vpmoe.data_curation.datasets.plan import BuildOptions
+from vpmoe.data_curation.datasets.token_files import read_triple
 from vpmoe.data_curation.harmony.synth_to_harmony import convert
 from vpmoe.data_curation.harmony.write_synth_harmony_manifest import write_conversations_manifest
-from vpmoe.data_curation.inspect import token_manifest
-from vpmoe.data_curation.stats import compare, log_likelihood
-from vpmoe.data_curation.stats_sample import histogram, sample_split
-from vpmoe.data_curation.synth_rows import resolve
-from vpmoe.data_curation.token_files import read_triple
+from vpmoe.data_curation.look.inspect import token_manifest
+from vpmoe.data_curation.rows.synth import resolve
+from vpmoe.data_curation.tasks import synth_mini
 from vpmoe.errors import DataError
 from vpmoe.harmony.prompts import Prompts
 from vpmoe.tokenizer import load_tokenizer

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vpmoe.data_curation import synth_mini
-from vpmoe.data_curation.build_plan import split_of
+from vpmoe.data_curation.datasets.plan import split_of
 from vpmoe.data_curation.harmony.synth_to_harmony import to_conversation
-from vpmoe.data_curation.mini.family import BUCKETS
-from vpmoe.data_curation.mini.registry import FAMILIES
-from vpmoe.data_curation.synth_mini import check, make_row, parse_mix
-from vpmoe.data_curation.synth_rows import COLUMNS
+from vpmoe.data_curation.rows.synth import COLUMNS
+from vpmoe.data_curation.tasks import synth_mini
+from vpmoe.data_curation.tasks.family import BUCKETS
+from vpmoe.data_curation.tasks.registry import FAMILIES
+from vpmoe.data_curation.tasks.synth_mini import check, make_row, parse_mix
 from vpmoe.errors import DataError
 from vpmoe.harmony.prompts import Prompts
 from vpmoe.harmony.renderer import FastRenderer

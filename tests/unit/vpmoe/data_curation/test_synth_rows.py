@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vpmoe.data_curation import hub_rows
-from vpmoe.data_curation.synth_rows import READ_COLUMNS, resolve
+from vpmoe.data_curation.rows import hub as hub_rows
+from vpmoe.data_curation.rows.synth import READ_COLUMNS, resolve
 from vpmoe.errors import DataError
 
 ROWS = [

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from vpmoe.data_curation.conversations.store import open_shard, read_row_group
 from vpmoe.data_curation.harmony import synth_to_harmony, write_synth_harmony_manifest
-from vpmoe.data_curation.harmony.conversations import open_shard, read_row_group
 from vpmoe.data_curation.harmony.write_synth_harmony_manifest import write_conversations_manifest
-from vpmoe.data_curation.synth_rows import resolve
+from vpmoe.data_curation.rows.synth import resolve
 from vpmoe.errors import DataError
 from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.prompts import Prompts

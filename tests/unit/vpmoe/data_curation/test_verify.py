@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vpmoe.data_curation.manifest import file_entry
-from vpmoe.data_curation.token_files import read_triple
-from vpmoe.data_curation.verify import verify
+from megatron_vpmoe.files import file_entry
+from vpmoe.data_curation.checks.verify import verify
+from vpmoe.data_curation.datasets.token_files import read_triple
 from vpmoe.errors import DataError
 
 

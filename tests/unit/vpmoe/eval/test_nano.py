@@ -13,8 +13,9 @@ import torch
 from megatron_vpmoe.errors import CheckpointError, TokenizerError
 from tests.tiny import tiny_config
 from tests.unit.vpmoe.eval.conftest import GOOD, ids_of
-from vpmoe.data_curation import build_command, synth_mini
+from vpmoe.data_curation.datasets import kd_command as build_command
 from vpmoe.data_curation.harmony import synth_to_harmony, write_synth_harmony_manifest
+from vpmoe.data_curation.tasks import synth_mini
 from vpmoe.eval import nano
 from vpmoe.eval.checkpoints import open_trained
 from vpmoe.eval.nano import NanoOptions, decode_in_batches, evaluate_and_plot, evaluate_run, stop_ids

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from vpmoe.data_curation.synth_mini import test_rows as held_out_rows
+from megatron_vpmoe.files import sha256_of_file
+from vpmoe.data_curation.tasks.synth_mini import test_rows as held_out_rows
 from vpmoe.errors import DataError
 from vpmoe.eval.questions import context_messages, prompt_ids, read_questions
-from vpmoe.files import sha256_of_file
 from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.prompts import Prompts
 from vpmoe.harmony.renderer import FastRenderer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.unit.vpmoe.eval.conftest import GOOD
-from vpmoe.data_curation.synth_mini import check
+from vpmoe.data_curation.tasks.synth_mini import check
 from vpmoe.errors import DataError
 from vpmoe.eval.questions import Question
 from vpmoe.eval.scoring import judge, score, summarize

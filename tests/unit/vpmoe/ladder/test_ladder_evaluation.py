@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.unit.vpmoe.ladder.tiny_ladder import evaluation, write_ladder
-from vpmoe.data_curation.question_texts import prompt
+from vpmoe.data_curation.tasks.question_texts import prompt
 from vpmoe.errors import DataError
 from vpmoe.hf.convert import import_directory, open_directory
 from vpmoe.ladder.evaluation import HeldOut, evaluate

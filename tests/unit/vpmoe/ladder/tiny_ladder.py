@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.tiny_qwen3 import write_qwen3
-from vpmoe.data_curation.question_texts import write_texts
-from vpmoe.data_curation.synth_mini import generate
+from vpmoe.data_curation.tasks.question_texts import write_texts
+from vpmoe.data_curation.tasks.synth_mini import generate
 from vpmoe.ladder.settings import Evaluation
 from vpmoe.tokenizer.bpe import save_bpe, train_bpe
 

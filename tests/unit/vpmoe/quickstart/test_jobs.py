@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vpmoe.files import sha256_of_file
 from vpmoe.commands import Command, CommandFailed
-from vpmoe.files import sha256_of_file
 from vpmoe.quickstart.errors import QuickstartError
 from vpmoe.quickstart.jobs import Beginning, Job, run_job, state_of
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures_dataset import small_dataset
-from vpmoe.data_curation import synth_mini
+from vpmoe.data_curation.tasks import synth_mini
 from vpmoe.quickstart import outputs
 from vpmoe.quickstart.environment import describe, differing_packages
 from vpmoe.quickstart.errors import QuickstartError

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_vpmoe.errors import ConfigError
-from vpmoe.data_curation import build_command
+from vpmoe.data_curation.datasets import kd_command as build_command
 from vpmoe.data_curation.harmony import synth_to_harmony
-from vpmoe.data_curation.synth_mini import BUCKETS, parse_mix
+from vpmoe.data_curation.tasks.synth_mini import BUCKETS, parse_mix
 from vpmoe.quickstart.errors import QuickstartError
 from vpmoe.quickstart.jobs import Beginning, Job
 from vpmoe.quickstart.plan import STEPS, Plan

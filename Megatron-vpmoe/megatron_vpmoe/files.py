@@ -1,0 +1,134 @@
+"""Files that are either whole or absent, their hashes, and JSON read with care; what both packages write and read by.
+
+Lines of JSON are split at the line feed alone: other characters that end a line for ``str.splitlines`` (U+2028) stand
+in texts. A process that is killed can leave a last line without its end; it is no line yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_vpmoe.errors import DataError, VpmoeError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write ``content`` so that ``path`` holds either its former content or all of the new one, even after a kill."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Give a finished temporary file its final name, durably."""
+    sync(temporary)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content durable, or the names in a folder: a rename is only on disk once its folder is."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex sha256 of a file of any size."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """Hex sha256 of a JSON value in its canonical spelling (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def json_bytes(value: Any) -> bytes:
+    """A JSON document for people and machines: two-space indent, key order kept, a final newline."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def json_line(value: Any) -> str:
+    """A value as one line of JSON, ASCII alone, with its line feed."""
+    return json.dumps(value) + "\n"
+
+
+def read_json(path: Path, *, error: type[VpmoeError] = DataError, remedy: str = "make it again") -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        error: unreadable, not JSON, nested too deep, or no object; names the file and ``remedy``.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as cause:
+        reason = cause.strerror if isinstance(cause, OSError) else cause
+        raise error(f"{path.name} cannot be read: {reason}", source=str(path), remedy=remedy) from cause
+    if not isinstance(value, dict):
+        raise error(f"{path.name} holds {type(value).__name__}, not an object", source=str(path), remedy=remedy)
+    return value
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Number (from 1) and value of each line; a last line without its line feed, as a kill leaves it, is left out.
+
+    Raises:
+        DataError: a finished line is not JSON, or the file cannot be read; names file and line.
+    """
+    try:
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.endswith(b"\n") and not line.isspace():
+                    yield number, json.loads(line)
+    except (ValueError, RecursionError) as cause:
+        raise DataError(
+            f"line {number} is not JSON: {cause}", source=f"{path}:{number}", remedy="mend or remove the line"
+        ) from cause
+    except OSError as cause:
+        raise DataError(f"cannot be read: {cause.strerror}", source=str(path), remedy="name a readable file") from cause
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """``{"bytes", "sha256"}`` of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+
+
+def list_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Path relative to ``folder`` -> ``file_entry`` of every file below it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {file.relative_to(folder).as_posix(): file_entry(file) for file in files}
+
+
+def first_damage(folder: Path, files: Mapping[str, Mapping[str, Any]], *, check_hashes: bool) -> str | None:
+    """The first file that is not as it was listed; None if all are.
+
+    Args:
+        files: from ``list_files``.
+        check_hashes: compare contents, not only names and sizes.
+    """
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, {expected['bytes']} were written"
+        if check_hashes and sha256_of_file(file) != expected["sha256"]:
+            return f"{name} does not have the sha256 that was written"
+    return None

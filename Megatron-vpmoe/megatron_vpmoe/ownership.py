@@ -1,0 +1,92 @@
+"""One owner at a time: a lock file that names the host and process at work, and that a dead owner does not hold.
+
+The lock is the kernel's record lock on the file (``fcntl.lockf``): it ends with the process however that ends, and a
+forked child does not hold it on. The file stays; what it says of an owner who did not take leave tells of a crash.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_vpmoe.errors import BusyError
+from megatron_vpmoe.files import json_bytes
+
+_HELD: set[Path] = set()
+"""A process may take its own record lock twice; this says that it has it."""
+
+
+@contextmanager
+def owned(lock: Path, what: str) -> Iterator[dict[str, Any] | None]:
+    """Hold ``lock`` for the block; yields the former owner if it ended without taking leave, such as after a kill.
+
+    Args:
+        lock: the file; made with its folder.
+        what: what is owned, for the message.
+
+    Raises:
+        BusyError: another process, or this one elsewhere, holds it; names host, pid and since when.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    path = lock.resolve()
+    if path in _HELD:
+        raise _busy(what, lock, _owner(lock))
+    with lock.open("a+b") as stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise BusyError(
+                    f"{what}: the file system takes no locks ({error.strerror})",
+                    source=str(lock),
+                    remedy="work on a file system with record locks, so that two processes cannot meet here",
+                ) from error
+            raise _busy(what, lock, _owner(lock)) from None
+        stream.seek(0)
+        former = _parsed(stream.read())
+        _HELD.add(path)
+        try:
+            _write(stream.fileno(), json_bytes({"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}))
+            yield former
+        finally:
+            _HELD.discard(path)
+            _write(stream.fileno(), b"")
+
+
+def _write(descriptor: int, content: bytes) -> None:
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, content)
+    os.fsync(descriptor)
+
+
+def _owner(lock: Path) -> dict[str, Any]:
+    return _parsed(lock.read_bytes()) or {}
+
+
+def _parsed(content: bytes) -> dict[str, Any] | None:
+    try:
+        owner = json.loads(content)
+    except ValueError:
+        return None
+    return owner if isinstance(owner, dict) else None
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S%z")
+
+
+def _busy(what: str, lock: Path, owner: dict[str, Any]) -> BusyError:
+    host, pid = owner.get("host", "an unnamed host"), owner.get("pid", "unknown")
+    return BusyError(
+        f"{what} is in use: process {pid} on {host} works there since {owner.get('since', 'an unknown time')}",
+        source=str(lock),
+        remedy=f"wait for it, or end it (on {host}: kill {pid}); the lock of an ended process is no hindrance",
+    )

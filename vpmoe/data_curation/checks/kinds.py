@@ -1,0 +1,114 @@
+"""What has to hold of token files beyond their hashes and sums, by the kind of dataset that the manifest names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vpmoe.data_curation.datasets.chat import PREFERENCE_KIND, SFT_KIND
+from vpmoe.data_curation.datasets.plan import KIND
+from vpmoe.data_curation.datasets.text import KIND as TEXT_KIND
+from vpmoe.data_curation.datasets.token_files import Triple
+from vpmoe.errors import DataError, HarmonyError
+from vpmoe.harmony.parse import Parser, spans_of
+from vpmoe.tokenizer.interface import Tokenizer
+
+KINDS = (KIND, SFT_KIND, PREFERENCE_KIND, TEXT_KIND)
+_REBUILD = "build the dataset again with --overwrite"
+
+Check = tuple[NDArray[np.bool_], str]
+
+
+def signal_checks(triple: Triple, manifest: dict[str, Any]) -> Iterator[Check]:
+    """``(places that are wrong, what is wrong there)`` of one shard's signals."""
+    last = triple.bounds[1:] - 1
+    ends_in_eod = np.asarray(triple.tokens)[last] == manifest["tokenizer"]["eod_id"]
+    lossmask, span = np.asarray(triple.lossmask), np.asarray(triple.span)
+    if manifest["kind"] == TEXT_KIND:
+        supervised = np.ones(len(lossmask), dtype=np.bool_)
+        supervised[last] = False
+        yield lossmask != supervised, "places where the loss mask is not that of plain text"
+        yield span != 0, "places of plain text with a span"
+        shortest_piece = manifest["seq_length"] - 1
+        yield (
+            ~ends_in_eod & (np.diff(triple.bounds) < shortest_piece),
+            "documents that end neither in <|endoftext|> nor at the sequence length",
+        )
+        return
+    yield ~ends_in_eod, "conversations that do not end in <|endoftext|>"
+    yield lossmask != (span > 0), "places where loss mask and span disagree"
+    if manifest["kind"] == PREFERENCE_KIND:
+        yield from _pair_checks(triple, manifest)
+
+
+def check_sample(triple: Triple, tokenizer: Tokenizer, manifest: dict[str, Any], count: int, where: str) -> None:
+    """Work out ``count`` documents of a shard a second time, conversations by the parser, text by the tokenizer.
+
+    Raises:
+        DataError: one is not what the tokens say.
+    """
+    # A vocabulary of plain text need not have what conversations are parsed by.
+    parser = None if manifest["kind"] == TEXT_KIND else Parser(tokenizer)
+    only_last = manifest["config"].get("supervise") == "last"
+    for document in np.unique(np.linspace(0, triple.documents - 1, min(count, triple.documents), dtype=np.int64)):
+        if parser is None:
+            _check_text(triple, tokenizer, int(document), where)
+        else:
+            _check_conversation(triple, parser, int(document), where, only_last)
+
+
+def _pair_checks(triple: Triple, manifest: dict[str, Any]) -> Iterator[Check]:
+    lengths = np.diff(triple.bounds)
+    yield np.array([len(lengths) % 2 == 1]), "shard with a document that has no partner"
+    pairs = lengths[: len(lengths) // 2 * 2].reshape(-1, 2)
+    yield pairs.sum(axis=1) > manifest["seq_length"], f"pairs longer than {manifest['seq_length']} tokens"
+    yield (
+        np.array([not _same_prompt(triple, 2 * pair) for pair in range(len(pairs))], dtype=np.bool_),
+        "pairs whose two prompts differ",
+    )
+
+
+def _same_prompt(triple: Triple, document: int) -> bool:
+    prompts = []
+    for begin, end in zip(triple.bounds[document : document + 2], triple.bounds[document + 1 :], strict=False):
+        supervised = np.flatnonzero(triple.span[begin:end])
+        prompts.append(triple.tokens[begin : begin + supervised[0] + 1] if len(supervised) else None)
+    return prompts[0] is not None and prompts[1] is not None and np.array_equal(*prompts)
+
+
+def _check_conversation(triple: Triple, parser: Parser, document: int, where: str, only_last: bool) -> None:
+    begin, end = triple.bounds[document], triple.bounds[document + 1]
+    try:
+        parsed = parser.parse(triple.tokens[begin : end - 1])
+    except HarmonyError as error:
+        raise DataError(f"conversation {document}: {error.what}", source=where, remedy=_REBUILD) from error
+    spans = spans_of(parsed, int(end - begin))
+    if only_last:
+        spans[: max((item.stop for item in parsed if item.message.role == "user"), default=0)] = 0
+    expected = np.append(spans[1:], 0)
+    if not np.array_equal(expected, triple.span[begin:end]):
+        place = int(np.flatnonzero(expected != triple.span[begin:end])[0])
+        raise DataError(
+            f"conversation {document}: the span at {place} is {triple.span[begin + place]}, its tokens say "
+            f"{expected[place]}",
+            source=where,
+            remedy=_REBUILD,
+        )
+
+
+def _check_text(triple: Triple, tokenizer: Tokenizer, document: int, where: str) -> None:
+    """Decode the whole document that a piece belongs to, and encode it again."""
+    ends = np.asarray(triple.tokens)[triple.bounds[1:] - 1] == tokenizer.eod_id
+    first = document
+    while first and not ends[first - 1]:
+        first -= 1
+    last = document
+    while last + 1 < triple.documents and not ends[last]:
+        last += 1
+    stored = np.asarray(triple.tokens[triple.bounds[first] : triple.bounds[last + 1]])
+    again = tokenizer.encode_ordinary(tokenizer.decode(stored[:-1]))
+    if not ends[last] or not np.array_equal(again, stored[:-1]):
+        raise DataError(f"document {document} is not what its own text encodes to", source=where, remedy=_REBUILD)

@@ -1,0 +1,166 @@
+"""Two datasets compared: size, spans, lengths, vocabulary, and the tokens that tell them apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vpmoe.data_curation.checks.stats_sample import DEFAULT_DOCUMENTS, Sample, sample_split, split_entry
+from vpmoe.data_curation.look.inspect import token_manifest
+from vpmoe.data_curation.look.text import visible
+from vpmoe.harmony.spans import SPAN_NAMES
+from vpmoe.tokenizer.from_dataset import load_tokenizer
+
+QUANTILES = {"min": 0.0, "p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
+
+
+def compare(
+    first: Path, second: Path, *, split: str = "train", limit: int = DEFAULT_DOCUMENTS, top: int = 20
+) -> dict[str, Any]:
+    """Compare one split of two datasets; their vocabularies may differ, since tokens are matched by their bytes.
+
+    Rows, tokens and spans are the manifests'; lengths and tokens are of up to ``limit`` documents each (0: all).
+
+    Returns:
+        ``{"split", "datasets": [{"name", "kind", "tokenizer", "rows", "tokens", "tokens_each", "span_shares",
+        "documents_read", "lengths": {span: {quantile: tokens}}}, ...], "vocabulary": {"both", "only_first",
+        "only_second", "overlap", "covered_first", "covered_second"}, "differing_tokens": [{"token", "first",
+        "second", "g2"}, ...]}``. ``overlap`` is the Jaccard index of the tokens that occur; ``covered_first`` the share
+        of the first one's tokens that also occur in the second; shares are in 0..1.
+
+    Raises:
+        DataError: no such dataset or split, or a damaged one.
+    """
+    counts, datasets = [], []
+    for folder in (first, second):
+        manifest = token_manifest(folder)
+        sample = sample_split(folder, manifest, split, limit)
+        datasets.append(_summary(folder, manifest, split, sample))
+        counts.append(_counts_by_piece(folder, sample))
+    pieces = sorted(counts[0].keys() | counts[1].keys())
+    a, b = (np.array([own.get(piece, 0) for piece in pieces], dtype=np.int64) for own in counts)
+    return {
+        "split": split,
+        "datasets": datasets,
+        "vocabulary": _vocabulary(a, b),
+        "differing_tokens": _differing(pieces, a, b, top),
+    }
+
+
+def log_likelihood(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Dunning's G² of each token: how surprising its counts are if both datasets used it equally often.
+
+    "Accurate Methods for the Statistics of Surprise and Coincidence" (1993), in its usual form for corpus comparison:
+    2 · Σ observed · ln(observed / expected) over the two datasets.
+
+    Args:
+        a, b: int64 ``[tokens]``, counts in each dataset.
+    """
+    total = a.sum() + b.sum()
+    result = np.zeros(len(a))
+    for counts in (a, b):
+        expected = (a + b) * (counts.sum() / max(total, 1))
+        filled = counts > 0
+        result[filled] += 2 * counts[filled] * np.log(counts[filled] / expected[filled])
+    return result
+
+
+def show(compared: dict[str, Any], console: Console) -> None:
+    """Print what :func:`compare` found as tables."""
+    datasets = compared["datasets"]
+    figures = Table(title=f"split {compared['split']}", title_justify="left")
+    for heading in ("", *(dataset["name"] for dataset in datasets)):
+        figures.add_column(Text(heading), justify="right" if heading else "left")
+    for key in ("kind", "tokenizer", "rows", "tokens", "tokens_each", "documents_read"):
+        figures.add_row(key.replace("_", " "), *(_spelled(dataset[key]) for dataset in datasets))
+    for name in SPAN_NAMES:
+        figures.add_row(f"share of {name}", *(f"{dataset['span_shares'][name]:.1%}" for dataset in datasets))
+    console.print(figures)
+    lengths = Table(title="tokens a document", title_justify="left")
+    for heading in ("span", "dataset", *QUANTILES):
+        lengths.add_column(heading, justify="right" if heading in QUANTILES else "left")
+    for name in ("all", *SPAN_NAMES):
+        for dataset in datasets:
+            lengths.add_row(name, Text(dataset["name"]), *map(_spelled, dataset["lengths"][name].values()))
+    console.print(lengths)
+    vocabulary = compared["vocabulary"]
+    console.print(
+        f"tokens that occur: {vocabulary['both']:,} in both, {vocabulary['only_first']:,} in the first only, "
+        f"{vocabulary['only_second']:,} in the second only; overlap {vocabulary['overlap']:.1%}.\n"
+        f"{vocabulary['covered_first']:.2%} of the first's text is of tokens that the second has, "
+        f"{vocabulary['covered_second']:.2%} the other way round."
+    )
+    tokens = Table(title="tokens that differ most", title_justify="left")
+    for heading in ("token", "first", "second", "G²"):
+        tokens.add_column(heading, justify="left" if heading == "token" else "right")
+    for entry in compared["differing_tokens"]:
+        shares = (f"{entry[which]:.3%}" for which in ("first", "second"))
+        tokens.add_row(Text(repr(entry["token"])), *shares, f"{entry['g2']:,.0f}")
+    console.print(tokens)
+
+
+def _summary(folder: Path, manifest: dict[str, Any], split: str, sample: Sample) -> dict[str, Any]:
+    entry = split_entry(manifest, split)
+    return {
+        "name": visible(folder.resolve().name),
+        "kind": manifest["kind"],
+        "tokenizer": f"{manifest['tokenizer']['name']}, {manifest['tokenizer']['vocab_size']:,} ids",
+        "rows": entry["rows"],
+        "tokens": entry["tokens"],
+        "tokens_each": round(entry["tokens"] / max(entry["rows"], 1), 2),
+        "span_shares": {name: entry["span_tokens"][name] / max(entry["tokens"], 1) for name in SPAN_NAMES},
+        "documents_read": len(sample.spans),
+        "lengths": {name: _quantiles(lengths) for name, lengths in sample.lengths.items()},
+    }
+
+
+def _quantiles(lengths: NDArray[np.int64]) -> dict[str, float | None]:
+    """By name; None where there is no document."""
+    if not len(lengths):
+        return dict.fromkeys(QUANTILES)
+    found = np.quantile(lengths, list(QUANTILES.values()))
+    return {name: round(float(value), 1) for name, value in zip(QUANTILES, found, strict=True)}
+
+
+def _counts_by_piece(folder: Path, sample: Sample) -> dict[bytes, int]:
+    pieces = load_tokenizer(folder).pieces()
+    return {pieces[token_id]: int(sample.token_counts[token_id]) for token_id in np.flatnonzero(sample.token_counts)}
+
+
+def _vocabulary(a: NDArray[np.int64], b: NDArray[np.int64]) -> dict[str, Any]:
+    in_a, in_b = a > 0, b > 0
+    both = int((in_a & in_b).sum())
+    return {
+        "both": both,
+        "only_first": int((in_a & ~in_b).sum()),
+        "only_second": int((in_b & ~in_a).sum()),
+        "overlap": both / max(len(a), 1),
+        "covered_first": float(a[in_b].sum() / max(a.sum(), 1)),
+        "covered_second": float(b[in_a].sum() / max(b.sum(), 1)),
+    }
+
+
+def _differing(pieces: list[bytes], a: NDArray[np.int64], b: NDArray[np.int64], top: int) -> list[dict[str, Any]]:
+    surprise = log_likelihood(a, b)
+    order = [int(place) for place in np.argsort(-surprise, kind="stable")[:top] if surprise[place] > 1e-9]
+    return [
+        {
+            "token": visible(pieces[place].decode(errors="backslashreplace")),
+            "first": float(a[place] / max(a.sum(), 1)),
+            "second": float(b[place] / max(b.sum(), 1)),
+            "g2": round(float(surprise[place]), 3),
+        }
+        for place in order
+    ]
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if value is None else f"{value:,.1f}".removesuffix(".0")

@@ -1,0 +1,1 @@
+"""Rows become Harmony conversations, kept in parquet shards with a manifest."""

@@ -1,0 +1,190 @@
+"""Plain text as documents of the training format: every token supervised, no spans, <|endoftext|> at the end of each.
+
+A document longer than a row becomes consecutive pieces; only the last ends in <|endoftext|>. A document whose
+normalised text was seen before is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vpmoe.data_curation.datasets.plan import BuildOptions, split_of
+from vpmoe.data_curation.datasets.shard import LabelledDocument, Unit
+from vpmoe.data_curation.rows.documents import Row
+from vpmoe.errors import DataError, RowError
+from vpmoe.harmony.conversation import check_text
+from vpmoe.tokenizer.interface import TokenArray, Tokenizer
+
+KIND = "healing_text"
+_DUPLICATE_RULE = "blake2b (8 bytes) of the text under NFKC, case folding, and runs of white space as one blank"
+_SPLIT_RULE = (
+    "valid iff the big-endian first 8 bytes of blake2b(document id, or its text where no id field is named) are below "
+    "valid_fraction * 2^64, else train"
+)
+# Options of conversations, which plain text has not.
+_NOT_OF_TEXT = ("renderer", "renderer_version", "compact_vocab_size")
+
+
+@dataclass(frozen=True, slots=True)
+class HealingText:
+    """The job: what decides a dataset of plain text.
+
+    Attributes:
+        base: length, split, vocabulary and strictness.
+        text_field: column of the text.
+        id_field: column of the document's id, which then decides the split; None: the text decides.
+        language_field: column that names the language; None: no filter.
+        languages: values of that column to keep.
+        drop_long: drop documents longer than a row; False: cut them into pieces.
+    """
+
+    base: BuildOptions
+    text_field: str = "text"
+    id_field: str | None = None
+    language_field: str | None = None
+    languages: tuple[str, ...] = ()
+    drop_long: bool = False
+
+    def __post_init__(self) -> None:
+        if self.languages and self.language_field is None:
+            raise DataError(
+                f"no field says which documents are {', '.join(self.languages)}, and languages are not guessed",
+                source="--language",
+                remedy="name the column with --language-field, or leave --language out",
+            )
+        if self.language_field is not None and not self.languages:
+            raise DataError(
+                f"the language field {self.language_field!r} is named, but no language to keep",
+                source="--language-field",
+                remedy="pass --language too",
+            )
+
+    @property
+    def kind(self) -> str:
+        """The manifest's kind."""
+        return KIND
+
+    def config(self) -> dict[str, Any]:
+        """Everything that decides bytes but the pass."""
+        base = {key: value for key, value in self.base.as_manifest().items() if key not in _NOT_OF_TEXT}
+        return {
+            **base,
+            "kind": KIND,
+            "text_field": self.text_field,
+            "id_field": self.id_field,
+            "language_field": self.language_field,
+            "languages": list(self.languages),
+            "long_documents": "dropped" if self.drop_long else "pieces",
+            "duplicate_rule": _DUPLICATE_RULE,
+        }
+
+    def manifest_entries(self) -> dict[str, Any]:
+        """There is no renderer, and the split goes by document."""
+        return {
+            "renderer": None,
+            "split_rule": {"rule": _SPLIT_RULE, "valid_fraction": self.base.valid_fraction},
+        }
+
+    def encoder(self, tokenizer: Tokenizer) -> TextEncoder:
+        """A fresh encoder, which has seen no text."""
+        return TextEncoder(self, tokenizer)
+
+
+class TextEncoder:
+    """Rows -> documents; remembers the hash of every text (8 bytes each, those of the shard in work about 60)."""
+
+    def __init__(self, job: HealingText, tokenizer: Tokenizer) -> None:
+        self._job, self._tokenizer = job, tokenizer
+        named = dict.fromkeys(filter(None, (job.text_field, job.id_field, job.language_field)))
+        self.columns: tuple[str, ...] | None = tuple(named)
+        self.truncation: Counter[str] = Counter()
+        self.documents: Counter[str] = Counter()
+        self._seen_before = np.empty(0, dtype=np.uint64)
+        self._seen_now: set[int] = set()
+
+    def encode(self, row: Row) -> Unit | None:
+        """The row's document, or its pieces; None for a duplicate, another language, or one too long to keep.
+
+        Raises:
+            RowError: a named field is missing or blank, not UTF-8, or holds NUL.
+            TokenizerError: the text cannot be split.
+        """
+        job = self._job
+        text = _text_in(row, job.text_field)
+        key = text if job.id_field is None else _id_in(row, job.id_field)
+        if job.language_field is not None and _text_in(row, job.language_field) not in job.languages:
+            self.documents["other_language"] += 1
+            return None
+        if self._is_known(text_hash(text)):
+            self.documents["duplicates_dropped"] += 1
+            return None
+        content = self._tokenizer.encode_ordinary(text)
+        ids = np.append(content, np.int32(self._tokenizer.eod_id)).astype(np.int32)
+        if len(ids) <= job.base.seq_len:
+            self.truncation["whole"] += 1
+        elif job.drop_long:
+            self.truncation["dropped_too_long"] += 1
+            return None
+        else:
+            self.truncation["cut_into_pieces"] += 1
+        pieces = cut(ids, job.base.seq_len)
+        self.truncation["pieces"] += len(pieces) if len(pieces) > 1 else 0
+        self.documents["kept"] += 1
+        return Unit(split_of(key, job.base.valid_fraction), tuple(map(_labelled, pieces)))
+
+    def take_state(self) -> bytes:
+        """The hashes of the texts since the last call, sorted, uint64."""
+        new = np.sort(np.fromiter(self._seen_now, dtype=np.uint64, count=len(self._seen_now)))
+        self._seen_now.clear()
+        self._seen_before = np.union1d(self._seen_before, new)
+        return new.tobytes()
+
+    def restore(self, state: bytes) -> None:
+        """Remember the hashes of one shard."""
+        self._seen_before = np.union1d(self._seen_before, np.frombuffer(state, dtype=np.uint64))
+
+    def _is_known(self, key: int) -> bool:
+        place = int(np.searchsorted(self._seen_before, np.uint64(key)))
+        if key in self._seen_now or (place < len(self._seen_before) and int(self._seen_before[place]) == key):
+            return True
+        self._seen_now.add(key)
+        return False
+
+
+def text_hash(text: str) -> int:
+    """Equal for texts that differ only in case, compatibility forms of characters, and white space; 64 bits."""
+    normalised = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return int.from_bytes(hashlib.blake2b(normalised.encode(), digest_size=8).digest(), "big")
+
+
+def cut(ids: TokenArray, seq_len: int) -> list[TokenArray]:
+    """Consecutive pieces of at most ``seq_len`` ids, none of a single id (nothing could be predicted in it)."""
+    pieces = [ids[start : start + seq_len] for start in range(0, len(ids), seq_len)]
+    if len(pieces) > 1 and len(pieces[-1]) == 1:
+        pieces[-2:] = [ids[-seq_len - 1 : -2], ids[-2:]]
+    return pieces
+
+
+def _labelled(ids: TokenArray) -> LabelledDocument:
+    lossmask = np.ones(len(ids), dtype=np.uint8)
+    lossmask[-1] = 0
+    return LabelledDocument(ids, lossmask, np.zeros(len(ids), dtype=np.uint8))
+
+
+def _text_in(row: Row, field: str) -> str:
+    value = row.get(field)
+    if isinstance(value, bytes):
+        raise RowError("invalid_utf8", f"{field} is not UTF-8")
+    check_text(value, field)
+    return str(value)
+
+
+def _id_in(row: Row, field: str) -> str:
+    value = row.get(field)
+    return str(value) if isinstance(value, int) else _text_in(row, field)

@@ -1,0 +1,117 @@
+"""Rows of a hub dataset, streamed, that survive a dropped connection: retries with growing waits, and a cursor.
+
+The cursor holds the state of the `datasets` stream (file of the dataset and row within it), so going on costs one file
+from its beginning at most, never the whole dataset.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from vpmoe.data_curation.rows.stream import Row
+from vpmoe.errors import DataError
+
+# Waits between attempts that bring no row; a row that arrives starts the count afresh.
+RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)
+_STATE_ROWS = 1000
+
+
+class HubRows:
+    """``(place, row)`` of a hub dataset in its own order.
+
+    Args:
+        hub_id: ``owner/name``.
+        revision: commit.
+        cursor: where to begin: what :meth:`cursor` gave; None begins at the first row.
+        check_columns: called with the names of the columns before the first row.
+        config, split: of the dataset.
+        columns: the only ones that are fetched, where the files let others unread; None: all.
+    """
+
+    def __init__(
+        self,
+        hub_id: str,
+        revision: str | None,
+        cursor: Mapping[str, Any] | None,
+        check_columns: Callable[[set[str]], None],
+        *,
+        config: str | None = None,
+        split: str = "train",
+        columns: tuple[str, ...] | None = None,
+    ) -> None:
+        self._hub_id, self._revision, self._check_columns = hub_id, revision, check_columns
+        self._config, self._split, self._columns = config, split, columns
+        self._row = cursor["row"] if cursor else 0
+        # The stream's own state and the row it stands before.
+        self._state, self._state_row = (cursor["state"], cursor["state_row"]) if cursor else (None, 0)
+        self._stream: Any = None
+
+    def cursor(self) -> dict[str, Any]:
+        """Where to go on, JSON; to be called between two rows."""
+        self._note_state()
+        return {"row": self._row, "state": self._state, "state_row": self._state_row}
+
+    def __iter__(self) -> Iterator[tuple[str, Row]]:
+        import httpx2  # the hub client's transport, whose errors are not OSErrors
+        from datasets.exceptions import DatasetsError
+
+        attempt = 0
+        while True:
+            before = self._row
+            try:
+                yield from self._connected()
+                return
+            except ValueError as error:  # a split or a config that does not exist
+                raise self._gave_up(error) from error
+            except (OSError, DatasetsError, httpx2.HTTPError) as error:
+                attempt = 0 if self._row > before else attempt + 1
+                permanent = isinstance(error, (FileNotFoundError, PermissionError))
+                if permanent or attempt >= len(RETRY_SECONDS):
+                    raise self._gave_up(error) from error
+                print(
+                    f"{self._hub_id}: dropped at row {self._row:,} ({type(error).__name__}: {error}); "
+                    f"again in {RETRY_SECONDS[attempt]} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                time.sleep(RETRY_SECONDS[attempt])
+
+    def _connected(self) -> Iterator[tuple[str, Row]]:
+        # Imported here: it takes seconds, and local sources do not need it.
+        import datasets
+
+        self._stream = None
+        stream = datasets.load_dataset(
+            self._hub_id, self._config, revision=self._revision, split=self._split, streaming=True
+        )
+        if stream.column_names:
+            self._check_columns(set(stream.column_names))
+            if self._columns is not None:
+                stream = stream.select_columns(list(self._columns))
+        if self._state is not None:
+            stream.load_state_dict(self._state)
+        skipped = self._row - self._state_row
+        for row in stream:
+            if skipped:
+                skipped -= 1
+                continue
+            self._stream = stream
+            self._row += 1
+            yield f"{self._hub_id}:{self._row - 1}", row
+            if self._row % _STATE_ROWS == 0:
+                self._note_state()
+
+    def _note_state(self) -> None:
+        if self._stream is not None:
+            self._state, self._state_row = self._stream.state_dict(), self._row
+
+    def _gave_up(self, error: Exception) -> DataError:
+        return DataError(
+            f"the hub dataset cannot be read: {type(error).__name__}: {error}",
+            source=f"{self._hub_id} at {self._revision}, row {self._row}",
+            remedy="check network, revision, config and split and run the same command again (it goes on where it "
+            "stopped), or pass files that were fetched before",
+        )
