@@ -16,7 +16,7 @@ from megatron_vpmoe.config.geometry import (
 )
 from megatron_vpmoe.config.load import check_world, load_config
 from megatron_vpmoe.config.memory import FitReport, MemoryEstimate, check_fit, fit_report, memory_estimate
-from megatron_vpmoe.config.provenance import FieldChange, geometry_diff, provenance_diff
+from megatron_vpmoe.config.provenance import FieldChange, deciding_fields, geometry_diff, provenance_diff
 from megatron_vpmoe.config.schema import RunConfig, config_hash
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "check_fit",
     "check_world",
     "config_hash",
+    "deciding_fields",
     "fit_report",
     "forward_flops_per_token",
     "geometry_diff",

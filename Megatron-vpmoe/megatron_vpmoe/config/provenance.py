@@ -72,6 +72,37 @@ def provenance_diff(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any
     return changes
 
 
+_UNDECIDING: dict[str, frozenset[str] | None] = {
+    "data": frozenset({"data_path", "blend"}),
+    "training": frozenset(
+        {"run_name", "run_dir", "micro_batch_size", "nonfinite_policy", "nonfinite_max_skips"}
+        | {f"recompute_{name}" for name in ("granularity", "method", "num_layers", "modules")}
+    ),
+    "optim": frozenset({"normuon_stack_mib"}),
+    "parallel": None,
+    "evaluation": None,
+    "checkpoint": None,
+    "logging": None,
+}
+"""Section -> fields that leave the trained weights as they are but for rounding; None: the whole section."""
+
+
+def deciding_fields(cfg: RunConfig) -> dict[str, dict[str, Any]]:
+    """What of a configuration decides the trained weights, JSON-able: for the key of a step that trains.
+
+    Paths, intervals, logging, the number of processes and the implementation are left out, and so is what has no
+    effect beside the other fields; datasets are to be added by their manifests' hashes, initial weights by theirs.
+    """
+    idle = idle_fields(cfg)
+    decides: dict[str, dict[str, Any]] = {}
+    for section, values in cfg.model_dump(mode="json").items():
+        free = _UNDECIDING.get(section, _WHOLE_SECTIONS.get(section, frozenset()))
+        if free is not None:
+            decides[section] = {name: value for name, value in values.items() if name not in {*free, *idle}}
+    decides["data"]["blend_weights"] = [part.weight for part in cfg.data.parts]
+    return decides
+
+
 # Of the sections model and moe: what decides how a model is trained, and not what it computes.
 _TRAINING_ONLY = frozenset(
     {"init_method_std", "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_router_bias_update_rate"}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vpmoe.config import load_config, provenance_diff
-from megatron_vpmoe.config.provenance import _SINGLE_FIELDS, _WHOLE_SECTIONS, is_binding
+from megatron_vpmoe.config import deciding_fields, load_config, provenance_diff
+from megatron_vpmoe.config.provenance import _SINGLE_FIELDS, _UNDECIDING, _WHOLE_SECTIONS, is_binding
 from megatron_vpmoe.config.schema import fields, section_types
 
 
@@ -53,6 +53,25 @@ def test_a_field_of_one_side_only_counts(small: Path) -> None:
 
 
 def test_the_classification_names_fields_that_exist() -> None:
-    for section, names in [*_WHOLE_SECTIONS.items(), *_SINGLE_FIELDS.items()]:
+    undeciding = {section: names or frozenset() for section, names in _UNDECIDING.items()}
+    for section, names in [*_WHOLE_SECTIONS.items(), *_SINGLE_FIELDS.items(), *undeciding.items()]:
         assert names <= set(section_types()[section].model_fields)
     assert any(is_binding(spec.section, spec.name) for spec in fields().values())
+
+
+@pytest.mark.parametrize("flags", ["--lr 5e-3", "--train-iters 800", "--seed 1", "--num-layers 4", "--data-seed 1"])
+def test_what_decides_the_weights_is_in_the_key(small: Path, flags: str) -> None:
+    assert deciding_fields(load_config(small)) != deciding_fields(load_config(small, flags.split()))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--log-interval 3 --save-interval 50 --eval-interval 7 --wandb-mode disabled",
+        "--run-name other --run-dir elsewhere --data-path other --resume --attention-backend reference",
+        "--micro-batch-size 4 --recompute-granularity full --normuon-stack-mib 8 --distributed-timeout-minutes 3",
+    ],
+)
+def test_what_is_operational_is_not(small: Path, flags: str) -> None:
+    assert load_config(small) != load_config(small, flags.split())
+    assert deciding_fields(load_config(small)) == deciding_fields(load_config(small, flags.split()))

@@ -1,0 +1,13 @@
+"""Keyed steps: the one engine that knows what is done, still valid, due and why, and what may be replaced.
+
+A step makes one folder. Its key is everything that decides what comes out. The work goes on in ``<folder>.partial``,
+under a lock with an owner, and a step that was interrupted goes on from there as long as its key is the same; at the
+end the folder gets its receipt (key, files with hashes, report) and takes its name in one rename. The receipt is the
+proof that the folder is ours: nothing without one is ever removed, and finished work is replaced only when asked.
+"""
+
+from vpmoe.steps.receipt import RECEIPT, content_sha256, read_receipt
+from vpmoe.steps.step import State, Step
+from vpmoe.steps.work import Work, run
+
+__all__ = ["RECEIPT", "State", "Step", "Work", "content_sha256", "read_receipt", "run"]
