@@ -172,7 +172,7 @@ def model_against_floor(arguments: argparse.Namespace, device: str) -> dict[str,
     cfg = load_config(arguments.model, flags)
     with single_process(seed=0):
         from megatron_vpmoe.model.builder import build_model
-        from megatron_vpmoe.optim import build_optimizer, routing_table
+        from megatron_vpmoe.optim import assignment_table, build_optimizer
         from megatron_vpmoe.optim.matrix_stacks import layout_flops, matrix_layout
 
         model = build_model(cfg)
@@ -185,7 +185,7 @@ def model_against_floor(arguments: argparse.Namespace, device: str) -> dict[str,
         target = torch.empty_like(source)
         sides = (product, lambda: target.copy_(source), optimizer.step)
         rounds = [tuple(map(seconds, sides)) for _ in range(arguments.rounds)]
-        rows = routing_table(model, cfg)
+        rows = assignment_table(model, cfg)
     matmul_s, copy_s, step_s = (min(column) for column in zip(*rounds, strict=True))
     elements = {kind: sum(torch.Size(r.shape).numel() for r in rows if r.optimizer == kind) for kind in KINDS}
     # Gradient, state and weight are read, state and weight written, all fp32; in bf16 the model's copy is written too.

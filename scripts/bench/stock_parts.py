@@ -28,8 +28,8 @@ from megatron_vpmoe.model.gpt import ModelOutput, VPModel
 from megatron_vpmoe.model.moe.expert_layout import sequential_from_stacked
 from megatron_vpmoe.model.norm import RMSNorm
 from megatron_vpmoe.objectives import Objective, ObjectiveResult, build_objective
+from megatron_vpmoe.optim.assignment import assigned_parameters
 from megatron_vpmoe.optim.polar_express import COEFFICIENTS
-from megatron_vpmoe.optim.routing import routed_parameters
 from megatron_vpmoe.training.step import train_step
 
 OUR_CORE_ATTENTION = self_attention.core_attention
@@ -171,7 +171,7 @@ class PerMatrixOptimizer:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.matrices: list[tuple[torch.nn.Parameter, slice, float, float]] = []
         rest: list[dict[str, Any]] = []
-        for row, parameter in routed_parameters(model, cfg):
+        for row, parameter in assigned_parameters(model, cfg):
             if row.optimizer == "normuon":
                 rows = getattr(parameter, "matrix_rows", (slice(None),))
                 self.matrices += [(parameter, part, row.lr, row.weight_decay) for part in rows]

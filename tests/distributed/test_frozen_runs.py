@@ -109,9 +109,9 @@ def test_two_processes_train_what_one_does(case: str, runs: Path) -> None:
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
 
-    rows = json.loads((runs / "2" / case / "routing.json").read_text())
+    rows = json.loads((runs / "2" / case / "assignment.json").read_text())
     assert [row["name"] for row in rows] == [
-        r["name"] for r in json.loads((runs / "1" / case / "routing.json").read_text())
+        r["name"] for r in json.loads((runs / "1" / case / "assignment.json").read_text())
     ]
     trained = {stored_name(row["name"]) for row in rows if row["optimizer"] != "frozen"}
     with_state = {key.split(".", 3)[3] for key in one if key.startswith("optimizer.state.")}

@@ -77,5 +77,5 @@ def test_a_checkpoint_goes_on_at_another_number_of_stages(
         train(run_dir, dataset, before, tmp_path / "first", train_iters=HALF)
     train(run_dir, dataset, after, tmp_path / "second", train_iters=LAST, resume=True)
     assert_same_run(run_dir, straight)
-    names = [row["name"] for row in json.loads((run_dir / "routing.json").read_text())]
-    assert names == [row["name"] for row in json.loads((straight / "routing.json").read_text())]
+    names = [row["name"] for row in json.loads((run_dir / "assignment.json").read_text())]
+    assert names == [row["name"] for row in json.loads((straight / "assignment.json").read_text())]

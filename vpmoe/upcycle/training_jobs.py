@@ -2,7 +2,7 @@
 
 The training is the ordinary one (what ``scripts/train.sh`` starts, with its checks, processes and checkpoints) into the
 job's scratch: an interrupted job goes on from the run's newest checkpoint. The product is the weights of its last one.
-The object's ``training/`` keeps the run's metrics, configuration and routing table.
+The object's ``training/`` keeps the run's metrics, configuration and assignment table.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vpmoe.upcycle.training_receipt import router_report, training_report, valid
 from vpmoe.weights.tensors import tensor_sha256
 
 LAUNCHER = "megatron_vpmoe.launch"
-KEPT = ("metrics.jsonl", "config.yaml", "routing.json")
+KEPT = ("metrics.jsonl", "config.yaml", "assignment.json")
 """Files of the run that the object keeps."""
 
 

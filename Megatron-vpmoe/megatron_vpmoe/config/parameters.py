@@ -1,7 +1,7 @@
 """Every parameter of a configuration's model by name, with its elements; and which of them a run trains.
 
 By arithmetic alone, so that a pattern without a match is found before any process starts. Names are those of
-``VPModel.named_parameters``, checkpoints and routing.json: layers are counted from 0 over all pipeline stages.
+``VPModel.named_parameters``, checkpoints and assignment.json: layers are counted from 0 over all pipeline stages.
 """
 
 from __future__ import annotations

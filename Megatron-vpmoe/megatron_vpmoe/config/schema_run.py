@@ -23,10 +23,10 @@ class LrMultiplier(Section):
 
 
 class RuleDecay(Section):
-    """The weight decay of one routing rule."""
+    """The weight decay of one assignment rule."""
 
     rule: Path
-    """Name of the rule, as the routing table prints it; it has to match a parameter."""
+    """Name of the rule, as the assignment table prints it; it has to match a parameter."""
     weight_decay: Amount
     """In place of the rule's own: weight_decay, or 0 for norms, biases, sinks and frequencies."""
 
@@ -180,8 +180,8 @@ class TrainingSection(Section):
     seed: Cardinal = 1234
     """Seed of the weights and of dropout-free randomness such as sampling."""
     train_only: list[Path] | None = None
-    """Globs over whole parameter names as in routing.json; all other parameters stay as they are, bit for bit, and an
-    expert bias moves only where its router's weight is trained. Each has to match one; null: everything is trained."""
+    """Globs over whole parameter names as in assignment.json; each has to match one. All other parameters stay as they
+    are, bit for bit; an expert bias moves only where its router's weight is trained. null: everything is trained."""
     bf16: bool
     """Compute in bfloat16 with fp32 master weights; false: fp32 throughout."""
     recompute_granularity: Literal["selective", "full"] | None = None

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_vpmoe.optim.adamw import build_adamw, initialize_adamw_state
+from megatron_vpmoe.optim.assignment import RULES, AssignmentRow, Rule, assigned_parameters
 from megatron_vpmoe.optim.matrix_stacks import layout_flops, matrix_layout
 from megatron_vpmoe.optim.normuon import STACK_BYTES, NorMuon, NorMuonOptions
 from megatron_vpmoe.optim.polar_express import compute_dtype
-from megatron_vpmoe.optim.routing import RULES, RoutingRow, Rule, routed_parameters
 from megatron_vpmoe.optim.sharded_optimizer import ShardedOptimizer
 from megatron_vpmoe.optim.shares import Units
 from megatron_vpmoe.runtime import device
@@ -152,11 +152,11 @@ def build_optimizer(
     Args:
         model_chunks: the model, wrapped in Megatron's DistributedDataParallel or bare.
         cfg: sections ``optim`` and ``training.bf16``.
-        rules: the routing rules.
+        rules: the assignment rules.
         groups: this rank's process groups; None: those of ``parallel_state``.
 
     Raises:
-        ConfigError: from the routing, or for options of NorMuon out of range.
+        ConfigError: from the assignment, or for options of NorMuon out of range.
     """
     config = OptimizerConfig(
         optimizer="adam",
@@ -168,7 +168,7 @@ def build_optimizer(
         params_dtype=torch.bfloat16 if cfg.training.bf16 else torch.float32,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups() if groups is None else groups
-    routed = routed_parameters(list(model_chunks), cfg, rules)
+    routed = assigned_parameters(list(model_chunks), cfg, rules)
     members: list[ShardedOptimizer] = []
     for expert in (False, True):
         for kind in ("normuon", "adamw"):
@@ -178,7 +178,7 @@ def build_optimizer(
     return VpOptimizer(members, config, groups)
 
 
-def _param_groups(chosen: list[tuple[RoutingRow, torch.nn.Parameter]], cfg: RunConfig) -> list[dict[str, Any]]:
+def _param_groups(chosen: list[tuple[AssignmentRow, torch.nn.Parameter]], cfg: RunConfig) -> list[dict[str, Any]]:
     """One group for each learning rate and decay, with the keys that Megatron's scheduler and checkpoints read."""
     groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     for row, param in chosen:

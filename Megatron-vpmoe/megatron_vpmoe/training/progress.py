@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from megatron_vpmoe.optim import describe_arithmetic, render_routing_table
+from megatron_vpmoe.optim import describe_arithmetic, render_assignment_table
 from megatron_vpmoe.runtime.device import current_device
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Progress:
             self.note(line)
         if self._enabled:
             arithmetic = describe_arithmetic(run.cfg, current_device().type)
-            self._console.print(render_routing_table(run.routing, arithmetic))
+            self._console.print(render_assignment_table(run.assignment, arithmetic))
         self._last_time = self._clock()
         if self._bar is not None:
             self._bar.start()

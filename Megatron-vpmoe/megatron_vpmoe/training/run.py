@@ -23,13 +23,13 @@ from megatron_vpmoe.model.moe.expert_rows import layout_rule
 from megatron_vpmoe.model.transformer_config import token_dispatcher
 from megatron_vpmoe.objectives import Objective, build_objective
 from megatron_vpmoe.optim import (
+    AssignmentRow,
     IterationScheduler,
-    RoutingRow,
     VpOptimizer,
+    assignment_table,
     build_optimizer,
     build_scheduler,
-    routing_table,
-    write_routing_table,
+    write_assignment_table,
 )
 from megatron_vpmoe.runtime import distributed, stages
 from megatron_vpmoe.runtime.device import current_device
@@ -48,7 +48,7 @@ class Run:
     Attributes:
         valid: the validation splits by the prefix of their metrics: "valid", or "valid/<name>" for each of a blend.
         valid_dataset: the first of them, whose prompts are answered.
-        routing: which parameter goes to which optimizer.
+        assignment: which parameter goes to which optimizer.
         iteration: finished optimizer steps.
         consumed_samples: rows of the global order that went into them (skipped steps included): the data cursor.
         skipped_steps: steps dropped under ``nonfinite_policy: skip``.
@@ -68,7 +68,7 @@ class Run:
     valid: dict[str, ValidSource]
     valid_dataset: KDDataset
     provenance: dict[str, Any]
-    routing: list[RoutingRow]
+    assignment: list[AssignmentRow]
     iteration: int = 0
     consumed_samples: int = 0
     skipped_steps: int = 0
@@ -137,12 +137,12 @@ def open_run(cfg: RunConfig) -> Run:
         provenance=collect_provenance(cfg, [part.dataset.manifest for part in train]),
         notes=(*notes, *implementation_notes(model, cfg)),
         carried=_carried(started_from, train[0].dataset.manifest, cfg),
-        routing=[row for stage in stages.gather_stages(routing_table(model, cfg)) for row in stage],
+        assignment=[row for stage in stages.gather_stages(assignment_table(model, cfg)) for row in stage],
     )
     if distributed.rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.yaml").write_text(cfg.to_yaml())
-        write_routing_table(run.routing, directory / "routing.json")
+        write_assignment_table(run.assignment, directory / "assignment.json")
     if found is not None:
         _restore(run, found)
     return run

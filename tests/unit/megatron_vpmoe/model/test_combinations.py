@@ -22,7 +22,7 @@ from megatron_vpmoe.config.schema import fields
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.model.gpt import VPModel
-from megatron_vpmoe.optim.routing import routing_table
+from megatron_vpmoe.optim.assignment import assignment_table
 from tests.tiny import random_batch, tiny_config
 
 POSITIONS = ("grape_m", "grape_a", "rope", "none")
@@ -239,7 +239,7 @@ def test_what_is_accepted_learns_and_what_is_not_has_a_reason(
             assert parameter.grad is not None, (name, cfg.model, cfg.moe)
             assert torch.isfinite(parameter.grad).all(), (name, cfg.model, cfg.moe)
             assert parameter.grad.any(), f"{name} never learns: {cfg.model} {cfg.moe}"
-        assert len(routing_table(model, cfg)) == len(list(model.parameters()))  # each with its one optimizer
+        assert len(assignment_table(model, cfg)) == len(list(model.parameters()))  # each with its one optimizer
 
 
 @pytest.mark.parametrize("core", ["architecture"], indirect=True)

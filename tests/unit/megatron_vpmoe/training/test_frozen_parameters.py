@@ -9,7 +9,7 @@ import torch
 
 from megatron_vpmoe.model.builder import build_model, wrap_for_training
 from megatron_vpmoe.objectives import build_objective
-from megatron_vpmoe.optim import build_optimizer, routing_table
+from megatron_vpmoe.optim import assignment_table, build_optimizer
 from megatron_vpmoe.training.step import train_step
 from tests.tiny import TINY, random_batch, tiny_config
 
@@ -68,7 +68,7 @@ def test_only_what_is_named_moves(patterns: list[str], changes: dict[str, object
 def test_the_optimizer_knows_the_rest_as_frozen() -> None:
     training = Training(["*.mlp.experts.*"])
     training.step()
-    rows = routing_table(training.model, training.cfg)
+    rows = assignment_table(training.model, training.cfg)
     assert [row.name for row in rows] == [name for name, _ in training.model.named_parameters()]
     trained = {row.name for row in rows if row.optimizer != "frozen"}
     assert trained == {row.name for row in rows if ".mlp.experts." in row.name}

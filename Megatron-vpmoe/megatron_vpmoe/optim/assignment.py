@@ -74,7 +74,7 @@ FROZEN = "frozen"
 
 
 @dataclass(frozen=True)
-class RoutingRow:
+class AssignmentRow:
     """What was decided for one parameter."""
 
     name: str
@@ -95,9 +95,9 @@ class RoutingRow:
     """Whether gradients are reduced over the expert-data-parallel group (``allreduce`` is False)."""
 
 
-def routing_table(
+def assignment_table(
     model: torch.nn.Module | Sequence[torch.nn.Module], cfg: RunConfig, rules: Sequence[Rule] = RULES
-) -> list[RoutingRow]:
+) -> list[AssignmentRow]:
     """Decide for every parameter of ``model`` (or of its chunks); a frozen one has its rule and no learning rate.
 
     Under ``optimizer: adam`` the rules keep their learning rates and decays and every optimizer is AdamW.
@@ -106,13 +106,13 @@ def routing_table(
         ConfigError: a parameter that no rule or more than one rule matches, or one that NorMuon cannot take; a learning
             rate's multiplier or a rule's decay that reaches no trained parameter, or two multipliers for one.
     """
-    return [row for row, _ in routed_parameters(model, cfg, rules)]
+    return [row for row, _ in assigned_parameters(model, cfg, rules)]
 
 
-def routed_parameters(
+def assigned_parameters(
     model: torch.nn.Module | Sequence[torch.nn.Module], cfg: RunConfig, rules: Sequence[Rule] = RULES
-) -> list[tuple[RoutingRow, torch.nn.Parameter]]:
-    """``routing_table`` with the parameter beside each row; a collective of the stages of a pipeline.
+) -> list[tuple[AssignmentRow, torch.nn.Parameter]]:
+    """``assignment_table`` with the parameter beside each row; a collective of the stages of a pipeline.
 
     A pattern or a rule needs a match on one of the stages alone.
     """
@@ -150,7 +150,7 @@ def _lr_factors(names: list[str], cfg: RunConfig) -> dict[str, float]:
         if not matched:
             raise ConfigError(
                 f"optim.lr_multipliers: no parameter matches {multiplier.pattern!r}",
-                remedy="whole dotted names as in routing.json, such as '*.mlp.experts.fc1_weight', or leave it out",
+                remedy="whole dotted names as in assignment.json, such as '*.mlp.experts.fc1_weight', or leave it out",
             )
         for name in matched:
             if name in taken:
@@ -187,20 +187,20 @@ def find_rule(name: str, rules: Sequence[Rule] = RULES) -> Rule:
         found = "no rule" if not matching else "several rules: " + ", ".join(rule.name for rule in matching)
         raise ConfigError(
             f"parameter {name} is matched by {found}",
-            source="the optimizer's routing rules",
-            remedy="megatron_vpmoe/optim/routing.py: exactly one rule has to name it",
+            source="the optimizer's assignment rules",
+            remedy="megatron_vpmoe/optim/assignment.py: exactly one rule has to name it",
         )
     return matching[0]
 
 
 def _row(
     name: str, param: torch.Tensor, rule: Rule, factor: float, decays: dict[str, float], cfg: RunConfig
-) -> RoutingRow:
+) -> AssignmentRow:
     optimizer = "adamw" if cfg.optim.optimizer == "adam" else rule.optimizer
     peak_lrs = {
         "lr": cfg.optim.lr, "normuon_aux_lr": cfg.aux_lr, "decoupled_lr": cfg.embedding_lr, "router_lr": cfg.router_lr
     }  # fmt: skip
-    return RoutingRow(
+    return AssignmentRow(
         name=name,
         shape=tuple(param.shape),
         rule=rule.name,
@@ -214,9 +214,9 @@ def _row(
     )
 
 
-def _frozen_row(name: str, param: torch.Tensor, rule: Rule) -> RoutingRow:
+def _frozen_row(name: str, param: torch.Tensor, rule: Rule) -> AssignmentRow:
     expert = not getattr(param, "allreduce", True)
-    return RoutingRow(name, tuple(param.shape), rule.name, FROZEN, rule.lr, 0.0, 1.0, 0.0, 0, expert)
+    return AssignmentRow(name, tuple(param.shape), rule.name, FROZEN, rule.lr, 0.0, 1.0, 0.0, 0, expert)
 
 
 def _named_parameters(
@@ -232,12 +232,12 @@ def _named_parameters(
             yield absolute(re.sub(r"^(module\.)+", "", name)), param
 
 
-def render_routing_table(rows: Iterable[RoutingRow], caption: str | None = None) -> Table:
-    """A rich table with one line for each rule and learning rate; ``write_routing_table`` has one line a parameter."""
-    table = Table(title="Optimizer routing", title_justify="left", caption=caption, caption_justify="left")
+def render_assignment_table(rows: Iterable[AssignmentRow], caption: str | None = None) -> Table:
+    """A rich table with one line for each rule and learning rate; ``write_assignment_table`` has one a parameter."""
+    table = Table(title="Optimizer assignment", title_justify="left", caption=caption, caption_justify="left")
     for column in ("parameters", "tensors", "elements", "matrices", "optimizer", "peak lr", "decay"):
         table.add_column(column, justify="left" if column in ("parameters", "optimizer") else "right")
-    alike: dict[tuple[str, float], list[RoutingRow]] = {}
+    alike: dict[tuple[str, float], list[AssignmentRow]] = {}
     for row in rows:
         alike.setdefault((row.rule, row.lr), []).append(row)
     for (rule, lr), members in alike.items():
@@ -250,7 +250,7 @@ def render_routing_table(rows: Iterable[RoutingRow], caption: str | None = None)
     return table
 
 
-def write_routing_table(rows: Iterable[RoutingRow], path: Path) -> None:
+def write_assignment_table(rows: Iterable[AssignmentRow], path: Path) -> None:
     """Store the rows as a JSON list of objects, one parameter a line."""
     lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Routing: each parameter matches one rule; what the rules say of a model with every kind of parameter."""
+"""Assignment: each parameter matches one rule; what the rules say of a model with every kind of parameter."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from toy_model import EXPERTS, ToyModel, toy_config
 from megatron_vpmoe.config.schema_run import LrMultiplier, RuleDecay
 from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.optim import build_optimizer, build_scheduler
-from megatron_vpmoe.optim.routing import (
+from megatron_vpmoe.optim.assignment import (
     RULES,
     Rule,
+    assignment_table,
     find_rule,
-    render_routing_table,
-    routing_table,
-    write_routing_table,
+    render_assignment_table,
+    write_assignment_table,
 )
 
 LAYER = "decoder.layers.3."
@@ -75,7 +75,7 @@ def test_a_parameter_with_two_rules_is_named_with_both() -> None:
 
 def test_table_of_the_toy_model() -> None:
     model = ToyModel()
-    rows = routing_table(model, toy_config())
+    rows = assignment_table(model, toy_config())
     assert [row.name for row in rows] == [name for name, _ in model.named_parameters()]
     by_name = {row.name: row for row in rows}
     qkv = by_name["decoder.layers.1.self_attention.linear_qkv.weight"]
@@ -94,7 +94,7 @@ def test_multipliers_reach_the_groups_of_the_optimizer(single_process: None) -> 
         LrMultiplier(pattern="out*", factor=2),
     ]
     cfg, model = toy_config(lr_multipliers=multipliers), ToyModel()
-    by_name = {row.name: row for row in routing_table(model, cfg)}
+    by_name = {row.name: row for row in assignment_table(model, cfg)}
     expected = {"decoder.layers.0.mlp.experts.fc1_weight": 0.01, "decoder.layers.1.mlp.experts.fc1_weight": 0.02}
     expected |= {"output_layer.weight": 0.01, "embedding.word_embeddings.weight": 0.005}
     optimizer = build_optimizer([model], cfg)
@@ -113,13 +113,13 @@ def test_multipliers_reach_the_groups_of_the_optimizer(single_process: None) -> 
 def test_multipliers_that_reach_nothing_or_overlap_are_refused(patterns: list[str], error: str) -> None:
     multipliers = [LrMultiplier(pattern=pattern, factor=2.0) for pattern in patterns]
     with pytest.raises(ConfigError, match=error):
-        routing_table(ToyModel(), toy_config(lr_multipliers=multipliers))
+        assignment_table(ToyModel(), toy_config(lr_multipliers=multipliers))
 
 
 def test_decay_of_a_rule(single_process: None) -> None:
     decays = [RuleDecay(rule="router", weight_decay=0.0), RuleDecay(rule="biases", weight_decay=0.5)]
     cfg, model = toy_config(weight_decays=decays, weight_decay=0.0), ToyModel()
-    by_name = {row.name: row.weight_decay for row in routing_table(model, cfg)}
+    by_name = {row.name: row.weight_decay for row in assignment_table(model, cfg)}
     assert by_name["decoder.layers.0.mlp.router.weight"] == by_name["output_layer.weight"] == 0.0
     assert by_name["decoder.layers.0.self_attention.linear_proj.bias"] == 0.5
     optimizer = build_optimizer([model], cfg)
@@ -135,20 +135,20 @@ def test_decay_of_a_rule(single_process: None) -> None:
 def test_decays_of_unknown_or_repeated_rules_are_refused(names: list[str], error: str) -> None:
     decays = [RuleDecay(rule=name, weight_decay=0.2) for name in names]
     with pytest.raises(ConfigError, match=error):
-        routing_table(ToyModel(), toy_config(weight_decays=decays))
+        assignment_table(ToyModel(), toy_config(weight_decays=decays))
 
 
 def test_wrappers_prefixes_do_not_matter() -> None:
     wrapped = torch.nn.Module()
     wrapped.module = torch.nn.Module()
     wrapped.module.module = ToyModel()
-    assert routing_table([wrapped], toy_config()) == routing_table(wrapped.module.module, toy_config())
+    assert assignment_table([wrapped], toy_config()) == assignment_table(wrapped.module.module, toy_config())
 
 
 def test_frozen_parameters_are_listed_and_not_optimised(single_process: None) -> None:
     model = ToyModel()
     model.output_layer.weight.requires_grad_(False)
-    rows = {row.name: row for row in routing_table(model, toy_config())}
+    rows = {row.name: row for row in assignment_table(model, toy_config())}
     assert (rows["output_layer.weight"].optimizer, rows["output_layer.weight"].lr) == ("frozen", 0.0)
     assert [row for row in rows.values() if row.optimizer == "frozen"] == [rows["output_layer.weight"]]
     optimizer = build_optimizer([model], toy_config())
@@ -156,12 +156,12 @@ def test_frozen_parameters_are_listed_and_not_optimised(single_process: None) ->
     assert id(model.output_layer.weight) not in optimized and len(optimized) == len(rows) - 1
     multiplier = [LrMultiplier(pattern="output_layer.weight", factor=2.0)]
     with pytest.raises(ConfigError, match="no parameter matches 'output_layer"):
-        routing_table(model, toy_config(lr_multipliers=multiplier))
+        assignment_table(model, toy_config(lr_multipliers=multiplier))
 
 
 def test_adam_takes_everything_at_the_same_learning_rates() -> None:
     model = ToyModel()
-    normuon, adam = routing_table(model, toy_config()), routing_table(model, toy_config(optimizer="adam"))
+    normuon, adam = assignment_table(model, toy_config()), assignment_table(model, toy_config(optimizer="adam"))
     assert {row.optimizer for row in adam} == {"adamw"}
     assert [(row.lr, row.weight_decay) for row in adam] == [(row.lr, row.weight_decay) for row in normuon]
 
@@ -169,16 +169,16 @@ def test_adam_takes_everything_at_the_same_learning_rates() -> None:
 def test_a_vector_under_a_matrix_rule_is_refused() -> None:
     rules = (Rule("all", ("*",), "normuon", "lr", True),)
     with pytest.raises(ConfigError, match="weight has shape"):
-        routing_table(ToyModel().decoder, toy_config(), rules)
+        assignment_table(ToyModel().decoder, toy_config(), rules)
 
 
 def test_rendering_and_json(tmp_path: Path) -> None:
-    rows = routing_table(ToyModel(), toy_config())
+    rows = assignment_table(ToyModel(), toy_config())
     console = Console(file=io.StringIO(), width=100)
-    console.print(render_routing_table(rows))
+    console.print(render_assignment_table(rows))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "expert matrices" in text and "normuon" in text
-    write_routing_table(rows, tmp_path / "routing.json")
-    stored = json.loads((tmp_path / "routing.json").read_text())
+    write_assignment_table(rows, tmp_path / "assignment.json")
+    stored = json.loads((tmp_path / "assignment.json").read_text())
     assert [entry["name"] for entry in stored] == [row.name for row in rows]
     assert stored[0]["shape"] == [24, 16]
