@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Profile training steps on mock data: PROFILE_TOOL=torch|nsys scripts/profile.sh [--any-field value]; --help lists the variables.
+# `vpmoe profile`: PROFILE_TOOL=torch|nsys scripts/profile.sh [--any-field value]; --help lists the variables.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python="$root/.venv/bin/python"
 [[ -x "$python" ]] || python=$(command -v python3 || command -v python)
 cd "$root"
-exec "$python" -m megatron_vpmoe.profiling "$@"
+exec "$python" -m vpmoe.cli profile "$@"

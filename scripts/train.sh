@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Train a run: scripts/train.sh configs/nano/stage1.yaml [--any-field value] [--dry-run] [--debug]; --help lists every field.
+# `vpmoe train`: scripts/train.sh configs/nano/stage1.yaml [--any-field value] [--dry-run] [--debug]; --help lists every field.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python="$root/.venv/bin/python"
 [[ -x "$python" ]] || python=$(command -v python3 || command -v python)
-exec "$python" -m megatron_vpmoe.launch "$@"
+exec "$python" -m vpmoe.cli train "$@"

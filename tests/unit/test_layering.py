@@ -38,6 +38,7 @@ SIDECAR_FLOORS = {
     "errors": -1,
     "progress": 0,
     "commands": 0,
+    "trainer": 4,
     "steps": 1,
     "tokenizer": 1,
     "harmony": 1,

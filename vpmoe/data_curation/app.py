@@ -21,7 +21,9 @@ from vpmoe.data_curation.tasks import question_texts
 from vpmoe.data_curation.tasks import synth_mini as mini
 from vpmoe.errors import DataError
 
-app = typer.Typer(no_args_is_help=True, help="Datasets: verify, inspect, compare, and the generated one.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Datasets: verify, inspect, compare, and the generated one."
+)
 
 _Folder = Annotated[Path, typer.Argument(help="folder with a manifest.json")]
 

@@ -17,7 +17,9 @@ from vpmoe.describe.picture import stack_picture
 from vpmoe.describe.table import description, print_description
 from vpmoe.errors import DataError
 
-app = typer.Typer(no_args_is_help=True, help="Architectures: layer table, sizes, picture, what goes together.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Architectures: layer table, sizes, picture, what goes together."
+)
 
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Settings of a command that takes ``--field-name value`` after its own options."""

@@ -13,7 +13,7 @@ from vpmoe.hf.parity import compare as compare_models
 from vpmoe.weights.progress import TensorProgress
 from vpmoe.weights.tensors import DTYPES
 
-app = typer.Typer(no_args_is_help=True, help="HF directories: import, export, compare.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="HF directories: import, export, compare.")
 
 
 class Dtype(enum.StrEnum):

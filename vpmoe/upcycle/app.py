@@ -13,7 +13,7 @@ from vpmoe.upcycle import receipt as receipts
 from vpmoe.upcycle import runner
 from vpmoe.upcycle.registry import OBJECTS, Registry, load_registry
 
-app = typer.Typer(no_args_is_help=True, help="The ladder from Qwen3-0.6B to vpMoE.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="The ladder from Qwen3-0.6B to vpMoE.")
 
 ObjectArgument = Annotated[str, typer.Argument(metavar="OBJECT", help="an id of objects.toml")]
 ObjectsOption = Annotated[Path, typer.Option(help="the registry")]

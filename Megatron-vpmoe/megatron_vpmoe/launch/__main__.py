@@ -1,4 +1,4 @@
-"""Entry point of ``scripts/train.sh``."""
+"""Entry point of ``vpmoe train``, which is ``scripts/train.sh`` too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORKER_MODULE = "megatron_vpmoe.pretrain"
 
 
 def launch(arguments: list[str], *, debug: bool) -> int:
-    """Check and run; `arguments` are the words after scripts/train.sh.
+    """Check and run; `arguments` are the words after ``vpmoe train``.
 
     Raises:
         VpmoeError: any error that the user can mend.
@@ -27,7 +27,7 @@ def launch(arguments: list[str], *, debug: bool) -> int:
     words = [word for word in arguments if word not in ("--dry-run", "--debug")]
     if not words or words[0].startswith("--"):
         raise ConfigError(
-            "no configuration given", source="command line", remedy="scripts/train.sh configs/nano/stage1.yaml"
+            "no configuration given", source="command line", remedy="vpmoe train configs/nano/stage1.yaml"
         )
     config_path, overrides = Path(words[0]), words[1:]
     nodes = Nodes.from_environment()

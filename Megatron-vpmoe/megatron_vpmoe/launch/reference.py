@@ -1,4 +1,4 @@
-"""``scripts/train.sh --help``: usage and a reference of every field, read from the schema."""
+"""``vpmoe train --help``: usage and a reference of every field, read from the schema."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 from megatron_vpmoe.config.load import expected
 from megatron_vpmoe.config.schema import FieldSpec, fields, section_types
 
-_USAGE = """usage: scripts/train.sh CONFIG [--field-name value ...] [--dry-run] [--debug]
+_USAGE = """usage: vpmoe train CONFIG [--field-name value ...] [--dry-run] [--debug]
 
 Train the run that CONFIG (a YAML file, see configs/) describes. Any field below overrides the file:
 --micro-batch-size 4, --bf16 or --no-bf16, --window-size null. Paths are relative to the working directory.

@@ -1,4 +1,4 @@
-"""scripts/profile.sh: check the environment, start the workers, write the summary. `--help` lists the variables."""
+"""``vpmoe profile``: check the environment, start the workers, write the summary. `--help` lists the variables."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pathlib import Path
 from megatron_vpmoe.config import RunConfig, load_config
 from megatron_vpmoe.errors import ConfigError, DeviceError, VpmoeError
 
-_USAGE = """usage: scripts/profile.sh [--field-name value ...]
+_USAGE = """usage: vpmoe profile [--field-name value ...]
 
 Profile training steps on mock data, at a fixed geometry: one row of PROFILE_SEQ_LEN tokens a process and step, no
-tensor or pipeline parallelism. Any field of the configuration can be overridden after that, as in scripts/train.sh.
+tensor or pipeline parallelism. Any field of the configuration can be overridden after that, as in vpmoe train.
 
   PROFILE_TOOL              torch (default) or nsys (NVIDIA Nsight Systems; needs a GPU)
   PROFILE_TRANSFORMER_IMPL  local (default); transformer_engine is refused: no layer is built of it
@@ -179,9 +179,9 @@ def work(wanted: Settings, cfg: RunConfig, directory: Path) -> None:
     distributed.shutdown()
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Launcher, or worker where the launcher has set PROFILE_DIRECTORY."""
-    arguments = sys.argv[1:]
+    arguments = sys.argv[1:] if arguments is None else arguments
     if any(argument in ("-h", "--help") for argument in arguments):
         print(_USAGE, end="")
         return 0

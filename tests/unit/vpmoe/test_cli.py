@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vpmoe.config import load_config, parameter_count
-from vpmoe.cli import main
+from vpmoe.cli import VERBS, main
 
 HEAVY = ("torch", "numpy", "pyarrow", "megatron.core", "matplotlib", "tiktoken", "pydantic")
 
@@ -18,7 +18,7 @@ FAULTS = {
     "missing run": (["eval", "nano", "runs/nowhere", "--questions", "q.jsonl"], "runs/nowhere"),
     "missing run to sample": (["sample", "runs/nowhere", "Why?"], "runs/nowhere"),
     "missing dataset": (["data", "verify", "nowhere"], "nowhere"),
-    "missing config": (["param-count", "nowhere.yaml"], "nowhere.yaml"),
+    "missing config": (["model", "param-count", "nowhere.yaml"], "nowhere.yaml"),
     "missing config to describe": (["model", "describe", "nowhere.yaml"], "nowhere.yaml"),
     "unknown step": (["quickstart", "--force", "everything"], "everything"),
     "missing settings": (["quickstart", "--settings", "nowhere.toml"], "nowhere.toml"),
@@ -33,11 +33,33 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", [[], ["quickstart"], ["data"], ["eval"], ["eval", "nano"], ["sample"], ["tokenizer"], ["model"]]
+    "verb", [[], *([name] for name in VERBS if name not in ("train", "profile")), ["eval", "nano"], ["data", "verify"]]
 )
 def test_every_verb_has_help(verb: list[str], capsys) -> None:
     assert main([*verb, "--help"]) == 0
     assert "Usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("verb", "told"), [("train", "--num-layers"), ("profile", "PROFILE_TOOL")])
+def test_the_trainers_own_help(verb: str, told: str, capsys) -> None:
+    assert main([verb, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: vpmoe {verb} ") and told in shown
+
+
+def test_the_trainer_gets_its_words_as_they_are(capsys) -> None:
+    """Flags that click does not know, and --debug, which the front end takes off the line."""
+    words = ["train", "configs/nano/stage1.yaml", "--num-layer", "4", "--hidden-size=wide"]
+    assert main(words) == 2
+    shown = capsys.readouterr().err
+    assert "unknown flag --num-layer; nearest: --num-layers" in shown and "wide" in shown and "Traceback" not in shown
+    assert main([*words, "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_nearest_verb_is_named(capsys) -> None:
+    assert main(["trian"]) == 2
+    assert "'train'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -83,10 +105,9 @@ def test_wrong_usage_is_exit_code_2(words: list[str], capsys) -> None:
     assert "Usage" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", [["param-count"], ["model", "param-count"]])
-def test_param_count_prints_the_geometry(verb: list[str], repository: Path, capsys) -> None:
+def test_param_count_prints_the_geometry(repository: Path, capsys) -> None:
     config = repository / "configs" / "nano" / "stage1.yaml"
-    assert main([*verb, str(config), "--num-layers", "4"]) == 0
+    assert main(["model", "param-count", str(config), "--num-layers", "4"]) == 0
     count = parameter_count(load_config(config, ["--num-layers", "4"]))
     printed = {line[:30].strip(): line[30:46].strip() for line in capsys.readouterr().out.splitlines()[1:]}
     expected = {**count.parts, "total": count.total, "active": count.active}

@@ -1,0 +1,38 @@
+"""``vpmoe ladder``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vpmoe.ladder.climb import Request, climb, listing
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def ladder(
+    config: Annotated[Path, typer.Option(help="the ladder: objects, target, evaluation")] = Path(
+        "configs/upcycle/ladder.toml"
+    ),
+    out: Annotated[Path | None, typer.Option(help="folder of the report (default: the ladder's)")] = None,
+    first: Annotated[int, typer.Option("--from", min=0, help="rung to begin with; those below have to be there")] = 0,
+    last: Annotated[int | None, typer.Option("--to", min=0, help="rung to end with (default: the last)")] = None,
+    force: Annotated[bool, typer.Option("--force", help="make again what is out of date or damaged")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list what is done and what is due; make nothing")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bars")] = False,
+) -> None:
+    """Climb the whole ladder: make every object, evaluate every rung, write one report (JSON, table, plot).
+
+    What is done and still valid is skipped; after an interruption the same command goes on where it stopped.
+    """
+    request = Request(config, reports=out, first=first, last=last, force=force, quiet=quiet)
+    if dry_run:
+        typer.echo("\n".join(listing(request)))
+        return
+    climb(request, lambda line: typer.echo(line, err=True))
+    folder = request.folder()
+    typer.echo((folder / "ladder.md").read_text())
+    typer.echo(f"{folder / 'ladder.json'}, ladder.md and ladder.png written")

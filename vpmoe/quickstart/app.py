@@ -1,0 +1,43 @@
+"""``vpmoe quickstart``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vpmoe.quickstart.run import Request, run_quickstart
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def quickstart(
+    seed: Annotated[int | None, typer.Option(help="of model and data order (default: the config's)")] = None,
+    run_name: Annotated[str | None, typer.Option(help="the run goes to runs/NAME (default: the settings')")] = None,
+    train_iters: Annotated[int | None, typer.Option(min=1, help="train another number of steps")] = None,
+    force: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STEP", help="do this step again even if it is done: tokenizer, data, train or evaluate"),
+    ] = None,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="put data/, runs/ and reports/ here (default: the checkout)")
+    ] = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="another settings file (default: configs/nano/quickstart.toml)")
+    ] = None,
+) -> None:
+    """Make the embedded dataset, train a nano vpMoE on it, evaluate it, write reports/quickstart.
+
+    Steps that are done and still valid are skipped; after an interruption the same command goes on where it stopped.
+    """
+    request = Request(
+        seed=seed,
+        run_name=run_name,
+        train_iters=train_iters,
+        force=tuple(force or ()),
+        work_dir=work_dir,
+        settings=settings,
+    )
+    raise typer.Exit(run_quickstart(request))
