@@ -52,6 +52,6 @@ format: setup  ## rewrite in the house format
 bench: setup  ## every benchmark in scripts/bench
 	@for bench in $$(grep -l __main__ scripts/bench/*.py); do echo "==> $$bench"; $(BIN)/python $$bench || exit 1; done
 
-clean:  ## remove what runs and builds have left (not data/, not reports/)
-	rm -rf runs artifacts .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove caches; runs, data, models, reports and profiles are yours
+	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
