@@ -73,7 +73,11 @@ class ChatDataset:
     def manifest_entries(self) -> dict[str, Any]:
         """The split's rule, and that documents come in pairs."""
         rule = _SPLIT_RULE.format("prompt" if self.pairs else "conversation")
-        return {"split_rule": {"rule": rule, "valid_fraction": self.base.valid_fraction}, "pairs": self.pairs}
+        return {
+            "split_rule": {"rule": rule, "valid_fraction": self.base.valid_fraction},
+            "pairs": self.pairs,
+            "prompts": {"system": self.system_text, "developer": None},
+        }
 
     def encoder(self, tokenizer: Tokenizer) -> ChatEncoder:
         """A fresh encoder."""

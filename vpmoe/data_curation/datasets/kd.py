@@ -74,6 +74,7 @@ def build(
         # A folder of this run's own: a worker of a killed run may live a moment longer and still write into its own.
         plan = WorkPlan(options, input_dir, output_dir, folder.scratch / uuid.uuid4().hex, tuple(source["shards"]))
         manifest = _finish(folder, plan, state, _receipts(plan, folder, workers, quiet))
+        manifest["prompts"] = {role: source["prompts"][role] for role in ("system", "developer")}
         folder.finish(manifest)
     return manifest
 

@@ -88,6 +88,7 @@ class HealingText:
         """There is no renderer, and the split goes by document."""
         return {
             "renderer": None,
+            "prompts": None,
             "split_rule": {"rule": _SPLIT_RULE, "valid_fraction": self.base.valid_fraction},
         }
 

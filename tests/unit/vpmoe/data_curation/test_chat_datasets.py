@@ -186,6 +186,7 @@ def test_sft_files_and_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[st
     triple = read_triple(tmp_path / "out" / "train", "shard_00")
     first = Parser(FULL).messages(triple.tokens[: triple.bounds[1] - 1])
     assert first[0].role == "system" and first[0].content == manifest["config"]["system_text"]
+    assert manifest["prompts"] == {"system": first[0].content, "developer": None}
     assert verify(tmp_path / "out") == []
 
 
@@ -200,6 +201,7 @@ def test_preference_files_hold_chosen_and_rejected_side_by_side(tmp_path: Path) 
     folder = preference_dataset(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["kind"], manifest["pairs"]) == ("harmony_preference", True)
+    assert manifest["prompts"] == {"system": None, "developer": None}, "rows bring their own"
     assert sum(split["rows"] for split in manifest["splits"].values()) == 240
     seen = {}
     for split, entry in manifest["splits"].items():

@@ -81,6 +81,9 @@ def test_the_manifest_is_the_contract(conversations_dir: Path, dataset_dir: Path
     total = sum(split["rows"] for split in manifest["splits"].values())
     assert total == manifest["truncation"]["whole"] == 400
     assert sum(sum(manifest["length_histogram"][split]["counts"]) for split in manifest["splits"]) == total
+    # A run takes them along, so that sampling needs neither the dataset nor its conversations.
+    prompts = json.loads((conversations_dir / "manifest.json").read_text())["prompts"]
+    assert manifest["prompts"] == {"system": prompts["system"], "developer": None} and prompts["system"]
     text = (dataset_dir / "manifest.json").read_text()
     assert str(dataset_dir) not in text and str(conversations_dir) not in text
 

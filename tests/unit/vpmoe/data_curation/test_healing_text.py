@@ -86,6 +86,7 @@ def test_every_text_comes_back_from_its_split(source: Path, dataset_dir: Path, t
         base = BuildOptions(seq_len=SEQ_LEN, valid_fraction=0.2, compact_map=dataset_dir / "compact_vocab.npy")
     manifest = build(source, tmp_path, HealingText(base, id_field="id"), Pass(shard_tokens=1500))
     assert (manifest["kind"], manifest["schema_version"], manifest["seq_length"]) == ("healing_text", 1, SEQ_LEN)
+    assert manifest["prompts"] is None
     assert len(manifest["splits"]["train"]["shards"]) > 2
     for split in ("train", "valid"):
         found = stored_documents(tmp_path, split)
