@@ -43,10 +43,11 @@ def train(run_dir: Path, dataset: Path, **changes: object) -> subprocess.Complet
 def train_in_workers(count: int, run_dir: Path, dataset: Path, **changes: object) -> None:
     """Run to the end in ``count`` processes."""
     arguments = command(run_dir, dataset, nproc_per_node=count, **changes)[3:]
-    assert run_workers(count, _worker, arguments, folder=run_dir.parent) == [0] * count
+    assert run_workers(count, worker, arguments, folder=run_dir.parent) == [0] * count
 
 
-def _worker(arguments: list[str]) -> int:
+def worker(arguments: list[str]) -> int:
+    """One process of a run; its exit code."""
     from megatron_vpmoe import pretrain
 
     return pretrain.main(arguments)

@@ -6,6 +6,7 @@ forked child does not hold it on. The file stays; what it says of an owner who d
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -59,6 +60,20 @@ def owned(lock: Path, what: str) -> Iterator[dict[str, Any] | None]:
         finally:
             _HELD.discard(path)
             _write(stream.fileno(), b"")
+
+
+def check_free(lock: Path, what: str) -> None:
+    """Look whether ``owned`` would be refused at this moment; takes and writes nothing.
+
+    Raises:
+        BusyError: another process holds it.
+    """
+    with contextlib.suppress(FileNotFoundError), lock.open("r+b") as stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise _busy(what, lock, _owner(lock)) from None
 
 
 def _write(descriptor: int, content: bytes) -> None:

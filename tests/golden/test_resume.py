@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_vpmoe.training.run_directory import ownership
 from tests import training_runs
 from tests.fixtures_dataset import small_dataset
+from tests.workers import run_workers
 
 pytestmark = pytest.mark.slow
 LAST = 20
@@ -77,6 +80,62 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, dataset: 
     assert done.returncode == 0, done.stdout + done.stderr
     assert victim.name in done.stdout and "sha256" in done.stdout
     assert_same_run(tmp_path, straight)
+
+
+def spoil(path: Path) -> None:
+    content = (path / "common.pt").read_bytes()
+    (path / "common.pt").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_sound_checkpoints_outlive_damaged_ones_and_damaged_ones_are_no_start(tmp_path: Path, dataset: Path) -> None:
+    """Of 3, 6, 9 and 12 the last two are damaged: the run goes on from 6, saves 8, and both are there."""
+    checkpoints = tmp_path / "checkpoints"
+    assert training_runs.train(tmp_path, dataset, train_iters=12, save_interval=3, keep_last=4).returncode == 0
+    for number in (9, 12):
+        spoil(checkpoints / f"iter_{number:07d}")
+    done = training_runs.train(tmp_path, dataset, train_iters=8, resume=True, keep_last=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 8: saved" in done.stdout
+    sound, aside = ("iter_0000006", "iter_0000008"), ("iter_0000009.damaged", "iter_0000012.damaged")
+    assert sorted(path.name for path in checkpoints.glob("iter_*")) == sorted(sound + aside)
+
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    for name in sound:
+        spoil(checkpoints / name)
+    refused = training_runs.train(tmp_path, dataset, train_iters=8, resume=True)
+    assert refused.returncode == 2
+    assert all(name in refused.stderr for name in sound + aside) and "Traceback" not in refused.stderr
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+    assert sorted(path.name for path in checkpoints.glob("iter_*")) == sorted(sound + aside)
+
+
+def test_two_trainings_in_one_directory(tmp_path: Path, dataset: Path) -> None:
+    """The second is refused and names the first, which is not disturbed; what a killed one left is no hindrance."""
+    assert training_runs.train_until(6, signal.SIGKILL, tmp_path, dataset) == -signal.SIGKILL
+    with subprocess.Popen(
+        training_runs.command(tmp_path, dataset, resume=True),
+        env=training_runs.ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as first:
+        while not any(record["step"] >= 7 for record in training_runs.records(tmp_path)):
+            assert first.poll() is None
+            time.sleep(0.02)
+        first.send_signal(signal.SIGSTOP)
+        second = training_runs.train(tmp_path, dataset, resume=True, seed=8)
+        first.send_signal(signal.SIGCONT)
+        said, _ = first.communicate(timeout=120)
+    assert second.returncode == 2
+    assert f"process {first.pid} on" in second.stderr and "Traceback" not in second.stderr
+    assert first.returncode == 0 and "ended abruptly" in said
+    assert list(training_runs.losses(tmp_path)) == list(range(1, LAST + 1))
+
+
+def test_a_refusal_ends_every_rank(tmp_path: Path, dataset: Path) -> None:
+    arguments = training_runs.command(tmp_path / "run", dataset, nproc_per_node=2)[3:]
+    with ownership(tmp_path / "run"):
+        assert run_workers(2, training_runs.worker, arguments, folder=tmp_path) == [2, 2]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_an_existing_run_is_not_overwritten(dataset: Path, straight: Path) -> None:

@@ -80,9 +80,7 @@ def write_checkpoint(
     from megatron_vpmoe.training import checkpoint
 
     final = directory / ITERATION
-    partial = directory / f"{ITERATION}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = checkpoint.begin(final)
     stored = _under_keys(weights, run_state)
     planner = _StreamingPlanner(stored, progress)
     shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in stored.items()}

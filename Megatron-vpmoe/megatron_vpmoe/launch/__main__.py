@@ -40,7 +40,8 @@ def launch(arguments: list[str], *, debug: bool) -> int:
         return 0
     preflight.check_machine(cfg, config_path)
     preflight.check_dataset(cfg)
-    preflight.check_run_directory(cfg)
+    if nodes.rank == 0:  # whose worker owns the directory, perhaps by the time that another node looks
+        preflight.check_run_directory(cfg)
     share_cores(cfg.parallel.nproc_per_node)
     worker_arguments = [str(config_path), *overrides, *(["--debug"] if debug else [])]
     return run_workers(cfg, nodes, WORKER_MODULE, worker_arguments, debug=debug)

@@ -11,6 +11,7 @@ from megatron_vpmoe.config.memory import FitReport
 from megatron_vpmoe.config.yaml_source import extended_paths
 from megatron_vpmoe.data.blend import open_parts
 from megatron_vpmoe.errors import ConfigError, DeviceError
+from megatron_vpmoe.ownership import check_free
 
 
 def check_machine(cfg: RunConfig, config_path: Path) -> None:
@@ -70,11 +71,13 @@ def check_dataset(cfg: RunConfig) -> None:
 
 
 def check_run_directory(cfg: RunConfig) -> None:
-    """Look at the checkpoints that the run would continue, or must not overwrite.
+    """Look at the checkpoints that the run would continue, or must not overwrite, and whether another run is at work.
 
     Raises:
+        BusyError: another process trains in the run directory.
         CheckpointError: they are of another model, vocabulary or dataset, or ``resume`` is off and there is one.
     """
-    from megatron_vpmoe.training.run import restorable
+    from megatron_vpmoe.training.run_directory import LOCK, restorable
 
+    check_free(cfg.run_directory / LOCK, f"the run directory {cfg.run_directory}")
     restorable(cfg, check_hashes=False)

@@ -5,13 +5,12 @@ A value that JSON has no number for is a string that Python's ``float`` reads: "
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.files import json_line, read_json_lines, write_atomically
 from megatron_vpmoe.metrics.records import Record
 
 
@@ -31,7 +30,7 @@ class JsonlSink:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             kept = [record for record in read_records(path) if record.step <= resume_step]
-            _replace(path, _lines(kept))
+            write_atomically(path, _lines(kept).encode())
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, records: Sequence[Record]) -> None:
@@ -50,15 +49,13 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         DataError: a finished line is not a record.
     """
-    *finished, _unfinished = path.read_text(encoding="utf-8", errors="replace").split("\n")
     records = []
-    for number, line in enumerate(finished, start=1):
+    for number, value in read_json_lines(path):
         try:
-            parsed = json.loads(line)
-            records.append(Record(int(parsed["step"]), str(parsed["tag"]), float(parsed["value"])))
+            records.append(Record(int(value["step"]), str(value["tag"]), float(value["value"])))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"line {number} is not a record: {line[:80]!r}",
+                f"line {number} is not a record: {str(value)[:80]}",
                 source=f"{path}:{number}",
                 remedy='remove the line, or the file; a record is {"step": 1, "tag": "name", "value": 0.5}',
             ) from error
@@ -67,15 +64,6 @@ def read_records(path: Path) -> list[Record]:
 
 def _lines(records: Iterable[Record]) -> str:
     return "".join(
-        json.dumps({"step": step, "tag": tag, "value": value if math.isfinite(value) else str(value)}) + "\n"
+        json_line({"step": step, "tag": tag, "value": value if math.isfinite(value) else str(value)})
         for step, tag, value in records
     )
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)

@@ -15,6 +15,7 @@ import torch
 from rich.table import Table
 
 from megatron_vpmoe.errors import ConfigError
+from megatron_vpmoe.files import write_atomically
 from megatron_vpmoe.optim.matrix_stacks import matrix_layout
 from megatron_vpmoe.runtime import stages
 
@@ -253,4 +254,4 @@ def render_assignment_table(rows: Iterable[AssignmentRow], caption: str | None =
 def write_assignment_table(rows: Iterable[AssignmentRow], path: Path) -> None:
     """Store the rows as a JSON list of objects, one parameter a line."""
     lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
-    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    write_atomically(path, f"[\n{lines}\n]\n".encode())

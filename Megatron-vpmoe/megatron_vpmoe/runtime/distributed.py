@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from megatron_vpmoe.errors import VpmoeError
 from megatron_vpmoe.runtime.device import distributed_backend, has_gpu, prepare
+
+T = TypeVar("T")
 
 
 def initialize(
@@ -87,6 +91,31 @@ def rank() -> int:
 def world_size() -> int:
     """Processes in the job; 1 before any group exists."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def from_rank_0(make: Callable[[], T]) -> T:
+    """What ``make`` returns on rank 0 (small, and only it is called there), on every rank; a collective.
+
+    Raises:
+        VpmoeError: ``make`` raised it, or met a file that cannot be read or written; on every rank the same.
+    """
+    result: T | None = None
+    failure: VpmoeError | None = None
+    if rank() == 0:
+        try:
+            result = make()
+        except VpmoeError as error:
+            failure = error
+        except OSError as error:
+            remedy = "mend the path or make room, then give the same command again"
+            failure = VpmoeError(str(error.strerror or error), source=str(error.filename), remedy=remedy)
+            failure.__cause__ = error
+    box = [result, failure]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    if isinstance(box[1], VpmoeError):
+        raise box[1]
+    return cast(T, box[0])
 
 
 def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:

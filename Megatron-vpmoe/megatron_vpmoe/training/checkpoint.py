@@ -1,17 +1,7 @@
-"""Checkpoints in Megatron's distributed format: written whole or not at all, checked before they are trusted.
-
-A run keeps them under ``<run_dir>/checkpoints``: ``iter_0000100/`` holds torch_dist's files, ``run_state.json`` (what
-the checkpoint is: iteration, cursor, configuration, provenance) and ``files.json`` (size and sha256 of every file,
-written last). A directory without a matching ``files.json`` is not a checkpoint. Upstream's tracker file,
-``latest_checkpointed_iteration.txt``, moves last and is a hint only: resuming looks at the directories themselves.
-"""
+"""Checkpoints in Megatron's distributed format: a run's state written to a folder and read from it, by all ranks."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,29 +13,26 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from megatron_vpmoe.errors import CheckpointError
-from megatron_vpmoe.files import first_damage, list_files
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.runtime.device import has_gpu
+from megatron_vpmoe.training.checkpoint_files import ASSETS, Found, begin, find_newest, open_checkpoint, seal
 
-ASSETS = "assets"
-TRACKER = "latest_checkpointed_iteration.txt"
-_NAME = re.compile(r"iter_(\d{7})")
+__all__ = [
+    "ASSETS",
+    "Carried",
+    "Found",
+    "begin",
+    "find_newest",
+    "load",
+    "open_checkpoint",
+    "save",
+    "seal",
+    "stored_tensors",
+]
+
 # Optimizer state that loads at any data- and expert-parallel size.
 # Upstream adds process groups to the mapping that it is handed: hand it a copy.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-
-
-@dataclass(frozen=True)
-class Found:
-    """A complete checkpoint: its directory and what run_state.json says of it."""
-
-    path: Path
-    state: dict[str, Any]
-
-    @property
-    def iteration(self) -> int:
-        return int(self.state["iteration"])
 
 
 @dataclass(frozen=True)
@@ -68,52 +55,6 @@ class Carried:
         files = sorted((found.path / ASSETS).glob("*"))
         state = {key: found.state[key] for key in ("vocab_size", "hf_config") if key in found.state}
         return cls(state, {file.name: file.read_bytes() for file in files})
-
-
-def damage(path: Path, *, check_hashes: bool = True) -> str | None:
-    """Why ``path`` is not a complete checkpoint; None if it is."""
-    listing = path / "files.json"
-    if not listing.is_file():
-        return "files.json is missing: the save did not finish"
-    try:
-        files: dict[str, dict[str, Any]] = json.loads(listing.read_text())
-    except ValueError as error:
-        return f"files.json is not JSON: {error}"
-    return first_damage(path, files, check_hashes=check_hashes)
-
-
-def find_newest(directory: Path, *, check_hashes: bool = True) -> tuple[Found | None, list[str]]:
-    """The newest complete checkpoint under ``directory``, and a line for every newer one that was passed over."""
-    passed_over: list[str] = []
-    candidates = [p for p in directory.glob("iter_*") if _NAME.fullmatch(p.name)] if directory.is_dir() else []
-    for path in sorted(candidates, reverse=True):
-        reason = damage(path, check_hashes=check_hashes)
-        if reason is None:
-            return Found(path, json.loads((path / "run_state.json").read_text())), passed_over
-        passed_over.append(f"{path}: {reason}")
-    return None, passed_over
-
-
-def open_checkpoint(path: Path) -> Found:
-    """A checkpoint directory, or the newest one under a run or checkpoints directory.
-
-    Raises:
-        CheckpointError: there is none, or the one named is damaged.
-    """
-    if _NAME.fullmatch(path.name):
-        reason = damage(path) if path.is_dir() else "no such directory"
-        if reason is not None:
-            raise CheckpointError(f"unusable checkpoint: {reason}", source=str(path), remedy="choose another one")
-        return Found(path, json.loads((path / "run_state.json").read_text()))
-    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found, passed_over = find_newest(directory)
-    if found is None:
-        raise CheckpointError(
-            "no complete checkpoint" + "".join(f"\n  passed over {line}" for line in passed_over),
-            source=str(directory),
-            remedy="train first, or name a directory that holds iter_* checkpoints",
-        )
-    return found
 
 
 def save(
@@ -139,11 +80,7 @@ def save(
         carried: from the checkpoint that the run started from.
     """
     final = directory / f"iter_{run_state['iteration']:07d}"
-    partial = directory / f"{final.name}.partial"
-    if distributed.rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
+    partial = Path(distributed.from_rank_0(lambda: str(begin(final))))
     model_state = model.sharded_state_dict(metadata=dict(METADATA))
     state = {
         "model": model_state,
@@ -153,37 +90,15 @@ def save(
     }
     dist_checkpointing.save(state, str(partial), content_metadata=METADATA)
     dist.barrier()
-    if distributed.rank() == 0:
+
+    def finish() -> None:
         for name, content in carried.assets.items() if carried else ():
             (partial / ASSETS).mkdir(exist_ok=True)
             (partial / ASSETS / name).write_bytes(content)
         seal(partial, final, {**run_state, **(carried.state if carried else {})})
-    dist.barrier()
+
+    distributed.from_rank_0(finish)
     return final
-
-
-def seal(partial: Path, final: Path, run_state: dict[str, Any]) -> None:
-    """Make a directory of torch_dist files a checkpoint: state, list of files with hashes, fsync, rename, tracker.
-
-    Args:
-        partial: a finished directory beside ``final``; gone afterwards.
-        final: ``iter_NNNNNNN``; replaced where it exists.
-        run_state: JSON-able; holds ``iteration``.
-    """
-    _write_synced(partial / "run_state.json", json.dumps(run_state, indent=1))
-    for file in partial.rglob("*"):
-        if file.is_file():
-            _fsync(file)
-    files = list_files(partial)
-    _write_synced(partial / "files.json", json.dumps(files, indent=1))
-    _fsync(partial)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    tracker = final.parent / f"{TRACKER}.partial"
-    _write_synced(tracker, f"{run_state['iteration']}\n")
-    os.replace(tracker, final.parent / TRACKER)
-    _fsync(final.parent)
 
 
 def load(found: Found, model: Any, optimizer: Any = None, scheduler: Any = None) -> None:
@@ -227,21 +142,6 @@ def stored_tensors(model: Any) -> dict[str, dict[str, tuple[int, ...]]]:
     return found
 
 
-def prune(directory: Path, *, keep_last: int, keep_every: int | None) -> list[Path]:
-    """Remove complete checkpoints beyond the newest ``keep_last`` and the multiples of ``keep_every``; rank 0 only."""
-    complete = sorted(
-        (p for p in directory.glob("iter_*") if _NAME.fullmatch(p.name) and (p / "files.json").is_file()), reverse=True
-    )
-    removed = []
-    for path in complete[keep_last:]:
-        iteration = int(path.name.removeprefix("iter_"))
-        if keep_every is None or iteration % keep_every:
-            (path / "files.json").unlink()  # From here on it is incomplete, whatever becomes of the removal.
-            shutil.rmtree(path)
-            removed.append(path)
-    return removed
-
-
 def _rng_state() -> dict[str, Any]:
     return {
         "cpu": torch.get_rng_state(),
@@ -263,18 +163,3 @@ def _rng_tracker() -> Any:
 
 def _rng_object(state: dict[str, Any]) -> ShardedObject:
     return ShardedObject("rng", state, (distributed.world_size(),), (distributed.rank(),), replica_id=0)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())

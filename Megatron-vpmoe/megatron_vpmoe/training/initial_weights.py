@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from megatron_vpmoe.config import geometry_diff
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.training import checkpoint
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def load_initial_weights(model: VPModel, cfg: RunConfig) -> checkpoint.Found:
         CheckpointError: there is no usable checkpoint, or it is of a model that computes something else: another
             field, tensor or shape. Everything that differs is named.
     """
-    found = checkpoint.open_checkpoint(Path(str(cfg.checkpoint.load_weights)))
+    found = distributed.from_rank_0(lambda: checkpoint.open_checkpoint(Path(str(cfg.checkpoint.load_weights))))
     differing = [str(change) for change in geometry_diff(_stored_config(found, cfg), cfg)]
     differing = differing or _tensor_differences(model, found)
     if differing:

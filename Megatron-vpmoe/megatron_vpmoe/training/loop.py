@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
 from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.errors import NonFiniteError
-from megatron_vpmoe.metrics import MetricStream, open_sinks
+from megatron_vpmoe.files import json_bytes, write_atomically
+from megatron_vpmoe.metrics import MetricStream, Sink, open_sinks
 from megatron_vpmoe.model.moe.router_health import check_thresholds
 from megatron_vpmoe.runtime import distributed, stages
 from megatron_vpmoe.runtime.signals import StopRequest
@@ -17,6 +17,7 @@ from megatron_vpmoe.training.evaluate import evaluate
 from megatron_vpmoe.training.progress import Progress
 from megatron_vpmoe.training.router import RouterMonitor
 from megatron_vpmoe.training.run import Run, open_run
+from megatron_vpmoe.training.run_directory import ownership
 from megatron_vpmoe.training.samples import SampleWriter
 from megatron_vpmoe.training.step import StepResult, train_step
 from megatron_vpmoe.training.throughput import Throughput
@@ -26,17 +27,27 @@ if TYPE_CHECKING:
 
 
 def train(cfg: RunConfig) -> Run:
-    """Train as ``cfg`` says; process groups must exist. Returns the finished (or politely stopped) run."""
+    """Train as ``cfg`` says; process groups must exist. Returns the finished (or politely stopped) run.
+
+    Raises:
+        BusyError: another process trains in the run directory.
+    """
     stop = StopRequest().install()
-    run = open_run(cfg)
     is_main = distributed.rank() == 0
-    metrics = MetricStream(open_sinks(cfg, run.directory, resume_step=run.iteration) if is_main else [])
-    with closing(run.source), closing(metrics):
-        _train(run, stop, metrics, Progress(cfg, start=run.iteration, enabled=is_main), is_main=is_main)
+    with ExitStack() as held:
+        former = distributed.from_rank_0(lambda: held.enter_context(ownership(cfg.run_directory)))
+        run = open_run(cfg)
+        held.callback(run.source.close)
+        if former is not None:
+            run.notes += (f"the run before, process {former.get('pid')} on {former.get('host')}, ended abruptly",)
+        sinks: list[Sink] = []
+        distributed.from_rank_0(lambda: sinks.extend(open_sinks(cfg, run.directory, resume_step=run.iteration)))
+        metrics = held.enter_context(closing(MetricStream(sinks)))
+        _train(run, stop, metrics, Progress(cfg, start=run.iteration, enabled=is_main))
     return run
 
 
-def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progress, *, is_main: bool) -> None:
+def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progress) -> None:
     cfg, last = run.cfg, run.cfg.training.train_iters
     routers = RouterMonitor(run.model, cfg)
     samples = SampleWriter(run.valid_dataset, cfg, run.directory / "samples.jsonl", resume_step=run.iteration)
@@ -75,9 +86,9 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
         if _due(step, cfg.evaluation.eval_interval, last):
             _validate(run, metrics, progress)
         if _due(step, cfg.evaluation.sample_interval, last):
-            samples.write(run.model, step, is_writer=is_main)
+            samples.write(run.model, step)
         if _due(step, cfg.checkpoint.save_interval, last) or step == last or stopping:
-            progress.saved(step, run.save())
+            progress.saved(step, run.save(progress.note))
         throughput.restart()
 
     progress.finished(run.iteration, stopped=stopping and run.iteration < last)
@@ -114,7 +125,7 @@ def _skip_or_stop(run: Run, result: StepResult, batches: list[Batch]) -> None:
         ],
     }
     path = run.directory / f"nonfinite_{run.iteration + 1:07d}_rank{distributed.rank()}.json"
-    path.write_text(json.dumps(report, indent=1))
+    write_atomically(path, json_bytes(report))
     if training.nonfinite_policy == "skip" and run.skipped_steps <= training.nonfinite_max_skips:
         return
     what = "loss" if not math.isfinite(result.metrics["loss/total"]) else "gradient"

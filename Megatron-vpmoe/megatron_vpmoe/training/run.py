@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from megatron_vpmoe.data.manifest import Manifest
 from megatron_vpmoe.data.source import BatchSource, ValidSource
 from megatron_vpmoe.data.vocabulary_files import differing, name_a_vocabulary, vocabulary_files
 from megatron_vpmoe.errors import CheckpointError
+from megatron_vpmoe.files import write_atomically
 from megatron_vpmoe.model.attention.self_attention import VPSelfAttention
 from megatron_vpmoe.model.builder import build_model, wrap_for_training
 from megatron_vpmoe.model.gpt import VPModel
@@ -34,8 +36,10 @@ from megatron_vpmoe.optim import (
 from megatron_vpmoe.runtime import distributed, stages
 from megatron_vpmoe.runtime.device import current_device
 from megatron_vpmoe.training import checkpoint
+from megatron_vpmoe.training.checkpoint_files import Retention
 from megatron_vpmoe.training.initial_weights import load_initial_weights
-from megatron_vpmoe.training.provenance import check_provenance, collect_provenance
+from megatron_vpmoe.training.provenance import collect_provenance
+from megatron_vpmoe.training.run_directory import continued
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -75,13 +79,23 @@ class Run:
     restored_from: Path | None = None
     notes: tuple[str, ...] = ()
     carried: checkpoint.Carried | None = None
+    retention: Retention = field(init=False)
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.directory / "checkpoints"
+    def __post_init__(self) -> None:
+        keep = self.cfg.checkpoint
+        self.retention = Retention(
+            self.directory / "checkpoints",
+            keep_last=keep.keep_last,
+            keep_every=keep.keep_every,
+            restored_from=self.restored_from,
+        )
 
-    def save(self) -> Path:
-        """Write a checkpoint of this position and drop those no longer kept; a collective."""
+    def save(self, say: Callable[[str], None] = print) -> Path:
+        """Write a checkpoint of this position and drop those no longer kept; a collective.
+
+        Args:
+            say: told a line about each older checkpoint that is damaged or cannot be dropped.
+        """
         state = {
             "iteration": self.iteration,
             "consumed_samples": self.consumed_samples,
@@ -92,24 +106,25 @@ class Run:
             "provenance": self.provenance,
         }
         path = checkpoint.save(
-            self.checkpoints, state, self.model, self.optimizer, self.scheduler, carried=self.carried
+            self.directory / "checkpoints", state, self.model, self.optimizer, self.scheduler, carried=self.carried
         )
-        if distributed.rank() == 0:
-            keep = self.cfg.checkpoint
-            checkpoint.prune(self.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every)
+        for note in distributed.from_rank_0(lambda: self.retention.prune(path)):
+            say(note)
         return path
 
 
 def open_run(cfg: RunConfig) -> Run:
     """Build every part of a run, and continue from its newest complete checkpoint if the configuration says so.
 
+    A collective; rank 0 must own the run directory (``run_directory.ownership``).
+
     Raises:
-        CheckpointError: the run directory holds checkpoints and ``resume`` is off; or they are of another model,
-            vocabulary or dataset.
+        CheckpointError: the run directory holds checkpoints and ``resume`` is off, or only damaged ones; or they are
+            of another model, vocabulary or dataset.
         DataError, TokenizerError: the dataset is unusable or does not fit the model.
     """
     directory = cfg.run_directory
-    found, notes = restorable(cfg)
+    found, notes = distributed.from_rank_0(lambda: continued(cfg))
     data_parallel = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     train, valid = (open_parts(cfg, split) for split in ("train", "valid"))
     model = build_model(cfg)
@@ -137,12 +152,15 @@ def open_run(cfg: RunConfig) -> Run:
         provenance=collect_provenance(cfg, [part.dataset.manifest for part in train]),
         notes=(*notes, *implementation_notes(model, cfg)),
         carried=_carried(started_from, train[0].dataset.manifest, cfg),
+        restored_from=found.path if found else None,
         assignment=[row for stage in stages.gather_stages(assignment_table(model, cfg)) for row in stage],
     )
-    if distributed.rank() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(cfg.to_yaml())
+
+    def describe() -> None:
+        write_atomically(directory / "config.yaml", cfg.to_yaml().encode())
         write_assignment_table(run.assignment, directory / "assignment.json")
+
+    distributed.from_rank_0(describe)
     if found is not None:
         _restore(run, found)
     return run
@@ -193,27 +211,6 @@ def implementation_notes(model: VPModel, cfg: RunConfig) -> list[str]:
     return notes
 
 
-def restorable(cfg: RunConfig, *, check_hashes: bool = True) -> tuple[checkpoint.Found | None, list[str]]:
-    """The checkpoint that ``cfg`` would continue from, checked as far as needs no weights, and lines for the log.
-
-    Raises:
-        CheckpointError: see ``open_run``.
-    """
-    found, passed_over = checkpoint.find_newest(cfg.run_directory / "checkpoints", check_hashes=check_hashes)
-    notes = [f"passed over {line}" for line in passed_over]
-    if not cfg.checkpoint.resume:
-        if found is not None:
-            raise CheckpointError(
-                f"the run directory holds a checkpoint at iteration {found.iteration} already",
-                source=str(found.path),
-                remedy="--resume continues it; another --run-name starts afresh",
-            )
-        return None, notes
-    if found is not None:
-        notes += check_provenance(found.state, cfg, source=str(found.path))
-    return found, notes
-
-
 def _restore(run: Run, found: checkpoint.Found) -> None:
     checkpoint.load(found, run.model, run.optimizer, run.scheduler)
     run.iteration = found.iteration
@@ -227,7 +224,6 @@ def _restore(run: Run, found: checkpoint.Found) -> None:
             allow_change=run.cfg.checkpoint.allow_provenance_change,
         )
     )
-    run.restored_from = found.path
     if found.state["world_size"] != distributed.world_size():
         run.notes += (
             f"saved by {found.state['world_size']} processes, continued by {distributed.world_size()}: "

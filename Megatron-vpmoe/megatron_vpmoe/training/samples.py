@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.data.pieces import TokenPieces
+from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.files import json_line, read_json_lines, write_atomically
 from megatron_vpmoe.generation.sampler import SamplingOptions, generate
 from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.runtime import distributed
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -20,18 +22,22 @@ _ENDS_OF_MESSAGES = ("<|return|>", "<|call|>")
 class SampleWriter:
     """Greedy continuations of held-out prompts, appended to ``samples.jsonl`` of the run.
 
-    Every rank generates the same (expert-parallel ranks exchange tokens); rank 0 writes.
+    Every rank generates the same (expert-parallel ranks exchange tokens); rank 0 writes. A collective to construct.
 
     Args:
         dataset: the validation split.
         cfg: ``evaluation.sample_prompts`` and ``sample_max_new_tokens``.
         path: the JSONL file.
-        resume_step: last step whose samples stay in the file; later ones will be written again.
+        resume_step: last step whose samples stay in the file; later ones will be written again, and a last line that
+            a killed process left unfinished is dropped.
+
+    Raises:
+        DataError: an existing file holds something other than samples.
     """
 
     def __init__(self, dataset: KDDataset, cfg: RunConfig, path: Path, *, resume_step: int) -> None:
         self._path = path
-        self._resume_step: int | None = resume_step
+        distributed.from_rank_0(lambda: _drop_after(path, resume_step))
         tokenizer = dataset.manifest.tokenizer
         self._pieces = TokenPieces.load(dataset.manifest)
         # A vocabulary of plain text has no tokens that end a message.
@@ -40,17 +46,14 @@ class SampleWriter:
         count = min(cfg.evaluation.sample_prompts, len(dataset))
         self._prompts = [dataset[index].prompt.tolist() for index in range(count)]
 
-    def write(self, model: VPModel, iteration: int, *, is_writer: bool) -> None:
+    def write(self, model: VPModel, iteration: int) -> None:
         """Generate for every prompt and append one JSON object each: step, prompt, completion (text and ids)."""
         if not self._prompts:
             return
         completions = generate(model, self._prompts, self._options)
-        if not is_writer:
+        if distributed.rank() != 0:
             return
-        if self._resume_step is not None:
-            _drop_after(self._path, self._resume_step)
-            self._resume_step = None
-        with self._path.open("a") as stream:
+        with self._path.open("a", encoding="utf-8") as stream:
             for prompt, completion in zip(self._prompts, completions, strict=True):
                 record = {
                     "step": iteration,
@@ -58,12 +61,20 @@ class SampleWriter:
                     "completion": self._pieces.decode(completion),
                     "completion_ids": completion,
                 }
-                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+                stream.write(json_line(record))
 
 
 def _drop_after(path: Path, step: int) -> None:
-    if path.exists():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        partial.replace(path)
+    if not path.exists():
+        return
+    kept = []
+    for number, sample in read_json_lines(path):
+        if not isinstance(sample, dict) or type(sample.get("step")) is not int:
+            raise DataError(
+                f"line {number} is not a sample: {str(sample)[:80]}",
+                source=f"{path}:{number}",
+                remedy="remove the line, or move the file away; a sample is an object with its step",
+            )
+        if sample["step"] <= step:
+            kept.append(json_line(sample))
+    write_atomically(path, "".join(kept).encode())

@@ -1,0 +1,282 @@
+"""How checkpoints lie on disk: written whole or not at all, checked before they are trusted, removed only if ours.
+
+A run keeps them under ``<run_dir>/checkpoints``: ``iter_0000100/`` holds torch_dist's files, ``run_state.json`` (what
+the checkpoint is: iteration, cursor, configuration, provenance) and ``files.json`` (size and sha256 of every file,
+written last). A directory without a matching ``files.json`` is damaged, and passed over. Upstream's tracker file,
+``latest_checkpointed_iteration.txt``, moves last and is a hint only: resuming looks at the directories themselves.
+
+``iter_0000100.partial`` is being written and ``.pruned`` being removed; what a kill leaves of either goes with the next
+save. What is damaged, or no checkpoint at all, is renamed ``iter_0000100.damaged`` (``.damaged.2``, ...) by the run
+that finds it in its way; such and ``.replaced`` are the user's to look at and to remove.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_vpmoe.errors import CheckpointError
+from megatron_vpmoe.files import first_damage, json_bytes, list_files, read_json, sync, write_atomically
+from megatron_vpmoe.runtime import distributed
+
+ASSETS = "assets"
+TRACKER = "latest_checkpointed_iteration.txt"
+FILES = "files.json"
+RUN_STATE = "run_state.json"
+_NAME = re.compile(r"iter_(\d{7,})")
+_SET_ASIDE = re.compile(r"iter_\d{7,}\.damaged(\.\d+)?")
+_REMOVABLE = re.compile(r"iter_\d{7,}\.(partial|pruned)")
+# Every file that a save writes: torch_dist's, ours, and the beginnings of ours.
+_WRITTEN = re.compile(r"__\d+_\d+\.distcp|\.metadata|common\.pt|(metadata|run_state|files)\.json|assets/.+|\..+\.tmp")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A complete checkpoint: its directory and what run_state.json says of it."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def iteration(self) -> int:
+        return int(self.state["iteration"])
+
+
+class Damaged(NamedTuple):
+    """What bears a checkpoint's name and is not a complete one."""
+
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def read_checkpoint(path: Path, *, check_hashes: bool = True) -> Found:
+    """One checkpoint, its files held against their list.
+
+    Raises:
+        CheckpointError: it is not complete, or not as it was written; ``what`` says in which way.
+    """
+    reason: str | None = "it is not a folder"
+    state: dict[str, Any] = {}
+    if path.is_dir():
+        files = read_json(path / FILES, error=CheckpointError, remedy=_REMEDY)
+        reason = _wrong_list(files)
+        try:
+            reason = reason or first_damage(path, files, check_hashes=check_hashes)
+        except (OSError, ValueError) as error:
+            reason = f"a file cannot be read: {error}"
+    if reason is None:
+        state = read_json(path / RUN_STATE, error=CheckpointError, remedy=_REMEDY)
+        faults = [name for name in ("iteration", "world_size") if type(state.get(name)) is not int]
+        if faults:
+            reason = f"{RUN_STATE} does not say {' and '.join(faults)}"
+        elif state["iteration"] != int(path.name.removeprefix("iter_")):
+            reason = f"{RUN_STATE} is of iteration {state['iteration']}"
+    if reason is not None:
+        raise CheckpointError(f"unusable checkpoint: {reason}", source=str(path), remedy=_REMEDY)
+    return Found(path, state)
+
+
+_REMEDY = "choose another one, or restore its files from a copy"
+
+
+def _wrong_list(files: dict[str, Any]) -> str | None:
+    for name, entry in files.items():
+        sizes = isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
+        if not sizes:
+            return f"{FILES} says neither size nor sha256 of {name!r}"
+    return None if RUN_STATE in files else f"{FILES} does not list {RUN_STATE}"
+
+
+def damage(path: Path, *, check_hashes: bool = True) -> str | None:
+    """Why ``path`` is not a complete checkpoint; None if it is."""
+    try:
+        read_checkpoint(path, check_hashes=check_hashes)
+    except CheckpointError as error:
+        return error.what.removeprefix("unusable checkpoint: ")
+    return None
+
+
+def find_newest(directory: Path, *, check_hashes: bool = True) -> tuple[Found | None, list[Damaged]]:
+    """The newest complete checkpoint under ``directory``, and what newer ones were passed over.
+
+    Raises:
+        CheckpointError: ``directory`` is there and cannot be read.
+    """
+    damaged: list[Damaged] = []
+    for path in _by_age(directory):
+        reason = damage(path, check_hashes=check_hashes)
+        if reason is None:
+            return read_checkpoint(path, check_hashes=False), damaged
+        damaged.append(Damaged(path, reason))
+    return None, damaged
+
+
+def set_aside_before(directory: Path) -> list[Path]:
+    """The damaged checkpoints that earlier runs have set aside."""
+    return sorted(directory / name for name in _names(directory) if _SET_ASIDE.fullmatch(name))
+
+
+def open_checkpoint(path: Path) -> Found:
+    """A checkpoint directory, or the newest complete one under a run or checkpoints directory.
+
+    Where newer ones are damaged, rank 0 says on stderr which one is taken in their place.
+
+    Raises:
+        CheckpointError: there is none, or the one named is damaged.
+    """
+    if _NAME.fullmatch(path.name):
+        return read_checkpoint(path)
+    directory = path / "checkpoints" if os.path.lexists(path / "checkpoints") else path
+    found, damaged = find_newest(directory)
+    if found is None:
+        lines = [*map(str, damaged), *(f"{aside}: set aside by a run" for aside in set_aside_before(directory))]
+        raise CheckpointError(
+            "no complete checkpoint" + "".join(f"\n  passed over {line}" for line in lines),
+            source=str(directory),
+            remedy="train first, or name a directory that holds iter_* checkpoints",
+        )
+    if distributed.rank() == 0:
+        for line in damaged:
+            print(f"warning: passed over {line}; {found.path.name} is used instead", file=sys.stderr, flush=True)
+    return found
+
+
+def begin(final: Path) -> Path:
+    """The empty ``iter_NNNNNNN.partial`` beside ``final``, to be filled and sealed; the rest of a killed save goes."""
+    partial = final.with_name(f"{final.name}.partial")
+    if os.path.lexists(partial) and not _remove(partial):
+        set_aside(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def seal(partial: Path, final: Path, run_state: dict[str, Any]) -> None:
+    """Make a directory of torch_dist files a checkpoint: state, list of files with hashes, fsync, rename, tracker.
+
+    Args:
+        partial: a finished directory beside ``final``; gone afterwards.
+        final: ``iter_NNNNNNN``; what has this name already is set aside.
+        run_state: JSON-able; holds ``iteration`` and ``world_size``.
+    """
+    write_atomically(partial / RUN_STATE, json_bytes(run_state))
+    for path in partial.rglob("*"):
+        sync(path)
+    write_atomically(partial / FILES, json_bytes(list_files(partial)))
+    if os.path.lexists(final):
+        set_aside(final, "replaced" if damage(final, check_hashes=False) is None else "damaged")
+    partial.rename(final)
+    write_atomically(final.parent / TRACKER, f"{run_state['iteration']}\n".encode())
+
+
+def set_aside(path: Path, as_what: str = "damaged") -> Path:
+    """Rename what may not keep a checkpoint's name, to a name that is free; returns it."""
+    for number in itertools.count(1):
+        aside = path.with_name(f"{path.name}.{as_what}" + (f".{number}" if number > 1 else ""))
+        if not os.path.lexists(aside):
+            break
+    path.rename(aside)
+    sync(path.parent)
+    return aside
+
+
+class Retention:
+    """Which checkpoints of a run stay: the newest ones that are sound, multiples, the last written, the one restored.
+
+    Hashes are compared once a run, and only before an older checkpoint would go for the sake of the one in question.
+
+    Args:
+        directory: the run's checkpoints; no other process writes there.
+        keep_last: sound checkpoints to keep.
+        keep_every: multiples of this stay too.
+        restored_from: the checkpoint that the run continues, found sound.
+    """
+
+    def __init__(
+        self, directory: Path, *, keep_last: int, keep_every: int | None, restored_from: Path | None = None
+    ) -> None:
+        self._directory, self._keep_last, self._keep_every = directory, keep_last, keep_every
+        self._restored_from, self._sound = restored_from, {restored_from}
+        self._mixed: set[Path] = set()
+
+    def prune(self, written: Path) -> list[str]:
+        """Remove what is no longer kept, now that ``written`` stands; returns lines on what is amiss."""
+        self._sound.add(written)
+        for name in _names(self._directory):
+            if _REMOVABLE.fullmatch(name):
+                _remove(self._directory / name)
+        # A link's target is not ours to count on or to remove.
+        paths = [path for path in _by_age(self._directory) if not path.is_symlink()]
+        notes, kept = [], 0
+        for path in paths if len(paths) > self._keep_last else []:
+            try:
+                if kept < self._keep_last:
+                    reason = None if path in self._sound else damage(path)
+                    kept += reason is None
+                    self._sound |= {path} if reason is None else set()
+                elif self._stays(path, written):
+                    continue
+                elif (reason := damage(path, check_hashes=False)) is None and not _discard(path):
+                    self._mixed.add(path)
+                    notes.append(f"{path} stays: it holds files that no save wrote")
+                if reason is not None:
+                    notes.append(f"set aside as {set_aside(path).name}: {Damaged(path, reason)}")
+            except OSError as error:
+                notes.append(f"{path} cannot be pruned: {error}")
+        return notes
+
+    def _stays(self, path: Path, written: Path) -> bool:
+        is_multiple = self._keep_every is not None and _iteration(path) % self._keep_every == 0
+        return is_multiple or path in (written, self._restored_from) or path in self._mixed
+
+
+def _by_age(directory: Path) -> list[Path]:
+    """What bears a checkpoint's name, the newest first."""
+    return sorted((directory / name for name in _names(directory) if _NAME.fullmatch(name)), key=_iteration)[::-1]
+
+
+def _iteration(path: Path) -> int:
+    return int(path.name.removeprefix("iter_"))
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory) if os.path.lexists(directory) else []
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoints cannot be read: {error.strerror}",
+            source=str(directory),
+            remedy="make it a folder that this user may read; a run that starts afresh takes another --run-name",
+        ) from error
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder holds nothing but files that a save writes."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return all(_WRITTEN.fullmatch(path.relative_to(folder).as_posix()) for path in files)
+
+
+def _discard(path: Path) -> bool:
+    """Remove a checkpoint; False: the user put something into it, and it stays."""
+    if is_ours := _is_ours(path):
+        pruned = path.with_name(f"{path.name}.pruned")
+        path.rename(pruned)  # From here on it is no checkpoint, whatever becomes of the removal.
+        shutil.rmtree(pruned)
+    return is_ours
+
+
+def _remove(folder: Path) -> bool:
+    """Remove the rest of a save or of a removal; False: it holds something else, and stays."""
+    if is_ours := _is_ours(folder):
+        shutil.rmtree(folder)
+    return is_ours

@@ -1,0 +1,88 @@
+"""The directory of a run: whose it is, and what a run may go on from there. Everything here is rank 0's."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_vpmoe.errors import CheckpointError, NotOursError
+from megatron_vpmoe.ownership import owned
+from megatron_vpmoe.training.checkpoint_files import (
+    RUN_STATE,
+    Damaged,
+    Found,
+    find_newest,
+    set_aside,
+    set_aside_before,
+)
+from megatron_vpmoe.training.provenance import check_provenance
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.config import RunConfig
+
+LOCK = ".lock"
+_SIGNS = (LOCK, "checkpoints", "metrics.jsonl")
+_RESUMED = {"consumed_samples": int, "skipped_steps": int, "config": dict, "provenance": dict}
+
+
+def ownership(directory: Path) -> AbstractContextManager[dict[str, Any] | None]:
+    """Hold a run's directory, as :func:`megatron_vpmoe.ownership.owned` does, before anything is written there.
+
+    Raises:
+        BusyError: on entering; another process trains there.
+        NotOursError: a ``config.yaml`` lies there that no run wrote.
+    """
+    if (directory / "config.yaml").exists() and not any((directory / name).exists() for name in _SIGNS):
+        raise NotOursError(
+            "here lies a config.yaml and no run: training would overwrite it",
+            source=str(directory),
+            remedy="--run-dir or --run-name with a directory of the run's own",
+        )
+    return owned(directory / LOCK, f"the run directory {directory}")
+
+
+def restorable(cfg: RunConfig, *, check_hashes: bool = True) -> tuple[Found | None, list[Damaged], list[str]]:
+    """The checkpoint that ``cfg`` would continue from, checked as far as needs no weights; reads only.
+
+    Args:
+        check_hashes: compare the contents of its files too, not only names and sizes.
+
+    Returns:
+        the checkpoint, the newer ones that are damaged, and lines for the log.
+
+    Raises:
+        CheckpointError: see ``open_run``.
+    """
+    directory = cfg.run_directory / "checkpoints"
+    found, damaged = find_newest(directory, check_hashes=check_hashes)
+    lost = [*map(str, damaged), *(f"{path}: set aside by an earlier run" for path in set_aside_before(directory))]
+    if found is None and lost:
+        raise CheckpointError(
+            "the run directory holds no sound checkpoint, only damaged ones:\n    " + "\n    ".join(lost),
+            source=str(directory),
+            remedy="restore one of them from a copy; another --run-name starts afresh",
+        )
+    if found is not None and not cfg.checkpoint.resume:
+        raise CheckpointError(
+            f"the run directory holds a checkpoint at iteration {found.iteration} already",
+            source=str(found.path),
+            remedy="--resume continues it; another --run-name starts afresh",
+        )
+    if found is None:
+        return None, [], []
+    if lacking := [name for name, kind in _RESUMED.items() if not isinstance(found.state.get(name), kind)]:
+        raise CheckpointError(
+            f"no training run wrote this checkpoint: it does not say {', '.join(lacking)}",
+            source=str(found.path / RUN_STATE),
+            remedy="--load-weights starts another run from its weights",
+        )
+    notes = [f"passed over {line}" for line in damaged]
+    return found, damaged, notes + check_provenance(found.state, cfg, source=str(found.path))
+
+
+def continued(cfg: RunConfig) -> tuple[Found | None, list[str]]:
+    """As ``restorable``, for the run that owns the directory: what is damaged loses its checkpoint's name."""
+    found, damaged, notes = restorable(cfg)
+    notes += [f"set aside as {set_aside(line.path)}" for line in damaged]
+    return found, notes

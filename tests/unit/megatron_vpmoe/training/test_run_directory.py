@@ -1,0 +1,131 @@
+"""Whose a run directory is, and from which checkpoint a run in it may go on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_vpmoe.data.manifest import read_manifest
+from megatron_vpmoe.errors import BusyError, CheckpointError, NotOursError
+from megatron_vpmoe.launch import preflight
+from megatron_vpmoe.training.checkpoint_files import begin, seal
+from megatron_vpmoe.training.provenance import collect_provenance
+from megatron_vpmoe.training.run_directory import continued, ownership, restorable
+from tests.fixtures_dataset import small_dataset
+from tests.tiny import ROOT, tiny_config
+
+
+@pytest.fixture
+def cfg(tmp_path: Path):
+    data = small_dataset(tmp_path / "set")
+    return tiny_config(data_path=data, run_dir=tmp_path / "run", resume=True)
+
+
+def written(cfg, iteration: int, **changes: object) -> Path:
+    final = cfg.run_directory / "checkpoints" / f"iter_{iteration:07d}"
+    partial = begin(final)
+    (partial / "common.pt").write_bytes(b"weights")
+    state = {
+        "iteration": iteration,
+        "world_size": 1,
+        "consumed_samples": 4 * iteration,
+        "skipped_steps": 0,
+        "config": cfg.model_dump(mode="json"),
+        "provenance": collect_provenance(cfg, [read_manifest(cfg.data.data_path)]),
+    }
+    seal(partial, final, {**state, **changes})
+    return final
+
+
+def spoil(path: Path) -> None:
+    (path / "common.pt").write_bytes(b"wEights")
+
+
+def test_nothing_there_is_a_start(cfg) -> None:
+    assert continued(cfg) == (None, [])
+    (cfg.run_directory / "checkpoints" / "iter_0000005.partial").mkdir(parents=True)
+    assert continued(cfg) == (None, [])
+
+
+def test_damaged_ones_lose_the_name_and_are_named(cfg) -> None:
+    older, newer = written(cfg, 6), written(cfg, 9)
+    spoil(newer)
+    assert restorable(cfg)[0].path == older and newer.exists()  # reads only
+    found, notes = continued(cfg)
+    assert found is not None and found.path == older
+    assert any(str(newer) in note and "sha256" in note for note in notes)
+    assert not newer.exists() and (newer.parent / "iter_0000009.damaged").is_dir()
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_only_damaged_ones_are_no_start(cfg, tmp_path: Path, resume: bool) -> None:
+    cfg = tiny_config(data_path=cfg.data.data_path, run_dir=cfg.run_directory, resume=resume)
+    for number in (6, 9):
+        spoil(written(cfg, number))
+    for _ in range(2):
+        with pytest.raises(CheckpointError) as caught:
+            continued(cfg)
+        assert "iter_0000006" in str(caught.value) and "iter_0000009" in str(caught.value)
+        assert "--run-name" in str(caught.value)
+    assert len(list((cfg.run_directory / "checkpoints").glob("iter_???????"))) == 2
+    # Nor where a run before has set them aside.
+    for number in (6, 9):
+        path = cfg.run_directory / "checkpoints" / f"iter_{number:07d}"
+        path.rename(path.with_name(f"{path.name}.damaged"))
+    with pytest.raises(CheckpointError, match=r"iter_0000009\.damaged"):
+        continued(cfg)
+
+
+def test_a_folder_of_checkpoints_that_is_none_is_refused(cfg) -> None:
+    cfg.run_directory.mkdir()
+    (cfg.run_directory / "checkpoints").write_text("mine")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        continued(cfg)
+
+
+@pytest.mark.parametrize("changes", [{"provenance": None}, {"config": []}, {"consumed_samples": "8"}])
+def test_weights_alone_are_not_continued(cfg, changes: dict[str, object]) -> None:
+    written(cfg, 0, **changes)
+    with pytest.raises(CheckpointError, match=f"does not say {next(iter(changes))}"):
+        continued(cfg)
+
+
+def test_a_config_that_no_run_wrote_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("mine: 1\n")
+    with pytest.raises(NotOursError, match=r"config\.yaml"), ownership(tmp_path):
+        pass
+    (tmp_path / "config.yaml").rename(tmp_path / "own.yaml")
+    with ownership(tmp_path):
+        (tmp_path / "config.yaml").write_text("a run's\n")
+    with ownership(tmp_path):
+        pass
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from megatron_vpmoe.training.run_directory import ownership
+with ownership(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_another_process_at_work_is_named_and_a_dead_one_is_no_hindrance(cfg) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'Megatron-vpmoe'}:{ROOT}"}
+    command = [sys.executable, "-c", HOLDER, str(cfg.run_directory)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        for look in (lambda: preflight.check_run_directory(cfg), lambda: ownership(cfg.run_directory).__enter__()):
+            with pytest.raises(BusyError, match=f"process {holder.pid} on"):
+                look()
+        holder.kill()
+    preflight.check_run_directory(cfg)
+    with ownership(cfg.run_directory) as former:
+        assert former is not None and former["pid"] == holder.pid
+    with ownership(cfg.run_directory) as former:
+        assert former is None
