@@ -24,7 +24,7 @@ FILE_NAME = "o200k_base.tiktoken"
 SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
 RANK_COUNT = 199_998
 DEFAULT_DIRECTORY = Path("data/tokenizer")
-_INSTALL = f"run `python -m vpmoe.tokenizer.install`, which places {DEFAULT_DIRECTORY / FILE_NAME} offline"
+_INSTALL = f"run `vpmoe tokenizer install`, which places {DEFAULT_DIRECTORY / FILE_NAME} offline"
 
 
 @dataclass(frozen=True)

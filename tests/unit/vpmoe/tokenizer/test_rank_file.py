@@ -43,7 +43,7 @@ def test_a_damaged_file_is_refused_and_not_passed_over() -> None:
     path.write_bytes(content)
     with pytest.raises(TokenizerError, match=rank_file.SHA256) as caught:
         rank_file.find()
-    assert str(path) in str(caught.value) and "vpmoe.tokenizer.install" in str(caught.value)
+    assert str(path) in str(caught.value) and "vpmoe tokenizer install" in str(caught.value)
 
 
 def test_a_configured_path_may_be_file_folder_or_packed(tmp_path: Path) -> None:
