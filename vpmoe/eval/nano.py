@@ -11,23 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_vpmoe.errors import ConfigError
+from megatron_vpmoe.config import config_hash
+from megatron_vpmoe.errors import ConfigError, TokenizerError
 from megatron_vpmoe.files import sha256_of_file
 from vpmoe.data_curation.tasks.synth_mini import check
-from vpmoe.eval.checkpoints import TrainedRun, open_trained, require_folder
+from vpmoe.eval.asking import Form, decode_in_batches, form_of
 from vpmoe.eval.display import spell
+from vpmoe.eval.open_model import Opened, open_model, require_folder
 from vpmoe.eval.plots import plot_run, read_curves
-from vpmoe.eval.questions import Question, context_messages, prompt_ids, read_questions
+from vpmoe.eval.questions import Question, read_questions
 from vpmoe.eval.reports import write_report
 from vpmoe.eval.scoring import Scored, score, summarize
-from vpmoe.harmony.parse import Parser
+from vpmoe.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from megatron_vpmoe.generation.sampler import SamplingOptions
+    from megatron_vpmoe.data.manifest import Manifest
     from megatron_vpmoe.model.gpt import VPModel
-    from vpmoe.tokenizer import Tokenizer
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KIND = "nano_evaluation"
 Progress = Callable[[str], None]
 
@@ -38,8 +39,8 @@ class NanoOptions:
 
     Attributes:
         questions: JSONL of rows with answers.
-        conversations: folder of the conversations behind the dataset; gives the system and developer messages.
-        data_path: the built dataset; None takes the run's own.
+        data_path: dataset whose valid split the losses are of; None takes the run's own, where it is there.
+        system, developer, plain: how to ask, see :func:`vpmoe.eval.asking.form_of`.
         per_family: questions of each family; None takes all.
         max_new_tokens: cut a generation after so many tokens; a cut one is not valid.
         batch_size: prompts decoded together.
@@ -47,8 +48,10 @@ class NanoOptions:
     """
 
     questions: Path
-    conversations: Path
     data_path: Path | None = None
+    system: str | None = None
+    developer: str | None = None
+    plain: bool = False
     per_family: int | None = None
     max_new_tokens: int = 256
     batch_size: int = 64
@@ -62,26 +65,28 @@ class NanoOptions:
 
 
 def evaluate_and_plot(path: Path, options: NanoOptions, output: Path | None, *, progress: Progress) -> dict[str, Any]:
-    """Evaluate the run at ``path``; write the report, the picture beside it (``.png``), and print a summary.
+    """Evaluate the model at ``path``; write the report, the picture beside it (``.png``), and print a summary.
 
     Args:
-        path: run directory or checkpoint, as :func:`vpmoe.eval.checkpoints.open_trained` takes it.
-        output: the report; None is ``evaluation.json`` in the run's directory.
+        path: as :func:`vpmoe.eval.open_model.open_model` takes it.
+        output: the report; None is ``evaluation.json`` in the run's directory, or ``reports/eval/<name>.json``.
         progress: takes a line about what is going on.
 
     Raises:
         CheckpointError, DataError, TokenizerError: something named does not exist or does not fit the rest.
     """
-    report, run_directory = evaluate_run(path, options, progress=progress)
-    output = run_directory / "evaluation.json" if output is None else output
-    curves = read_curves(run_directory / "metrics.jsonl")
+    report, run_directory = evaluate_model(path, options, progress=progress)
+    name = report["checkpoint"]["run"]
+    if output is None:
+        output = (
+            Path("reports") / "eval" / f"{name}.json" if run_directory is None else run_directory / "evaluation.json"
+        )
+    metrics = run_directory / "metrics.jsonl" if run_directory else None
+    curves = read_curves(metrics) if metrics and metrics.is_file() else {}
     picture = output.with_suffix(".png")
-    plot_run(
-        curves,
-        report["generations"],
-        picture,
-        title=f"{report['checkpoint']['run']}, step {report['checkpoint']['iteration']}",
-    )
+    iteration = report["checkpoint"]["iteration"]
+    title = name if iteration is None else f"{name}, step {iteration}"
+    plot_run(curves, report["generations"], picture, title=title)
     # The report comes last: where there is one, there is its picture.
     write_report(output, report)
     print(summary_lines(report))
@@ -89,8 +94,8 @@ def evaluate_and_plot(path: Path, options: NanoOptions, output: Path | None, *, 
     return report
 
 
-def evaluate_run(path: Path, options: NanoOptions, *, progress: Progress) -> tuple[dict[str, Any], Path]:
-    """The report on the run at ``path``, and the run's directory.
+def evaluate_model(path: Path, options: NanoOptions, *, progress: Progress) -> tuple[dict[str, Any], Path | None]:
+    """The report on the model at ``path``, and the directory of the run that it is of, if any.
 
     Args:
         path: as above.
@@ -102,21 +107,24 @@ def evaluate_run(path: Path, options: NanoOptions, *, progress: Progress) -> tup
     require_folder(path)
     questions = read_questions(options.questions, per_family=options.per_family)
     started = time.perf_counter()
-    with open_trained(path, data_path=options.data_path) as run:
-        context = context_messages(options.conversations, run.dataset.root)
+    with open_model(path) as opened:
+        form = form_of(opened, plain=options.plain, system=options.system, developer=options.developer, say=progress)
         loaded = time.perf_counter()
-        losses = valid_losses(run)
+        dataset = _dataset_for(opened, options.data_path, progress)
+        losses = {} if dataset is None else valid_losses(opened, dataset)
         measured = time.perf_counter()
-        progress(f"losses on the valid split: {_spelled(losses)}")
-        scored = answer(run.model, run.tokenizer, context, questions, options, progress=progress)
+        if losses:
+            progress(f"losses on the valid split: {_spelled(losses)}")
+        scored = answer(opened.model, form, questions, options, progress=progress)
         finished = time.perf_counter()
         report = {
             "schema_version": SCHEMA_VERSION,
             "kind": KIND,
-            "checkpoint": _checkpoint_entry(run),
-            "config_hash": run.config_hash,
-            "dataset": {"path": str(run.dataset.root), "manifest_sha256": run.dataset.sha256},
+            "checkpoint": opened.entry,
+            "config_hash": config_hash(opened.trained or opened.cfg),
+            "dataset": dataset and {"path": str(dataset.root), "manifest_sha256": dataset.sha256},
             "questions": {"path": str(options.questions), "sha256": sha256_of_file(options.questions)},
+            "asked": form.entry,
             "options": _options_entry(options),
             "losses": losses,
             "generations": summarize(scored),
@@ -125,30 +133,54 @@ def evaluate_run(path: Path, options: NanoOptions, *, progress: Progress) -> tup
                 "losses": round(measured - loaded, 2),
                 "generation": round(finished - measured, 2),
             },
-            "samples": [_sample(item, run.tokenizer) for item in _spread(scored, options.samples)],
+            "samples": [_sample(item, opened.tokenizer) for item in _spread(scored, options.samples)],
         }
-    return report, run.run_directory
+        return report, opened.run_directory
 
 
 def summary_lines(report: dict[str, Any]) -> str:
     """The report's numbers as a few lines."""
     generations = report["generations"]
-    lines = [
-        f"loss/{name:<12}{report['losses'][f'loss/{name}']:8.4f} nats per token, whole valid split"
-        for name in ("analysis", "final", "total")
-    ]
+    form = "valid Harmony" if report["asked"]["form"] == "conversation" else "ended"
+    lines = [f"{tag:<17}{loss:8.4f} nats per token, whole valid split" for tag, loss in report["losses"].items()]
     families = {**generations["families"], "all": generations}
     for name, entry in families.items():
         lines.append(
             f"{name:<24}{entry['exact']:>5} of {entry['n']:<5}exact ({100 * entry['accuracy']:5.1f} %), "
-            f"valid Harmony {100 * entry['validity']:5.1f} %"
+            f"{form} {100 * entry['validity']:5.1f} %"
         )
     if generations["faults"]:
         lines.append("faults: " + ", ".join(f"{reason} {count}" for reason, count in generations["faults"].items()))
     return "\n".join(lines)
 
 
-def valid_losses(run: TrainedRun) -> dict[str, float]:
+def _dataset_for(opened: Opened, data_path: Path | None, progress: Progress) -> Manifest | None:
+    """The dataset to measure losses on; None, and a word on it, where the model has none any more.
+
+    Raises:
+        DataError: the one asked for is not there.
+        TokenizerError: its ids mean something else than the model's.
+    """
+    from megatron_vpmoe.data.manifest import read_manifest
+
+    folder = data_path
+    if folder is None:
+        folder = Path(opened.cfg.data.parts[0].path) if opened.trained else None
+        if folder is None or not (folder / "manifest.json").is_file():
+            progress(f"no losses are measured: there is no dataset at {folder or '--data-path'}")
+            return None
+    manifest = read_manifest(folder)
+    if load_tokenizer(folder).pieces() != opened.tokenizer.pieces():
+        raise TokenizerError(
+            f"the model was trained on the vocabulary {opened.tokenizer.name} of {opened.tokenizer.vocab_size} tokens, "
+            f"the dataset has {manifest.tokenizer.name} of {manifest.tokenizer.vocab_size}, and they differ",
+            source=str(manifest.path),
+            remedy="pass --data-path with the dataset that the model was trained on",
+        )
+    return manifest
+
+
+def valid_losses(opened: Opened, manifest: Manifest) -> dict[str, float]:
     """The objective's ``loss/*`` over the whole valid split, each a mean over all its supervised tokens, in nats."""
     from megatron_vpmoe.data.blend import Part
     from megatron_vpmoe.data.kd_dataset import KDDataset
@@ -156,66 +188,28 @@ def valid_losses(run: TrainedRun) -> dict[str, float]:
     from megatron_vpmoe.objectives import build_objective
     from megatron_vpmoe.training.evaluate import evaluate
 
-    cfg = run.cfg
-    dataset = KDDataset(run.dataset, "valid", seq_length=cfg.data.seq_length)
+    data = {"data_path": str(manifest.root), "blend": None, "blend_schedule": None}
+    if opened.trained is None:
+        data["seq_length"] = manifest.seq_length
+    cfg = opened.cfg.model_copy(update={"data": opened.cfg.data.model_copy(update=data)})
+    dataset = KDDataset(manifest, "valid", seq_length=cfg.data.seq_length)
     # A row holds at least one conversation, so so many global batches hold them all.
     whole = -(-len(dataset) // cfg.training.global_batch_size)
     cfg = cfg.model_copy(update={"evaluation": cfg.evaluation.model_copy(update={"eval_iters": whole})})
-    metrics = evaluate(run.model, build_objective(cfg), ValidSource(Part("valid", dataset), cfg, 0, 1))
+    metrics = evaluate(opened.model, build_objective(cfg), ValidSource(Part("valid", dataset), cfg, 0, 1))
     return {tag: value for tag, value in metrics.items() if tag.startswith("loss/")}
 
 
 def answer(
-    model: VPModel,
-    tokenizer: Tokenizer,
-    context: Sequence[Any],
-    questions: Sequence[Question],
-    options: NanoOptions,
-    *,
-    progress: Progress,
+    model: VPModel, form: Form, questions: Sequence[Question], options: NanoOptions, *, progress: Progress
 ) -> list[Scored]:
     """Ask every question greedily, in batches of prompts of like length, and judge the generations; order kept."""
     from megatron_vpmoe.generation.sampler import SamplingOptions
 
-    prompts = prompt_ids(tokenizer, context, [question.query for question in questions])
-    sampling = SamplingOptions(options.max_new_tokens, stop_ids(tokenizer))
+    prompts = [form.prompt(question.query) for question in questions]
+    sampling = SamplingOptions(options.max_new_tokens, form.stop_ids)
     completions = decode_in_batches(model, prompts, sampling, options.batch_size, progress=progress)
-    return score(questions, completions, Parser(tokenizer), check)
-
-
-def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Tokens that end a generation: the end of the answer, a tool call, the end of a document."""
-    return (tokenizer.special_id("<|return|>"), tokenizer.special_id("<|call|>"), tokenizer.eod_id)
-
-
-def decode_in_batches(
-    model: VPModel,
-    prompts: Sequence[Sequence[int]],
-    sampling: SamplingOptions,
-    batch_size: int,
-    *,
-    progress: Progress,
-) -> list[list[int]]:
-    """New tokens of each prompt, in the order of the prompts; prompts of like length are decoded together."""
-    from megatron_vpmoe.generation.sampler import generate
-
-    by_length = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    completions: list[list[int]] = [[] for _ in prompts]
-    for begin in range(0, len(by_length), batch_size):
-        places = by_length[begin : begin + batch_size]
-        for place, ids in zip(places, generate(model, [prompts[p] for p in places], sampling), strict=True):
-            completions[place] = ids
-        progress(f"answered {begin + len(places)} of {len(prompts)} questions")
-    return completions
-
-
-def _checkpoint_entry(run: TrainedRun) -> dict[str, Any]:
-    return {
-        "run": run.cfg.training.run_name,
-        "name": run.found.path.name,
-        "iteration": run.found.iteration,
-        "files_sha256": run.files_sha256,
-    }
+    return score(questions, completions, form, check)
 
 
 def _options_entry(options: NanoOptions) -> dict[str, Any]:

@@ -1,16 +1,13 @@
-"""One question to a trained run, and the conversation that came of it, for a person."""
+"""One question to any model, and what came of it, for a person."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import NamedTuple
 
-from vpmoe.eval.checkpoints import open_trained
+from vpmoe.eval.asking import AsConversation, form_of
 from vpmoe.eval.display import harmony_text
-from vpmoe.eval.nano import stop_ids
-from vpmoe.eval.questions import context_messages, prompt_ids
-from vpmoe.eval.scoring import judge
-from vpmoe.harmony.parse import Parser
+from vpmoe.eval.open_model import open_model
 
 
 class Draw(NamedTuple):
@@ -22,28 +19,40 @@ class Draw(NamedTuple):
     seed: int
 
 
-def print_sample(run_path: Path, question: str, draw: Draw, conversations: Path, data_path: Path | None) -> None:
-    """Print prompt and generation with colours, and below them whether the generation is valid Harmony.
+def print_sample(
+    where: Path, question: str, draw: Draw, *, plain: bool = False, system: str | None, developer: str | None
+) -> None:
+    """Print prompt and generation with colours, and below them whether the generation is valid.
+
+    Args:
+        where: as :func:`vpmoe.eval.open_model.open_model` takes it.
+        question: what the user asks.
+        draw: how to choose tokens.
+        plain: see :func:`vpmoe.eval.asking.form_of`, as for the messages.
 
     Raises:
-        CheckpointError, DataError, TokenizerError: something named does not exist or does not fit the rest.
+        CheckpointError, WeightsError, TokenizerError: no model there, or it lacks something.
     """
     from rich.console import Console
 
     from megatron_vpmoe.generation.sampler import SamplingOptions, generate
 
-    with open_trained(run_path, data_path=data_path) as run:
-        context = context_messages(conversations, run.dataset.root)
-        (prompt,) = prompt_ids(run.tokenizer, context, [question])
-        options = SamplingOptions(
-            draw.max_new_tokens, stop_ids(run.tokenizer), draw.temperature, draw.top_p, seed=draw.seed
+    console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
+    with open_model(where) as opened:
+        form = form_of(
+            opened,
+            plain=plain,
+            system=system,
+            developer=developer,
+            say=lambda line: notes.print(line, style="dim", markup=False, soft_wrap=True),
         )
-        (completion,) = generate(run.model, [prompt], options)
-        verdict = judge(completion, Parser(run.tokenizer))
-        console = Console(highlight=False)
-        console.print(harmony_text([*prompt, *completion], run.tokenizer), soft_wrap=True)
-        state = "valid Harmony" if verdict.valid else f"not valid Harmony: {verdict.reason}"
+        prompt = form.prompt(question)
+        options = SamplingOptions(draw.max_new_tokens, form.stop_ids, draw.temperature, draw.top_p, seed=draw.seed)
+        (completion,) = generate(opened.model, [prompt], options)
+        verdict = form.judge(completion)
+        console.print(harmony_text([*prompt, *completion], opened.tokenizer), soft_wrap=True)
+        name = "valid Harmony" if isinstance(form, AsConversation) else "ended by itself"
+        state = name if verdict.valid else f"not {name}: {verdict.reason}"
         console.print(
-            f"\n{len(completion)} tokens, {state} ({run.cfg.training.run_name}, step {run.found.iteration})",
-            style="dim",
+            f"\n{len(completion)} tokens, {state} ({opened.described})", style="dim", markup=False, soft_wrap=True
         )

@@ -1,4 +1,4 @@
-"""Judging generations: is one valid Harmony, and is its final message exactly the answer."""
+"""Judging generations: is one in valid form, and is its final message exactly the answer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vpmoe.errors import DataError
+from vpmoe.eval.asking import Form
 from vpmoe.eval.questions import Question
-from vpmoe.harmony.parse import Judgement, Parser
+from vpmoe.harmony.parse import Judgement
 
 Checker = Callable[[str, dict[str, Any]], bool]
 """``(answer, row)``: whether a text answers a row exactly."""
@@ -22,9 +23,9 @@ class Scored:
     Attributes:
         question: what was asked.
         ids: the generated ids, the stop token included where one came.
-        judgement: the strict parser's verdict: analysis, then final, closed with <|return|>, nothing else.
-        exact: the generation is valid and its final message is the answer; an answer that a reader of Harmony could not
-            pick out does not count.
+        judgement: the form's verdict; of Harmony the strict parser's.
+        exact: the generation is valid and its final message is the answer; an answer that a reader could not pick out
+            does not count.
     """
 
     question: Question
@@ -34,7 +35,7 @@ class Scored:
 
 
 def score(
-    questions: Sequence[Question], completions: Sequence[Sequence[int]], parser: Parser, check: Checker
+    questions: Sequence[Question], completions: Sequence[Sequence[int]], form: Form, check: Checker
 ) -> list[Scored]:
     """Judge each completion of the prompt of the question at the same place.
 
@@ -47,18 +48,10 @@ def score(
         )
     scored = []
     for question, ids in zip(questions, completions, strict=True):
-        judgement = judge(ids, parser)
+        judgement = form.judge(ids)
         exact = judgement.valid and judgement.final is not None and check(judgement.final, question.row)
         scored.append(Scored(question, tuple(ids), judgement, exact))
     return scored
-
-
-def judge(ids: Sequence[int], parser: Parser) -> Judgement:
-    """The parser's verdict; an id that the vocabulary does not have (a padding row of the embedding) is a fault too."""
-    vocab_size = parser.tokenizer.vocab_size
-    if any(not 0 <= token_id < vocab_size for token_id in ids):
-        return Judgement(False, "outside_vocabulary", None, None)
-    return parser.judge_completion(ids)
 
 
 def summarize(scored: Sequence[Scored]) -> dict[str, Any]:

@@ -185,6 +185,7 @@ def export_checkpoint(
     made, token_ids = tokenizer_files.made_from(assets)
     kept = dict(found.state.get("hf_config", {}))
     kept |= {key: value for key, value in token_ids.items() if kept.get(key) is None}
+    kept |= {"prompts": found.state["prompts"]} if found.state.get("prompts") else {}
     config = form.hf_config(cfg, vocab_size=vocab_size, dtype=stored, kept=kept)
 
     partial = folder.with_name(f"{folder.name}.partial")

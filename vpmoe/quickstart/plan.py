@@ -204,7 +204,7 @@ class Plan:
         evaluation = self.settings.evaluation
         questions = self.rows_path / TEST_NAME
         decisive = {name: getattr(evaluation, name) for name in ("per_family", "max_new_tokens", "samples")}
-        words = [str(self.run_path), "--questions", str(questions), "--conversations", str(self.conversations_path)]
+        words = [str(self.run_path), "--questions", str(questions)]
         words += [*_flags(decisive), "--batch-size", str(evaluation.batch_size), "--output", str(self.evaluation_path)]
 
         def inputs() -> Values:
@@ -212,7 +212,6 @@ class Plan:
                 "options": decisive,
                 "checkpoint": outputs.training_outputs(self.work / self.run_path),
                 "questions": sha256_of_file(self.work / questions),
-                "conversations": outputs.conversations_outputs(self.work / self.conversations_path),
             }
 
         return Job(

@@ -79,6 +79,13 @@ class TokenizerEntry(_Entry):
         return {"name": self.name, "rank_file_sha256": self.rank_file_sha256, "compact_map_sha256": compact}
 
 
+class PromptsEntry(_Entry):
+    """What stands before the user's message in every conversation of a dataset; None leaves a message out."""
+
+    system: str | None = None
+    developer: str | None = None
+
+
 class _Content(_Entry):
     schema_version: Literal[1]
     kind: Literal["harmony_kd", "healing_text", "harmony_sft", "harmony_preference"]
@@ -86,6 +93,7 @@ class _Content(_Entry):
     seq_length: int
     tokenizer: TokenizerEntry
     splits: dict[str, SplitEntry]
+    prompts: PromptsEntry | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,7 @@ class Manifest:
         tokenizer: the vocabulary.
         splits: by name, "train" and "valid".
         group_size: neighbouring documents that have to share a row: 2 for preference pairs, else 1.
+        prompts: its system and developer messages; None for plain text.
     """
 
     root: Path
@@ -107,6 +116,7 @@ class Manifest:
     tokenizer: TokenizerEntry
     splits: dict[str, SplitEntry]
     group_size: int = 1
+    prompts: PromptsEntry | None = None
 
     @property
     def path(self) -> Path:
@@ -163,4 +173,6 @@ def read_manifest(data_path: Path | str) -> Manifest:
         raise DataError(f"the manifest is incomplete: {problems}", source=str(path), remedy=remedy) from error
     sha256 = hashlib.sha256(raw).hexdigest()
     group_size = PAIR if content.pairs else 1
-    return Manifest(root, sha256, content.seq_length, content.tokenizer, content.splits, group_size)
+    return Manifest(
+        root, sha256, content.seq_length, content.tokenizer, content.splits, group_size, prompts=content.prompts
+    )

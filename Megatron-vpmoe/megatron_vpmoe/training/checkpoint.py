@@ -40,7 +40,8 @@ class Carried:
     """What an export needs besides weights: a conversion or the dataset gave it, each checkpoint hands it on.
 
     Attributes:
-        state: entries of ``run_state.json``: the vocabulary's true size, and what HF's configuration said besides.
+        state: entries of ``run_state.json``: the vocabulary's true size, what HF's configuration said besides, and the
+            system and developer messages.
         assets: files under ``assets/`` by name: the tokenizer's.
     """
 
@@ -53,7 +54,7 @@ class Carried:
         if found is None:
             return cls({}, {})
         files = sorted((found.path / ASSETS).glob("*"))
-        state = {key: found.state[key] for key in ("vocab_size", "hf_config") if key in found.state}
+        state = {key: found.state[key] for key in ("vocab_size", "hf_config", "prompts") if key in found.state}
         return cls(state, {file.name: file.read_bytes() for file in files})
 
 

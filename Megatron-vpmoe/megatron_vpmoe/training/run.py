@@ -151,7 +151,7 @@ def open_run(cfg: RunConfig) -> Run:
         valid_dataset=valid[0].dataset,
         provenance=collect_provenance(cfg, [part.dataset.manifest for part in train]),
         notes=(*notes, *implementation_notes(model, cfg)),
-        carried=_carried(started_from, train[0].dataset.manifest, cfg),
+        carried=_carried(started_from, [part.dataset.manifest for part in train], cfg),
         restored_from=found.path if found else None,
         assignment=[row for stage in stages.gather_stages(assignment_table(model, cfg)) for row in stage],
     )
@@ -166,26 +166,31 @@ def open_run(cfg: RunConfig) -> Run:
     return run
 
 
-def _carried(started_from: checkpoint.Found | None, manifest: Manifest, cfg: RunConfig) -> checkpoint.Carried:
+def _carried(started_from: checkpoint.Found | None, manifests: list[Manifest], cfg: RunConfig) -> checkpoint.Carried:
     """What the weights brought along; where they brought no vocabulary, the dataset's.
+
+    The system and developer messages are those of the first dataset that has any: the model learns to be asked so.
 
     Raises:
         CheckpointError: the weights mean another vocabulary than the dataset.
         TokenizerError: a file of the dataset's vocabulary is damaged.
     """
-    carried, of_dataset = checkpoint.Carried.of(started_from), vocabulary_files(manifest)
+    carried, manifest = checkpoint.Carried.of(started_from), manifests[0]
+    of_dataset = vocabulary_files(manifest)
+    prompts = next((manifest.prompts for manifest in manifests if manifest.prompts), None)
+    state = {**carried.state, **({"prompts": prompts.model_dump()} if prompts else {})}
     if not name_a_vocabulary(carried.assets):
-        return checkpoint.Carried(carried.state, {**of_dataset, **carried.assets})
+        return checkpoint.Carried(state, {**of_dataset, **carried.assets})
     other = differing(carried.assets, of_dataset)
     if not other:
-        return carried
+        return checkpoint.Carried(state, carried.assets)
     if not cfg.checkpoint.allow_provenance_change:
         raise CheckpointError(
             f"the weights and the dataset {manifest.root} do not share a vocabulary: {', '.join(other)} differ",
             source=str(started_from.path if started_from else cfg.checkpoint.load_weights),
             remedy="build the dataset with the weights' vocabulary; --allow-provenance-change trains on the dataset's",
         )
-    return checkpoint.Carried(carried.state, of_dataset)
+    return checkpoint.Carried(state, of_dataset)
 
 
 def implementation_notes(model: VPModel, cfg: RunConfig) -> list[str]:

@@ -1,14 +1,20 @@
-"""A vocabulary of bytes and special tokens, and generations written by hand in it."""
+"""A vocabulary of bytes and special tokens, generations written by hand in it, and a run on a real dataset."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from vpmoe.harmony.parse import Parser
+from tests.tiny import tiny_config
+from vpmoe.data_curation.datasets import kd_command as build_command
+from vpmoe.data_curation.harmony import synth_to_harmony, write_synth_harmony_manifest
+from vpmoe.data_curation.tasks import synth_mini
+from vpmoe.eval.asking import AsConversation
 from vpmoe.tokenizer import CompactVocabulary, O200kHarmony, Tokenizer
 from vpmoe.tokenizer.o200k_harmony import VOCAB_SIZE
 
@@ -21,8 +27,8 @@ def tokenizer() -> CompactVocabulary:
 
 
 @pytest.fixture(scope="session")
-def parser(tokenizer: CompactVocabulary) -> Parser:
-    return Parser(tokenizer)
+def form(tokenizer: CompactVocabulary) -> AsConversation:
+    return AsConversation(tokenizer)
 
 
 def ids_of(text: str, tokenizer: Tokenizer) -> list[int]:
@@ -37,3 +43,40 @@ def ids_of(text: str, tokenizer: Tokenizer) -> list[int]:
 @pytest.fixture(scope="session")
 def ids(tokenizer: CompactVocabulary) -> Callable[[str], list[int]]:
     return lambda text: ids_of(text, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """rows/, conversations/ and dataset/, by the commands."""
+    folder = tmp_path_factory.mktemp("data")
+    rows, conversations, dataset = (str(folder / name) for name in ("rows", "conversations", "dataset"))
+    assert synth_mini.main(["--output-dir", rows, "--rows", "300"]) == 0
+    convert = ["--input", rows, "--output-dir", conversations, "--num-shards", "1", "--reasoning-effort", "low"]
+    assert synth_to_harmony.main(convert) == 0
+    assert write_synth_harmony_manifest.main(["--dataset-dir", conversations]) == 0
+    vocabulary = ["--compact-vocab-size", "400", "--padded-vocab-size", "448", "--valid-fraction", "0.1"]
+    build = ["--input-dir", conversations, "--output-dir", dataset, "--seq-len", "192", "--workers", "1", "--quiet"]
+    assert build_command.main([*build, *vocabulary]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_directory(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """A run that has trained for no step, with one checkpoint."""
+    from megatron_vpmoe.runtime.distributed import single_process
+    from megatron_vpmoe.training.run import open_run
+
+    folder = tmp_path_factory.mktemp("runs") / "untrained"
+    fields = {"padded_vocab_size": 448, "seq_length": 192, "data_path": data / "dataset", "run_dir": folder}
+    cfg = tiny_config(**fields)
+    with single_process(seed=cfg.training.seed):
+        run = open_run(cfg)
+        # Other weights than those that the seed gives: a loader that loads nothing would be found out.
+        with torch.no_grad():
+            for parameter in run.model.parameters():
+                parameter.mul_(1.01)
+        torch.save({name: value.clone() for name, value in run.model.named_parameters()}, folder / "weights.pt")
+        run.save()
+        run.source.close()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "tag": "loss/final", "value": 2.0}\n')
+    return folder

@@ -10,74 +10,27 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_vpmoe.data.manifest import read_manifest
 from megatron_vpmoe.errors import CheckpointError, TokenizerError
-from tests.tiny import tiny_config
 from tests.unit.vpmoe.eval.conftest import GOOD, ids_of
 from vpmoe.data_curation.datasets import kd_command as build_command
-from vpmoe.data_curation.harmony import synth_to_harmony, write_synth_harmony_manifest
-from vpmoe.data_curation.tasks import synth_mini
 from vpmoe.eval import nano
-from vpmoe.eval.checkpoints import open_trained
-from vpmoe.eval.nano import NanoOptions, decode_in_batches, evaluate_and_plot, evaluate_run, stop_ids
+from vpmoe.eval.asking import decode_in_batches, stop_ids
+from vpmoe.eval.nano import NanoOptions, evaluate_and_plot, evaluate_model
+from vpmoe.eval.open_model import open_model
 from vpmoe.eval.questions import read_questions
 from vpmoe.harmony.parse import Parser
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """rows/, conversations/ and dataset/, by the commands."""
-    folder = tmp_path_factory.mktemp("data")
-    rows, conversations, dataset = (str(folder / name) for name in ("rows", "conversations", "dataset"))
-    assert synth_mini.main(["--output-dir", rows, "--rows", "300"]) == 0
-    convert = ["--input", rows, "--output-dir", conversations, "--num-shards", "1", "--reasoning-effort", "low"]
-    assert synth_to_harmony.main(convert) == 0
-    assert write_synth_harmony_manifest.main(["--dataset-dir", conversations]) == 0
-    vocabulary = ["--compact-vocab-size", "400", "--padded-vocab-size", "448", "--valid-fraction", "0.1"]
-    build = ["--input-dir", conversations, "--output-dir", dataset, "--seq-len", "192", "--workers", "1", "--quiet"]
-    assert build_command.main([*build, *vocabulary]) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run_directory(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    """A run that has trained for no step, with one checkpoint."""
-    from megatron_vpmoe.runtime.distributed import single_process
-    from megatron_vpmoe.training.run import open_run
-
-    folder = tmp_path_factory.mktemp("runs") / "untrained"
-    fields = {"padded_vocab_size": 448, "seq_length": 192, "data_path": data / "dataset", "run_dir": folder}
-    cfg = tiny_config(**fields)
-    with single_process(seed=cfg.training.seed):
-        run = open_run(cfg)
-        # Other weights than those that the seed gives: a loader that loads nothing would be found out.
-        with torch.no_grad():
-            for parameter in run.model.parameters():
-                parameter.mul_(1.01)
-        torch.save({name: value.clone() for name, value in run.model.named_parameters()}, folder / "weights.pt")
-        run.save()
-        run.source.close()
-    (folder / "metrics.jsonl").write_text('{"step": 1, "tag": "loss/final", "value": 2.0}\n')
-    return folder
-
-
 def options(data: Path, **changes) -> NanoOptions:
     fields = {"per_family": 3, "max_new_tokens": 12, "batch_size": 5, "samples": 4, **changes}
-    return NanoOptions(questions=data / "rows" / "test.jsonl", conversations=data / "conversations", **fields)
+    return NanoOptions(questions=data / "rows" / "test.jsonl", **fields)
 
 
 def silent(line: str) -> None:
     assert line
-
-
-def test_weights_are_those_of_the_checkpoint(run_directory: Path) -> None:
-    saved = torch.load(run_directory / "weights.pt")
-    with open_trained(run_directory) as run:
-        loaded = dict(run.model.named_parameters())
-        assert loaded.keys() == saved.keys()
-        assert [name for name, value in loaded.items() if not torch.equal(value, saved[name])] == []
-        assert not run.model.training
 
 
 def test_report_of_an_untrained_model(data: Path, run_directory: Path, tmp_path: Path, capsys) -> None:
@@ -101,7 +54,7 @@ def test_answers_are_scored_at_their_own_question(data: Path, run_directory: Pat
     questions = read_questions(data / "rows" / "test.jsonl", per_family=3)
     known = {q.query: "0" if q.family == "sorting" else q.row["synthetic_answer"] for q in questions}
     endless = [q.query for q in questions if q.family == "maximum"][:2]
-    with open_trained(run_directory) as run:
+    with open_model(run_directory) as run:
         tokenizer = run.tokenizer
     opening = len(ids_of("<|start|>assistant", tokenizer))
 
@@ -111,7 +64,7 @@ def test_answers_are_scored_at_their_own_question(data: Path, run_directory: Pat
         return [ids[:-1] if query in endless else ids for query, ids in zip(queries, completions, strict=True)]
 
     monkeypatch.setattr("megatron_vpmoe.generation.sampler.generate", answer_from_memory)
-    report, _ = evaluate_run(run_directory, options(data), progress=silent)
+    report, _ = evaluate_model(run_directory, options(data), progress=silent)
     counts = {name: (entry["valid"], entry["exact"]) for name, entry in report["generations"]["families"].items()}
     assert counts == {"addition": (3, 3), "subtraction": (3, 3), "maximum": (1, 1), "sorting": (3, 0)}
     assert report["generations"]["faults"] == {"unclosed": 2}
@@ -120,7 +73,7 @@ def test_answers_are_scored_at_their_own_question(data: Path, run_directory: Pat
 def test_batches_give_each_prompt_what_it_gets_alone(data: Path, run_directory: Path) -> None:
     from megatron_vpmoe.generation.sampler import SamplingOptions, generate
 
-    with open_trained(run_directory) as run:
+    with open_model(run_directory) as run:
         # An untrained model repeats itself; a larger scale makes its choices differ from place to place.
         with torch.no_grad():
             run.model.embedding.word_embeddings.weight.mul_(30)
@@ -147,23 +100,24 @@ def test_whole_valid_split_is_measured(data: Path, run_directory: Path, monkeypa
         return original(model, objective, batches)
 
     monkeypatch.setattr(evaluation, "evaluate", counting)
-    with open_trained(run_directory) as run:
-        nano.valid_losses(run)
-        rows = run.dataset.splits["valid"].rows
+    with open_model(run_directory) as run:
+        manifest = read_manifest(data / "dataset")
+        nano.valid_losses(run, manifest)
+        rows = manifest.splits["valid"].rows
     assert sum(seen) == rows > 0
 
 
 def test_missing_run_and_damaged_checkpoint(data: Path, run_directory: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such run"):
-        evaluate_run(tmp_path / "nowhere", options(data), progress=silent)
+    with pytest.raises(CheckpointError, match="no such model"):
+        evaluate_model(tmp_path / "nowhere", options(data), progress=silent)
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        evaluate_run(tmp_path, options(data), progress=silent)
+        evaluate_model(tmp_path, options(data), progress=silent)
     copy = tmp_path / "copy"
     shutil.copytree(run_directory, copy)
     (weights,) = sorted((copy / "checkpoints" / "iter_0000000").glob("*.distcp"))[:1]
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="bytes"):
-        evaluate_run(copy, options(data), progress=silent)
+        evaluate_model(copy, options(data), progress=silent)
 
 
 def test_dataset_of_another_vocabulary_is_refused(data: Path, run_directory: Path, tmp_path: Path) -> None:
@@ -172,8 +126,5 @@ def test_dataset_of_another_vocabulary_is_refused(data: Path, run_directory: Pat
     vocabulary = ["--compact-vocab-size", "300", "--padded-vocab-size", "448", "--valid-fraction", "0.1"]
     build = ["--input-dir", str(data / "conversations"), "--output-dir", other, "--seq-len", "192", "--workers", "1"]
     assert build_command.main([*build, *vocabulary, "--quiet"]) == 0
-    with (
-        pytest.raises(TokenizerError, match="trained on the vocabulary"),
-        open_trained(run_directory, data_path=Path(other)),
-    ):
-        pytest.fail("opened")
+    with pytest.raises(TokenizerError, match="trained on the vocabulary"):
+        evaluate_model(run_directory, options(data, data_path=Path(other)), progress=silent)

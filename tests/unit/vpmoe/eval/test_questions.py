@@ -1,4 +1,4 @@
-"""Questions from files, and prompts that are the beginning of what the model was trained on."""
+"""Questions from files."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vpmoe.files import sha256_of_file
 from vpmoe.data_curation.tasks.synth_mini import test_rows as held_out_rows
 from vpmoe.errors import DataError
-from vpmoe.eval.questions import context_messages, prompt_ids, read_questions
-from vpmoe.harmony.conversation import Message
-from vpmoe.harmony.prompts import Prompts
-from vpmoe.harmony.renderer import FastRenderer
+from vpmoe.eval.questions import read_questions
 
 
 def write_rows(path: Path, rows: list) -> Path:
@@ -56,37 +52,8 @@ def test_no_questions(tmp_path: Path, content: str | None) -> None:
         read_questions(path)
 
 
-def test_prompt_is_a_prefix_of_the_trained_conversation(tokenizer) -> None:
-    context = Prompts(developer_instructions="Be brief.").messages()
-    user = Message("user", "What is 7 + 8?")
-    replies = (Message("assistant", "15", "analysis"), Message("assistant", "15", "final"))
-    trained = FastRenderer(tokenizer).render([*context, user, *replies]).tokens().tolist()
-    (prompt,) = prompt_ids(tokenizer, context, [user.content])
-    assert trained[: len(prompt)] == prompt
-    assert tokenizer.decode(prompt).endswith("<|start|>assistant")
-    assert tokenizer.decode(trained[len(prompt) :]).startswith("<|channel|>analysis")
-
-
-def datasets(folder: Path, developer: str | None) -> tuple[Path, Path]:
-    conversations, dataset = folder / "conversations", folder / "dataset"
-    for path in (conversations, dataset):
-        path.mkdir()
-    prompts = Prompts(developer_instructions=developer).as_manifest()
-    (conversations / "manifest.json").write_text(json.dumps({"kind": "harmony_conversations", "prompts": prompts}))
-    named = {"kind": "harmony_kd", "input_manifest_sha256": sha256_of_file(conversations / "manifest.json")}
-    (dataset / "manifest.json").write_text(json.dumps(named))
-    return conversations, dataset
-
-
-@pytest.mark.parametrize("developer", [None, "Be brief."])
-def test_context_is_the_one_of_the_dataset(tmp_path: Path, developer: str | None) -> None:
-    conversations, dataset = datasets(tmp_path, developer)
-    assert context_messages(conversations, dataset) == Prompts(developer_instructions=developer).messages()
-
-
-def test_conversations_of_another_dataset_are_refused(tmp_path: Path) -> None:
-    conversations, dataset = datasets(tmp_path, None)
-    path = conversations / "manifest.json"
-    path.write_text(path.read_text().replace("vpMoE", "somebody"))
-    with pytest.raises(DataError, match="the dataset was built from"):
-        context_messages(conversations, dataset)
+def test_a_line_separator_inside_a_text_is_no_end_of_a_line(tmp_path: Path) -> None:
+    rows = [{**row("a", 0), "query": "first\u2028second\x85third"}, row("b", 1)]
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rows))
+    assert [question.query for question in read_questions(path)] == [entry["query"] for entry in rows]

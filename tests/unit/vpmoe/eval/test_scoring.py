@@ -8,7 +8,7 @@ from tests.unit.vpmoe.eval.conftest import GOOD
 from vpmoe.data_curation.tasks.synth_mini import check
 from vpmoe.errors import DataError
 from vpmoe.eval.questions import Question
-from vpmoe.eval.scoring import judge, score, summarize
+from vpmoe.eval.scoring import score, summarize
 
 ANALYSIS = "<|channel|>analysis<|message|>7 + 8 = 15<|end|>"
 FINAL = "<|start|>assistant<|channel|>final<|message|>15<|return|>"
@@ -37,35 +37,35 @@ def question(answer: str = "15", family: str = "addition") -> Question:
     return Question({"query": "What is 7 + 8?", "exercise": family, "synthetic_answer": answer, "synth_id": "x"})
 
 
-def test_good_generation_is_valid_and_exact(ids, parser) -> None:
-    (scored,) = score([question()], [ids(GOOD.format("15"))], parser, check)
+def test_good_generation_is_valid_and_exact(ids, form) -> None:
+    (scored,) = score([question()], [ids(GOOD.format("15"))], form, check)
     assert scored.judgement.valid and scored.exact
     assert (scored.judgement.analysis, scored.judgement.final) == ("7 + 8 = 15", "15")
 
 
 @pytest.mark.parametrize("answer", ["14", "115", "15.", "15 5", "fifteen"])
-def test_wrong_answer_is_valid_and_not_exact(answer: str, ids, parser) -> None:
-    (scored,) = score([question()], [ids(GOOD.format(answer))], parser, check)
+def test_wrong_answer_is_valid_and_not_exact(answer: str, ids, form) -> None:
+    (scored,) = score([question()], [ids(GOOD.format(answer))], form, check)
     assert scored.judgement.valid and not scored.exact
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_is_neither_valid_nor_exact(name: str, ids, parser) -> None:
-    (scored,) = score([question()], [ids(MALFORMED[name])], parser, check)
+def test_malformed_is_neither_valid_nor_exact(name: str, ids, form) -> None:
+    (scored,) = score([question()], [ids(MALFORMED[name])], form, check)
     assert not scored.judgement.valid and scored.judgement.reason and not scored.exact
 
 
-def test_padding_id_is_a_fault_not_a_crash(ids, parser, tokenizer) -> None:
+def test_padding_id_is_a_fault_not_a_crash(ids, form, tokenizer) -> None:
     generation = ids(GOOD.format("15"))
     generation.insert(3, tokenizer.vocab_size)
-    verdict = judge(generation, parser)
+    verdict = form.judge(generation)
     assert (verdict.valid, verdict.reason) == (False, "outside_vocabulary")
 
 
-def test_counts_and_shares_per_family(ids, parser) -> None:
+def test_counts_and_shares_per_family(ids, form) -> None:
     right, wrong, broken = ids(GOOD.format("15")), ids(GOOD.format("9")), ids("15")
     questions = [question(), question(), question(), question(family="sorting")]
-    summary = summarize(score(questions, [right, wrong, broken, right], parser, check))
+    summary = summarize(score(questions, [right, wrong, broken, right], form, check))
     assert (summary["n"], summary["valid"], summary["exact"]) == (4, 3, 2)
     assert (summary["validity"], summary["accuracy"]) == (0.75, 0.5)
     addition, sorting = summary["families"]["addition"], summary["families"]["sorting"]
@@ -75,6 +75,6 @@ def test_counts_and_shares_per_family(ids, parser) -> None:
     assert summary["mean_tokens"] == (3 * len(right) - 1 + len(broken)) / 4
 
 
-def test_a_completion_too_few_is_an_error(ids, parser) -> None:
+def test_a_completion_too_few_is_an_error(ids, form) -> None:
     with pytest.raises(DataError, match="1 completions of 2 questions"):
-        score([question(), question()], [ids(GOOD.format("15"))], parser, check)
+        score([question(), question()], [ids(GOOD.format("15"))], form, check)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -63,13 +64,20 @@ def test_batches_change_nothing(root: Path) -> None:
     assert one["texts"]["nats_per_token"] == pytest.approx(many["texts"]["nats_per_token"], rel=1e-6)
 
 
-def test_an_expected_answer_counts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what the model says as the expected answer, every question is right."""
-    from vpmoe.ladder import evaluation as module
-
-    said = {entry["query"]: entry["answer"] for entry in found(root, per_family=1)["questions"]["samples"]}
-    monkeypatch.setattr(module, "expected", lambda question: said[question.query])
-    assert found(root, per_family=1)["questions"]["accuracy"] == 1.0
+def test_an_expected_answer_counts(root: Path, tmp_path: Path) -> None:
+    """Of questions whose expected answer is what the model says, and others, the first are right, family by family."""
+    rows = [json.loads(line) for line in (root / "rows" / "test.jsonl").read_text().splitlines()]
+    chosen = [next(row for row in rows if row["exercise"] == family) for family in ("sorting", "maximum")]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    said = {entry["query"]: entry["answer"] for entry in found(root, questions=path)["questions"]["samples"]}
+    right = {**chosen[0], "synthetic_answer": f" {said[chosen[0]['query']]} "}
+    wrong = {**chosen[1], "synthetic_answer": f"{said[chosen[1]['query']]}."}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (right, wrong, right)))
+    counted = found(root, questions=path)["questions"]
+    assert (counted["exact"], counted["n"]) == (2, 3)
+    assert counted["families"]["sorting"] == {"n": 2, "exact": 2, "accuracy": 1.0}
+    assert counted["families"]["maximum"] == {"n": 1, "exact": 0, "accuracy": 0.0}
 
 
 def test_what_is_asked_is_part_of_its_hash(root: Path, tmp_path: Path) -> None:

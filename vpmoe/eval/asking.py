@@ -1,0 +1,154 @@
+"""How a question becomes a prompt and a generation becomes an answer: as a Harmony conversation, or as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from vpmoe.data_curation.tasks import question_texts
+from vpmoe.errors import HarmonyError
+from vpmoe.harmony.conversation import Message
+from vpmoe.harmony.parse import Judgement, Parser
+from vpmoe.harmony.renderer import FastRenderer
+from vpmoe.tokenizer.interface import Tokenizer
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.generation.sampler import SamplingOptions
+    from megatron_vpmoe.model.gpt import VPModel
+    from vpmoe.eval.open_model import Opened
+
+# What ends a generation: Harmony's answer and tool call, Qwen's turn, a document.
+_ENDS = ("<|return|>", "<|call|>", "<|im_end|>", "<|endoftext|>")
+_HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
+_LINE_FEED = b"\n"
+
+
+def stop_ids(tokenizer: Tokenizer, *, at_line_feed: bool = False) -> tuple[int, ...]:
+    """Tokens that end a generation; ``at_line_feed``: any token with a line feed in it too."""
+    ends = {tokenizer.special_tokens[name] for name in _ENDS if name in tokenizer.special_tokens}
+    if at_line_feed:
+        ends |= {row for row, piece in enumerate(tokenizer.pieces()) if _LINE_FEED in piece}
+    return tuple(sorted({*ends, tokenizer.eod_id}))
+
+
+@dataclass(frozen=True)
+class AsConversation:
+    """A Harmony conversation, with ``context`` (system and developer messages) before the user's message."""
+
+    tokenizer: Tokenizer
+    context: tuple[Message, ...] = ()
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """What ends a generation."""
+        return stop_ids(self.tokenizer)
+
+    def prompt(self, query: str) -> list[int]:
+        """Token ids of the conversation up to and with ``<|start|>assistant``."""
+        return FastRenderer(self.tokenizer).generation_prompt([*self.context, Message("user", query)]).tolist()
+
+    def judge(self, ids: Sequence[int]) -> Judgement:
+        """Valid is analysis, then final, closed with <|return|>, nothing else; no id outside of the vocabulary."""
+        if any(not 0 <= token_id < self.tokenizer.vocab_size for token_id in ids):
+            return Judgement(False, "outside_vocabulary", None, None)
+        return Parser(self.tokenizer).judge_completion(ids)
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """For a report."""
+        return {"form": "conversation"} | {message.role: message.content for message in self.context}
+
+
+@dataclass(frozen=True)
+class AsText:
+    """Plain text, as :mod:`vpmoe.data_curation.tasks.question_texts` writes questions: the answer is the first line."""
+
+    tokenizer: Tokenizer
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """What ends a generation."""
+        return stop_ids(self.tokenizer, at_line_feed=True)
+
+    def prompt(self, query: str) -> list[int]:
+        """Token ids of the text up to where the answer begins."""
+        return self.tokenizer.encode_ordinary(question_texts.prompt(query)).tolist()
+
+    def judge(self, ids: Sequence[int]) -> Judgement:
+        """Valid is what ends by itself."""
+        known = [token_id for token_id in ids if 0 <= token_id < self.tokenizer.first_special_id]
+        answer = question_texts.answer_in(self.tokenizer.decode(known))
+        reason = None if ids and ids[-1] in self.stop_ids else "unclosed"
+        return Judgement(reason is None, reason, None, answer)
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """For a report."""
+        return {"form": "text"}
+
+
+Form = AsConversation | AsText
+
+
+def form_of(
+    opened: Opened, *, plain: bool, system: str | None, developer: str | None, say: Callable[[str], None]
+) -> Form:
+    """How to ask a model, and a line about where its system and developer messages come from.
+
+    Args:
+        opened: the model.
+        plain: as plain text, even though the vocabulary knows conversations.
+        system: instead of the stored system message; empty leaves it out, None takes the stored one.
+        developer: the same for the developer message.
+        say: told that line.
+
+    Raises:
+        HarmonyError: messages for a vocabulary without conversations, or together with ``plain``.
+    """
+    given = {role: text for role, text in (("system", system), ("developer", developer)) if text is not None}
+    known = all(name in opened.tokenizer.special_tokens for name in _HARMONY)
+    if plain or not known:
+        if given:
+            raise HarmonyError(
+                "plain text has no system and developer messages",
+                source=", ".join(f"--{role}" for role in given),
+                remedy="leave them out" + (" or --plain" if known else ": the vocabulary has no Harmony tokens"),
+            )
+        say(f"asked as plain text{'' if known else ', as the vocabulary has no Harmony tokens'}")
+        return AsText(opened.tokenizer)
+    if opened.prompts is None:
+        say(
+            f"no system and developer messages are stored with {opened.path}: asked "
+            + (f"with the {' and '.join(given)} message given" if given else "without any")
+            + "; --system and --developer give them, --plain asks as plain text"
+        )
+    else:
+        instead = f", but for the {' and '.join(given)} message given" if given else ""
+        say(f"system and developer messages as stored with {opened.path}{instead}")
+    texts = {message.role: message.content for message in opened.prompts or ()} | given
+    return AsConversation(
+        opened.tokenizer, tuple(Message(role, texts[role]) for role in ("system", "developer") if texts.get(role))
+    )
+
+
+def decode_in_batches(
+    model: VPModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingOptions,
+    batch_size: int,
+    *,
+    progress: Callable[[str], None],
+) -> list[list[int]]:
+    """New tokens of each prompt, in the order of the prompts; prompts of like length are decoded together."""
+    from megatron_vpmoe.generation.sampler import generate
+
+    by_length = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    completions: list[list[int]] = [[] for _ in prompts]
+    for begin in range(0, len(by_length), batch_size):
+        places = by_length[begin : begin + batch_size]
+        for place, ids in zip(places, generate(model, [prompts[p] for p in places], sampling), strict=True):
+            completions[place] = ids
+        progress(f"answered {begin + len(places)} of {len(prompts)} questions")
+    return completions

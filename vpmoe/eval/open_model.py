@@ -1,0 +1,208 @@
+"""Any model that this project knows, opened for inference: a run, a checkpoint, an object of a ladder, an HF directory.
+
+Weights, vocabulary, and the system and developer messages all come from that folder; no dataset is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from megatron_vpmoe.config import RunConfig
+from megatron_vpmoe.config.schema_run import ParallelSection
+from megatron_vpmoe.data.vocabulary_files import VOCABULARY
+from megatron_vpmoe.errors import CheckpointError, TokenizerError
+from megatron_vpmoe.files import read_json, sha256_of_file, sha256_of_json
+from vpmoe.harmony.conversation import Message
+from vpmoe.hf import convert
+from vpmoe.hf.tokenization_vpmoe import RANK_FILE
+from vpmoe.tokenizer import Tokenizer
+from vpmoe.tokenizer.from_dataset import vocabulary_of
+from vpmoe.tokenizer.hf_directory import FILE_NAME, HFDirectory
+from vpmoe.weights import megatron_checkpoint
+from vpmoe.weights.geometry import config_of, load_model, process_groups
+from vpmoe.weights.tensors import Weights
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.model.gpt import VPModel
+
+PROMPT_ROLES = ("system", "developer")
+_REMEDY = "name a run (runs/NAME), a checkpoint in it (iter_NNNNNNN), an object of a ladder, or an HF directory"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model in memory.
+
+    Attributes:
+        path: ``iter_NNNNNNN`` or the HF directory that the weights are of.
+        name: of the run, else of the folder.
+        iteration: steps that it was trained for; None where nobody says.
+        weights_files: the files that hold the weights, or list their hashes.
+        cfg: the run's whole configuration, or for other models a geometry; for one process.
+        trained: what the run was configured with; None for other models.
+        model: bare, in evaluation mode.
+        tokenizer: the vocabulary.
+        prompts: the system and developer messages that it was trained with; None where none are on record.
+        run_directory: of a run; None for other models.
+    """
+
+    path: Path
+    name: str
+    iteration: int | None
+    weights_files: tuple[Path, ...]
+    cfg: RunConfig
+    trained: RunConfig | None
+    model: VPModel
+    tokenizer: Tokenizer
+    prompts: tuple[Message, ...] | None
+    run_directory: Path | None
+
+    @property
+    def described(self) -> str:
+        """Which model it is, in a few words."""
+        return self.name if self.iteration is None else f"{self.name}, step {self.iteration}"
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """Which model it is, for a report."""
+        return {
+            "run": self.name,
+            "name": self.path.name,
+            "iteration": self.iteration,
+            "weights_sha256": sha256_of_json([sha256_of_file(file) for file in self.weights_files]),
+        }
+
+
+@contextlib.contextmanager
+def open_model(path: Path, *, bf16: bool | None = None) -> Iterator[Opened]:
+    """Load the model at ``path`` into a job of one process; process groups that it starts end with the context.
+
+    Args:
+        path: a run or checkpoints directory (its newest complete checkpoint), one checkpoint, an object of a ladder
+            (``megatron/`` in it), or an HF directory (ours, or a dense Qwen3).
+        bf16: compute in bfloat16 or not; None: as the run did, and other models in fp32.
+
+    Raises:
+        CheckpointError: there is no such folder, nothing of a model in it, or it lacks something; names what.
+        WeightsError, TokenizerError: weights or vocabulary are missing or disagree with their description.
+    """
+    require_folder(path)
+    if (path / "config.json").is_file():
+        parts = _of_hf_directory(path, bf16)
+    else:
+        parts = _of_checkpoint(path / "megatron" if (path / "megatron").is_dir() else path, bf16)
+    weights: Weights = parts.pop("weights")
+    with process_groups(parts["cfg"].training.seed):
+        yield Opened(model=load_model(parts["cfg"], weights, source=str(parts["path"])), **parts)
+
+
+def require_folder(path: Path) -> None:
+    """Refuse a path that is no folder, before anything heavy is loaded; raises :class:`CheckpointError`."""
+    if not path.is_dir():
+        raise CheckpointError("there is no such model", source=str(path), remedy=_REMEDY)
+
+
+def _of_hf_directory(folder: Path, bf16: bool | None) -> dict[str, Any]:
+    opened = convert.open_directory(folder)
+    cfg = opened.cfg
+    cfg = cfg.model_copy(update={"training": cfg.training.model_copy(update={"bf16": bool(bf16)})})
+    return {
+        "path": folder,
+        "name": folder.name,
+        "iteration": None,
+        "weights_files": tuple(sorted(folder.glob("*.safetensors"))),
+        "cfg": cfg,
+        "trained": None,
+        "weights": opened.weights,
+        "tokenizer": read_tokenizer(folder, cfg.model.padded_vocab_size),
+        "prompts": read_prompts(convert.read_config(folder).get("prompts"), source=str(folder / "config.json")),
+        "run_directory": None,
+    }
+
+
+def _of_checkpoint(path: Path, bf16: bool | None) -> dict[str, Any]:
+    from megatron_vpmoe.training.checkpoint import ASSETS, open_checkpoint
+
+    found = open_checkpoint(path)
+    source = str(found.path / megatron_checkpoint.RUN_STATE)
+    trained = None
+    if found.state.get("kind") == "weights":  # an object of a ladder, or imported: no training made it
+        cfg = config_of(_stated(found.state, "config", source), source=source, bf16=bool(bf16))
+    else:
+        trained = _trained_config(_stated(found.state, "config", source), source)
+        training = trained.training if bf16 is None else trained.training.model_copy(update={"bf16": bf16})
+        cfg = trained.model_copy(update={"parallel": ParallelSection(), "training": training})
+    stored = found.state.get("prompts") or found.state.get("hf_config", {}).get("prompts")
+    run_directory = found.path.parent.parent if trained and found.path.parent.name == "checkpoints" else None
+    return {
+        "path": found.path,
+        "name": trained.training.run_name if trained else path.parent.name if path.name == "megatron" else path.name,
+        "iteration": found.iteration if trained else None,
+        "weights_files": (found.path / "files.json",),
+        "cfg": cfg,
+        "trained": trained,
+        "weights": megatron_checkpoint.read_weights(found.path),
+        "tokenizer": read_tokenizer(found.path / ASSETS, cfg.model.padded_vocab_size),
+        "prompts": read_prompts(stored, source=source),
+        "run_directory": run_directory,
+    }
+
+
+def _stated(state: dict[str, Any], field: str, source: str) -> Any:
+    if field not in state:
+        raise CheckpointError(f"{field!r} is missing", source=source, remedy="choose a checkpoint that is whole")
+    return state[field]
+
+
+def _trained_config(stored: Any, source: str) -> RunConfig:
+    try:
+        return RunConfig.model_validate_json(json.dumps(stored))
+    except ValidationError as error:
+        faults = [(".".join(map(str, detail["loc"])), detail) for detail in error.errors()]
+        missing = [name for name, detail in faults if detail["type"] == "missing"]
+        others = [f"{name} = {detail['input']!r}: {detail['msg']}" for name, detail in faults if name not in missing]
+        told = ([f"these fields are missing: {', '.join(missing)}"] if missing else []) + others
+        raise CheckpointError(
+            "the configuration in the checkpoint cannot be built: " + "; ".join(told),
+            source=f"{source}: config",
+            remedy="open it with the code that trained it; or export it there (vpmoe hf export) and open the export",
+        ) from error
+
+
+def read_tokenizer(folder: Path, padded_vocab_size: int) -> Tokenizer:
+    """The vocabulary whose files lie in ``folder``, the assets of a checkpoint or an HF directory.
+
+    Raises:
+        TokenizerError: there are none, or they are damaged.
+    """
+    if (folder / VOCABULARY).is_file():
+        entry = read_json(folder / VOCABULARY, error=TokenizerError)
+        rank_file = folder / RANK_FILE
+        return vocabulary_of(entry, folder / VOCABULARY, rank_file=rank_file if rank_file.is_file() else None)
+    if (folder / FILE_NAME).is_file():
+        return HFDirectory(folder, padded_vocab_size)
+    raise TokenizerError(
+        f"the model carries no vocabulary: neither {VOCABULARY} nor {FILE_NAME}",
+        source=str(folder),
+        remedy="put the files of the tokenizer there, or open a checkpoint of a run that has a dataset",
+    )
+
+
+def read_prompts(stored: Any, *, source: str) -> tuple[Message, ...] | None:
+    """System and developer message of ``{"system": text or null, "developer": text or null}``; None for None.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    if stored is None:
+        return None
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(role), str | None) for role in PROMPT_ROLES):
+        raise CheckpointError(f"prompts are {stored!r}", source=source, remedy='{"system": text, "developer": text}')
+    return tuple(Message(role, stored[role]) for role in PROMPT_ROLES if stored.get(role))
