@@ -31,7 +31,6 @@ def run(arguments: list[str]) -> None:
         seed=cfg.training.seed,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         timeout_minutes=parallel.distributed_timeout_minutes,
     )

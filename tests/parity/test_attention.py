@@ -46,7 +46,7 @@ CASES = [
     ("banded", 1, False),
     ("banded", 16, False),
 ]
-NOT_ON_CPU = {"flex", "transformer_engine"}
+NOT_ON_CPU = {"flex"}
 
 
 def test_every_backend_of_the_cpu_is_held_to_the_definition() -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_vpmoe.config import load_config, parameter_count
-from megatron_vpmoe.config.combinations import IDLE, REFUSALS
+from megatron_vpmoe.config.rules import ARCHITECTURE, IDLE, RUN
 from megatron_vpmoe.files import write_atomically
 from vpmoe.describe.picture import stack_picture
 from vpmoe.describe.table import description, print_description
@@ -76,14 +76,14 @@ def print_parameter_count(config: Path, overrides: list[str]) -> None:
 
 @app.command()
 def combinations() -> None:
-    """Print which choices of architecture are refused and why, and which fields are idle where."""
-    refused = Table("fields", "refused because", title="Refused", title_justify="left")
-    for refusal in REFUSALS:
-        refused.add_row("\n".join(refusal.names), refusal.general_text().replace("`", ""))
-        refused.add_section()
-    idle = Table("fields", "where", title="Idle", title_justify="left")
-    for rule in IDLE:
-        idle.add_row("\n".join(rule.names), rule.where.replace("`", ""))
-        idle.add_section()
-    console = Console()
-    console.print(refused, idle)
+    """Print which choices are refused and why, and which fields of an architecture are idle where."""
+    for title, head, rules in (
+        ("Architectures that are refused", "refused because", ARCHITECTURE),
+        ("Runs that are refused", "refused because", RUN),
+        ("Idle", "where", IDLE),
+    ):
+        shown = Table("fields", head, title=title, title_justify="left")
+        for rule in rules:
+            shown.add_row("\n".join(rule.names), rule.general_text().replace("`", ""))
+            shown.add_section()
+        Console().print(shown)

@@ -18,8 +18,8 @@ from megatron_vpmoe.config import (
     parameter_count,
     training_flops_per_token,
 )
-from megatron_vpmoe.config.combinations import idle_fields, idle_lines
 from megatron_vpmoe.config.geometry import output_layer_flops
+from megatron_vpmoe.config.rules import idle_fields, idle_lines
 from vpmoe.describe.layers import (
     POSITION_NAMES,
     amount,

@@ -42,7 +42,6 @@ _FIXED = {
     "add_bias_linear": False,
     "add_qkv_bias": False,
     "qk_layernorm": True,
-    "normalization": "RMSNorm",
     "activation": "swiglu",
     "softmax_type": "vanilla",
     "window_size": None,

@@ -9,7 +9,7 @@ import difflib
 import re
 from typing import Any, get_args, get_origin
 
-from megatron_vpmoe.config.schema import FieldSpec, fields
+from megatron_vpmoe.config.schema import RETIRED, FieldSpec, fields
 from megatron_vpmoe.config.yaml_source import Given, parse_scalar
 
 SOURCE = "command line"
@@ -77,7 +77,8 @@ def parse_flags(arguments: list[str], problems: list[str]) -> dict[str, dict[str
         spec = known.get(name[3:] if negated else name)
         if spec is None:
             flags = [known[n].flag for n in nearest(name, list(known))]
-            problems.append(f"{SOURCE}: unknown flag {word.split('=')[0]}; nearest: {', '.join(flags)}")
+            gone = f" ({RETIRED[name].reason})" if name in RETIRED else ""
+            problems.append(f"{SOURCE}: unknown flag {word.split('=')[0]}{gone}; nearest: {', '.join(flags)}")
             while rest and not _FLAG.fullmatch(rest[0]):
                 rest.pop(0)
         elif negated:

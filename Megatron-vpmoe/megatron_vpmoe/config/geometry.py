@@ -7,6 +7,7 @@ tensor products, E experts, V padded vocabulary, S sequence length, W window.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 from megatron_vpmoe.config.parameters import attention_sizes, feed_forward_sizes, projection_rows
 from megatron_vpmoe.config.schema import RunConfig
@@ -90,6 +91,21 @@ def tensor_parallel_rank(cfg: RunConfig) -> RunConfig:
     model = m.model_copy(update={name: getattr(m, name) // ranks for name in split})
     moe = cfg.moe.model_copy(update={"moe_shared_expert_intermediate_size": shared // ranks if shared else shared})
     return cfg.model_copy(update={"model": model, "moe": moe})
+
+
+def stage_layers(cfg: RunConfig) -> list[range]:
+    """The layer numbers (from 1) of each pipeline stage: Megatron's division, of a configuration without problems."""
+    p, size = cfg.parallel, cfg.parallel.pipeline_model_parallel_size
+    first, last = p.num_layers_in_first_pipeline_stage, p.num_layers_in_last_pipeline_stage
+    middle = size - (first is not None) - (last is not None)
+    even = (cfg.model.num_layers - (first or 0) - (last or 0)) // middle if middle else 0
+    counts = [even] * size
+    if first is not None:
+        counts[0] = first
+    if last is not None:
+        counts[-1] = last
+    ends = list(accumulate(counts))
+    return [range(end - count + 1, end + 1) for count, end in zip(counts, ends, strict=True)]
 
 
 def mean_keys(seq_length: int, window: int | None) -> float:

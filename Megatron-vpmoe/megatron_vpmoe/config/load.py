@@ -8,8 +8,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_vpmoe.config.flags import accepted_types, nearest, parse_flags
-from megatron_vpmoe.config.rules import Problem, find_problems
-from megatron_vpmoe.config.schema import FieldSpec, RunConfig, fields, section_types
+from megatron_vpmoe.config.rule import Problem
+from megatron_vpmoe.config.rules import find_problems
+from megatron_vpmoe.config.schema import RETIRED, FieldSpec, RunConfig, fields, is_passed_over, section_types
 from megatron_vpmoe.config.yaml_source import Given, read_chain
 from megatron_vpmoe.errors import ConfigError
 
@@ -90,12 +91,16 @@ def _known_only(values: Values, problems: list[str]) -> Values:
                     problems.append(f"{given.source}: {section} is a section of keys, not {given.value!r}")
             elif key in sections[section].model_fields:
                 kept[section][key] = given
+            elif is_passed_over(section, key, given.value):
+                continue
             else:
                 problems.append(f"{given.source}: unknown key {section}.{key}; {_hint(section, key, known)}")
     return kept
 
 
 def _hint(section: str, key: str, known: dict[str, FieldSpec]) -> str:
+    if key in RETIRED:
+        return f"it is gone: {RETIRED[key].reason}"
     if key in known:
         return f"it belongs under {known[key].section}:"
     own = [name for name, spec in known.items() if spec.section == section]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_vpmoe.config.combinations import idle_lines
-from megatron_vpmoe.config.geometry import parameter_count, tensor_parallel_rank
+from megatron_vpmoe.config.geometry import parameter_count, stage_layers, tensor_parallel_rank
 from megatron_vpmoe.config.parameters import EMBEDDING, OUTPUT, ROUTED, is_matrix, is_trained, parameter_sizes
-from megatron_vpmoe.config.pipeline import stage_layers
+from megatron_vpmoe.config.rules import idle_lines
 from megatron_vpmoe.config.schema import RunConfig
 from megatron_vpmoe.errors import DeviceError
 
@@ -124,8 +123,7 @@ def _optimizer_state(cfg: RunConfig, trained: _Held) -> int:
     moment = 2 if o.normuon_momentum_dtype == "bfloat16" else _FP32
     per_matrix_entry = moment if o.optimizer == "normuon" else 2 * _FP32
     master = _FP32 if cfg.training.bf16 else 0
-    split = p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
-    dense_ranks = max(1, p.nproc_per_node // split)
+    dense_ranks = max(1, p.nproc_per_node // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size))
     expert_ranks = max(1, p.nproc_per_node // (p.expert_model_parallel_size * p.pipeline_model_parallel_size))
     dense = trained.matrices * (per_matrix_entry + master) + trained.others * (2 * _FP32 + master)
     return dense // dense_ranks + trained.experts * (per_matrix_entry + master) // expert_ranks

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from megatron_vpmoe.config.combinations import idle_fields
-from megatron_vpmoe.config.schema import RunConfig
+from megatron_vpmoe.config.rules import idle_fields
+from megatron_vpmoe.config.schema import RETIRED, RunConfig
 
 _ABSENT = "(absent)"
 _WHOLE_SECTIONS = {
     "model": frozenset({"attention_backend"}),
-    "moe": frozenset(
-        {"moe_token_dispatcher_type", "moe_permute_fusion", "moe_router_fusion", "moe_shared_expert_overlap"}
-    ),
+    "moe": frozenset({"moe_token_dispatcher_type", "moe_permute_fusion", "moe_router_fusion"}),
 }
 """Section -> its operational fields; all its other fields bind."""
 
@@ -51,6 +49,8 @@ def is_binding(section: str, name: str) -> bool:
     The dataset itself is bound by its manifest's hash, not by its path; learning rates, intervals, paths, logging and
     the number of processes are free.
     """
+    if name in RETIRED:
+        return False
     if section in _WHOLE_SECTIONS:
         return name not in _WHOLE_SECTIONS[section]
     return name in _SINGLE_FIELDS.get(section, frozenset())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
+from pydantic import model_validator
 from pydantic.fields import FieldInfo
 
 from megatron_vpmoe.config.schema_model import ModelSection, MoeSection
@@ -21,6 +22,37 @@ from megatron_vpmoe.config.schema_run import (
     TrainingSection,
 )
 from megatron_vpmoe.config.schema_section import Section
+
+
+class Retired(NamedTuple):
+    """A field that is gone: its section, the one value that any run had (``...``: no matter which), and why."""
+
+    section: str
+    value: Any
+    reason: str
+
+
+RETIRED = {
+    "normalization": Retired("model", "RMSNorm", "every norm is an RMSNorm"),
+    "moe_shared_expert_overlap": Retired("moe", False, "upstream's kernels for it refuse the biases of this design"),
+    "normuon_tensor_parallel": Retired("optim", "whole", "matrices that ranks hold in parts are orthogonalised whole"),
+    "virtual_pipeline_model_parallel_size": Retired(
+        "parallel", None, "the interleaved schedule sends tensors of one shape, without room for layer 1's values"
+    ),
+    "context_parallel_size": Retired(
+        "parallel", 1, "no attention backend fetches the keys of other ranks; tensor_model_parallel_size with "
+        "sequence_parallel shares a sequence"
+    ),
+    "router_drop_rate_warn_pct": Retired("logging", ..., "no routed row is ever dropped"),
+    "router_drop_rate_fail_pct": Retired("logging", ..., "no routed row is ever dropped"),
+}  # fmt: skip
+"""Configurations of runs and checkpoints from before keep their meaning: a field with its one value is passed over."""
+
+
+def is_passed_over(section: str, name: str, value: Any) -> bool:
+    """Whether a key that no section has is a retired field with the value that every run had."""
+    retired = RETIRED.get(name)
+    return retired is not None and retired.section == section and retired.value in (value, ...)
 
 
 class RunConfig(Section):
@@ -44,6 +76,16 @@ class RunConfig(Section):
     """Saving and resuming."""
     logging: LoggingSection
     """Metrics and thresholds."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired(cls, sections: dict[str, Any]) -> dict[str, Any]:
+        return {
+            section: {name: value for name, value in values.items() if not is_passed_over(section, name, value)}
+            if isinstance(values, dict)
+            else values
+            for section, values in sections.items()
+        }
 
     @property
     def run_directory(self) -> Path:

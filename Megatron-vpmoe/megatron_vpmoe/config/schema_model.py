@@ -34,8 +34,6 @@ class ModelSection(Section):
     """Biases on queries, keys and values; in TPA layers added after the factor product."""
     qk_layernorm: bool = True
     """RMSNorm over the head dimension of queries and keys, before any rotation."""
-    normalization: Literal["RMSNorm"] = "RMSNorm"
-    """Kind of normalisation before attention, before the feed-forward layer and before the output layer."""
     layernorm_epsilon: PositiveFloat = 1e-6
     """Added to the mean square inside every RMSNorm."""
     activation: Literal["squared_relu", "swiglu"] = "squared_relu"
@@ -67,9 +65,9 @@ class ModelSection(Section):
     """Bias on the head factors A of TPA, which lets TPA reproduce a plain projection exactly."""
     value_residual: bool = True
     """Mix layer 1's values into every later layer with one learned scalar a layer."""
-    attention_backend: Literal["auto", "reference", "banded", "sdpa", "flex", "transformer_engine"] = "auto"
+    attention_backend: Literal["auto", "reference", "banded", "sdpa", "flex"] = "auto"
     """Attention implementation; "auto" takes the fastest that the layer and the device allow: banded (local) and sdpa
-    (global) on a CPU, flex on a GPU. transformer_engine is refused."""
+    (global) on a CPU, flex on a GPU."""
 
 
 class MoeSection(Section):
@@ -106,8 +104,6 @@ class MoeSection(Section):
     moe_token_dispatcher_type: Literal["auto", "alltoall", "allgather"] = "auto"
     """How tokens travel between expert-parallel ranks; "auto": alltoall, or with one such rank allgather, which then
     moves nothing."""
-    moe_shared_expert_overlap: bool = False
-    """Compute the shared expert while tokens travel; upstream's kernels for it refuse the biases of this design."""
     moe_permute_fusion: bool = False
     """Fused token permutation; needs TransformerEngine."""
     moe_router_fusion: bool = False

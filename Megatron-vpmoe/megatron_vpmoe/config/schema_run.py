@@ -10,7 +10,7 @@ from pydantic import Field
 from megatron_vpmoe.config.schema_section import Amount, Cardinal, Count, Decay, PositiveFloat, Section
 
 Path = Annotated[str, Field(min_length=1)]
-RecomputeModule = Literal["core_attn", "mlp", "moe", "shared_experts", "layernorm", "moe_act", "mla_up_proj"]
+RecomputeModule = Literal["core_attn", "mlp", "moe", "shared_experts"]
 
 
 class LrMultiplier(Section):
@@ -84,8 +84,6 @@ class OptimSection(Section):
     """What NorMuon's momentum is kept in between steps."""
     normuon_stack_mib: Count | None = None
     """Largest stack of matrices, MiB of fp32 (four times as much is held); null: 256 on a GPU, 4 on a CPU."""
-    normuon_tensor_parallel: Literal["whole", "blockwise"] = "whole"
-    """Of matrices that tensor-parallel ranks split: "whole" exchanges parts, "blockwise" leaves each rank its own."""
     normuon_idle_expert_policy: Literal["skip", "step"] = "skip"
     """Experts without tokens in a step: "skip" leaves them as they are, "step" updates them from old momentum too."""
 
@@ -103,10 +101,6 @@ class ParallelSection(Section):
     """Layers of the first stage where they are not shared out evenly; null: as many as the others."""
     num_layers_in_last_pipeline_stage: Count | None = None
     """Layers of the last stage, which has the output layer as well; null: as many as the others."""
-    virtual_pipeline_model_parallel_size: Count | None = None
-    """Pieces of a stage in the interleaved schedule; only null is supported."""
-    context_parallel_size: Count = 1
-    """Ranks that share each sequence; only 1 is supported."""
     expert_model_parallel_size: Count = 1
     """Ranks over which the experts are spread; divides the world size and num_experts."""
     overlap_grad_reduce: bool = False
@@ -133,7 +127,7 @@ class BlendPart(Section):
         return self.name or PurePath(self.path).name or self.path
 
 
-class BlendStage(Section):
+class BlendChange(Section):
     """Weights that take over at a point of the run."""
 
     from_sample: Count
@@ -148,8 +142,8 @@ class DataSection(Section):
     data_path: Path | None = None
     """Built dataset (the directory that holds manifest.json), relative to the working directory; null: see blend."""
     blend: list[BlendPart] | None = None
-    """Several datasets, as a list of {path, weight, name}: rows are dealt out by weight, exactly; null: data_path."""
-    blend_schedule: list[BlendStage] | None = None
+    """Several datasets, as a list of {path, weight, name}: each gives rows by its weight; null: data_path."""
+    blend_schedule: list[BlendChange] | None = None
     """Other weights later in the run, as a list of {from_sample, weights}; null: those of blend throughout."""
     seq_length: Count
     """Tokens in one packed row."""
@@ -266,7 +260,3 @@ class LoggingSection(Section):
     """Warn when the busiest expert's load exceeds its layer's mean by more than this many times the mean."""
     router_max_vio_fail: PositiveFloat | None = None
     """End the run when it exceeds the mean by more than this many times the mean."""
-    router_drop_rate_warn_pct: Amount | None = None
-    """Warn when more than this percentage of the routed rows reach no expert; this design drops none."""
-    router_drop_rate_fail_pct: Amount | None = 0.0
-    """End the run when more than this percentage of them do."""

@@ -1,6 +1,6 @@
 """The datasets of a run as one endless order of samples: a blend, of which a single dataset is the simplest.
 
-``Dealing`` says which dataset a sample comes from and which of that dataset's own samples it is; each dataset keeps the
+``Mixture`` says which dataset a sample comes from and which of that dataset's own samples it is; each dataset keeps the
 ``SampleOrder`` that it has alone. The whole order is a pure function of the datasets, the weights and ``data_seed``,
 and its cursor is ``consumed_samples``; what a dataset has given so far follows from it.
 """
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_vpmoe.data.batch import Document
 from megatron_vpmoe.data.cursor import SampleOrder, WindowStart
-from megatron_vpmoe.data.dealing import Dealing, Stage
 from megatron_vpmoe.data.kd_dataset import KDDataset
+from megatron_vpmoe.data.mixture import Mixture, Weights
 from megatron_vpmoe.data.pairs import documents_of, grouped_lengths
 from megatron_vpmoe.errors import CheckpointError, DataError
 
@@ -89,17 +89,17 @@ class Blend:
 
     Args:
         parts: the datasets.
-        stages: weights, one for each part, from sample to sample.
+        weights: one for each part, from sample to sample.
         seq_length: positions of a row.
         window: conversations packed together.
         seed: of every dataset's own order.
     """
 
     def __init__(
-        self, parts: Sequence[Part], stages: Sequence[Stage], *, seq_length: int, window: int, seed: int
+        self, parts: Sequence[Part], weights: Sequence[Weights], *, seq_length: int, window: int, seed: int
     ) -> None:
         self.parts = list(parts)
-        self._dealing = Dealing(stages)
+        self._mixture = Mixture(weights)
         self._orders = [
             SampleOrder(
                 grouped_lengths(part.dataset.lengths, part.dataset.manifest.group_size, seq_length=seq_length),
@@ -120,7 +120,7 @@ class Blend:
 
     def documents(self, sample: int) -> list[Document]:
         """The conversations of row ``sample``, all of one dataset."""
-        number, own = self._dealing.place(sample)
+        number, own = self._mixture.place(sample)
         dataset = self.parts[number].dataset
         indices = documents_of(self._orders[number].documents(own), dataset.manifest.group_size)
         return [dataset[int(index)] for index in indices]
@@ -132,7 +132,7 @@ class Blend:
     def cursors(self, consumed_samples: int) -> list[Cursor]:
         """How far each dataset has been read once ``consumed_samples`` samples are."""
         cursors = []
-        for number, samples in enumerate(self._dealing.counts(consumed_samples)):
+        for number, samples in enumerate(self._mixture.counts(consumed_samples)):
             order = self._orders[number]
             start = order.start_of(samples)
             epoch = order.epoch_of(start)
@@ -155,12 +155,13 @@ class Blend:
         Raises:
             CheckpointError: the cursors are not those of ``consumed_samples`` under these weights.
         """
-        counts = self._dealing.counts(consumed_samples)
         notes = []
-        if stored and [cursor["samples"] for cursor in stored] != counts:
-            dealt = ", ".join(f"{part.name} {count}" for part, count in zip(self.parts, counts, strict=True))
+        given = [cursor["samples"] for cursor in stored]
+        if stored and not self._mixture.may_have_given(consumed_samples, given):
+            shares = zip(self.parts, self._mixture.shares(consumed_samples), strict=True)
+            due = ", ".join(f"{part.name} {float(share):g}" for part, share in shares)
             found = ", ".join(f"{cursor['name']} {cursor['samples']}" for cursor in stored)
-            what = f"after {consumed_samples} samples these weights have dealt {dealt}; the checkpoint has {found}"
+            what = f"{consumed_samples} samples under these weights are {due}; the checkpoint has {found}"
             if not allow_change:
                 raise CheckpointError(
                     what,
@@ -169,6 +170,9 @@ class Blend:
                 )
             notes.append(what)
             stored = []
+        if stored:
+            self._mixture.go_to(consumed_samples, given)
+        counts = self._mixture.counts(consumed_samples)
         for number, part in enumerate(self.parts):
             cursor = stored[number] if stored else None
             if cursor is None or cursor["order"] != self._identities[number]:

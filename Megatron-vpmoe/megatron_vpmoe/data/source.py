@@ -2,7 +2,7 @@
 
 The global order does not know of ranks. A global batch is the samples [consumed, consumed + global_batch_size) of the
 order; micro-batch k of rank r holds the ``micro_batch_size`` samples from ``consumed + (k * dp_size + r) *
-micro_batch_size`` on, as Megatron's own samplers deal them out. Any number of ranks therefore consumes the same samples
+micro_batch_size`` on, as Megatron's own samplers have them. Any number of ranks therefore consumes the same samples
 in every step, and a run may resume with another number.
 """
 
@@ -12,35 +12,33 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from megatron_vpmoe.config.blend import whole_weights
 from megatron_vpmoe.data.batch import PADDING, Batch, assemble
 from megatron_vpmoe.data.blend import Blend, Cursor, Part
-from megatron_vpmoe.data.dealing import Stage
+from megatron_vpmoe.data.mixture import Weights
 from megatron_vpmoe.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
 
-def stages_of(cfg: RunConfig) -> list[Stage]:
-    """The weights of ``data.{blend, blend_schedule}`` as whole numbers, from sample to sample."""
-    stages = [Stage(0, whole_weights([part.weight for part in cfg.data.parts]))]
-    schedule = cfg.data.blend_schedule or []
-    return stages + [Stage(stage.from_sample, whole_weights(stage.weights)) for stage in schedule]
+def weights_of(cfg: RunConfig) -> list[Weights]:
+    """The weights of ``data.{blend, blend_schedule}``, from sample to sample."""
+    first = Weights(0, [part.weight for part in cfg.data.parts])
+    return [first, *(Weights(change.from_sample, change.weights) for change in cfg.data.blend_schedule or ())]
 
 
-class _Dealer:
+class _Rows:
     """Turns stretches of the global order into this rank's micro-batches."""
 
     def __init__(
-        self, parts: Sequence[Part], stages: Sequence[Stage], cfg: RunConfig, dp_rank: int, dp_size: int
+        self, parts: Sequence[Part], weights: Sequence[Weights], cfg: RunConfig, dp_rank: int, dp_size: int
     ) -> None:
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"data-parallel rank {dp_rank} of {dp_size}")
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.micro_batch_size, self.seq_length = cfg.training.micro_batch_size, cfg.data.seq_length
         self.blend = Blend(
-            parts, stages, seq_length=self.seq_length, window=cfg.data.packing_window, seed=cfg.data.data_seed
+            parts, weights, seq_length=self.seq_length, window=cfg.data.packing_window, seed=cfg.data.data_seed
         )
 
     @property
@@ -70,14 +68,14 @@ class BatchSource:
     """
 
     def __init__(self, parts: Sequence[Part], cfg: RunConfig, dp_rank: int, dp_size: int) -> None:
-        self._dealer = _Dealer(parts, stages_of(cfg), cfg, dp_rank, dp_size)
+        self._rows = _Rows(parts, weights_of(cfg), cfg, dp_rank, dp_size)
         self.global_batch_size = cfg.training.global_batch_size
-        if self.global_batch_size % self._dealer.samples_at_once:
+        if self.global_batch_size % self._rows.samples_at_once:
             raise ConfigError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
-                f"{self._dealer.micro_batch_size} x {dp_size} data-parallel ranks",
+                f"{self._rows.micro_batch_size} x {dp_size} data-parallel ranks",
                 source="training.global_batch_size",
-                remedy=f"take a multiple of {self._dealer.samples_at_once}",
+                remedy=f"take a multiple of {self._rows.samples_at_once}",
             )
         # One thread does all the reading, so the order and the memory maps are never used by two at once.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
@@ -105,13 +103,13 @@ class BatchSource:
         """How far each dataset has been read at ``consumed_samples``; at once for the end of the step given last."""
         if self._behind is not None and self._behind[0] == consumed_samples:
             return self._behind[1]
-        return self._worker.submit(self._dealer.blend.cursors, consumed_samples).result()
+        return self._worker.submit(self._rows.blend.cursors, consumed_samples).result()
 
     def resume(
         self, consumed_samples: int, stored: Sequence[Mapping[str, Any]], *, source: str, allow_change: bool = False
     ) -> list[str]:
         """Go on from a checkpoint's cursors; see ``Blend.resume``."""
-        resume = self._dealer.blend.resume
+        resume = self._rows.blend.resume
         return self._worker.submit(resume, consumed_samples, stored, source=source, allow_change=allow_change).result()
 
     def close(self) -> None:
@@ -123,12 +121,12 @@ class BatchSource:
         """What ``next_step`` gives, made in the calling thread; for a source that is used in no other way."""
         end = consumed_samples + self.global_batch_size
         return [
-            self._dealer.micro_batch(begin, end) for begin in range(consumed_samples, end, self._dealer.samples_at_once)
+            self._rows.micro_batch(begin, end) for begin in range(consumed_samples, end, self._rows.samples_at_once)
         ]
 
     def _prepare(self, consumed_samples: int) -> tuple[list[Batch], list[Cursor]]:
         batches = self.prepare(consumed_samples)
-        return batches, self._dealer.blend.cursors(consumed_samples + self.global_batch_size)
+        return batches, self._rows.blend.cursors(consumed_samples + self.global_batch_size)
 
 
 class ValidSource:
@@ -148,15 +146,15 @@ class ValidSource:
     """
 
     def __init__(self, part: Part, cfg: RunConfig, dp_rank: int, dp_size: int) -> None:
-        self._dealer = _Dealer([part], [Stage(0, (1,))], cfg, dp_rank, dp_size)
+        self._rows = _Rows([part], [Weights(0, (1.0,))], cfg, dp_rank, dp_size)
         wanted = cfg.evaluation.eval_iters * cfg.training.global_batch_size
-        self.samples = min(wanted, self._dealer.blend.rows_of_one_epoch())
+        self.samples = min(wanted, self._rows.blend.rows_of_one_epoch())
 
     def __len__(self) -> int:
         """Forward passes of each rank."""
-        return -(-self.samples // self._dealer.samples_at_once)
+        return -(-self.samples // self._rows.samples_at_once)
 
     def __iter__(self) -> Iterator[Batch]:
         """This rank's micro-batches."""
-        for begin in range(0, self.samples, self._dealer.samples_at_once):
-            yield self._dealer.micro_batch(begin, self.samples)
+        for begin in range(0, self.samples, self._rows.samples_at_once):
+            yield self._rows.micro_batch(begin, self.samples)

@@ -67,7 +67,7 @@ def transformer_config(cfg: RunConfig) -> VPTransformerConfig:
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
-        normalization=model.normalization,
+        normalization="RMSNorm",
         layernorm_epsilon=model.layernorm_epsilon,
         activation_func=squared_relu if model.activation == "squared_relu" else torch.nn.functional.silu,
         gated_linear_unit=model.activation == "swiglu",
@@ -97,7 +97,6 @@ def transformer_config(cfg: RunConfig) -> VPTransformerConfig:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
-        context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         pipeline_dtype=dtype,
         # What a stage has sent is kept for its graph alone.

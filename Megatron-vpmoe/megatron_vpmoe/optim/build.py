@@ -265,7 +265,6 @@ def normuon_options(optim: OptimSection) -> NorMuonOptions:
         compute_dtype=None if optim.polar_express_dtype == "auto" else getattr(torch, optim.polar_express_dtype),
         momentum_dtype=getattr(torch, optim.normuon_momentum_dtype),
         idle_expert_policy=optim.normuon_idle_expert_policy,
-        blockwise=optim.normuon_tensor_parallel == "blockwise",
     )
 
 

@@ -50,8 +50,6 @@ class NorMuonOptions:
     """The momentum is kept in this dtype; None: the parameter's (fp32)."""
     idle_expert_policy: Literal["skip", "step"] = "skip"
     """What happens to an expert without tokens."""
-    blockwise: bool = False
-    """Each tensor-parallel rank orthogonalises its part of a matrix by itself; else the whole matrix is."""
 
 
 def row_factors(
@@ -229,7 +227,7 @@ class NorMuon(torch.optim.Optimizer):
     def _split(self, stack: Stack) -> Split | None:
         if stack.split is None:
             return None
-        return Split(stack.split, cast(dist.ProcessGroup, self._tp_group), self._options.blockwise)
+        return Split(stack.split, cast(dist.ProcessGroup, self._tp_group))
 
     def _stacks(self, places: tuple[tuple[int, int], ...]) -> list[Stack]:
         """The plan over the parameters at (group, index); made once for each set of them."""
@@ -281,7 +279,7 @@ def step_stack(
     orthogonalise = partial(
         polar_express, steps=options.steps, safety=options.safety, dtype=options.compute_dtype, workspace=workspace
     )
-    update_NRC = orthogonalise(nesterov_NRC) if split is None else split.orthogonalise(nesterov_NRC, orthogonalise)
+    update_NRC = orthogonalise(nesterov_NRC) if split is None else split.apply_whole(nesterov_NRC, orthogonalise)
     second_moment_NR1 = stack.gather(second_moments, dtype)
     factor_NR1 = row_factors(
         update_NRC, second_moment_NR1, active_N11, beta2=options.beta2, eps=options.eps, split=split

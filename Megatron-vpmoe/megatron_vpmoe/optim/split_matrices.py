@@ -5,10 +5,6 @@ matrices whole, orthogonalises them, and hands the parts back: two all-to-alls, 
 which order the parts are put together does not matter, since permuting the rows of a matrix permutes those of its
 orthogonalised form.
 
-Blockwise, each rank orthogonalises its part by itself and nothing travels. Blocks can have more directions together
-than the matrix they make up, so they are scaled to the norm that the whole would have. Row statistics are always of
-whole rows.
-
 Shapes: N matrices in a stack, T tensor-parallel ranks, R rows and C columns of a part.
 """
 
@@ -27,25 +23,10 @@ class Split(NamedTuple):
     Attributes:
         dim: 0, each rank has rows; 1, columns.
         group: the ranks.
-        blockwise: every part counts as a matrix of its own.
     """
 
     dim: int
     group: dist.ProcessGroup
-    blockwise: bool = False
-
-    def orthogonalise(self, part_NRC: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """This rank's part [N, R, C] of the orthogonalised matrices; a collective of the group unless blockwise.
-
-        Args:
-            part_NRC: this rank's part of every matrix.
-            function: see ``apply_whole``; a semi-orthogonal matrix of S directions has the norm sqrt(S).
-        """
-        if not self.blockwise:
-            return self.apply_whole(part_NRC, function)
-        part, whole, ranks = list(part_NRC.shape[1:]), list(part_NRC.shape[1:]), self.group.size()
-        whole[self.dim] *= ranks
-        return function(part_NRC).mul_((min(whole) / (ranks * min(part))) ** 0.5)
 
     def apply_whole(self, part_NRC: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """This rank's part [N, R, C] of ``function`` of the whole matrices; a collective of the group.

@@ -25,7 +25,6 @@ def initialize(
     seed: int,
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
-    context_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
     timeout_minutes: int = 10,
 ) -> None:
@@ -52,7 +51,6 @@ def initialize(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
-        context_parallel_size=context_parallel_size,
         expert_model_parallel_size=expert_model_parallel_size,
         # An expert is never split: over tensor-parallel ranks it is replicated, and each brings its own tokens.
         expert_tensor_parallel_size=1,

@@ -10,7 +10,6 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_vpmoe.model.gpt import VPModel
-from megatron_vpmoe.model.moe.experts import StackedExperts
 from megatron_vpmoe.model.moe.router import VPMoERouter
 from megatron_vpmoe.model.moe.router_health import router_health
 from megatron_vpmoe.runtime.device import current_device
@@ -41,10 +40,9 @@ class RouterMonitor:
     def reset(self) -> None:
         """Start counting a new step."""
         for layer in self._layers.values():
-            router, experts = _parts(layer)
+            router = _router(layer)
             router.tokens_per_expert.zero_()
             router.balance_loss_sum.zero_()
-            router.routed_rows = experts.processed_rows = 0
 
     def metrics(self, real_tokens: float) -> dict[str, float]:
         """Health of the step since ``reset``, by the tags of docs/architecture.md; a collective of all ranks.
@@ -54,25 +52,16 @@ class RouterMonitor:
         """
         if not self._numbers:
             return {}
-        load_LE, bias_LE, balance_L, routed_L, processed_L = self._of_all_ranks()
-        tags = router_health(
-            load_LE,
-            expert_bias_LE=bias_LE,
-            layer_numbers=self._numbers,
-            per_layer=self._per_layer,
-            rows_L=routed_L,
-            processed_L=processed_L,
-        )
+        load_LE, bias_LE, balance_L = self._of_all_ranks()
+        tags = router_health(load_LE, expert_bias_LE=bias_LE, layer_numbers=self._numbers, per_layer=self._per_layer)
         return {**tags, "moe/seq_aux_loss": balance_L.sum().item() / max(real_tokens, 1.0)}
 
-    def _of_all_ranks(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    def _of_all_ranks(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Sums over the ranks that hold different tokens, and over the stages that hold different layers: all ranks.
 
         An expert bias, which is equal on every rank of a stage, is contributed by one of them.
         """
-        # Ranks that split experts' matrices each process every row of their experts. Tensor-parallel ranks routed
-        # different parts of a sequence (sequence parallelism), but each has the whole balance loss.
-        shards = parallel_state.get_expert_tensor_parallel_world_size() or 1
+        # Tensor-parallel ranks routed different parts of a sequence, but each has the whole balance loss.
         copies = parallel_state.get_tensor_model_parallel_world_size()
         owns_bias = (
             parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
@@ -83,19 +72,17 @@ class RouterMonitor:
             if number not in self._layers:
                 rows.append(None)
                 continue
-            router, experts = _parts(self._layers[number])
+            router = _router(self._layers[number])
             load_E = router.tokens_per_expert
             bias_E = cast(Tensor, router.expert_bias) if self._has_bias and owns_bias else torch.zeros_like(load_E)
             balance = router.balance_loss_sum.double()[None] / copies
-            counts = load_E.new_tensor([router.routed_rows, experts.processed_rows / shards], dtype=torch.float64)
-            rows.append(torch.cat([load_E.double(), bias_E.double(), balance, counts]))
-        empty = torch.zeros(2 * self._experts + 3, dtype=torch.float64, device=current_device())
+            rows.append(torch.cat([load_E.double(), bias_E.double(), balance]))
+        empty = torch.zeros(2 * self._experts + 1, dtype=torch.float64, device=current_device())
         packed = torch.stack([empty if row is None else row for row in rows])
         torch.distributed.all_reduce(packed)
-        load_LE, bias_LE, rest_L3 = packed.cpu().split([self._experts, self._experts, 3], dim=1)
-        balance_L, routed_L, processed_L = rest_L3.unbind(1)
-        return load_LE, bias_LE if self._has_bias else None, balance_L, routed_L, processed_L
+        load_LE, bias_LE, balance_L1 = packed.cpu().split([self._experts, self._experts, 1], dim=1)
+        return load_LE, bias_LE if self._has_bias else None, balance_L1
 
 
-def _parts(layer: MoELayer) -> tuple[VPMoERouter, StackedExperts]:
-    return cast(VPMoERouter, layer.router), cast(StackedExperts, layer.experts)
+def _router(layer: MoELayer) -> VPMoERouter:
+    return cast(VPMoERouter, layer.router)

@@ -19,7 +19,6 @@ from torch.autograd.function import once_differentiable
 from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.model.moe.expert_layout import SHARDED_NAMES
 from megatron_vpmoe.model.moe.expert_rows import ExpertRows, choose_layout
-from megatron_vpmoe.model.recompute import is_recomputing
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig, squared_relu
 from megatron_vpmoe.runtime.ranges import annotated
 
@@ -80,8 +79,7 @@ class StackedExperts(MegatronModule):
     Parameters (E_local first; every expert's matrix is output by input, as in ``torch.nn.Linear``):
     ``fc1_weight`` [E, F, H], ``fc1_bias`` [E, F], ``fc2_weight`` [E, H, F], ``fc2_bias`` [E, H].
 
-    ``processed_rows`` counts rows over the micro-batches of a step, for the drop rate; ``last_layout`` names the layout
-    that the rule chose last.
+    ``last_layout`` names the layout that the rule chose last.
     """
 
     def __init__(
@@ -97,7 +95,6 @@ class StackedExperts(MegatronModule):
         self.num_local_experts = num_local_experts
         self.ep_group, self.expt_dp_group = pg_collection.ep, pg_collection.expt_dp
         self.last_layout: str | None = None
-        self.processed_rows = 0
         hidden, ffn, total = config.hidden_size, config.moe_ffn_hidden_size, config.num_moe_experts
         assert ffn is not None and total is not None
         self.fc1_weight = self._expert_parameter(total, (ffn, hidden), config.init_method)
@@ -135,8 +132,6 @@ class StackedExperts(MegatronModule):
         Returns:
             the weighted outputs [N, H] in the dtype of x, and None: biases are inside.
         """
-        if self.training and torch.is_grad_enabled() and not is_recomputing():
-            self.processed_rows += x_NH.shape[0]
         if x_NH.shape[0] == 0:
             # No product to make. The weights still need their (zero) gradients, and both inputs a path back: each came
             # through a collective of its own, whose backward pass the other ranks wait in.

@@ -64,8 +64,7 @@ class VPMoERouter(TopKRouter):
     """Top-k routing with sigmoid scores, groups and expert bias; padding is no load and has no balance loss.
 
     Buffers besides upstream's ``expert_bias``: ``tokens_per_expert`` [E] and ``balance_loss_sum`` [], both fp32 and not
-    saved, accumulate over the micro-batches of a step until the loop reads and resets them; so does the number
-    ``routed_rows``, of all rows sent out, padding's included. The router has no bias.
+    saved, accumulate over the micro-batches of a step until the loop reads and resets them. The router has no bias.
     """
 
     config: VPTransformerConfig
@@ -75,7 +74,6 @@ class VPMoERouter(TopKRouter):
     def __init__(self, config: VPTransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.bias = None
-        self.routed_rows = 0
         device = self.weight.device
         experts = config.num_moe_experts
         assert experts is not None
@@ -119,7 +117,6 @@ class VPMoERouter(TopKRouter):
     def _count(self, routing_map: Tensor, real_SB: Tensor) -> None:
         if is_recomputing():
             return
-        self.routed_rows += real_SB.numel() * self.topk
         with torch.no_grad():
             load = (routing_map & real_SB.reshape(-1, 1)).sum(0)
             self.tokens_per_expert += load

@@ -27,8 +27,6 @@ def router_health(
     expert_bias_LE: Tensor | None = None,
     layer_numbers: Sequence[int] | None = None,
     per_layer: bool = False,
-    rows_L: Tensor | None = None,
-    processed_L: Tensor | None = None,
 ) -> dict[str, float]:
     """Metrics of load balance.
 
@@ -40,21 +38,17 @@ def router_health(
     - ``max_vio``: maximal violation of balance, max load / mean load - 1; 0 is perfect balance (Wang et al. 2024,
       arXiv 2408.15664, who call it MaxVio);
     - ``experts_active``, ``dead_experts``: experts with at least one token, and without any;
-    - ``bias_range``: largest minus smallest expert bias;
-    - ``drop_rate_pct``: routed rows that no expert processed, 100 * (routed - processed) / routed.
+    - ``bias_range``: largest minus smallest expert bias.
 
     Over all layers: ``mean_cv_pct``, ``std_cv_pct`` (population), ``mean_entropy``, ``min_entropy``,
     ``mean_max_load_pct``, ``max_load_pct`` (of the worst layer), ``mean_max_vio``, ``max_vio`` (of the worst layer),
-    ``dead_experts_count`` (sum), ``experts_active_mean``, ``expert_bias_range`` (of the widest layer),
-    ``drop_rate_pct`` (over all layers' rows).
+    ``dead_experts_count`` (sum), ``experts_active_mean``, ``expert_bias_range`` (of the widest layer).
 
     Args:
         load_LE: tokens that each expert processed, any real dtype, summed over micro-batches and ranks.
         expert_bias_LE: the routers' expert biases; None leaves the bias metrics out.
         layer_numbers: global numbers of the L layers (from 1), for the tags of single layers.
         per_layer: also give the metrics of each layer.
-        rows_L: rows that the routers sent out (tokens times top-k, padding included); with ``processed_L``, the rows
-            that reached an expert, for the drop rate.
 
     Returns:
         tag -> value.
@@ -84,10 +78,6 @@ def router_health(
     if expert_bias_LE is not None:
         layers["bias_range"] = (expert_bias_LE.amax(dim=1) - expert_bias_LE.amin(dim=1)).double()
         aggregate["expert_bias_range"] = layers["bias_range"].max()
-    if rows_L is not None and processed_L is not None:
-        rows_L, lost_L = rows_L.double(), (rows_L - processed_L).double()
-        layers["drop_rate_pct"] = 100.0 * lost_L / rows_L.clamp_min(1.0)
-        aggregate["drop_rate_pct"] = 100.0 * lost_L.sum() / rows_L.sum().clamp_min(1.0)
     tags = {AGGREGATE + name: value.item() for name, value in aggregate.items()}
     if per_layer:
         numbers = layer_numbers if layer_numbers is not None else range(1, len(load_LE) + 1)
@@ -130,11 +120,6 @@ THRESHOLDS = (
         "max_vio",
         "router_max_vio_{}",
         "the busiest expert has {value:.2f} times the mean load too much, in the worst layer (limit {limit:g})",
-    ),
-    Threshold(
-        "drop_rate_pct",
-        "router_drop_rate_{}_pct",
-        "{value:.3f} % of the routed rows reached no expert (limit {limit:g} %)",
     ),
 )
 """Every metric that can warn or end a run."""

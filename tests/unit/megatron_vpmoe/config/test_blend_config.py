@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from megatron_vpmoe.config import load_config, provenance_diff
-from megatron_vpmoe.config.blend import whole_weights
 from megatron_vpmoe.errors import ConfigError
 
 Write = Callable[..., Path]
@@ -31,14 +30,6 @@ def test_one_dataset_is_a_blend_of_one(small: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "whole"),
-    [([0.7, 0.3], (7, 3)), ([2, 4, 6], (1, 2, 3)), ([0.5, 0], (1, 0)), ([1e-3, 0.999], (1, 999)), ([5.0], (1,))],
-)
-def test_weights_are_taken_as_written(weights: list[float], whole: tuple[int, ...]) -> None:
-    assert whole_weights(weights) == whole
-
-
-@pytest.mark.parametrize(
     ("blend", "schedule", "data_path", "expected"),
     [
         (TWO, "null", "d", "both are given"),
@@ -54,12 +45,6 @@ def test_weights_are_taken_as_written(weights: list[float], whole: tuple[int, ..
         ("[{path: a, weight: 1, wieght: 2}]", "null", "null", "unknown key data.blend[0].wieght"),
         ("[a, b]", "null", "null", "data.blend[0] = 'a'"),
         ("a", "null", "null", "data.blend = 'a' (str), expected a list or null"),
-        (
-            "[{path: a, weight: 0.33333}, {path: b, weight: 0.66667}]",
-            "null",
-            "null",
-            "repeat only after 100000 samples",
-        ),
         (TWO, "[{from_sample: 9, weights: [1]}]", "null", "from sample 9: 1 weights for 2 datasets"),
         (TWO, "[{from_sample: 9, weights: [0, 0]}]", "null", "from sample 9: every weight is 0"),
         (TWO, "[{from_sample: 0, weights: [1, 1]}]", "null", "data.blend_schedule[0].from_sample = 0"),

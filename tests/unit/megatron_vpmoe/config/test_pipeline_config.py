@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_vpmoe.config import load_config, parameter_count
-from megatron_vpmoe.config.pipeline import stage_layers
+from megatron_vpmoe.config.geometry import stage_layers
 from megatron_vpmoe.model.transformer_config import transformer_config
 
 FIRST, LAST = "--num-layers-in-first-pipeline-stage", "--num-layers-in-last-pipeline-stage"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_vpmoe.config import deciding_fields, load_config, provenance_diff
+from megatron_vpmoe.config import RunConfig, deciding_fields, load_config, provenance_diff
 from megatron_vpmoe.config.provenance import _SINGLE_FIELDS, _UNDECIDING, _WHOLE_SECTIONS, is_binding
-from megatron_vpmoe.config.schema import fields, section_types
+from megatron_vpmoe.config.schema import RETIRED, fields, section_types
+from megatron_vpmoe.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,22 @@ def test_a_field_of_one_side_only_counts(small: Path) -> None:
     old["moe"]["bygone"] = 3
     keys = [change.key for change in provenance_diff(old, new)]
     assert sorted(keys) == ["model.tpa", "moe.bygone"]
+
+
+def test_a_run_from_before_a_field_went_is_resumed_and_its_geometry_read(
+    small: Path, child: Callable[..., Path]
+) -> None:
+    new = load_config(small)
+    old = new.model_dump()
+    for name, retired in RETIRED.items():
+        old[retired.section][name] = 0.0 if retired.value is ... else retired.value
+    assert provenance_diff(old, new.model_dump()) == []
+    assert RunConfig.model_validate(old) == new
+    assert load_config(child("parallel: {context_parallel_size: 1}")) == new
+    for name, retired in ((name, retired) for name, retired in RETIRED.items() if retired.value is not ...):
+        with pytest.raises(ConfigError) as caught:
+            load_config(child(f"{retired.section}: {{{name}: [another]}}"))
+        assert f"unknown key {retired.section}.{name}; it is gone: {retired.reason}" in str(caught.value)
 
 
 def test_the_classification_names_fields_that_exist() -> None:

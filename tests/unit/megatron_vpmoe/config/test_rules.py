@@ -27,7 +27,6 @@ from megatron_vpmoe.config.schema import fields
         ),
         ("--seq-length 16", "window_size", "never ends"),
         ("--attention-backend banded", "attention_backend", "global layers"),
-        ("--attention-backend transformer_engine", "attention_backend", "no adapter for the package"),
         (
             "--attention-backend banded --window-attn-skip-freq 9 --local-position-embedding grape_a",
             "local_position_embedding",
@@ -47,7 +46,6 @@ from megatron_vpmoe.config.schema import fields
         ("--activation swiglu", "activation", "no gate"),
         ("--num-layers 1", "first_layer_dense", "no expert would ever be used"),
         ("--moe-ffn-hidden-size 30", "moe_ffn_hidden_size", "multiples of 8 in bf16 and of 4"),
-        ("--moe-shared-expert-overlap true", "moe_shared_expert_overlap", "no biases"),
         ("--router-dead-experts-warn 113", "router_dead_experts_warn", "112 routed experts"),
         ("--min-lr 4e-2", "min_lr", "above the peak"),
         ("--lr-warmup-iters 400", "lr_warmup_iters", "leaves nothing"),
@@ -95,14 +93,12 @@ from megatron_vpmoe.config.schema import fields
             "together with expert_model_parallel_size",
         ),
         ("--num-layers-in-last-pipeline-stage 3", "pipeline_model_parallel_size", "no effect on a single stage"),
-        ("--virtual-pipeline-model-parallel-size 2", "virtual_pipeline_model_parallel_size", "interleaved"),
         ("--pipeline-model-parallel-size 8", "first_layer_dense", "stage 0 holds no layer with experts"),
         (
             "--pipeline-model-parallel-size 4 --recompute-granularity full --recompute-num-layers 3",
             "recompute_num_layers",
             "the largest stage has 2",
         ),
-        ("--context-parallel-size 2", "context_parallel_size", "no attention backend fetches"),
         ("--expert-model-parallel-size 3", "expert_model_parallel_size", "spread evenly over 3"),
         (
             "--num-experts null --expert-model-parallel-size 2 --router-dead-experts-warn null",
@@ -116,13 +112,6 @@ from megatron_vpmoe.config.schema import fields
         ("--recompute-granularity full --recompute-num-layers 9", "num_layers", "more than the 8 layers"),
         ("--recompute-granularity selective --recompute-modules []", "recompute_modules", "at least one"),
         ("--recompute-granularity selective --recompute-modules [moe,moe]", "recompute_modules", "each part once"),
-        (
-            "--recompute-granularity selective --recompute-modules [layernorm]",
-            "recompute_modules",
-            "freed and refilled",
-        ),
-        ("--recompute-granularity selective --recompute-modules [moe_act]", "recompute_modules", "freed and refilled"),
-        ("--recompute-granularity selective --recompute-modules [mla_up_proj]", "recompute_modules", "multi-latent"),
         (
             "--recompute-granularity selective --recompute-modules [mlp] --no-first-layer-dense",
             "first_layer_dense",

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from megatron_vpmoe.data.blend import Part, as_stored, open_parts
 from megatron_vpmoe.data.cursor import SampleOrder
-from megatron_vpmoe.data.source import BatchSource, ValidSource
+from megatron_vpmoe.data.mixture import Mixture
+from megatron_vpmoe.data.source import BatchSource, ValidSource, weights_of
 from megatron_vpmoe.errors import CheckpointError, DataError
 from tests.fixtures_dataset import rewrite_manifest, small_dataset
 from tests.tiny import tiny_config
@@ -80,7 +81,7 @@ def test_a_stored_cursor_resumes_the_order_and_is_what_packing_again_finds(roots
     stored = as_stored(first.cursors(position))
     assert again.resume(position, stored, source="checkpoint") == []
     assert as_stored(again.cursors(position)) == stored
-    for order, cursor in zip(again._dealer.blend._orders, stored, strict=True):
+    for order, cursor in zip(again._rows.blend._orders, stored, strict=True):
         assert order._first_sample[0] == cursor["window_first_sample"]  # nothing before it was packed
     recounted = BatchSource(open_parts(cfg, "train"), cfg, 0, 1)
     assert as_stored(recounted.cursors(position)) == stored
@@ -94,8 +95,8 @@ def test_a_dataset_keeps_the_order_that_it_has_alone(roots):
     alone = tiny_config(data_path=roots[1], packing_window=16, global_batch_size=1, micro_batch_size=1)
     blend = BatchSource(open_parts(cfg, "train"), cfg, 0, 1)
     single = BatchSource(open_parts(alone, "train"), alone, 0, 1)
-    dealing = blend._dealer.blend._dealing
-    mine = [s for s in range(48) if dealing.place(s)[0] == 1]
+    mixture = Mixture(weights_of(cfg))
+    mine = [s for s in range(48) if mixture.place(s)[0] == 1]
     taken = {s: row for consumed in range(0, 48, 12) for s, row in rows(blend, consumed).items()}
     assert [taken[s] for s in mine] == [rows(single, own)[own] for own in range(len(mine))]
     blend.close()
@@ -116,7 +117,7 @@ def test_cursors_of_other_weights_are_refused_or_noted(roots):
     stored = as_stored(source.cursors(60))
     source.close()
     changed = BatchSource(open_parts(other, "train"), other, 0, 1)
-    with pytest.raises(CheckpointError, match=r"after 60 samples these weights have dealt sums 30, facts 18, prose 12"):
+    with pytest.raises(CheckpointError, match=r"60 samples under these weights are sums 30, facts 18, prose 12"):
         changed.resume(60, stored, source="checkpoint")
     assert "the checkpoint has" in changed.resume(60, stored, source="checkpoint", allow_change=True)[0]
     assert as_stored(changed.cursors(60))[0]["samples"] == 30

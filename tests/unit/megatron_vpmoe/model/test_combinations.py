@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from megatron_vpmoe.config import RunConfig, parameter_count
-from megatron_vpmoe.config.combinations import REFUSALS, Refusal
-from megatron_vpmoe.config.rules import find_problems
+from megatron_vpmoe.config.rule import Rule
+from megatron_vpmoe.config.rules import ARCHITECTURE, find_problems
 from megatron_vpmoe.config.schema import fields
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.builder import build_model
@@ -109,13 +109,13 @@ def config_of(axes: Axes, row: Row) -> RunConfig:
     return changed(BASE, values)
 
 
-def refusals(cfg: RunConfig) -> list[Refusal]:
-    return [refusal for refusal in REFUSALS if refusal.applies(cfg)]
+def refusals(cfg: RunConfig) -> list[Rule]:
+    return [refusal for refusal in ARCHITECTURE if refusal.applies(cfg)]
 
 
 def is_read(axis: tuple[dict[str, Any], ...]) -> bool:
     """Whether any refusal names a field of the axis."""
-    return any(name in refusal.names for refusal in REFUSALS for value in axis for name in value)
+    return any(name in refusal.names for refusal in ARCHITECTURE for value in axis for name in value)
 
 
 def core_rows(axes: Axes) -> Iterator[Row]:
@@ -124,7 +124,7 @@ def core_rows(axes: Axes) -> Iterator[Row]:
 
 
 @pytest.fixture(scope="module")
-def core(request: pytest.FixtureRequest) -> dict[Row, list[Refusal]]:
+def core(request: pytest.FixtureRequest) -> dict[Row, list[Rule]]:
     axes = GRIDS[request.param]
     return {row: refusals(config_of(axes, row)) for row in core_rows(axes)}
 
@@ -178,11 +178,11 @@ def covering_rows(axes: Axes, accepted: list[Row], together: int) -> tuple[list[
 
 
 @pytest.mark.parametrize("core", GRIDS, indirect=True)
-def test_a_refusal_names_the_fields_that_decide(core: dict[Row, list[Refusal]], request: pytest.FixtureRequest) -> None:
+def test_a_refusal_names_the_fields_that_decide(core: dict[Row, list[Rule]], request: pytest.FixtureRequest) -> None:
     """Whatever the rest is: with the named fields at values that go together, the refusal is gone."""
     axes = GRIDS[request.node.callspec.params["core"]]
     assert any(core.values()) and not all(core.values())
-    refused: dict[Refusal, list[Row]] = {}
+    refused: dict[Rule, list[Row]] = {}
     for row, found in core.items():
         for refusal in found:
             refused.setdefault(refusal, []).append(row)
@@ -218,7 +218,7 @@ def run(cfg: RunConfig) -> tuple[VPModel, float]:
 
 @pytest.mark.parametrize("core", GRIDS, indirect=True)
 def test_what_is_accepted_learns_and_what_is_not_has_a_reason(
-    core: dict[Row, list[Refusal]], request: pytest.FixtureRequest, single_process: None
+    core: dict[Row, list[Rule]], request: pytest.FixtureRequest, single_process: None
 ) -> None:
     axes = GRIDS[request.node.callspec.params["core"]]
     rows, never = covering_rows(axes, [row for row, found in core.items() if not found], TOGETHER)
@@ -243,7 +243,7 @@ def test_what_is_accepted_learns_and_what_is_not_has_a_reason(
 
 
 @pytest.mark.parametrize("core", ["architecture"], indirect=True)
-def test_the_parts_are_those_that_were_asked_for(core: dict[Row, list[Refusal]], single_process: None) -> None:
+def test_the_parts_are_those_that_were_asked_for(core: dict[Row, list[Rule]], single_process: None) -> None:
     """Each layer has the parameters of its parts, by name, and no others: a switch is not ignored."""
     rows, _ = covering_rows(AXES, [row for row, found in core.items() if not found], 2)
     for row in rows:

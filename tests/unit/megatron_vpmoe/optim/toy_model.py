@@ -25,7 +25,7 @@ def toy_config(*, bf16: bool = False, **optim: Any) -> Any:
         "clip_grad": 1.0, "normuon_momentum": 0.95, "normuon_beta2": 0.95, "normuon_eps": 1e-10,
         "polar_express_steps": 5, "polar_express_safety": 2e-2, "normuon_idle_expert_policy": "skip",
         "polar_express_dtype": "auto", "normuon_momentum_dtype": "float32", "normuon_stack_mib": None,
-        "normuon_tensor_parallel": "whole", "lr_multipliers": None, "weight_decays": None,
+        "lr_multipliers": None, "weight_decays": None,
     } | optim  # fmt: skip
     return SimpleNamespace(
         optim=SimpleNamespace(**fields),

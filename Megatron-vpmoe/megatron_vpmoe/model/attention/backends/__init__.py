@@ -8,8 +8,6 @@
     global layers on the CPU: torch's fused kernel over a dense mask that the layers share.
 ``flex``
     every layer on a GPU: FlexAttention, compiled, over the tiles that hold a visible pair.
-``transformer_engine``
-    refused: there is no adapter for it.
 
 Shapes: B batch, H query heads, G KV groups, Q queries, K keys, D head dim.
 """
@@ -47,13 +45,6 @@ def select_backend(requested: str, *, window: int | None, device: torch.device, 
         if not on_cpu:
             return "flex"
         return "sdpa" if window is None or alibi else "banded"
-    if requested == "transformer_engine":
-        raise ConfigError(
-            "the attention backend 'transformer_engine' is not offered: vpMoE has no adapter for the package "
-            "transformer-engine, whether it is installed or not",
-            source="attention_backend",
-            remedy="attention_backend: flex (or auto) runs every layer on a GPU",
-        )
     if requested not in BACKENDS:
         raise ConfigError(
             f"there is no attention backend {requested!r}",

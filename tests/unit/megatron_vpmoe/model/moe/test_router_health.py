@@ -75,17 +75,9 @@ def test_only_the_shares_count(loads, factor):
     assert once["dead_experts_count"] + once["experts_active_mean"] == len(loads)
 
 
-def test_drop_rate_is_of_all_rows():
-    load, rows, processed = torch.ones(2, 4), torch.tensor([100, 300]), torch.tensor([100, 270])
-    tags = router_health(load, rows_L=rows, processed_L=processed, per_layer=True)
-    assert tags[AGGREGATE + "drop_rate_pct"] == pytest.approx(7.5)
-    assert tags["moe/router/layer_1/drop_rate_pct"] == 0.0
-    assert tags["moe/router/layer_2/drop_rate_pct"] == pytest.approx(10.0)
-
-
 QUIET = {
     f"router_{name.format(kind)}": None
-    for name in ("dead_experts_{}", "max_load_{}_pct", "cv_{}_pct", "max_vio_{}", "drop_rate_{}_pct")
+    for name in ("dead_experts_{}", "max_load_{}_pct", "cv_{}_pct", "max_vio_{}")
     for kind in ("warn", "fail")
 }
 
@@ -97,13 +89,12 @@ QUIET = {
         ("router_max_load_{}_pct", 75.0, 74.0, "the busiest expert takes 75.0 %"),
         ("router_cv_{}_pct", 61.3, 61.2, "coefficient of variation is 61.2 %"),
         ("router_max_vio_{}", 2.0, 1.9, "2.00 times the mean load too much"),
-        ("router_drop_rate_{}_pct", 2.0, 1.9, "2.000 % of the routed rows"),
     ],
 )
 def test_thresholds_warn_and_fail(field, quiet_at, fires_at, message):
     """Each at its limit and just past it; nothing of the other metrics speaks up."""
     load = torch.tensor([[6, 0, 0, 2], [2, 2, 2, 2]])
-    health = router_health(load, rows_L=torch.tensor([50, 50]), processed_L=torch.tensor([49, 49]))
+    health = router_health(load)
     assert check_thresholds(health, tiny_config(**QUIET)) == []
     warn, fail = field.format("warn"), field.format("fail")
     assert check_thresholds(health, tiny_config(**{**QUIET, warn: quiet_at, fail: quiet_at})) == []
@@ -115,13 +106,7 @@ def test_thresholds_warn_and_fail(field, quiet_at, fires_at, message):
     assert check_thresholds({}, tiny_config(**{**QUIET, fail: fires_at})) == []
 
 
-def test_a_dropped_row_ends_a_run_by_default():
-    health = router_health(torch.ones(1, 4), rows_L=torch.tensor([1000]), processed_L=torch.tensor([999]))
-    with pytest.raises(VpmoeError, match=r"0\.100 % of the routed rows"):
-        check_thresholds(health, tiny_config())
-
-
-@pytest.mark.parametrize("name", ["max_load_{}_pct", "cv_{}_pct", "max_vio_{}", "drop_rate_{}_pct"])
+@pytest.mark.parametrize("name", ["max_load_{}_pct", "cv_{}_pct", "max_vio_{}"])
 def test_failing_before_warning_is_refused(name):
     warn, fail = (f"router_{name.format(kind)}" for kind in ("warn", "fail"))
     with pytest.raises(ConfigError, match=r"fails at 1\.0, warns at 2\.0"):
