@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,23 +86,36 @@ def read_json(path: Path, *, error: type[VpmoeError] = DataError, remedy: str = 
     return value
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Number (from 1) and value of each line; a last line without its line feed, as a kill leaves it, is left out.
+def read_json_lines(path: Path, *, ours: bool = True) -> Iterator[tuple[int, Any]]:
+    """Number (from 1) and value of each line that is not blank.
+
+    Args:
+        path: the file.
+        ours: a log that we write: a last line without its line feed, as a kill leaves it, is left out. False: a file of
+            a user's, whose last line counts however it ends.
 
     Raises:
-        DataError: a finished line is not JSON, or the file cannot be read; names file and line.
+        DataError: a line is not JSON, or the file cannot be read; names file and line.
     """
     try:
         with path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.endswith(b"\n") and not line.isspace():
-                    yield number, json.loads(line)
-    except (ValueError, RecursionError) as cause:
-        raise DataError(
-            f"line {number} is not JSON: {cause}", source=f"{path}:{number}", remedy="mend or remove the line"
-        ) from cause
+            yield from parse_json_lines(stream, str(path), ours=ours)
     except OSError as cause:
         raise DataError(f"cannot be read: {cause.strerror}", source=str(path), remedy="name a readable file") from cause
+
+
+def parse_json_lines(lines: Iterable[bytes], source: str, *, ours: bool = True) -> Iterator[tuple[int, Any]]:
+    """:func:`read_json_lines` of lines that come from elsewhere, such as a decompressor; ``source`` is for messages."""
+    for number, line in enumerate(lines, start=1):
+        if line.isspace() or (ours and not line.endswith(b"\n")):
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as cause:
+            raise DataError(
+                f"line {number} is not JSON: {cause}", source=f"{source}:{number}", remedy="mend or remove the line"
+            ) from cause
+        yield number, value
 
 
 def file_entry(path: Path) -> dict[str, Any]:

@@ -30,11 +30,10 @@ import openai_harmony
 import psutil
 from synth_like_rows import GeneratedRows, RepeatedRows
 
+from vpmoe.data_curation.conversations.convert import convert
 from vpmoe.data_curation.conversations.store import StoredConversation, open_shard, read_row_group
 from vpmoe.data_curation.datasets.kd import build
 from vpmoe.data_curation.datasets.plan import BuildOptions
-from vpmoe.data_curation.harmony.synth_to_harmony import convert
-from vpmoe.data_curation.harmony.write_synth_harmony_manifest import write_conversations_manifest
 from vpmoe.harmony.official import as_official, load_encoding
 from vpmoe.harmony.prompts import Prompts
 
@@ -42,7 +41,6 @@ from vpmoe.harmony.prompts import Prompts
 def prepare(source: GeneratedRows | RepeatedRows, folder: Path, shards: int) -> Path:
     """Conversations of ``source`` with their manifest."""
     convert(source, folder, num_shards=shards, prompts=Prompts())  # pyright: ignore[reportArgumentType]
-    write_conversations_manifest(folder)
     return folder
 
 

@@ -125,7 +125,7 @@ def real_lengths(folder: Path, longest: int) -> NDArray[np.int32]:
     """Tokens of each real row as a Harmony conversation with its end-of-document token, at most ``longest``."""
     import pyarrow.parquet as parquet
 
-    from vpmoe.data_curation.harmony.synth_to_harmony import to_conversation
+    from vpmoe.data_curation.conversations.synth import to_conversation
     from vpmoe.harmony.choice import make_renderer
     from vpmoe.harmony.prompts import Prompts
     from vpmoe.tokenizer.o200k_harmony import O200kHarmony

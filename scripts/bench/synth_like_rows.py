@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vpmoe.data_curation.rows.synth import Row, RowStream, resolve
+from vpmoe.data_curation.conversations.synth import resolve_synth
+from vpmoe.data_curation.rows.files import Row
+from vpmoe.data_curation.rows.source import RowStream
 
 # Mean and deviation of the logarithm of the characters of each field, of 700 rows of SYNTH.
 FIELD_LENGTHS = {"query": (5.08, 0.60), "synthetic_reasoning": (7.45, 0.62), "synthetic_answer": (7.12, 0.50)}
@@ -35,6 +37,7 @@ class GeneratedRows:
 
     count: int
     name: str = "generated"
+    path = hub_id = None
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         """``(place, row)``."""
@@ -46,13 +49,17 @@ class GeneratedRows:
                 row[field] = _text(draw, sentences, math.exp(draw.gauss(mean, deviation)))
             yield f"generated:{index}", row
 
-    def open(self, cursor: Mapping[str, Any] | None = None) -> RowStream:
+    def open(self, *_: object, **__: object) -> RowStream:
         """All rows; benchmarks are not gone on with."""
         return _Straight(self.rows())
 
     def total_rows(self) -> int:
         """All of them."""
         return self.count
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the rows."""
+        return {"generated": self.count}
 
     def as_manifest(self) -> dict[str, Any]:
         """The source as a manifest records it."""
@@ -63,28 +70,33 @@ class GeneratedRows:
 class RepeatedRows:
     """The rows of a path, several times over."""
 
-    path: str
+    rows_path: str
     copies: int
+    path = hub_id = None
     name: str = "repeated"
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         """``(place, row)``; ids of later copies are told apart."""
         for copy in range(self.copies):
-            for place, row in resolve(self.path).rows():
+            for place, row in resolve_synth(self.rows_path).rows():
                 yield f"{place}#{copy}", {**row, "synth_id": f"{row['synth_id']}_{copy}"}
 
-    def open(self, cursor: Mapping[str, Any] | None = None) -> RowStream:
+    def open(self, *_: object, **__: object) -> RowStream:
         """All rows; benchmarks are not gone on with."""
         return _Straight(self.rows())
 
     def total_rows(self) -> int | None:
         """Rows of all copies, where the files say it."""
-        once = resolve(self.path).total_rows()
+        once = resolve_synth(self.rows_path).total_rows()
         return None if once is None else once * self.copies
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the rows."""
+        return {"copies": self.copies, **resolve_synth(self.rows_path).identity()}
 
     def as_manifest(self) -> dict[str, Any]:
         """The source as a manifest records it."""
-        return resolve(self.path).as_manifest()
+        return resolve_synth(self.rows_path).as_manifest()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tests.training_runs import train
 from vpmoe.data_curation.datasets.plan import BuildOptions
 from vpmoe.data_curation.datasets.sequential import Pass, build_sequential
 from vpmoe.data_curation.datasets.text import HealingText
-from vpmoe.data_curation.rows.documents import resolve
+from vpmoe.data_curation.rows.source import resolve
 from vpmoe.hf.convert import export_checkpoint, import_directory, open_directory
 from vpmoe.tokenizer import CompactVocabulary, load_tokenizer
 from vpmoe.tokenizer.o200k_harmony import VOCAB_SIZE, load_o200k_harmony

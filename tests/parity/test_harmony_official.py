@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vpmoe.data_curation.harmony.synth_to_harmony import to_conversation
-from vpmoe.data_curation.rows.synth import resolve
+from vpmoe.data_curation.conversations.synth import resolve_synth, to_conversation
 from vpmoe.errors import TokenizerError
 from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.official import OfficialRenderer, load_encoding
@@ -176,7 +175,7 @@ def test_official_parser_reads_our_completions_as_we_do(fast: FastRenderer) -> N
 def test_real_rows_render_parse_and_label_the_same(fast: FastRenderer) -> None:
     parser, prompts = Parser(fast.tokenizer), Prompts()
     used = np.zeros(VOCAB_SIZE, dtype=np.int64)
-    conversations = [to_conversation(row, prompts) for _, row in resolve(str(SAMPLE)).rows()]
+    conversations = [to_conversation(row, prompts) for _, row in resolve_synth(str(SAMPLE)).rows()]
     assert len(conversations) == 700
     official_renderer = OfficialRenderer(fast.tokenizer)
     for conversation in conversations:

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 
-from vpmoe.data_curation.harmony.synth_to_harmony import to_conversation
-from vpmoe.data_curation.rows.synth import resolve
+from vpmoe.data_curation.conversations.synth import resolve_synth, to_conversation
 from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.prompts import REASONING_EFFORTS, Prompts
 from vpmoe.harmony.renderer import FastRenderer
@@ -203,7 +202,7 @@ def test_real_rows(both: tuple[Tokenizer, Any]) -> None:
     ours, theirs = both
     renderer = FastRenderer(ours)
     compared = 0
-    for _, row in resolve(str(SAMPLE)).rows():
+    for _, row in resolve_synth(str(SAMPLE)).rows():
         messages = to_conversation(row, Prompts()).messages
         told = as_dicts([m for m in messages if m.role not in ("system", "developer")])
         if any(special in m.content for m in messages for special in NAMED_SPECIAL_TOKENS):

@@ -13,10 +13,12 @@ from vpmoe.data_curation.checks import stats as comparison
 from vpmoe.data_curation.checks.stats_sample import DEFAULT_DOCUMENTS
 from vpmoe.data_curation.checks.verify import DEFAULT_PARSED_PER_SHARD, manifest_summary
 from vpmoe.data_curation.checks.verify import verify as find_faults
+from vpmoe.data_curation.conversations.app import convert, write_manifest
 from vpmoe.data_curation.datasets import vocabularies as text_vocabulary
 from vpmoe.data_curation.look.inspect import inspect as show
 from vpmoe.data_curation.look.page import write_page
-from vpmoe.data_curation.rows.documents import TEXT_COLUMN, resolve
+from vpmoe.data_curation.rows.files import TEXT_COLUMN
+from vpmoe.data_curation.rows.source import resolve
 from vpmoe.data_curation.tasks import question_texts
 from vpmoe.data_curation.tasks import synth_mini as mini
 from vpmoe.errors import DataError
@@ -26,6 +28,10 @@ app = typer.Typer(
 )
 
 _Folder = Annotated[Path, typer.Argument(help="folder with a manifest.json")]
+
+
+app.command()(convert)
+app.command("conversations-manifest", hidden=True)(write_manifest)
 
 
 @app.command()
@@ -97,8 +103,13 @@ def synth_mini(
         levels=mini.parse_levels(levels),
         languages=mini.parse_languages(languages),
         overwrite=overwrite,
+        say=typer.echo,
     )
-    typer.echo(mini.report(output_dir, rows, made))
+    typer.echo(
+        f"{output_dir}: {made['rows']:,} rows, {made['test_questions']:,} test questions\n"
+        f"  build with --valid-fraction {mini.VALID_FRACTION} (or another multiple of it): "
+        "then no question is in two splits"
+    )
 
 
 _TextsFolder = Annotated[str, typer.Option("--input", help="texts: a file or folder of JSONL, parquet or .txt")]
@@ -113,8 +124,8 @@ def question_texts_(
     overwrite: _Overwrite = False,
 ) -> None:
     """Write rows as plain text, a question and its answer each: what a model without conversations learns."""
-    made = question_texts.write_texts(input_dir, output_dir, overwrite=overwrite)
-    typer.echo(f"{output_dir}: {'written' if made else 'already there'}")
+    made = question_texts.write_texts(input_dir, output_dir, overwrite=overwrite, say=typer.echo)
+    typer.echo(f"{output_dir}: " + ", ".join(f"{count:,} texts in {name}" for name, count in made.items()))
 
 
 @app.command("train-bpe")

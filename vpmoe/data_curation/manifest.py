@@ -32,7 +32,7 @@ def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
         raise DataError(
             "there is no manifest.json, so there is no dataset",
             source=str(folder),
-            remedy="finish the step that makes it: write_synth_harmony_manifest for conversations, "
+            remedy="finish the step that makes it: vpmoe data convert for conversations, "
             "scripts/datasets/build_synth_kd_v1.py for token files",
         ) from error
     except ValueError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from vpmoe.data_curation.rows.documents import DocumentRows
+from vpmoe.data_curation.rows.source import RowSource
 
 _LINE_SECONDS = 10.0
 
@@ -22,7 +22,7 @@ class TokenProgress:
     """
 
     def __init__(
-        self, phase: str, source: DocumentRows, budget: int | None, *, begun_with: int = 0, quiet: bool = False
+        self, phase: str, source: RowSource, budget: int | None, *, begun_with: int = 0, quiet: bool = False
     ) -> None:
         self._phase, self._source, self._budget, self._quiet = phase, source, budget, quiet
         self._begun_with = begun_with

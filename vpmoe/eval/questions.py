@@ -47,7 +47,7 @@ def read_questions(path: Path, *, per_family: int | None = None) -> list[Questio
     """
     if not path.is_file():
         raise DataError("there are no questions here", source=str(path), remedy=_REMEDY)
-    questions = [_question(row, f"{path}:{number}") for number, row in read_json_lines(path)]
+    questions = [_question(row, f"{path}:{number}") for number, row in read_json_lines(path, ours=False)]
     if per_family is not None:
         questions = _first_of_each(questions, per_family)
     if not questions:

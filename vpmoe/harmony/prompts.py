@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vpmoe.harmony.conversation import CHANNELS, Message
 
@@ -12,7 +12,8 @@ DEFAULT_KNOWLEDGE_CUTOFF = "2024-06"
 # A fixed date: the day of the conversion would make two conversions of the same rows differ.
 DEFAULT_START_DATE = "2025-01-01"
 DEFAULT_INSTRUCTIONS = "Reason in the analysis channel, then answer in the final channel."
-REASONING_EFFORTS = ("low", "medium", "high")
+ReasoningEffort = Literal["low", "medium", "high"]
+REASONING_EFFORTS: tuple[ReasoningEffort, ...] = ("low", "medium", "high")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Prompts:
     model_identity: str | None = DEFAULT_IDENTITY
     knowledge_cutoff: str | None = DEFAULT_KNOWLEDGE_CUTOFF
     conversation_start_date: str | None = DEFAULT_START_DATE
-    reasoning_effort: str = "medium"
+    reasoning_effort: ReasoningEffort = "medium"
     valid_channels: tuple[str, ...] = CHANNELS
     developer_instructions: str | None = DEFAULT_INSTRUCTIONS
 

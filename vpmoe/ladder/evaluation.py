@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_vpmoe.files import sha256_of_file, sha256_of_json
-from vpmoe.data_curation.rows.documents import resolve
+from vpmoe.data_curation.rows.source import resolve
 from vpmoe.data_curation.tasks import question_texts
 from vpmoe.errors import DataError
 from vpmoe.eval.nano import decode_in_batches

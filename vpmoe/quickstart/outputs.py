@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_vpmoe.files import sha256_of_file
+from megatron_vpmoe.files import first_damage, sha256_of_file
 from vpmoe.data_curation.conversations.store import KIND as CONVERSATIONS_KIND
 from vpmoe.data_curation.datasets.plan import KIND as DATASET_KIND
 from vpmoe.data_curation.manifest import FILE_NAME, check_file, read_manifest
-from vpmoe.data_curation.tasks.synth_mini import RECORD_NAME
-from vpmoe.errors import DataError
+from vpmoe.errors import DataError, NotOursError
+from vpmoe.steps import content_sha256, read_receipt
 
 Values = dict[str, Any]
 Listed = Iterator[tuple[Path, dict[str, Any]]]
@@ -24,16 +23,12 @@ def rank_file_outputs(path: Path, sha256: str) -> Values | None:
 
 
 def rows_outputs(folder: Path) -> Values | None:
-    """Rows of synth_mini: the hash of their record, if every file is as it says."""
-    path = folder / RECORD_NAME
-    if not path.is_file():
-        return None
+    """Rows of synth_mini: the hash of their contents, if every file is as the receipt says."""
     try:
-        record = json.loads(path.read_bytes())
-    except ValueError:
+        files = read_receipt(folder)["files"]
+    except NotOursError:
         return None
-    listed = ((folder / name, entry) for name, entry in record["files"].items())
-    return {"record": sha256_of_file(path)} if _all_right(listed) else None
+    return {"files": content_sha256(files)} if first_damage(folder, files, check_hashes=True) is None else None
 
 
 def conversations_outputs(folder: Path) -> Values | None:

@@ -117,7 +117,7 @@ class Plan:
             inputs=lambda: {"options": options, "first_rows": sha256_of_json(probe)},
             outputs=partial(outputs.rows_outputs, self.work / self.rows_path),
             commands=lambda beginning: [
-                _python("vpmoe.data_curation.tasks.synth_mini", *words, *_overwrite_if(beginning is Beginning.REPLACE))
+                Command(("vpmoe", "data", "synth-mini", *words, *_overwrite_if(beginning is Beginning.REPLACE)))
             ],
         )
 
@@ -127,8 +127,6 @@ class Plan:
         developer = flags.pop("developer_instructions")
         words = ["--input", str(self.rows_path), "--output-dir", str(self.conversations_path), *_flags(flags)]
         words += ["--developer-instructions", developer] if developer else ["--omit-developer"]
-        convert = "vpmoe.data_curation.harmony.synth_to_harmony"
-        write = "vpmoe.data_curation.harmony.write_synth_harmony_manifest"
         return Job(
             step="data",
             name="conversations",
@@ -140,10 +138,8 @@ class Plan:
                 "rows": outputs.rows_outputs(self.work / self.rows_path),
             },
             outputs=partial(outputs.conversations_outputs, self.work / self.conversations_path),
-            # Interrupted between its two commands, the first has to be told to replace what it wrote.
             commands=lambda beginning: [
-                _python(convert, *words, *_overwrite_if(beginning is not Beginning.FRESH)),
-                _python(write, "--dataset-dir", str(self.conversations_path)),
+                Command(("vpmoe", "data", "convert", *words, *_overwrite_if(beginning is Beginning.REPLACE)))
             ],
         )
 
@@ -223,10 +219,6 @@ class Plan:
             outputs=partial(outputs.evaluation_outputs, self.work / self.evaluation_path),
             commands=lambda _: [Command(("vpmoe", "eval", "nano", *words))],
         )
-
-
-def _python(module: str, *words: str) -> Command:
-    return Command(("python", "-m", module, *words))
 
 
 def _flags(options: Values) -> Sequence[str]:

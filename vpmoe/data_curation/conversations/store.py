@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_vpmoe.files import move_into_place
+from vpmoe.data_curation.rows.files import open_parquet, strings
 from vpmoe.errors import DataError, RowError
 from vpmoe.harmony.conversation import Message
 
@@ -96,13 +97,13 @@ def open_shard(path: Path) -> pq.ParquetFile:
     Raises:
         DataError: not parquet, or not of this schema.
     """
-    remedy = "write the shards with vpmoe.data_curation.harmony.synth_to_harmony"
-    try:
-        shard = pq.ParquetFile(path)  # not mapped: read pages of a map would count as memory, up to the whole file
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"not a readable parquet file: {error}", source=str(path), remedy=remedy) from error
+    shard = open_parquet(path)
     if not shard.schema_arrow.equals(SCHEMA):
-        raise DataError(f"unexpected columns {shard.schema_arrow.names}", source=str(path), remedy=remedy)
+        raise DataError(
+            f"unexpected columns {shard.schema_arrow.names}",
+            source=str(path),
+            remedy="write the shards with vpmoe data convert",
+        )
     return shard
 
 
@@ -129,23 +130,6 @@ def read_row_group(shard: pq.ParquetFile, group: int) -> Iterator[StoredConversa
                 yield StoredConversation(synth_id, language, tuple(messages[begin:end]))
             else:
                 yield _row(synth_id, language, roles[begin:end], channels[begin:end], contents[begin:end])
-
-
-def strings(column: pa.ChunkedArray | pa.Array) -> list[str | bytes | None]:
-    """Values of a string column; where a value is not UTF-8, it comes as its bytes."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return [_decoded(value) for value in column.cast(pa.binary()).to_pylist()]
-
-
-def _decoded(value: bytes | None) -> str | bytes | None:
-    if value is None:
-        return None
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return value
 
 
 def _row(

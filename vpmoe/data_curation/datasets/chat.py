@@ -18,7 +18,7 @@ from vpmoe.data_curation.conversations.chat_rows import chat_messages, preferenc
 from vpmoe.data_curation.datasets.chat_fit import make_chat_fit, without_oldest_turn
 from vpmoe.data_curation.datasets.plan import BuildOptions, split_of
 from vpmoe.data_curation.datasets.shard import LabelledDocument, Unit
-from vpmoe.data_curation.rows.documents import Row
+from vpmoe.data_curation.rows.files import Row
 from vpmoe.errors import RowError
 from vpmoe.harmony.choice import make_renderer
 from vpmoe.harmony.conversation import Message, check_text

@@ -20,8 +20,8 @@ from vpmoe.data_curation.datasets.folder import COMPACT_MAP_NAME, PIECES_NAME, D
 from vpmoe.data_curation.datasets.kd_parts import read_receipt, receipt_path
 from vpmoe.data_curation.datasets.plan import SPLITS, BuildOptions
 from vpmoe.data_curation.datasets.shard import SequentialShard, Unit
-from vpmoe.data_curation.rows.documents import DocumentRows
-from vpmoe.data_curation.rows.stream import Row, RowStream
+from vpmoe.data_curation.rows.files import Row
+from vpmoe.data_curation.rows.source import RowSource, RowStream
 from vpmoe.data_curation.token_progress import TokenProgress
 from vpmoe.errors import DataError, RowError, TokenizerError
 from vpmoe.tokenizer.compact import CompactVocabulary
@@ -105,7 +105,7 @@ class Pass:
 
 
 def build_sequential(
-    source: DocumentRows, output_dir: Path, job: Job, extent: Pass, *, overwrite: bool = False, quiet: bool = False
+    source: RowSource, output_dir: Path, job: Job, extent: Pass, *, overwrite: bool = False, quiet: bool = False
 ) -> dict[str, Any]:
     """Build the dataset in ``output_dir``; returns its manifest.
 
@@ -137,9 +137,7 @@ def build_sequential(
 class _Builder:
     """One build: reads rows, fills shards, leaves receipts."""
 
-    def __init__(
-        self, source: DocumentRows, folder: DatasetFolder, job: Job, extent: Pass, tokenizer: Tokenizer
-    ) -> None:
+    def __init__(self, source: RowSource, folder: DatasetFolder, job: Job, extent: Pass, tokenizer: Tokenizer) -> None:
         self._source, self._folder, self._job, self._extent = source, folder, job, extent
         self._encoder = job.encoder(tokenizer)
         self._receipts: list[dict[str, Any]] = []

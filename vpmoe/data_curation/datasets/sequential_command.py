@@ -13,7 +13,8 @@ from vpmoe.data_curation.datasets.kd_command import summary
 from vpmoe.data_curation.datasets.plan import BuildOptions
 from vpmoe.data_curation.datasets.sequential import Job, Pass, build_sequential
 from vpmoe.data_curation.datasets.text import HealingText
-from vpmoe.data_curation.rows.documents import SUFFIXES, TEXT_COLUMN, resolve
+from vpmoe.data_curation.rows.files import TEXT_COLUMN
+from vpmoe.data_curation.rows.source import SUFFIXES, resolve
 from vpmoe.errors import VpmoeError
 from vpmoe.harmony.choice import RENDERERS
 from vpmoe.harmony.prompts import Prompts

@@ -16,7 +16,7 @@ import numpy as np
 
 from vpmoe.data_curation.datasets.plan import BuildOptions, split_of
 from vpmoe.data_curation.datasets.shard import LabelledDocument, Unit
-from vpmoe.data_curation.rows.documents import Row
+from vpmoe.data_curation.rows.files import Row
 from vpmoe.errors import DataError, RowError
 from vpmoe.harmony.conversation import check_text
 from vpmoe.tokenizer.interface import TokenArray, Tokenizer

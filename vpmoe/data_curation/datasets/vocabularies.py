@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_vpmoe.files import json_bytes, sha256_of_file, sha256_of_json, write_atomically
-from vpmoe.data_curation.rows.documents import DocumentRows
+from vpmoe.data_curation.rows.source import RowSource
 from vpmoe.errors import DataError
 from vpmoe.tokenizer.bpe import save_bpe, train_bpe
 from vpmoe.tokenizer.compact import CompactVocabulary
@@ -20,7 +20,7 @@ _VERSION = 1
 _TEXTS_COUNTED_TOGETHER = 10_000
 
 
-def write_bpe(source: DocumentRows, folder: Path, *, vocab_size: int, text_field: str, overwrite: bool = False) -> bool:
+def write_bpe(source: RowSource, folder: Path, *, vocab_size: int, text_field: str, overwrite: bool = False) -> bool:
     """Train a BPE in Qwen's form on the texts and write it as an HF directory; False if it was there already.
 
     Raises:
@@ -36,7 +36,7 @@ def write_bpe(source: DocumentRows, folder: Path, *, vocab_size: int, text_field
     return True
 
 
-def write_compact_map(source: DocumentRows, path: Path, *, size: int, text_field: str, overwrite: bool = False) -> bool:
+def write_compact_map(source: RowSource, path: Path, *, size: int, text_field: str, overwrite: bool = False) -> bool:
     """Write the map of the o200k ids that the texts use most; False if it was there already.
 
     Args:
@@ -63,7 +63,7 @@ def write_compact_map(source: DocumentRows, path: Path, *, size: int, text_field
     return True
 
 
-def _texts(source: DocumentRows, field: str) -> Iterator[str]:
+def _texts(source: RowSource, field: str) -> Iterator[str]:
     for place, row in source.rows((field,)):
         if not isinstance(row.get(field), str):
             raise DataError(f"the row has no text in {field!r}", source=place, remedy="name the column: --text-field")
@@ -76,7 +76,7 @@ def _batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:
         yield batch
 
 
-def _state(source: DocumentRows, **options: object) -> dict[str, object]:
+def _state(source: RowSource, **options: object) -> dict[str, object]:
     return {"version": _VERSION, "source": sha256_of_json(source.as_manifest()), **options}
 
 

@@ -1,1 +1,1 @@
-"""SYNTH rows become conversations in parquet shards, with a manifest that says what they are made of."""
+"""Two commands by the names that users of the design know; what they do is in ``conversations/``."""

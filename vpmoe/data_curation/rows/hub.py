@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vpmoe.data_curation.rows.stream import Row
+from vpmoe.data_curation.rows.files import Columns, Row
 from vpmoe.errors import DataError
 
 # Waits between attempts that bring no row; a row that arrives starts the count afresh.
@@ -26,9 +26,8 @@ class HubRows:
         hub_id: ``owner/name``.
         revision: commit.
         cursor: where to begin: what :meth:`cursor` gave; None begins at the first row.
-        check_columns: called with the names of the columns before the first row.
+        columns: held against the dataset's before the first row; others are not fetched, where the files allow it.
         config, split: of the dataset.
-        columns: the only ones that are fetched, where the files let others unread; None: all.
     """
 
     def __init__(
@@ -36,14 +35,13 @@ class HubRows:
         hub_id: str,
         revision: str | None,
         cursor: Mapping[str, Any] | None,
-        check_columns: Callable[[set[str]], None],
+        columns: Columns,
         *,
         config: str | None = None,
         split: str = "train",
-        columns: tuple[str, ...] | None = None,
     ) -> None:
-        self._hub_id, self._revision, self._check_columns = hub_id, revision, check_columns
-        self._config, self._split, self._columns = config, split, columns
+        self._hub_id, self._revision, self._columns = hub_id, revision, columns
+        self._config, self._split = config, split
         self._row = cursor["row"] if cursor else 0
         # The stream's own state and the row it stands before.
         self._state, self._state_row = (cursor["state"], cursor["state_row"]) if cursor else (None, 0)
@@ -88,9 +86,9 @@ class HubRows:
             self._hub_id, self._config, revision=self._revision, split=self._split, streaming=True
         )
         if stream.column_names:
-            self._check_columns(set(stream.column_names))
-            if self._columns is not None:
-                stream = stream.select_columns(list(self._columns))
+            wanted = self._columns.of(stream.column_names, self._hub_id)
+            if self._columns.needed is not None:
+                stream = stream.select_columns(wanted)
         if self._state is not None:
             stream.load_state_dict(self._state)
         skipped = self._row - self._state_row

@@ -6,20 +6,20 @@ Answer: 1 3 4
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from megatron_vpmoe.files import file_entry, json_bytes, sha256_of_file, write_atomically
-from vpmoe.data_curation.rows.documents import TEXT_COLUMN, resolve
-from vpmoe.data_curation.rows.stream import Row
+from megatron_vpmoe.files import json_line, sha256_of_file, write_atomically
+from vpmoe import steps
+from vpmoe.data_curation.rows.files import TEXT_COLUMN, Row
+from vpmoe.data_curation.rows.source import resolve
 from vpmoe.data_curation.tasks.synth_mini import POOL_NAME, TEST_NAME
 from vpmoe.errors import DataError
 
 ID_COLUMN = "synth_id"
 TRAIN_TEXTS = "pool.jsonl"
 TEST_TEXTS = "test.jsonl"
-RECORD_NAME = "texts.json"
 _COLUMNS = (ID_COLUMN, "query", "synthetic_answer")
 _VERSION = 1
 
@@ -39,43 +39,40 @@ def answer_in(continuation: str) -> str:
     return continuation.split("\n", 1)[0].strip()
 
 
-def write_texts(rows_dir: Path, output_dir: Path, *, overwrite: bool = False) -> bool:
-    """Write the texts of a pool of rows and of its held-out questions; False if they were there already.
+def write_texts(
+    rows_dir: Path, output_dir: Path, *, overwrite: bool = False, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Write the texts of a pool of rows and of its held-out questions, unless they are there; returns how many.
 
-    ``pool.jsonl`` keeps the rows' ids, so that a builder told of them (``--id-field synth_id``) deals the texts to
-    train and valid as it deals the rows.
+    ``pool.jsonl`` keeps the rows' ids, so that a builder told of them (``--id-field synth_id``) splits the texts into
+    train and valid as it splits the rows.
 
     Args:
         rows_dir: rows as ``vpmoe data synth-mini`` writes them.
-        output_dir: gets ``pool.jsonl``, ``test.jsonl`` and, last, ``texts.json``.
+        output_dir: gets ``pool.jsonl`` and ``test.jsonl``.
         overwrite: replace texts of other rows.
+        say: told a line about what is found and done.
 
     Raises:
-        DataError: no rows there, or ``output_dir`` holds texts of others.
+        DataError: no rows there.
+        NotOursError, BusyError: see :func:`vpmoe.steps.run`.
     """
     sources = {TRAIN_TEXTS: rows_dir / POOL_NAME, TEST_TEXTS: rows_dir / TEST_NAME}
     for path in sources.values():
         if not path.is_file():
             raise DataError("there are no rows", source=str(path), remedy="make them: vpmoe data synth-mini")
-    state = {"version": _VERSION, "rows": {path.name: sha256_of_file(path) for path in sources.values()}}
-    record = output_dir / RECORD_NAME
-    if record.is_file() and not overwrite:
-        kept = json.loads(record.read_bytes())
-        if {key: kept.get(key) for key in state} == state and all(
-            (output_dir / name).is_file() and file_entry(output_dir / name) == entry
-            for name, entry in kept["files"].items()
-        ):
-            return False
-        raise DataError(
-            "the folder holds texts of other rows", source=str(record), remedy="pass --overwrite to write them again"
-        )
-    record.unlink(missing_ok=True)
-    for name, path in sources.items():
-        lines = (json.dumps(text) + "\n" for text in _texts(path))
-        write_atomically(output_dir / name, "".join(lines).encode())
-    files = {name: file_entry(output_dir / name) for name in sources}
-    write_atomically(record, json_bytes(state | {"files": files}))
-    return True
+
+    def make(work: steps.Work) -> dict[str, Any]:
+        counts = {}
+        for name, path in sources.items():
+            lines = [json_line(text) for text in _texts(path)]
+            write_atomically(work.folder / name, "".join(lines).encode())
+            counts[name] = len(lines)
+        return {"texts": counts}
+
+    decides = {"rows": {path.name: sha256_of_file(path) for path in sources.values()}}
+    step = steps.Step("question_texts", _VERSION, output_dir, decides, inputs=(rows_dir,))
+    return steps.run(step, make, overwrite=overwrite, check_hashes=True, say=say)["report"]["texts"]
 
 
 def _texts(path: Path) -> Iterator[Row]:

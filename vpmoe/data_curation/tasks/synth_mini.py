@@ -1,9 +1,7 @@
 """Rows of SYNTH's schema out of nothing: small tasks with a written derivation and an answer that can be checked.
 
-    python -m vpmoe.data_curation.tasks.synth_mini --output-dir data/synth_mini --rows 20000 --seed 1
-
-writes ``rows_00.parquet`` (what is trained and validated on), ``test.jsonl`` (held-out questions) and, last,
-``synth_mini.json``. A row is a pure function of seed and index. No question (whatever its wording, its language and the
+``vpmoe data synth-mini`` writes ``rows_00.parquet`` (what is trained and validated on) and ``test.jsonl`` (held-out
+questions). A row is a pure function of seed and index. No question (whatever its wording, its language and the
 order of its operands) is in two of train, valid and test:
 
 - test: a fixed tenth of each family's questions, by a hash of what is asked; no row of the pool asks one of them.
@@ -16,28 +14,24 @@ order of its operands) is in two of train, valid and test:
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_vpmoe.files import file_entry, json_bytes, move_into_place, write_atomically
-from vpmoe.data_curation.manifest import check_file
-from vpmoe.data_curation.rows.synth import COLUMNS
+from megatron_vpmoe.files import json_line, write_atomically
+from vpmoe import steps
+from vpmoe.data_curation.conversations.synth import COLUMNS
 from vpmoe.data_curation.tasks.family import BUCKETS, LANGUAGES, Family, Instance, bucket_of
 from vpmoe.data_curation.tasks.registry import FAMILIES
-from vpmoe.errors import DataError, VpmoeError
+from vpmoe.errors import DataError
 
 VALID_FRACTION = 1 / BUCKETS
 DEFAULT_MIX = "addition=0.7,subtraction=0.1,maximum=0.1,sorting=0.1"
 DEFAULT_LANGUAGES = ("en",)
-RECORD_NAME = "synth_mini.json"
 TEST_NAME = "test.jsonl"
 POOL_NAME = "rows_00.parquet"
 _VERSION = 1
@@ -117,42 +111,40 @@ def generate(
     levels: Mapping[str, tuple[str, ...]] = _ALL_LEVELS,
     languages: Sequence[str] = DEFAULT_LANGUAGES,
     overwrite: bool = False,
-) -> bool:
-    """Write the pool, the test questions and the record; False if they were there already, as asked for.
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Write the pool and the test questions, unless they are there; returns how many (``rows``, ``test_questions``).
 
     Raises:
-        DataError: an unknown family, level or language, a weight that is no share, no rows, or other rows in the
-            folder.
+        DataError: an unknown family, level or language, a weight that is no share, or no rows.
+        NotOursError, BusyError: see :func:`vpmoe.steps.run`.
     """
     _check_mix(families)
     _check_levels(families, levels)
     _check_languages(languages)
     if rows < 1:
         raise DataError(f"{rows} rows", source="--rows", remedy="ask for at least 1")
-    asked: dict[str, Any] = {"version": _VERSION, "rows": rows, "seed": seed, "families": dict(families)}
-    if levels:
-        asked["levels"] = {name: list(chosen) for name, chosen in levels.items()}
-    if tuple(languages) != DEFAULT_LANGUAGES:
-        asked["languages"] = list(languages)
-    record_path = output_dir / RECORD_NAME
-    if record_path.exists() and not overwrite:
-        _check_present(record_path, asked)
-        return False
-    record_path.unlink(missing_ok=True)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    columns: dict[str, list[str]] = {name: [] for name in COLUMNS}
-    for index in range(rows):
-        for name, value in make_row(seed, index, families, levels, languages).items():
-            columns[name].append(value)
-    pool = output_dir / POOL_NAME
-    temporary = pool.with_name(f".{pool.name}.tmp")
-    pq.write_table(pa.table(columns, schema=pa.schema([(name, pa.string()) for name in COLUMNS])), temporary)
-    move_into_place(temporary, pool)
-    tests = "".join(json.dumps(row) + "\n" for row in test_rows(families, seed, levels, languages))
-    write_atomically(output_dir / TEST_NAME, tests.encode())
-    files = {name: file_entry(output_dir / name) for name in (POOL_NAME, TEST_NAME)}
-    write_atomically(record_path, json_bytes(asked | {"valid_fraction": VALID_FRACTION, "files": files}))
-    return True
+    decides = {
+        "rows": rows,
+        "seed": seed,
+        "families": dict(families),
+        "levels": {name: list(levels.get(name, FAMILIES[name].levels)) for name in families},
+        "languages": list(languages),
+    }
+
+    def make(work: steps.Work) -> dict[str, Any]:
+        columns: dict[str, list[str]] = {name: [] for name in COLUMNS}
+        for index in range(rows):
+            for name, value in make_row(seed, index, families, levels, languages).items():
+                columns[name].append(value)
+        schema = pa.schema([(name, pa.string()) for name in COLUMNS])
+        pq.write_table(pa.table(columns, schema=schema), work.folder / POOL_NAME)
+        tests = [json_line(row) for row in test_rows(families, seed, levels, languages)]
+        write_atomically(work.folder / TEST_NAME, "".join(tests).encode())
+        return {"rows": rows, "test_questions": len(tests)}
+
+    step = steps.Step("synth_mini", _VERSION, output_dir, decides, packages=("pyarrow",))
+    return steps.run(step, make, overwrite=overwrite, check_hashes=True, say=say)["report"]
 
 
 def _row(synth_id: str, family: Family, instance: Instance, language: str, rng: random.Random) -> dict[str, str]:
@@ -205,19 +197,6 @@ def _check_languages(languages: Sequence[str]) -> None:
         )
 
 
-def _check_present(record_path: Path, asked: dict[str, Any]) -> None:
-    record = json.loads(record_path.read_bytes())
-    options = {key: value for key, value in record.items() if key not in ("valid_fraction", "files")}
-    different = [key for key in options | asked if options.get(key) != asked.get(key)]
-    remedy = "pass --overwrite to write the rows again, or another --output-dir"
-    if different:
-        raise DataError(
-            f"the folder holds rows of another {', '.join(different)}", source=str(record_path), remedy=remedy
-        )
-    for name, entry in record["files"].items():
-        check_file(record_path.parent / name, entry, remedy=remedy)
-
-
 def parse_mix(text: str) -> dict[str, float]:
     """``addition=0.7,sorting=0.3`` as a mapping; raises :class:`DataError` if it is not of that form."""
     try:
@@ -248,46 +227,3 @@ def parse_levels(text: str) -> dict[str, tuple[str, ...]]:
 def parse_languages(text: str) -> tuple[str, ...]:
     """``en,de`` as a tuple."""
     return tuple(each.strip() for each in text.split(","))
-
-
-def report(output_dir: Path, rows: int, made: bool) -> str:
-    """What :func:`generate` left in ``output_dir``, in two lines."""
-    tests = (output_dir / TEST_NAME).read_bytes().count(b"\n")
-    return (
-        f"{output_dir}: {rows:,} rows, {tests:,} test questions{'' if made else ', already there'}\n"
-        f"  build with --valid-fraction {VALID_FRACTION} (or another multiple of it): then no question is in two splits"
-    )
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0, or 2 with a message that names the fault and the remedy."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vpmoe.data_curation.tasks.synth_mini", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--families", default=DEFAULT_MIX, help=f"name=weight,...; default {DEFAULT_MIX}")
-    parser.add_argument("--levels", default="", help="family=level|level,...; default: every level")
-    parser.add_argument("--languages", default="en", help=f"of {','.join(LANGUAGES)}; default en")
-    parser.add_argument("--overwrite", action="store_true")
-    options = parser.parse_args(argv)
-    try:
-        made = generate(
-            options.output_dir,
-            rows=options.rows,
-            seed=options.seed,
-            families=parse_mix(options.families),
-            levels=parse_levels(options.levels),
-            languages=parse_languages(options.languages),
-            overwrite=options.overwrite,
-        )
-    except VpmoeError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    print(report(options.output_dir, options.rows, made))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

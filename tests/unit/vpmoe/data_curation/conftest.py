@@ -7,10 +7,9 @@ from conftest_dataset import OPTIONS, ROWS
 from hypothesis import settings
 
 from vpmoe.data_curation.conversations import store as conversation_shards
+from vpmoe.data_curation.conversations.convert import convert
+from vpmoe.data_curation.conversations.synth import resolve_synth
 from vpmoe.data_curation.datasets.kd import build
-from vpmoe.data_curation.harmony.synth_to_harmony import convert
-from vpmoe.data_curation.harmony.write_synth_harmony_manifest import write_conversations_manifest
-from vpmoe.data_curation.rows.synth import resolve
 from vpmoe.data_curation.tasks import synth_mini
 from vpmoe.harmony.prompts import Prompts
 
@@ -32,8 +31,7 @@ def conversations_dir(rows_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("conversations")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conversation_shards, "ROW_GROUP_ROWS", 32)
-        convert(resolve(str(rows_dir)), folder, num_shards=5, prompts=Prompts(developer_instructions=None))
-    write_conversations_manifest(folder)
+        convert(resolve_synth(str(rows_dir)), folder, num_shards=5, prompts=Prompts(developer_instructions=None))
     return folder
 
 

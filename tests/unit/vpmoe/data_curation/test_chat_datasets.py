@@ -16,7 +16,7 @@ from vpmoe.data_curation.datasets.sequential import Pass, build_sequential
 from vpmoe.data_curation.datasets.sequential_command import preference, sft
 from vpmoe.data_curation.datasets.shard import LabelledDocument
 from vpmoe.data_curation.datasets.token_files import read_triple
-from vpmoe.data_curation.rows.documents import resolve
+from vpmoe.data_curation.rows.source import resolve
 from vpmoe.errors import DataError
 from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.parse import Parser

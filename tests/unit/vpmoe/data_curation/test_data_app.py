@@ -62,4 +62,4 @@ def test_what_is_not_there_is_not_shown(dataset_dir: Path, split: str, start: in
 def test_synth_mini_command(tmp_path: Path) -> None:
     command = ["synth-mini", "--output-dir", str(tmp_path), "--rows", "50", "--families", "sorting=1"]
     assert "50 rows" in CliRunner().invoke(app, command).output
-    assert "already there" in CliRunner().invoke(app, command).output
+    assert "done and valid" in CliRunner().invoke(app, command).output

@@ -164,9 +164,8 @@ def test_a_length_that_drops_everything_is_refused(conversations_dir: Path, tmp_
 
 
 def test_invalid_rows_are_listed_and_strictness_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vpmoe.data_curation.harmony.synth_to_harmony import convert
-    from vpmoe.data_curation.harmony.write_synth_harmony_manifest import write_conversations_manifest
-    from vpmoe.data_curation.rows.synth import resolve
+    from vpmoe.data_curation.conversations.convert import convert
+    from vpmoe.data_curation.conversations.synth import resolve_synth
     from vpmoe.harmony.prompts import Prompts
 
     rows = [
@@ -179,10 +178,9 @@ def test_invalid_rows_are_listed_and_strictness_decides(tmp_path: Path, monkeypa
         for n in range(10)
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr("vpmoe.data_curation.harmony.synth_to_harmony.check_text", lambda *_: None)
+    monkeypatch.setattr("vpmoe.data_curation.conversations.synth.check_text", lambda *_: None)
     monkeypatch.setattr("vpmoe.data_curation.conversations.store.ROW_GROUP_ROWS", 2)
-    convert(resolve(str(tmp_path / "rows.jsonl")), tmp_path / "in", num_shards=2, prompts=Prompts())
-    write_conversations_manifest(tmp_path / "in")
+    convert(resolve_synth(str(tmp_path / "rows.jsonl")), tmp_path / "in", num_shards=2, prompts=Prompts())
     arguments = [
         "--input-dir",
         str(tmp_path / "in"),

@@ -29,7 +29,7 @@ from vpmoe.data_curation.datasets.sequential_command import healing_text
 from vpmoe.data_curation.datasets.text import HealingText, cut, text_hash
 from vpmoe.data_curation.datasets.token_files import read_triple
 from vpmoe.data_curation.rows import hub as hub_rows
-from vpmoe.data_curation.rows.documents import resolve
+from vpmoe.data_curation.rows.source import resolve
 from vpmoe.errors import DataError
 from vpmoe.tokenizer import load_tokenizer
 

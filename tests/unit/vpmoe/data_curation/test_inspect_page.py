@@ -11,14 +11,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vpmoe.data_curation.app import app
+from vpmoe.data_curation.conversations.convert import convert
+from vpmoe.data_curation.conversations.synth import resolve_synth
 from vpmoe.data_curation.datasets.kd import build
 from vpmoe.data_curation.datasets.plan import BuildOptions
-from vpmoe.data_curation.harmony.synth_to_harmony import convert
-from vpmoe.data_curation.harmony.write_synth_harmony_manifest import write_conversations_manifest
 from vpmoe.data_curation.look.inspect import inspect, token_manifest
 from vpmoe.data_curation.look.page import write_page
 from vpmoe.data_curation.look.text import documents, visible
-from vpmoe.data_curation.rows.synth import resolve
 from vpmoe.errors import DataError
 from vpmoe.harmony.prompts import Prompts
 from vpmoe.tokenizer import load_tokenizer
@@ -59,8 +58,7 @@ def hostile_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rows").mkdir()
     rows = [{"synth_id": str(number), "language": "en", **HOSTILE} for number in range(3)]
     (folder / "rows" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    convert(resolve(str(folder / "rows")), folder / "chat", num_shards=1, prompts=Prompts())
-    write_conversations_manifest(folder / "chat")
+    convert(resolve_synth(str(folder / "rows")), folder / "chat", num_shards=1, prompts=Prompts())
     options = BuildOptions(seq_len=1024, valid_fraction=0.0)
     build(folder / "chat", folder / "built", options, quiet=True)
     return folder / "built"

@@ -12,13 +12,12 @@ from typer.testing import CliRunner
 from vpmoe.data_curation.app import app
 from vpmoe.data_curation.checks.stats import compare, log_likelihood
 from vpmoe.data_curation.checks.stats_sample import histogram, sample_split
+from vpmoe.data_curation.conversations.convert import convert
+from vpmoe.data_curation.conversations.synth import resolve_synth
 from vpmoe.data_curation.datasets.kd import build
 from vpmoe.data_curation.datasets.plan import BuildOptions
 from vpmoe.data_curation.datasets.token_files import read_triple
-from vpmoe.data_curation.harmony.synth_to_harmony import convert
-from vpmoe.data_curation.harmony.write_synth_harmony_manifest import write_conversations_manifest
 from vpmoe.data_curation.look.inspect import token_manifest
-from vpmoe.data_curation.rows.synth import resolve
 from vpmoe.data_curation.tasks import synth_mini
 from vpmoe.errors import DataError
 from vpmoe.harmony.prompts import Prompts
@@ -30,8 +29,9 @@ def other_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Other families with another vocabulary."""
     folder = tmp_path_factory.mktemp("other")
     synth_mini.generate(folder / "rows", rows=120, seed=1, families={"dates": 1.0, "lookup": 1.0}, languages=("de",))
-    convert(resolve(str(folder / "rows")), folder / "chat", num_shards=1, prompts=Prompts(developer_instructions=None))
-    write_conversations_manifest(folder / "chat")
+    convert(
+        resolve_synth(str(folder / "rows")), folder / "chat", num_shards=1, prompts=Prompts(developer_instructions=None)
+    )
     build(folder / "chat", folder / "other", BuildOptions(seq_len=400, valid_fraction=0.05), quiet=True)
     return folder / "other"
 

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from tests.tiny import tiny_config
+from vpmoe.cli import main
 from vpmoe.data_curation.datasets import kd_command as build_command
-from vpmoe.data_curation.harmony import synth_to_harmony, write_synth_harmony_manifest
-from vpmoe.data_curation.tasks import synth_mini
 from vpmoe.eval.asking import AsConversation
 from vpmoe.tokenizer import CompactVocabulary, O200kHarmony, Tokenizer
 from vpmoe.tokenizer.o200k_harmony import VOCAB_SIZE
@@ -50,10 +49,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """rows/, conversations/ and dataset/, by the commands."""
     folder = tmp_path_factory.mktemp("data")
     rows, conversations, dataset = (str(folder / name) for name in ("rows", "conversations", "dataset"))
-    assert synth_mini.main(["--output-dir", rows, "--rows", "300"]) == 0
+    assert main(["data", "synth-mini", "--output-dir", rows, "--rows", "300"]) == 0
     convert = ["--input", rows, "--output-dir", conversations, "--num-shards", "1", "--reasoning-effort", "low"]
-    assert synth_to_harmony.main(convert) == 0
-    assert write_synth_harmony_manifest.main(["--dataset-dir", conversations]) == 0
+    assert main(["data", "convert", *convert]) == 0
     vocabulary = ["--compact-vocab-size", "400", "--padded-vocab-size", "448", "--valid-fraction", "0.1"]
     build = ["--input-dir", conversations, "--output-dir", dataset, "--seq-len", "192", "--workers", "1", "--quiet"]
     assert build_command.main([*build, *vocabulary]) == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures_dataset import small_dataset
-from vpmoe.data_curation.tasks import synth_mini
+from vpmoe.cli import main
 from vpmoe.quickstart import outputs
 from vpmoe.quickstart.environment import describe, differing_packages
 from vpmoe.quickstart.errors import QuickstartError
@@ -18,7 +18,7 @@ from vpmoe.quickstart.errors import QuickstartError
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rows")
-    assert synth_mini.main(["--output-dir", str(folder), "--rows", "50"]) == 0
+    assert main(["data", "synth-mini", "--output-dir", str(folder), "--rows", "50"]) == 0
     return folder
 
 

@@ -10,8 +10,7 @@ import pytest
 
 from megatron_vpmoe.errors import ConfigError
 from vpmoe.data_curation.datasets import kd_command as build_command
-from vpmoe.data_curation.harmony import synth_to_harmony
-from vpmoe.data_curation.tasks.synth_mini import BUCKETS, parse_mix
+from vpmoe.data_curation.tasks.synth_mini import BUCKETS, generate, parse_mix
 from vpmoe.quickstart.errors import QuickstartError
 from vpmoe.quickstart.jobs import Beginning, Job
 from vpmoe.quickstart.plan import STEPS, Plan
@@ -47,10 +46,10 @@ def test_commands_say_what_the_settings_say(plan: Plan) -> None:
     settings = plan.settings
     words = words_of(plan, "rows")
     assert parse_mix(words[words.index("--families") + 1]) == settings.rows.families
-    convert = synth_to_harmony.arguments_parser().parse_args(words_of(plan, "conversations")[3:])
-    assert convert.reasoning_effort == settings.conversations.reasoning_effort
-    assert convert.model_identity == settings.conversations.model_identity
-    assert convert.omit_developer is (settings.conversations.developer_instructions == "")
+    convert = words_of(plan, "conversations")
+    assert convert[convert.index("--reasoning-effort") + 1] == settings.conversations.reasoning_effort
+    assert convert[convert.index("--model-identity") + 1] == settings.conversations.model_identity
+    assert ("--omit-developer" in convert) is (settings.conversations.developer_instructions == "")
     build = build_command.arguments_parser().parse_args(words_of(plan, "dataset")[2:])
     assert build.padded_vocab_size == plan.cfg.model.padded_vocab_size
     assert build.seq_len == plan.cfg.data.seq_length
@@ -69,7 +68,7 @@ def test_settings_fit_the_model_and_the_generator(plan: Plan) -> None:
     ("name", "overwrites"),
     [
         ("rows", {Beginning.REPLACE}),
-        ("conversations", {Beginning.REPLACE, Beginning.CONTINUE}),
+        ("conversations", {Beginning.REPLACE}),
         ("dataset", {Beginning.REPLACE}),
     ],
 )
@@ -111,9 +110,7 @@ def test_a_setting_changes_its_own_job(plan: Plan, section: str, name: str, chan
 def test_outputs_of_one_job_are_inputs_of_the_next(plan: Plan) -> None:
     """Another manifest upstream changes every job below it."""
     before = inputs_of(plan)
-    folder = plan.work / plan.rows_path
-    folder.mkdir(parents=True)
-    (folder / "synth_mini.json").write_text('{"files": {}}')
+    generate(plan.work / plan.rows_path, rows=1, seed=1, families={"sorting": 1.0})
     after = inputs_of(plan)
     assert before["rows"] == after["rows"] and before["conversations"] != after["conversations"]
 

@@ -12,7 +12,7 @@ from vpmoe.data_curation.checks.verify import verify
 from vpmoe.data_curation.datasets.token_files import read_triple
 from vpmoe.data_curation.tasks.question_texts import answer_in, document, prompt
 from vpmoe.data_curation.tasks.synth_mini import generate
-from vpmoe.errors import DataError, TokenizerError
+from vpmoe.errors import DataError, NotOursError, TokenizerError
 from vpmoe.tokenizer import CompactVocabulary, load_tokenizer
 from vpmoe.tokenizer.hf_directory import HFDirectory
 
@@ -92,7 +92,7 @@ def test_others_are_refused(folder: Path, tmp_path: Path) -> None:
     from vpmoe.data_curation.tasks.question_texts import write_texts
 
     generate(tmp_path / "rows", rows=10, seed=2, families={"sorting": 1.0})
-    with pytest.raises(DataError, match="texts of other rows"):
+    with pytest.raises(NotOursError, match=r"rows\.rows_00\.parquet: "):
         write_texts(tmp_path / "rows", folder / "texts")
     assert main(["data", "train-bpe", "--input", str(folder / "texts"), "--output-dir", str(folder / "bpe")]) == 2
     with pytest.raises(DataError, match="--tokenizer is another vocabulary"):

@@ -18,14 +18,17 @@ from conftest_dataset import tree
 from dropping_hub import Hub
 
 from vpmoe.data_curation.conversations import store as conversations
-from vpmoe.data_curation.harmony.synth_to_harmony import RECORD_NAME, convert
+from vpmoe.data_curation.conversations.convert import convert
+from vpmoe.data_curation.conversations.synth import resolve_synth
+from vpmoe.data_curation.reject_limit import RejectLimit
 from vpmoe.data_curation.rows import hub as hub_rows
-from vpmoe.data_curation.rows.synth import RowSource, resolve
-from vpmoe.errors import DataError
+from vpmoe.data_curation.rows.source import RowSource
+from vpmoe.errors import DataError, NotOursError
 from vpmoe.harmony.prompts import Prompts
 
 ROWS, FILES = 400, 4
-SOURCE = RowSource((), "owner/rows", "c0ffee", "owner/rows")
+SOURCE = RowSource((), "owner/rows", hub_id="owner/rows", revision="c0ffee")
+NO_LIMIT = RejectLimit(None)
 
 
 @pytest.fixture(scope="module")
@@ -42,23 +45,28 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _small_parts_and_no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversations, "ROW_GROUP_ROWS", 8)
-    monkeypatch.setattr("vpmoe.data_curation.harmony.synth_to_harmony.ROW_GROUPS_PER_PART", 3)
+    monkeypatch.setattr("vpmoe.data_curation.conversations.parts.ROW_GROUPS_PER_PART", 3)
     monkeypatch.setattr(hub_rows, "RETRY_SECONDS", (0,) * 5)
     monkeypatch.setattr(hub_rows, "_STATE_ROWS", 10)
 
 
 def converted(output: Path, overwrite: bool = False) -> Path:
-    convert(SOURCE, output, num_shards=3, prompts=Prompts(), strict=False, overwrite=overwrite, quiet=True)
+    convert(SOURCE, output, num_shards=3, prompts=Prompts(), limit=NO_LIMIT, overwrite=overwrite, quiet=True)
     return output
 
 
 @pytest.fixture
 def straight(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     monkeypatch.setattr(datasets, "load_dataset", Hub(files, 0).load_dataset)
-    found = tree(converted(tmp_path / "straight"))
-    assert sorted(found) == ["conversion.json", "rejects.jsonl", *(f"shard_{n:02d}.parquet" for n in range(3))]
-    assert json.loads(found["conversion.json"])["rows"] == ROWS - 1
+    found = made(converted(tmp_path / "straight"))
+    assert sorted(found) == ["manifest.json", "rejects.jsonl", *(f"shard_{n:02d}.parquet" for n in range(3))]
+    assert json.loads(found["manifest.json"])["rows"] == ROWS - 1
     return found
+
+
+def made(folder: Path) -> dict[str, bytes]:
+    """All that was converted; the receipt also tells when."""
+    return {name: content for name, content in tree(folder).items() if name != "receipt.json"}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -67,7 +75,7 @@ def test_dropped_connections_change_nothing(
 ) -> None:
     hub = Hub(files, 0.03, seed)
     monkeypatch.setattr(datasets, "load_dataset", hub.load_dataset)
-    assert tree(converted(tmp_path / "dropped")) == straight
+    assert made(converted(tmp_path / "dropped")) == straight
     assert hub.drops > 3
 
 
@@ -76,7 +84,7 @@ def test_a_conversion_that_gave_up_goes_on_where_it_stopped(
 ) -> None:
     monkeypatch.setattr(hub_rows, "RETRY_SECONDS", ())
     read, attempts = [], 0
-    while not (tmp_path / "out" / "conversion.json").exists():
+    while not (tmp_path / "out").exists():
         hub = Hub(files, 0.006, attempts)
         monkeypatch.setattr(datasets, "load_dataset", hub.load_dataset)
         attempts += 1
@@ -84,10 +92,9 @@ def test_a_conversion_that_gave_up_goes_on_where_it_stopped(
             converted(tmp_path / "out")
         except DataError as error:
             assert "goes on where it stopped" in str(error)
-            state = tmp_path / "out" / ".convert" / "state.json"
-            read.append(json.loads(state.read_bytes())["rows_read"] if state.exists() else 0)
+            read.append(rows_read(tmp_path / "out"))
     assert attempts > 2 and read == sorted(read) and read[-1] > 0
-    assert tree(tmp_path / "out") == straight
+    assert made(tmp_path / "out") == straight
 
 
 def test_an_unfinished_conversion_of_something_else_is_not_gone_on_with(
@@ -97,37 +104,47 @@ def test_an_unfinished_conversion_of_something_else_is_not_gone_on_with(
     for seed in range(20):
         monkeypatch.setattr(datasets, "load_dataset", Hub(files, 0.005, seed).load_dataset)
         with suppress(DataError):
-            converted(tmp_path)
-        if (tmp_path / ".convert" / "state.json").exists():
+            converted(tmp_path / "out")
+        if rows_read(tmp_path / "out"):
             break
-    assert (tmp_path / ".convert" / "state.json").exists()
-    with pytest.raises(DataError, match="unfinished conversion of another source"):
-        convert(SOURCE, tmp_path, num_shards=2, prompts=Prompts(), quiet=True)
+    before = tree(tmp_path)
+    assert rows_read(tmp_path / "out")
+    with pytest.raises(NotOursError, match="num_shards: 3 -> 2"):
+        convert(SOURCE, tmp_path / "out", num_shards=2, prompts=Prompts(), quiet=True)
+    assert before.items() <= tree(tmp_path).items(), "without --overwrite it stays to be gone on with"
+
+
+def rows_read(output: Path) -> int:
+    """How far an unfinished conversion is safe."""
+    path = output.with_name(f"{output.name}.partial") / "unfinished.json"
+    results = json.loads(path.read_bytes())["results"] if path.exists() else {}
+    return results.get("read", {}).get("rows_read", 0)
 
 
 _CONVERT = """
 import sys
 from pathlib import Path
 from vpmoe.data_curation.conversations import store as conversations
-from vpmoe.data_curation.harmony import synth_to_harmony
-from vpmoe.data_curation.rows.synth import resolve
+from vpmoe.data_curation.conversations import parts
+from vpmoe.data_curation.conversations.convert import convert
+from vpmoe.data_curation.conversations.synth import resolve_synth
+from vpmoe.data_curation.reject_limit import RejectLimit
 from vpmoe.harmony.prompts import Prompts
-conversations.ROW_GROUP_ROWS, synth_to_harmony.ROW_GROUPS_PER_PART = 8, 3
-synth_to_harmony.convert(
-    resolve(sys.argv[1]), Path(sys.argv[2]), num_shards=3, prompts=Prompts(), strict=False, quiet=True
-)
+conversations.ROW_GROUP_ROWS, parts.ROW_GROUPS_PER_PART = 8, 3
+source, output = resolve_synth(sys.argv[1]), Path(sys.argv[2])
+convert(source, output, num_shards=3, prompts=Prompts(), limit=RejectLimit(None), quiet=True)
 """
 
 
 @pytest.mark.slow
 def test_kill_9_at_random_moments_changes_nothing(files: Path, tmp_path: Path, repository: Path) -> None:
-    convert(resolve(str(files)), tmp_path / "whole", num_shards=3, prompts=Prompts(), strict=False, quiet=True)
+    convert(resolve_synth(str(files)), tmp_path / "whole", num_shards=3, prompts=Prompts(), limit=NO_LIMIT, quiet=True)
     output, draw, killed = tmp_path / "killed", random.Random(3), 0
     command = [sys.executable, "-c", _CONVERT, str(files), str(output)]
     environment = os.environ | {"PYTHONPATH": str(repository)}
     for _ in range(20):
         running = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-        while running.poll() is None and not (output / ".convert").exists():
+        while running.poll() is None and not (tmp_path / "killed.partial").exists():
             time.sleep(0.002)
         try:
             running.wait(draw.uniform(0, 0.1))
@@ -139,6 +156,6 @@ def test_kill_9_at_random_moments_changes_nothing(files: Path, tmp_path: Path, r
         if running.returncode == 0:
             break
     assert killed
-    if not (output / RECORD_NAME).exists():
-        convert(resolve(str(files)), output, num_shards=3, prompts=Prompts(), strict=False, quiet=True)
-    assert tree(output) == tree(tmp_path / "whole")
+    if not output.exists():
+        convert(resolve_synth(str(files)), output, num_shards=3, prompts=Prompts(), limit=NO_LIMIT, quiet=True)
+    assert made(output) == made(tmp_path / "whole")

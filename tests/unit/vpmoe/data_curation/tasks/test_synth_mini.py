@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vpmoe.cli import main
+from vpmoe.data_curation.conversations.synth import COLUMNS, to_conversation
 from vpmoe.data_curation.datasets.plan import split_of
-from vpmoe.data_curation.harmony.synth_to_harmony import to_conversation
-from vpmoe.data_curation.rows.synth import COLUMNS
 from vpmoe.data_curation.tasks import synth_mini
 from vpmoe.data_curation.tasks.family import BUCKETS
 from vpmoe.data_curation.tasks.registry import FAMILIES
 from vpmoe.data_curation.tasks.synth_mini import check, make_row, parse_mix
-from vpmoe.errors import DataError
+from vpmoe.errors import DataError, NotOursError
 from vpmoe.harmony.prompts import Prompts
 from vpmoe.harmony.renderer import FastRenderer
 from vpmoe.tokenizer.o200k_harmony import load_o200k_harmony
@@ -112,12 +112,14 @@ def test_supervised_parts_are_short() -> None:
 
 def test_files_are_deterministic_and_left_alone_when_right(rows_dir: Path, tmp_path: Path) -> None:
     mix = parse_mix(synth_mini.DEFAULT_MIX)
-    assert synth_mini.generate(tmp_path, rows=400, seed=7, families=mix)
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"rows_00.parquet", "test.jsonl", "synth_mini.json"}
-    for name in names:
+    made = synth_mini.generate(tmp_path, rows=400, seed=7, families=mix)
+    assert {path.name for path in tmp_path.iterdir()} == {"rows_00.parquet", "test.jsonl", "receipt.json"}
+    for name in ("rows_00.parquet", "test.jsonl"):
         assert (tmp_path / name).read_bytes() == (rows_dir / name).read_bytes()
-    assert not synth_mini.generate(tmp_path, rows=400, seed=7, families=mix)
+    said: list[str] = []
+    assert synth_mini.generate(tmp_path, rows=400, seed=7, families=mix, say=said.append) == made
+    assert said == [f"{tmp_path}: done and valid"]
+    assert made == {"rows": 400, "test_questions": (tmp_path / "test.jsonl").read_bytes().count(b"\n")}
     rows = pq.read_table(tmp_path / "rows_00.parquet").to_pylist()
     assert rows == [make_row(7, index, mix) for index in range(400)]
     assert all(check(row["synthetic_answer"], row) for row in map(json.loads, (tmp_path / "test.jsonl").open()))
@@ -136,23 +138,20 @@ def test_the_quickstart_rows_never_change() -> None:
 
 def test_the_quickstart_files_never_change(tmp_path: Path) -> None:
     arguments = ["--rows", "100", "--families", ",".join(f"{name}={share}" for name, share in QUICKSTART.items())]
-    assert synth_mini.main(["--output-dir", str(tmp_path), *arguments]) == 0
+    assert main(["data", "synth-mini", "--output-dir", str(tmp_path), *arguments]) == 0
     digest = hashlib.sha256((tmp_path / "test.jsonl").read_bytes()).hexdigest()
     assert digest == "210a158c1b93b3b9f0eec67c67bf787c5c4da5fde089fb638e0e674760d30105"
-    record = json.loads((tmp_path / "synth_mini.json").read_bytes())
-    assert list(record) == ["version", "rows", "seed", "families", "valid_fraction", "files"]
 
 
 def test_levels_and_languages_come_when_asked(tmp_path: Path) -> None:
     options = {"rows": 60, "seed": 1, "families": {"dates": 1.0, "units": 1.0}}
     asked = {"levels": {"dates": ("weekday",)}, "languages": ("de", "fr")}
-    assert synth_mini.generate(tmp_path, **options, **asked)
-    assert not synth_mini.generate(tmp_path, **options, **asked)
+    assert synth_mini.generate(tmp_path, **options, **asked) == synth_mini.generate(tmp_path, **options, **asked)
     rows = pq.read_table(tmp_path / "rows_00.parquet").to_pylist()
     assert {row["language"] for row in rows} == {"de", "fr"}
     assert {row["constraints"] for row in rows if row["exercise"] == "dates"} == {"weekday"}
     assert {row["constraints"] for row in rows} > {"weekday", "back"}
-    with pytest.raises(DataError, match="another levels, languages"):
+    with pytest.raises(NotOursError, match=r"levels\.dates: .*weekday.* -> .*languages: \['de', 'fr'\] -> \['en'\]"):
         synth_mini.generate(tmp_path, **options)
 
 
@@ -171,7 +170,7 @@ def test_a_wrong_choice_is_refused(
     tmp_path: Path, option: str, chosen: str, named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--output-dir", str(tmp_path), "--families", "addition=1", option, chosen]
-    assert synth_mini.main(words) == 2
+    assert main(["data", "synth-mini", *words]) == 2
     complaint = capsys.readouterr().err
     assert option in complaint and named in complaint and not list(tmp_path.iterdir())
 
@@ -179,17 +178,18 @@ def test_a_wrong_choice_is_refused(
 def test_other_or_damaged_rows_are_not_taken_for_the_asked_ones(tmp_path: Path) -> None:
     mix = {"sorting": 1.0}
     synth_mini.generate(tmp_path, rows=20, seed=7, families=mix)
-    with pytest.raises(DataError, match="another seed"):
+    with pytest.raises(NotOursError, match="seed: 7 -> 8"):
         synth_mini.generate(tmp_path, rows=20, seed=8, families=mix)
-    (tmp_path / "test.jsonl").write_text("")
-    with pytest.raises(DataError, match=r"test\.jsonl"):
+    tests = (tmp_path / "test.jsonl").read_text()
+    (tmp_path / "test.jsonl").write_text(tests.replace("1", "2", 1))
+    with pytest.raises(NotOursError, match=r"test\.jsonl"):
         synth_mini.generate(tmp_path, rows=20, seed=7, families=mix)
     assert synth_mini.generate(tmp_path, rows=20, seed=8, families=mix, overwrite=True)
 
 
 @pytest.mark.parametrize("mix", ["addition", "addition=x", "cooking=1", "addition=-1", "addition=0", ""])
 def test_a_wrong_mix_is_refused(tmp_path: Path, mix: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert synth_mini.main(["--output-dir", str(tmp_path), "--families", mix]) == 2
+    assert main(["data", "synth-mini", "--output-dir", str(tmp_path), "--families", mix]) == 2
     assert "--families" in capsys.readouterr().err
 
 

@@ -20,7 +20,7 @@ from vpmoe.errors import DataError
 
 EVEN = dict.fromkeys(FAMILIES, 1.0)
 LEVELS = [(name, level) for name, family in FAMILIES.items() for level in family.levels]
-DATASHEET = Path(__file__).parents[4] / "docs" / "synth_mini.md"
+DATASHEET = Path(__file__).parents[5] / "docs" / "synth_mini.md"
 
 
 @settings(max_examples=300)

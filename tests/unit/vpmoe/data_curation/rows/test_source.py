@@ -1,0 +1,169 @@
+"""Every format gives the same rows in the same order, from any row on; what cannot be read is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from vpmoe.data_curation.conversations.synth import open_synth, resolve_synth
+from vpmoe.data_curation.rows import hub as hub_rows
+from vpmoe.data_curation.rows.source import resolve
+from vpmoe.errors import DataError
+
+ROWS = [{"id": f"d{i}", "text": f"line {i}\nwith é\u2028{i}"} for i in range(20)]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+SYNTH = [
+    {"synth_id": f"id{n}", "language": "en", "query": f"q{n}", "synthetic_reasoning": "r", "synthetic_answer": "a"}
+    for n in range(5)
+]
+
+
+def write_parquet(path: Path, rows: list[dict]) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    half = len(LINES) // 2
+    frames = zstandard.compress(LINES[:half]) + zstandard.compress(LINES[half:])
+    (tmp_path / "b.jsonl.zst").write_bytes(frames)
+    write_parquet(tmp_path / "c.parquet", ROWS)
+    for name in ("a.jsonl", "b.jsonl.zst", "c.parquet"):
+        source = resolve(str(tmp_path / name))
+        assert [dict(row) for _, row in source.rows(("id", "text"))] == ROWS
+        assert source.bytes_read == source.total_bytes > 0
+    folder = resolve(str(tmp_path))
+    assert len(list(folder.rows())) == 60
+    assert str(tmp_path) not in json.dumps(folder.as_manifest())
+
+
+def test_a_stream_goes_on_from_any_row(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", ROWS[:7])
+    write_parquet(tmp_path / "b.parquet", ROWS[7:9])
+    (tmp_path / "c.jsonl").write_bytes(LINES)
+    source = resolve(str(tmp_path))
+    whole = list(source.rows())
+    for begin in range(len(whole) + 1):
+        stream = source.open(cursor={"row": begin})
+        assert list(stream) == whole[begin:] and stream.cursor() == {"row": len(whole)}
+
+
+def test_a_last_line_without_line_feed_counts_and_blank_lines_do_not(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "a"}\n\n  \n{"text": "b\xe2\x80\xa8c"}\r\n{"text": "d"}')
+    places = [(place, row["text"]) for place, row in resolve(str(tmp_path / "rows.jsonl")).rows()]
+    assert places == [("rows.jsonl:1", "a"), ("rows.jsonl:4", "b\u2028c"), ("rows.jsonl:5", "d")]
+
+
+def test_a_folder_of_synth_rows_is_read_in_one_format(tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SYNTH))
+    assert [row for _, row in resolve_synth(str(tmp_path)).rows()] == SYNTH
+    write_parquet(tmp_path / "b.parquet", SYNTH[3:])
+    write_parquet(tmp_path / "a.parquet", SYNTH[:3])
+    source = resolve_synth(str(tmp_path))
+    assert [place for place, _ in source.rows()] == [
+        "a.parquet:0",
+        "a.parquet:1",
+        "a.parquet:2",
+        "b.parquet:0",
+        "b.parquet:1",
+    ]
+    assert source.total_rows() == 5 and resolve_synth(str(tmp_path / "test.jsonl")).total_rows() is None
+    assert source.as_manifest()["name"] == tmp_path.name
+
+
+def test_only_the_columns_that_are_wanted_are_read(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [{**SYNTH[0], "exercise": "x"}])
+    assert [dict(row) for _, row in open_synth(resolve_synth(str(tmp_path)))] == SYNTH[:1]
+    without = {name: value for name, value in SYNTH[0].items() if name != "language"}
+    write_parquet(tmp_path / "a.parquet", [without])
+    assert [dict(row) for _, row in open_synth(resolve_synth(str(tmp_path)))] == [without]
+
+
+def test_a_text_file_is_a_document(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.txt").write_text("two")
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
+    found = list(resolve(str(tmp_path)).rows(("text",)))
+    assert found == [("a.txt", {"text": b"\xff\xfe"}), ("sub/b.txt", {"text": "two"})]
+
+
+def test_a_row_that_is_not_utf8_comes_as_bytes_and_harms_no_other(tmp_path: Path) -> None:
+    raw = pa.array([b"q0", b"q\xff1"], pa.binary())
+    unchecked = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
+    pq.write_table(pa.table({"id": pa.array(["id0", "id1"]), "query": unchecked}), tmp_path / "rows.parquet")
+    assert [row["query"] for _, row in resolve(str(tmp_path)).rows()] == ["q0", b"q\xff1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("a.jsonl", b'{"text": 1}\nno', r"line 2 is not JSON(.|\n)*a\.jsonl:2"),
+        ("a.jsonl", b'{"text": "\xff"}\n', r"line 1 is not JSON(.|\n)*a\.jsonl:1"),
+        ("a.jsonl", b"[" * 100_000 + b"\n", r"line 1 is not JSON"),
+        ("a.jsonl", b"[1]\n", r"line 1 is not a JSON object(.|\n)*a\.jsonl:1"),
+        ("a.jsonl.zst", b"not zstd", "cannot be read"),
+        ("a.jsonl.zst", zstandard.compress(LINES)[:-9], "cannot be read"),
+        ("a.parquet", b"not parquet", "not a readable parquet file"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(tmp_path: Path, name: str, content: bytes, match: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=match):
+        list(resolve(str(tmp_path / name)).rows())
+
+
+def test_missing_columns_are_named(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [{"synth_id": "x", "query": "q"}])
+    with pytest.raises(DataError, match="synthetic_reasoning, synthetic_answer"):
+        list(open_synth(resolve_synth(str(tmp_path))))
+
+
+@pytest.mark.parametrize("spelled", ["no/such/folder", "missing.parquet", "./missing", "name"])
+def test_an_input_that_is_nothing_is_refused(spelled: str) -> None:
+    with pytest.raises(DataError, match="not a hub id"):
+        resolve(spelled)
+
+
+def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(DataError, match=r"holds no file(.|\n)*parquet, \*\.jsonl"):
+        resolve_synth(str(tmp_path))
+
+
+def test_a_hub_id_needs_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="--revision"):
+        resolve("PleIAs/SYNTH")
+    source = resolve("PleIAs/SYNTH", "abc123")
+    assert (source.hub_id, source.revision, source.files) == ("PleIAs/SYNTH", "abc123", ())
+
+
+def test_an_unreachable_hub_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def offline(*_: object, **options: object) -> None:
+        assert options["revision"] == "abc" and options["streaming"]
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(hub_rows, "RETRY_SECONDS", (0, 0))
+    with pytest.raises(DataError, match="no route to host") as caught:
+        list(resolve("owner/name", "abc").rows())
+    assert "check network" in str(caught.value)
+
+
+def test_the_hub_is_streamed_with_the_asked_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = [{**row, "more": 1} for row in ROWS]
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: stream)
+    found = list(resolve("owner/name", "abc").rows(("id", "text")))
+    assert found[3] == ("owner/name:3", ROWS[3]) and len(found) == 20
+    with pytest.raises(DataError, match="columns title are missing; found id, more, text"):
+        list(resolve("owner/name", "abc").rows(("title",)))
