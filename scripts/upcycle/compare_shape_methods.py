@@ -4,7 +4,7 @@ The models are checkpoints of training runs of one geometry (other seeds, say); 
 its valid split is measured on. A method is a name and settings of the job `shape`; what it leaves out is the default.
 
     python scripts/upcycle/compare_shape_methods.py --data data/megatron/synth_kd_v1 \\
-        --old configs/nano/qwen3_0_6b_o200k.yaml --new configs/nano/vpdense0_5_28.yaml \\
+        --old configs/nano/qwen3_o200k.yaml --new configs/nano/vpdense0_5_8.yaml \\
         --checkpoint runs/seed_1 --checkpoint runs/seed_2 --checkpoint runs/seed_3 \\
         --method "plain: attention=meanpool, feed_forward=l2_topk" --method "calibrated:" --json comparison.json
 

@@ -53,7 +53,7 @@ RUN = {
     "sample_interval": "null",
     "save_interval": 3,
 }
-QWEN3 = f"{ROOT}/configs/nano/qwen3_0_6b.yaml"
+QWEN3 = f"{ROOT}/configs/nano/qwen3.yaml"
 HEALING = {**RUN, "train_only": ["embedding.*", "*.mlp.*"]}
 JOBS = {
     "random": ("pretrain", {"config": QWEN3, "overrides": RUN}, {}),

@@ -31,12 +31,12 @@ SHIPPED = {
     "vpdense_28.yaml": 504_621_443,
     "vpdense_80.yaml": 676_949_807,
     "vpmoe_stage1.yaml": 6_022_557_487,
-    "nano/qwen3_0_6b.yaml": 2_017_920,
-    "nano/qwen3_0_6b_o200k.yaml": 2_034_304,
-    "nano/vpdense0_5_28.yaml": 794_240,
-    "nano/vpdense_28.yaml": 812_951,
-    "nano/vpdense_80.yaml": 1_494_703,
-    "nano/vpmoe.yaml": 3_529_903,
+    "nano/qwen3.yaml": 2_017_920,
+    "nano/qwen3_o200k.yaml": 2_034_304,
+    "nano/vpdense0_5_8.yaml": 794_240,
+    "nano/vpdense_8.yaml": 812_951,
+    "nano/vpdense_16.yaml": 1_494_703,
+    "nano/vpmoe_16.yaml": 3_529_903,
     "nano/stage1.yaml": 879_115,
 }
 

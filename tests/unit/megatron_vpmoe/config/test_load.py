@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +19,13 @@ from megatron_vpmoe.config.schema import FieldSpec, RunConfig, fields, section_t
 from megatron_vpmoe.errors import ConfigError
 
 DESIGNS = {
-    name: name
-    for name in ("qwen3_0_6b.yaml", "qwen3_0_6b_o200k.yaml", "vpdense0_5_28.yaml", "vpdense_28.yaml", "vpdense_80.yaml")
-} | {"vpmoe_stage1.yaml": "stage1.yaml"}
+    "qwen3_0_6b.yaml": "qwen3.yaml",
+    "qwen3_0_6b_o200k.yaml": "qwen3_o200k.yaml",
+    "vpdense0_5_28.yaml": "vpdense0_5_8.yaml",
+    "vpdense_28.yaml": "vpdense_8.yaml",
+    "vpdense_80.yaml": "vpdense_16.yaml",
+    "vpmoe_stage1.yaml": "stage1.yaml",
+}
 """File at full scale -> the same design in nano/."""
 FIELDS = list(fields().values())
 Write = Callable[..., Path]
@@ -159,6 +164,13 @@ def test_shipped_configurations_load(repository: Path) -> None:
     assert len(paths) >= 2
     for path in paths:
         load_config(path, nodes=1)
+
+
+def test_a_name_says_how_deep_the_model_is(repository: Path) -> None:
+    configs = repository / "configs"
+    for path in [*configs.glob("*.yaml"), *(configs / "nano").glob("*.yaml")]:
+        if depth := re.search(r"vp(?:dense|moe)[0-9_]*_(\d+)\.yaml$", path.name):
+            assert load_config(path).model.num_layers == int(depth[1]), path
 
 
 @pytest.mark.parametrize("name", DESIGNS)
