@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -35,8 +36,10 @@ from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 
 from megatron_vpmoe.model.layer_specs import layer_spec  # noqa: E402
-from megatron_vpmoe.model.moe.expert_layout import stacked_from_sequential  # noqa: E402
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig, transformer_config  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from ref.sequential_experts import stacked_from_sequential  # noqa: E402
 
 NANO = Path(__file__).resolve().parents[2] / "configs" / "nano" / "stage1.yaml"
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +27,14 @@ from megatron_vpmoe.model.attention import self_attention
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.builder import build_model, wrap_for_training
 from megatron_vpmoe.model.gpt import ModelOutput, VPModel
-from megatron_vpmoe.model.moe.expert_layout import sequential_from_stacked
 from megatron_vpmoe.model.norm import RMSNorm
 from megatron_vpmoe.objectives import Objective, ObjectiveResult, build_objective
 from megatron_vpmoe.optim.assignment import assigned_parameters
 from megatron_vpmoe.optim.polar_express import COEFFICIENTS
 from megatron_vpmoe.training.step import train_step
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from ref.sequential_experts import sequential_from_stacked
 
 OUR_CORE_ATTENTION = self_attention.core_attention
 

@@ -108,9 +108,9 @@ def _stored(expert_parallel: int, folder: str, ours: bool, save: bool) -> dict[s
     from megatron.core.transformer.moe.experts import SequentialMLP
     from megatron.core.transformer.moe.moe_layer import get_default_pg_collection
 
-    from megatron_vpmoe.model.moe.expert_layout import sequential_from_stacked
     from megatron_vpmoe.model.moe.experts import StackedExperts
     from megatron_vpmoe.model.transformer_config import transformer_config
+    from ref.sequential_experts import sequential_from_stacked
 
     config = transformer_config(tiny_config(expert_model_parallel_size=expert_parallel))
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)

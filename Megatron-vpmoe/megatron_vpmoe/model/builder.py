@@ -12,6 +12,7 @@ from megatron.core.transformer.mlp import MLP
 
 from megatron_vpmoe.config.parameters import EMBEDDING, is_trained
 from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.model.precision import cast_parameters
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig, transformer_config
 from megatron_vpmoe.runtime.device import current_device
 
@@ -53,14 +54,6 @@ def _declare_gate_and_up(model: VPModel) -> None:
         if isinstance(module, MLP):
             half = module.linear_fc1.weight.shape[0] // 2
             module.linear_fc1.weight.matrix_rows = (slice(0, half), slice(half, 2 * half))
-
-
-def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Cast every floating parameter to ``dtype``, except those that declare ``keep_fp32``; buffers stay as they are."""
-    for parameter in model.parameters():
-        wanted = torch.float32 if getattr(parameter, "keep_fp32", False) else dtype
-        if parameter.is_floating_point() and parameter.dtype != wanted:
-            parameter.data = parameter.data.to(wanted)
 
 
 def freeze_parameters(model: VPModel, cfg: RunConfig) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class RouterMonitor:
-    """Collects what the routers and experts counted over one step's micro-batches and turns it into metrics.
+    """Collects what the routers counted over one step's micro-batches and turns it into metrics.
 
     Nothing is computed and no value leaves the device before ``metrics``: one all-reduce for all layers together.
 
@@ -35,12 +35,11 @@ class RouterMonitor:
         self._numbers = [n for n in numbers if cfg.moe.num_experts is not None and cfg.is_moe_layer(n)]
         # A router knows its layer's number from the MoE layer that holds it.
         found = [module for module in model.decoder.modules() if isinstance(module, MoELayer)]
-        self._layers = {cast(int, layer.layer_number): layer for layer in found}
+        self._routers = {cast(int, layer.layer_number): cast(VPMoERouter, layer.router) for layer in found}
 
     def reset(self) -> None:
         """Start counting a new step."""
-        for layer in self._layers.values():
-            router = _router(layer)
+        for router in self._routers.values():
             router.tokens_per_expert.zero_()
             router.balance_loss_sum.zero_()
 
@@ -61,28 +60,22 @@ class RouterMonitor:
 
         An expert bias, which is equal on every rank of a stage, is contributed by one of them.
         """
-        # Tensor-parallel ranks routed different parts of a sequence, but each has the whole balance loss.
+        # Tensor-parallel ranks routed different parts of a sequence (sequence parallelism), but each has the whole
+        # balance loss.
         copies = parallel_state.get_tensor_model_parallel_world_size()
         owns_bias = (
             parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
             and parallel_state.get_tensor_model_parallel_rank() == 0
         )
-        rows: list[Tensor | None] = []
-        for number in self._numbers:
-            if number not in self._layers:
-                rows.append(None)
-                continue
-            router = _router(self._layers[number])
-            load_E = router.tokens_per_expert
-            bias_E = cast(Tensor, router.expert_bias) if self._has_bias and owns_bias else torch.zeros_like(load_E)
-            balance = router.balance_loss_sum.double()[None] / copies
-            rows.append(torch.cat([load_E.double(), bias_E.double(), balance]))
-        empty = torch.zeros(2 * self._experts + 1, dtype=torch.float64, device=current_device())
-        packed = torch.stack([empty if row is None else row for row in rows])
+        packed = torch.zeros(len(self._numbers), 2 * self._experts + 1, dtype=torch.float64, device=current_device())
+        for row, number in zip(packed, self._numbers, strict=True):
+            if (router := self._routers.get(number)) is None:
+                continue  # another stage's
+            load_E, bias_E, balance_1 = row.split([self._experts, self._experts, 1])
+            load_E.copy_(router.tokens_per_expert)
+            balance_1.copy_(router.balance_loss_sum.double() / copies)
+            if self._has_bias and owns_bias:
+                bias_E.copy_(cast(Tensor, router.expert_bias))
         torch.distributed.all_reduce(packed)
         load_LE, bias_LE, balance_L1 = packed.cpu().split([self._experts, self._experts, 1], dim=1)
         return load_LE, bias_LE if self._has_bias else None, balance_L1
-
-
-def _router(layer: MoELayer) -> VPMoERouter:
-    return cast(VPMoERouter, layer.router)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -30,7 +31,6 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.model.attention.backends import core_attention, select_backend
 from megatron_vpmoe.model.attention.grape import (
     alibi_slopes,
@@ -50,6 +50,7 @@ from megatron_vpmoe.model.attention.tpa import (
     section_rows,
 )
 from megatron_vpmoe.model.attention.value_residual import mix_first_value
+from megatron_vpmoe.model.precision import fp32_island, without_narrowing
 from megatron_vpmoe.model.recompute import recomputed
 from megatron_vpmoe.model.replicated_linear import ReplicatedLinear
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
@@ -83,10 +84,6 @@ class VPSelfAttention(MegatronModule):
         submodules: the parts.
         layer_number: global, 1-based; decides between local and global, and which layer gives the first values.
         pg_collection: process groups; the tensor-parallel one is used.
-
-    Raises:
-        ConfigError: heads or groups that the tensor-parallel ranks cannot share out, or a kind of softmax, position or
-            backend that this layer does not have.
     """
 
     config: VPTransformerConfig
@@ -102,16 +99,10 @@ class VPSelfAttention(MegatronModule):
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
         self.tp_group = pg_collection.tp
         ranks = self.tp_group.size()
-        heads, groups = config.num_attention_heads, _present(config.num_query_groups)
-        if heads % ranks or groups % ranks:
-            raise ConfigError(
-                f"{heads} heads and {groups} groups cannot be split evenly over {ranks} tensor-parallel ranks",
-                source="num_attention_heads, num_query_groups, tensor_model_parallel_size",
-                remedy="take a tensor_model_parallel_size that divides both",
-            )
         self.layer_number = layer_number
-        self.num_heads, self.num_groups = heads // ranks, groups // ranks
-        self.head_dim = _present(config.kv_channels)
+        self.num_heads = config.num_attention_heads // ranks
+        self.num_groups = cast(int, config.num_query_groups) // ranks
+        self.head_dim = cast(int, config.kv_channels)
         is_global = config.is_global_layer(layer_number)
         self.window = None if is_global else config.window_size_tokens
         self.position_embedding = config.global_position_embedding if is_global else config.local_position_embedding
@@ -171,29 +162,17 @@ class VPSelfAttention(MegatronModule):
 
     def _build_scalars(self) -> None:
         config = self.config
-        if config.softmax_type not in ("learnable", "vanilla"):
-            raise ConfigError(
-                f"softmax_type {config.softmax_type!r} is not offered",
-                source="softmax_type",
-                remedy="learnable or vanilla",
-            )
-        if self.position_embedding not in ("grape_m", "grape_a", "rope", "none"):
-            raise ConfigError(
-                f"there is no position embedding {self.position_embedding!r}",
-                source="local_position_embedding, global_position_embedding",
-                remedy="grape_m, grape_a, rope or none",
-            )
         self.sink = None
         if config.softmax_type == "learnable":
-            self.sink = _fp32_island(torch.zeros(self.num_heads))
+            self.sink = fp32_island(torch.zeros(self.num_heads))
             set_tensor_model_parallel_attributes(self.sink, is_parallel=True, dim=0, stride=1)
         self.grape_log_freq = None
         if self.position_embedding == "grape_m":
-            self.grape_log_freq = _fp32_island(
+            self.grape_log_freq = fp32_island(
                 initial_log_frequencies(self.head_dim, config.rotary_base, config.grapem_log_freq_scale)
             )
         mixes = config.value_residual and self.layer_number > 1
-        self.value_residual_scale = _fp32_island(torch.ones(())) if mixes else None
+        self.value_residual_scale = fp32_island(torch.ones(())) if mixes else None
 
     def backend_name(self, device: torch.device) -> str:
         """The attention backend that runs this layer's whole sequences on ``device``."""
@@ -279,12 +258,11 @@ class VPSelfAttention(MegatronModule):
             frequency = torch.exp(log_freq / self.config.grapem_log_freq_scale)
             angle = rotation_angles(position_BS, frequency)
         elif self.position_embedding == "rope":
-
-            def angles() -> Tensor:
-                frequency = rope_frequencies(self.head_dim, self.config.rotary_base)
-                return rotation_angles(position_BS, frequency.to(query.device))
-
-            angle = layout.shared(("rope", query.shape[0], self.head_dim, self.config.rotary_base), angles)
+            base = self.config.rotary_base
+            angle = layout.shared(
+                ("rope", query.shape[0], self.head_dim, base),
+                lambda: rotation_angles(position_BS, rope_frequencies(self.head_dim, base).to(query.device)),
+            )
         else:
             return query, key
         return rotate(query, angle), rotate(key, angle)
@@ -320,23 +298,4 @@ class VPSelfAttention(MegatronModule):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VPSelfAttention:
         """Moves and casts as usual, except that fp32 islands never lose precision: a cast to bf16 leaves them fp32."""
         islands = [p for p in self.parameters(recurse=False) if getattr(p, "keep_fp32", False)]
-        kept = {id(tensor) for p in islands for tensor in (p, p.grad) if tensor is not None}
-
-        def careful(tensor: Tensor) -> Tensor:
-            applied = fn(tensor)
-            narrowed = applied.dtype.itemsize < tensor.dtype.itemsize
-            return tensor.to(applied.device) if narrowed and id(tensor) in kept else applied
-
-        return super()._apply(careful, recurse)
-
-
-def _fp32_island(initial: Tensor) -> Parameter:
-    parameter = Parameter(initial.float())
-    parameter.keep_fp32 = True  # type: ignore[attr-defined]
-    return parameter
-
-
-def _present(value: int | None) -> int:
-    if value is None:
-        raise ConfigError("num_query_groups and kv_channels must be given", source="model", remedy="set both")
-    return value
+        return super()._apply(without_narrowing(fn, [x for p in islands for x in (p, p.grad)]), recurse)

@@ -10,8 +10,6 @@ input width of a weight. "Rows" below are [N, W] when grouped and [E, M, W] when
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -26,44 +24,6 @@ ALIGNED_BYTES = 16
 """Grouped GEMM wants rows of whole multiples of this."""
 
 
-class ExpertRows(Protocol):
-    """Rows of all experts, and the products that an expert's feed-forward needs."""
-
-    name: str
-
-    def enter(self, x_NW: Tensor) -> Tensor:
-        """Rows sorted by expert -> rows in this layout; added ones are zero."""
-        ...
-
-    def leave(self, rows: Tensor) -> Tensor:
-        """Rows in this layout -> [N, W] sorted by expert."""
-        ...
-
-    def linear(self, rows: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
-        """Each row times its expert's transposed matrix, plus its expert's bias: width I -> O."""
-        ...
-
-    def linear_transposed(self, rows: Tensor, weight_EOI: Tensor) -> Tensor:
-        """Each row times its expert's matrix: width O -> I."""
-        ...
-
-    def outer(self, left: Tensor, right: Tensor) -> Tensor:
-        """[E, W_left, W_right]: for each expert the sum over its rows of left_n right_n^T."""
-        ...
-
-    def spread(self, bias_EW: Tensor) -> Tensor:
-        """Each row's expert's bias, shaped to broadcast against rows."""
-        ...
-
-    def dot(self, rows: Tensor, vector_EW: Tensor) -> Tensor:
-        """Each row times its expert's vector: width W -> 1."""
-        ...
-
-    def total(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
-        """[E, W]: for each expert the sum of its rows, each times its weight ([N, 1] or [E, M, 1])."""
-        ...
-
-
 class GroupedRows:
     """Rows as they come; products by torch's grouped GEMM. It wants widths of whole 16 bytes."""
 
@@ -76,25 +36,32 @@ class GroupedRows:
         self.expert_N = torch.repeat_interleave(self.counts, output_size=sum(self.sizes))
 
     def enter(self, x_NW: Tensor) -> Tensor:
+        """Rows sorted by expert -> rows in this layout; added ones are zero."""
         return x_NW.contiguous()
 
     def leave(self, rows: Tensor) -> Tensor:
+        """Rows in this layout -> [N, W] sorted by expert."""
         return rows
 
     def linear(self, rows: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
+        """Each row times its expert's transposed matrix, plus its expert's bias: width I -> O."""
         out = functional.grouped_mm(rows, weight_EOI.transpose(1, 2), offs=self.offsets)
         return out if bias_EO is None else out.add_(self.spread(bias_EO))
 
     def linear_transposed(self, rows: Tensor, weight_EOI: Tensor) -> Tensor:
+        """Each row times its expert's matrix: width O -> I."""
         return functional.grouped_mm(rows, weight_EOI, offs=self.offsets)
 
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
+        """[E, W_left, W_right]: for each expert the sum over its rows of left_n right_n^T."""
         return functional.grouped_mm(left.t(), right, offs=self.offsets)
 
     def spread(self, bias_EW: Tensor) -> Tensor:
+        """Each row's expert's bias, shaped to broadcast against rows."""
         return bias_EW.index_select(0, self.expert_N)
 
     def dot(self, rows: Tensor, vector_EW: Tensor) -> Tensor:
+        """Each row times its expert's vector: width W -> 1."""
         if rows.is_cuda or rows.dtype != torch.float32:
             return (rows * self.spread(vector_EW)).sum(-1, keepdim=True)
         # A quarter of the time: no [N, W] of spread vectors, none of products. In bf16 such products are slow on a CPU.
@@ -102,13 +69,14 @@ class GroupedRows:
         return torch.cat([part @ vector for part, vector in parts])
 
     def total(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
+        """[E, W]: for each expert the sum of its rows, each times its weight ([N, 1] or [E, M, 1])."""
         # A product too: summed in fp32 and in a fixed order, which adding by index is not.
         column = rows.new_ones(len(rows), 1) if weight is None else weight.to(rows.dtype)
         return self.outer(column.expand(-1, ALIGNED_BYTES // rows.element_size()).contiguous(), rows)[:, 0]
 
 
 class PaddedRows:
-    """Every expert with the rows of the busiest one; products by batched matrix multiplication."""
+    """Every expert with the rows of the busiest one, by batched products; methods as in ``GroupedRows``."""
 
     name = "padded"
 
@@ -148,7 +116,10 @@ class PaddedRows:
         return rows.sum(1) if weight is None else torch.bmm(weight.to(rows.dtype).transpose(1, 2), rows).squeeze(1)
 
 
-def choose_layout(tokens_per_expert: Tensor, dtype: torch.dtype, device_type: str) -> type[GroupedRows | PaddedRows]:
+ExpertRows = GroupedRows | PaddedRows
+
+
+def choose_layout(tokens_per_expert: Tensor, dtype: torch.dtype, device_type: str) -> type[ExpertRows]:
     """The faster layout for these loads; padding where grouped GEMM cannot compute in ``dtype`` at all.
 
     On a GPU always grouped: the loads are skewed there and memory is dear.

@@ -17,10 +17,18 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megatron_vpmoe.errors import ConfigError
-from megatron_vpmoe.model.moe.expert_layout import SHARDED_NAMES
 from megatron_vpmoe.model.moe.expert_rows import ExpertRows, choose_layout
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig, squared_relu
 from megatron_vpmoe.runtime.ranges import annotated
+
+SHARDED_NAMES = {
+    "fc1_weight": "experts.linear_fc1.weight",
+    "fc1_bias": "experts.linear_fc1.bias",
+    "fc2_weight": "experts.linear_fc2.weight",
+    "fc2_bias": "experts.linear_fc2.bias",
+}
+"""Our parameter -> its key in a distributed checkpoint, after the experts' prefix: SequentialMLP's own key. Both
+classes describe it as one global tensor [E, ...] cut along its first axis, so either loads what the other saved."""
 
 
 class _ExpertFeedForward(Function):
@@ -151,7 +159,7 @@ class StackedExperts(MegatronModule):
     ) -> ShardedStateDict:
         """One global tensor a parameter, expert axis split over expert-parallel ranks, under SequentialMLP's keys.
 
-        Loads at any expert-parallel size, and from or into upstream's SequentialMLP (``expert_layout.SHARDED_NAMES``).
+        Loads at any expert-parallel size, and from or into upstream's SequentialMLP (``SHARDED_NAMES``).
         """
         prepended = len(sharded_offsets)
         expert_axis = (prepended, self.ep_group.rank(), self.ep_group.size())

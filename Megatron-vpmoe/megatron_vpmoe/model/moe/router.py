@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_vpmoe.model.precision import without_narrowing
 from megatron_vpmoe.model.recompute import is_recomputing
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.runtime.ranges import annotated
@@ -144,10 +145,5 @@ class VPMoERouter(TopKRouter):
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Keep the bookkeeping and the expert bias in fp32 through ``.bfloat16()``: a bias step of 1e-3 needs it."""
-        kept = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.dtype == torch.float32}
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            moved = getattr(self, name)
-            if moved.dtype != torch.float32:
-                setattr(self, name, buffer.to(moved.device))
-        return self
+        kept = [buffer for buffer in self.buffers(recurse=False) if buffer.dtype == torch.float32]
+        return super()._apply(without_narrowing(fn, kept), recurse)

@@ -290,9 +290,5 @@ def test_checkpoint_round_trip(tmp_path: Path) -> None:
 
 
 def test_what_the_layer_does_not_have_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'off-by-one' is not offered"):
-        layer_of(softmax_type="off-by-one")
-    with pytest.raises(ConfigError, match="no position embedding 'learned'"):
-        layer_of(local_position_embedding="learned")
     with pytest.raises(ConfigError, match="'banded' needs a window"):
         layer_of(GLOBAL, attention_backend_name="banded").backend_name(torch.device("cpu"))

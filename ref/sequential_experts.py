@@ -1,4 +1,4 @@
-"""The two layouts of routed experts: one stack a weight (ours), one module an expert (Megatron-Core's SequentialMLP).
+"""Between the two layouts of routed experts: one stack a weight, one module an expert (Megatron-Core's SequentialMLP).
 
 Shapes: E experts, F expert FFN width, H hidden. In both layouts a matrix is output by input.
 
@@ -19,17 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vpmoe.errors import CheckpointError
-
-SHARDED_NAMES = {
-    "fc1_weight": "experts.linear_fc1.weight",
-    "fc1_bias": "experts.linear_fc1.bias",
-    "fc2_weight": "experts.linear_fc2.weight",
-    "fc2_bias": "experts.linear_fc2.bias",
-}
-"""Our parameter -> its key in a distributed checkpoint, after the experts' prefix: SequentialMLP's own key. Both
-classes describe it as one global tensor [E, ...] cut along its first axis, so either loads what the other saved."""
-
+NAMES = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 _SEQUENTIAL = re.compile(r"local_experts\.(\d+)\.linear_(fc[12])\.(weight|bias)")
 
 
@@ -44,27 +34,19 @@ def stacked_from_sequential(state: Mapping[str, Any], prefix: str = "") -> dict[
         the state of StackedExperts, without a prefix.
 
     Raises:
-        CheckpointError: nothing under the prefix, or experts that do not count from 0 on without a gap.
+        ValueError: nothing under the prefix, or experts that do not count from 0 on without a gap.
     """
     found: dict[str, dict[int, Tensor]] = {}
     for name, value in state.items():
         match = _SEQUENTIAL.fullmatch(name.removeprefix(prefix)) if name.startswith(prefix) else None
         if match is not None:
             found.setdefault(f"{match[2]}_{match[3]}", {})[int(match[1])] = value
-    experts = max((len(members) for members in found.values()), default=0)
+    if not {"fc1_weight", "fc2_weight"} <= found.keys():
+        raise ValueError(f"no experts under the prefix {prefix!r}")
+    experts = max(len(members) for members in found.values())
     for name, members in found.items():
         if sorted(members) != list(range(experts)):
-            raise CheckpointError(
-                f"experts {sorted(members)} of {name} are not 0 to {experts - 1}",
-                source=f"state with prefix {prefix!r}",
-                remedy="hand over the state of every expert of the layer",
-            )
-    if not {"fc1_weight", "fc2_weight"} <= found.keys():
-        raise CheckpointError(
-            f"no experts under the prefix {prefix!r}: found {sorted(found) or 'nothing'}",
-            source=f"{len(state)} entries, such as {next(iter(state), None)!r}",
-            remedy="the prefix ends where local_experts begins, as in 'decoder.layers.1.mlp.experts.'",
-        )
+            raise ValueError(f"experts {sorted(members)} of {name} are not 0 to {experts - 1}")
     return {name: torch.stack([members[expert] for expert in range(experts)]) for name, members in found.items()}
 
 
@@ -77,7 +59,7 @@ def sequential_from_stacked(state: Mapping[str, Tensor], prefix: str = "") -> di
     """
     return {
         f"{prefix}local_experts.{expert}.linear_{name.replace('_', '.')}": matrix
-        for name in SHARDED_NAMES
+        for name in NAMES
         if f"{prefix}{name}" in state
         for expert, matrix in enumerate(state[f"{prefix}{name}"].unbind())
     }
