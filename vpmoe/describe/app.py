@@ -12,10 +12,8 @@ from rich.table import Table
 
 from megatron_vpmoe.config import load_config, parameter_count
 from megatron_vpmoe.config.rules import ARCHITECTURE, IDLE, RUN
-from megatron_vpmoe.files import write_atomically
-from vpmoe.describe.picture import stack_picture
+from vpmoe.describe.picture import write_picture
 from vpmoe.describe.table import description, print_description
-from vpmoe.errors import DataError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Architectures: layer table, sizes, picture, what goes together."
@@ -30,14 +28,16 @@ ConfigArgument = Annotated[Path, typer.Argument(help="a run's YAML; --field-name
 def describe(
     context: typer.Context,
     config: ConfigArgument,
-    every_layer: Annotated[bool, typer.Option("--all", help="one row a layer, repetitions not folded")] = False,
+    every_layer: Annotated[bool, typer.Option("--all", help="one row a layer, not one a kind")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, one entry a layer, instead")] = False,
-    svg: Annotated[Path | None, typer.Option(dir_okay=False, help="also draw the stack to this file")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="also draw the stack to this file, .svg or .png")
+    ] = None,
 ) -> None:
     """Print the layer table with parameters, KV bytes and FLOPs per token; nothing is allocated."""
     cfg = load_config(config, context.args)
-    if svg is not None:
-        _write(svg, stack_picture(cfg))
+    if picture is not None:
+        write_picture(cfg, picture)
     if as_json:
         typer.echo(json.dumps({"config": str(config), **description(cfg)}, indent=1))
         return
@@ -46,26 +46,14 @@ def describe(
     if not console.is_terminal:
         console = Console(width=120)
     print_description(cfg, str(config), console, every_layer=every_layer)
-    if svg is not None:
-        typer.echo(f"{svg} written")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        write_atomically(path, text.encode())
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}", source="--svg", remedy="name another file") from error
+    if picture is not None:
+        typer.echo(f"{picture} written")
 
 
 @app.command(name="param-count", context_settings=OVERRIDES)
 def param_count(context: typer.Context, config: ConfigArgument) -> None:
     """Count the parameters of a configuration, part by part; nothing is allocated."""
-    print_parameter_count(config, context.args)
-
-
-def print_parameter_count(config: Path, overrides: list[str]) -> None:
-    """The parts of a model with their shares, total and active."""
-    count = parameter_count(load_config(config, overrides))
+    count = parameter_count(load_config(config, context.args))
     typer.echo(f"parameters of {config}")
     for part, value in count.parts.items():
         typer.echo(f"  {part:<28}{value:>16,}{100 * value / count.total:>8.2f} %")

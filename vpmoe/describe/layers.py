@@ -1,10 +1,9 @@
-"""Layers in words, and the folding of a stack's repetitions."""
+"""Layers in words, and those of a stack that are alike."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import replace
 
 from megatron_vpmoe.config import LayerGeometry, RunConfig
 
@@ -56,66 +55,23 @@ def legend(cfg: RunConfig, layers: Sequence[LayerGeometry]) -> list[tuple[str, s
     return lines
 
 
-@dataclass(frozen=True)
-class Run:
-    """Layers in a row that are alike."""
-
-    first: int
-    count: int
-    layer: LayerGeometry
-
-
-@dataclass(frozen=True)
-class Fold:
-    """Runs that occur ``times`` in a row, each ``stride`` layers after the last."""
-
-    runs: tuple[Run, ...]
-    times: int
-
-    @property
-    def stride(self) -> int:
-        """Layers of one repetition."""
-        return sum(run.count for run in self.runs)
-
-
 def alike(layer: LayerGeometry) -> LayerGeometry:
     """The layer without its number: equal for layers that are built and cost alike."""
     return replace(layer, number=0)
 
 
-def fold(layers: Sequence[LayerGeometry]) -> list[Fold]:
-    """The stack as runs and repeated sequences of runs, in order, in as few rows as can be.
-
-    A run alone comes first where both read equally short: layer 4 by itself, and then 19 blocks.
-    """
-    runs: list[Run] = []
-    for _, group in groupby(layers, key=alike):
-        members = list(group)
-        runs.append(Run(members[0].number, len(members), members[0]))
-    kinds = [(run.count, alike(run.layer)) for run in runs]
-    # best[i]: rows needed from run i on, and the fold that comes first.
-    best: list[tuple[int, Fold | None]] = [(0, None)] * (len(runs) + 1)
-    for i in reversed(range(len(runs))):
-        best[i] = (1 + best[i + 1][0], Fold((runs[i],), 1))
-        for period in range(1, (len(runs) - i) // 2 + 1):
-            block, times = kinds[i : i + period], 1
-            while kinds[i + times * period : i + (times + 1) * period] == block:
-                times += 1
-            rows = period + best[i + times * period][0]
-            if times > 1 and rows < best[i][0]:
-                best[i] = (rows, Fold(tuple(runs[i : i + period]), times))
-    folds, i = [], 0
-    while (chosen := best[i][1]) is not None:
-        folds.append(chosen)
-        i += len(chosen.runs) * chosen.times
-    return folds
+def kinds(layers: Sequence[LayerGeometry]) -> list[list[LayerGeometry]]:
+    """The layers that are alike, kind by kind, in the order of their first ones."""
+    found: dict[LayerGeometry, list[LayerGeometry]] = {}
+    for layer in layers:
+        found.setdefault(alike(layer), []).append(layer)
+    return list(found.values())
 
 
-def numbers_of(run: Run, folded: Fold) -> str:
-    """The layers of a run over all repetitions: "2-3", or "5-7, 9-11, ..., 77-79"."""
-    spans = [_span(run.first + k * folded.stride, run.count) for k in range(folded.times)]
+def numbers_of(members: Sequence[LayerGeometry]) -> str:
+    """Which layers: "1", "2-3, 5-7, ..., 77-79"."""
+    numbers = [layer.number for layer in members]
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    spans = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
     return ", ".join(spans if len(spans) <= 3 else [*spans[:2], "...", spans[-1]])
-
-
-def _span(first: int, count: int) -> str:
-    return str(first) if count == 1 else f"{first}-{first + count - 1}"

@@ -1,107 +1,65 @@
-"""The stack as a picture: all layers from bottom to top, and beside them what each kind is made of."""
+"""The stack as a picture: a bar for each layer's attention and one for its feed-forward part, from bottom to top."""
 
 from __future__ import annotations
 
-import math
+from pathlib import Path
 
-from megatron_vpmoe.config import (
-    LayerGeometry,
-    RunConfig,
-    forward_flops_per_token,
-    kv_cache_bytes_per_token,
-    layer_geometries,
-    parameter_count,
-)
-from vpmoe.describe.cards import (
-    ATTENTION_HEIGHT,
-    CARD_WIDTH,
-    COLOURS,
-    FEED_FORWARD_HEIGHT,
-    attention_card,
-    attention_kind,
-    feed_forward_card,
-    feed_forward_kind,
-)
-from vpmoe.describe.drawing import FAINT, LINE, Drawing
-from vpmoe.describe.layers import amount
+from megatron_vpmoe.config import LayerGeometry, RunConfig, layer_geometries, parameter_count
+from vpmoe.describe.layers import POSITION_NAMES, amount, attention_words, feed_forward_words, kind_words
+from vpmoe.errors import DataError
 
-_MARGIN, _TOP, _GAP = 28, 84, 20
-_CARDS_LEFT = 330
-_BAR_LEFT, _BAR_WIDTH, _STRIP_LEFT, _STRIP_WIDTH = 84, 112, 202, 52
-_END_HEIGHT, _END_GAP = 24, 10
+_COLOURS = {False: ("#8fbbdc", "#1f5a8c"), True: ("#c9c2b4", "#dd8a4f")}
+"""Of attention (local, global) and of feed-forward layers (dense, experts)."""
 
 
-def stack_picture(cfg: RunConfig) -> str:
-    """The SVG text of the model that ``cfg`` describes; a pure function of the configuration."""
+def columns(cfg: RunConfig) -> list[list[tuple[str, str]]]:
+    """Colour and words of each layer, from the first on: of its attention, and of its feed-forward part."""
+
+    def attention(layer: LayerGeometry) -> tuple[str, str]:
+        words = f"{kind_words(layer)}, {attention_words(cfg, layer)}, {POSITION_NAMES[layer.position]}"
+        return _COLOURS[False][layer.is_global], f"{words}: {layer.cache_bytes:,} B KV a token"
+
+    def feed_forward(layer: LayerGeometry) -> tuple[str, str]:
+        words = f"{feed_forward_words(cfg, layer)}: {amount(layer.feed_forward_parameters)} parameters"
+        return _COLOURS[True][layer.sparse], words
+
     layers = layer_geometries(cfg)
-    attention: dict[str, list[LayerGeometry]] = {}
-    feed_forward: dict[str, list[LayerGeometry]] = {}
-    for layer in layers:
-        attention.setdefault(attention_kind(layer), []).append(layer)
-        feed_forward.setdefault(feed_forward_kind(layer), []).append(layer)
-    in_one_row = len(attention) + len(feed_forward) <= 2
-    height = ATTENTION_HEIGHT if in_one_row else ATTENTION_HEIGHT + _GAP + FEED_FORWARD_HEIGHT
-    drawing = Drawing(_CARDS_LEFT + 2 * CARD_WIDTH + _GAP + _MARGIN, _TOP + height + _MARGIN)
-    drawing.rect(0, 0, drawing.width, drawing.height, "#ffffff")
-    _headline(drawing, cfg)
-    _stack(drawing, cfg, layers, height)
-    places = [(_CARDS_LEFT + i * (CARD_WIDTH + _GAP), _TOP) for i in range(2)]
-    for (x, y), members in zip(places, attention.values(), strict=False):
-        attention_card(drawing, x, y, cfg, members)
-    below = places[1:] if in_one_row else [(x, y + ATTENTION_HEIGHT + _GAP) for x, y in places]
-    for (x, y), members in zip(below, feed_forward.values(), strict=False):
-        feed_forward_card(drawing, x, y, cfg, members)
-    return drawing.render(f"{cfg.model.num_layers} layers of hidden size {cfg.model.hidden_size}")
+    return [[attention(layer) for layer in layers], [feed_forward(layer) for layer in layers]]
 
 
-def _headline(drawing: Drawing, cfg: RunConfig) -> None:
-    m, count = cfg.model, parameter_count(cfg)
-    flops = amount(forward_flops_per_token(cfg)).replace(" B", " G")
-    drawing.text(_MARGIN, 36, f"{m.num_layers} layers, hidden size {m.hidden_size}", size=18, bold=True)
-    active = f" ({amount(count.active)} active)" if count.active != count.total else ""
-    figures = [
-        f"{amount(count.total)} parameters{active}",
-        f"{flops}FLOP a token forward at {cfg.data.seq_length:,} tokens",
-        f"{kv_cache_bytes_per_token(cfg) / 1024:,.4g} KiB of keys and values a token",
-    ]
-    drawing.text(_MARGIN, 58, "   ·   ".join(figures), size=12, fill=FAINT)
+def write_picture(cfg: RunConfig, path: Path) -> None:
+    """Draw the stack that ``cfg`` describes; the suffix says the format, such as .svg or .png.
 
+    Raises:
+        DataError: the file cannot be written, or has no such format.
+    """
+    import matplotlib
 
-def _stack(drawing: Drawing, cfg: RunConfig, layers: list[LayerGeometry], height: float) -> None:
-    ends = 2 * (_END_HEIGHT + _END_GAP) + 18  # embedding below, output above, and the columns' names
-    pitch = min(34.0, (height - ends) / len(layers))
-    thickness = pitch - min(3.0, 0.22 * pitch)
-    bottom = _TOP + (height + pitch * len(layers)) / 2 + 9  # of layer 1, the whole centred beside the cards
-    stream = (_BAR_LEFT + _BAR_WIDTH + _STRIP_LEFT) / 2  # the residual stream, between the two columns
-    width = _STRIP_LEFT + _STRIP_WIDTH - _BAR_LEFT
-    top = bottom - pitch * len(layers)
-    drawing.arrow((stream, bottom + _END_GAP), (stream, top - _END_GAP - 18))
-    every = _label_every(layers, pitch)
-    for layer in layers:
-        y = bottom - pitch * layer.number + (pitch - thickness) / 2
-        drawing.rect(_BAR_LEFT, y, _BAR_WIDTH, thickness, COLOURS[attention_kind(layer)])
-        drawing.rect(_STRIP_LEFT, y, _STRIP_WIDTH, thickness, COLOURS[feed_forward_kind(layer)])
-        clear_of_layer_1 = (layer.number - 1) * pitch >= 12
-        if layer.number == 1 or (layer.number % every == 0 and clear_of_layer_1):
-            drawing.text(_BAR_LEFT - 8, y + thickness / 2 + 3.5, str(layer.number), size=10, fill=FAINT, anchor="end")
-    drawing.box(_BAR_LEFT, bottom + _END_GAP, width, _END_HEIGHT, f"embedding, {cfg.model.padded_vocab_size:,}")
-    tied = "" if cfg.model.untie_embeddings_and_output_weights else ", tied"
-    drawing.box(_BAR_LEFT, top - _END_GAP - 18 - _END_HEIGHT, width, _END_HEIGHT, f"RMSNorm, output layer{tied}")
-    drawing.text(_BAR_LEFT + _BAR_WIDTH / 2, top - 6, "attention", size=10, fill=FAINT, anchor="middle")
-    drawing.text(_STRIP_LEFT + _STRIP_WIDTH / 2, top - 6, "feed-fwd", size=10, fill=FAINT, anchor="middle")
-    if cfg.model.value_residual:
-        x, start = _STRIP_LEFT + _STRIP_WIDTH + 14, bottom - pitch / 2
-        drawing.arrow((x - 10, start), (x, start), (x, top + pitch / 2), colour=LINE, dashed=True)
-        if bottom - top > 150:
-            drawing.text(
-                x + 14, (bottom + top) / 2, "values of layer 1", size=10, fill=FAINT, anchor="middle", turned=True
-            )
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.hashsalt": "vpmoe", "svg.fonttype": "none"})
+    from matplotlib import pyplot
 
-
-def _label_every(layers: list[LayerGeometry], pitch: float) -> int:
-    """Label every n-th layer, the least that leaves room for a line of text; where some are global, of those."""
-    kinds = [layer.is_global for layer in layers]
-    if True in kinds and False in kinds:
-        first = kinds.index(True) + 1
-        return first * math.ceil(13 / (first * pitch))
-    return next((step for step in (1, 2, 5, 10, 20, 50) if step * pitch >= 13), 100)
+    count = parameter_count(cfg)
+    figure, axes = pyplot.subplots(figsize=(8, max(3.0, 1.5 + 0.07 * cfg.model.num_layers)), layout="constrained")
+    for place, column in enumerate(columns(cfg)):
+        for kind in dict.fromkeys(column):
+            numbers = [number for number, own in enumerate(column, 1) if own == kind]
+            axes.barh(numbers, 0.9, 0.8, left=place, color=kind[0], label=kind[1])
+    size = f"{amount(count.total)} parameters, {amount(count.active)} active"
+    figure.suptitle(f"{cfg.model.num_layers} layers of width {cfg.model.hidden_size}: {size}", fontsize=11)
+    axes.set(
+        ylabel="layer",
+        xticks=(0.45, 1.45),
+        xticklabels=("attention", "feed-forward"),
+        xlim=(-0.05, 1.95),
+        ylim=(0.4, cfg.model.num_layers + 0.6),
+    )
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Without the date the same configuration gives the same bytes.
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot write {path}: {error}", source="--picture", remedy="name another file") from error
+    finally:
+        pyplot.close(figure)

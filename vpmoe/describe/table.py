@@ -25,8 +25,8 @@ from vpmoe.describe.layers import (
     amount,
     attention_words,
     feed_forward_words,
-    fold,
     kind_words,
+    kinds,
     legend,
     numbers_of,
 )
@@ -46,7 +46,7 @@ def print_description(cfg: RunConfig, name: str, console: Console, *, every_laye
         cfg: the configuration.
         name: its file, for the title.
         console: where to.
-        every_layer: one row a layer instead of folding repetitions.
+        every_layer: one row a layer instead of one a kind.
 
     A narrow terminal gets the parameters of a layer to three digits, as 70.9 M.
     """
@@ -77,11 +77,7 @@ def print_description(cfg: RunConfig, name: str, console: Console, *, every_laye
 def _rows(layers: list[LayerGeometry], every_layer: bool) -> list[tuple[str, str, LayerGeometry]]:
     if every_layer:
         return [(str(layer.number), "", layer) for layer in layers]
-    return [
-        (numbers_of(run, folded), str(run.count * folded.times), run.layer)
-        for folded in fold(layers)
-        for run in folded.runs
-    ]
+    return [(numbers_of(members), str(len(members)), members[0]) for members in kinds(layers)]
 
 
 def _words(cfg: RunConfig, layer: LayerGeometry) -> tuple[str, ...]:
