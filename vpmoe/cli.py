@@ -34,7 +34,10 @@ Exit codes: 0 done; 1 done, but a stated target was missed; 2 a mistake that the
 VERBS = {
     "quickstart": ("vpmoe.quickstart.app:app", "Make data, train a nano vpMoE on it, evaluate it, write a report."),
     "data": ("vpmoe.data_curation.app:app", "Make, check and look at datasets."),
-    "tokenizer": ("vpmoe.tokenizer.app:app", "The o200k rank file, and vocabularies of your own."),
+    "tokenizer": (
+        "vpmoe.data_curation.datasets.app:tokenizer_app",
+        "The o200k rank file, and your own vocabularies.",
+    ),
     "train": ("vpmoe.trainer:train", "Train the run that a YAML file describes; --help explains every field."),
     "profile": ("vpmoe.trainer:profile", "Profile training steps on mock data; --help lists the variables."),
     "sample": ("vpmoe.eval.app:sample_app", "Ask a model one question."),

@@ -1,8 +1,8 @@
-"""Build token files from Harmony conversations; all the work is in vpmoe.data_curation."""
+"""``vpmoe data build`` under the name that users of the design know."""
 
 import sys
 
-from vpmoe.data_curation.datasets.kd_command import main
+from vpmoe.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["data", "build", *sys.argv[1:]]))

@@ -18,14 +18,14 @@ while (($#)); do
 done
 say() { echo "\$ $*"; "$@"; }
 vpmoe() { "$python" -m vpmoe.cli "$@"; }
-texts() { "$python" "$root/scripts/datasets/build_healing_text_v1.py" --input $data/texts/pool.jsonl --id-field synth_id \
+texts() { vpmoe data build-text --input $data/texts/pool.jsonl --id-field synth_id \
     --valid-fraction 0.05 --seq-len 128 --quiet "$@"; }
 
 say vpmoe data synth-mini --output-dir $data/rows --rows "$rows" --levels "counting=6 items" \
     --families sorting=0.3,maximum=0.35,counting=0.35
 say vpmoe data question-texts --input-dir $data/rows --output-dir $data/texts
-say vpmoe data train-bpe --input $data/texts/pool.jsonl --output-dir $data/bpe --vocab-size 384
-say vpmoe data compact-map --input $data/texts/pool.jsonl --output $data/o200k.npy --size 298
+say vpmoe tokenizer train --input $data/texts/pool.jsonl --output-dir $data/bpe --vocab-size 384
+say vpmoe data compact-map --input $data/texts/pool.jsonl --output-dir $data/o200k --size 298
 say texts --output-dir $data/texts_bpe --tokenizer $data/bpe --padded-vocab-size 384
-say texts --output-dir $data/texts_o200k --compact-map $data/o200k.npy --padded-vocab-size 512
+say texts --output-dir $data/texts_o200k --compact-map $data/o200k/compact_vocab.npy --padded-vocab-size 512
 [[ $climb == no ]] || say vpmoe ladder --config configs/nano/ladder/ladder.toml "${rest[@]}"

@@ -1,4 +1,4 @@
-"""``vpmoe data ...``: look at datasets, check and compare them, and make the embedded one."""
+"""``vpmoe data ...``: build datasets, look at them, check and compare them, and make the embedded one."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from vpmoe.data_curation.checks.stats_sample import DEFAULT_DOCUMENTS
 from vpmoe.data_curation.checks.verify import DEFAULT_PARSED_PER_SHARD, manifest_summary
 from vpmoe.data_curation.checks.verify import verify as find_faults
 from vpmoe.data_curation.conversations.app import convert, write_manifest
-from vpmoe.data_curation.datasets import vocabularies as text_vocabulary
+from vpmoe.data_curation.datasets.app import app as builders
 from vpmoe.data_curation.look.inspect import inspect as show
 from vpmoe.data_curation.look.page import write_page
-from vpmoe.data_curation.rows.files import TEXT_COLUMN
-from vpmoe.data_curation.rows.source import resolve
 from vpmoe.data_curation.tasks import question_texts
 from vpmoe.data_curation.tasks import synth_mini as mini
 from vpmoe.errors import DataError
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Datasets: verify, inspect, compare, and the generated one."
+    no_args_is_help=True, add_completion=False, help="Datasets: build, verify, inspect, compare, and the generated one."
 )
+app.add_typer(builders)
 
 _Folder = Annotated[Path, typer.Argument(help="folder with a manifest.json")]
 
@@ -112,8 +111,6 @@ def synth_mini(
     )
 
 
-_TextsFolder = Annotated[str, typer.Option("--input", help="texts: a file or folder of JSONL, parquet or .txt")]
-_TextField = Annotated[str, typer.Option(help="column of the text (of text files: text)")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what was made of other input or options")]
 
 
@@ -126,33 +123,3 @@ def question_texts_(
     """Write rows as plain text, a question and its answer each: what a model without conversations learns."""
     made = question_texts.write_texts(input_dir, output_dir, overwrite=overwrite, say=typer.echo)
     typer.echo(f"{output_dir}: " + ", ".join(f"{count:,} texts in {name}" for name, count in made.items()))
-
-
-@app.command("train-bpe")
-def train_bpe(
-    source: _TextsFolder,
-    output_dir: Annotated[Path, typer.Option(help="HF directory to write")],
-    vocab_size: Annotated[int, typer.Option(help="ids in all, 256 bytes and 3 special tokens among them")],
-    text_field: _TextField = TEXT_COLUMN,
-    overwrite: _Overwrite = False,
-) -> None:
-    """Learn a byte-level BPE in Qwen's form from texts; build with --tokenizer OUTPUT_DIR."""
-    made = text_vocabulary.write_bpe(
-        resolve(source), output_dir, vocab_size=vocab_size, text_field=text_field, overwrite=overwrite
-    )
-    typer.echo(f"{output_dir}: {'written' if made else 'already there'}")
-
-
-@app.command("compact-map")
-def compact_map(
-    source: _TextsFolder,
-    output: Annotated[Path, typer.Option(help=".npy file to write")],
-    size: Annotated[int, typer.Option(help="ids in all, 256 bytes and 9 special tokens among them")],
-    text_field: _TextField = TEXT_COLUMN,
-    overwrite: _Overwrite = False,
-) -> None:
-    """Choose the o200k ids that texts use most as a compact vocabulary; build with --compact-map OUTPUT."""
-    made = text_vocabulary.write_compact_map(
-        resolve(source), output, size=size, text_field=text_field, overwrite=overwrite
-    )
-    typer.echo(f"{output}: {'written' if made else 'already there'}")

@@ -1,106 +1,145 @@
-"""The output manifest of a build, put together from the shards' receipts; nothing in it depends on machine or time."""
+"""The end of a build: the manifest, put together from the shards' records; nothing in it depends on machine or time."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_vpmoe.files import sha256_of_file
+from megatron_vpmoe.files import file_entry, sha256_of_file, sha256_of_json, write_atomically
 from megatron_vpmoe.software import git_state
-from vpmoe.data_curation.datasets.plan import (
-    HISTOGRAM_BINS,
-    KIND,
-    SCHEMA_VERSION,
-    SPLITS,
-    BuildOptions,
-    histogram_width,
-)
+from vpmoe.data_curation.datasets.plan import SCHEMA_VERSION, SPLITS, BuildOptions, renderer_version
+from vpmoe.data_curation.datasets.vocabularies import COMPACT_MAP_NAME, vocabulary_in
+from vpmoe.data_curation.datasets.write import histogram_width
+from vpmoe.data_curation.manifest import FILE_NAME, write_manifest
+from vpmoe.errors import DataError
 from vpmoe.harmony.spans import SPAN_NAMES
-from vpmoe.tokenizer.compact import CompactVocabulary
 from vpmoe.tokenizer.from_dataset import TOKENIZER_FOLDER
 from vpmoe.tokenizer.hf_directory import HFDirectory
-from vpmoe.tokenizer.interface import Tokenizer
+from vpmoe.tokenizer.interface import pieces_file_bytes
 
-_SPLIT_RULE = "valid iff the big-endian first 8 bytes of blake2b(synth_id) are below valid_fraction * 2^64, else train"
+PIECES_NAME = "token_pieces.txt"
+REJECTS_NAME = "rejects.jsonl"
+Records = list[dict[str, Any]]
 
 
-def assemble_manifest(
-    output_dir: Path, options: BuildOptions, tokenizer: Tokenizer, state: dict[str, str], receipts: list[dict[str, Any]]
+def finish(
+    folder: Path,
+    options: BuildOptions,
+    records: Records,
+    config: dict[str, Any],
+    source: dict[str, Any],
+    entries: dict[str, Any],
 ) -> dict[str, Any]:
-    """The manifest of a dataset whose other files all lie in ``output_dir``.
+    """Write what a dataset has besides its shards, the manifest last.
 
     Args:
-        output_dir: the dataset; the compact map and the pieces are hashed here.
-        options: what was built.
-        tokenizer: the vocabulary of the ids on disk.
-        state: ``config_hash`` and ``input_manifest_sha256``.
-        receipts: one a shard, in order.
+        folder: holds the shards' files, the vocabulary's and the list of rejects.
+        options, config: what was built, and what of it decides bytes.
+        records: one of each shard, in order.
+        source: what was read.
+        entries: of the manifest, of this kind of dataset alone.
+
+    Returns:
+        ``files`` (name -> bytes, sha256) and the manifest's ``rows`` and ``tokens`` by split.
+
+    Raises:
+        DataError: no row came into the split train.
     """
-    truncation: Counter[str] = Counter()
-    for receipt in receipts:
-        truncation.update(receipt["truncation"])
-    reasons = Counter(reject["reason"] for receipt in receipts for reject in receipt["rejects"])
-    return {
+    for split in SPLITS:
+        (folder / split).mkdir(exist_ok=True)
+    rejects = sum((Counter(record["rejects"]) for record in records), Counter[str]())
+    documents = sum((Counter(record["counted"]) for record in records), Counter[str]())
+    manifest = {
         "schema_version": SCHEMA_VERSION,
-        "kind": KIND,
+        "kind": entries["kind"],
         "seq_length": options.seq_len,
-        "tokenizer": _tokenizer_entry(output_dir, tokenizer),
-        "splits": {split: _split_entry(split, receipts) for split in SPLITS},
-        "input_manifest_sha256": state["input_manifest_sha256"],
-        "config": options.as_manifest(),
-        "config_hash": state["config_hash"],
+        "tokenizer": _tokenizer_entry(folder, options),
+        "splits": {split: _split_entry(split, records) for split in SPLITS},
+        "input_manifest_sha256": source.get("manifest_sha256") or sha256_of_json(source),
+        "config": config,
+        "config_hash": sha256_of_json(config),
         "git": git_state(),
-        "renderer": {"name": options.renderer, "version": options.as_manifest()["renderer_version"]},
-        "split_rule": {"rule": _SPLIT_RULE, "valid_fraction": options.valid_fraction},
-        "truncation": dict(truncation),
-        "rejects": {
-            "count": sum(reasons.values()),
-            "reasons": dict(sorted(reasons.items())),
-            "path": "rejects.jsonl",
-        },
-        "length_histogram": _histogram(options, receipts),
+        "renderer": {"name": options.renderer, "version": renderer_version(options.renderer)},
+        "truncation": dict(sum((Counter(record["truncation"]) for record in records), Counter[str]())),
+        "documents": {"rows_read": sum(record["rows_read"] for record in records), **documents},
+        "rejects": {"count": rejects.total(), "reasons": dict(sorted(rejects.items())), "path": REJECTS_NAME},
+        "length_histogram": _histogram(options, records),
+        "source": source,
+        **entries,
     }
+    _check_splits(manifest, options)
+    write_manifest(folder, manifest)
+    files = {
+        f"{split}/{name}": entry
+        for split in SPLITS
+        for record in records
+        for name, entry in record["splits"][split]["files"].items()
+    }
+    tokenizer = manifest["tokenizer"]
+    named = [file["path"] for file in filter(None, (tokenizer["compact_map"], *tokenizer.get("files", ())))]
+    files |= {name: file_entry(folder / name) for name in (*named, PIECES_NAME, REJECTS_NAME, FILE_NAME)}
+    totals = {split: {key: entry[key] for key in ("rows", "tokens")} for split, entry in manifest["splits"].items()}
+    return {"files": files, "splits": totals}
 
 
-def warn_of_empty_valid(manifest: dict[str, Any]) -> None:
-    """Say on stderr that the split ``valid`` got no rows, and with which fraction it would."""
-    valid, train = manifest["splits"]["valid"]["rows"], manifest["splits"]["train"]["rows"]
-    fraction = manifest["split_rule"]["valid_fraction"]
-    if valid or not fraction:
-        return
-    print(
-        f"warning: the split valid is empty: {train} rows at --valid-fraction {fraction} give {train * fraction:.1f} "
-        f"on average.\n  The dataset trains, but cannot be evaluated on valid. For about 50 rows build it with "
-        f"--valid-fraction {min(0.2, max(0.01, round(50 / train, 2)))} --overwrite.",
-        file=sys.stderr,
-    )
+def summary(folder: Path, manifest: Mapping[str, Any]) -> str:
+    """What was built, in a few lines."""
+    lines = [f"{folder}: vocabulary {manifest['tokenizer']['name']} of {manifest['tokenizer']['vocab_size']:,} ids"]
+    for split, entry in manifest["splits"].items():
+        spans = ", ".join(f"{name} {count:,}" for name, count in entry["span_tokens"].items())
+        lines.append(f"  {split}: {entry['rows']:,} documents, {entry['tokens']:,} tokens ({spans})")
+    for name in ("truncation", "documents"):
+        lines.append(f"  {name}: " + ", ".join(f"{key} {number:,}" for key, number in manifest[name].items() if number))
+    return "\n".join([*lines, f"  rejected: {manifest['rejects']['count']:,}"])
 
 
-def _tokenizer_entry(output_dir: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    compact_map = None
-    if isinstance(tokenizer, CompactVocabulary):
-        compact_map = {"path": "compact_vocab.npy", "sha256": sha256_of_file(output_dir / "compact_vocab.npy")}
-    carried = {}
-    if isinstance(tokenizer, HFDirectory):
-        names = (f"{TOKENIZER_FOLDER}/{file.name}" for file in tokenizer.files)
-        carried = {"files": [{"path": name, "sha256": sha256_of_file(output_dir / name)} for name in names]}
-    return {
+def _check_splits(manifest: dict[str, Any], options: BuildOptions) -> None:
+    """Refuse a dataset without rows to train on, and say on stderr that there are none to evaluate on."""
+    train, valid = (manifest["splits"][split]["rows"] for split in SPLITS)
+    fraction = options.valid_fraction
+    if train == 0:
+        raise DataError(
+            f"none of the {manifest['documents']['rows_read']} rows is in the split train",
+            source=f"--valid-fraction {fraction}, --seq-len {options.seq_len}",
+            remedy="use a smaller valid fraction, a larger token budget, or, if the rows were dropped as too long, a "
+            "longer --seq-len",
+        )
+    if fraction and not valid:
+        print(
+            f"warning: the split valid is empty: {train} rows at --valid-fraction {fraction} give "
+            f"{train * fraction:.1f} on average.\n  The dataset trains, but cannot be evaluated on valid. For about 50 "
+            f"rows build it with --valid-fraction {min(0.2, max(0.01, round(50 / train, 2)))} --overwrite.",
+            file=sys.stderr,
+        )
+
+
+def _tokenizer_entry(folder: Path, options: BuildOptions) -> dict[str, Any]:
+    tokenizer = vocabulary_in(folder, options)
+    write_atomically(folder / PIECES_NAME, pieces_file_bytes(tokenizer))
+
+    def hashed(name: str) -> dict[str, str]:
+        return {"path": name, "sha256": sha256_of_file(folder / name)}
+
+    entry = {
         "name": tokenizer.name,
         "rank_file_sha256": tokenizer.rank_file_sha256,
         "vocab_size": tokenizer.vocab_size,
         "padded_vocab_size": tokenizer.padded_vocab_size,
         "eod_id": tokenizer.eod_id,
         "special_tokens": tokenizer.special_tokens,
-        "compact_map": compact_map,
-        "pieces": {"path": "token_pieces.txt", "sha256": sha256_of_file(output_dir / "token_pieces.txt")},
-        **carried,
+        "compact_map": hashed(COMPACT_MAP_NAME) if (folder / COMPACT_MAP_NAME).is_file() else None,
+        "pieces": hashed(PIECES_NAME),
     }
+    if isinstance(tokenizer, HFDirectory):
+        entry["files"] = [hashed(f"{TOKENIZER_FOLDER}/{file.name}") for file in tokenizer.files]
+    return entry
 
 
-def _split_entry(split: str, receipts: list[dict[str, Any]]) -> dict[str, Any]:
-    counted = [(receipt["name"], receipt["splits"][split]) for receipt in receipts]
+def _split_entry(split: str, records: Records) -> dict[str, Any]:
+    counted = [(record["name"], record["splits"][split]) for record in records]
     spans = [sum(column) for column in zip(*(entry["span_tokens"] for _, entry in counted), strict=True)]
     return {
         "rows": sum(entry["rows"] for _, entry in counted),
@@ -115,12 +154,10 @@ def _split_entry(split: str, receipts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _histogram(options: BuildOptions, receipts: list[dict[str, Any]]) -> dict[str, Any]:
-    width = histogram_width(options.seq_len)
-    result: dict[str, Any] = {"bin_width": width}
+def _histogram(options: BuildOptions, records: Records) -> dict[str, Any]:
+    result: dict[str, Any] = {"bin_width": histogram_width(options.seq_len)}
     for split in SPLITS:
-        entries = [receipt["splits"][split] for receipt in receipts]
-        counts = [sum(column) for column in zip(*(entry["histogram"] for entry in entries), strict=True)]
-        assert len(counts) == HISTOGRAM_BINS
-        result[split] = {"counts": counts, "longest": max(entry["longest"] for entry in entries)}
+        counted = [record["splits"][split] for record in records]
+        counts = [sum(column) for column in zip(*(entry["histogram"] for entry in counted), strict=True)]
+        result[split] = {"counts": counts, "longest": max(entry["longest"] for entry in counted)}
     return result

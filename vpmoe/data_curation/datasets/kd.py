@@ -1,36 +1,52 @@
-"""Harmony conversations -> the token files that training reads, with a manifest that comes last.
+"""Harmony conversations -> the dataset of distillation: one aligned document a conversation.
 
-The input shards are cut into parts (row groups); parts are encoded in any order by any number of workers and joined in
-their one order, so the output does not depend on the number of workers. A finished shard leaves a receipt under
-``.build/``: a build that was killed goes on after the last of them. Memory: one row group (1,024 conversations) and the
-vocabulary for each worker, whatever the size of the input. Disk: the parts of the shards in work lie beside the dataset
-until they are joined, so many input shards need less of it than few.
+The unit of work is a row group of an input shard (1,024 conversations). Workers encode row groups, in any number of
+processes; the documents come back in their one order and are written by the builder, so the output does not depend on
+the number of workers. Memory: the vocabulary and a few row groups for each worker, whatever the size of the input.
 """
 
 from __future__ import annotations
 
-import uuid
-from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 
-from megatron_vpmoe.files import sha256_of_file, write_atomically
+from megatron_vpmoe.files import sha256_of_file
 from vpmoe.data_curation.conversations.store import KIND as INPUT_KIND
-from vpmoe.data_curation.datasets.finish import assemble_manifest, warn_of_empty_valid
-from vpmoe.data_curation.datasets.folder import COMPACT_MAP_NAME, PIECES_NAME, DatasetFolder
-from vpmoe.data_curation.datasets.kd_parts import PartBuilder, WorkPlan, read_receipt, receipt_path
-from vpmoe.data_curation.datasets.plan import KIND, SPLITS, BuildOptions, Part, PartStats
-from vpmoe.data_curation.datasets.workers import Call, Crew, make_crew
-from vpmoe.data_curation.manifest import FILE_NAME, read_manifest
+from vpmoe.data_curation.conversations.store import StoredConversation, open_shard, read_row_group
+from vpmoe.data_curation.datasets.build import build_dataset
+from vpmoe.data_curation.datasets.encode import Block, Documents
+from vpmoe.data_curation.datasets.plan import KIND, SPLITS, BuildOptions, shard_name, split_of, split_rule
+from vpmoe.data_curation.datasets.vocabularies import COMPACT_MAP_NAME, place_vocabulary, vocabulary_in
+from vpmoe.data_curation.datasets.workers import Crew, make_crew
+from vpmoe.data_curation.manifest import FILE_NAME, check_file, read_manifest
 from vpmoe.data_curation.progress import RowProgress
-from vpmoe.errors import DataError
+from vpmoe.errors import DataError, RowError, TokenizerError
+from vpmoe.harmony.choice import make_renderer
+from vpmoe.harmony.conversation import check_conversation, excerpt
+from vpmoe.harmony.renderer import RenderedConversation, Renderer
+from vpmoe.harmony.spans import aligned_to_labels, documents, loss_mask
+from vpmoe.harmony.truncation import make_fit
+from vpmoe.steps import Work
 from vpmoe.tokenizer.compact import CompactVocabulary
-from vpmoe.tokenizer.interface import pieces_file_bytes
 from vpmoe.tokenizer.o200k_harmony import VOCAB_SIZE, load_o200k_harmony
+
+_INPUT_REMEDY = (
+    "the shard changed after its manifest: convert again, or write the manifest again "
+    "(python -m vpmoe.data_curation.harmony.write_synth_harmony_manifest)"
+)
+
+
+class Part(NamedTuple):
+    """A unit of work: one row group of one input shard."""
+
+    shard: int
+    group: int
 
 
 def build(
@@ -44,158 +60,181 @@ def build(
 ) -> dict[str, Any]:
     """Build the dataset in ``output_dir`` from the conversations in ``input_dir``; returns its manifest.
 
-    A finished dataset of the same options and input is left as it is. An unfinished one is gone on with.
-
     Args:
         input_dir: folder with conversation shards and their manifest.
-        output_dir: folder to build in.
+        output_dir: folder to build.
         options: what to build.
-        workers: processes; 1 works in this process.
-        overwrite: throw away what ``output_dir`` holds of a dataset first.
+        workers: processes that encode; 1 works in this process.
+        overwrite: replace a finished dataset of other options or input.
         quiet: no progress.
 
     Raises:
-        DataError: wrong options or input, another dataset in ``output_dir``, too many rejects, no train rows.
-        TokenizerError: no trustworthy rank file or map.
+        As :func:`build_dataset`.
     """
-    options.check()
     if workers < 1:
         raise DataError(f"{workers} workers", source="--workers", remedy="use at least 1")
-    source = read_manifest(input_dir, INPUT_KIND)
-    state = {"config_hash": options.config_hash(), "input_manifest_sha256": sha256_of_file(input_dir / FILE_NAME)}
-    load_o200k_harmony(options.tokenizer_model)  # a wrong rank file stops here, not in a worker
-    folder = DatasetFolder(output_dir, KIND, state)
-    with _naming_missing_shards(output_dir, len(source["shards"])), folder.exclusive():
-        if overwrite:
-            folder.clear()
-        if (finished := folder.finished()) is not None:
-            return finished
-        folder.begin_or_resume()
-        # A folder of this run's own: a worker of a killed run may live a moment longer and still write into its own.
-        plan = WorkPlan(options, input_dir, output_dir, folder.scratch / uuid.uuid4().hex, tuple(source["shards"]))
-        manifest = _finish(folder, plan, state, _receipts(plan, folder, workers, quiet))
-        manifest["prompts"] = {role: source["prompts"][role] for role in ("system", "developer")}
-        folder.finish(manifest)
-    return manifest
+    return build_dataset(Distillation(input_dir, options, workers, quiet), output_dir, overwrite=overwrite, quiet=quiet)
 
 
-def _receipts(plan: WorkPlan, folder: DatasetFolder, workers: int, quiet: bool) -> list[dict[str, Any]]:
-    """Build what is missing; one receipt a shard, in order."""
-    shards = range(len(plan.input_shards))
-    if plan.options.compact_map is not None:
-        write_atomically(plan.output_dir / COMPACT_MAP_NAME, plan.options.compact_map.read_bytes())
-    with make_crew(plan, workers) as crew:
-        for _ in crew.work_off(deque(Call("check_input", (shard,)) for shard in shards)):
-            pass
-        if plan.options.compact_vocab_size is not None and not (plan.output_dir / COMPACT_MAP_NAME).exists():
-            _count_vocabulary(plan, crew, quiet)
-        receipts = {shard: read_receipt(plan.output_dir, f"shard_{shard:02d}") for shard in shards}
-        waiting = [shard for shard in shards if receipts[shard] is None]
-        rows = sum(plan.input_shards[shard]["rows"] for shard in waiting)
-        with RowProgress("building", rows, quiet=quiet) as progress:
-            receipts.update(_encode_shards(plan, folder, crew, waiting, progress))
-    return [receipt for _, receipt in sorted(receipts.items()) if receipt]
+class Distillation:
+    """The recipe; see :class:`~vpmoe.data_curation.datasets.build.Recipe`."""
+
+    step = "kd"
+
+    def __init__(self, input_dir: Path, options: BuildOptions, workers: int, quiet: bool) -> None:
+        self._manifest = read_manifest(input_dir, INPUT_KIND)
+        self._shards: list[dict[str, Any]] = self._manifest["shards"]
+        self._input_dir, self._workers, self._quiet = input_dir, workers, quiet
+        self.base, self.inputs = options, (input_dir, *filter(None, (options.compact_map,)))
+        self.shards = tuple(map(shard_name, range(len(self._shards))))
+
+    def config(self) -> dict[str, Any]:
+        """The options that decide bytes."""
+        return self.base.as_manifest()
+
+    def source(self) -> dict[str, Any]:
+        """The conversations' manifest, which names every shard's hash."""
+        return {"manifest_sha256": sha256_of_file(self._input_dir / FILE_NAME)}
+
+    def entries(self) -> dict[str, Any]:
+        """Kind, the split's rule, the messages that every conversation begins with."""
+        return {
+            "kind": KIND,
+            "split_rule": {"rule": split_rule("synth_id"), "valid_fraction": self.base.valid_fraction},
+            "prompts": {role: self._manifest["prompts"][role] for role in ("system", "developer")},
+        }
+
+    def progress(self, done: list[dict[str, Any]], *, quiet: bool) -> RowProgress:
+        """Rows of all shards."""
+        rows = sum(entry["rows"] for entry in self._shards)
+        return RowProgress("building", rows, quiet=quiet, done_before=sum(record["rows_read"] for record in done))
+
+    def blocks(self, work: Work, done: list[dict[str, Any]]) -> Generator[Block, None, None]:
+        """A block of each row group of the shards that are not done."""
+        place_vocabulary(work.folder, self.base)
+        finished = {record["name"] for record in done}
+        with make_crew(PartEncoder, (self.base, self._input_dir, work.folder, self._shards), self._workers) as crew:
+            for _ in crew("check_input", range(len(self._shards))):
+                pass
+            if self.base.compact_vocab_size is not None and not (work.folder / COMPACT_MAP_NAME).exists():
+                self._count_vocabulary(work.folder, crew)
+            waiting = [part for part in self._parts() if shard_name(part.shard) not in finished]
+            for part, block in zip(waiting, crew("encode", waiting), strict=True):
+                if part.group == self._shards[part.shard]["row_groups"] - 1:
+                    block.end = {}
+                yield block
+
+    def _parts(self) -> list[Part]:
+        return [Part(shard, group) for shard, entry in enumerate(self._shards) for group in range(entry["row_groups"])]
+
+    def _count_vocabulary(self, folder: Path, crew: Crew) -> None:
+        counts = np.zeros(VOCAB_SIZE, dtype=np.int64)
+        with RowProgress("counting ids", sum(entry["rows"] for entry in self._shards), quiet=self._quiet) as progress:
+            for rows, ids, found in crew("count_ids", self._parts()):
+                counts[ids] += found
+                progress.add(rows, int(found.sum()))
+        CompactVocabulary.from_counts(
+            load_o200k_harmony(self.base.tokenizer_model),
+            counts,
+            max_size=self.base.compact_vocab_size,
+            padded_vocab_size=self.base.padded_vocab_size,
+        ).save(folder / COMPACT_MAP_NAME)
 
 
-def _encode_shards(
-    plan: WorkPlan, folder: DatasetFolder, crew: Crew, shards: list[int], progress: RowProgress
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Encode the parts of ``shards`` and yield ``(shard, receipt)`` as each is joined."""
-    total_rows = sum(entry["rows"] for entry in plan.input_shards)
-    limit = plan.options.max_reject_fraction * total_rows if plan.options.strict else float("inf")
-    rejects: list[dict[str, Any]] = []
-    found: dict[int, dict[int, PartStats]] = {shard: {} for shard in shards}
-    calls = _part_calls(plan, "encode_part", shards)
-    for call, result in crew.work_off(calls):
-        if call.method == "finish_shard":
-            yield call.arguments[0], result
-            continue
-        part, stats = call.arguments[0], result
-        progress.add(stats.rows_read, stats.tokens)
-        rejects += stats.rejects
-        if len(rejects) > limit:
-            _refuse_rejects(plan, folder, rejects, total_rows)
-        found[part.shard][part.group] = stats
-        if len(found[part.shard]) == plan.input_shards[part.shard]["row_groups"]:
-            total = PartStats()
-            for _, group_stats in sorted(found.pop(part.shard).items()):
-                total.add(group_stats)
-            calls.appendleft(Call("finish_shard", (part.shard, total)))
+class PartEncoder:
+    """Does the work of one process, each call a pure function of the input; the vocabulary is loaded when first needed.
+
+    Args:
+        options: the build's.
+        input_dir: the conversations.
+        folder: where the dataset is made; its compact map has to lie there when the first part is encoded.
+        shards: the input manifest's entries.
+    """
+
+    def __init__(self, options: BuildOptions, input_dir: Path, folder: Path, shards: list[dict[str, Any]]) -> None:
+        self._options, self._input_dir, self._folder, self._shards = options, input_dir, folder, shards
+
+    @cached_property
+    def _tokenizer(self):
+        return vocabulary_in(self._folder, self._options)
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        return make_renderer(self._options.renderer, self._tokenizer, self._options.tokenizer_model)
+
+    @cached_property
+    def _fit(self):
+        return make_fit(self._tokenizer, self._options.seq_len)
+
+    def check_input(self, shard: int) -> None:
+        """Hold an input shard against its manifest; raises :class:`DataError` if it changed."""
+        entry = self._shards[shard]
+        check_file(self._input_dir / entry["name"], entry, remedy=_INPUT_REMEDY)
+
+    def count_ids(self, part: Part) -> tuple[int, np.ndarray, np.ndarray]:
+        """How often the part's train rows use each id of the full vocabulary: ``(rows, ids, counts)``."""
+        renderer = make_renderer("fast", load_o200k_harmony(self._options.tokenizer_model))
+        rows, used = 0, [np.empty(0, dtype=np.int32)]
+        for _, row in self._rows(part):
+            rows += 1
+            try:
+                conversation = _checked(row)
+                if split_of(conversation.synth_id, self._options.valid_fraction) == "train":
+                    used.append(renderer.render(conversation.messages).tokens())
+            except (RowError, TokenizerError):
+                continue  # encode meets the same row again and records it
+        counts = np.bincount(np.concatenate(used), minlength=VOCAB_SIZE)
+        ids = np.flatnonzero(counts)
+        return rows, ids, counts[ids]
+
+    def encode(self, part: Part) -> Block:
+        """The part's rows rendered, fitted and labelled."""
+        block = Block(shard_name(part.shard))
+        renderer, fit = self._renderer, self._fit  # made here: a vocabulary that cannot be loaded is no fault of a row
+        kept: dict[str, list[RenderedConversation]] = {split: [] for split in SPLITS}
+        for number, row in self._rows(part):
+            block.rows_read += 1
+            try:
+                conversation = _checked(row)
+                rendered = renderer.render(conversation.messages)
+            except (RowError, TokenizerError) as error:
+                synth_id = row.synth_id if isinstance(row, StoredConversation) else row.source
+                place = {"synth_id": synth_id, "shard": self._shards[part.shard]["name"], "row": number}
+                block.reject(place, error, _excerpt(row, error))
+                continue
+            fitted = fit(rendered)
+            block.truncation[fitted.branch] += 1
+            block.truncation["analysis_tokens_cut"] += fitted.analysis_tokens_cut
+            block.truncation["user_tokens_cut"] += fitted.user_tokens_cut
+            if fitted.conversation is not None:
+                kept[split_of(conversation.synth_id, self._options.valid_fraction)].append(fitted.conversation)
+        for split, conversations in kept.items():
+            if conversations:
+                tokens, span, lengths = documents(conversations, self._tokenizer.eod_id)
+                aligned = aligned_to_labels(span, lengths)
+                block.parts[split] = [Documents(tokens, loss_mask(aligned), aligned, lengths)]
+        return block
+
+    def _rows(self, part: Part) -> Iterator[tuple[int, StoredConversation | RowError]]:
+        shard, starts = self._opened(part.shard)
+        return enumerate(read_row_group(shard, part.group), starts[part.group])
+
+    @lru_cache(maxsize=2)  # noqa: B019 -- a process has one encoder, and parts come shard by shard
+    def _opened(self, shard: int) -> tuple[pq.ParquetFile, list[int]]:
+        # Kept open: reading the footer again for every row group would be quadratic in the size of a shard.
+        opened = open_shard(self._input_dir / self._shards[shard]["name"])
+        groups = range(opened.num_row_groups)
+        return opened, [0, *accumulate(opened.metadata.row_group(group).num_rows for group in groups)]
 
 
-def _count_vocabulary(plan: WorkPlan, crew: Crew, quiet: bool) -> None:
-    counts = np.zeros(VOCAB_SIZE, dtype=np.int64)
-    shards = range(len(plan.input_shards))
-    rows = sum(entry["rows"] for entry in plan.input_shards)
-    with RowProgress("counting ids", rows, quiet=quiet) as progress:
-        for _, (stats, ids, found) in crew.work_off(_part_calls(plan, "count_ids", shards)):
-            counts[ids] += found
-            progress.add(stats.rows_read, int(found.sum()))
-    options = plan.options
-    vocabulary = CompactVocabulary.from_counts(
-        load_o200k_harmony(options.tokenizer_model),
-        counts,
-        max_size=options.compact_vocab_size,
-        padded_vocab_size=options.padded_vocab_size,
-    )
-    vocabulary.save(plan.output_dir / COMPACT_MAP_NAME)
+def _excerpt(row: StoredConversation | RowError, error: RowError | TokenizerError) -> str:
+    if isinstance(row, RowError):
+        return row.what
+    return error.source or excerpt(str(row.messages[0].content) if row.messages else "")
 
 
-def _part_calls(plan: WorkPlan, method: str, shards: Iterable[int]) -> deque[Call]:
-    return deque(
-        Call(method, (Part(shard, group),))
-        for shard in shards
-        for group in range(plan.input_shards[shard]["row_groups"])
-    )
-
-
-def _finish(
-    folder: DatasetFolder, plan: WorkPlan, state: dict[str, str], receipts: list[dict[str, Any]]
-) -> dict[str, Any]:
-    rejects = [reject for receipt in receipts for reject in receipt["rejects"]]
-    rows = sum(receipt["rows_read"] for receipt in receipts)
-    if plan.options.strict and len(rejects) > plan.options.max_reject_fraction * rows:
-        _refuse_rejects(plan, folder, rejects, rows)
-    folder.write_rejects(rejects)
-    for split in SPLITS:
-        (plan.output_dir / split).mkdir(exist_ok=True)
-    tokenizer = PartBuilder(plan).tokenizer
-    write_atomically(plan.output_dir / PIECES_NAME, pieces_file_bytes(tokenizer))
-    manifest = assemble_manifest(plan.output_dir, plan.options, tokenizer, state, receipts)
-    if manifest["splits"]["train"]["rows"] == 0:
-        raise DataError(
-            f"none of the {rows} rows is in the split train",
-            source=f"--valid-fraction {plan.options.valid_fraction}, --seq-len {plan.options.seq_len}",
-            remedy="use a smaller valid fraction; if the rows were dropped as too long, a longer --seq-len",
-        )
-    warn_of_empty_valid(manifest)
-    return manifest
-
-
-def _refuse_rejects(plan: WorkPlan, folder: DatasetFolder, rejects: list[dict[str, Any]], rows: int) -> None:
-    path = folder.write_rejects(rejects)
-    first = rejects[0]
-    raise DataError(
-        f"{len(rejects)} of {rows} rows are invalid, more than the fraction {plan.options.max_reject_fraction}; "
-        f"the first: {first['synth_id']} ({first['shard']} row {first['row']}): {first['detail']}",
-        source=str(path),
-        remedy="mend the source, or pass a larger --max-reject-fraction, or --no-strict",
-    )
-
-
-@contextmanager
-def _naming_missing_shards(output_dir: Path, shards: int) -> Iterator[None]:
-    """A full disk or an unwritable folder ends the build with an account of what is safe and what is missing."""
-    try:
-        yield
-    except OSError as error:
-        names = [f"shard_{shard:02d}" for shard in range(shards)]
-        finished = [name for name in names if receipt_path(output_dir, name).is_file()]
-        missing = [name for name in names if name not in finished]
-        raise DataError(
-            f"the build cannot go on: {error.strerror or error}; "
-            f"finished and safe: {', '.join(finished) or 'no shard'}; "
-            f"missing: {', '.join(missing) or 'only the manifest'}",
-            source=str(error.filename or output_dir),
-            remedy="make room or mend the folder, then run the same command again: it goes on with the missing shards",
-        ) from error
+def _checked(row: StoredConversation | RowError) -> StoredConversation:
+    if isinstance(row, RowError):
+        raise row
+    check_conversation(row.messages)
+    return row

@@ -1,33 +1,28 @@
-"""What a build is: its options, the parts it is cut into, the statistics it adds up."""
+"""What is to be built: the options that every kind of dataset shares, and which row goes to which split."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from megatron_vpmoe.files import sha256_of_json
+from megatron_vpmoe.files import sha256_of_file
+from vpmoe.data_curation.reject_limit import RejectLimit
 from vpmoe.errors import DataError
 from vpmoe.harmony.choice import RENDERERS
-from vpmoe.harmony.renderer import installed_harmony_version
-from vpmoe.harmony.spans import SPAN_NAMES
-from vpmoe.harmony.truncation import BRANCHES
+from vpmoe.harmony.renderer import FastRenderer, installed_harmony_version
 from vpmoe.tokenizer import rank_file
 from vpmoe.tokenizer.hf_directory import HFDirectory
 
 SCHEMA_VERSION = 1
 KIND = "harmony_kd"
 SPLITS = ("train", "valid")
-HISTOGRAM_BINS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """Everything that decides a built dataset; how it is computed (workers) is not part of it.
+    """Length, split, vocabulary, renderer; how it is computed (workers) is not part of it.
 
     Attributes:
         seq_len: longest document in tokens, <|endoftext|> counted.
@@ -71,10 +66,22 @@ class BuildOptions:
             faults.append("--compact-vocab-size and --compact-map: give one of them")
         if self.tokenizer is not None and (self.compact_map is not None or self.tokenizer_model is not None):
             faults.append("--tokenizer is another vocabulary: give no --compact-map or --tokenizer-model beside it")
+        if self.compact_map is not None and not self.compact_map.is_file():
+            faults.append(f"--compact-map {self.compact_map}: no such file; pass a dataset's compact_vocab.npy")
         if faults:
             raise DataError(
                 "options that cannot be built:\n  " + "\n  ".join(faults), source="command line", remedy="--help"
             )
+
+    @property
+    def reject_limit(self) -> RejectLimit:
+        """The limit that the strictness sets; a build may go on under another one."""
+        return RejectLimit(self.max_reject_fraction if self.strict else None)
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Distributions that compute the tokens."""
+        return ("numpy", "tokenizers" if self.tokenizer else "tiktoken")
 
     def as_manifest(self) -> dict[str, Any]:
         """The options that decide bytes, without any path (files are named by their hashes)."""
@@ -84,86 +91,11 @@ class BuildOptions:
             "valid_fraction": self.valid_fraction,
             "renderer": self.renderer,
             "renderer_version": renderer_version(self.renderer),
-            "rank_file_sha256": self._vocabulary_sha256(),
+            "rank_file_sha256": HFDirectory(self.tokenizer).rank_file_sha256 if self.tokenizer else rank_file.SHA256,
             "compact_vocab_size": self.compact_vocab_size,
-            "compact_map_sha256": _file_hash(self.compact_map),
+            "compact_map_sha256": sha256_of_file(self.compact_map) if self.compact_map else None,
             "padded_vocab_size": self.padded_vocab_size,
         }
-
-    def config_hash(self) -> str:
-        """sha256 over :meth:`as_manifest`: the strictness may change between a build and its continuation."""
-        return sha256_of_json(self.as_manifest())
-
-    def _vocabulary_sha256(self) -> str:
-        if self.tokenizer is None:
-            return rank_file.SHA256
-        return HFDirectory(self.tokenizer).rank_file_sha256
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A unit of work: one row group of one input shard."""
-
-    shard: int
-    group: int
-
-
-@dataclass
-class SplitStats:
-    """Sums over one split; ``histogram[b]`` counts documents of length in ``[b*w, (b+1)*w)``, w the bin width."""
-
-    rows: int = 0
-    tokens: int = 0
-    span_tokens: list[int] = field(default_factory=lambda: [0] * len(SPAN_NAMES))
-    longest: int = 0
-    histogram: list[int] = field(default_factory=lambda: [0] * HISTOGRAM_BINS)
-
-    @classmethod
-    def of_documents(cls, lengths: np.ndarray, span: np.ndarray, width: int) -> SplitStats:
-        """Statistics of documents of these lengths; ``span`` is that of all their tokens, ``width`` the bin's."""
-        return cls(
-            rows=len(lengths),
-            tokens=len(span),
-            span_tokens=np.bincount(span, minlength=len(SPAN_NAMES)).tolist(),
-            longest=int(lengths.max()),
-            histogram=np.bincount(lengths // width, minlength=HISTOGRAM_BINS).tolist(),
-        )
-
-    def add(self, other: SplitStats) -> None:
-        """Add another's sums."""
-        self.rows += other.rows
-        self.tokens += other.tokens
-        self.span_tokens = [a + b for a, b in zip(self.span_tokens, other.span_tokens, strict=True)]
-        self.longest = max(self.longest, other.longest)
-        self.histogram = [a + b for a, b in zip(self.histogram, other.histogram, strict=True)]
-
-
-@dataclass
-class PartStats:
-    """What became of the rows of a part, or of everything: adds up."""
-
-    rows_read: int = 0
-    splits: dict[str, SplitStats] = field(default_factory=lambda: {split: SplitStats() for split in SPLITS})
-    truncation: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(BRANCHES, 0)))
-    rejects: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, other: PartStats) -> None:
-        """Add another's sums and append its rejects."""
-        self.rows_read += other.rows_read
-        for split, stats in self.splits.items():
-            stats.add(other.splits[split])
-        self.truncation.update(other.truncation)
-        self.rejects.extend(other.rejects)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all splits."""
-        return sum(stats.tokens for stats in self.splits.values())
-
-
-def histogram_width(seq_len: int) -> int:
-    """Tokens in one bin of the length histogram."""
-    return -(-(seq_len + 1) // HISTOGRAM_BINS)
 
 
 def split_of(synth_id: str, valid_fraction: float) -> str:
@@ -172,20 +104,16 @@ def split_of(synth_id: str, valid_fraction: float) -> str:
     return "valid" if position < valid_fraction * 2**64 else "train"
 
 
+def split_rule(what: str) -> str:
+    """:func:`split_of` in words, for a manifest; ``what`` is hashed."""
+    return f"valid iff the big-endian first 8 bytes of blake2b({what}) are below valid_fraction * 2^64, else train"
+
+
 def renderer_version(name: str) -> str:
     """Version of a renderer, known without making one."""
-    if name == "official":
-        return f"openai-harmony {installed_harmony_version()}"
-    from vpmoe.harmony.renderer import FastRenderer
-
-    return FastRenderer.version
+    return f"openai-harmony {installed_harmony_version()}" if name == "official" else FastRenderer.version
 
 
-def _file_hash(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    if not path.is_file():
-        raise DataError(
-            f"no compact map at {path}", source="--compact-map", remedy="pass a dataset's compact_vocab.npy"
-        )
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def shard_name(number: int) -> str:
+    """Name of a dataset's shard; its files' names begin with it."""
+    return f"shard_{number:02d}"

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vpmoe.data_curation.datasets.plan import BuildOptions, split_of
-from vpmoe.data_curation.datasets.shard import LabelledDocument, Unit
+from vpmoe.data_curation.datasets.encode import Documents, Encoded, RowEncoder
+from vpmoe.data_curation.datasets.plan import BuildOptions, split_of, split_rule
 from vpmoe.data_curation.rows.files import Row
 from vpmoe.errors import DataError, RowError
 from vpmoe.harmony.conversation import check_text
@@ -23,17 +22,13 @@ from vpmoe.tokenizer.interface import TokenArray, Tokenizer
 
 KIND = "healing_text"
 _DUPLICATE_RULE = "blake2b (8 bytes) of the text under NFKC, case folding, and runs of white space as one blank"
-_SPLIT_RULE = (
-    "valid iff the big-endian first 8 bytes of blake2b(document id, or its text where no id field is named) are below "
-    "valid_fraction * 2^64, else train"
-)
 # Options of conversations, which plain text has not.
 _NOT_OF_TEXT = ("renderer", "renderer_version", "compact_vocab_size")
 
 
 @dataclass(frozen=True, slots=True)
 class HealingText:
-    """The job: what decides a dataset of plain text.
+    """What decides a dataset of plain text.
 
     Attributes:
         base: length, split, vocabulary and strictness.
@@ -66,9 +61,9 @@ class HealingText:
             )
 
     @property
-    def kind(self) -> str:
-        """The manifest's kind."""
-        return KIND
+    def step(self) -> str:
+        """What the keyed step makes."""
+        return "text"
 
     def config(self) -> dict[str, Any]:
         """Everything that decides bytes but the pass."""
@@ -84,12 +79,14 @@ class HealingText:
             "duplicate_rule": _DUPLICATE_RULE,
         }
 
-    def manifest_entries(self) -> dict[str, Any]:
-        """There is no renderer, and the split goes by document."""
+    def entries(self) -> dict[str, Any]:
+        """There is no renderer and no conversation, and the split goes by document."""
+        rule = split_rule("document id, or its text where no id field is named")
         return {
+            "kind": KIND,
             "renderer": None,
             "prompts": None,
-            "split_rule": {"rule": _SPLIT_RULE, "valid_fraction": self.base.valid_fraction},
+            "split_rule": {"rule": rule, "valid_fraction": self.base.valid_fraction},
         }
 
     def encoder(self, tokenizer: Tokenizer) -> TextEncoder:
@@ -97,47 +94,36 @@ class HealingText:
         return TextEncoder(self, tokenizer)
 
 
-class TextEncoder:
+class TextEncoder(RowEncoder):
     """Rows -> documents; remembers the hash of every text (8 bytes each, those of the shard in work about 60)."""
 
-    def __init__(self, job: HealingText, tokenizer: Tokenizer) -> None:
-        self._job, self._tokenizer = job, tokenizer
-        named = dict.fromkeys(filter(None, (job.text_field, job.id_field, job.language_field)))
-        self.columns: tuple[str, ...] | None = tuple(named)
-        self.truncation: Counter[str] = Counter()
-        self.documents: Counter[str] = Counter()
+    def __init__(self, kind: HealingText, tokenizer: Tokenizer) -> None:
+        self._kind, self._tokenizer = kind, tokenizer
+        self.columns = tuple(dict.fromkeys(filter(None, (kind.text_field, kind.id_field, kind.language_field))))
         self._seen_before = np.empty(0, dtype=np.uint64)
         self._seen_now: set[int] = set()
 
-    def encode(self, row: Row) -> Unit | None:
-        """The row's document, or its pieces; None for a duplicate, another language, or one too long to keep.
+    def encode(self, row: Row) -> Encoded:
+        """The row's document, or its pieces; none for a duplicate, another language, or one too long to keep.
 
         Raises:
             RowError: a named field is missing or blank, not UTF-8, or holds NUL.
             TokenizerError: the text cannot be split.
         """
-        job = self._job
-        text = _text_in(row, job.text_field)
-        key = text if job.id_field is None else _id_in(row, job.id_field)
-        if job.language_field is not None and _text_in(row, job.language_field) not in job.languages:
-            self.documents["other_language"] += 1
-            return None
+        kind, seq_len = self._kind, self._kind.base.seq_len
+        text = _text_in(row, kind.text_field)
+        split = split_of(text if kind.id_field is None else _id_in(row, kind.id_field), kind.base.valid_fraction)
+        if kind.language_field is not None and _text_in(row, kind.language_field) not in kind.languages:
+            return Encoded(split, None, counted={"other_language": 1})
         if self._is_known(text_hash(text)):
-            self.documents["duplicates_dropped"] += 1
-            return None
-        content = self._tokenizer.encode_ordinary(text)
-        ids = np.append(content, np.int32(self._tokenizer.eod_id)).astype(np.int32)
-        if len(ids) <= job.base.seq_len:
-            self.truncation["whole"] += 1
-        elif job.drop_long:
-            self.truncation["dropped_too_long"] += 1
-            return None
-        else:
-            self.truncation["cut_into_pieces"] += 1
-        pieces = cut(ids, job.base.seq_len)
-        self.truncation["pieces"] += len(pieces) if len(pieces) > 1 else 0
-        self.documents["kept"] += 1
-        return Unit(split_of(key, job.base.valid_fraction), tuple(map(_labelled, pieces)))
+            return Encoded(split, None, counted={"duplicates_dropped": 1})
+        ids = np.append(self._tokenizer.encode_ordinary(text), np.int32(self._tokenizer.eod_id)).astype(np.int32)
+        if len(ids) <= seq_len:
+            return Encoded(split, _supervised([ids]), {"whole": 1}, {"kept": 1})
+        if kind.drop_long:
+            return Encoded(split, None, {"dropped_too_long": 1})
+        pieces = cut(ids, seq_len)
+        return Encoded(split, _supervised(pieces), {"cut_into_pieces": 1, "pieces": len(pieces)}, {"kept": 1})
 
     def take_state(self) -> bytes:
         """The hashes of the texts since the last call, sorted, uint64."""
@@ -172,10 +158,12 @@ def cut(ids: TokenArray, seq_len: int) -> list[TokenArray]:
     return pieces
 
 
-def _labelled(ids: TokenArray) -> LabelledDocument:
-    lossmask = np.ones(len(ids), dtype=np.uint8)
-    lossmask[-1] = 0
-    return LabelledDocument(ids, lossmask, np.zeros(len(ids), dtype=np.uint8))
+def _supervised(pieces: list[TokenArray]) -> Documents:
+    """Pieces as documents of which every label counts: all but the last of each."""
+    lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
+    lossmask = np.ones(lengths.sum(), dtype=np.uint8)
+    lossmask[np.cumsum(lengths) - 1] = 0
+    return Documents(np.concatenate(pieces), lossmask, np.zeros(len(lossmask), dtype=np.uint8), lengths)
 
 
 def _text_in(row: Row, field: str) -> str:

@@ -7,6 +7,7 @@ count u64, lengths i32, byte offsets i64, document boundaries i64. A test holds 
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vpmoe.files import file_entry, sync
 from vpmoe.errors import DataError
 
 SIGNALS = {"tokens": np.int32, "lossmask": np.uint8, "span": np.uint8}
@@ -31,14 +33,16 @@ def file_names(shard: str) -> list[str]:
 
 
 class TripleWriter:
-    """Writes aligned documents into ``<prefix>_{tokens,lossmask,span}.{bin,idx}``.
+    """Writes aligned documents into ``<prefix>_{tokens,lossmask,span}.{bin,idx}``, in place of any that are there.
 
     Memory: 4 bytes a document until :meth:`close`.
     """
 
     def __init__(self, prefix: Path) -> None:
         self._prefix = prefix
-        self._streams = {signal: Path(f"{prefix}_{signal}.bin").open("wb") for signal in SIGNALS}  # noqa: SIM115
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        self._streams = {signal: self._path(signal, "bin").open("wb") for signal in SIGNALS}
+        self._hashes = {signal: hashlib.sha256() for signal in SIGNALS}
         self._lengths: list[NDArray[np.int32]] = []
 
     def add(
@@ -54,16 +58,29 @@ class TripleWriter:
             tokens, lossmask, span: ``[sum of lengths]``, as they are stored.
             lengths: ``[documents]``, tokens of each.
         """
-        for (signal, stream), values in zip(self._streams.items(), (tokens, lossmask, span), strict=True):
-            stream.write(np.ascontiguousarray(values, SIGNALS[signal]).data)
+        for signal, values in zip(SIGNALS, (tokens, lossmask, span), strict=True):
+            content = np.ascontiguousarray(values, SIGNALS[signal]).data
+            self._streams[signal].write(content)
+            self._hashes[signal].update(content)
         self._lengths.append(np.asarray(lengths, np.int32))
 
-    def close(self) -> None:
-        """Write the indices."""
+    def close(self) -> dict[str, dict[str, Any]]:
+        """Write the indices and make all six files durable; returns the bytes and sha256 of each by name."""
         lengths = np.concatenate([np.empty(0, np.int32), *self._lengths])
+        files = {}
         for signal, stream in self._streams.items():
             stream.close()
-            _write_index(Path(f"{self._prefix}_{signal}.idx"), lengths, SIGNALS[signal])
+            data, index = self._path(signal, "bin"), self._path(signal, "idx")
+            _write_index(index, lengths, SIGNALS[signal])
+            files[data.name] = {"bytes": data.stat().st_size, "sha256": self._hashes[signal].hexdigest()}
+            files[index.name] = file_entry(index)
+            sync(data)
+            sync(index)
+        sync(self._prefix.parent)
+        return files
+
+    def _path(self, signal: str, suffix: str) -> Path:
+        return self._prefix.with_name(f"{self._prefix.name}_{signal}.{suffix}")
 
 
 @dataclass(frozen=True, slots=True)

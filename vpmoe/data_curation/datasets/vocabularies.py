@@ -1,66 +1,118 @@
-"""Vocabularies learned from texts: a byte-level BPE of one's own, or the ids of o200k that the texts use."""
+"""The vocabulary of a dataset, laid into its folder; and vocabularies learned from texts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from megatron_vpmoe.files import json_bytes, sha256_of_file, sha256_of_json, write_atomically
+from megatron_vpmoe.files import write_atomically
+from vpmoe.data_curation.datasets.plan import BuildOptions
 from vpmoe.data_curation.rows.source import RowSource
 from vpmoe.errors import DataError
+from vpmoe.steps import Step, Work, run
 from vpmoe.tokenizer.bpe import save_bpe, train_bpe
 from vpmoe.tokenizer.compact import CompactVocabulary
-from vpmoe.tokenizer.hf_directory import FILE_NAME
+from vpmoe.tokenizer.from_dataset import TOKENIZER_FOLDER
+from vpmoe.tokenizer.hf_directory import HFDirectory
+from vpmoe.tokenizer.interface import Tokenizer
 from vpmoe.tokenizer.o200k_harmony import VOCAB_SIZE, load_o200k_harmony
 
+COMPACT_MAP_NAME = "compact_vocab.npy"
 _VERSION = 1
 _TEXTS_COUNTED_TOGETHER = 10_000
 
 
-def write_bpe(source: RowSource, folder: Path, *, vocab_size: int, text_field: str, overwrite: bool = False) -> bool:
-    """Train a BPE in Qwen's form on the texts and write it as an HF directory; False if it was there already.
+def place_vocabulary(folder: Path, options: BuildOptions) -> None:
+    """Copy the files of the vocabulary that ``options`` name into ``folder``."""
+    if options.tokenizer is not None:
+        for file in HFDirectory(options.tokenizer).files:
+            write_atomically(folder / TOKENIZER_FOLDER / file.name, file.read_bytes())
+    if options.compact_map is not None:
+        write_atomically(folder / COMPACT_MAP_NAME, options.compact_map.read_bytes())
+
+
+def vocabulary_in(folder: Path, options: BuildOptions) -> Tokenizer:
+    """The vocabulary whose files lie in ``folder``; raises :class:`TokenizerError` for one that cannot be trusted."""
+    if options.tokenizer is not None:
+        return HFDirectory(folder / TOKENIZER_FOLDER, options.padded_vocab_size)
+    full = load_o200k_harmony(options.tokenizer_model)
+    if options.compact_map is None and options.compact_vocab_size is None:
+        return full
+    return CompactVocabulary.load(full, folder / COMPACT_MAP_NAME, padded_vocab_size=options.padded_vocab_size)
+
+
+def write_bpe(
+    source: RowSource,
+    folder: Path,
+    *,
+    vocab_size: int,
+    text_field: str,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Train a BPE in Qwen's form on the texts and write it as the HF directory ``folder``, unless it is there.
 
     Raises:
-        DataError: unreadable texts, or another vocabulary in ``folder``.
+        DataError: unreadable texts.
+        NotOursError: something else lies in ``folder``, or a vocabulary of other texts and no ``overwrite``.
         TokenizerError: too small a vocabulary.
     """
-    state = _state(source, vocab_size=vocab_size, text_field=text_field)
-    record = folder / "training.json"
-    if _is_there(folder / FILE_NAME, record, state, overwrite):
-        return False
-    save_bpe(train_bpe(_texts(source, text_field), vocab_size), folder)
-    _write_record(folder / FILE_NAME, record, state)
-    return True
+    step = _step("bpe", source, folder, ("tokenizers",), vocab_size=vocab_size, text_field=text_field)
+
+    def make(work: Work) -> dict[str, Any]:
+        tokenizer = train_bpe(_texts(source, text_field), vocab_size)
+        save_bpe(tokenizer, work.folder)
+        return {"vocab_size": tokenizer.get_vocab_size()}
+
+    run(step, make, overwrite=overwrite, say=say)
 
 
-def write_compact_map(source: RowSource, path: Path, *, size: int, text_field: str, overwrite: bool = False) -> bool:
-    """Write the map of the o200k ids that the texts use most; False if it was there already.
+def write_compact_map(
+    source: RowSource,
+    folder: Path,
+    *,
+    size: int,
+    text_field: str,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Write the map of the o200k ids that the texts use most as ``folder/compact_vocab.npy``, unless it is there.
 
     Args:
         source: the texts.
-        path: a ``.npy`` for ``--compact-map``.
+        folder: its map is what ``--compact-map`` takes.
         size: ids in all, byte and special tokens included.
-        text_field: their column.
+        text_field: column of the texts.
         overwrite: replace another map.
+        say: told a line about what is found, replaced and done.
 
     Raises:
-        DataError: unreadable texts, or another map at ``path``.
+        DataError: unreadable texts.
+        NotOursError: something else lies in ``folder``, or a map of other texts and no ``overwrite``.
         TokenizerError: no rank file, or too small a size.
     """
-    state = _state(source, size=size, text_field=text_field)
-    record = path.with_suffix(".json")
-    if _is_there(path, record, state, overwrite):
-        return False
-    full = load_o200k_harmony()
-    counts = np.zeros(VOCAB_SIZE, dtype=np.int64)
-    for texts in _batched(_texts(source, text_field), _TEXTS_COUNTED_TOGETHER):
-        counts += np.bincount(np.concatenate(full.encode_ordinary_batch(texts)), minlength=VOCAB_SIZE)
-    CompactVocabulary.from_counts(full, counts, max_size=size).save(path)
-    _write_record(path, record, state)
-    return True
+    step = _step("compact_vocabulary", source, folder, ("tiktoken", "numpy"), size=size, text_field=text_field)
+
+    def make(work: Work) -> dict[str, Any]:
+        full = load_o200k_harmony()
+        counts = np.zeros(VOCAB_SIZE, dtype=np.int64)
+        texts = _texts(source, text_field)
+        while batch := list(islice(texts, _TEXTS_COUNTED_TOGETHER)):
+            counts += np.bincount(np.concatenate(full.encode_ordinary_batch(batch)), minlength=VOCAB_SIZE)
+        vocabulary = CompactVocabulary.from_counts(full, counts, max_size=size)
+        vocabulary.save(work.folder / COMPACT_MAP_NAME)
+        return {"vocab_size": vocabulary.vocab_size}
+
+    run(step, make, overwrite=overwrite, say=say)
+
+
+def _step(kind: str, source: RowSource, folder: Path, packages: tuple[str, ...], **options: object) -> Step:
+    decides = {"options": options, "source": source.identity()}
+    return Step(kind, _VERSION, folder, decides, packages, () if source.path is None else (source.path,))
 
 
 def _texts(source: RowSource, field: str) -> Iterator[str]:
@@ -68,29 +120,3 @@ def _texts(source: RowSource, field: str) -> Iterator[str]:
         if not isinstance(row.get(field), str):
             raise DataError(f"the row has no text in {field!r}", source=place, remedy="name the column: --text-field")
         yield row[field]
-
-
-def _batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    texts = iter(texts)
-    while batch := list(islice(texts, size)):
-        yield batch
-
-
-def _state(source: RowSource, **options: object) -> dict[str, object]:
-    return {"version": _VERSION, "source": sha256_of_json(source.as_manifest()), **options}
-
-
-def _is_there(path: Path, record: Path, state: dict[str, object], overwrite: bool) -> bool:
-    if overwrite or not path.is_file():
-        return False
-    if record.is_file() and record.read_bytes() == json_bytes({**state, "sha256": sha256_of_file(path)}):
-        return True
-    raise DataError(
-        "here lies a vocabulary of other texts or options, or one that was not made here",
-        source=str(path),
-        remedy="pass --overwrite to replace it",
-    )
-
-
-def _write_record(path: Path, record: Path, state: dict[str, object]) -> None:
-    write_atomically(record, json_bytes({**state, "sha256": sha256_of_file(path)}))

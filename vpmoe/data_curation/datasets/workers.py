@@ -1,89 +1,80 @@
-"""Spreading a build's work over processes, or doing it here: one interface, results as they come."""
+"""Spreading a build's work over processes, or doing it here: results come in order either way."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from multiprocessing import connection, parent_process
+from typing import Any
 
-from vpmoe.data_curation.datasets.kd_parts import PartBuilder, WorkPlan, run_call, start_worker
 from vpmoe.errors import DataError
 
-# Enough work handed out that no worker waits; few enough that results do not pile up.
+# Enough work handed out that no worker waits for a slow part before it; few enough that results do not pile up.
 _WAITING_PER_WORKER = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call of a method of :class:`PartBuilder`."""
-
-    method: str
-    arguments: tuple[Any, ...]
-
-
-class Crew(Protocol):
-    """Runs calls of :class:`PartBuilder`'s methods."""
-
-    def work_off(self, calls: deque[Call]) -> Iterator[tuple[Call, Any]]:
-        """``(call, result)`` as each is done, in any order; calls put into the deque meanwhile are worked off too."""
-        ...
-
-
-class _Here:
-    """Everything in this process."""
-
-    def __init__(self, plan: WorkPlan) -> None:
-        self._builder = PartBuilder(plan)
-
-    def work_off(self, calls: deque[Call]) -> Iterator[tuple[Call, Any]]:
-        while calls:
-            call = calls.popleft()
-            yield call, getattr(self._builder, call.method)(*call.arguments)
-
-
-class _Pool:
-    """A pool of processes, each with its own vocabulary."""
-
-    def __init__(self, pool: ProcessPoolExecutor, workers: int) -> None:
-        self._pool, self._at_once = pool, workers * _WAITING_PER_WORKER
-
-    def work_off(self, calls: deque[Call]) -> Iterator[tuple[Call, Any]]:
-        running: dict[Future[Any], Call] = {}
-        while calls or running:
-            while calls and len(running) < self._at_once:
-                call = calls.popleft()
-                running[self._pool.submit(run_call, call.method, *call.arguments)] = call
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
+Crew = Callable[[str, Iterable[Any]], Iterator[Any]]
+"""``crew(method, items)``: the worker's method of that name on each item, results in the items' order."""
 
 
 @contextmanager
-def make_crew(plan: WorkPlan, workers: int) -> Iterator[Crew]:
-    """A crew of ``workers`` processes, stopped at the end; with 1, the work is done in this process.
+def make_crew(worker: type, arguments: tuple[Any, ...], processes: int) -> Iterator[Crew]:
+    """A crew of ``processes`` workers ``worker(*arguments)``, ended at the end; a single one works in this process.
 
     Raises:
-        DataError: a worker process died (killed, or out of memory).
+        DataError: a process died (killed, or out of memory).
     """
-    if workers == 1:
-        yield _Here(plan)
+    if processes == 1:
+        here = worker(*arguments)
+        yield lambda method, items: map(getattr(here, method), items)
         return
     # A fork server starts from a clean process: forking this one, with its threads, could deadlock. It imports what
     # the workers need once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vpmoe.data_curation.datasets.kd_parts"])
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(plan,))
+    context.set_forkserver_preload([worker.__module__])
+    pool = ProcessPoolExecutor(processes, context, _start, (worker, arguments))
+
+    def in_order(method: str, items: Iterable[Any]) -> Iterator[Any]:
+        running: deque[Future[Any]] = deque()
+        for item in items:
+            running.append(pool.submit(_call, method, item))
+            if len(running) >= processes * _WAITING_PER_WORKER:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
     try:
-        yield _Pool(pool, workers)
+        yield in_order
     except BrokenProcessPool as error:
         raise DataError(
             "a worker process died",
-            source=f"{workers} workers",
+            source=f"{processes} workers",
             remedy="run the same command again, it goes on where it stopped; if memory ran out, with fewer --workers",
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+_worker: Any = None
+
+
+def _start(worker: type, arguments: tuple[Any, ...]) -> None:
+    """Initialise a worker process; it ends itself when the builder is gone, even by kill -9."""
+    global _worker
+    _worker = worker(*arguments)
+    builder = parent_process()
+    if builder is not None:
+        threading.Thread(target=_end_with, args=(builder.sentinel,), daemon=True).start()
+
+
+def _call(method: str, item: Any) -> Any:
+    return getattr(_worker, method)(item)
+
+
+def _end_with(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)

@@ -1,6 +1,7 @@
 """Chat rows as token files: messages come back by parsing, masks are the distillation data's, pairs stay pairs."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vpmoe.files import file_entry
+from vpmoe.cli import main
 from vpmoe.data_curation.checks.verify import verify
 from vpmoe.data_curation.datasets.chat import ChatDataset, ChatEncoder
+from vpmoe.data_curation.datasets.encode import Documents, Encoded
 from vpmoe.data_curation.datasets.plan import BuildOptions
 from vpmoe.data_curation.datasets.sequential import Pass, build_sequential
-from vpmoe.data_curation.datasets.sequential_command import preference, sft
-from vpmoe.data_curation.datasets.shard import LabelledDocument
 from vpmoe.data_curation.datasets.token_files import read_triple
 from vpmoe.data_curation.rows.source import resolve
 from vpmoe.errors import DataError
@@ -53,15 +54,25 @@ def chats(draw: st.DrawFn, analysis: bool | None = None, turns: int = 3) -> tupl
     return tuple(messages)
 
 
-def encoded(job: ChatDataset, row: dict) -> tuple[LabelledDocument, ...] | None:
-    unit = ChatEncoder(job, FULL).encode(row)
-    return None if unit is None else unit.documents
+def encoded(kind: ChatDataset, row: dict) -> list[Documents]:
+    return each(ChatEncoder(kind, FULL).encode(row))
+
+
+def each(encoded: Encoded) -> list[Documents]:
+    """The documents of a row one by one; none where it was left out."""
+    if encoded.documents is None:
+        return []
+    bounds = np.append(0, np.cumsum(encoded.documents.lengths)).tolist()
+    return [
+        Documents(*(signal[begin:end] for signal in encoded.documents[:3]), np.array([end - begin]))
+        for begin, end in pairwise(bounds)
+    ]
 
 
 @given(chats())
 @settings(max_examples=60)
 def test_messages_come_back_by_parsing(messages: tuple[Message, ...]) -> None:
-    (stored,) = encoded(ChatDataset(LONG), as_row(messages)) or ()
+    (stored,) = encoded(ChatDataset(LONG), as_row(messages))
     assert stored.tokens[-1] == FULL.eod_id
     assert Parser(FULL).messages(stored.tokens[:-1]) == messages
     described = np.append(0, stored.span[:-1])  # of the token itself
@@ -79,8 +90,8 @@ def test_a_conversation_of_one_turn_is_what_the_distillation_data_has(
 ) -> None:
     found = encoded(ChatDataset(BuildOptions(seq_len=seq_len, valid_fraction=0)), as_row(messages))
     fitted = make_fit(FULL, seq_len)(FastRenderer(FULL).render(messages)).conversation
-    assert (found is None) == (fitted is None)
-    if found is None or fitted is None:
+    assert (not found) == (fitted is None)
+    if fitted is None:
         return
     tokens, span = document(fitted, FULL.eod_id)
     aligned = aligned_to_labels(span, np.array([len(span)]))
@@ -93,24 +104,24 @@ def test_a_conversation_of_one_turn_is_what_the_distillation_data_has(
 @settings(max_examples=80)
 def test_what_is_cut_still_parses_and_keeps_the_last_final(messages: tuple[Message, ...], seq_len: int) -> None:
     encoder = ChatEncoder(ChatDataset(BuildOptions(seq_len=seq_len, valid_fraction=0)), FULL)
-    unit = encoder.encode(as_row(messages))
-    if unit is None:
-        assert sum(encoder.truncation[f"dropped_{what}_too_long"] for what in ("final", "context")) == 1
+    encoded = encoder.encode(as_row(messages))
+    if encoded.documents is None:
+        assert {"dropped_final_too_long", "dropped_context_too_long"} & encoded.truncation.keys()
         return
-    (stored,) = unit.documents
+    (stored,) = each(encoded)
     kept = Parser(FULL).messages(stored.tokens[:-1])
     assert len(stored.tokens) <= seq_len and kept[-1] == messages[-1]
     head = tuple(message for message in messages if message.role in ("system", "developer"))
     assert kept[: len(head)] == head
-    if encoder.truncation["whole"]:  # beyond whole turns nothing was cut
+    if "whole" in encoded.truncation:  # beyond whole turns nothing was cut
         assert kept[len(head) :] == messages[len(messages) - len(kept) + len(head) :]
 
 
 @given(chats())
 @settings(max_examples=40)
 def test_only_the_last_turn_may_be_supervised(messages: tuple[Message, ...]) -> None:
-    (every,) = encoded(ChatDataset(LONG), as_row(messages)) or ()
-    (last,) = encoded(ChatDataset(LONG, supervise="last"), as_row(messages)) or ()
+    (every,) = encoded(ChatDataset(LONG), as_row(messages))
+    (last,) = encoded(ChatDataset(LONG, supervise="last"), as_row(messages))
     assert np.array_equal(every.tokens, last.tokens)
     user = [item for item in Parser(FULL).parse(every.tokens[:-1]) if item.message.role == "user"][-1]
     assert not last.span[: user.stop - 1].any() and not last.lossmask[: user.stop - 1].any()
@@ -126,7 +137,7 @@ def test_pairs_share_their_prompt_and_supervise_their_completions(
         return
     prompt = (*context, Message("user", "and now?"))
     row = {"prompt": as_row(prompt)["messages"], "chosen": chosen, "rejected": rejected}
-    sides = encoded(ChatDataset(LONG, pairs=True), row) or ()
+    sides = encoded(ChatDataset(LONG, pairs=True), row)
     assert len(sides) == 2
     for stored, text in zip(sides, (chosen, rejected), strict=True):
         expected = (*prompt, Message("assistant", text, "final"))
@@ -141,13 +152,13 @@ def test_a_pair_loses_the_same_turns_on_both_sides_or_goes_whole() -> None:
     prompt = (*turn, Message("user", "second"))
     row = {"prompt": as_row(prompt)["messages"], "chosen": "yes", "rejected": "no " * 10}
     encoder = ChatEncoder(ChatDataset(BuildOptions(seq_len=80, valid_fraction=0), pairs=True), FULL)
-    unit = encoder.encode(row)
-    assert unit is not None and unit.tokens <= 80
-    for stored in unit.documents:
+    encoded = encoder.encode(row)
+    assert encoded.documents is not None and encoded.tokens <= 80
+    for stored in each(encoded):
         assert next(m.content for m in Parser(FULL).messages(stored.tokens[:-1])) == "second"
-    assert encoder.truncation["turns_dropped"] == 1
-    assert encoder.encode({**row, "rejected": "no " * 80}) is None
-    assert encoder.truncation["dropped_pair_too_long"] == 1
+    assert encoded.truncation["turns_dropped"] == 1
+    dropped = encoder.encode({**row, "rejected": "no " * 80})
+    assert dropped.documents is None and dropped.truncation == {"dropped_pair_too_long": 1}
 
 
 def sft_rows(count: int) -> list[dict]:
@@ -173,10 +184,11 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 def test_sft_files_and_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "rows.jsonl", [*sft_rows(200), {"messages": []}])
-    arguments = ["--input", str(path), "--output-dir", str(tmp_path / "out"), "--valid-fraction", "0.1", "--quiet"]
-    assert sft(arguments) == 2 and "1 of 201 rows are invalid" in capsys.readouterr().err
+    arguments = ["data", "build-chat", "--input", str(path), "--output-dir", str(tmp_path / "out"), "--quiet"]
+    arguments += ["--valid-fraction", "0.1"]
+    assert main(arguments) == 2 and "1 of 201 rows were rejected" in capsys.readouterr().err
     arguments += ["--overwrite", "--max-reject-fraction", "0.01", "--supervise", "last", "--id-field", "id"]
-    assert sft([*arguments, "--add-system", "--shard-tokens", "4000"]) == 0
+    assert main([*arguments, "--add-system", "--shard-tokens", "4000"]) == 0
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert (manifest["kind"], manifest["pairs"], manifest["config"]["supervise"]) == ("harmony_sft", False, "last")
     assert manifest["documents"] == {"rows_read": 201, "conversations": 200}
@@ -192,8 +204,8 @@ def test_sft_files_and_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def preference_dataset(folder: Path) -> Path:
     path = write(folder / "rows.jsonl", preference_rows(120))
-    arguments = ["--input", str(path), "--output-dir", str(folder / "out"), "--seq-len", "96", "--shard-tokens", "2000"]
-    assert preference([*arguments, "--valid-fraction", "0.1", "--quiet"]) == 0
+    arguments = ["data", "build-pairs", "--input", str(path), "--output-dir", str(folder / "out"), "--quiet"]
+    assert main([*arguments, "--seq-len", "96", "--shard-tokens", "2000", "--valid-fraction", "0.1"]) == 0
     return folder / "out"
 
 

@@ -1,6 +1,7 @@
 """The build: each conversation one aligned document, the same bytes for any workers, refusals that name the fault."""
 
 import json
+import os
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -10,13 +11,14 @@ import pytest
 from conftest_dataset import OPTIONS, tree
 
 from megatron_vpmoe.files import sha256_of_file
+from megatron_vpmoe.ownership import owned
+from vpmoe.cli import main
 from vpmoe.data_curation.checks.verify import verify
 from vpmoe.data_curation.conversations.store import StoredConversation, open_shard, read_row_group
 from vpmoe.data_curation.datasets.kd import build
-from vpmoe.data_curation.datasets.kd_command import main
 from vpmoe.data_curation.datasets.plan import BuildOptions, split_of
 from vpmoe.data_curation.datasets.token_files import read_triple
-from vpmoe.errors import DataError, TokenizerError
+from vpmoe.errors import BusyError, DataError, TokenizerError
 from vpmoe.harmony.renderer import FastRenderer
 from vpmoe.harmony.spans import document
 from vpmoe.tokenizer import load_tokenizer
@@ -181,19 +183,14 @@ def test_invalid_rows_are_listed_and_strictness_decides(tmp_path: Path, monkeypa
     monkeypatch.setattr("vpmoe.data_curation.conversations.synth.check_text", lambda *_: None)
     monkeypatch.setattr("vpmoe.data_curation.conversations.store.ROW_GROUP_ROWS", 2)
     convert(resolve_synth(str(tmp_path / "rows.jsonl")), tmp_path / "in", num_shards=2, prompts=Prompts())
-    arguments = [
-        "--input-dir",
-        str(tmp_path / "in"),
-        "--output-dir",
-        str(tmp_path / "out"),
-        "--workers",
-        "1",
-        "--quiet",
-    ]
+    folders = ["--input-dir", str(tmp_path / "in"), "--output-dir", str(tmp_path / "out")]
+    arguments = ["data", "build", *folders, "--workers", "1", "--quiet"]
     assert main(arguments) == 2
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not (tmp_path / "out").exists()
+    listed = (tmp_path / "out.partial" / "rejects.jsonl").read_text()
     assert main([*arguments, "--no-strict"]) == 0, "the same build may go on with other strictness"
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert (tmp_path / "out" / "rejects.jsonl").read_text() == listed
     assert all("\\x00" in reject["excerpt"] for reject in rejects)
     found = [(reject["synth_id"], reject["shard"], reject["row"], reject["reason"]) for reject in rejects]
     assert found == [("id3", "shard_01.parquet", 1, "nul"), ("id7", "shard_01.parquet", 3, "nul")]
@@ -203,12 +200,8 @@ def test_invalid_rows_are_listed_and_strictness_decides(tmp_path: Path, monkeypa
 
 
 def test_a_second_builder_is_kept_out(conversations_dir: Path, tmp_path: Path) -> None:
-    import fcntl
-
-    with (tmp_path / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="another build is running"):
-            build(conversations_dir, tmp_path, OPTIONS, quiet=True)
+    with owned(tmp_path / ".out.lock", "the dataset"), pytest.raises(BusyError, match=f"process {os.getpid()}"):
+        build(conversations_dir, tmp_path / "out", OPTIONS, quiet=True)
 
 
 def test_split_rule() -> None:

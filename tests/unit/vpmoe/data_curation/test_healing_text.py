@@ -21,16 +21,16 @@ from dropping_hub import Hub
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vpmoe.cli import main
 from vpmoe.data_curation.checks.verify import verify
-from vpmoe.data_curation.datasets import sequential as sequential_build
+from vpmoe.data_curation.datasets import build as pipeline
 from vpmoe.data_curation.datasets.plan import BuildOptions, split_of
 from vpmoe.data_curation.datasets.sequential import Pass, build_sequential
-from vpmoe.data_curation.datasets.sequential_command import healing_text
 from vpmoe.data_curation.datasets.text import HealingText, cut, text_hash
 from vpmoe.data_curation.datasets.token_files import read_triple
 from vpmoe.data_curation.rows import hub as hub_rows
 from vpmoe.data_curation.rows.source import resolve
-from vpmoe.errors import DataError
+from vpmoe.errors import DataError, NotOursError
 from vpmoe.tokenizer import load_tokenizer
 
 WORDS = ["the", "bread", "water", "learns", "漢字", "é", "😀", "train,", "<|end|>", "long\n\nwords", "", "and", "12345"]
@@ -48,8 +48,8 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def build(path: Path, output: Path, job: HealingText, extent: Pass | None = None, **options) -> dict:
-    return build_sequential(resolve(str(path)), output, job, extent or Pass(), quiet=True, **options)
+def build(path: Path, output: Path, kind: HealingText, extent: Pass | None = None, **options) -> dict:
+    return build_sequential(resolve(str(path)), output, kind, extent or Pass(), quiet=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -149,11 +149,11 @@ def test_long_documents_may_be_dropped(source: Path, tmp_path: Path) -> None:
 def test_unusable_documents_are_rejected_with_place_and_reason(tmp_path: Path) -> None:
     rows = [{"text": "good"}, {"text": " \n"}, {"text": "nul\0"}, {"text": "\ud800"}, {"other": 1}, {"text": 3}]
     path = write(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(DataError, match="5 of 6 rows are invalid"):
-        build(path, tmp_path / "out", HealingText(BASE))
-    assert not (tmp_path / "out" / "manifest.json").exists()
-    base = BuildOptions(valid_fraction=0, strict=False)
-    manifest = build(path, tmp_path / "out", HealingText(base), overwrite=True)
+    with pytest.raises(DataError, match="5 of 6 rows were rejected"):
+        build(path, tmp_path / "out", HealingText(BuildOptions(valid_fraction=0)))
+    assert not (tmp_path / "out").exists()
+    # The strictness is not part of the key: nothing that is done is thrown away.
+    manifest = build(path, tmp_path / "out", HealingText(BuildOptions(valid_fraction=0, strict=False)))
     reasons = {"empty_field": 1, "nul": 1, "invalid_utf8": 1, "missing_field": 2}
     assert manifest["rejects"]["reasons"] == dict(sorted(reasons.items()))
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
@@ -165,30 +165,30 @@ def test_an_interrupted_build_ends_with_the_same_bytes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     doubled = write(tmp_path / "rows.jsonl", [json.loads(line) for line in source.read_text().splitlines()] * 2)
-    job, extent = HealingText(BASE), Pass(shard_tokens=1000)
-    whole = build(doubled, tmp_path / "whole", job, extent)
+    kind, extent = HealingText(BASE), Pass(shard_tokens=1000)
+    whole = build(doubled, tmp_path / "whole", kind, extent)
     assert whole["documents"]["duplicates_dropped"] == 120
-    original = sequential_build.SequentialShard.close
+    original = pipeline.ShardWriter.close
 
-    def stop_at_third(self: sequential_build.SequentialShard, output_dir: Path) -> dict:
+    def stop_at_third(self: pipeline.ShardWriter) -> dict:
         if self.name == "shard_02":
             raise KeyboardInterrupt
-        return original(self, output_dir)
+        return original(self)
 
-    monkeypatch.setattr(sequential_build.SequentialShard, "close", stop_at_third)
+    monkeypatch.setattr(pipeline.ShardWriter, "close", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
-        build(doubled, tmp_path / "cut", job, extent)
+        build(doubled, tmp_path / "cut", kind, extent)
     monkeypatch.undo()
-    assert not (tmp_path / "cut" / "manifest.json").exists()
-    with pytest.raises(DataError, match="unfinished build of other options"):
+    assert not (tmp_path / "cut").exists()
+    with pytest.raises(NotOursError, match=r"unfinished work lies here.*long_documents: pieces -> dropped"):
         build(doubled, tmp_path / "cut", HealingText(BASE, drop_long=True), extent)
-    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut" / "train").iterdir()}
-    assert {path.name[:8] for path in done} == {"shard_00", "shard_01"}
-    build(doubled, tmp_path / "cut", job, extent)
-    assert all(path.stat().st_mtime_ns == when for path, when in done.items())
+    done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cut.partial" / "train").glob("shard_0[01]*")}
+    assert {name[:8] for name in done} == {"shard_00", "shard_01"}
+    build(doubled, tmp_path / "cut", kind, extent)
+    assert all((tmp_path / "cut" / "train" / name).stat().st_mtime_ns == when for name, when in done.items())
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
-    assert build(doubled, tmp_path / "cut", job, extent) == whole
-    with pytest.raises(DataError, match="finished dataset of another config_hash"):
+    assert build(doubled, tmp_path / "cut", kind, extent) == whole
+    with pytest.raises(NotOursError, match=r"finished work lies here.*long_documents: pieces -> dropped"):
         build(doubled, tmp_path / "cut", HealingText(BASE, drop_long=True), extent)
 
 
@@ -199,11 +199,11 @@ def test_a_hub_that_drops_the_connection_changes_nothing(
     (tmp_path / "hub").mkdir()
     pq.write_table(rows, tmp_path / "hub" / "rows.parquet", row_group_size=30)
     monkeypatch.setattr(hub_rows, "_STATE_ROWS", 10)
-    job, extent = HealingText(BASE), Pass(shard_tokens=1000)
+    kind, extent = HealingText(BASE), Pass(shard_tokens=1000)
 
     def built(hub: Hub, output: Path) -> dict[str, bytes]:
         monkeypatch.setattr(datasets, "load_dataset", hub.load_dataset)
-        build_sequential(resolve("owner/rows", "c0ffee"), output, job, extent, quiet=True)
+        build_sequential(resolve("owner/rows", "c0ffee"), output, kind, extent, quiet=True)
         return tree(output)
 
     whole = built(Hub(tmp_path / "hub", 0), tmp_path / "whole")
@@ -223,33 +223,45 @@ def test_a_killed_build_ends_with_the_same_bytes(tmp_path: Path, repository: Pat
     path = write(tmp_path / "rows.jsonl", [{"text": text} for text in texts(6000)])
     extent = Pass(shard_tokens=8000)
     build(path, tmp_path / "whole", HealingText(BASE), extent)
-    script = repository / "scripts" / "datasets" / "build_healing_text_v1.py"
     options = ["--input", path, "--output-dir", tmp_path / "cut", "--seq-len", SEQ_LEN, "--valid-fraction", 0.2]
-    command = [sys.executable, script, *options, "--shard-tokens", extent.shard_tokens, "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "vpmoe.cli",
+        "data",
+        "build-text",
+        *options,
+        "--shard-tokens",
+        extent.shard_tokens,
+        "--quiet",
+    ]
     for kept in (2, 9):
         process = subprocess.Popen(
             list(map(str, command)), env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
         )
-        receipt = tmp_path / "cut" / ".build" / f"shard_{kept:02d}.json"
-        while process.poll() is None and not receipt.exists():
+        # The memory of a shard is kept when it ends.
+        state = tmp_path / "cut.partial" / "scratch" / f"shard_{kept:02d}.state"
+        while process.poll() is None and not state.exists():
             time.sleep(0.001)
         process.kill()
         assert process.wait() == -signal.SIGKILL, "it finished before it was killed"
-        assert receipt.exists() and not (tmp_path / "cut" / "manifest.json").exists()
+        assert state.exists() and not (tmp_path / "cut").exists()
     build(path, tmp_path / "cut", HealingText(BASE), extent)
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
 
 
 def test_a_full_disk_leaves_the_finished_shards(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = sequential_build.SequentialShard.close
+    original = pipeline.ShardWriter.close
 
-    def no_space(self: sequential_build.SequentialShard, output_dir: Path) -> dict:
+    def no_space(self: pipeline.ShardWriter) -> dict:
         if self.name == "shard_01":
             raise OSError(28, "No space left on device")
-        return original(self, output_dir)
+        return original(self)
 
-    monkeypatch.setattr(sequential_build.SequentialShard, "close", no_space)
-    with pytest.raises(DataError, match=r"No space left.*1 shards are finished"):
+    monkeypatch.setattr(pipeline.ShardWriter, "close", no_space)
+    with pytest.raises(
+        DataError, match=r"No space left.*finished and safe: shard_00; missing: shard_01 and what follows"
+    ):
         build(source, tmp_path, HealingText(BASE), Pass(shard_tokens=1000))
     monkeypatch.undo()
     build(source, tmp_path, HealingText(BASE), Pass(shard_tokens=1000))
@@ -270,11 +282,12 @@ def test_verify_sees_a_mask_that_is_not_of_text(source: Path, tmp_path: Path) ->
 
 
 def test_the_command_says_what_it_did(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--input", str(source), "--output-dir", str(tmp_path), "--seq-len", "64", "--valid-fraction", "0.2"]
-    assert healing_text(arguments) == 0
+    folders = ["--input", str(source), "--output-dir", str(tmp_path / "out")]
+    arguments = ["data", "build-text", *folders, "--seq-len", "64", "--valid-fraction", "0.2"]
+    assert main(arguments) == 0
     captured = capsys.readouterr()
     assert "kept 120" in captured.out and "rows/s" in captured.err
-    assert healing_text([*arguments, "--language", "en"]) == 2
+    assert main([*arguments, "--language", "en"]) == 2
     assert "remedy: name the column" in capsys.readouterr().err
 
 

@@ -12,7 +12,6 @@ import torch
 
 from tests.tiny import tiny_config
 from vpmoe.cli import main
-from vpmoe.data_curation.datasets import kd_command as build_command
 from vpmoe.eval.asking import AsConversation
 from vpmoe.tokenizer import CompactVocabulary, O200kHarmony, Tokenizer
 from vpmoe.tokenizer.o200k_harmony import VOCAB_SIZE
@@ -54,7 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main(["data", "convert", *convert]) == 0
     vocabulary = ["--compact-vocab-size", "400", "--padded-vocab-size", "448", "--valid-fraction", "0.1"]
     build = ["--input-dir", conversations, "--output-dir", dataset, "--seq-len", "192", "--workers", "1", "--quiet"]
-    assert build_command.main([*build, *vocabulary]) == 0
+    assert main(["data", "build", *build, *vocabulary]) == 0
     return folder
 
 

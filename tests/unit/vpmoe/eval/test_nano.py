@@ -13,7 +13,7 @@ import torch
 from megatron_vpmoe.data.manifest import read_manifest
 from megatron_vpmoe.errors import CheckpointError, TokenizerError
 from tests.unit.vpmoe.eval.conftest import GOOD, ids_of
-from vpmoe.data_curation.datasets import kd_command as build_command
+from vpmoe.cli import main
 from vpmoe.eval import nano
 from vpmoe.eval.asking import decode_in_batches, stop_ids
 from vpmoe.eval.nano import NanoOptions, evaluate_and_plot, evaluate_model
@@ -125,6 +125,6 @@ def test_dataset_of_another_vocabulary_is_refused(data: Path, run_directory: Pat
     other = str(tmp_path / "dataset")
     vocabulary = ["--compact-vocab-size", "300", "--padded-vocab-size", "448", "--valid-fraction", "0.1"]
     build = ["--input-dir", str(data / "conversations"), "--output-dir", other, "--seq-len", "192", "--workers", "1"]
-    assert build_command.main([*build, *vocabulary, "--quiet"]) == 0
+    assert main(["data", "build", *build, *vocabulary, "--quiet"]) == 0
     with pytest.raises(TokenizerError, match="trained on the vocabulary"):
         evaluate_model(run_directory, options(data, data_path=Path(other)), progress=silent)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from megatron_vpmoe.errors import ConfigError
-from vpmoe.data_curation.datasets import kd_command as build_command
 from vpmoe.data_curation.tasks.synth_mini import BUCKETS, generate, parse_mix
 from vpmoe.quickstart.errors import QuickstartError
 from vpmoe.quickstart.jobs import Beginning, Job
@@ -50,12 +49,13 @@ def test_commands_say_what_the_settings_say(plan: Plan) -> None:
     assert convert[convert.index("--reasoning-effort") + 1] == settings.conversations.reasoning_effort
     assert convert[convert.index("--model-identity") + 1] == settings.conversations.model_identity
     assert ("--omit-developer" in convert) is (settings.conversations.developer_instructions == "")
-    build = build_command.arguments_parser().parse_args(words_of(plan, "dataset")[2:])
-    assert build.padded_vocab_size == plan.cfg.model.padded_vocab_size
-    assert build.seq_len == plan.cfg.data.seq_length
-    assert build.valid_fraction == settings.dataset.valid_fraction
-    assert str(build.output_dir) == plan.cfg.data.data_path
-    assert not build.overwrite
+    words = words_of(plan, "dataset")[2:]
+    build = dict(zip(words[::2], words[1::2], strict=True))
+    assert build["--padded-vocab-size"] == str(plan.cfg.model.padded_vocab_size)
+    assert build["--seq-len"] == str(plan.cfg.data.seq_length)
+    assert build["--valid-fraction"] == str(settings.dataset.valid_fraction)
+    assert build["--output-dir"] == plan.cfg.data.data_path
+    assert "--overwrite" not in build
 
 
 def test_settings_fit_the_model_and_the_generator(plan: Plan) -> None:

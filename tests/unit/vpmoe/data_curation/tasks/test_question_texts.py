@@ -25,16 +25,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for _ in range(2):  # a second time nothing is done
         assert main(["data", "question-texts", "--input-dir", f"{root}/rows", "--output-dir", f"{root}/texts"]) == 0
         words = ["--input", f"{root}/texts/pool.jsonl"]
-        assert main(["data", "train-bpe", *words, "--output-dir", f"{root}/bpe", "--vocab-size", "320"]) == 0
-        assert main(["data", "compact-map", *words, "--output", f"{root}/map.npy", "--size", "300"]) == 0
+        assert main(["tokenizer", "train", *words, "--output-dir", f"{root}/bpe", "--vocab-size", "320"]) == 0
+        assert main(["data", "compact-map", *words, "--output-dir", f"{root}/o200k", "--size", "300"]) == 0
     return root
 
 
 def build(root: Path, output: Path, *words: str) -> Path:
-    from vpmoe.data_curation.datasets.sequential_command import healing_text
-
-    common = ["--input", str(root / "texts" / "pool.jsonl"), "--id-field", "synth_id", "--valid-fraction", "0.05"]
-    assert healing_text([*common, "--seq-len", "64", "--quiet", "--output-dir", str(output), *words]) == 0
+    common = ["data", "build-text", "--input", str(root / "texts" / "pool.jsonl"), "--id-field", "synth_id"]
+    common += ["--valid-fraction", "0.05", "--seq-len", "64", "--quiet"]
+    assert main([*common, "--output-dir", str(output), *words]) == 0
     return output
 
 
@@ -51,7 +50,7 @@ def texts_of(dataset: Path, split: str) -> list[str]:
 
 def test_both_vocabularies_store_the_same_texts(folder: Path, tmp_path: Path) -> None:
     own = build(folder, tmp_path / "own", "--tokenizer", str(folder / "bpe"), "--padded-vocab-size", "384")
-    compact = build(folder, tmp_path / "compact", "--compact-map", str(folder / "map.npy"))
+    compact = build(folder, tmp_path / "compact", "--compact-map", str(folder / "o200k" / "compact_vocab.npy"))
     assert isinstance(load_tokenizer(own), HFDirectory)
     assert isinstance(load_tokenizer(compact), CompactVocabulary)
     for split in ("train", "valid"):
@@ -94,6 +93,6 @@ def test_others_are_refused(folder: Path, tmp_path: Path) -> None:
     generate(tmp_path / "rows", rows=10, seed=2, families={"sorting": 1.0})
     with pytest.raises(NotOursError, match=r"rows\.rows_00\.parquet: "):
         write_texts(tmp_path / "rows", folder / "texts")
-    assert main(["data", "train-bpe", "--input", str(folder / "texts"), "--output-dir", str(folder / "bpe")]) == 2
+    assert main(["tokenizer", "train", "--input", str(folder / "texts"), "--output-dir", str(folder / "bpe")]) == 2
     with pytest.raises(DataError, match="--tokenizer is another vocabulary"):
-        BuildOptions(tokenizer=folder / "bpe", compact_map=folder / "map.npy").check()
+        BuildOptions(tokenizer=folder / "bpe", compact_map=folder / "o200k" / "compact_vocab.npy").check()
