@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from vpmoe.data_curation.conversations.synth import resolve_synth, to_conversati
 from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.prompts import REASONING_EFFORTS, Prompts
 from vpmoe.harmony.renderer import FastRenderer
-from vpmoe.hf import tokenizer_files
+from vpmoe.hf import tokenization_vpmoe, tokenizer_files
 from vpmoe.tokenizer import CompactVocabulary, Tokenizer
 from vpmoe.tokenizer.o200k_harmony import ALL_SPECIAL_TOKENS, NAMED_SPECIAL_TOKENS, VOCAB_SIZE, load_o200k_harmony
 
@@ -47,16 +49,24 @@ def directory(folder: Path, vocabulary: Tokenizer) -> Path:
     return folder
 
 
+def loaded(vocabulary: Tokenizer, folder: Path) -> tuple[Tokenizer, Any]:
+    """A vocabulary, and what ``AutoTokenizer`` makes of its export."""
+    directory(folder, vocabulary)
+    return vocabulary, AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+
+
+@pytest.fixture(scope="module")
+def compact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
+    counts = np.bincount(load_o200k_harmony().encode_ordinary(CORPUS), minlength=VOCAB_SIZE)
+    vocabulary = CompactVocabulary.from_counts(load_o200k_harmony(), counts, max_size=280)
+    return loaded(vocabulary, tmp_path_factory.mktemp("compact"))
+
+
 @pytest.fixture(scope="module", params=["o200k_harmony", "o200k_harmony_compact"])
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
-    """A vocabulary, and what ``AutoTokenizer`` makes of its export."""
-    vocabulary: Tokenizer = load_o200k_harmony()
     if request.param == "o200k_harmony_compact":
-        counts = np.bincount(load_o200k_harmony().encode_ordinary(CORPUS), minlength=VOCAB_SIZE)
-        vocabulary = CompactVocabulary.from_counts(load_o200k_harmony(), counts, max_size=280)
-    assert vocabulary.name == request.param
-    folder = directory(tmp_path_factory.mktemp(request.param), vocabulary)
-    return vocabulary, AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+        return request.getfixturevalue("compact")
+    return loaded(load_o200k_harmony(), tmp_path_factory.mktemp(request.param))
 
 
 def ordinary(tokenizer: Any, text: str) -> list[int]:
@@ -80,6 +90,73 @@ def test_same_ids_on_runs_of_the_same_characters(both: tuple[Tokenizer, Any]) ->
     for unit in units:
         for count in (2, 3, 5, 7, 8, 9, 17, 33):
             assert ordinary(theirs, unit * count) == ours.encode_ordinary(unit * count).tolist(), (unit, count)
+
+
+def merged_step_by_step(data: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The definition: look at every pair, join the lowest rank's leftmost one, and again."""
+    parts = [data] if data in ranks else [bytes([byte]) for byte in data]
+    while True:
+        joined = [ranks.get(left + right, math.inf) for left, right in itertools.pairwise(parts)]
+        best = min(joined, default=math.inf)
+        if best == math.inf:
+            return parts
+        at = joined.index(best)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+
+
+@st.composite
+def rank_tables(draw: st.DrawFn) -> dict[bytes, int]:
+    """Tokens over two or three letters, of which few or many are made of two others; in any order of ranks."""
+    letters = [bytes([letter]) for letter in b"abc"[: draw(st.integers(2, 3))]]
+    pieces = list(letters)
+    for _ in range(draw(st.integers(0, 14))):
+        pieces.append(draw(st.sampled_from(pieces)) + draw(st.sampled_from(pieces)))
+    pieces = list(dict.fromkeys(pieces))
+    order = draw(st.permutations(range(len(pieces)))) if draw(st.booleans()) else range(len(pieces))
+    return dict(zip(pieces, order, strict=True))
+
+
+@given(ranks=rank_tables(), letters=st.lists(st.integers(0, 2), min_size=1, max_size=60))
+@settings(max_examples=500, deadline=None)
+def test_merging_is_by_rank_and_then_from_the_left(ranks: dict[bytes, int], letters: list[int]) -> None:
+    data = bytes(b"abc"[letter] for letter in letters if bytes([b"abc"[letter]]) in ranks) or b"a"
+    assert tokenization_vpmoe.merge(data, ranks) == merged_step_by_step(data, ranks)
+
+
+@given(text=st.lists(ANY | PARTS, min_size=1, max_size=20).map("".join).filter(bool))
+@settings(max_examples=200, deadline=None)
+def test_real_ranks_merge_as_ever(compact: tuple[Tokenizer, Any], text: str) -> None:
+    """Whole texts as one cut."""
+    ranks = compact[1]._ranks
+    assert tokenization_vpmoe.merge(text.encode(), ranks) == merged_step_by_step(text.encode(), ranks)
+
+
+class CountedRanks(dict[bytes, int]):
+    """Ranks that count how often they are asked."""
+
+    asked = 0
+
+    def get(self, *arguments: Any) -> Any:
+        self.asked += 1
+        return super().get(*arguments)
+
+
+@pytest.mark.parametrize("kind", ["one letter", "random letters", "three bytes each"])
+def test_a_cut_of_many_characters_takes_steps_in_proportion(compact: tuple[Tokenizer, Any], kind: str) -> None:
+    """Every pair that is looked up is one that was there at the start, or one of two that a join makes."""
+    theirs = compact[1]
+    draw = random.Random(1)
+    ranks, theirs._ranks = theirs._ranks, CountedRanks(theirs._ranks)
+    try:
+        for count in (1000, 8000):
+            alphabet = {"one letter": "a", "random letters": "abcdefghijklmnop", "three bytes each": "漢字"}[kind]
+            text = "".join(draw.choices(alphabet, k=count))
+            theirs._ranks.asked = 0
+            tokens = theirs._merge_uncached(text)
+            assert 0 < len(tokens) <= len(text.encode())
+            assert theirs._ranks.asked <= 3 * len(text.encode())
+    finally:
+        theirs._ranks = ranks
 
 
 def test_special_tokens_have_their_ids(both: tuple[Tokenizer, Any]) -> None:

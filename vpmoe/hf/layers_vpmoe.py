@@ -3,16 +3,58 @@
 Copied into every exported directory, so it imports nothing of ours. Parameters have the training model's names;
 attention is dense and exact, experts run one after another: made to be read and to be right.
 
-Shapes: B rows, S new tokens, K keys, C hidden, H heads, G KV groups, D head dim, N tokens, E experts.
+Shapes: B rows, S new tokens, T past and new tokens, K keys that a layer holds, C hidden, H heads, G KV groups, D head
+dim, N tokens, E experts.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from .configuration_vpmoe import VpMoeConfig
+
+
+class VpMoeTokens(NamedTuple):
+    """Where the tokens of a forward pass stand.
+
+    Attributes:
+        real_BT: False on padding.
+        rank_BT: real tokens before each one in its row; what a row's padding stands between makes no difference.
+        position_BS: of the new tokens in their documents, from 0.
+        first_BS: rank of the first token of each new token's document.
+    """
+
+    real_BT: torch.Tensor
+    rank_BT: torch.Tensor
+    position_BS: torch.Tensor
+    first_BS: torch.Tensor
+
+    def seen(self, keys, window):
+        """Which of a layer's keys each new token sees [B, S, K], and how many tokens before it each is.
+
+        Keys are the row's last ones, or all and then slots not written yet (static caches).
+
+        Raises:
+            ValueError: a key inside the window is gone from the cache, since padding took its place there.
+        """
+        total, new = self.rank_BT.shape[1], self.first_BS.shape[1]
+        gone, unwritten = max(total - keys, 0), max(keys - total, 0)
+        rank_BS1 = self.rank_BT[:, -new:, None]
+        oldest_BS1 = self.first_BS[:, :, None]
+        if window is not None:
+            oldest_BS1 = torch.maximum(oldest_BS1, rank_BS1 - window + 1)
+        real_BS1 = self.real_BT[:, -new:, None]
+        if gone and (real_BS1 & (self.rank_BT[:, gone - 1, None, None] >= oldest_BS1)).any():
+            raise ValueError(
+                "attention_mask has padding after real tokens, and the cache of a local layer holds it in place of "
+                "tokens inside the window; pad on the left"
+            )
+        real_BK, rank_BK = (functional.pad(x[:, gone:], (0, unwritten)) for x in (self.real_BT, self.rank_BT))
+        distance_BSK = rank_BS1 - rank_BK[:, None, :]
+        return real_BK[:, None, :] & (distance_BSK >= 0) & (rank_BK[:, None, :] >= oldest_BS1), distance_BSK
 
 
 class VpMoeRMSNorm(nn.Module):
@@ -97,7 +139,8 @@ class VpMoeAttention(nn.Module):
             parts = [part + bias for part, bias in zip(parts, self.by_head(self.qkv_bias), strict=True)]
         return parts
 
-    def forward(self, x_BSC, position_BS, real_BK, first_value, cache):
+    def forward(self, x_BSC, tokens: VpMoeTokens, first_value, cache):
+        """The output [B, S, C], this layer's own values [B, S, G, D], the weights [B, H, S, K]."""
         query, key, own_value = self.project(x_BSC)
         if self.config.qk_norm:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
@@ -107,7 +150,7 @@ class VpMoeAttention(nn.Module):
             else:
                 exponent = torch.arange(0, self.dim, 2, dtype=torch.float64, device=x_BSC.device) / self.dim
                 frequency = (self.config.rotary_base**-exponent).float()
-            query, key = rotate(query, position_BS, frequency), rotate(key, position_BS, frequency)
+            query, key = (rotate(x, tokens.position_BS, frequency) for x in (query, key))
         value = own_value
         if self.value_residual_scale is not None:
             mix = self.value_residual_scale.float()
@@ -115,32 +158,26 @@ class VpMoeAttention(nn.Module):
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         if cache is not None:
             key, value = cache.update(key, value, self.number - 1)
-        out_BHSD = self.attend(query, key, value, real_BK)
-        return self.linear_proj(out_BHSD.transpose(1, 2).flatten(2)), own_value
+        out_BHSD, weight_BHSK = self.attend(query, key, value, tokens)
+        return self.linear_proj(out_BHSD.transpose(1, 2).flatten(2)), own_value, weight_BHSK
 
-    def attend(self, query_BHSD, key_BGKD, value_BGKD, real_BK):
-        """Softmax attention in fp32; a layer with a window may hold only the last keys of ``real_BK``."""
-        queries, keys, total = query_BHSD.shape[2], key_BGKD.shape[2], real_BK.shape[1]
-        device = query_BHSD.device
-        place_q = torch.arange(total - queries, total, device=device)[:, None]
-        place_k = torch.arange(total - keys, total, device=device)[None, :]
-        seen_SK = place_k <= place_q
-        if self.window is not None:
-            seen_SK = seen_SK & (place_q - place_k < self.window)
-        seen_B1SK = seen_SK & real_BK[:, None, None, total - keys :]
+    def attend(self, query_BHSD, key_BGKD, value_BGKD, tokens: VpMoeTokens):
+        """Softmax attention in fp32 within each document: the output, and the weights (the sink's is left out)."""
+        seen_BSK, distance_BSK = tokens.seen(key_BGKD.shape[2], self.window)
         per_group = self.heads // self.groups
         key, value = (x.repeat_interleave(per_group, dim=1) for x in (key_BGKD, value_BGKD))
         score = (query_BHSD @ key.transpose(2, 3)).float() * self.dim**-0.5
         if self.positions == "grape_a":
-            score = score - alibi_slopes(self.heads, device)[:, None, None] * (place_q - place_k)
+            score = score - alibi_slopes(self.heads, score.device)[:, None, None] * distance_BSK[:, None]
         # Finite, so that a row of padding alone has no NaN.
-        score = score.masked_fill(~seen_B1SK, torch.finfo(score.dtype).min)
+        score = score.masked_fill(~seen_BSK[:, None], torch.finfo(score.dtype).min)
         if self.sink is None:
             weight = torch.softmax(score, dim=-1)
         else:
             column = self.sink.float().view(1, -1, 1, 1).expand(*score.shape[:3], 1)
             weight = torch.softmax(torch.cat([score, column], dim=-1), dim=-1)[..., :-1]
-        return weight.to(value.dtype) @ value
+        weight = weight.to(value.dtype)
+        return weight @ value, weight
 
 
 class VpMoeFeedForward(nn.Module):

@@ -7,6 +7,7 @@ merges can say that second step (a BPE that knew the kept tokens only would stop
 
 import base64
 from functools import lru_cache
+from heapq import heapify, heappop, heappush
 from pathlib import Path
 from shutil import copyfile
 
@@ -26,6 +27,46 @@ def byte_characters():
         if byte not in characters:
             characters[byte] = chr(0x100 + len(characters) - len(printable))
     return [characters[byte] for byte in range(256)]
+
+
+def merge(data, ranks):
+    """Cut bytes into tokens: the pair of lowest rank is joined first, and of equal ones the leftmost.
+
+    Each join is found on a heap and makes two new pairs, so n bytes take O(n log n) steps.
+
+    Args:
+        data: bytes of one cut of the text.
+        ranks: bytes of every token, each single byte among them -> its rank.
+    """
+    if data in ranks:
+        return [data]
+    size = len(data)
+    end = list(range(1, size + 1))  # of the part that starts here
+    begin = list(range(-1, size))  # of the part that ends here; -1 where none does
+
+    def pair(left):
+        """(rank, start, middle, end) of a part and the next one, if they join."""
+        middle = end[left]
+        if middle == size:
+            return None
+        rank = ranks.get(data[left : end[middle]])
+        return None if rank is None else (rank, left, middle, end[middle])
+
+    heap = [found for left in range(size) if (found := pair(left)) is not None]
+    heapify(heap)
+    while heap:
+        _, left, middle, stop = heappop(heap)
+        if begin[middle] != left or end[middle] != stop:
+            continue  # one of the two was joined to another since
+        end[left], begin[stop], begin[middle] = stop, left, -1
+        for start in (begin[left], left):
+            if start >= 0 and (found := pair(start)) is not None:
+                heappush(heap, found)
+    parts, start = [], 0
+    while start < size:
+        parts.append(data[start : end[start]])
+        start = end[start]
+    return parts
 
 
 class VpMoeTokenizer(PreTrainedTokenizer):
@@ -72,16 +113,8 @@ class VpMoeTokenizer(PreTrainedTokenizer):
         return [token for word, _ in self._cut.pre_tokenize_str(text) for token in self._merge(word)]
 
     def _merge_uncached(self, word):
-        """Tokens of one cut: merged by rank, the lowest first and of equal ones the leftmost."""
-        data = word.encode()
-        parts = [data] if data in self._ranks else [bytes([byte]) for byte in data]
-        while len(parts) > 1:
-            joined = [self._ranks.get(left + right, len(self._ranks)) for left, right in zip(parts, parts[1:])]  # noqa: B905, RUF007
-            best = min(joined)
-            if best == len(self._ranks):
-                break
-            at = joined.index(best)
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        """Tokens of one cut; the bytes of one that was not kept."""
+        parts = merge(word.encode(), self._ranks)
         tokens = [self._written(part) for part in parts]
         return [kept for token in tokens for kept in ([token] if token in self._id_of else token)]
 
