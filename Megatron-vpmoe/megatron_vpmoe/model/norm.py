@@ -14,7 +14,6 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 
 
@@ -62,8 +61,6 @@ class RMSNorm(MegatronModule):
     """The one norm of the model; built by ModuleSpec as ``norm(config=, hidden_size=, eps=)``."""
 
     def __init__(self, config: VPTransformerConfig, hidden_size: int, eps: float = 1e-6, **_upstream: Any) -> None:
-        if config.normalization != "RMSNorm":
-            raise ConfigError(f"normalization {config.normalization!r} is not offered", remedy="normalization: RMSNorm")
         super().__init__(config)
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size))

@@ -82,22 +82,18 @@ class TraceMarks:
 
 
 class _Timer:
-    def __init__(self, listener: Any, name: str) -> None:
+    """One of Megatron-Core's timers; without a name it is no range of ours."""
+
+    def __init__(self, listener: Any, name: str | None) -> None:
         self._listener, self._name = listener, name
 
     def start(self, barrier: bool = False) -> None:
-        self._listener.enter(self._name)
+        if self._name is not None:
+            self._listener.enter(self._name)
 
     def stop(self, barrier: bool = False) -> None:
-        self._listener.leave(self._name)
-
-
-class _NoTimer:
-    def start(self, barrier: bool = False) -> None:
-        """Not a range of ours."""
-
-    def stop(self, barrier: bool = False) -> None:
-        """Not a range of ours."""
+        if self._name is not None:
+            self._listener.leave(self._name)
 
 
 class UpstreamTimers:
@@ -106,5 +102,5 @@ class UpstreamTimers:
     def __init__(self, listener: Any) -> None:
         self._listener = listener
 
-    def __call__(self, name: str, log_level: int | None = None) -> _Timer | _NoTimer:
-        return _Timer(self._listener, _UPSTREAM[name]) if name in _UPSTREAM else _NoTimer()
+    def __call__(self, name: str, log_level: int | None = None) -> _Timer:
+        return _Timer(self._listener, _UPSTREAM.get(name))

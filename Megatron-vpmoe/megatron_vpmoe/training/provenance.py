@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.config import config_hash
-from megatron_vpmoe.config.provenance import provenance_diff
+from megatron_vpmoe.config.provenance import FieldChange, provenance_diff
 from megatron_vpmoe.data.manifest import Manifest, read_manifest
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.software import git_state, package_versions
@@ -16,22 +16,6 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("torch", "megatron-core", "numpy", "transformer-engine")
 _BINDING = ("tokenizer", "dataset_manifest_sha256")
-
-
-class Difference(NamedTuple):
-    """Something that two runs do not share; str() reads "model.num_layers: 8 -> 12".
-
-    Attributes:
-        binding: the one run cannot soundly continue the other.
-    """
-
-    key: str
-    old: Any
-    new: Any
-    binding: bool
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.old!r} -> {self.new!r}"
 
 
 def collect_provenance(cfg: RunConfig, manifests: Sequence[Manifest]) -> dict[str, Any]:
@@ -54,8 +38,8 @@ def collect_provenance(cfg: RunConfig, manifests: Sequence[Manifest]) -> dict[st
     }
 
 
-def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """Differences between two origins, the binding ones first.
+def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[FieldChange], list[FieldChange]]:
+    """Differences between two origins: those with which the one run cannot soundly continue the other, and the free.
 
     Model, order and objective fields, vocabulary and dataset bind. Code and package versions are told but free, and of
     the operational configuration fields nothing is told.
@@ -64,13 +48,13 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
         old: {"config": the resolved configuration by section, "provenance": from ``collect_provenance``}.
         new: likewise.
     """
-    found = [Difference(*change, binding=True) for change in provenance_diff(old["config"], new["config"])]
+    binding, free = provenance_diff(old["config"], new["config"]), list[FieldChange]()
     before, after = _flat(old["provenance"]), _flat(new["provenance"])
     for key in dict.fromkeys([*before, *after]):
         if key != "config_hash" and before.get(key) != after.get(key):
-            binding = key.split(".")[0] in _BINDING
-            found.append(Difference(key, before.get(key), after.get(key), binding))
-    return sorted(found, key=lambda difference: not difference.binding)
+            kind = binding if key.split(".")[0] in _BINDING else free
+            kind.append(FieldChange(key, before.get(key), after.get(key)))
+    return binding, free
 
 
 def check_provenance(state: Mapping[str, Any], cfg: RunConfig, *, source: str) -> list[str]:
@@ -89,12 +73,10 @@ def check_provenance(state: Mapping[str, Any], cfg: RunConfig, *, source: str) -
     """
     manifests = [read_manifest(part.path) for part in cfg.data.parts]
     here = {"config": cfg.model_dump(mode="json"), "provenance": collect_provenance(cfg, manifests)}
-    differences = compare(state, here)
-    binding = [difference for difference in differences if difference.binding]
+    binding, free = compare(state, here)
     # Other parameters have no optimizer state in the checkpoint.
     loadable = not any(
-        difference.key.split(".")[0] in ("model", "moe") or difference.key == "training.train_only"
-        for difference in binding
+        change.key.split(".")[0] in ("model", "moe") or change.key == "training.train_only" for change in binding
     )
     if binding and not (cfg.checkpoint.allow_provenance_change and loadable):
         override = "; --allow-provenance-change continues all the same" if loadable else ""
@@ -103,7 +85,7 @@ def check_provenance(state: Mapping[str, Any], cfg: RunConfig, *, source: str) -
             source=source,
             remedy=f"set these back to continue it, or take another --run-name to start afresh{override}",
         )
-    return [f"changed since the checkpoint: {difference}" for difference in differences]
+    return [f"changed since the checkpoint: {difference}" for difference in (*binding, *free)]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,12 +17,6 @@ class KVCache:
 
     def __init__(self) -> None:
         self._stored: dict[int, tuple[Tensor, Tensor]] = {}
-        self._length: dict[int, int] = {}
-
-    @property
-    def length(self) -> int:
-        """Tokens per row that have passed through every layer so far; 0 before the first pass."""
-        return min(self._length.values(), default=0)
 
     def append(
         self, layer_number: int, key_BGSD: Tensor, value_BGSD: Tensor, *, window: int | None = None
@@ -35,8 +29,6 @@ class KVCache:
             value_BGSD: new values.
             window: of a local layer. Only the last ``window - 1`` past tokens are kept, and returned, for it.
         """
-        new = key_BGSD.shape[2]
-        self._length[layer_number] = self._length.get(layer_number, 0) + new
         if layer_number in self._stored:
             past_key, past_value = self._stored[layer_number]
             key_BGSD = torch.cat([past_key, key_BGSD], dim=2)

@@ -31,14 +31,8 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_vpmoe.model.attention import grape
 from megatron_vpmoe.model.attention.backends import core_attention, select_backend
-from megatron_vpmoe.model.attention.grape import (
-    alibi_slopes,
-    initial_log_frequencies,
-    rope_frequencies,
-    rotate,
-    rotation_angles,
-)
 from megatron_vpmoe.model.attention.kv_cache import KVCache
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.attention.mixed_qkv import mixed_qkv_rows, split_mixed_qkv
@@ -169,7 +163,7 @@ class VPSelfAttention(MegatronModule):
         self.grape_log_freq = None
         if self.position_embedding == "grape_m":
             self.grape_log_freq = fp32_island(
-                initial_log_frequencies(self.head_dim, config.rotary_base, config.grapem_log_freq_scale)
+                grape.initial_log_frequencies(self.head_dim, config.rotary_base, config.grapem_log_freq_scale)
             )
         mixes = config.value_residual and self.layer_number > 1
         self.value_residual_scale = fp32_island(torch.ones(())) if mixes else None
@@ -210,7 +204,7 @@ class VPSelfAttention(MegatronModule):
         slopes = None
         if self.position_embedding == "grape_a":
             part, parts = self.tp_group.rank(), self.tp_group.size()
-            slopes = alibi_slopes(self.num_heads * parts, query.device, part, parts)
+            slopes = grape.alibi_slopes(self.num_heads * parts, query.device, part, parts)
         attend = functools.partial(
             core_attention,
             layout=layout,
@@ -256,16 +250,18 @@ class VPSelfAttention(MegatronModule):
         if self.grape_log_freq is not None:
             log_freq = copy_to_tensor_model_parallel_region(self.grape_log_freq, group=self.tp_group)
             frequency = torch.exp(log_freq / self.config.grapem_log_freq_scale)
-            angle = rotation_angles(position_BS, frequency)
+            angle = grape.rotation_angles(position_BS, frequency)
         elif self.position_embedding == "rope":
             base = self.config.rotary_base
             angle = layout.shared(
                 ("rope", query.shape[0], self.head_dim, base),
-                lambda: rotation_angles(position_BS, rope_frequencies(self.head_dim, base).to(query.device)),
+                lambda: grape.rotation_angles(
+                    position_BS, grape.rope_frequencies(self.head_dim, base).to(query.device)
+                ),
             )
         else:
             return query, key
-        return rotate(query, angle), rotate(key, angle)
+        return grape.rotate(query, angle), grape.rotate(key, angle)
 
     def _mix_value(self, value: Tensor, first_value: Tensor | None) -> Tensor:
         if self.value_residual_scale is None:

@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.model.moe.expert_rows import ExpertRows, choose_layout
-from megatron_vpmoe.model.transformer_config import VPTransformerConfig, squared_relu
+from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.runtime.ranges import annotated
 
 SHARDED_NAMES = {
@@ -94,12 +93,6 @@ class StackedExperts(MegatronModule):
         self, num_local_experts: int, config: VPTransformerConfig, pg_collection: ProcessGroupCollection
     ) -> None:
         super().__init__(config)
-        if config.gated_linear_unit or config.activation_func is not squared_relu:
-            raise ConfigError(
-                "routed experts compute the squared ReLU only, without a gate",
-                source="model.activation with moe.num_experts set",
-                remedy="use activation: squared_relu, the design of vpMoE",
-            )
         self.num_local_experts = num_local_experts
         self.ep_group, self.expt_dp_group = pg_collection.ep, pg_collection.expt_dp
         self.last_layout: str | None = None

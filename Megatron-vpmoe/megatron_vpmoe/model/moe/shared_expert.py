@@ -9,7 +9,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
 
-from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.model.recompute import recomputed
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.runtime.ranges import annotated
@@ -26,12 +25,6 @@ class VPSharedExpert(MLP):
     def __init__(
         self, config: VPTransformerConfig, submodules: MLPSubmodules, pg_collection: ProcessGroupCollection, gate: bool
     ) -> None:
-        if gate:
-            raise ConfigError(
-                "a gated shared expert is not part of this design",
-                source="moe_shared_expert_gate",
-                remedy="leave it off",
-            )
         # Upstream's MLP takes the second matrix's width from the configuration, whatever width it is handed.
         own_config = copy.copy(config)
         own_config.ffn_hidden_size = cast(int, config.moe_shared_expert_intermediate_size)

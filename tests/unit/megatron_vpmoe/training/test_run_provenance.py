@@ -77,13 +77,15 @@ def test_code_and_packages_are_told_but_free(root: Path):
     assert "packages.torch: '1.0' -> " in notes and "git.sha: 'abc' -> " in notes
 
 
-def test_binding_differences_come_first(root: Path):
+def test_what_binds_and_what_is_free(root: Path):
     old = state_of(tiny_config(data_path=root), root)
     new = copy.deepcopy(old)
     new["provenance"]["packages"]["torch"] = "1.0"
     new["provenance"]["dataset_manifest_sha256"] = "other"
     new["config"]["moe"]["num_experts"] = 4
-    assert [difference.binding for difference in compare(old, new)] == [True, True, False]
+    binding, free = compare(old, new)
+    assert [change.key for change in binding] == ["moe.num_experts", "dataset_manifest_sha256"]
+    assert [change.key for change in free] == ["packages.torch"]
 
 
 def test_git_state(tmp_path: Path):

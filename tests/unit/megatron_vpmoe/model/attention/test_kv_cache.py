@@ -13,11 +13,9 @@ def rows(begin: int, end: int) -> torch.Tensor:
 
 def test_global_layers_keep_everything() -> None:
     cache = KVCache()
-    assert cache.length == 0
     cache.append(4, rows(0, 5), -rows(0, 5))
     key, value = cache.append(4, rows(5, 6), -rows(5, 6))
     assert torch.equal(key, rows(0, 6)) and torch.equal(value, -rows(0, 6))
-    assert cache.length == 6
 
 
 def test_local_layers_keep_what_a_new_query_can_reach() -> None:
@@ -28,7 +26,6 @@ def test_local_layers_keep_what_a_new_query_can_reach() -> None:
     assert torch.equal(key, rows(7, 11))
     key, _ = cache.append(1, rows(11, 13), rows(11, 13), window=4)
     assert torch.equal(key, rows(8, 13))
-    assert cache.length == 13
 
 
 def test_window_of_one_keeps_nothing() -> None:
@@ -36,13 +33,3 @@ def test_window_of_one_keeps_nothing() -> None:
     cache.append(1, rows(0, 3), rows(0, 3), window=1)
     key, _ = cache.append(1, rows(3, 4), rows(3, 4), window=1)
     assert torch.equal(key, rows(3, 4))
-
-
-def test_length_counts_finished_passes() -> None:
-    cache = KVCache()
-    cache.append(1, rows(0, 3), rows(0, 3), window=2)
-    cache.append(2, rows(0, 3), rows(0, 3))
-    cache.append(1, rows(3, 4), rows(3, 4), window=2)
-    assert cache.length == 3
-    cache.append(2, rows(3, 4), rows(3, 4))
-    assert cache.length == 4
