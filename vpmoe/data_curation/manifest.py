@@ -33,7 +33,7 @@ def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
             "there is no manifest.json, so there is no dataset",
             source=str(folder),
             remedy="finish the step that makes it: vpmoe data convert for conversations, "
-            "scripts/datasets/build_synth_kd_v1.py for token files",
+            "vpmoe data build for token files",
         ) from error
     except ValueError as error:
         raise DataError(f"the manifest is not JSON: {error}", source=str(path), remedy="write it again") from error

@@ -216,6 +216,9 @@ def _begin(step: Step, say: Say) -> Work:
         work = Work(step.partial, step.key, False, say)
         work.save()
         return work
+    if not step.in_place:  # what a kill left of files that were being written, in a folder that is all ours
+        for leftover in step.partial.rglob(".*.tmp"):
+            leftover.unlink()
     stored = read_json(marker, error=NotOursError)
     return Work(step.partial, step.key, True, say, stored["results"], float(stored["seconds"]))
 

@@ -61,7 +61,7 @@ def token_manifest(dataset_dir: Path) -> dict[str, Any]:
         raise DataError(
             f"a dataset of kind {manifest['kind']!r} holds no token files",
             source=str(dataset_dir / FILE_NAME),
-            remedy="build it (scripts/datasets/build_synth_kd_v1.py) and pass the folder that the build wrote",
+            remedy="build it (vpmoe data build) and pass the folder that the build wrote",
         )
     return manifest
 

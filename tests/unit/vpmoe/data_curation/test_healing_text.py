@@ -161,6 +161,27 @@ def test_unusable_documents_are_rejected_with_place_and_reason(tmp_path: Path) -
     assert "nul" in rejects[1]["excerpt"] and verify(tmp_path / "out") == []
 
 
+def test_a_bad_place_in_a_good_source_does_not_end_the_build(tmp_path: Path) -> None:
+    """12 of the first 1,012 rows are bad, but only 12 of 3,000: a limit of 1 % is kept."""
+    rows = [{"text": " " if i in range(1000, 1012) else f"row {i}"} for i in range(3000)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    manifest = build(path, tmp_path / "out", HealingText(BuildOptions(valid_fraction=0, max_reject_fraction=0.01)))
+    assert manifest["rejects"]["count"] == 12 and manifest["documents"]["kept"] == 2988
+
+
+def test_a_refusal_over_the_limit_keeps_the_finished_shards(tmp_path: Path) -> None:
+    rows = [{"text": f"row {i} " + "word " * 20} for i in range(1000)] + [{"text": " "}] * 3000
+    path = write(tmp_path / "rows.jsonl", rows)
+    options, extent = {"valid_fraction": 0, "max_reject_fraction": 0.01}, Pass(shard_tokens=5000)
+    with pytest.raises(DataError, match="rows were rejected") as caught:
+        build(path, tmp_path / "out", HealingText(BuildOptions(**options)), extent)
+    assert "of 4000 rows" not in str(caught.value), "it did not have to read on to the end"
+    done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.partial" / "train").glob("shard_0[01]*")}
+    assert len(done) == 12
+    build(path, tmp_path / "out", HealingText(BuildOptions(**options, strict=False)), extent)
+    assert all((tmp_path / "out" / "train" / name).stat().st_mtime_ns == when for name, when in done.items())
+
+
 def test_an_interrupted_build_ends_with_the_same_bytes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

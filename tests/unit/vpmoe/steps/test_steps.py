@@ -165,6 +165,20 @@ def test_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     assert made == ["first", "second"]
 
 
+def test_what_a_kill_left_of_a_file_being_written_is_not_part_of_the_result(tmp_path: Path) -> None:
+    def killed(work: Work) -> dict[str, Any]:
+        (work.folder / "valid").mkdir()
+        for place in (work.folder, work.folder / "valid"):
+            (place / f".numbers.json.{4242}.tmp").write_text("{")
+        raise Killed
+
+    with pytest.raises(Killed):
+        steps.run(step_at(tmp_path / "out"), killed)
+    receipt = steps.run(step_at(tmp_path / "out"), write_numbers)
+    assert set(receipt["files"]) == {"0.txt", "1.txt", "2.txt"}
+    assert not list((tmp_path / "out").rglob(".*"))
+
+
 def test_unfinished_work_of_another_key_is_kept_unless_asked(tmp_path: Path) -> None:
     def interrupted(work: Work) -> dict[str, Any]:
         (work.folder / "days of work").write_text("")
