@@ -68,7 +68,7 @@ def check_free(lock: Path, what: str) -> None:
     Raises:
         BusyError: another process holds it.
     """
-    with contextlib.suppress(FileNotFoundError), lock.open("r+b") as stream:
+    with contextlib.suppress(OSError), lock.open("r+b") as stream:  # what else is wrong, `owned` will say
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

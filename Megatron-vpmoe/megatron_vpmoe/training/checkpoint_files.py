@@ -64,7 +64,7 @@ def read_checkpoint(path: Path, *, check_hashes: bool = True) -> Found:
     Raises:
         CheckpointError: it is not complete, or not as it was written; ``what`` says in which way.
     """
-    reason: str | None = "it is not a folder"
+    reason: str | None = "it is not a folder" if os.path.lexists(path) else "there is no such folder"
     state: dict[str, Any] = {}
     if path.is_dir():
         files = read_json(path / FILES, error=CheckpointError, remedy=_REMEDY)
@@ -120,9 +120,10 @@ def find_newest(directory: Path, *, check_hashes: bool = True) -> tuple[Found | 
     return None, damaged
 
 
-def set_aside_before(directory: Path) -> list[Path]:
+def set_aside_before(directory: Path) -> list[Damaged]:
     """The damaged checkpoints that earlier runs have set aside."""
-    return sorted(directory / name for name in _names(directory) if _SET_ASIDE.fullmatch(name))
+    names = sorted(name for name in _names(directory) if _SET_ASIDE.fullmatch(name))
+    return [Damaged(directory / name, "set aside by an earlier run") for name in names]
 
 
 def open_checkpoint(path: Path) -> Found:
@@ -137,15 +138,15 @@ def open_checkpoint(path: Path) -> Found:
         return read_checkpoint(path)
     directory = path / "checkpoints" if os.path.lexists(path / "checkpoints") else path
     found, damaged = find_newest(directory)
+    aside = set_aside_before(directory)
     if found is None:
-        lines = [*map(str, damaged), *(f"{aside}: set aside by a run" for aside in set_aside_before(directory))]
         raise CheckpointError(
-            "no complete checkpoint" + "".join(f"\n  passed over {line}" for line in lines),
+            "no complete checkpoint" + "".join(f"\n  passed over {line}" for line in (*damaged, *aside)),
             source=str(directory),
             remedy="train first, or name a directory that holds iter_* checkpoints",
         )
-    if distributed.rank() == 0:
-        for line in damaged:
+    for line in (*damaged, *(line for line in aside if _iteration(line.path) > found.iteration)):
+        if distributed.rank() == 0:
             print(f"warning: passed over {line}; {found.path.name} is used instead", file=sys.stderr, flush=True)
     return found
 
@@ -244,7 +245,7 @@ def _by_age(directory: Path) -> list[Path]:
 
 
 def _iteration(path: Path) -> int:
-    return int(path.name.removeprefix("iter_"))
+    return int(path.name.removeprefix("iter_").split(".")[0])
 
 
 def _names(directory: Path) -> list[str]:

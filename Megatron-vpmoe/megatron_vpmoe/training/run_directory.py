@@ -56,7 +56,7 @@ def restorable(cfg: RunConfig, *, check_hashes: bool = True) -> tuple[Found | No
     """
     directory = cfg.run_directory / "checkpoints"
     found, damaged = find_newest(directory, check_hashes=check_hashes)
-    lost = [*map(str, damaged), *(f"{path}: set aside by an earlier run" for path in set_aside_before(directory))]
+    lost = [str(line) for line in (*damaged, *set_aside_before(directory))]
     if found is None and lost:
         raise CheckpointError(
             "the run directory holds no sound checkpoint, only damaged ones:\n    " + "\n    ".join(lost),

@@ -237,7 +237,12 @@ def test_who_takes_an_older_one_is_told(tmp_path: Path, capsys: pytest.CaptureFi
     assert open_checkpoint(tmp_path / "run").path == older
     said = capsys.readouterr().err
     assert str(newer) in said and "sha256" in said and "iter_0000001 is used" in said
+    checkpoint_files.set_aside(newer)
+    assert open_checkpoint(tmp_path / "run").path == older
+    assert "iter_0000002.damaged" in capsys.readouterr().err
     assert open_checkpoint(older).path == older
+    newest = written(directory, 3)
+    assert open_checkpoint(directory).path == newest
     assert capsys.readouterr().err == ""
 
 
