@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_vpmoe.config import rules_data, rules_model, rules_parallel, rules_run
-from megatron_vpmoe.config.rule import Problem, Rule
-from megatron_vpmoe.config.rules_model import OF_EXPERTS
+from megatron_vpmoe.config import rules_model, rules_parallel, rules_run
+from megatron_vpmoe.config.rule import Problem, Rule, View
 from megatron_vpmoe.config.schema import RunConfig
 
 ARCHITECTURE = rules_model.REFUSED
 """Refused whatever runs the model."""
-RUN = (*rules_run.REFUSED, *rules_parallel.REFUSED, *rules_data.REFUSED, *rules_parallel.OF_WORLD)
+RUN = (*rules_run.REFUSED, *rules_parallel.REFUSED, *rules_parallel.OF_WORLD)
 """Refused of a run."""
 IDLE = rules_model.IDLE
 """Fields of the architecture that change nothing."""
@@ -29,22 +28,27 @@ def find_problems(cfg: RunConfig, world_size: int | None = None) -> list[Problem
         cfg: a configuration whose single fields are valid.
         world_size: processes over all nodes; None leaves out the rules that depend on it.
     """
-    checked = [rule for rule in RULES if rule.kind == "refused" and not (rule.of_world and world_size is None)]
-    return [problem for rule in checked for problem in rule.problems(cfg, world_size)]
+    view = View(cfg, world_size)
+    return [problem for rule in RULES if rule.kind == "refused" for problem in rule.problems(view)]
+
+
+def _idle(cfg: RunConfig) -> list[Rule]:
+    view = View(cfg)
+    return [rule for rule in IDLE if rule.when(view)]
 
 
 def idle_fields(cfg: RunConfig) -> dict[str, str]:
     """Field -> why it changes nothing in ``cfg``."""
-    return {name: rule.text for rule in IDLE if rule.applies(cfg) for name in rule.names}
+    return {name: rule.text for rule in _idle(cfg) for name in rule.names}
 
 
 def idle_lines(cfg: RunConfig) -> list[str]:
     """One line for each reason: the fields that change nothing in ``cfg``, and why."""
-    return [f"{_named(rule)}: {rule.text}".replace("`", "") for rule in IDLE if rule.applies(cfg)]
+    return [f"{_named(rule)}: {rule.text}".replace("`", "") for rule in _idle(cfg)]
 
 
 def _named(rule: Rule) -> str:
-    if rule.names is OF_EXPERTS:
+    if rule.names == rules_model.OF_EXPERTS:
         return "all of `moe`, and the thresholds and optimizer settings of experts"
     return ", ".join(f"`{name}`" for name in rule.names)
 

@@ -2,202 +2,183 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
 
 from megatron_vpmoe.config.geometry import stage_layers
-from megatron_vpmoe.config.rule import Facts, Rule, getter
-from megatron_vpmoe.config.rules_model import layers
-from megatron_vpmoe.config.schema import RunConfig
+from megatron_vpmoe.config.rule import Rule, View, refuse
 
 _TP, _EP, _PP = "tensor_model_parallel_size", "expert_model_parallel_size", "pipeline_model_parallel_size"
 _FIRST, _LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
-_ALWAYS = ("num_attention_heads", "num_query_groups", "padded_vocab_size")
+Facts = list[Mapping[str, object]]
 
 
-def _has_dense(cfg: RunConfig) -> bool:
-    return not all(cfg.is_moe_layer(n) for n in layers(cfg))
+def _splits_unevenly(name: str, c: View) -> bool:
+    """Whether tensor-parallel ranks share out ``name`` in this model, and cannot."""
+    present = {
+        "ffn_hidden_size": not all(c.sparse),
+        "moe_shared_expert_intermediate_size": c.num_experts is not None,
+        "seq_length": c.sequence_parallel,
+    }
+    return present.get(name, True) and (c[name] or 0) % c[_TP] != 0
 
 
-_SPLIT: dict[str, Callable[[RunConfig], bool]] = {
-    **dict.fromkeys(_ALWAYS, lambda c: True),
-    "ffn_hidden_size": _has_dense,
-    "moe_shared_expert_intermediate_size": lambda c: c.moe.num_experts is not None,
-    "seq_length": lambda c: c.parallel.sequence_parallel,
-}
-"""What tensor-parallel ranks share out, and whether this model has it."""
+_SPLIT = (
+    "num_attention_heads",
+    "num_query_groups",
+    "padded_vocab_size",
+    "ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "seq_length",
+)
 
 
-def _splits_unevenly(name: str, cfg: RunConfig) -> bool:
-    size = getter(cfg, name)
-    return size is not None and _SPLIT[name](cfg) and size % cfg.parallel.tensor_model_parallel_size != 0
-
-
-def _several(name: str, cfg: RunConfig) -> bool:
-    return getter(cfg, name) > 1
-
-
-def _left(cfg: RunConfig) -> tuple[int, int]:
+def _left(c: View) -> tuple[int, int]:
     """(layers, stages) without the first and last stage where those have a number of layers of their own."""
-    first, last = cfg.parallel.num_layers_in_first_pipeline_stage, cfg.parallel.num_layers_in_last_pipeline_stage
-    stages = cfg.parallel.pipeline_model_parallel_size - (first is not None) - (last is not None)
-    return cfg.model.num_layers - (first or 0) - (last or 0), stages
+    own = [c[name] for name in (_FIRST, _LAST) if c[name] is not None]
+    return c.num_layers - sum(own), c[_PP] - len(own)
 
 
-def _unfilled(cfg: RunConfig) -> bool:
-    left, stages = _left(cfg)
-    return _several(_PP, cfg) and (left < stages or (stages == 0 and left != 0))
+def _division(c: View) -> str:
+    """Whether the layers fill the stages of a pipeline: "single", "unfilled", "uneven" or "even"."""
+    left, stages = _left(c)
+    if c[_PP] == 1:
+        return "single"
+    if left < stages or (stages == 0 and left):
+        return "unfilled"
+    return "uneven" if stages and left % stages else "even"
 
 
-def _uneven(cfg: RunConfig) -> bool:
-    left, stages = _left(cfg)
-    return _several(_PP, cfg) and not _unfilled(cfg) and stages > 0 and left % stages != 0
+def _unfilled(c: View) -> Facts:
+    numbers = {"first": c[_FIRST] or "any number of", "last": c[_LAST] or "any number of"}
+    return [numbers] if _division(c) == "unfilled" else []
 
 
-def _stages(cfg: RunConfig) -> list[range]:
-    """The stages of a pipeline that can be cut, else none."""
-    return stage_layers(cfg) if _several(_PP, cfg) and not _unfilled(cfg) and not _uneven(cfg) else []
+def _uneven(c: View) -> Facts:
+    return [dict(zip(("layers_left", "stages_left"), _left(c), strict=True))] if _division(c) == "uneven" else []
 
 
-def _without_experts(cfg: RunConfig) -> list[Facts]:
-    found = [n for n, stage in enumerate(_stages(cfg)) if not any(cfg.is_moe_layer(layer) for layer in stage)]
-    return [{"stage": number} for number in found if cfg.moe.num_experts is not None]
+def _without_experts(c: View) -> Facts:
+    stages = stage_layers(c.cfg) if _division(c) == "even" and c.num_experts is not None else []
+    return [{"stage": n} for n, stage in enumerate(stages) if not any(c.sparse[stage.start - 1 : stage.stop - 1])]
 
 
-def _more_than_a_stage(cfg: RunConfig) -> list[Facts]:
-    again, largest = cfg.training.recompute_num_layers, max((len(stage) for stage in _stages(cfg)), default=0)
-    too_many = again is not None and 0 < largest < again <= cfg.model.num_layers
-    return [{"largest": largest}] if too_many else []
+def _more_than_a_stage(c: View) -> Facts:
+    largest = max(map(len, stage_layers(c.cfg))) if _division(c) == "even" else c.num_layers
+    return [{"largest": largest}] if largest < (c.recompute_num_layers or 0) <= c.num_layers else []
 
 
 REFUSED: tuple[Rule, ...] = (
-    Rule(
-        ("sequence_parallel", _TP),
+    refuse(
+        f"sequence_parallel {_TP}",
         "shares the sequence of tensor-parallel ranks and there is one",
-        lambda c: c.parallel.sequence_parallel and not _several(_TP, c),
+        lambda c: c.sequence_parallel and c[_TP] == 1,
     ),
     *(
-        Rule(
-            (name, _TP),
+        refuse(
+            f"{name} {_TP}",
             f"{{{name}}} cannot be split evenly over {{{_TP}}} ranks; set a divisor of it",
-            partial(_splits_unevenly, name),
+            lambda c, name=name: _splits_unevenly(name, c),
         )
         for name in _SPLIT
     ),
-    Rule(
-        ("sequence_parallel", _TP, "num_experts"),
+    refuse(
+        f"sequence_parallel {_TP} num_experts",
         "without it every tensor-parallel rank would send every token to the experts; set sequence_parallel true",
-        lambda c: _several(_TP, c) and c.moe.num_experts is not None and not c.parallel.sequence_parallel,
+        lambda c: c[_TP] > 1 and c.num_experts is not None and not c.sequence_parallel,
     ),
-    Rule(
-        (_EP, "num_experts"),
+    refuse(
+        f"{_EP} num_experts",
         f"{{{_EP}}} ranks, and no experts to share",
-        lambda c: _several(_EP, c) and c.moe.num_experts is None,
+        lambda c: c[_EP] > 1 and c.num_experts is None,
     ),
-    Rule(
-        ("num_experts", _EP),
+    refuse(
+        f"num_experts {_EP}",
         f"{{num_experts}} experts cannot be spread evenly over {{{_EP}}} ranks",
-        lambda c: (c.moe.num_experts or 0) % c.parallel.expert_model_parallel_size != 0,
+        lambda c: (c.num_experts or 0) % c[_EP],
     ),
     *(
-        Rule(
-            (name, _PP),
+        refuse(
+            f"{name} {_PP}",
             "has no effect on a single stage; set it to null",
-            partial(lambda name, c: getter(c, name) is not None and not _several(_PP, c), name),
+            lambda c, name=name: c[name] is not None and c[_PP] == 1,
         )
         for name in (_FIRST, _LAST)
     ),
     *(
-        Rule(
-            (_PP, other),
+        refuse(
+            f"{_PP} {other}",
             f"no test has shown yet that it equals one process together with {other}; set one of them to 1",
-            partial(lambda other, c: _several(_PP, c) and _several(other, c), other),
+            lambda c, other=other: c[_PP] > 1 and c[other] > 1,
         )
         for other in (_TP, _EP)
     ),
-    Rule(
-        ("num_layers", _PP, _FIRST, _LAST),
+    refuse(
+        f"num_layers {_PP} {_FIRST} {_LAST}",
         f"{{num_layers}} layers do not fill {{{_PP}}} stages with {{first}} in the first and {{last}} in the last",
-        lambda c: _unfilled(c) and [{
-            "first": c.parallel.num_layers_in_first_pipeline_stage or "any number of",
-            "last": c.parallel.num_layers_in_last_pipeline_stage or "any number of",
-        }],
+        _unfilled,
     ),
-    Rule(
-        ("num_layers", _PP, _FIRST, _LAST),
+    refuse(
+        f"num_layers {_PP} {_FIRST} {_LAST}",
         "{layers_left} layers cannot be shared out evenly over {stages_left} stages; "
         "give the first or the last stage a number of its own (--num-layers-in-last-pipeline-stage)",
-        lambda c: _uneven(c) and [dict(zip(("layers_left", "stages_left"), _left(c), strict=True))],
+        _uneven,
     ),
-    Rule(
-        (_PP, _FIRST, "first_layer_dense"),
+    refuse(
+        f"{_PP} {_FIRST} first_layer_dense",
         "stage {stage} holds no layer with experts, and the experts' gradient norm and optimizer state are exchanged "
         "between stages; give it another layer",
         _without_experts,
     ),
-    Rule(
-        ("recompute_num_layers", _PP),
+    refuse(
+        f"recompute_num_layers {_PP}",
         "{recompute_num_layers} layers of a stage, and the largest stage has {largest}",
         _more_than_a_stage,
     ),
-)  # fmt: skip
+)
 """What the sizes of parallelism demand of the model and of each other."""
 
-# The number of processes over all nodes.
 
-
-def _undivided(cfg: RunConfig, world: int) -> str | None:
+def _undivided(c: View) -> str | None:
     """The first of pipelines, and tensor-parallel groups inside them, that the processes do not make up."""
-    stages, ranks = cfg.parallel.pipeline_model_parallel_size, cfg.parallel.tensor_model_parallel_size
-    return _PP if world % stages else _TP if world % (stages * ranks) else None
+    if c.world is None:
+        return None
+    return _PP if c.world % c[_PP] else _TP if c.world % (c[_PP] * c[_TP]) else None
 
 
-def _of_stages(cfg: RunConfig, before: str) -> str:
-    stages = cfg.parallel.pipeline_model_parallel_size
-    return "" if stages == 1 else before.format(stages=stages)
-
-
-def _expert_groups(cfg: RunConfig, world: int) -> list[Facts]:
-    processes = world // cfg.parallel.pipeline_model_parallel_size
-    broken = not _undivided(cfg, world) and processes % cfg.parallel.expert_model_parallel_size
-    return [{"processes": processes, "maybe_of_each": _of_stages(cfg, " of each stage")}] if broken else []
-
-
-def _batch(cfg: RunConfig, world: int) -> list[Facts]:
-    p, t = cfg.parallel, cfg.training
-    replicas = world // (p.pipeline_model_parallel_size * p.tensor_model_parallel_size)
-    rows = t.micro_batch_size * replicas
-    if _undivided(cfg, world) or t.global_batch_size % t.micro_batch_size or not t.global_batch_size % rows:
+def _expert_groups(c: View) -> Facts:
+    if c.world is None or _undivided(c) or c.world // c[_PP] % c[_EP] == 0:
         return []
-    return [{"replicas": replicas, "rows": rows}]
+    return [{"processes": c.world // c[_PP], "maybe_of_each": " of each stage" if c[_PP] > 1 else ""}]
+
+
+def _batch(c: View) -> Facts:
+    if c.world is None or _undivided(c) or c.global_batch_size % c.micro_batch_size:
+        return []
+    replicas = c.world // (c[_PP] * c[_TP])
+    rows = c.micro_batch_size * replicas
+    return [{"replicas": replicas, "rows": rows}] if c.global_batch_size % rows else []
 
 
 OF_WORLD: tuple[Rule, ...] = (
-    Rule(
-        (_PP, "nproc_per_node"),
-        f"{{processes}} processes cannot be divided into pipelines of {{{_PP}}} stages",
-        lambda c, world: _undivided(c, world) == _PP and [{"processes": world}],
-        of_world=True,
+    refuse(
+        f"{_PP} nproc_per_node",
+        f"{{world}} processes cannot be divided into pipelines of {{{_PP}}} stages",
+        lambda c: _undivided(c) == _PP,
     ),
-    Rule(
-        (_TP, "nproc_per_node"),
-        f"{{processes}} processes cannot be divided into tensor-parallel groups of {{{_TP}}}{{maybe_over}}",
-        lambda c, world: _undivided(c, world) == _TP and [
-            {"processes": world, "maybe_over": _of_stages(c, " over {stages} stages")}
-        ],
-        of_world=True,
+    refuse(
+        f"{_TP} nproc_per_node",
+        f"{{world}} processes cannot be divided into tensor-parallel groups of {{{_TP}}}{{maybe_over}}",
+        lambda c: _undivided(c) == _TP and [{"maybe_over": f" over {c[_PP]} stages" if c[_PP] > 1 else ""}],
     ),
-    Rule(
-        (_EP, "nproc_per_node"),
+    refuse(
+        f"{_EP} nproc_per_node",
         f"{{processes}} processes{{maybe_of_each}} cannot be divided into expert groups of {{{_EP}}}",
         _expert_groups,
-        of_world=True,
     ),
-    Rule(
-        ("global_batch_size", "micro_batch_size", "nproc_per_node"),
+    refuse(
+        "global_batch_size micro_batch_size nproc_per_node",
         "{global_batch_size} rows are not a multiple of {micro_batch_size} x {replicas} data-parallel ranks = {rows}",
         _batch,
-        of_world=True,
     ),
-)  # fmt: skip
-"""What the number of processes has to be."""
+)
+"""What the number of processes has to be; nothing is found where it is not known."""

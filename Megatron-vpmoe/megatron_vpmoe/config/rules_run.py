@@ -1,235 +1,257 @@
-"""Rules of how a run goes: attention backends, schedules and limits, what is trained, recomputation."""
+"""Rules of how a run goes: attention backends, schedules and limits, what is trained, recomputation, datasets."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
 import importlib.util
-from collections.abc import Callable
+import os
+from collections.abc import Mapping
 from functools import partial
+from itertools import pairwise
 
 from megatron_vpmoe.config.parameters import is_trained, parameter_sizes
-from megatron_vpmoe.config.rule import Facts, Rule, getter
-from megatron_vpmoe.config.rules_model import has_global, layers, positions
-from megatron_vpmoe.config.schema import RunConfig
+from megatron_vpmoe.config.rule import Rule, View, refuse
+
+Facts = list[Mapping[str, object]]
 
 
-def _sparse(cfg: RunConfig) -> list[bool]:
-    """Of each layer whether it has experts."""
-    return [cfg.is_moe_layer(n) for n in layers(cfg)]
-
-
-def _given(name: str, cfg: RunConfig) -> bool:
-    return getter(cfg, name) is not None
-
-
-# Attention backends and kernels.
-
-
-def _needs_transformer_engine(name: str, cfg: RunConfig) -> bool:
-    asked = cfg.moe.num_experts is not None and getter(cfg, name)
+def _without_transformer_engine(name: str, c: View) -> bool:
+    asked = c.num_experts is not None and c[name]
     return asked and importlib.util.find_spec("transformer_engine") is None
 
 
-_KERNELS = (
-    Rule(
-        ("attention_backend", "window_size", "window_attn_skip_freq"),
-        "banded serves layers with a window only and the schedule has global layers; use auto",
-        lambda c: c.model.attention_backend == "banded" and has_global(c),
-    ),
-    Rule(
-        ("attention_backend", "local_position_embedding"),
-        "banded has no bias on distance (grape_a); use auto",
-        lambda c: c.model.attention_backend == "banded" and not has_global(c) and "grape_a" in positions(c),
-    ),
-    *(
-        Rule(
-            (name,),
-            "is a TransformerEngine kernel and TransformerEngine is not installed; set false",
-            partial(_needs_transformer_engine, name),
-        )
-        for name in ("moe_permute_fusion", "moe_router_fusion")
-    ),
-)
-
-# Schedules, limits and what is trained.
-
-
-def _unreachable(name: str, cfg: RunConfig) -> list[Facts]:
-    limit, experts = getter(cfg, name), (cfg.moe.num_experts or 0) * sum(_sparse(cfg))
-    never = cfg.moe.num_experts is not None and limit is not None and limit > experts
-    return [{"routed_experts": experts}] if never else []
-
-
-def _fails_below_warning(fail: str, warn: str, cfg: RunConfig) -> bool:
-    return _given(fail, cfg) and _given(warn, cfg) and getter(cfg, fail) < getter(cfg, warn)
-
-
-def _iters(broken: Callable[[RunConfig], bool], cfg: RunConfig) -> list[Facts]:
-    return [{"decay_iters": cfg.decay_iters}] if broken(cfg) else []
-
-
-def _keeps_nothing(cfg: RunConfig) -> bool:
-    save, keep = cfg.checkpoint.save_interval, cfg.checkpoint.keep_every
-    return keep is not None and (save is None or keep % save != 0)
-
-
-def _unmatched(cfg: RunConfig) -> list[Facts]:
-    names = list(parameter_sizes(cfg))
+def _unmatched(c: View) -> Facts:
+    names = list(parameter_sizes(c.cfg))
     return [
         {"pattern": pattern, "near": ", ".join(difflib.get_close_matches(pattern, names, 3, 0.0))}
-        for pattern in cfg.training.train_only or ()
+        for pattern in c.train_only or ()
         if not fnmatch.filter(names, pattern)
     ]
 
 
-def _bare_bias(cfg: RunConfig) -> list[Facts]:
+def _bare_bias(c: View) -> Facts:
     """A trained bias that its frozen matrix adds itself."""
-    fused = [n for n in parameter_sizes(cfg) if n.endswith((".linear_qkv.bias", ".linear_tpa_a.bias"))]
+    fused = [n for n in parameter_sizes(c.cfg) if n.endswith((".linear_qkv.bias", ".linear_tpa_a.bias"))]
     pairs = [(bias, bias.removesuffix("bias") + "weight") for bias in fused]
-    bare = [pair for pair in pairs if is_trained(cfg, pair[0]) and not is_trained(cfg, pair[1])]
+    bare = [pair for pair in pairs if is_trained(c.cfg, pair[0]) and not is_trained(c.cfg, pair[1])]
     return [{"bias": bias, "matrix": matrix} for bias, matrix in bare[:1]]
 
 
-_LIMITS = ("dead_experts_{}", "max_load_{}_pct", "cv_{}_pct", "max_vio_{}")
-_WSD = ("lr_wsd_decay_iters", "lr_decay_style")
+def _fails_below_warning(fail: str, warn: str, c: View) -> bool:
+    return None not in (c[fail], c[warn]) and c[fail] < c[warn]
+
+
+_LIMITS = ("router_dead_experts_{}", "router_max_load_{}_pct", "router_cv_{}_pct", "router_max_vio_{}")
 
 _TRAINING = (
-    Rule(
-        ("min_lr", "lr"),
-        "min_lr {min_lr:g} is above the peak {lr:g}; lower min_lr",
-        lambda c: c.optim.min_lr > c.optim.lr,
+    refuse(
+        "attention_backend window_size window_attn_skip_freq",
+        "banded serves layers with a window only and the schedule has global layers; use auto",
+        lambda c: c.attention_backend == "banded" and c.has_global,
     ),
-    Rule(
-        ("lr_warmup_iters", "lr_decay_iters", "train_iters"),
+    refuse(
+        "attention_backend local_position_embedding",
+        "banded has no bias on distance (grape_a); use auto",
+        lambda c: c.attention_backend == "banded" and not c.has_global and "grape_a" in c.positions,
+    ),
+    *(
+        refuse(
+            name,
+            "is a TransformerEngine kernel and TransformerEngine is not installed; set false",
+            partial(_without_transformer_engine, name),
+        )
+        for name in ("moe_permute_fusion", "moe_router_fusion")
+    ),
+    refuse("min_lr lr", "min_lr {min_lr:g} is above the peak {lr:g}; lower min_lr", lambda c: c.min_lr > c.lr),
+    refuse(
+        "lr_warmup_iters lr_decay_iters train_iters",
         "a warm-up of {lr_warmup_iters} iterations leaves nothing of a schedule of {decay_iters}",
-        partial(_iters, lambda c: c.optim.lr_warmup_iters >= c.decay_iters),
+        lambda c: c.lr_warmup_iters >= c.decay_iters,
     ),
-    Rule(
-        _WSD[:1],
+    refuse(
+        "lr_wsd_decay_iters",
         "the WSD schedule needs the length of its final decay",
-        lambda c: c.optim.lr_decay_style == "WSD" and c.optim.lr_wsd_decay_iters is None,
+        lambda c: c.lr_decay_style == "WSD" and c.lr_wsd_decay_iters is None,
     ),
-    Rule(
-        _WSD,
+    refuse(
+        "lr_wsd_decay_iters lr_decay_style",
         "has no effect on the schedule {lr_decay_style}",
-        lambda c: c.optim.lr_decay_style != "WSD" and c.optim.lr_wsd_decay_iters is not None,
+        lambda c: c.lr_decay_style != "WSD" and c.lr_wsd_decay_iters is not None,
     ),
-    Rule(
-        ("lr_wsd_decay_iters", "lr_warmup_iters", "lr_decay_iters"),
+    refuse(
+        "lr_wsd_decay_iters lr_warmup_iters lr_decay_iters",
         "warm-up {lr_warmup_iters} and final decay {lr_wsd_decay_iters} exceed {decay_iters} iterations",
-        partial(
-            _iters,
-            lambda c: (
-                c.optim.lr_wsd_decay_iters is not None
-                and c.optim.lr_wsd_decay_iters + c.optim.lr_warmup_iters > c.decay_iters
-            ),
-        ),
+        lambda c: c.lr_wsd_decay_iters is not None and c.lr_wsd_decay_iters + c.lr_warmup_iters > c.decay_iters,
     ),
-    Rule(
-        ("nonfinite_policy", "nonfinite_max_skips"),
+    refuse(
+        "nonfinite_policy nonfinite_max_skips",
         "the policy {nonfinite_policy} does not go with {nonfinite_max_skips} permitted skips",
-        lambda c: (c.training.nonfinite_policy == "skip") != (c.training.nonfinite_max_skips > 0),
+        lambda c: (c.nonfinite_policy == "skip") != (c.nonfinite_max_skips > 0),
     ),
-    Rule(
-        ("kd_span_weight_reasoning", "kd_span_weight_final"),
+    refuse(
+        "kd_span_weight_reasoning kd_span_weight_final",
         "both are 0, so nothing would be learnt",
-        lambda c: c.training.kd_span_weight_reasoning == 0 and c.training.kd_span_weight_final == 0,
+        lambda c: c.kd_span_weight_reasoning == c.kd_span_weight_final == 0,
     ),
-    Rule(
-        ("train_only",), "an empty list trains nothing; null trains everything", lambda c: c.training.train_only == []
-    ),
-    Rule(("train_only",), "no parameter matches '{pattern}'; near: {near}", _unmatched),
-    Rule(
-        ("train_only",),
+    refuse("train_only", "an empty list trains nothing; null trains everything", lambda c: c.train_only == []),
+    refuse("train_only", "no parameter matches '{pattern}'; near: {near}", _unmatched),
+    refuse(
+        "train_only",
         "{bias} is trained and its matrix is not: Megatron-Core's linear gives the bias of a frozen matrix no "
         "gradient; add {matrix}, or leave the bias out",
         _bare_bias,
     ),
-    Rule(
-        ("keep_every", "save_interval"),
+    refuse(
+        "keep_every save_interval",
         "{keep_every} is not a multiple of {save_interval}, so nothing would be kept",
-        _keeps_nothing,
+        lambda c: c.keep_every is not None and (c.save_interval is None or c.keep_every % c.save_interval),
     ),
     *(
-        Rule(
-            (name, "num_experts"),
+        refuse(
+            f"{name} num_experts",
             f"{{{name}}} is never reached: the model has {{routed_experts}} routed experts",
-            partial(_unreachable, name),
+            lambda c, name=name: c.num_experts is not None and (c[name] or 0) > c.routed_experts,
         )
         for name in ("router_dead_experts_warn", "router_dead_experts_fail")
     ),
     *(
-        Rule((fail, warn), f"fails at {{{fail}}}, warns at {{{warn}}}", partial(_fails_below_warning, fail, warn))
-        for fail, warn in ((f"router_{limit.format('fail')}", f"router_{limit.format('warn')}") for limit in _LIMITS)
+        refuse(f"{fail} {warn}", f"fails at {{{fail}}}, warns at {{{warn}}}", partial(_fails_below_warning, fail, warn))
+        for fail, warn in ((limit.format("fail"), limit.format("warn")) for limit in _LIMITS)
     ),
-    Rule(
-        ("global_batch_size", "micro_batch_size"),
+    refuse(
+        "global_batch_size micro_batch_size",
         "{global_batch_size} rows are not a whole number of micro-batches of {micro_batch_size}",
-        lambda c: c.training.global_batch_size % c.training.micro_batch_size != 0,
+        lambda c: c.global_batch_size % c.micro_batch_size,
     ),
 )
-
-# What runs again backward instead of being kept.
-
-_OF_GRANULARITY = {"recompute_method": "full", "recompute_num_layers": "full", "recompute_modules": "selective"}
-
-
-def _of_another(name: str, cfg: RunConfig) -> bool:
-    return _given(name, cfg) and cfg.training.recompute_granularity != _OF_GRANULARITY[name]
-
-
-def _again(cfg: RunConfig) -> list[str]:
-    return list(cfg.training.recompute_modules or ())
-
-
-def _without_layers(module: str, cfg: RunConfig) -> bool:
-    return module in _again(cfg) and not any(_sparse(cfg))
-
 
 _RECOMPUTATION = (
     *(
-        Rule(
-            (name, "recompute_granularity"),
+        refuse(
+            f"{name} recompute_granularity",
             f"has no effect unless recompute_granularity is {granularity}; set it to null",
-            partial(_of_another, name),
+            lambda c, name=name, granularity=granularity: (
+                c[name] is not None and c.recompute_granularity != granularity
+            ),
         )
-        for name, granularity in _OF_GRANULARITY.items()
+        for name, granularity in (
+            ("recompute_method", "full"),
+            ("recompute_num_layers", "full"),
+            ("recompute_modules", "selective"),
+        )
     ),
-    Rule(
-        ("recompute_num_layers", "num_layers"),
+    refuse(
+        "recompute_num_layers num_layers",
         "{recompute_num_layers} is more than the {num_layers} layers there are",
-        lambda c: (c.training.recompute_num_layers or 0) > c.model.num_layers,
+        lambda c: (c.recompute_num_layers or 0) > c.num_layers,
     ),
-    Rule(
-        ("recompute_modules",),
+    refuse(
+        "recompute_modules",
         "{recompute_modules} must name each part once, and at least one",
-        lambda c: c.training.recompute_modules is not None and len(set(_again(c))) < max(1, len(_again(c))),
+        lambda c: c.recompute_modules is not None and len(set(c.recompute_modules)) < max(1, len(c.recompute_modules)),
     ),
-    Rule(
-        ("recompute_modules", "first_layer_dense"),
+    refuse(
+        "recompute_modules first_layer_dense",
         "mlp is the dense layers' and every layer has routed experts",
-        lambda c: "mlp" in _again(c) and all(_sparse(c)),
+        lambda c: "mlp" in (c.recompute_modules or ()) and all(c.sparse),
     ),
     *(
-        Rule(
-            ("recompute_modules", "num_experts"),
+        refuse(
+            "recompute_modules num_experts",
             f"{module} is the MoE layers' and there is none; use mlp",
-            partial(_without_layers, module),
+            lambda c, module=module: module in (c.recompute_modules or ()) and not any(c.sparse),
         )
         for module in ("moe", "shared_experts")
     ),
-    Rule(
-        ("recompute_modules", "moe_shared_expert_intermediate_size"),
+    refuse(
+        "recompute_modules moe_shared_expert_intermediate_size",
         "there is no shared expert to recompute",
-        lambda c: "shared_experts" in _again(c) and c.moe.moe_shared_expert_intermediate_size is None,
+        lambda c: "shared_experts" in (c.recompute_modules or ()) and c.moe_shared_expert_intermediate_size is None,
     ),
-    Rule(
-        ("recompute_modules",),
+    refuse(
+        "recompute_modules",
         "moe recomputes the shared expert already; leave shared_experts out",
-        lambda c: {"moe", "shared_experts"} <= set(_again(c)),
+        lambda c: {"moe", "shared_experts"} <= set(c.recompute_modules or ()),
     ),
 )
 
-REFUSED = (*_KERNELS, *_TRAINING, *_RECOMPUTATION)
-"""Every rule of a run but those of its processes and datasets."""
+
+def _weights(c: View) -> list[tuple[str, list[float]]]:
+    """(where, weights) of a blend and of each change of them."""
+    if not c.blend:
+        return []
+    changes = [(f"from sample {change.from_sample}: ", change.weights) for change in c.blend_schedule or ()]
+    return [("", [part.weight for part in c.blend]), *changes]
+
+
+def _twice(values: list[str]) -> list[str]:
+    return sorted({value for value in values if values.count(value) > 1})
+
+
+def _paths(c: View) -> list[str]:
+    return [os.path.normpath(part.path) for part in c.blend or ()]
+
+
+def _same_names(c: View) -> Facts:
+    names = [] if _twice(_paths(c)) else [part.label for part in c.blend or ()]
+    return [{"dataset": name} for name in _twice(names)]
+
+
+def _never_read(c: View) -> Facts:
+    lists = [weights for _, weights in _weights(c)]
+    return [
+        {"dataset": part.path}
+        for number, part in enumerate(c.blend or ())
+        if not any(number < len(weights) and weights[number] for weights in lists)
+    ]
+
+
+def _falling(c: View) -> Facts:
+    starts = [change.from_sample for change in c.blend_schedule or () if c.blend]
+    return [{"after": after, "before": before} for before, after in pairwise(starts) if after <= before]
+
+
+_DATA = (
+    refuse(
+        "data_path blend",
+        "neither is given; data_path names one dataset, blend several",
+        lambda c: c.blend is None and c.data_path is None,
+    ),
+    refuse(
+        "data_path blend",
+        "both are given; with a blend set data_path to null",
+        lambda c: c.blend is not None and c.data_path is not None,
+    ),
+    refuse(
+        "blend_schedule blend",
+        "a schedule of weights needs a blend",
+        lambda c: c.blend is None and c.blend_schedule is not None,
+    ),
+    refuse("blend", "names no dataset; give a list of {{path, weight}}", lambda c: c.blend == []),
+    refuse(
+        "blend",
+        "the dataset {dataset} is listed twice; list it once with the sum of its weights",
+        lambda c: [{"dataset": path} for path in _twice(_paths(c))],
+    ),
+    refuse("blend", "two datasets are called {dataset}; tell them apart with name:", _same_names),
+    refuse(
+        "blend_schedule blend",
+        "{maybe_where}{weights} weights for {datasets} datasets",
+        lambda c: [
+            {"maybe_where": where, "weights": len(weights), "datasets": len(c.blend)}
+            for where, weights in _weights(c)
+            if len(weights) != len(c.blend)
+        ],
+    ),
+    refuse(
+        "blend blend_schedule",
+        "{maybe_where}every weight is 0, so nothing would be read",
+        lambda c: [{"maybe_where": where} for where, weights in _weights(c) if weights and not any(weights)],
+    ),
+    refuse("blend", "the weight of {dataset} is never above 0; leave the dataset out", _never_read),
+    refuse("blend_schedule", "from_sample {after} follows {before}; list them rising", _falling),
+)
+
+REFUSED: tuple[Rule, ...] = (*_TRAINING, *_RECOMPUTATION, *_DATA)
+"""Every rule of a run but those of its processes."""

@@ -73,15 +73,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return replace(
-            self,
-            tokens=self.tokens.to(device),
-            labels=self.labels.to(device),
-            position_ids=self.position_ids.to(device),
-            document_id=self.document_id.to(device),
-            loss_mask=self.loss_mask.to(device),
-            span_id=self.span_id.to(device),
-        )
+        held = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **held)
 
     @property
     def real_tokens(self) -> int:
@@ -91,19 +84,6 @@ class Batch:
     def span_count(self, span: int) -> int:
         """Supervised labels of one span."""
         return int((self.loss_mask & (self.span_id == span)).sum())
-
-    def cu_seqlens(self) -> Tensor:
-        """Boundaries of the conversations in the flattened batch, as variable-length attention kernels take them.
-
-        Returns:
-            int32 [n + 1], from 0 to b * s, strictly increasing. Segment k is the positions from entry k up to entry
-            k + 1 of ``tokens.flatten()``. No segment crosses a row; a row's padding is a segment of its own.
-        """
-        starts_here = torch.ones_like(self.document_id, dtype=torch.bool)
-        starts_here[:, 1:] = self.document_id[:, 1:] != self.document_id[:, :-1]
-        starts = starts_here.flatten().nonzero().flatten()
-        end = torch.tensor([self.document_id.numel()], device=starts.device)
-        return torch.cat([starts, end]).to(torch.int32)
 
 
 def assemble(rows: Sequence[Sequence[Document]], *, seq_length: int, eod_id: int, sample_ids: Sequence[int]) -> Batch:
@@ -142,12 +122,5 @@ def assemble(rows: Sequence[Sequence[Document]], *, seq_length: int, eod_id: int
             loss_mask[row, start : end - 1] = document.loss_mask[:-1]
             span_id[row, start : end - 1] = document.span_id[:-1]
             start = end
-    return Batch(
-        tokens=torch.from_numpy(tokens),
-        labels=torch.from_numpy(labels),
-        position_ids=torch.from_numpy(position_ids),
-        document_id=torch.from_numpy(document_id),
-        loss_mask=torch.from_numpy(loss_mask),
-        span_id=torch.from_numpy(span_id),
-        sample_ids=list(sample_ids),
-    )
+    arrays = (tokens, labels, position_ids, document_id, loss_mask, span_id)
+    return Batch(*map(torch.from_numpy, arrays), sample_ids=list(sample_ids))

@@ -48,11 +48,6 @@ def grouped_lengths(lengths: NDArray[np.int32], group_size: int, *, seq_length: 
     return sums.astype(np.int32)
 
 
-def paired_lengths(lengths: NDArray[np.int32], *, seq_length: int) -> NDArray[np.int32]:
-    """Tokens of each pair, chosen and rejected together; int32 [n / 2]. Raises as :func:`grouped_lengths`."""
-    return grouped_lengths(lengths, PAIR, seq_length=seq_length)
-
-
 def documents_of(groups: NDArray[np.int64], group_size: int) -> NDArray[np.int64]:
     """The documents of ``groups``, in their order and without a gap; int64 [len(groups) * group_size]."""
     return (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_vpmoe.optim.adamw import build_adamw, initialize_adamw_state
 from megatron_vpmoe.optim.assignment import RULES, AssignmentRow, Rule, assigned_parameters
 from megatron_vpmoe.optim.matrix_stacks import layout_flops, matrix_layout
 from megatron_vpmoe.optim.normuon import STACK_BYTES, NorMuon, NorMuonOptions
@@ -219,8 +218,10 @@ def _member(
         units = partial(_matrix_units, options=options)
         initialize = _initialize_normuon_state
     else:
-        build = partial(build_adamw, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps)
-        units, initialize = _element_units, initialize_adamw_state
+        # Fused: one kernel over all tensors on CUDA, one C++ loop on a CPU.
+        betas = (optim.adam_beta1, optim.adam_beta2)
+        build = partial(torch.optim.AdamW, lr=0.0, betas=betas, eps=optim.adam_eps, weight_decay=0.0, fused=True)
+        units, initialize = _element_units, _initialize_adamw_state
     return ShardedOptimizer(
         param_groups,
         build,
@@ -252,6 +253,14 @@ def _element_units(param: torch.nn.Parameter) -> Units:
 def _initialize_normuon_state(optimizer: torch.optim.Optimizer) -> None:
     assert isinstance(optimizer, NorMuon)
     optimizer.initialize_state()
+
+
+def _initialize_adamw_state(optimizer: torch.optim.Optimizer) -> None:
+    """Zero state for every parameter that has none, as the first step would create."""
+    for param in (param for group in optimizer.param_groups for param in group["params"]):
+        if not (state := optimizer.state[param]):
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
 
 
 def normuon_options(optim: OptimSection) -> NorMuonOptions:

@@ -210,19 +210,42 @@ class NorMuon(torch.optim.Optimizer):
         momenta = [self.state[p]["momentum_buffer"] for p in params]
         second_moments = [self.state[p]["second_moment"] for p in params]
         for stack in self._stacks(places):
-            group = self.param_groups[stack.group]
-            step_stack(
-                stack,
-                params,
-                grads,
-                momenta,
-                second_moments,
-                lr=group["lr"],
-                decay=group["lr"] * group["weight_decay"],
-                options=self._options,
-                workspace=self._workspace,
-                split=self._split(stack),
-            )
+            self._step_stack(stack, params, grads, momenta, second_moments)
+
+    def _step_stack(
+        self,
+        stack: Stack,
+        params: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor],
+        momenta: Sequence[torch.Tensor],
+        second_moments: Sequence[torch.Tensor],
+    ) -> None:
+        """Update the matrices of ``stack`` and their state in place; the lists are those that its segments index."""
+        options, split, workspace = self._options, self._split(stack), self._workspace
+        lr, weight_decay = (self.param_groups[stack.group][name] for name in ("lr", "weight_decay"))
+        dtype = params[stack.segments[0].index].dtype
+        grad_NRC = stack.gather(grads, dtype)
+        active_N11 = active_matrices(grad_NRC) if stack.routed and options.idle_expert_policy == "skip" else None
+        momentum_NRC = stack.gather(momenta, dtype)
+        weight = 1.0 - options.momentum
+        momentum_NRC.lerp_(grad_NRC, weight if active_N11 is None else weight * active_N11)
+        stack.scatter(momentum_NRC, momenta)
+        nesterov_NRC = workspace.take("nesterov", grad_NRC.shape, dtype, grad_NRC.device)
+        torch.lerp(grad_NRC, momentum_NRC, options.momentum, out=nesterov_NRC)
+        orthogonalise = partial(
+            polar_express, steps=options.steps, safety=options.safety, dtype=options.compute_dtype, workspace=workspace
+        )
+        update_NRC = orthogonalise(nesterov_NRC) if split is None else split.apply_whole(nesterov_NRC, orthogonalise)
+        second_moment_NR1 = stack.gather(second_moments, dtype)
+        factor_NR1 = row_factors(
+            update_NRC, second_moment_NR1, active_N11, beta2=options.beta2, eps=options.eps, split=split
+        )
+        stack.scatter(second_moment_NR1, second_moments)
+        weight_NRC = stack.gather(params, dtype)
+        if decay := lr * weight_decay:
+            weight_NRC.mul_(1.0 - decay if active_N11 is None else 1.0 - decay * active_N11)
+        weight_NRC.addcmul_(update_NRC, factor_NR1, value=-lr)
+        stack.scatter(weight_NRC, params)
 
     def _split(self, stack: Stack) -> Split | None:
         if stack.split is None:
@@ -238,55 +261,3 @@ class NorMuon(torch.optim.Optimizer):
             stack_bytes = self._stack_bytes or STACK_BYTES[params[0].device.type if params else "cpu"]
             self._plans[places] = plan_stacks(members, stack_bytes=stack_bytes, element_size=element_size)
         return self._plans[places]
-
-
-def step_stack(
-    stack: Stack,
-    params: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor],
-    momenta: Sequence[torch.Tensor],
-    second_moments: Sequence[torch.Tensor],
-    *,
-    lr: float,
-    decay: float,
-    options: NorMuonOptions,
-    workspace: Workspace,
-    split: Split | None = None,
-) -> None:
-    """One step of the matrices of ``stack``; their parameters, momenta and row statistics are updated in place.
-
-    Args:
-        stack: which matrices, by the index of the parameter in the lists.
-        params: fp32 parameters, [out, in] or [E, out, in].
-        grads: their gradients.
-        momenta: their momentum.
-        second_moments: their row statistic, last dimension 1.
-        lr: learning rate.
-        decay: lr * weight_decay.
-        options: the formulas' numbers.
-        workspace: buffers shared by all stacks.
-        split: how tensor-parallel ranks share these matrices, if they do.
-    """
-    dtype = params[stack.segments[0].index].dtype
-    grad_NRC = stack.gather(grads, dtype)
-    active_N11 = active_matrices(grad_NRC) if stack.routed and options.idle_expert_policy == "skip" else None
-    momentum_NRC = stack.gather(momenta, dtype)
-    weight = 1.0 - options.momentum
-    momentum_NRC.lerp_(grad_NRC, weight if active_N11 is None else weight * active_N11)
-    stack.scatter(momentum_NRC, momenta)
-    nesterov_NRC = workspace.take("nesterov", grad_NRC.shape, dtype, grad_NRC.device)
-    torch.lerp(grad_NRC, momentum_NRC, options.momentum, out=nesterov_NRC)
-    orthogonalise = partial(
-        polar_express, steps=options.steps, safety=options.safety, dtype=options.compute_dtype, workspace=workspace
-    )
-    update_NRC = orthogonalise(nesterov_NRC) if split is None else split.apply_whole(nesterov_NRC, orthogonalise)
-    second_moment_NR1 = stack.gather(second_moments, dtype)
-    factor_NR1 = row_factors(
-        update_NRC, second_moment_NR1, active_N11, beta2=options.beta2, eps=options.eps, split=split
-    )
-    stack.scatter(second_moment_NR1, second_moments)
-    weight_NRC = stack.gather(params, dtype)
-    if decay:
-        weight_NRC.mul_(1.0 - decay if active_N11 is None else 1.0 - decay * active_N11)
-    weight_NRC.addcmul_(update_NRC, factor_NR1, value=-lr)
-    stack.scatter(weight_NRC, params)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from megatron_vpmoe.data.batch import PADDING, Batch, Document, Span, assemble
 from megatron_vpmoe.errors import DataError
@@ -56,18 +55,9 @@ def test_span_count_is_of_supervised_labels():
     assert batch.span_count(Span.CONTEXT) == 0
 
 
-def test_cu_seqlens_cuts_at_conversations_rows_and_padding():
-    batch, _ = two_rows()
-    assert batch.cu_seqlens().dtype == torch.int32
-    assert batch.cu_seqlens().tolist() == [0, 12, 28, 37, 40, 60, 80]
-    full = assemble([[conversation(10, 0)], [conversation(10, 1)]], seq_length=10, eod_id=EOD, sample_ids=[0, 1])
-    assert full.cu_seqlens().tolist() == [0, 10, 20]
-
-
 def test_an_empty_row_is_padding_alone():
     batch = assemble([[]], seq_length=8, eod_id=EOD, sample_ids=[PADDING])
     assert batch.real_tokens == 0 and not batch.loss_mask.any()
-    assert batch.cu_seqlens().tolist() == [0, 8]
 
 
 def test_conversations_that_do_not_fit_are_refused():

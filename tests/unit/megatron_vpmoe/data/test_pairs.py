@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_vpmoe.data.manifest import read_manifest
 from megatron_vpmoe.data.packing import fit_companion_minimum, pack
-from megatron_vpmoe.data.pairs import documents_of, grouped_lengths, paired_lengths
+from megatron_vpmoe.data.pairs import documents_of, grouped_lengths
 from megatron_vpmoe.errors import DataError
 from tests.fixtures_dataset import rewrite_manifest, small_dataset
 
@@ -20,7 +20,7 @@ LENGTHS = st.lists(st.integers(2, CAPACITY // 2), min_size=2, max_size=80).map(l
 
 
 def test_pairs_are_summed_and_laid_out_chosen_first():
-    assert paired_lengths(np.array([3, 5, 10, 2], np.int32), seq_length=12).tolist() == [8, 12]
+    assert grouped_lengths(np.array([3, 5, 10, 2], np.int32), 2, seq_length=12).tolist() == [8, 12]
     assert documents_of(np.array([2, 0]), 2).tolist() == [4, 5, 0, 1]
 
 
@@ -28,7 +28,7 @@ def test_pairs_are_summed_and_laid_out_chosen_first():
 @settings(deadline=None, max_examples=30)
 def test_packed_pairs_share_a_row_side_by_side(values: list[int]):
     lengths = np.array(values, np.int32)
-    pairs = paired_lengths(lengths, seq_length=CAPACITY)
+    pairs = grouped_lengths(lengths, 2, seq_length=CAPACITY)
     seen: list[int] = []
     for row in pack(pairs, CAPACITY, companion_minimum=fit_companion_minimum(pairs, CAPACITY)):
         documents = documents_of(np.array(row), 2)
@@ -48,9 +48,9 @@ def test_groups_of_one_change_nothing(values: list[int]):
 
 def test_a_partner_missing_and_a_pair_too_long_are_refused():
     with pytest.raises(DataError, match="3 documents do not divide"):
-        paired_lengths(np.array([1, 2, 3], np.int32), seq_length=9)
+        grouped_lengths(np.array([1, 2, 3], np.int32), 2, seq_length=9)
     with pytest.raises(DataError, match=r"number 1, has 11 tokens"):
-        paired_lengths(np.array([1, 2, 5, 6], np.int32), seq_length=10)
+        grouped_lengths(np.array([1, 2, 5, 6], np.int32), 2, seq_length=10)
 
 
 def test_the_manifest_says_whether_documents_are_pairs(tmp_path: Path):

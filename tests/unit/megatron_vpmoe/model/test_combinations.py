@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_vpmoe.config import RunConfig, parameter_count
-from megatron_vpmoe.config.rule import Rule
+from megatron_vpmoe.config.rule import Rule, View
 from megatron_vpmoe.config.rules import ARCHITECTURE, find_problems
 from megatron_vpmoe.config.schema import fields
 from megatron_vpmoe.model.attention.masks import SequenceLayout
@@ -110,7 +110,8 @@ def config_of(axes: Axes, row: Row) -> RunConfig:
 
 
 def refusals(cfg: RunConfig) -> list[Rule]:
-    return [refusal for refusal in ARCHITECTURE if refusal.applies(cfg)]
+    view = View(cfg)
+    return [refusal for refusal in ARCHITECTURE if refusal.when(view)]
 
 
 def is_read(axis: tuple[dict[str, Any], ...]) -> bool:
@@ -191,7 +192,7 @@ def test_a_refusal_names_the_fields_that_decide(core: dict[Row, list[Rule]], req
         original = {name: getattr(getattr(BASE, fields()[name].section), name) for name in refusal.names}
         for row in generator.sample(rows, min(len(rows), 200)):
             cfg = config_of(axes, row)
-            assert not refusal.applies(changed(cfg, original)), (refusal.names, cfg.model, cfg.moe)
+            assert not refusal.when(View(changed(cfg, original))), (refusal.names, cfg.model, cfg.moe)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
