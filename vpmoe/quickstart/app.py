@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vpmoe.quickstart.run import Request, run_quickstart
-
+ROOT = Path(__file__).resolve().parents[2]
 app = typer.Typer(add_completion=False)
 
 
@@ -21,6 +20,9 @@ def quickstart(
         list[str] | None,
         typer.Option(metavar="STEP", help="do this step again even if it is done: tokenizer, data, train or evaluate"),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace what was made of other settings, data or code")
+    ] = False,
     work_dir: Annotated[
         Path | None, typer.Option(help="put data/, runs/ and reports/ here (default: the checkout)")
     ] = None,
@@ -32,12 +34,17 @@ def quickstart(
 
     Steps that are done and still valid are skipped; after an interruption the same command goes on where it stopped.
     """
-    request = Request(
+    from vpmoe.quickstart.plan import Plan
+    from vpmoe.quickstart.run import run_quickstart
+
+    plan = Plan.of(
+        ROOT,
         seed=seed,
         run_name=run_name,
         train_iters=train_iters,
-        force=tuple(force or ()),
+        force=force or (),
+        overwrite=overwrite,
         work_dir=work_dir,
         settings=settings,
     )
-    raise typer.Exit(run_quickstart(request))
+    raise typer.Exit(run_quickstart(plan))

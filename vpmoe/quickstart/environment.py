@@ -8,9 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from vpmoe.quickstart.errors import QuickstartError
-
-_TOLD = ("torch", "megatron-core", "numpy")
+from megatron_vpmoe.software import package_versions
+from vpmoe.quickstart.settings import QuickstartError
 
 
 def describe() -> dict[str, Any]:
@@ -19,15 +18,12 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
-        "packages": {name: version(name) for name in _TOLD},
+        "packages": package_versions(("torch", "megatron-core", "numpy")),
     }
 
 
 def differing_packages(lock: Path) -> list[str]:
-    """A line for each package of the lock file that is installed in another version.
-
-    Args:
-        lock: lines ``name==version``; comments and options are passed over.
+    """A line for each package of the lock file (``name==version`` a line) that is installed in another version.
 
     Raises:
         QuickstartError: the file is missing, or a package of it is not installed.
@@ -37,10 +33,8 @@ def differing_packages(lock: Path) -> list[str]:
             "there is no lock file", source=str(lock), remedy="run the quickstart from a whole checkout"
         )
     differing = []
-    for line in lock.read_text().splitlines():
-        name, separator, pinned = line.split("#")[0].strip().partition("==")
-        if not separator:
-            continue
+    lines = (line.split("#")[0].strip().partition("==") for line in lock.read_text().splitlines())
+    for name, pinned in ((name, pinned) for name, separator, pinned in lines if separator):
         try:
             # A build label behind + (2.13.0+cpu) is another build of the same version.
             installed = version(name).split("+")[0]

@@ -31,16 +31,17 @@ def write_quickstart_report(plan: Plan, seconds: Mapping[str, float]) -> dict[st
     """Write ``report.json`` and ``report.png`` to the plan's report folder; returns the report.
 
     Args:
-        plan: all of whose jobs are done.
-        seconds: spent on each job, by name.
+        plan: all of whose steps are done.
+        seconds: spent on what was made, by name.
     """
-    evaluation = read_report(plan.work / plan.evaluation_path, EVALUATION_KIND)
-    dataset = read_manifest(plan.work / plan.dataset_path)
+    evaluated = plan.work / plan.evaluation
+    evaluation = read_report(evaluated, EVALUATION_KIND)
+    dataset = read_manifest(plan.work / plan.dataset)
     count = parameter_count(plan.cfg)
     report = {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
-        "run_name": plan.run_name,
+        "run_name": plan.cfg.training.run_name,
         "config": plan.settings.training.config,
         "config_hash": config_hash(plan.cfg),
         "overrides": list(plan.overrides),
@@ -54,13 +55,13 @@ def write_quickstart_report(plan: Plan, seconds: Mapping[str, float]) -> dict[st
             "active_without_embeddings": count.active_without_embeddings,
         },
         "data": {split: {key: entry[key] for key in ("rows", "tokens")} for split, entry in dataset["splits"].items()},
-        "training": training_summary(read_curves(plan.work / plan.run_path / "metrics.jsonl"), seconds["training"]),
+        "training": training_summary(read_curves(plan.work / plan.run / "metrics.jsonl"), seconds["training"]),
         "targets": held_against(plan.settings.targets, evaluation["generations"]),
         "evaluation": evaluation,
     }
     plan.report_folder.mkdir(parents=True, exist_ok=True)
     partial = plan.report_folder / ".report.png.tmp"
-    shutil.copyfile((plan.work / plan.evaluation_path).with_suffix(".png"), partial)
+    shutil.copyfile(evaluated.with_suffix(".png"), partial)
     move_into_place(partial, plan.report_folder / "report.png")
     write_report(plan.report_folder / "report.json", report)
     return report

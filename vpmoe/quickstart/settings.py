@@ -7,39 +7,18 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vpmoe.quickstart.errors import QuickstartError
+from vpmoe.errors import VpmoeError
+
+Options = dict[str, bool | int | float | str | dict[str, float]]
+"""Options of a command by name, which the command checks."""
+
+
+class QuickstartError(VpmoeError):
+    """A setting that cannot be, or a command that did not do its part."""
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Rows(_Section):
-    """Rows of synth_mini: how many, their seed, and the share of each family."""
-
-    count: int = Field(gt=0)
-    seed: int
-    families: dict[str, float] = Field(min_length=1)
-
-
-class Conversations(_Section):
-    """The conversion to Harmony; an empty text leaves its line or message out."""
-
-    num_shards: int = Field(gt=0)
-    model_identity: str
-    knowledge_cutoff: str
-    conversation_start_date: str
-    reasoning_effort: str
-    valid_channels: str
-    developer_instructions: str
-
-
-class Dataset(_Section):
-    """The built dataset: its validation share and the ids of its compact vocabulary."""
-
-    valid_fraction: float = Field(gt=0, lt=1)
-    compact_vocab_size: int = Field(gt=0)
-    workers: int = Field(gt=0)
 
 
 class Training(_Section):
@@ -68,11 +47,11 @@ class Targets(_Section):
 
 
 class Settings(_Section):
-    """All sections."""
+    """All sections; the first three are options of ``vpmoe data synth-mini``, ``convert`` and ``build``."""
 
-    rows: Rows
-    conversations: Conversations
-    dataset: Dataset
+    rows: Options
+    conversations: Options
+    dataset: Options
     training: Training
     evaluation: Evaluation
     targets: Targets
@@ -85,26 +64,20 @@ def read_settings(path: Path) -> Settings:
         QuickstartError: no such file, not TOML, or every key that is missing, unknown or of a wrong value, at once.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-        settings = Settings.model_validate(content)
-    except FileNotFoundError as error:
+        settings = Settings.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValidationError, tomllib.TOMLDecodeError) as error:
+        problems = [str(error)]
+        if isinstance(error, ValidationError):
+            problems = [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()]
         raise QuickstartError(
-            "there is no settings file", source=str(path), remedy="configs/nano/quickstart.toml is the default one"
-        ) from error
-    except tomllib.TOMLDecodeError as error:
-        raise QuickstartError(
-            f"the settings are not TOML: {error}", source=str(path), remedy="mend that line"
-        ) from error
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()]
-        raise QuickstartError(
-            "settings that cannot be:\n  - " + "\n  - ".join(problems),
+            "settings that cannot be read:\n  - " + "\n  - ".join(problems),
             source=str(path),
-            remedy="compare with configs/nano/quickstart.toml",
+            remedy="compare with configs/nano/quickstart.toml, which is the default one",
         ) from error
-    if settings.targets.family not in settings.rows.families:
+    families = settings.rows.get("families")
+    if not isinstance(families, dict) or settings.targets.family not in families:
         raise QuickstartError(
-            f"targets.family is {settings.targets.family!r}, the rows are of {', '.join(settings.rows.families)}",
+            f"targets.family is {settings.targets.family!r}, rows.families are {families}",
             source=str(path),
             remedy="name one of them",
         )

@@ -89,7 +89,7 @@ class Step:
         if self.in_place and unfinished is not None:
             due = "it was interrupted" if unfinished == self.key else changed(unfinished, self.key)
             return State(due, unfinished=unfinished == self.key)
-        receipt = self._receipt()
+        receipt = self.receipt()
         if receipt is None:
             interrupted = unfinished == self.key
             return State("it was interrupted" if interrupted else "not made yet", unfinished=interrupted)
@@ -98,7 +98,7 @@ class Step:
         )
         return State(due, receipt, unfinished=unfinished == self.key)
 
-    def _receipt(self) -> dict[str, Any] | None:
+    def receipt(self) -> dict[str, Any] | None:
         """What is on record of the output; None where there is nothing, or an empty folder."""
         if not _exists(self.output) or is_empty(self.output):
             return None

@@ -92,9 +92,8 @@ def run(
         DataError: an input contains the output or lies in it; disk full or unwritable.
     """
     _check_apart(step)
-    lock = step.output.with_name(f".{step.output.name}.lock")
     try:
-        with owned(lock, str(step.output)) as former:
+        with owned(lock_of(step), str(step.output)) as former:
             if former is not None:
                 say(f"going on after process {former.get('pid')} on {former.get('host')}, which ended abruptly")
             _settle(step)
@@ -117,6 +116,11 @@ def run(
             source=str(error.filename or step.output),
             remedy="make room or mend the path, then give the same command again: it goes on from what is finished",
         ) from error
+
+
+def lock_of(step: Step) -> Path:
+    """The file that names who is at a step."""
+    return step.output.with_name(f".{step.output.name}.lock")
 
 
 def _check_apart(step: Step) -> None:
@@ -191,9 +195,7 @@ def _make_room(step: Step, state: State, overwrite: bool, say: Say) -> None:
                 source=str(step.output),
                 remedy=f"{step.overwrite_flag} makes it again and replaces it; or name another output",
             )
-        present = {path.relative_to(step.output).as_posix() for path in step.output.rglob("*") if path.is_file()}
-        if not step.in_place and (foreign := sorted(present - {*receipt["files"], RECEIPT})):
-            step.refuse(step.output, f"the step did not make {some(foreign)}")
+        _check_all_made(step, receipt)
         say(f"replacing {step.output}: {len(receipt['files'])} files, finished {receipt.get('finished')} ({state.due})")
         if step.in_place:
             _remove(step.output)
@@ -207,6 +209,31 @@ def _make_room(step: Step, state: State, overwrite: bool, say: Say) -> None:
             )
         say(f"discarding the unfinished {step.partial} ({difference})")
         _remove(step.partial)
+
+
+def _check_all_made(step: Step, receipt: Mapping[str, Any]) -> None:
+    present = {path.relative_to(step.output).as_posix() for path in step.output.rglob("*") if path.is_file()}
+    if not step.in_place and (foreign := sorted(present - {*receipt["files"], RECEIPT})):
+        step.refuse(step.output, f"the step did not make {some(foreign)}")
+
+
+def discard(step: Step, *, say: Say = lambda line: None) -> None:
+    """Remove what a step of this kind has made at the output, finished or not, whatever its key; nothing else.
+
+    Raises:
+        NotOursError: something that no such step made.
+        BusyError: another process is at this step.
+    """
+    with owned(lock_of(step), str(step.output)):
+        _settle(step)
+        unfinished = step.unfinished_key()
+        receipt = None if step.in_place and unfinished is not None else step.receipt()
+        if receipt is not None:
+            _check_all_made(step, receipt)
+        for folder, there in ((step.output, receipt), (step.partial, unfinished)):
+            if there is not None and folder.exists():
+                say(f"removing {folder}, to make it again")
+                _remove(folder)
 
 
 def _begin(step: Step, say: Say) -> Work:

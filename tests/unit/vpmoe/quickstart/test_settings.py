@@ -6,22 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from vpmoe.quickstart.errors import QuickstartError
-from vpmoe.quickstart.run import SETTINGS
-from vpmoe.quickstart.settings import read_settings
+from vpmoe.quickstart.plan import SETTINGS
+from vpmoe.quickstart.settings import QuickstartError, read_settings
 
 
 def test_every_problem_at_once(tmp_path: Path, repository: Path) -> None:
     text = (repository / SETTINGS).read_text()
-    assert "compact_vocab_size = " in text and 'run_name = "' in text
+    assert "max_new_tokens = " in text and 'run_name = "' in text
     path = tmp_path / "bad.toml"
-    path.write_text(
-        text.replace("compact_vocab_size = ", "compact_vocab_sise = ").replace('run_name = "', "run_name = 5 #")
-    )
+    path.write_text(text.replace("max_new_tokens = ", "max_new_tokns = ").replace('run_name = "', "run_name = 5 #"))
     with pytest.raises(QuickstartError) as caught:
         read_settings(path)
     assert caught.value.source == str(path)
-    for key in ("dataset.compact_vocab_sise", "dataset.compact_vocab_size", "training.run_name"):
+    for key in ("evaluation.max_new_tokns", "evaluation.max_new_tokens", "training.run_name"):
         assert key in caught.value.what
 
 

@@ -302,3 +302,36 @@ def test_killed_at_any_write_it_ends_the_same_and_old_or_new_is_always_there(
         if ended:
             break
     assert ended, "the engine writes more often than the test dies"
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_discarding_what_the_step_made_whatever_its_key(tmp_path: Path, in_place: bool) -> None:
+    step, other = (step_at(tmp_path / "out", in_place=in_place, decides={"up_to": n}) for n in (3, 4))
+    steps.discard(step)  # nothing is there
+    steps.run(step, write_numbers)
+    steps.discard(other)
+    assert not step.output.exists()
+
+    def stop(work: Work) -> dict[str, Any]:
+        (work.folder / "half").write_text("")
+        raise Killed
+
+    with pytest.raises(Killed):
+        steps.run(step, stop)
+    steps.discard(other)
+    assert not step.partial.exists() and steps.run(other, write_numbers)["report"] == {"told": 4}
+
+
+def test_discarding_leaves_what_others_made(tmp_path: Path) -> None:
+    step = step_at(tmp_path / "out")
+    steps.run(step, write_numbers)
+    with pytest.raises(NotOursError, match="'numbers'"):
+        steps.discard(step_at(tmp_path / "out", kind="letters"))
+    (step.output / "notes.md").write_text("mine")
+    with pytest.raises(NotOursError, match=r"notes\.md"):
+        steps.discard(step)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "notes.md").write_text("mine")
+    with pytest.raises(NotOursError, match="no receipt"):
+        steps.discard(step_at(tmp_path / "bare", in_place=True))
+    assert (tmp_path / "bare" / "notes.md").is_file() and (step.output / "0.txt").is_file()
