@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -22,13 +21,7 @@ from vpmoe.data_curation.tasks.synth_mini import generate
 from vpmoe.hf.convert import export_checkpoint
 from vpmoe.hf.tokenizer_files import open_tokenizer
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("lm_eval") is None,
-        reason="lm-eval is not installed: pip install -r requirements/lm-eval.txt -c requirements/lock.txt",
-    ),
-]
+pytestmark = pytest.mark.slow
 ROWS, LIMIT = 384, 6
 
 
