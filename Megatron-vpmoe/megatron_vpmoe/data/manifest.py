@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_vpmoe.data.pairs import PAIR
 from megatron_vpmoe.errors import DataError, TokenizerError
+from megatron_vpmoe.files import read_json, sha256_of_file
 
 SCHEMA_VERSION = 1
 VOCABULARY_REMEDY = "rebuild the dataset (--overwrite), or copy it again if it was copied"
@@ -150,16 +150,11 @@ def read_manifest(data_path: Path | str) -> Manifest:
     root = Path(data_path)
     path = root / "manifest.json"
     remedy = BUILD_REMEDY.format(path=root)
-    try:
-        raw = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
+    if not path.is_file():
         what = "there is no dataset here (no manifest.json)" if root.is_dir() else "this folder does not exist"
-        raise DataError(what, source=str(root), remedy=remedy) from error
-    try:
-        parsed = json.loads(raw)
-    except ValueError as error:
-        raise DataError(f"the manifest is not JSON: {error}", source=str(path), remedy=remedy) from error
-    version = parsed.get("schema_version") if isinstance(parsed, dict) else None
+        raise DataError(what, source=str(root), remedy=remedy)
+    parsed = read_json(path, remedy=remedy)
+    version = parsed.get("schema_version")
     if version != SCHEMA_VERSION:
         raise DataError(
             f"the manifest has schema_version {version!r}, this reader knows {SCHEMA_VERSION}",
@@ -171,8 +166,5 @@ def read_manifest(data_path: Path | str) -> Manifest:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise DataError(f"the manifest is incomplete: {problems}", source=str(path), remedy=remedy) from error
-    sha256 = hashlib.sha256(raw).hexdigest()
-    group_size = PAIR if content.pairs else 1
-    return Manifest(
-        root, sha256, content.seq_length, content.tokenizer, content.splits, group_size, prompts=content.prompts
-    )
+    sha256, group_size = sha256_of_file(path), PAIR if content.pairs else 1
+    return Manifest(root, sha256, content.seq_length, content.tokenizer, content.splits, group_size, content.prompts)

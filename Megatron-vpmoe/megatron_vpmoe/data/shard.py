@@ -48,17 +48,15 @@ class Shard:
             _check_agreement(self.source, part, self.lengths, self._parts[part].sequence_lengths)
         found = (len(self.lengths), int(self.lengths.sum(dtype=np.int64)))
         if found != (entry.rows, entry.tokens):
-            raise DataError(
+            raise _damaged(
                 f"the manifest counts {entry.rows} rows and {entry.tokens} tokens, the index {found[0]} and {found[1]}",
-                source=f"{self.source}_tokens.idx",
-                remedy=REBUILD,
+                f"{self.source}_tokens.idx",
             )
         shortest = int(self.lengths.argmin())
         if self.lengths[shortest] < 2:
-            raise DataError(
+            raise _damaged(
                 f"conversation {shortest} has {self.lengths[shortest]} tokens; nothing can be predicted in it",
-                source=f"{self.source}_tokens.idx",
-                remedy=REBUILD,
+                f"{self.source}_tokens.idx",
             )
 
     def document(self, row: int) -> Document:
@@ -69,6 +67,10 @@ class Shard:
         """The first tokens of the shard, ``count`` of them or all."""
         available = int(self.lengths.sum(dtype=np.int64))
         return self._parts["tokens"].bin_reader.read(dtype=np.int32, count=min(count, available), offset=0)
+
+
+def _damaged(what: str, source: Path | str) -> DataError:
+    return DataError(what, source=str(source), remedy=REBUILD)
 
 
 def check_files(folder: Path, shard: ShardEntry) -> None:
@@ -82,16 +84,12 @@ def check_files(folder: Path, shard: ShardEntry) -> None:
             path = folder / f"{shard.name}_{part}.{ending}"
             listed = shard.files.get(path.name)
             if listed is None:
-                raise DataError(
-                    f"{path.name} is not in the manifest", source=f"{folder.parent / 'manifest.json'}", remedy=REBUILD
-                )
+                raise _damaged(f"{path.name} is not in the manifest", folder.parent / "manifest.json")
             if not path.is_file():
-                raise DataError(f"{path.name} is missing", source=str(path), remedy=REBUILD)
+                raise _damaged(f"{path.name} is missing", path)
             size = path.stat().st_size
             if size != listed.bytes:
-                raise DataError(
-                    f"{path.name} has {size} bytes, the manifest says {listed.bytes}", source=str(path), remedy=REBUILD
-                )
+                raise _damaged(f"{path.name} has {size} bytes, the manifest says {listed.bytes}", path)
 
 
 def _open_part(folder: Path, name: str, part: str) -> IndexedDataset:
@@ -102,17 +100,14 @@ def _open_part(folder: Path, name: str, part: str) -> IndexedDataset:
     _check_index(Path(f"{prefix}.idx"))
     dataset = IndexedDataset(str(prefix), mmap=True)
     if dataset.index.dtype != PARTS[part]:
-        raise DataError(
+        raise _damaged(
             f"the index says {np.dtype(dataset.index.dtype).name}, {part} is stored as {np.dtype(PARTS[part]).name}",
-            source=f"{prefix}.idx",
-            remedy=REBUILD,
+            f"{prefix}.idx",
         )
     needed = int(dataset.sequence_lengths.sum(dtype=np.int64)) * np.dtype(PARTS[part]).itemsize
     present = Path(f"{prefix}.bin").stat().st_size
     if needed != present:
-        raise DataError(
-            f"the index describes {needed} bytes, the file has {present}", source=f"{prefix}.bin", remedy=REBUILD
-        )
+        raise _damaged(f"the index describes {needed} bytes, the file has {present}", f"{prefix}.bin")
     return dataset
 
 
@@ -121,38 +116,27 @@ def _check_index(path: Path) -> None:
     with path.open("rb") as stream:
         raw = stream.read(_INDEX_HEADER.size)
     if len(raw) < _INDEX_HEADER.size:
-        raise DataError(f"the index is cut off after {len(raw)} bytes", source=str(path), remedy=REBUILD)
+        raise _damaged(f"the index is cut off after {len(raw)} bytes", path)
     magic, version, _dtype, sequences, boundaries = _INDEX_HEADER.unpack(raw)
     if (magic, version) != (b"MMIDIDX\x00\x00", 1):
-        raise DataError("this is not an index of Megatron-Core", source=str(path), remedy=REBUILD)
+        raise _damaged("this is not an index of Megatron-Core", path)
     if boundaries != sequences + 1:
-        raise DataError(
-            f"{sequences} sequences in {boundaries - 1} documents; one document is one sequence",
-            source=str(path),
-            remedy=REBUILD,
-        )
+        raise _damaged(f"{sequences} sequences in {boundaries - 1} documents; one document is one sequence", path)
     expected = _INDEX_HEADER.size + sequences * (4 + 8) + boundaries * 8
     if path.stat().st_size != expected:
-        raise DataError(
-            f"the index has {path.stat().st_size} bytes, its {sequences} sequences take {expected}",
-            source=str(path),
-            remedy=REBUILD,
-        )
+        raise _damaged(f"the index has {path.stat().st_size} bytes, its {sequences} sequences take {expected}", path)
 
 
 def _check_agreement(source: str, part: str, tokens: NDArray[np.int32], sidecar: NDArray[np.int32]) -> None:
     if len(tokens) != len(sidecar):
-        raise DataError(
-            f"{len(tokens)} token rows but {len(sidecar)} {part} rows", source=f"{source}_{part}.idx", remedy=REBUILD
-        )
+        raise _damaged(f"{len(tokens)} token rows but {len(sidecar)} {part} rows", f"{source}_{part}.idx")
     differing = np.flatnonzero(tokens != sidecar)
     if differing.size:
         row = int(differing[0])
-        raise DataError(
+        raise _damaged(
             f"{differing.size} rows disagree in length; row {row} has {tokens[row]} tokens and {sidecar[row]} {part} "
             "entries",
-            source=f"{source}_{part}.idx",
-            remedy=REBUILD,
+            f"{source}_{part}.idx",
         )
 
 
@@ -164,4 +148,4 @@ def check_ids(tokens: NDArray[np.int32], vocab_size: int, source: str) -> None:
     """
     if len(tokens) and (int(tokens.max()) >= vocab_size or int(tokens.min()) < 0):
         bad = int(tokens.max()) if int(tokens.max()) >= vocab_size else int(tokens.min())
-        raise DataError(f"token id {bad} is outside the vocabulary of {vocab_size} ids", source=source, remedy=REBUILD)
+        raise _damaged(f"token id {bad} is outside the vocabulary of {vocab_size} ids", source)

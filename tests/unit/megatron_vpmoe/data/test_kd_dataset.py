@@ -74,8 +74,9 @@ def test_no_dataset(tmp_path: Path):
 def test_broken_manifest(root: Path):
     path = root / "manifest.json"
     text = path.read_text()
-    path.write_text(text[: len(text) // 2])
-    assert "not JSON" in str(refused(root))
+    for broken in (text[: len(text) // 2], "[]", "[" * 100_000):
+        path.write_text(broken)
+        assert "manifest.json" in str(refused(root))
     path.write_text(text)
     rewrite_manifest(root, lambda m: m["tokenizer"].pop("eod_id"))
     assert "tokenizer.eod_id" in str(refused(root))
