@@ -30,7 +30,7 @@ quickstart: setup  ## data, training, evaluation and a report of a nano vpMoE, o
 	@$(BIN)/vpmoe quickstart
 
 ladder-nano: setup  ## all six rungs with healing between them, from a tiny Qwen3 that it trains first
-	@scripts/upcycle/ladder_nano.sh --force
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/vpmoe ladder configs/nano/ladder.toml
 
 test: setup  ## the whole suite
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests --ignore tests/distributed --ignore tests/golden; first=$$?; \

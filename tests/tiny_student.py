@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tests.tiny import tiny_config
-from vpmoe.hf.convert import run_state
+from vpmoe.hf.convert import Carried, run_state
 from vpmoe.tokenizer import CompactVocabulary
 from vpmoe.tokenizer.o200k_harmony import VOCAB_SIZE, load_o200k_harmony
 from vpmoe.weights.geometry import process_groups
@@ -20,13 +20,19 @@ from vpmoe.weights.tensors import LazyTensor
 
 
 def write_student(
-    folder: Path, *, assets: Sequence[Path] = (), kept: dict[str, Any] | None = None, **changes: Any
+    folder: Path,
+    *,
+    assets: Sequence[Path] = (),
+    kept: dict[str, Any] | None = None,
+    prompts: dict[str, str | None] | None = None,
+    seed: int = 3,
+    **changes: Any,
 ) -> Path:
     """``folder/iter_0000000``: sinks, frequencies and expert biases are drawn too."""
     from megatron_vpmoe.model.builder import build_model
 
     cfg = tiny_config(**changes)
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     with process_groups(), torch.no_grad():
         model = build_model(cfg)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -34,7 +40,7 @@ def write_student(
                 tensor.add_(torch.randn_like(tensor) * (0.3 if "weight" in name else 0.1))
         state = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     weights = {name: LazyTensor.of(value) for name, value in state.items()}
-    told = run_state(cfg, vocab_size=cfg.model.padded_vocab_size, kept=kept or {})
+    told = run_state(cfg, Carried(cfg.model.padded_vocab_size, kept or {}, prompts))
     return write_checkpoint(folder, weights, told, assets=assets)[0]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.tiny import tiny_config
 from tests.workers import run_workers
-from vpmoe.hf.convert import export_checkpoint, run_state
+from vpmoe.hf.convert import Carried, export_checkpoint, run_state
 from vpmoe.weights.geometry import expected_shapes
 from vpmoe.weights.megatron_checkpoint import write_checkpoint
 from vpmoe.weights.tensors import LazyTensor
@@ -73,7 +73,7 @@ def test_same_directory(name: str, tmp_path: Path) -> None:
     }
     vocabulary = tmp_path / "tokenizer.json"
     vocabulary.write_text("{}")
-    state = run_state(cfg, vocab_size=64, kept={"eos_token_id": 5})
+    state = run_state(cfg, Carried(64, {"eos_token_id": 5}))
     source, _ = write_checkpoint(tmp_path / "source", weights, state, assets=[vocabulary])
     run_workers(2, save_again, name, str(source), str(tmp_path / "saved"), folder=tmp_path)
 

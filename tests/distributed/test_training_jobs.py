@@ -20,9 +20,9 @@ from tests.fixtures_dataset import rewrite_manifest
 from tests.golden.test_vocabulary_travels import WORDS
 from tests.golden.test_vocabulary_travels import dataset as text_dataset
 from tests.tiny import ROOT
-from vpmoe.errors import UpcycleError
-from vpmoe.upcycle import runner
-from vpmoe.upcycle.registry import Registry, flags, load_registry
+from vpmoe.errors import NotOursError, UpcycleError
+from vpmoe.upcycle import runner, training_jobs
+from vpmoe.upcycle.ladder_file import Ladder, flags, read_ladder
 from vpmoe.weights import megatron_checkpoint
 from vpmoe.weights.tensors import tensor_sha256
 
@@ -56,10 +56,10 @@ RUN = {
 QWEN3 = f"{ROOT}/configs/nano/qwen3.yaml"
 HEALING = {**RUN, "train_only": ["embedding.*", "*.mlp.*"]}
 JOBS = {
-    "random": ("pretrain", {"config": QWEN3, "overrides": RUN}, {}),
+    "random": ("pretrain", {"overrides": RUN}, {}),
     "imported": ("import_qwen3", {"prompt_lengths": [5], "greedy_steps": 4}, {"source": "random"}),
-    "healed": ("heal", {"config": QWEN3, "overrides": HEALING}, {"model": "imported"}),
-    "healed_again": ("heal", {"config": QWEN3, "overrides": HEALING}, {"model": "imported"}),
+    "healed": ("heal", {"overrides": HEALING}, {"model": "imported"}),
+    "healed_again": ("heal", {"overrides": HEALING}, {"model": "imported"}),
 }
 
 
@@ -69,19 +69,26 @@ def toml(value: Any) -> str:
     return json.dumps(value)
 
 
-def write_registry(root: Path, dataset: Path) -> Registry:
-    objects = []
+def write_ladder(root: Path, dataset: Path, **changes: object) -> Ladder:
+    (root / "shared.yaml").write_text("logging: {log_interval: 1}\n")
+    lines = [f'folder = "{root}"']
     for name, (job, settings, inputs) in JOBS.items():
         if "overrides" in settings:
-            settings = {**settings, "overrides": {**settings["overrides"], "data_path": str(dataset)}}
-        lines = [f"{key} = {toml(value)}" for key, value in settings.items()]
-        (root / f"{name}.toml").write_text("\n".join([f'object = "{name}"', f'job = "{job}"', "[settings]", *lines]))
-        objects.append(
-            f'[{name}]\nkind = "derived"\nrung = 0\npath = "{root}/{name}"\nconfig = "{QWEN3}"\n'
-            f'overrides = {toml(GEOMETRY)}\njob = "{root}/{name}.toml"\ninputs = {toml(inputs)}\n'
-        )
-    (root / "objects.toml").write_text("\n".join(objects))
-    return load_registry(root / "objects.toml")
+            settings = {
+                "config": str(root / "shared.yaml"),
+                "overrides": {**settings["overrides"], "data_path": str(dataset), **changes},
+            }
+        entry = {
+            "rung": 0,
+            "config": QWEN3,
+            "overrides": GEOMETRY,
+            "job": job,
+            "settings": settings,
+            "inputs": inputs,
+        }
+        lines += [f"[objects.{name}]", *(f"{key} = {toml(value)}" for key, value in entry.items())]
+    (root / "ladder.toml").write_text("\n".join(lines))
+    return read_ladder(root / "ladder.toml")
 
 
 @pytest.fixture(scope="module")
@@ -90,31 +97,36 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Registry:
+def ladder(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Ladder:
     """``random`` and ``imported`` are made."""
-    registry = write_registry(tmp_path_factory.mktemp("ladder"), dataset)
+    ladder = write_ladder(tmp_path_factory.mktemp("ladder"), dataset)
     for name in ("random", "imported"):
-        runner.run(runner.plan(registry, name), quiet=True)
-    return registry
+        runner.run(runner.plan(ladder, name), quiet=True)
+    return ladder
 
 
-def weights(registry: Registry, name: str) -> dict[str, str]:
+def weights(ladder: Ladder, name: str) -> dict[str, str]:
     """Hashes of an object's tensors."""
-    stored = megatron_checkpoint.read_weights(Path(registry.get(name).path) / "megatron" / "iter_0000000")
+    stored = megatron_checkpoint.read_weights(Path(ladder.get(name).path) / "megatron" / "iter_0000000")
     return {name: tensor_sha256(tensor.read()) for name, tensor in stored.items()}
 
 
-def receipt(registry: Registry, name: str) -> dict[str, Any]:
-    return json.loads((Path(registry.get(name).path) / "receipt.json").read_text())
+def receipt(ladder: Ladder, name: str) -> dict[str, Any]:
+    return json.loads((Path(ladder.get(name).path) / "receipt.json").read_text())
 
 
-def test_pretrain_makes_an_object_of_a_training(registry: Registry) -> None:
-    made = receipt(registry, "random")
+def report(ladder: Ladder, name: str) -> dict[str, Any]:
+    """What the receipt of an object reports."""
+    return receipt(ladder, name)["report"]
+
+
+def test_pretrain_makes_an_object_of_a_training(ladder: Ladder) -> None:
+    made = report(ladder, "random")
     assert made["inputs"] == {}
     loss = made["verification"]["validation"]["valid/loss/total"]
     assert loss["after"] < loss["before"]
-    assert made["report"]["training"]["steps"] == made["report"]["training"]["logged_steps"] == STEPS
-    files = made["outputs"]["files"]
+    assert made["conversion"]["training"]["steps"] == made["conversion"]["training"]["logged_steps"] == STEPS
+    files = receipt(ladder, "random")["files"]
     assert {
         "training/metrics.jsonl",
         "training/config.yaml",
@@ -123,17 +135,17 @@ def test_pretrain_makes_an_object_of_a_training(registry: Registry) -> None:
     } <= files.keys()
 
 
-def test_a_derived_object_serves_as_a_source(registry: Registry) -> None:
-    random, imported = receipt(registry, "random"), receipt(registry, "imported")
+def test_a_derived_object_serves_as_a_source(ladder: Ladder) -> None:
+    random, imported = report(ladder, "random"), report(ladder, "imported")
     assert imported["inputs"]["source"]["object"] == "random"
-    assert imported["outputs"]["weights_sha256"] == random["outputs"]["weights_sha256"]
+    assert imported["weights_sha256"] == random["weights_sha256"]
 
 
-def test_killed_in_the_middle_it_goes_on_to_the_same_weights(registry: Registry) -> None:
-    runner.run(runner.plan(registry, "healed"), quiet=True)
-    folder = Path(registry.get("healed_again").path)
+def test_killed_in_the_middle_it_goes_on_to_the_same_weights(ladder: Ladder) -> None:
+    runner.run(runner.plan(ladder, "healed"), quiet=True)
+    folder = Path(ladder.get("healed_again").path)
     run = folder.with_name("healed_again.partial") / "scratch" / "run"
-    words = [sys.executable, "-m", "vpmoe.cli", "upcycle", "run", "healed_again", "--objects", str(registry.path)]
+    words = [sys.executable, "-m", "vpmoe.cli", "upcycle", "run", "healed_again", "--ladder", str(ladder.path)]
     environment = {**training_runs.ENVIRONMENT, "VPMOE_TEST_RUN": str(run)}
     with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
@@ -152,29 +164,29 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_weights(registry: Registry)
     assert done.returncode == 0, done.stderr
     assert "continues" in done.stderr and "loss" in done.stderr
     json.loads(done.stdout)  # what the command itself prints; progress goes to stderr
-    straight, again = receipt(registry, "healed"), receipt(registry, "healed_again")
-    assert again["outputs"]["weights_sha256"] == straight["outputs"]["weights_sha256"]
+    straight, again = report(ladder, "healed"), report(ladder, "healed_again")
+    assert again["weights_sha256"] == straight["weights_sha256"]
     assert again["verification"]["validation"] == straight["verification"]["validation"]
 
 
-def test_the_loss_before_healing_is_the_loss_of_what_is_healed(registry: Registry) -> None:
-    before = receipt(registry, "random")["verification"]["validation"]["valid/loss/total"]["after"]
-    loss = receipt(registry, "healed")["verification"]["validation"]["valid/loss/total"]
+def test_the_loss_before_healing_is_the_loss_of_what_is_healed(ladder: Ladder) -> None:
+    before = report(ladder, "random")["verification"]["validation"]["valid/loss/total"]["after"]
+    loss = report(ladder, "healed")["verification"]["validation"]["valid/loss/total"]
     assert loss["before"] == before
     assert loss["after"] < before
 
 
-def test_frozen_parameters_are_the_input_s(registry: Registry) -> None:
-    before, after = weights(registry, "imported"), weights(registry, "healed")
+def test_frozen_parameters_are_the_input_s(ladder: Ladder) -> None:
+    before, after = weights(ladder, "imported"), weights(ladder, "healed")
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {name for name in before if name.startswith("embedding.") or ".mlp." in name}
-    verification = receipt(registry, "healed")["verification"]
+    verification = report(ladder, "healed")["verification"]
     assert verification["frozen_tensors_bit_identical"] == len(before) - len(changed)
 
 
-def test_healing_is_the_ordinary_training(registry: Registry, dataset: Path, tmp_path: Path) -> None:
+def test_healing_is_the_ordinary_training(ladder: Ladder, dataset: Path, tmp_path: Path) -> None:
     """``scripts/train.sh CONFIG --load-weights OBJECT/megatron``, as the docs have it, ends with the job's weights."""
-    start = Path(registry.get("imported").path) / "megatron"
+    start = Path(ladder.get("imported").path) / "megatron"
     paths = {"data_path": dataset, "run_dir": tmp_path / "run", "load_weights": start}
     words = [
         f"{ROOT}/scripts/train.sh",
@@ -187,38 +199,66 @@ def test_healing_is_the_ordinary_training(registry: Registry, dataset: Path, tmp
     assert done.returncode == 0, done.stderr
     assert f"weights from {start}" in done.stdout
     found = megatron_checkpoint.read_weights(tmp_path / "run" / "checkpoints" / f"iter_{STEPS:07d}")
-    assert {name: tensor_sha256(tensor.read()) for name, tensor in found.items()} == weights(registry, "healed")
+    assert {name: tensor_sha256(tensor.read()) for name, tensor in found.items()} == weights(ladder, "healed")
 
 
-def test_the_key_covers_configuration_and_data(registry: Registry, dataset: Path, tmp_path: Path) -> None:
-    key = runner.plan(registry, "random").key
-    job = Path(registry.get("random").job or "")
-    text = job.read_text()
+def test_what_decides_the_weights_is_in_the_key_and_nothing_else(ladder: Ladder, dataset: Path, tmp_path: Path) -> None:
+    """What is logged, saved and shown leaves a finished object valid; the message names the field that does not."""
+    root = ladder.path.parent
+
+    def due(**changes: object) -> str | None:
+        return runner.plan(write_ladder(root, dataset, **changes), "random").step.state().due
+
     try:
-        job.write_text(text.replace('"lr_warmup_iters" = 2', '"lr_warmup_iters" = 3').replace("iters = 2", "iters = 3"))
-        assert runner.plan(registry, "random").key != key
+        assert due(log_interval=2, save_interval=5, wandb_mode="offline", run_name="other") is None
+        assert due(data_path=shutil.copytree(dataset, tmp_path / "moved").as_posix()) is None
+        assert due(lr_warmup_iters=3) == "it was made under another key: training.optim.lr_warmup_iters: 2 -> 3"
+        with pytest.raises(NotOursError, match=r"training\.optim\.lr_warmup_iters: 2 -> 3"):
+            runner.run(runner.plan(write_ladder(root, dataset, lr_warmup_iters=3), "random"), quiet=True)
+        other = Path(shutil.copytree(dataset, tmp_path / "set"))
+        rewrite_manifest(other, lambda manifest: manifest.update(made="still later"))
+        assert "dataset_manifests_sha256" in str(due(data_path=str(other)))
     finally:
-        job.write_text(text)
-    assert runner.plan(registry, "random").key == key
-    other = Path(shutil.copytree(dataset, tmp_path / "set"))
-    job_of_other = write_registry(tmp_path, other)
-    before = runner.plan(job_of_other, "random").key
-    rewrite_manifest(other, lambda manifest: manifest.update(made="still later"))
-    assert runner.plan(job_of_other, "random").key != before
+        write_ladder(root, dataset)
+    assert due() is None
+
+
+def test_an_interrupted_training_survives_a_changed_logging_field(
+    ladder: Ladder, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Days of training lie in the partial folder: they are gone on with, or kept until somebody asks for them to go."""
+
+    def interrupted(*_arguments: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training_jobs, "training_report", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(runner.plan(write_ladder(tmp_path, dataset), "random"), quiet=True)
+    last = tmp_path / "random.partial" / "scratch" / "run" / "checkpoints" / f"iter_{STEPS:07d}" / "files.json"
+    written = last.stat().st_mtime_ns
+    with pytest.raises(NotOursError, match=r"unfinished work lies here.*training\.training\.seed"):
+        runner.run(runner.plan(write_ladder(tmp_path, dataset, seed=7), "random"), quiet=True)
+    assert last.stat().st_mtime_ns == written
+    with monkeypatch.context() as patched:
+        patched.setattr(training_jobs, "training_report", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(runner.plan(write_ladder(tmp_path, dataset, log_interval=5), "random"), quiet=True)
+    assert last.stat().st_mtime_ns == written
 
 
 def test_errors_of_the_training_are_one_message(
     dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    registry = write_registry(tmp_path, tmp_path / "nothing")
+    ladder = write_ladder(tmp_path, tmp_path / "nothing")
     with pytest.raises(DataError, match="build it with"):
-        runner.plan(registry, "random")
+        runner.plan(ladder, "random")
     damaged = Path(shutil.copytree(dataset, tmp_path / "set"))
-    registry = write_registry(tmp_path, damaged)
+    ladder = write_ladder(tmp_path, damaged)
     lost = next((damaged / "train").glob("*tokens*.bin"))
     lost.unlink()
     with pytest.raises(UpcycleError, match="ended with exit code 2"):
-        runner.run(runner.plan(registry, "random"), quiet=True)
+        runner.run(runner.plan(ladder, "random"), quiet=True)
     said = capfd.readouterr().err
     assert said.count("error:") == 1 and lost.name in said and "Traceback" not in said
     assert not (tmp_path / "random").exists()

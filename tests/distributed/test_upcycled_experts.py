@@ -12,7 +12,7 @@ from tests.tiny import tiny_config
 from tests.unit.vpmoe.upcycle.test_dense_to_experts import SPARSE
 from tests.unit.vpmoe.upcycle.tiny_rungs import dense_config, random_weights
 from tests.workers import run_workers
-from vpmoe.hf.convert import run_state
+from vpmoe.hf.convert import Carried, run_state
 from vpmoe.upcycle.experts import Conversion, ExpertsSettings, converted
 from vpmoe.upcycle.rung_below import logits_of, random_prompts
 from vpmoe.weights.megatron_checkpoint import write_checkpoint
@@ -47,7 +47,7 @@ def test_the_same_logits_at_one_rank_and_at_two(tmp_path: Path) -> None:
     for init in EXACT:
         sparse = converted(weights, Conversion.of(new, old, ExpertsSettings(init_experts=init), source="test"))
         torch.testing.assert_close(logits_of(new, sparse, PROMPTS, source=init)[0], dense, rtol=0, atol=1e-5)
-        write_checkpoint(tmp_path / init, sparse, run_state(new, vocab_size=32, kept={}))
+        write_checkpoint(tmp_path / init, sparse, run_state(new, Carried(32)))
     for on_rank in run_workers(2, logits_at_two_ranks, str(tmp_path), folder=tmp_path):
         for logits in on_rank:
             torch.testing.assert_close(logits, dense, rtol=0, atol=1e-5)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +16,7 @@ from vpmoe.ladder.climb import Request, climb, listing
 
 pytestmark = pytest.mark.slow
 
-LADDER = ROOT / "configs" / "nano" / "ladder"
+LADDER = ROOT / "configs" / "nano" / "ladder.toml"
 SMALL = {"hidden_size": 32, "kv_channels": 8}
 DENSE = {**SMALL, "ffn_hidden_size": 32, "num_layers": 4}
 GEOMETRY = {
@@ -34,10 +32,6 @@ RUNGS = ["qwen3", "qwen3_o200k", "vpdense0_5", "vpdense_8", "vpdense_16", "vpmoe
 MADE = ["qwen3_trained", "donor_trained", *RUNGS]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'Megatron-vpmoe'}"}
-
-
 def geometry_of(identifier: str) -> Mapping[str, Any]:
     name = max((name for name in GEOMETRY if identifier.startswith(name)), key=len)
     return GEOMETRY[name]
@@ -47,68 +41,48 @@ def in_folder(value: Any, folder: Path) -> Any:
     """Paths of what is made, moved into ``folder``; paths of the checkout made absolute."""
     if isinstance(value, dict):
         return {key: in_folder(item, folder) for key, item in value.items()}
+    if isinstance(value, list):
+        return [in_folder(item, folder) for item in value]
     if not isinstance(value, str):
         return value
     for made in ("artifacts/ladder_nano", "data/ladder_nano", "reports/ladder"):
         value = value.replace(made, str(folder / made))
-    if value.startswith("configs/"):
-        return str(ROOT / value) if value.endswith(".yaml") else str(folder / Path(value).name)
-    return value
+    return str(ROOT / value) if value.startswith("configs/") else value
 
 
 def write_ladder(folder: Path) -> Path:
-    """The nano ladder's own files with another place, geometry and length; returns the ladder's."""
-    objects = in_folder(tomllib.loads((LADDER / "objects.toml").read_text()), folder)
+    """The nano ladder's own file with another place, geometry and length; returns its copy."""
+    ladder = in_folder(tomllib.loads(LADDER.read_text()), folder)
+    ladder["prepare"] = [line.replace("--rows 60000", "--rows 400") for line in ladder["prepare"]]
+    ladder["evaluation"] |= {"documents": 20, "per_family": 3}
     # Of the healings the last one alone: each training takes seconds to start.
-    objects = {name: entry for name, entry in objects.items() if name in MADE}
+    objects = {name: entry for name, entry in ladder.pop("objects").items() if name in MADE}
     for identifier, entry in objects.items():
         inputs = entry.get("inputs", {})
         entry["inputs"] = {
             role: name if name in MADE else name.removesuffix("-healed") for role, name in inputs.items()
         }
-        entry["overrides"] = dict(geometry_of(identifier))
-        job = in_folder(tomllib.loads((LADDER / f"{identifier}.toml").read_text()), folder)
-        if job["job"] in ("pretrain", "heal"):
+        if "config" in entry:
+            entry["overrides"] = dict(geometry_of(identifier))
+        settings = entry.setdefault("settings", {})
+        if entry["job"] in ("pretrain", "heal"):
             data = "texts_bpe" if identifier == "qwen3_trained" else "texts_o200k"
-            data_path = str(folder / "data" / "ladder_nano" / data)
-            job["settings"]["overrides"] = {**geometry_of(identifier), **TRAINING, "data_path": data_path}
-        if job["job"] == "shape":
-            job["settings"] |= {"steps": 2, "calibration_tokens": 2000, "heldout_tokens": 200}
-        if job["job"] == "vocabulary":
-            job["settings"] |= {"k": 4, "largest_norm_ratio": 1e3}
-        write_toml(folder / f"{identifier}.toml", job)
-    write_toml(folder / "objects.toml", objects)
-    ladder = in_folder(tomllib.loads((LADDER / "ladder.toml").read_text()), folder)
-    ladder["evaluation"] |= {"documents": 20, "per_family": 3}
-    return write_toml(folder / "ladder.toml", ladder)
-
-
-def write_toml(path: Path, table: Mapping[str, Any]) -> Path:
-    """Plain values first, then tables, one level deep."""
-    lines = [f"{key} = {toml(value)}" for key, value in table.items() if not isinstance(value, dict)]
-    for name, entries in table.items():
-        if isinstance(entries, dict):
-            lines += [f"[{json.dumps(name)}]", *(f"{json.dumps(k)} = {toml(v)}" for k, v in entries.items())]
+            settings["overrides"] = {**TRAINING, "data_path": str(folder / "data" / "ladder_nano" / data)}
+        if entry["job"] == "shape":
+            settings |= {"steps": 2, "calibration_tokens": 2000, "heldout_tokens": 200}
+        if entry["job"] == "vocabulary":
+            settings |= {"k": 4, "largest_norm_ratio": 1e3}
+    lines = [f"{key} = {toml(value)}" for key, value in ladder.items()]
+    for name, entry in objects.items():
+        lines += [f"[objects.{json.dumps(name)}]", *(f"{key} = {toml(value)}" for key, value in entry.items())]
+    path = folder / "ladder.toml"
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
-def run(*words: object, cwd: Path) -> None:
-    done = subprocess.run(
-        [str(word) for word in words],
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_six_rungs(tmp_path: Path) -> None:
+def test_six_rungs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every rung is made and evaluated; a second climb would find everything done."""
-    run("bash", ROOT / "scripts" / "upcycle" / "ladder_nano.sh", "--texts-only", "--rows", 400, cwd=tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     request = Request(write_ladder(tmp_path), quiet=True)
     report = climb(request, lambda line: None)
     reports = tmp_path / "reports" / "ladder"
@@ -123,7 +97,7 @@ def test_six_rungs(tmp_path: Path) -> None:
     assert all(step["evaluation"]["questions"]["n"] == 9 for step in report["steps"])
     assert set(by_name["vpmoe-healed"]["validation"]["valid/loss/total"]) == {"before", "after"}
     receipt = json.loads((tmp_path / "artifacts" / "ladder_nano" / "vpmoe-healed" / "receipt.json").read_text())
-    health = receipt["report"]["router_health"]["first_steps"]
+    health = receipt["report"]["conversion"]["router_health"]["first_steps"]
     assert health["steps"] == [1, 2, 3, 4]
     assert {"moe/router_agg/mean_entropy", "moe/router_agg/max_vio", "moe/router_agg/dead_experts_count"} <= set(health)
     table = (reports / "ladder.md").read_text()

@@ -187,10 +187,12 @@ def as_dicts(messages: tuple[Message, ...] | list[Message]) -> list[dict[str, st
     return [{"role": m.role, "content": m.content, **({"channel": m.channel} if m.channel else {})} for m in messages]
 
 
-def rendered(tokenizer: Any, messages: list[dict[str, str]], **settings: Any) -> list[int]:
-    from vpmoe.hf.chat_template import CHAT_TEMPLATE
+def rendered(
+    tokenizer: Any, messages: list[dict[str, str]], taught: dict[str, str | None] | None = None, **settings: Any
+) -> list[int]:
+    from vpmoe.hf.chat_template import chat_template
 
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = chat_template(taught)
     return tokenizer.apply_chat_template(messages, **settings)["input_ids"]
 
 
@@ -241,6 +243,22 @@ def test_what_a_bare_question_becomes(both: tuple[Tokenizer, Any]) -> None:
     question = Message("user", "37 + 45?")
     expected = FastRenderer(ours).generation_prompt([*Prompts().messages(), question]).tolist()
     assert rendered(theirs, as_dicts([question]), add_generation_prompt=True) == expected
+
+
+@given(system=PLAIN.filter(bool), developer=st.one_of(st.none(), PLAIN))
+@settings(max_examples=60, deadline=None)
+def test_a_model_taught_under_other_texts_begins_with_those(
+    both: tuple[Tokenizer, Any], system: str, developer: str | None
+) -> None:
+    ours, theirs = both
+    question, taught = Message("user", "37 + 45?"), {"system": system, "developer": developer}
+    head = [Message("system", system), *([Message("developer", developer)] if developer else [])]
+    expected = FastRenderer(ours).generation_prompt([*head, question]).tolist()
+    assert rendered(theirs, as_dicts([question]), taught, add_generation_prompt=True) == expected
+    asked = rendered(theirs, as_dicts([question]), taught, reasoning_effort="high")
+    assert asked == rendered(theirs, as_dicts([question]), reasoning_effort="high")
+    own = as_dicts([*head, question])
+    assert rendered(theirs, own, {"system": "another", "developer": None}, add_generation_prompt=True) == expected
 
 
 QUESTION = {"role": "user", "content": "?"}

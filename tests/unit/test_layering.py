@@ -37,6 +37,7 @@ TRAINER_FLOORS = {
 SIDECAR_FLOORS = {
     "errors": -1,
     "progress": 0,
+    "toml_file": 0,
     "commands": 0,
     "trainer": 4,
     "steps": 1,

@@ -3,13 +3,16 @@
 Messages are ``{"role", "content"}``, of the assistant with a ``channel`` (``final`` where none is given), or with
 ``thinking``, which becomes a message of its own on the channel ``analysis``. A conversation that begins with the user's
 message gets the system and developer messages of ``vpmoe.harmony.prompts``; keyword arguments named as that class's
-fields change them, and ``default_prompts=False`` leaves them out. What the format has no place for is refused: tools,
-other roles and channels, and contents that spell a special token, which a template cannot keep from becoming one.
+fields change them, and ``default_prompts=False`` leaves them out. An export of a model that was taught under other
+texts begins with those instead, as long as no keyword argument asks for something else. What the format has no place
+for is refused: tools, other roles and channels, and contents that spell a special token, which a template cannot keep
+from becoming one.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 from vpmoe.harmony.conversation import CHANNELS, ROLES
 from vpmoe.harmony.prompts import REASONING_EFFORTS, Prompts
@@ -53,7 +56,12 @@ _TEMPLATE = r"""
     {{- raise_exception("the conversation has its own system or developer message, or default_prompts is off; write there what the keyword arguments say") -}}
 {%- endif -%}
 @SETTINGS@
-{%- if bare -%}
+{%- set taught = @TAUGHT@ -%}
+{%- if bare and taught and not (@ANY_GIVEN@) -%}
+    {%- for role in ["system", "developer"] if taught[role] -%}
+        {{- write(role, "", taught[role], "<|end|>") -}}
+    {%- endfor -%}
+{%- elif bare -%}
     {%- if given_reasoning_effort not in @EFFORTS@ -%}
         {{- raise_exception("reasoning_effort is " ~ given_reasoning_effort ~ "; use one of " ~ @EFFORTS@ | join(", ")) -}}
     {%- endif -%}
@@ -106,7 +114,12 @@ _TEMPLATE = r"""
 """  # noqa: E501
 
 
-def _filled() -> str:
+def chat_template(taught: Mapping[str, str | None] | None) -> str:
+    """The template, a Jinja text.
+
+    Args:
+        taught: texts of the ``system`` and ``developer`` messages to begin with; None for ``vpmoe.harmony.prompts``'s.
+    """
     words = {
         "@SPECIALS@": json.dumps(list(NAMED_SPECIAL_TOKENS)),
         "@EFFORTS@": json.dumps(REASONING_EFFORTS),
@@ -114,11 +127,10 @@ def _filled() -> str:
         "@CHANNELS@": json.dumps(CHANNELS),
         "@ANY_GIVEN@": _ANY_GIVEN,
         "@SETTINGS@": _SETTINGS,
+        # Jinja knows no JSON null; a text last, whatever it spells.
+        "@TAUGHT@": json.dumps({role: text for role, text in (taught or {}).items() if text}, ensure_ascii=False),
     }
     text = _TEMPLATE.strip()
     for word, value in words.items():
         text = text.replace(word, value)
     return text + "\n"
-
-
-CHAT_TEMPLATE = _filled()

@@ -1,23 +1,23 @@
 """An HF directory into a Megatron checkpoint, and a Megatron checkpoint into an HF directory.
 
 Both read and write tensor by tensor. A checkpoint that was imported remembers what HF's configuration said beyond the
-geometry, how many rows of the embedding mean something, and the tokenizer's files; so the export needs nothing else.
+geometry, how many rows of the embedding mean something, the system and developer messages that the model was taught
+under, and the tokenizer's files; so the export needs nothing else.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_vpmoe.config import RunConfig, geometry_diff
-from megatron_vpmoe.files import json_bytes, sync, write_atomically
+from megatron_vpmoe.files import json_bytes, read_json, sha256_of_file, write_atomically
+from vpmoe import steps
 from vpmoe.errors import WeightsError
 from vpmoe.hf import qwen3, student, tokenizer_files
 from vpmoe.weights import megatron_checkpoint, safetensors_folder
@@ -26,7 +26,11 @@ from vpmoe.weights.tensors import LazyTensor, weights_sha256
 
 ASSETS = tokenizer_files.FILES
 # Written anew from the geometry, or true of one version of a library only.
-_NOT_KEPT = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "layer_types", "rope_scaling")
+_NOT_KEPT = (
+    *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "layer_types", "rope_scaling"),
+    "prompts",
+)
+_PACKAGES = ("torch", "transformers", "safetensors")
 
 Progress = Callable[[str, int], None]
 
@@ -45,32 +49,55 @@ class Written:
 
 
 @dataclass(frozen=True)
+class Carried:
+    """What goes with weights from a checkpoint to the next, whether converted, trained on, exported or imported.
+
+    Attributes:
+        vocab_size: rows of HF's embedding; the rows of ours beyond them are padding.
+        hf_config: what HF's ``config.json`` says beyond the geometry.
+        prompts: the ``system`` and ``developer`` messages that the model was taught under; None where nobody knows.
+    """
+
+    vocab_size: int
+    hf_config: dict[str, Any] = field(default_factory=dict)
+    prompts: dict[str, str | None] | None = None
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], cfg: RunConfig) -> Carried:
+        """What a checkpoint's ``run_state.json`` holds of it."""
+        size = int(state.get("vocab_size", cfg.model.padded_vocab_size))
+        return cls(size, dict(state.get("hf_config", {})), state.get("prompts"))
+
+    def as_state(self) -> dict[str, Any]:
+        """Entries of ``run_state.json``; the inverse of ``of``."""
+        return {"vocab_size": self.vocab_size, "hf_config": self.hf_config, "prompts": self.prompts}
+
+
+@dataclass(frozen=True)
 class HFModel:
     """An HF directory of a Qwen3 or of a student of ours, opened: nothing but shapes is read.
 
     Attributes:
         weights: under our names, in our layout.
         cfg: our geometry.
-        vocab_size: rows of HF's embedding; the rows of ours beyond them are padding.
-        kept: what ``config.json`` says beyond the geometry.
+        carried: see ``Carried``.
         assets: tokenizer and generation files.
     """
 
     folder: Path
     weights: dict[str, LazyTensor]
     cfg: RunConfig
-    vocab_size: int
-    kept: dict[str, Any]
+    carried: Carried
     assets: list[Path]
 
     def run_state(self) -> dict[str, Any]:
         """What a checkpoint of these weights has to remember."""
-        return run_state(self.cfg, vocab_size=self.vocab_size, kept=self.kept)
+        return run_state(self.cfg, self.carried)
 
 
-def run_state(cfg: RunConfig, *, vocab_size: int, kept: Mapping[str, Any]) -> dict[str, Any]:
-    """``run_state.json`` of a checkpoint without training: geometry, true vocabulary size, HF's other keys."""
-    return {"kind": "weights", "config": geometry_of(cfg), "vocab_size": vocab_size, "hf_config": dict(kept)}
+def run_state(cfg: RunConfig, carried: Carried) -> dict[str, Any]:
+    """``run_state.json`` of a checkpoint without training: geometry, and what is handed on."""
+    return {"kind": "weights", "config": geometry_of(cfg), **carried.as_state()}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -79,16 +106,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         WeightsError: it is missing or no JSON object.
     """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"no readable config.json: {error}", source=str(folder), remedy="name an HF model directory"
-        ) from error
-    if not isinstance(config, dict):
-        raise WeightsError("config.json holds no object", source=str(path))
-    return config
+    return read_json(folder / "config.json", error=WeightsError, remedy="name an HF model directory")
 
 
 def open_directory(
@@ -129,12 +147,12 @@ def open_directory(
     theirs = safetensors_folder.read_weights(folder)
     ours = form.to_megatron(theirs, cfg, source=str(folder))
     produced = form.hf_config(cfg, vocab_size=0, dtype=torch.float32, kept={})
+    kept = {key: value for key, value in config.items() if key not in produced and key not in _NOT_KEPT}
     return HFModel(
         folder=folder,
         weights=conform(ours, cfg, dtype, source=str(folder)),
         cfg=cfg,
-        vocab_size=int(config["vocab_size"]),
-        kept={key: value for key, value in config.items() if key not in produced and key not in _NOT_KEPT},
+        carried=Carried(int(config["vocab_size"]), kept, config.get("prompts")),
         assets=[
             *tokenizer_files.assets_of(folder),
             *(path for path in [folder / tokenizer_files.GENERATION] if path.is_file()),
@@ -142,12 +160,49 @@ def open_directory(
     )
 
 
-def import_directory(model: HFModel, directory: Path, *, progress: Progress = _silent) -> Written:
-    """Write an opened HF model as ``directory/iter_0000000``, whole or not at all."""
-    path, hashes = megatron_checkpoint.write_checkpoint(
-        directory, model.weights, model.run_state(), assets=model.assets, progress=progress
+def import_directory(
+    model: HFModel,
+    directory: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = _silent,
+    say: steps.Say = lambda line: None,
+) -> Written:
+    """Make ``directory`` with the checkpoint of an opened HF model in it, or find it made; a keyed step.
+
+    Args:
+        model: what to write.
+        directory: gets ``iter_0000000``. Nothing else may be in it, such as a run's checkpoints.
+        overwrite: replace what an import of something else made there.
+        progress: told each tensor's name and bytes.
+        say: told a line about what is found and replaced.
+
+    Raises:
+        NotOursError: something that no import made lies there; or an import of something else, and no ``overwrite``.
+    """
+    files = [*model.assets, *(model.folder / name for name in safetensors_folder.weight_files(model.folder))]
+    step = steps.Step(
+        kind="hf-import",
+        version=1,
+        output=directory,
+        decides={
+            "files": {path.name: sha256_of_file(path) for path in files},
+            "dtypes": sorted({str(tensor.dtype) for tensor in model.weights.values()}),
+            "state": model.run_state(),
+        },
+        packages=_PACKAGES,
+        inputs=(model.folder,),
     )
-    return Written(path, weights_sha256(hashes), hashes)
+
+    def make(work: steps.Work) -> dict[str, Any]:
+        shutil.rmtree(megatron_checkpoint.checkpoint_in(work.folder), ignore_errors=True)
+        _, hashes = megatron_checkpoint.write_checkpoint(
+            work.folder, model.weights, model.run_state(), assets=model.assets, progress=progress
+        )
+        return {"weights_sha256": weights_sha256(hashes), "tensors": hashes}
+
+    found = steps.run(step, make, overwrite=overwrite, say=say)["report"]
+    return Written(megatron_checkpoint.checkpoint_in(directory), found["weights_sha256"], found["tensors"])
 
 
 def export_checkpoint(
@@ -156,51 +211,80 @@ def export_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     shard_bytes: int = safetensors_folder.SHARD_BYTES,
+    overwrite: bool = False,
     progress: Progress = _silent,
+    say: steps.Say = lambda line: None,
 ) -> Written:
-    """Write a checkpoint as an HF directory, whole or not at all; nothing but the checkpoint is read.
+    """Make an HF directory of a checkpoint, or find it made; a keyed step. Nothing but the checkpoint is read.
 
     Args:
         checkpoint: ``iter_NNNNNNN``, or a run or checkpoints directory (the newest complete one is taken).
-        folder: must not exist.
+        folder: of the step.
         dtype: of the weights; None keeps each tensor's own.
         shard_bytes: a weight file is closed before it grows beyond this.
+        overwrite: replace what an export of another checkpoint made there.
+        progress: told each tensor's name and bytes.
+        say: told a line about what is found and replaced.
 
     Raises:
-        WeightsError: ``folder`` exists.
+        NotOursError: something that no export made lies there; or an export of something else, and no ``overwrite``.
     """
-    from megatron_vpmoe.training.checkpoint import ASSETS as STORED_ASSETS
     from megatron_vpmoe.training.checkpoint import open_checkpoint
 
-    if folder.exists():
-        raise WeightsError("the target exists already", source=str(folder), remedy="remove it or name another one")
     found = open_checkpoint(checkpoint)
-    cfg = config_of(found.state["config"], source=str(found.path / "run_state.json"))
-    form = qwen3 if qwen3.is_qwen3(cfg) else student
-    vocab_size = int(found.state.get("vocab_size", cfg.model.padded_vocab_size))
-    ours = conform(megatron_checkpoint.read_weights(found.path), cfg, dtype, source=str(found.path))
-    theirs = form.from_megatron(ours, cfg, vocab_size=vocab_size)
-    stored = next(iter(ours.values())).dtype
-    assets = sorted((found.path / STORED_ASSETS).glob("*"))
-    made, token_ids = tokenizer_files.made_from(assets)
-    kept = dict(found.state.get("hf_config", {}))
-    kept |= {key: value for key, value in token_ids.items() if kept.get(key) is None}
-    kept |= {"prompts": found.state["prompts"]} if found.state.get("prompts") else {}
-    config = form.hf_config(cfg, vocab_size=vocab_size, dtype=stored, kept=kept)
+    step = steps.Step(
+        kind="hf-export",
+        version=1,
+        output=folder,
+        decides={
+            "checkpoint": {"name": found.path.name, "files": sha256_of_file(found.path / "files.json")},
+            "dtype": str(dtype),
+            "shard_bytes": shard_bytes,
+        },
+        packages=_PACKAGES,
+        inputs=(found.path,),
+    )
 
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    hashes = safetensors_folder.write_weights(partial, theirs, shard_bytes=shard_bytes, progress=progress)
-    write_atomically(partial / "config.json", json_bytes(config))
+    def make(work: steps.Work) -> dict[str, Any]:
+        hashes = write_hf_directory(found.path, work.folder, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
+        return {"weights_sha256": weights_sha256(hashes), "tensors": hashes}
+
+    report = steps.run(step, make, overwrite=overwrite, say=say)["report"]
+    return Written(folder, report["weights_sha256"], report["tensors"])
+
+
+def write_hf_directory(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = safetensors_folder.SHARD_BYTES,
+    progress: Progress = _silent,
+) -> dict[str, str]:
+    """Write the files of an HF directory into ``folder``, which exists; returns HF's name -> ``tensor_sha256``."""
+    from megatron_vpmoe.training.checkpoint import ASSETS as STORED_ASSETS
+
+    state = megatron_checkpoint.read_state(checkpoint)
+    cfg = megatron_checkpoint.read_config(checkpoint)
+    carried = Carried.of(state, cfg)
+    form = qwen3 if qwen3.is_qwen3(cfg) else student
+    ours = conform(megatron_checkpoint.read_weights(checkpoint), cfg, dtype, source=str(checkpoint))
+    theirs = form.from_megatron(ours, cfg, vocab_size=carried.vocab_size)
+    assets = sorted((checkpoint / STORED_ASSETS).glob("*"))
+    made, token_ids = tokenizer_files.made_from(assets)
+    kept = carried.hf_config | {k: v for k, v in token_ids.items() if carried.hf_config.get(k) is None}
+    if carried.prompts is not None:
+        kept["prompts"] = carried.prompts
+    stored = next(iter(ours.values())).dtype
+    config = form.hf_config(cfg, vocab_size=carried.vocab_size, dtype=stored, kept=kept)
+
+    hashes = safetensors_folder.write_weights(folder, theirs, shard_bytes=shard_bytes, progress=progress)
+    write_atomically(folder / "config.json", json_bytes(config))
     for code in student.CODE if form is student else ():
-        shutil.copyfile(code, partial / code.name)
+        shutil.copyfile(code, folder / code.name)
     for name, content in made.items():
-        (partial / name).write_bytes(content)
+        (folder / name).write_bytes(content)
     for asset in assets:
-        shutil.copyfile(asset, partial / asset.name)
-    tokenizer_files.give_harmony_template(partial)
-    sync(partial)
-    os.replace(partial, folder)
-    sync(folder.parent)
-    return Written(folder, weights_sha256(hashes), hashes)
+        shutil.copyfile(asset, folder / asset.name)
+    tokenizer_files.give_harmony_template(folder, carried.prompts)
+    return hashes

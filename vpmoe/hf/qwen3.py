@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_vpmoe.config import RunConfig
 from vpmoe.errors import WeightsError
+from vpmoe.weights.heads import join_heads, split_heads
 from vpmoe.weights.tensors import LazyTensor, Weights
 
 ARCHITECTURE = "Qwen3ForCausalLM"
@@ -166,7 +167,7 @@ def to_megatron(weights: Weights, cfg: RunConfig, *, source: str) -> dict[str, L
             ours[prefix + name] = found[theirs_prefix + theirs]
         qkv = [found[theirs_prefix + name] for name in _QKV]
         ours[f"{prefix}self_attention.linear_qkv.weight"] = _joined(
-            qkv, lambda q, k, v: interleave_qkv(q, k, v, m.num_query_groups)
+            qkv, lambda *parts: join_heads(*(part.unflatten(0, (-1, m.kv_channels)) for part in parts))
         )
         ours[f"{prefix}mlp.linear_fc1.weight"] = _joined([found[theirs_prefix + name] for name in _GATE_UP], _stack)
     return ours
@@ -183,7 +184,9 @@ def from_megatron(weights: Weights, cfg: RunConfig, *, vocab_size: int) -> dict[
         qkv = weights[f"{prefix}self_attention.linear_qkv.weight"]
         for index, rows in enumerate((m.num_attention_heads, m.num_query_groups, m.num_query_groups)):
             theirs[theirs_prefix + _QKV[index]] = _part(
-                qkv, rows * m.kv_channels, lambda w, i=index: split_qkv(w, m.num_attention_heads, m.num_query_groups)[i]
+                qkv,
+                rows * m.kv_channels,
+                lambda w, i=index: split_heads(w, m.num_attention_heads, m.num_query_groups)[i].flatten(0, 1),
             )
         fc1 = weights[f"{prefix}mlp.linear_fc1.weight"]
         for index, name in enumerate(_GATE_UP):
@@ -192,20 +195,6 @@ def from_megatron(weights: Weights, cfg: RunConfig, *, vocab_size: int) -> dict[
     if m.untie_embeddings_and_output_weights:
         theirs[_OUTPUT[0]] = _cut(weights[_OUTPUT[1]], vocab_size)
     return theirs
-
-
-def interleave_qkv(query: Tensor, key: Tensor, value: Tensor, num_groups: int) -> Tensor:
-    """[H·D, h], [G·D, h], [G·D, h] -> [G·(P + 2)·D, h] in Megatron's order: per group its queries, key, value."""
-    parts = (x.unflatten(0, (num_groups, -1)) for x in (query, key, value))
-    return torch.cat(list(parts), dim=1).flatten(0, 1)
-
-
-def split_qkv(mixed: Tensor, num_heads: int, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse of ``interleave_qkv``."""
-    per_group = num_heads // num_groups
-    grouped = mixed.unflatten(0, (num_groups, per_group + 2, -1))
-    query, key, value = grouped.split([per_group, 1, 1], dim=1)
-    return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
 
 
 class _Source:

@@ -17,7 +17,7 @@ from megatron_vpmoe.files import json_bytes
 from vpmoe.errors import WeightsError
 from vpmoe.hf import tokenization_vpmoe
 from vpmoe.hf.byte_level_bpe import tokenizer_json
-from vpmoe.hf.chat_template import CHAT_TEMPLATE
+from vpmoe.hf.chat_template import chat_template
 from vpmoe.tokenizer import CompactVocabulary, Tokenizer
 from vpmoe.tokenizer.from_dataset import vocabulary_of
 from vpmoe.tokenizer.hf_directory import FILE_NAMES
@@ -113,10 +113,14 @@ def _tokenizer_config(name: str) -> dict[str, Any]:
     }
 
 
-def give_harmony_template(folder: Path) -> None:
-    """Write our chat template where the vocabulary of an HF directory is Harmony's, whoever wrote its tokenizer."""
+def give_harmony_template(folder: Path, prompts: Mapping[str, str | None] | None) -> None:
+    """Write our chat template where the vocabulary of an HF directory is Harmony's, whoever wrote its tokenizer.
+
+    Args:
+        prompts: what a conversation without its own system and developer messages gets; see ``chat_template``.
+    """
     if _special_tokens(folder) >= NAMED_SPECIAL_TOKENS.keys():
-        (folder / TEMPLATE).write_text(CHAT_TEMPLATE)
+        (folder / TEMPLATE).write_text(chat_template(prompts))
 
 
 def _special_tokens(folder: Path) -> set[str]:

@@ -8,19 +8,18 @@ from typing import Annotated
 import typer
 
 from vpmoe.ladder.climb import Request, climb, listing
+from vpmoe.upcycle.ladder_file import LADDER, read_ladder
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def ladder(
-    config: Annotated[Path, typer.Option(help="the ladder: objects, target, evaluation")] = Path(
-        "configs/upcycle/ladder.toml"
-    ),
+    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="the ladder: objects, jobs, evaluation")] = LADDER,
     out: Annotated[Path | None, typer.Option(help="folder of the report (default: the ladder's)")] = None,
     first: Annotated[int, typer.Option("--from", min=0, help="rung to begin with; those below have to be there")] = 0,
     last: Annotated[int | None, typer.Option("--to", min=0, help="rung to end with (default: the last)")] = None,
-    force: Annotated[bool, typer.Option("--force", help="make again what is out of date or damaged")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is out of date or damaged")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list what is done and what is due; make nothing")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bars")] = False,
 ) -> None:
@@ -28,11 +27,11 @@ def ladder(
 
     What is done and still valid is skipped; after an interruption the same command goes on where it stopped.
     """
-    request = Request(config, reports=out, first=first, last=last, force=force, quiet=quiet)
+    request = Request(file, reports=out, first=first, last=last, overwrite=overwrite, quiet=quiet)
     if dry_run:
         typer.echo("\n".join(listing(request)))
         return
     climb(request, lambda line: typer.echo(line, err=True))
-    folder = request.folder()
+    folder = out or read_ladder(file).reports
     typer.echo((folder / "ladder.md").read_text())
     typer.echo(f"{folder / 'ladder.json'}, ladder.md and ladder.png written")

@@ -8,7 +8,6 @@ key-value cache; the answer is the first line, and has to be the expected one, b
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,14 +25,13 @@ from vpmoe.errors import DataError
 from vpmoe.eval.nano import decode_in_batches
 from vpmoe.eval.questions import Question, read_questions
 from vpmoe.hf.tokenizer_files import open_tokenizer
-from vpmoe.ladder.settings import Evaluation
+from vpmoe.upcycle.ladder_file import Evaluation
 from vpmoe.weights import megatron_checkpoint
-from vpmoe.weights.geometry import config_of, load_model, process_groups
+from vpmoe.weights.geometry import load_model, process_groups
 
 if TYPE_CHECKING:
     from megatron_vpmoe.model.gpt import VPModel
 
-VERSION = 1
 END_OF_DOCUMENT = "<|endoftext|>"
 _SHOWN = 3
 Progress = Callable[[str], None]
@@ -46,12 +44,12 @@ class HeldOut:
     Attributes:
         texts: cut to the settings' length.
         questions: in the order of the file.
-        sha256: of the two and of whatever else in the settings decides the numbers.
+        decides: hashes of the two and whatever else in the settings decides the numbers, for a step's key.
     """
 
     texts: list[str]
     questions: list[Question]
-    sha256: str
+    decides: dict[str, Any]
 
     @classmethod
     def read(cls, settings: Evaluation) -> HeldOut:
@@ -70,24 +68,20 @@ class HeldOut:
             raise DataError("no text to evaluate on", source=str(settings.texts), remedy="name texts")
         questions = read_questions(settings.questions, per_family=settings.per_family)
         decides = {
-            "version": VERSION,
             "texts": sha256_of_json(texts),
             "questions": sha256_of_file(settings.questions),
             "per_family": settings.per_family,
             "max_new_tokens": settings.max_new_tokens,
             "precision": settings.precision,
         }
-        return cls(texts, questions, sha256_of_json(decides))
+        return cls(texts, questions, decides)
 
 
-def evaluate(
-    checkpoint: Path, hf_folder: Path, held_out: HeldOut, settings: Evaluation, *, progress: Progress
-) -> dict[str, Any]:
-    """Ask one model everything.
+def evaluate(folder: Path, held_out: HeldOut, settings: Evaluation, *, progress: Progress) -> dict[str, Any]:
+    """Ask one object everything.
 
     Args:
-        checkpoint: ``iter_NNNNNNN``; its weights are loaded whole.
-        hf_folder: gives the tokenizer.
+        folder: the object's; the weights of its checkpoint are loaded whole, its ``hf/`` gives the tokenizer.
         held_out: what is asked.
         settings: how.
         progress: takes a line about what is going on.
@@ -98,9 +92,9 @@ def evaluate(
     Raises:
         WeightsError: no weights or tokenizer there.
     """
-    tokenizer = open_tokenizer(hf_folder)
-    state = json.loads((checkpoint / megatron_checkpoint.RUN_STATE).read_text())
-    cfg = config_of(state["config"], source=str(checkpoint), bf16=settings.precision == "bfloat16")
+    tokenizer = open_tokenizer(folder / "hf")
+    checkpoint = megatron_checkpoint.checkpoint_in(folder / "megatron")
+    cfg = megatron_checkpoint.read_config(checkpoint, bf16=settings.precision == "bfloat16")
     with process_groups(), torch.no_grad():
         model = load_model(cfg, megatron_checkpoint.read_weights(checkpoint), source=str(checkpoint))
         texts = score_texts(model, tokenizer, held_out.texts, settings.batch_size)

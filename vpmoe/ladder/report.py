@@ -10,7 +10,7 @@ from megatron_vpmoe.files import sha256_of_file, write_atomically
 from megatron_vpmoe.software import git_state
 from vpmoe.eval.plots import save_figure
 from vpmoe.eval.reports import write_report as write_json
-from vpmoe.ladder.settings import Ladder
+from vpmoe.upcycle.ladder_file import Ladder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,22 +36,21 @@ _HEADINGS = (
 Record = dict[str, Any]
 
 
-def write_report(ladder: Ladder, records: Sequence[Record], folder: Path, *, source: Path) -> dict[str, Any]:
+def write_report(ladder: Ladder, records: Sequence[Record], folder: Path) -> dict[str, Any]:
     """Write the three files; returns the report.
 
     Args:
         ladder: its settings.
         records: one an object, in the order of making.
         folder: of the report.
-        source: the ladder's file.
     """
     evaluated = with_deltas([record for record in records if "evaluation" in record])
     fed = [record for record in records if "evaluation" not in record]
     report = {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
-        "config": {"path": str(source), "sha256": sha256_of_file(source)},
-        "settings": ladder.model_dump(mode="json"),
+        "config": {"path": str(ladder.path), "sha256": sha256_of_file(ladder.path)},
+        "settings": ladder.evaluation.model_dump(mode="json") if ladder.evaluation else None,
         "git": git_state(),
         "time": total_time(records),
         "below": fed,
@@ -83,8 +82,8 @@ def with_deltas(records: Sequence[Record]) -> list[Record]:
 
 
 def total_time(records: Sequence[Record]) -> dict[str, float]:
-    """Seconds and processor seconds of all jobs and evaluations on record; what was done before is not counted."""
-    parts = [record[key] for record in records for key in ("job_time", "evaluation_time") if record.get(key)]
+    """Seconds and processor seconds of all jobs and evaluations on record."""
+    parts = [record[key] for record in records for key in ("job_time", "evaluation_time") if key in record]
     return {name: round(sum(part[name] for part in parts), 1) for name in ("seconds", "processor_seconds")}
 
 
@@ -128,8 +127,7 @@ def _validation(record: Record) -> str:
 
 
 def _time(record: Record, key: str) -> str:
-    spent = record.get(key)
-    return f"{spent['seconds']:.0f} ({spent['processor_seconds']:.0f})" if spent else "before"
+    return f"{record[key]['seconds']:.0f} ({record[key]['processor_seconds']:.0f})"
 
 
 def plot(evaluated: Sequence[Record], output: Path) -> None:

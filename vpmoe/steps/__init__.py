@@ -8,6 +8,6 @@ proof that the folder is ours: nothing without one is ever removed, and finished
 
 from vpmoe.steps.receipt import RECEIPT, content_sha256, read_receipt
 from vpmoe.steps.step import State, Step
-from vpmoe.steps.work import Work, discard, run
+from vpmoe.steps.work import Say, Work, discard, run
 
-__all__ = ["RECEIPT", "State", "Step", "Work", "content_sha256", "discard", "read_receipt", "run"]
+__all__ = ["RECEIPT", "Say", "State", "Step", "Work", "content_sha256", "discard", "read_receipt", "run"]

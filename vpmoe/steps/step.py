@@ -62,14 +62,14 @@ class Step:
     @cached_property
     def key(self) -> dict[str, Any]:
         """What decides the result, as JSON reads it back."""
-        key = {
+        own = {
             "kind": self.kind,
             "version": self.version,
             "code": __version__,
             "packages": package_versions(self.packages),
-            **self.decides,
         }
-        return json.loads(json.dumps(key))
+        assert not own.keys() & self.decides.keys(), f"these are the engine's: {own.keys() & self.decides.keys()}"
+        return json.loads(json.dumps({**own, **self.decides}))
 
     @property
     def partial(self) -> Path:

@@ -26,7 +26,7 @@ class Work:
     """A step at work.
 
     Attributes:
-        folder: where its files go.
+        folder: where its files go; all in it is ours.
         resumed: an interrupted run is gone on with.
         say: told a line about what is going on.
         results: of what is done of it, by name.
@@ -45,6 +45,13 @@ class Work:
         """A folder that outlives an interruption and goes when the step is finished; made on first use."""
         path = self.folder / _SCRATCH
         path.mkdir(exist_ok=True)
+        return path
+
+    def fresh(self, name: str) -> Path:
+        """An empty folder of that name; what an interrupted attempt has left of it goes."""
+        path = self.folder / name
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
         return path
 
     @property
@@ -201,7 +208,7 @@ def _make_room(step: Step, state: State, overwrite: bool, say: Say) -> None:
             _remove(step.output)
     if unfinished is not None and unfinished != step.key:
         difference = changed(unfinished, step.key)
-        if not overwrite:
+        if not overwrite and any(path.is_file() and path.name != UNFINISHED for path in step.partial.rglob("*")):
             raise NotOursError(
                 f"unfinished work lies here, and {difference}",
                 source=str(step.partial),

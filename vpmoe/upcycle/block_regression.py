@@ -94,11 +94,11 @@ def fit(block: Block, how: Regression) -> dict[str, float]:
     errors = {"start": block.error()}
     best = (errors["start"], _copy(block.module))
 
-    def judge(stage: str) -> None:
+    def judge(point: str) -> None:
         nonlocal best
-        errors[stage] = block.error()
-        if errors[stage] < best[0]:
-            best = (errors[stage], _copy(block.module))
+        errors[point] = block.error()
+        if errors[point] < best[0]:
+            best = (errors[point], _copy(block.module))
 
     refit_output(block, how.ridge)
     judge("ridge")

@@ -30,9 +30,10 @@ from megatron_vpmoe.files import write_atomically
 from vpmoe.upcycle.aligned_heads import merged_heads
 from vpmoe.upcycle.block_regression import Block, Regression, fit
 from vpmoe.upcycle.neurons import contributions, squared_relu_neurons
-from vpmoe.upcycle.plain_shapes import FC1, FC2, PROJ, QKV, join_heads, split_heads
+from vpmoe.upcycle.plain_shapes import FC1, FC2, PROJ, QKV
 from vpmoe.upcycle.residual_streams import PARTS, Batch, added, embedded
 from vpmoe.weights import LazyTensor, Weights
+from vpmoe.weights.heads import join_heads, split_heads
 from vpmoe.weights.streamed_model import LayerByLayer
 
 Progress = Callable[[str, int], None]
@@ -47,16 +48,11 @@ class Calibration:
         batches: of the calibration texts.
         parts: of "attention" and "feed_forward", those that are; the others stay as the plain conversion has them.
         regression: how a block is fitted; its seed is the whole conversion's.
-        align_heads: start attention from aligned heads instead of the plain means.
-        neurons: start the feed-forward from the neurons with the largest "contribution" to the output, from
-            "contribution_pairs" of them, or from "l2_topk", the plain conversion.
     """
 
     batches: Sequence[Batch]
     parts: frozenset[str]
     regression: Regression
-    align_heads: bool
-    neurons: str
 
 
 def calibrated_layers(
@@ -150,10 +146,8 @@ def _block(before: Any, after: Any, part: str, pair: _Streams, batches: Sequence
 def _start_attention(
     before: Any, after: Any, cfgs: tuple[RunConfig, RunConfig], pair: _Streams, how: Calibration
 ) -> None:
-    if not how.align_heads:
-        return
     old, new = cfgs
-    heads = split_heads(_get(before, QKV), old)
+    heads = split_heads(_get(before, QKV), old.model.num_attention_heads, old.model.num_query_groups)
     counts = new.model.num_attention_heads, new.model.num_query_groups
     merged = merged_heads(*heads, _get(before, PROJ), _normed(before.input_layernorm, pair, how), counts)
     _put(after, QKV, join_heads(*merged[:3]))
@@ -163,14 +157,11 @@ def _start_attention(
 def _start_feed_forward(
     before: Any, after: Any, cfgs: tuple[RunConfig, RunConfig], pair: _Streams, how: Calibration
 ) -> None:
-    if how.neurons == "l2_topk":
-        return
     with torch.no_grad():
         first, second = _get(before, FC1), _get(before, FC2)
         power = contributions(first, second, _normed(before.pre_mlp_layernorm, pair, how))
-    pairs = how.neurons == "contribution_pairs"
     width = cfgs[1].model.ffn_hidden_size
-    for name, value in zip((FC1, FC2), squared_relu_neurons(first, second, power, width, pairs=pairs), strict=True):
+    for name, value in zip((FC1, FC2), squared_relu_neurons(first, second, power, width), strict=True):
         _put(after, name, value)
 
 

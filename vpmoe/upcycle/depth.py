@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -30,8 +30,6 @@ from vpmoe.upcycle.rung_below import (
 )
 from vpmoe.weights.tensors import LazyTensor, tensor_sha256
 
-Placement = Literal["between", "interpolate", "append"]
-
 VALUE_RESIDUAL = "self_attention.value_residual_scale"
 _ADDED_TO_THE_STREAM = tuple(
     f"{linear}.{part}" for linear in ("self_attention.linear_proj", "mlp.linear_fc2") for part in ("weight", "bias")
@@ -41,9 +39,6 @@ _ADDED_TO_THE_STREAM = tuple(
 class DepthSettings(JobSettings):
     """Settings of ``depth``."""
 
-    placement: Placement = "between"
-    """Where new blocks go: "between" the old ones, as evenly as whole blocks allow; "interpolate": the same with the
-    place above the last one too; "append": all above the last one."""
     prompt_lengths: tuple[int, ...] = Field(default=(1, 7, 33), min_length=1)
     """Lengths of the prompts (of random tokens) on which both models have to give equal logits."""
 
@@ -58,7 +53,7 @@ class Depth(Job[DepthSettings]):
     def convert(self, task: Task[DepthSettings]) -> Product:
         below = RungBelow.open(task.inputs["model"])
         refuse_other_changes(task, below, {"num_layers"})
-        layers = layer_sources(below.cfg, task.cfg, task.settings.placement, source=task.spec.id)
+        layers = layer_sources(below.cfg, task.cfg, source=task.spec.id)
         task.report["old_layers"] = {index + 1: old + 1 for index, (old, is_new) in enumerate(layers) if not is_new}
         task.report["new_layers_copied_from"] = {
             index + 1: old + 1 for index, (old, is_new) in enumerate(layers) if is_new
@@ -68,9 +63,9 @@ class Depth(Job[DepthSettings]):
     def verify(self, task: Task[DepthSettings], folder: Path) -> dict[str, Any]:
         below, written = below_and_written(task, folder)
         before = below.cast(task.settings.dtype)
-        layers = layer_sources(below.cfg, task.cfg, task.settings.placement, source=task.spec.id)
+        layers = layer_sources(below.cfg, task.cfg, source=task.spec.id)
         _check_old_layers(task, before, written, layers)
-        prompts = random_prompts(below.vocab_size, task.settings.prompt_lengths, task.settings.seed)
+        prompts = random_prompts(below.carried.vocab_size, task.settings.prompt_lengths, task.settings.seed)
         found = LogitDifference.between(
             logits_of(below.cfg, before, prompts, source=task.inputs["model"].spec.id),
             logits_of(task.cfg, written, prompts, source=task.spec.id),
@@ -84,7 +79,7 @@ class Depth(Job[DepthSettings]):
         return {**found.as_json(), "old_tensors_bit_identical": True}
 
 
-def layer_sources(old: RunConfig, new: RunConfig, placement: Placement, *, source: str) -> list[tuple[int, bool]]:
+def layer_sources(old: RunConfig, new: RunConfig, *, source: str) -> list[tuple[int, bool]]:
     """For every layer of the deeper model, from 0: (the old layer that it is or copies, whether it is new).
 
     Raises:
@@ -104,22 +99,19 @@ def layer_sources(old: RunConfig, new: RunConfig, placement: Placement, *, sourc
             source=f"{source}: num_experts",
             remedy="deepen the dense rung, then add experts",
         )
-    blocks = block_sources(before // period, after // period, placement)
+    blocks = block_sources(before // period, after // period)
     return [(block * period + offset, is_new) for block, is_new in blocks for offset in range(period)]
 
 
-def block_sources(old: int, new: int, placement: Placement) -> list[tuple[int, bool]]:
+def block_sources(old: int, new: int) -> list[tuple[int, bool]]:
     """For every block of the deeper model: (the old block that it is or copies, whether it is new).
 
-    The first block is always the old first one: layer 1's values stay layer 1's. A new block copies the old one below.
+    New blocks go between the old ones, as evenly as whole blocks allow; each copies the old one below. The first block
+    is always the old first one: layer 1's values stay layer 1's.
     """
-    added = new - old
-    if placement == "append":
-        gaps = [0] * (old - 1) + [added]
-    else:
-        places = max(old - 1, 1) if placement == "between" else old
-        ends = [added * (place + 1) // places for place in range(places)]
-        gaps = [end - begin for begin, end in zip([0, *ends], ends, strict=False)] + [0] * (old - places)
+    added, places = new - old, max(old - 1, 1)
+    ends = [added * (place + 1) // places for place in range(places)]
+    gaps = [end - begin for begin, end in zip([0, *ends], ends, strict=False)] + [0] * (old - places)
     return [(block, copy > 0) for block, gap in enumerate(gaps) for copy in range(gap + 1)]
 
 

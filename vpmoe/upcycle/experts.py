@@ -109,7 +109,7 @@ class Experts(Job[ExpertsSettings]):
         below, written = below_and_written(task, folder)
         settings = task.settings
         conversion = Conversion.of(task.cfg, below.cfg, settings, source=task.spec.id)
-        prompts = random_prompts(below.vocab_size, settings.prompt_lengths, settings.seed)
+        prompts = random_prompts(below.carried.vocab_size, settings.prompt_lengths, settings.seed)
         before = logits_of(below.cfg, below.weights, prompts, source=task.inputs["model"].spec.id)
         # The conversion is held to its promise in fp32; what the dtype on disk costs is reported beside it.
         in_fp32 = LogitDifference.between(
@@ -130,7 +130,7 @@ class Experts(Job[ExpertsSettings]):
             "in_fp32": in_fp32.as_json(),
             "as_written": on_disk.as_json(),
             "experts_reached": experts_reached(
-                task.cfg, written, settings.reach_tokens, below.vocab_size, settings.seed, source=task.spec.id
+                task.cfg, written, settings.reach_tokens, below.carried.vocab_size, settings.seed, source=task.spec.id
             ),
         }
 

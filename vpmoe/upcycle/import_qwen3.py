@@ -40,12 +40,12 @@ class ImportQwen3(Job[ImportQwen3Settings]):
     def convert(self, task: Task[ImportQwen3Settings]) -> Product:
         source = task.inputs["source"]
         model = open_directory(source.hf, cfg=task.cfg, dtype=DTYPES[task.settings.dtype])
-        task.report["vocab_size"] = model.vocab_size
-        task.report["padding_rows"] = task.cfg.model.padded_vocab_size - model.vocab_size
+        size = model.carried.vocab_size
+        task.report.update(vocab_size=size, padding_rows=task.cfg.model.padded_vocab_size - size)
         return Product(model.weights, model.run_state(), model.assets)
 
     def verify(self, task: Task[ImportQwen3Settings], folder: Path) -> dict[str, Any]:
-        checkpoint = folder / "megatron" / megatron_checkpoint.ITERATION
+        checkpoint = megatron_checkpoint.checkpoint_in(folder / "megatron")
         again = open_directory(folder / "hf", cfg=task.cfg).weights
         here = megatron_checkpoint.read_weights(checkpoint)
         changed = [name for name in here if tensor_sha256(here[name].read()) != tensor_sha256(again[name].read())]

@@ -1,9 +1,9 @@
 """What a job is: a pure function from input objects and settings to the weights of its output object.
 
-A job says which roles its inputs play, what its settings are (a pydantic model, filled from the job's TOML) and how to
-compute the output: as a mapping of names to tensors not computed yet, so that the runner can stream them. It may write
-what it wants to keep over an interruption into ``task.scratch``, and adds to ``task.report`` what the receipt is to
-tell. Checking inputs, geometry, hashes, writing and exporting are the runner's.
+A job says which roles its inputs play, what its settings are (a pydantic model, filled from the object's entry) and how
+to compute the output: as a mapping of names to tensors not computed yet, so that the runner can stream them. It may
+write what it wants to keep over an interruption into ``task.scratch``, and adds to ``task.report`` what the receipt is
+to tell. Checking inputs, geometry, hashes, writing and exporting are the runner's.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from megatron_vpmoe.config import RunConfig
-from vpmoe.upcycle.registry import ObjectSpec
+from vpmoe.upcycle.inputs import Input
+from vpmoe.upcycle.ladder_file import ObjectSpec
 from vpmoe.weights import Weights
-from vpmoe.weights.megatron_checkpoint import ITERATION
 
 
 class JobSettings(BaseModel):
@@ -36,35 +36,6 @@ Settings = TypeVar("Settings", bound=JobSettings)
 
 
 @dataclass(frozen=True)
-class Input:
-    """An input object, checked.
-
-    Attributes:
-        spec: its entry.
-        cfg: its geometry; None where a source declares none.
-        content: its files' names, sizes and hashes.
-        receipt: of a derived object.
-    """
-
-    spec: ObjectSpec
-    cfg: RunConfig | None
-    content: dict[str, dict[str, Any]]
-    receipt: dict[str, Any] | None
-
-    @property
-    def hf(self) -> Path:
-        """Its HF directory."""
-        path = Path(self.spec.path)
-        return path if self.spec.kind == "source" else path / "hf"
-
-    @property
-    def checkpoint(self) -> Path:
-        """Its Megatron checkpoint; of a derived object."""
-        assert self.spec.kind == "derived", f"{self.spec.id} is an HF directory"
-        return Path(self.spec.path) / "megatron" / ITERATION
-
-
-@dataclass(frozen=True)
 class Task(Generic[Settings]):
     """One run of a job.
 
@@ -72,10 +43,10 @@ class Task(Generic[Settings]):
         spec: the output object.
         cfg: its geometry.
         inputs: by role.
-        settings: from the job's TOML.
+        settings: from the object's entry.
         scratch: a directory that outlives an interruption and goes when the object is done.
-        report: JSON-able; becomes the receipt's ``report``.
         progress: told (what, bytes) as work is done.
+        report: JSON-able; becomes the receipt's ``conversion``.
     """
 
     spec: ObjectSpec
@@ -106,17 +77,21 @@ class Job(Generic[Settings]):
     """Base of the jobs; stateless."""
 
     name: ClassVar[str]
-    """As a job's TOML says it."""
+    """As an object's entry says it."""
+    version: ClassVar[int] = 1
+    """Raised whenever the same inputs and settings would give another object: objects of older versions are stale."""
+    packages: ClassVar[tuple[str, ...]] = ("torch", "megatron-core", "transformers", "safetensors", "numpy")
+    """Distributions that compute the weights or what the receipt says of them."""
     roles: ClassVar[tuple[str, ...]]
     """Inputs that it needs, by the name of the part they play; may be none."""
     settings_type: type[Settings]
 
-    def decides(self, settings: Settings) -> dict[str, Any]:
-        """What decides the output besides inputs, settings and geometry, JSON-able: goes into the object's key.
+    def decides(self, spec: ObjectSpec, settings: Settings) -> dict[str, Any]:
+        """What decides the output besides code, inputs and geometry, JSON-able: goes into the object's key.
 
         Such as the hash of a file that the settings name.
         """
-        return {}
+        return {"settings": settings.model_dump(mode="json")}
 
     def convert(self, task: Task[Settings]) -> Product:
         """Compute the output; raises ``UpcycleError`` where the inputs cannot give it."""

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from megatron_vpmoe.config import RunConfig
 from megatron_vpmoe.model.attention.grape import initial_log_frequencies
-from megatron_vpmoe.model.attention.mixed_qkv import mixed_qkv_rows
 from vpmoe.errors import UpcycleError
 from vpmoe.upcycle.constant_factors import constant_factors, relative_error
 from vpmoe.upcycle.job import Job, JobSettings, Product, Task
@@ -37,6 +36,7 @@ from vpmoe.upcycle.sinks import calibrate_sinks
 from vpmoe.upcycle.vocabulary import tokens_of
 from vpmoe.weights import LazyTensor, Weights
 from vpmoe.weights.geometry import config_of, geometry_of
+from vpmoe.weights.heads import split_heads
 
 _QKV = "self_attention.linear_qkv."
 _SINK = "self_attention.sink"
@@ -106,7 +106,7 @@ class Ledger:
     def __init__(self, task: Task[MorphSettings], below: RungBelow) -> None:
         self.task, self.below, self.texts = task, below, _texts(task)
         self.source = task.inputs["model"].spec.id
-        self.prompts = random_prompts(below.vocab_size, task.settings.prompt_lengths, task.settings.seed)
+        self.prompts = random_prompts(below.carried.vocab_size, task.settings.prompt_lengths, task.settings.seed)
         self.longest = max(map(len, [*self.prompts, *self.texts]))
         self.logits_before = logits_of(below.cfg, below.weights, self.prompts, source=self.source)
         self.loss_before = text_loss(below.cfg, below.weights, self.texts, source=self.source)
@@ -223,13 +223,10 @@ def _factor(qkv: LazyTensor, cfg: RunConfig, which: int) -> Tensor:
 
 def _projections(qkv: LazyTensor, cfg: RunConfig) -> dict[str, tuple[Tensor, int]]:
     """q, k, v -> (fp32 [heads or groups, D, C], rank)."""
-    model, whole = cfg.model, qkv.read().float()
-    rows = mixed_qkv_rows(model.num_attention_heads, model.num_query_groups, model.kv_channels)
+    model = cfg.model
+    heads = split_heads(qkv.read().float(), model.num_attention_heads, model.num_query_groups)
     ranks = (model.tpa_q_rank, model.tpa_rank, model.tpa_rank)
-    return {
-        name: (whole[row].unflatten(0, (-1, model.kv_channels)), rank)
-        for name, row, rank in zip("qkv", rows, ranks, strict=True)
-    }
+    return {name: (part, rank) for name, part, rank in zip("qkv", heads, ranks, strict=True)}
 
 
 def factor_errors(weights: Weights, cfg: RunConfig) -> dict[int, dict[str, float]]:

@@ -27,22 +27,19 @@ def contributions(first: Tensor, second: Tensor, inputs: Iterable[Tensor]) -> Te
     return power * second.double().square().sum(0)
 
 
-def squared_relu_neurons(
-    first: Tensor, second: Tensor, power: Tensor, width: int, *, pairs: bool
-) -> tuple[Tensor, Tensor]:
+def squared_relu_neurons(first: Tensor, second: Tensor, power: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The strongest neurons as squared-ReLU ones: first matrix [width, C], second [C, width].
+
+    Two for each of width / 2: relu((g + u) / 2)² - relu((g - u) / 2)² is relu(g) u wherever |u| <= |g|; of an odd width
+    the last has one.
 
     Args:
         first: gate over up projection [2 F, C].
         second: [C, F].
         power: of each neuron [F].
         width: squared-ReLU neurons.
-        pairs: two for each of width / 2: relu((g + u) / 2)² - relu((g - u) / 2)² is relu(g) u wherever |u| <= |g|; of
-            an odd width the last has one. Otherwise one for each: relu((g + u) / 2)² is g u where the two agree.
     """
-    kept = power.topk(-(-width // 2) if pairs else width).indices.sort().values
+    kept = power.topk(-(-width // 2)).indices.sort().values
     gate, up = (half[kept] for half in first.chunk(2))
-    if not pairs:
-        return (gate + up) / 2, second[:, kept]
     first, second = torch.cat([gate + up, gate - up]) / 2, torch.cat([second[:, kept], -second[:, kept]], 1)
     return first[:width], second[:, :width]

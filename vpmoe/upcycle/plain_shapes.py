@@ -8,9 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from megatron_vpmoe.config import RunConfig
-from megatron_vpmoe.model.attention.mixed_qkv import mixed_qkv_rows, split_mixed_qkv
 from vpmoe.upcycle.rung_below import in_layer
 from vpmoe.weights import Weights
+from vpmoe.weights.heads import join_heads, split_heads
 
 QKV = "self_attention.linear_qkv.weight"
 PROJ = "self_attention.linear_proj.weight"
@@ -21,7 +21,7 @@ FC2 = "mlp.linear_fc2.weight"
 def pooled_qkv(mixed: Tensor, old: RunConfig, new: RunConfig) -> Tensor:
     """Means over runs of heads and groups, in Megatron's mixed layout again."""
     heads, groups = new.model.num_attention_heads, new.model.num_query_groups
-    query, key, value = split_heads(mixed, old)
+    query, key, value = split_heads(mixed, old.model.num_attention_heads, old.model.num_query_groups)
     return join_heads(
         *(part.unflatten(0, (n, -1)).mean(1) for part, n in ((query, heads), (key, groups), (value, groups)))
     )
@@ -32,22 +32,6 @@ def summed_projection(weight: Tensor, old: RunConfig, new: RunConfig) -> Tensor:
     heads, dim = new.model.num_attention_heads, new.model.kv_channels
     together = old.model.num_attention_heads // heads
     return weight.unflatten(1, (heads, together, dim)).sum(2).flatten(1)
-
-
-def split_heads(mixed: Tensor, cfg: RunConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of the mixed layout -> queries [H, D, C], keys and values [G, D, C]."""
-    parts = split_mixed_qkv(mixed.t(), cfg.model.num_attention_heads, cfg.model.num_query_groups)  # [C, heads, D]
-    query, key, value = (part.permute(1, 2, 0) for part in parts)
-    return query, key, value
-
-
-def join_heads(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The inverse of ``split_heads``."""
-    parts = (query, key, value)
-    mixed = query.new_empty(sum(part.shape[0] * part.shape[1] for part in parts), query.shape[2])
-    for part, rows in zip(parts, mixed_qkv_rows(len(query), len(key), query.shape[1]), strict=True):
-        mixed[rows] = part.flatten(0, 1)
-    return mixed
 
 
 def largest_columns(second: Tensor, width: int) -> Tensor:

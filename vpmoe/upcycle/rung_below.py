@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from torch import Tensor
 
 from megatron_vpmoe.config import RunConfig, geometry_diff
 from vpmoe.errors import UpcycleError
-from vpmoe.hf.convert import run_state
-from vpmoe.upcycle.job import Input, Product, Task
+from vpmoe.hf.convert import Carried, run_state
+from vpmoe.upcycle.inputs import Input
+from vpmoe.upcycle.job import Product, Task
 from vpmoe.weights import Weights, megatron_checkpoint
 from vpmoe.weights.geometry import conform, process_groups
 from vpmoe.weights.streamed_model import streamed_model
@@ -31,20 +31,18 @@ class RungBelow:
     Attributes:
         cfg: its geometry.
         weights: under Megatron's names.
-        vocab_size: rows of the embedding that mean something.
-        kept: keys of HF's ``config.json`` beyond the geometry.
+        carried: what goes with the weights besides.
         assets: tokenizer files.
     """
 
     cfg: RunConfig
     weights: dict[str, LazyTensor]
-    vocab_size: int
-    kept: dict[str, Any]
+    carried: Carried
     assets: list[Path]
 
     @classmethod
     def open(cls, item: Input) -> RungBelow:
-        """The model of a derived object."""
+        """The model of what a job made."""
         assert item.cfg is not None
         return cls.of_checkpoint(item.checkpoint, item.cfg)
 
@@ -53,18 +51,12 @@ class RungBelow:
         """The model of a checkpoint directory (``iter_NNNNNNN``), also of a training run's."""
         from megatron_vpmoe.training.checkpoint import ASSETS
 
-        state = json.loads((path / megatron_checkpoint.RUN_STATE).read_text())
-        return cls(
-            cfg=cfg,
-            weights=megatron_checkpoint.read_weights(path),
-            vocab_size=state.get("vocab_size", cfg.model.padded_vocab_size),
-            kept=state.get("hf_config", {}),
-            assets=sorted((path / ASSETS).glob("*")),
-        )
+        carried = Carried.of(megatron_checkpoint.read_state(path), cfg)
+        return cls(cfg, megatron_checkpoint.read_weights(path), carried, sorted((path / ASSETS).glob("*")))
 
     def product(self, cfg: RunConfig, weights: Weights) -> Product:
         """New weights with this rung's vocabulary and files."""
-        return Product(weights, run_state(cfg, vocab_size=self.vocab_size, kept=self.kept), self.assets)
+        return Product(weights, run_state(cfg, self.carried), self.assets)
 
     def cast(self, dtype: str) -> dict[str, LazyTensor]:
         """Its weights in the dtype that a job's settings name."""
@@ -73,7 +65,7 @@ class RungBelow:
 
 def below_and_written(task: Task, folder: Path) -> tuple[RungBelow, dict[str, LazyTensor]]:
     """What a job verifies: its input ``model``, and the weights that were written to ``folder``."""
-    written = megatron_checkpoint.read_weights(folder / "megatron" / megatron_checkpoint.ITERATION)
+    written = megatron_checkpoint.read_weights(megatron_checkpoint.checkpoint_in(folder / "megatron"))
     return RungBelow.open(task.inputs["model"]), written
 
 
@@ -106,7 +98,7 @@ def refuse_other_changes(task: Task, below: RungBelow, allowed: Collection[str])
         raise UpcycleError(
             "the geometries differ in what this job does not change:\n    " + "\n    ".join(found),
             source=task.spec.id,
-            remedy="correct the config of one of the two objects in objects.toml",
+            remedy="correct the config of one of the two objects",
         )
 
 

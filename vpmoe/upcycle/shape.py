@@ -24,6 +24,7 @@ from vpmoe.upcycle.block_errors import Rung, block_errors
 from vpmoe.upcycle.block_regression import Regression
 from vpmoe.upcycle.calibrated_layers import Calibration, Errors, calibrated_layers
 from vpmoe.upcycle.job import Job, Product, Task
+from vpmoe.upcycle.ladder_file import ObjectSpec
 from vpmoe.upcycle.passages import Passages
 from vpmoe.upcycle.plain_shapes import FC1, FC2, PROJ, QKV, plain_attention, plain_feed_forward
 from vpmoe.upcycle.residual_streams import batches_of
@@ -51,10 +52,11 @@ class Shape(Job[ShapeSettings]):
     roles: ClassVar[tuple[str, ...]] = ("model",)
     settings_type = ShapeSettings
 
-    def decides(self, settings: ShapeSettings) -> dict[str, Any]:
-        if not settings.calibration:
-            return {}
-        return {"calibration_manifest_sha256": sha256_of_file(read_manifest(settings.calibration).path)}
+    def decides(self, spec: ObjectSpec, settings: ShapeSettings) -> dict[str, Any]:
+        found = super().decides(spec, settings)
+        if settings.calibration:  # the dataset counts, not where it lies
+            found["settings"]["calibration"] = sha256_of_file(read_manifest(settings.calibration).path)
+        return found
 
     def convert(self, task: Task[ShapeSettings]) -> Product:
         below = RungBelow.open(task.inputs["model"])
@@ -108,8 +110,6 @@ def convert_blocks(
         batches=batches_of(passages, settings.batch_tokens),
         parts=settings.calibrated,
         regression=Regression(settings.ridge, settings.steps, settings.learning_rate, settings.seed),
-        align_heads=settings.attention_start == "aligned",
-        neurons=settings.feed_forward_start,
     )
     with process_groups():
         layers, errors = calibrated_layers(old, (new, plain), calibration, scratch, source=source, progress=progress)

@@ -38,11 +38,6 @@ class ShapeSettings(JobSettings):
     text_tokens: int = Field(default=512, ge=2)
     """Most tokens of a text or conversation that are read."""
 
-    attention_start: Literal["aligned", "meanpool"] = "aligned"
-    """Where the calibrated attention starts: heads aligned before they are merged, or the baseline."""
-    feed_forward_start: Literal["contribution_pairs", "contribution", "l2_topk"] = "contribution_pairs"
-    """Where the calibrated feed-forward starts: the neurons that add most to the output, as two squared-ReLU neurons of
-    opposite sign or as one, or the baseline."""
     ridge: float = Field(default=1e-3, ge=0)
     """Penalty of the closed-form fits, in units of a feature's mean variance."""
     steps: int = Field(default=800, ge=0)

@@ -23,9 +23,6 @@ from torch import Tensor
 
 from vpmoe.errors import UpcycleError
 
-METHODS = ("omp", "common_interpolation", "subword", "mean", "zero", "randn", "john_hewitt")
-_NEED_K = ("omp", "common_interpolation")
-
 
 @dataclass(frozen=True)
 class Surgery:
@@ -35,22 +32,16 @@ class Surgery:
         source: the model's rows, [>= its tokens, h].
         donor: the donor's rows, [>= V, d].
         source_tokenizer, donor_tokenizer: HF tokenizers of the two.
-        method: one of ``METHODS``.
         k: shared tokens that one row is made of, below both hidden sizes.
         batch_size: rows approximated together; memory of OMP is about ``batch_size`` x (d x k + N) floats.
-        seed: for the methods that draw.
-        output: the matrix is an output layer's (subword treats the two differently).
     """
 
     source: Tensor
     donor: Tensor
     source_tokenizer: Any
     donor_tokenizer: Any
-    method: str
     k: int
     batch_size: int
-    seed: int
-    output: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,11 +86,11 @@ def check(surgery: Surgery, assignment: Assignment) -> None:
     """Refuse what would run for hours and then be worthless.
 
     Raises:
-        UpcycleError: an unknown method, no shared tokens, or a k that determines the combination no more.
+        UpcycleError: no shared tokens, or a k that determines the combination no more.
     """
-    if surgery.method not in METHODS:
+    if assignment.shared == 0:
         raise UpcycleError(
-            f"no approximation method {surgery.method!r}", source="method", remedy=f"one of {', '.join(METHODS)}"
+            "the two vocabularies share no token", source="donor", remedy="name a donor with a byte-level vocabulary"
         )
     limits = {
         "the model's hidden size": surgery.source.shape[1],
@@ -107,16 +98,12 @@ def check(surgery: Surgery, assignment: Assignment) -> None:
         "the number of shared tokens + 1": assignment.shared + 1,
     }
     for what, limit in limits.items():
-        if surgery.method in _NEED_K and surgery.k >= limit:
+        if surgery.k >= limit:
             raise UpcycleError(
                 f"k = {surgery.k} has to be below {what}, {limit}: otherwise the rows' norms explode",
                 source="k",
                 remedy=f"k = {max(1, limit // 16)} or so",
             )
-    if assignment.shared == 0 and surgery.method not in ("mean", "zero", "randn", "john_hewitt"):
-        raise UpcycleError(
-            "the two vocabularies share no token", source="donor", remedy="name a donor with a byte-level vocabulary"
-        )
 
 
 def new_rows(surgery: Surgery, scratch: Path, progress: Callable[[str, int], None]) -> tuple[Tensor, Assignment]:
@@ -142,7 +129,7 @@ def new_rows(surgery: Surgery, scratch: Path, progress: Callable[[str, int], Non
         model=nowhere,
         donor=nowhere,
         out_path="unused",
-        method=tokensurgeon.ApproximationMethod(surgery.method),
+        method=tokensurgeon.ApproximationMethod("omp"),
         k=surgery.k,
     )
 
@@ -150,20 +137,19 @@ def new_rows(surgery: Surgery, scratch: Path, progress: Callable[[str, int], Non
     rows[list(assignment.copied)] = surgery.source[list(assignment.copied.values())]
     tokens, count = assignment.approximated, len(assignment.approximated)
     scratch.mkdir(parents=True, exist_ok=True)
-    for number, begin in enumerate(range(0, count, surgery.batch_size)):
+    for begin in range(0, count, surgery.batch_size):
         end = min(begin + surgery.batch_size, count)
         kept = scratch / f"rows_{begin:07d}.safetensors"
         if kept.is_file():
             batch = load_file(kept)["rows"]
         else:
-            torch.manual_seed(surgery.seed + number)
             batch = tokensurgeon.compute_new_embeddings(
                 surgery.source,
                 surgery.donor,
                 known,
                 target,
                 target_tokens=tokens[begin:end],
-                is_lm_head=surgery.output,
+                is_lm_head=False,
                 token_basis=None,
                 orig_tokenizer=surgery.source_tokenizer,
                 options=options,
@@ -174,5 +160,5 @@ def new_rows(surgery: Surgery, scratch: Path, progress: Callable[[str, int], Non
         rows[assignment.target_ids[begin:end]] = batch.to(rows.dtype)
         progress(f"{end} of {count} rows", batch.nbytes)
     if not bool(torch.isfinite(rows).all()):
-        raise UpcycleError("an approximated row is not finite", source=surgery.method, remedy="a smaller k")
+        raise UpcycleError("an approximated row is not finite", source=f"k = {surgery.k}", remedy="a smaller k")
     return rows, assignment

@@ -7,20 +7,23 @@ The object's ``training/`` keeps the run's metrics, configuration and assignment
 
 from __future__ import annotations
 
+import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
 
-from megatron_vpmoe.config import RunConfig, config_hash, geometry_diff, load_config
+from megatron_vpmoe.config import RunConfig, deciding_fields, geometry_diff, load_config
 from megatron_vpmoe.config.parameters import is_trained
 from megatron_vpmoe.data.manifest import read_manifest
+from megatron_vpmoe.files import write_atomically
 from megatron_vpmoe.metrics import read_records
 from vpmoe.commands import Command, CommandFailed, run_command
 from vpmoe.errors import UpcycleError
 from vpmoe.upcycle.job import Job, JobSettings, Product, Task
-from vpmoe.upcycle.registry import flags
+from vpmoe.upcycle.ladder_file import ObjectSpec, flags, geometry
 from vpmoe.upcycle.rung_below import RungBelow, below_and_written, refuse_other_changes
 from vpmoe.upcycle.training_receipt import router_report, training_report, validation_report
 from vpmoe.weights.tensors import tensor_sha256
@@ -34,9 +37,9 @@ class TrainingSettings(JobSettings):
     """Settings of ``pretrain`` and ``heal``."""
 
     config: str = Field(min_length=1)
-    """YAML of the run; its ``model`` and ``moe`` sections have to be the object's geometry."""
+    """YAML of what several trainings share, laid over the object's own ``config``."""
     overrides: dict[str, Any] = Field(default_factory=dict)
-    """Fields that differ from ``config``, by name; "null" for none."""
+    """Fields that differ from these two, by name; "null" for none."""
 
 
 class Pretrain(Job[TrainingSettings]):
@@ -46,13 +49,14 @@ class Pretrain(Job[TrainingSettings]):
     roles: ClassVar[tuple[str, ...]] = ()
     settings_type = TrainingSettings
 
-    def decides(self, settings: TrainingSettings) -> dict[str, Any]:
-        cfg = training_config(settings)
-        manifests = {part.label: read_manifest(part.path).sha256 for part in cfg.data.parts}
-        return {"config_sha256": config_hash(cfg), "dataset_manifest_sha256": manifests}
+    def decides(self, spec: ObjectSpec, settings: TrainingSettings) -> dict[str, Any]:
+        """What of the run's configuration decides its weights, and the datasets; not what it logs and where."""
+        cfg = training_config(spec, settings)
+        manifests = [read_manifest(part.path).sha256 for part in cfg.data.parts]
+        return {"training": deciding_fields(cfg), "dtype": settings.dtype, "dataset_manifests_sha256": manifests}
 
     def convert(self, task: Task[TrainingSettings]) -> Product:
-        trained = RungBelow.of_checkpoint(train(task, training_config(task.settings)), task.cfg)
+        trained = RungBelow.of_checkpoint(train(task), task.cfg)
         return trained.product(task.cfg, trained.weights)
 
     def verify(self, task: Task[TrainingSettings], folder: Path) -> dict[str, Any]:
@@ -60,7 +64,7 @@ class Pretrain(Job[TrainingSettings]):
         (folder / "training").mkdir(exist_ok=True)
         for name in KEPT:
             shutil.copyfile(run / name, folder / "training" / name)
-        last = training_config(task.settings).training.train_iters
+        last = training_config(task.spec, task.settings).training.train_iters
         return {"validation": validation_report(read_records(run / "metrics.jsonl"), last, source=task.spec.id)}
 
 
@@ -76,7 +80,7 @@ class Heal(Pretrain):
 
     def verify(self, task: Task[TrainingSettings], folder: Path) -> dict[str, Any]:
         below, written = below_and_written(task, folder)
-        cfg = training_config(task.settings)
+        cfg = training_config(task.spec, task.settings)
         # An expert bias is no parameter; it goes with its router's weight.
         frozen = [
             name for name in below.weights if not is_trained(cfg, name.replace("router.expert_bias", "router.weight"))
@@ -92,28 +96,46 @@ class Heal(Pretrain):
         return {**super().verify(task, folder), "frozen_tensors_bit_identical": len(frozen)}
 
 
-def training_config(settings: TrainingSettings) -> RunConfig:
+def write_run(folder: Path, spec: ObjectSpec, settings: TrainingSettings) -> tuple[Path, list[str]]:
+    """The training as a user would start it: ``folder/run.yaml``, and the words of the command line after it."""
+    assert spec.config is not None
+    path = folder / "run.yaml"
+    parents = [str(Path(parent).resolve()) for parent in (spec.config, settings.config)]
+    write_atomically(path, f"extends: {json.dumps(parents)}\n".encode())
+    return path, flags({"run_name": spec.id, **spec.overrides, **settings.overrides})
+
+
+def training_config(spec: ObjectSpec, settings: TrainingSettings) -> RunConfig:
     """The run's configuration, before what the job decides (directory, start, resumption).
 
     Raises:
-        ConfigError: the YAML, or an override, is wrong.
-        UpcycleError: it says what the job decides, or never validates.
+        ConfigError: a YAML, or an override, is wrong.
+        UpcycleError: it says what the job decides, never validates, or has another geometry than the object.
     """
-    cfg = load_config(Path(settings.config), flags(settings.overrides))
+    with tempfile.TemporaryDirectory() as folder:
+        path, words = write_run(Path(folder), spec, settings)
+        cfg = load_config(path, words)
     taken = [
         name
         for name, value in (("run_dir", cfg.training.run_dir), ("load_weights", cfg.checkpoint.load_weights))
         if value is not None
     ]
+    place = f"objects.{spec.id}.settings, {settings.config}"
     if taken:
-        raise UpcycleError(
-            f"{' and '.join(taken)}: the job decides that", source=settings.config, remedy="leave it null"
-        )
+        raise UpcycleError(f"{' and '.join(taken)}: the job decides that", source=place, remedy="leave it null")
     if cfg.evaluation.eval_interval is None:
         raise UpcycleError(
             "eval_interval is null, and the receipt is to tell the validation loss before and after",
-            source=settings.config,
+            source=place,
             remedy="set eval_interval, such as to train_iters",
+        )
+    declared = geometry(spec)
+    assert declared is not None
+    if differing := [str(change) for change in geometry_diff(declared, cfg)]:
+        raise UpcycleError(
+            "the training's geometry is not the object's (object -> training):\n    " + "\n    ".join(differing),
+            source=place,
+            remedy="model and moe are declared by the object's config and overrides",
         )
     return cfg
 
@@ -123,31 +145,25 @@ def run_directory(task: Task[TrainingSettings]) -> Path:
     return task.scratch / "run"
 
 
-def train(task: Task[TrainingSettings], cfg: RunConfig) -> Path:
+def train(task: Task[TrainingSettings]) -> Path:
     """Run the training to its end, from its newest checkpoint if there is one; returns its last checkpoint.
 
     Adds ``training`` and, where there are experts, ``router_health`` to the report.
 
     Raises:
-        UpcycleError: another geometry than the object's, or a training that ended before its last iteration.
+        UpcycleError: a training that ended before its last iteration.
         Interrupted: by a signal; the training has saved.
     """
     from megatron_vpmoe.training.checkpoint import open_checkpoint
 
-    differing = [str(change) for change in geometry_diff(task.cfg, cfg)]
-    if differing:
-        raise UpcycleError(
-            "the training's geometry is not the object's (object -> training):\n    " + "\n    ".join(differing),
-            source=f"{task.spec.id}: {task.settings.config}",
-            remedy="correct the overrides of one of the two",
-        )
+    cfg = training_config(task.spec, task.settings)
     directory = run_directory(task)
     decided = {"run_dir": str(directory), "resume": True, "eval_at_start": True}
     if "model" in task.inputs:
         decided["load_weights"] = str(task.inputs["model"].checkpoint)
-    words = flags({**task.settings.overrides, **decided})
+    path, words = write_run(task.scratch, task.spec, task.settings)
     try:
-        run_command(Command(("python", "-m", LAUNCHER, task.settings.config, *words)), Path.cwd(), to_stderr=True)
+        run_command(Command(("python", "-m", LAUNCHER, str(path), *words, *flags(decided))), Path.cwd(), to_stderr=True)
     except CommandFailed as error:
         raise UpcycleError(
             f"the training ended with exit code {error.exit_code}; its own message is above",

@@ -6,6 +6,7 @@ Everything but the embedding (and the output layer where it is untied) is the in
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from megatron_vpmoe.files import json_bytes, write_atomically
 from vpmoe.errors import UpcycleError
-from vpmoe.hf.convert import read_config, run_state
+from vpmoe.hf.convert import Carried, read_config, run_state
 from vpmoe.hf.tokenizer_files import GENERATION, assets_of, open_tokenizer
 from vpmoe.tokenizer import load_tokenizer
 from vpmoe.tokenizer.o200k_harmony import NAME as O200K_HARMONY
 from vpmoe.tokenizer.o200k_harmony import load_o200k_harmony
-from vpmoe.upcycle.job import Input, Job, JobSettings, Product, Task
+from vpmoe.upcycle.inputs import Input
+from vpmoe.upcycle.job import Job, JobSettings, Product, Task
 from vpmoe.upcycle.token_surgery import Assignment, Surgery, new_rows
 from vpmoe.upcycle.vocabulary_report import measure
 from vpmoe.weights import LazyTensor, megatron_checkpoint, safetensors_folder
@@ -35,8 +37,6 @@ _ROUND_TRIPS = (*NUMBERS, "Dear reader,\n\n  naïve — 東京 🙂\t<|end|> is 
 class VocabularySettings(JobSettings):
     """Settings of ``vocabulary``."""
 
-    method: str = "omp"
-    """How rows that the two vocabularies do not share are approximated: one of ``token_surgery.METHODS``."""
     k: int = Field(default=64, ge=1)
     """Shared tokens that one row is made of."""
     batch_size: int = Field(default=512, ge=1)
@@ -59,28 +59,27 @@ class Vocabulary(Job[VocabularySettings]):
 
     name: ClassVar[str] = "vocabulary"
     roles: ClassVar[tuple[str, ...]] = ("model", "donor")
+    packages = (*Job.packages, "mergekit", "tokenizers")
     settings_type = VocabularySettings
 
     def convert(self, task: Task[VocabularySettings]) -> Product:
         model, donor = task.inputs["model"], task.inputs["donor"]
         source_tokenizer, donor_tokenizer = open_tokenizer(model.hf), open_tokenizer(donor.hf)
         weights = megatron_checkpoint.read_weights(model.checkpoint)
-        state = json.loads((model.checkpoint / "run_state.json").read_text())
+        assert model.cfg is not None
+        carried = Carried.of(megatron_checkpoint.read_state(model.checkpoint), model.cfg)
         padded = task.cfg.model.padded_vocab_size
         specials = _special_ids(donor_tokenizer, task.settings)
 
         for name in [EMBEDDING, OUTPUT] if OUTPUT in weights else [EMBEDDING]:
-            source = weights[name].read()[: state["vocab_size"]]
+            source = weights[name].read()[: carried.vocab_size]
             surgery = Surgery(
                 source=source,
                 donor=donor_rows(donor, output=name == OUTPUT),
                 source_tokenizer=source_tokenizer,
                 donor_tokenizer=donor_tokenizer,
-                method=task.settings.method,
                 k=task.settings.k,
                 batch_size=task.settings.batch_size,
-                seed=task.settings.seed,
-                output=name == OUTPUT,
             )
             rows, assignment = new_rows(surgery, task.scratch / name, task.progress)
             if rows.shape[0] > padded:
@@ -97,12 +96,13 @@ class Vocabulary(Job[VocabularySettings]):
             task.report[name] = _figures(assignment, rows.shape[0], padded, len(specials), whole, source)
         assets = _assets(task, donor_tokenizer)
         eos = [donor_tokenizer.convert_tokens_to_ids(token) for token in task.settings.eos_tokens]
-        kept = {**state.get("hf_config", {}), "eos_token_id": eos, "bos_token_id": None, "pad_token_id": None}
-        return Product(weights, run_state(task.cfg, vocab_size=padded, kept=kept), assets)
+        kept = {**carried.hf_config, "eos_token_id": eos, "bos_token_id": None, "pad_token_id": None}
+        carried = replace(carried, vocab_size=padded, hf_config=kept)
+        return Product(weights, run_state(task.cfg, carried), assets)
 
     def verify(self, task: Task[VocabularySettings], folder: Path) -> dict[str, Any]:
         model = task.inputs["model"]
-        new = folder / "megatron" / megatron_checkpoint.ITERATION
+        new = megatron_checkpoint.checkpoint_in(folder / "megatron")
         before, after = (megatron_checkpoint.read_weights(path) for path in (model.checkpoint, new))
         changed = [
             name
@@ -210,10 +210,10 @@ def _check_norms(rows: Tensor, source: Tensor, task: Task[VocabularySettings]) -
     limit = task.settings.largest_norm_ratio * float(source.float().norm(dim=1).max())
     norms = rows.float().norm(dim=1)
     worst = int(norms.argmax())
-    if task.settings.method != "randn" and not float(norms[worst]) <= limit:
+    if not float(norms[worst]) <= limit:
         raise UpcycleError(
             f"row {worst} has norm {float(norms[worst]):.3g}, above {limit:.3g}",
-            source=f"{task.spec.id}: method {task.settings.method}, k {task.settings.k}",
+            source=f"{task.spec.id}: k {task.settings.k}",
             remedy="a smaller k, or a larger largest_norm_ratio if this is meant",
         )
 

@@ -5,7 +5,6 @@ Losses of models with different vocabularies compare per byte of text, not per t
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from vpmoe.weights import megatron_checkpoint
-from vpmoe.weights.geometry import config_of, load_model, process_groups
+from vpmoe.weights.geometry import load_model, process_groups
 
 
 def measure(checkpoints: tuple[Path, Path], tokenizers: tuple[Any, Any], texts: list[str]) -> list[dict[str, Any]]:
@@ -40,8 +39,7 @@ def measure(checkpoints: tuple[Path, Path], tokenizers: tuple[Any, Any], texts: 
 def _bits(checkpoint: Path, tokenizer: Any, texts: list[str]) -> list[tuple[int, float | None]]:
     from megatron_vpmoe.generation.sampler import left_padded
 
-    state = json.loads((checkpoint / "run_state.json").read_text())
-    cfg = config_of(state["config"], source=str(checkpoint))
+    cfg = megatron_checkpoint.read_config(checkpoint)
     found: list[tuple[int, float | None]] = []
     with process_groups(), torch.no_grad():
         model = load_model(cfg, megatron_checkpoint.read_weights(checkpoint), source=str(checkpoint))

@@ -8,7 +8,6 @@ such size: the tensors of a checkpoint are global ones.
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,7 +21,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load as load_into
 from torch.distributed.checkpoint.state_dict_saver import save as save_plan
 
-from megatron_vpmoe.files import json_bytes, write_atomically
+from megatron_vpmoe.config import RunConfig
+from megatron_vpmoe.files import json_bytes, read_json, write_atomically
 from megatron_vpmoe.runtime.device import prepare
 from vpmoe.errors import WeightsError
 from vpmoe.weights.geometry import config_of, expected_shapes, stored_keys
@@ -39,6 +39,21 @@ _BACKENDS = {
 }
 # The model's own parts; optimizer and random state of a training run lie beside them.
 _MODEL_PARTS = ("embedding.", "decoder.", "output_layer.")
+
+
+def checkpoint_in(directory: Path) -> Path:
+    """Where a conversion's checkpoint lies in the directory that holds it."""
+    return directory / ITERATION
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """``run_state.json`` of ``iter_NNNNNNN``; raises ``WeightsError`` where it is missing or damaged."""
+    return read_json(checkpoint / RUN_STATE, error=WeightsError, remedy="name a complete checkpoint")
+
+
+def read_config(checkpoint: Path, *, bf16: bool = False) -> RunConfig:
+    """The geometry of ``iter_NNNNNNN``, to build its model with; see ``config_of``."""
+    return config_of(read_state(checkpoint)["config"], source=str(checkpoint / RUN_STATE), bf16=bf16)
 
 
 class _StreamingPlanner(DefaultSavePlanner):
@@ -67,7 +82,7 @@ def write_checkpoint(
     """Write ``directory/iter_0000000``, whole or not at all.
 
     Args:
-        directory: made where it is missing.
+        directory: the caller's own, made where it is missing; holds no such checkpoint yet.
         weights: every tensor of the model under its name in the state dict, whole.
         run_state: JSON-able, with the geometry as ``config``; becomes ``run_state.json`` with ``iteration`` 0.
         assets: files to keep beside the weights, in ``assets/``: the tokenizer's, for a later export.
@@ -79,9 +94,11 @@ def write_checkpoint(
     prepare()
     from megatron_vpmoe.training import checkpoint
 
-    final = directory / ITERATION
-    partial = checkpoint.begin(final)
+    final = checkpoint_in(directory)
     stored = _under_keys(weights, run_state)
+    if final.exists():
+        raise WeightsError("a checkpoint lies there", source=str(final), remedy="name another directory")
+    partial = checkpoint.begin(final)
     planner = _StreamingPlanner(stored, progress)
     shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in stored.items()}
     with warnings.catch_warnings():
@@ -138,7 +155,6 @@ def read_weights(path: Path) -> dict[str, LazyTensor]:
     reader = _CachedReader(str(path))
     try:
         entries = reader.read_metadata().state_dict_metadata
-        state = json.loads((path / RUN_STATE).read_text())
     except (OSError, EOFError, ValueError) as error:
         raise WeightsError(
             f"not a readable torch_dist checkpoint: {error}",
@@ -150,13 +166,8 @@ def read_weights(path: Path) -> dict[str, LazyTensor]:
         for name, entry in entries.items()
         if isinstance(entry, layout.TensorStorageMetadata) and name.startswith(_MODEL_PARTS)
     }
-    return _under_names(stored, state, path)
-
-
-def _under_names(stored: Weights, state: dict[str, Any], path: Path) -> dict[str, LazyTensor]:
-    cfg = config_of(state["config"], source=str(path / RUN_STATE))
     weights: dict[str, LazyTensor] = {}
-    for name, keys in stored_keys(cfg).items():
+    for name, keys in stored_keys(read_config(path)).items():
         missing = [key for key in keys if key not in stored]
         if missing:
             raise WeightsError(

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 from tests.tiny_student import write_student, write_vocabulary
 from vpmoe.errors import WeightsError
 from vpmoe.hf import tokenizer_files
-from vpmoe.hf.chat_template import CHAT_TEMPLATE
+from vpmoe.hf.chat_template import chat_template
 from vpmoe.hf.convert import export_checkpoint, open_directory
 from vpmoe.tokenizer.bpe import save_bpe, train_bpe
 from vpmoe.tokenizer.o200k_harmony import NAMED_SPECIAL_TOKENS
@@ -43,8 +43,8 @@ def test_whoever_has_harmonys_tokens_gets_our_template(tmp_path: Path) -> None:
     save_bpe(tokenizer, tmp_path / "donor")
     (tmp_path / "donor" / "chat_template.jinja").write_text("another")
     exported = export(tmp_path, tokenizer_files.assets_of(tmp_path / "donor"))
-    assert (exported / "chat_template.jinja").read_text() == CHAT_TEMPLATE
-    assert AutoTokenizer.from_pretrained(exported, local_files_only=True).chat_template == CHAT_TEMPLATE
+    assert (exported / "chat_template.jinja").read_text() == chat_template(None)
+    assert AutoTokenizer.from_pretrained(exported, local_files_only=True).chat_template == chat_template(None)
 
 
 def test_a_compact_vocabulary_is_opened_without_running_the_directorys_code(tmp_path: Path) -> None:

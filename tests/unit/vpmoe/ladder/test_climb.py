@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.vpmoe.ladder.tiny_ladder import write_ladder
 from vpmoe.cli import main
-from vpmoe.errors import UpcycleError
+from vpmoe.errors import NotOursError
 from vpmoe.ladder import climb as module
 from vpmoe.ladder.climb import Request, climb, listing
 
@@ -19,9 +19,9 @@ def ladder(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     return write_ladder(tmp_path_factory.mktemp("climb"), repository)
 
 
-def go(ladder: Path, *, force: bool = False) -> tuple[dict, list[str]]:
+def go(ladder: Path, *, overwrite: bool = False) -> tuple[dict, list[str]]:
     lines: list[str] = []
-    return climb(Request(ladder, quiet=True, force=force), lines.append), lines
+    return climb(Request(ladder, quiet=True, overwrite=overwrite), lines.append), lines
 
 
 def test_climbing_twice_does_nothing_the_second_time(ladder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +31,7 @@ def test_climbing_twice_does_nothing_the_second_time(ladder: Path, monkeypatch: 
     assert step["delta"] == {"bits_per_byte": 0.0, "accuracy": 0.0}
     assert step["job_time"]["seconds"] > 0 and step["evaluation_time"]["seconds"] > 0
     receipt = json.loads((ladder.parent / "model" / "receipt.json").read_text())
-    assert step["weights_sha256"] == receipt["outputs"]["weights_sha256"]
+    assert step["weights_sha256"] == receipt["report"]["weights_sha256"]
     folder = ladder.parent / "reports"
     assert json.loads((folder / "ladder.json").read_text()) == report
     assert (folder / "ladder.png").read_bytes().startswith(b"\x89PNG")
@@ -42,7 +42,7 @@ def test_climbing_twice_does_nothing_the_second_time(ladder: Path, monkeypatch: 
 
     monkeypatch.setattr(module, "evaluate", never)
     again, lines = go(ladder)
-    assert "  evaluation: done before" in lines
+    assert f"  {folder / 'model'}: done and valid" in lines
     assert again["steps"] == report["steps"]
     assert "done and up to date; evaluated" in listing(Request(ladder))[0]
 
@@ -51,8 +51,9 @@ def test_other_questions_are_asked_again(ladder: Path) -> None:
     before, _ = go(ladder)
     ladder.write_text(ladder.read_text().replace("per_family = 4", "per_family = 3"))
     assert "done and up to date; to be evaluated" in listing(Request(ladder))[0]
-    after, lines = go(ladder)
-    assert "  evaluation: done before" not in lines
+    with pytest.raises(NotOursError, match=r"asked\.per_family: 4 -> 3"):
+        go(ladder)
+    after, _ = go(ladder, overwrite=True)
     assert (before["steps"][0]["evaluation"]["questions"]["n"], after["steps"][0]["evaluation"]["questions"]["n"]) == (
         8,
         6,
@@ -62,19 +63,34 @@ def test_other_questions_are_asked_again(ladder: Path) -> None:
 
 def test_an_object_out_of_date_is_made_again_when_asked(ladder: Path) -> None:
     go(ladder)
-    job = ladder.parent / "model.toml"
-    job.write_text(job.read_text().replace("prompt_lengths = [3]", "prompt_lengths = [4]"))
-    with pytest.raises(UpcycleError, match="made from other inputs, settings or geometry"):
+    before = json.loads((ladder.parent / "reports" / "model" / "receipt.json").read_text())
+    ladder.write_text(ladder.read_text().replace("prompt_lengths = [3]", "prompt_lengths = [4]"))
+    with pytest.raises(NotOursError, match=r"settings\.prompt_lengths: \[3\] -> \[4\]"):
         go(ladder)
-    report, _ = go(ladder, force=True)
-    assert report["steps"][0]["job_time"] is not None
+    go(ladder, overwrite=True)
+    # The same weights as before: nothing to ask again.
+    assert json.loads((ladder.parent / "reports" / "model" / "receipt.json").read_text()) == before
 
 
 def test_what_is_refused(ladder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = tmp_path / "ladder.toml"
     wrong.write_text(ladder.read_text().replace("documents = 9", "documents = 0\ncolour = 1"))
-    assert main(["ladder", "--config", str(wrong), "--dry-run"]) == 2
+    assert main(["ladder", str(wrong), "--dry-run"]) == 2
     said = capsys.readouterr().err
     assert "evaluation.documents" in said and "evaluation.colour" in said
-    assert main(["ladder", "--config", str(ladder), "--from", "5", "--dry-run"]) == 2
+    assert main(["ladder", str(ladder), "--from", "5", "--dry-run"]) == 2
     assert "no object of rungs 5 to 1" in capsys.readouterr().err
+
+
+def test_what_a_ladder_prepares_comes_first(ladder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Before its files are looked for; a command that fails ends the climb with its exit code."""
+    command = f"data question-texts --input-dir {ladder.parent}/rows --output-dir {tmp_path}/texts"
+    text = ladder.read_text().replace(f"{ladder.parent}/texts/test.jsonl", f"{tmp_path}/texts/test.jsonl")
+    prepared = tmp_path / "ladder.toml"
+    prepared.write_text(f'prepare = ["{command}"]\n' + text.replace(f"{ladder.parent}/reports", f"{tmp_path}/reports"))
+    report, lines = go(prepared)
+    assert lines[0] == f"$ vpmoe {command}"
+    assert report["steps"][0]["evaluation"]["texts"]["documents"] == 9
+    prepared.write_text('prepare = ["data no-such-verb"]\n' + text)
+    assert main(["ladder", str(prepared)]) == 2
+    assert "no-such-verb" in capfd.readouterr().err

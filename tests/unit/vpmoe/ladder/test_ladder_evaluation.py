@@ -22,14 +22,14 @@ from vpmoe.ladder.evaluation import HeldOut, evaluate
 def root(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     folder = tmp_path_factory.mktemp("ladder")
     write_ladder(folder, repository)
-    import_directory(open_directory(folder / "model_hf"), folder / "imported")
+    import_directory(open_directory(folder / "model_hf"), folder / "object" / "megatron")
+    (folder / "object" / "hf").symlink_to(folder / "model_hf")
     return folder
 
 
 def found(root: Path, **changes: object) -> dict:
     settings = evaluation(root, **changes)
-    checkpoint = root / "imported" / "iter_0000000"
-    return evaluate(checkpoint, root / "model_hf", HeldOut.read(settings), settings, progress=lambda line: None)
+    return evaluate(root / "object", HeldOut.read(settings), settings, progress=lambda line: None)
 
 
 def test_texts_and_answers_are_those_of_transformers(root: Path) -> None:
@@ -81,10 +81,10 @@ def test_an_expected_answer_counts(root: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_asked_is_part_of_its_hash(root: Path, tmp_path: Path) -> None:
-    before = HeldOut.read(evaluation(root)).sha256
-    assert HeldOut.read(evaluation(root, batch_size=1)).sha256 == before
+    before = HeldOut.read(evaluation(root)).decides
+    assert HeldOut.read(evaluation(root, batch_size=1)).decides == before
     for change in ({"documents": 8}, {"characters": 20}, {"per_family": 3}, {"max_new_tokens": 5}):
-        assert HeldOut.read(evaluation(root, **change)).sha256 != before
+        assert HeldOut.read(evaluation(root, **change)).decides != before
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match="no text to evaluate on"):
         HeldOut.read(evaluation(root, texts=tmp_path / "empty.jsonl"))

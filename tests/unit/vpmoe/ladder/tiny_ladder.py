@@ -7,34 +7,12 @@ from pathlib import Path
 from tests.tiny_qwen3 import write_qwen3
 from vpmoe.data_curation.tasks.question_texts import write_texts
 from vpmoe.data_curation.tasks.synth_mini import generate
-from vpmoe.ladder.settings import Evaluation
 from vpmoe.tokenizer.bpe import save_bpe, train_bpe
+from vpmoe.upcycle.ladder_file import Evaluation
 
 ROWS = 344
-OBJECTS = """
-[model_hf]
-kind = "source"
-rung = 0
-path = "{root}/model_hf"
-[model]
-kind = "derived"
-rung = 1
-path = "{root}/model"
-config = "{repository}/configs/qwen3_0_6b.yaml"
-job = "{root}/model.toml"
-inputs = {{ source = "model_hf" }}
-[model.overrides]
-num_layers = 1
-hidden_size = 32
-ffn_hidden_size = 80
-num_attention_heads = 4
-num_query_groups = 2
-kv_channels = 16
-padded_vocab_size = {rows}
-untie_embeddings_and_output_weights = false
-"""
 LADDER = """
-objects = "{root}/objects.toml"
+folder = "{root}"
 target = "model"
 reports = "{root}/reports"
 [evaluation]
@@ -45,6 +23,23 @@ questions = "{root}/rows/test.jsonl"
 per_family = 4
 max_new_tokens = 6
 batch_size = {batch_size}
+[objects.model_hf]
+rung = 0
+[objects.model]
+rung = 1
+config = "{repository}/configs/qwen3_0_6b.yaml"
+job = "import_qwen3"
+inputs = {{ source = "model_hf" }}
+settings = {{ prompt_lengths = [3], greedy_steps = 1 }}
+[objects.model.overrides]
+num_layers = 1
+hidden_size = 32
+ffn_hidden_size = 80
+num_attention_heads = 4
+num_query_groups = 2
+kv_channels = 16
+padded_vocab_size = {rows}
+untie_embeddings_and_output_weights = false
 """
 
 
@@ -55,11 +50,8 @@ def write_ladder(root: Path, repository: Path) -> Path:
     texts = (root / "texts" / "pool.jsonl").read_text().splitlines()
     write_qwen3(root / "model_hf", vocab_size=ROWS, num_hidden_layers=1, hidden_size=32, initializer_range=0.05)
     save_bpe(train_bpe(texts, ROWS - 10), root / "model_hf")
-    (root / "objects.toml").write_text(OBJECTS.format(root=root, repository=repository, rows=ROWS))
-    job = 'object = "model"\njob = "import_qwen3"\n[settings]\nprompt_lengths = [3]\ngreedy_steps = 1\n'
-    (root / "model.toml").write_text(job)
     path = root / "ladder.toml"
-    path.write_text(LADDER.format(root=root, batch_size=4))
+    path.write_text(LADDER.format(root=root, repository=repository, rows=ROWS, batch_size=4))
     return path
 
 

@@ -15,6 +15,7 @@ from tests.tiny import tiny_config
 from tests.unit.vpmoe.upcycle.test_shape import DIM, HIDDEN, NEW, OLD
 from tests.unit.vpmoe.upcycle.tiny_rungs import TEXT, make, object_of, random_weights
 from vpmoe.errors import UpcycleError
+from vpmoe.upcycle.ladder_file import ObjectSpec
 from vpmoe.upcycle.passages import Passages
 from vpmoe.upcycle.shape import Shape, convert_blocks
 from vpmoe.upcycle.shape_settings import ShapeSettings
@@ -78,20 +79,20 @@ def test_groups_that_are_turned_copies_are_merged_without_loss(tmp_path: Path, d
     below = object_of(tmp_path, "below", _old(), weights)
     new = tiny_config(**{**NEW, **VOCABULARY})
     chosen = {"calibration": str(dataset), "feed_forward": "l2_topk", "steps": 0}
-    receipt, _ = make(tmp_path, "shape", new, below, **chosen)
-    assert receipt["report"]["calibration_error"][1]["attention"]["start"] < 1e-5
-    for number, errors in receipt["verification"]["relative_output_error"]["after"].items():
-        plain = receipt["verification"]["relative_output_error"]["plain"][number]
+    report, _ = make(tmp_path, "shape", new, below, **chosen)
+    assert report["conversion"]["calibration_error"]["1"]["attention"]["start"] < 1e-5
+    for number, errors in report["verification"]["relative_output_error"]["after"].items():
+        plain = report["verification"]["relative_output_error"]["plain"][number]
         assert plain["attention"] > 0.1 and plain["feed_forward"] == errors["feed_forward"] > 0.1
-    assert receipt["verification"]["relative_output_error"]["after"][1]["attention"] < 1e-4
+    assert report["verification"]["relative_output_error"]["after"]["1"]["attention"] < 1e-4
 
 
 def test_it_beats_the_plain_conversion_on_held_out_text(tmp_path: Path, dataset: Path) -> None:
     weights = random_weights(_old())
     below = object_of(tmp_path, "below", _old(), weights)
     new = tiny_config(**{**NEW, **VOCABULARY})
-    receipt, written = make(tmp_path, "shape", new, below, calibration=str(dataset), steps=30, batch_tokens=512)
-    found, report = receipt["verification"], receipt["report"]
+    report, written = make(tmp_path, "shape", new, below, calibration=str(dataset), steps=30, batch_tokens=512)
+    found, report = report["verification"], report["conversion"]
     for errors in report["calibration_error"].values():
         for part in BOTH:
             stages = dict(errors[part])
@@ -132,13 +133,14 @@ def test_an_interrupted_conversion_goes_on_and_gives_the_same(tmp_path: Path, da
 
 def test_an_edited_dataset_is_another_object(dataset: Path) -> None:
     settings = ShapeSettings(calibration=str(dataset))
-    before = Shape().decides(settings)
+    spec = ObjectSpec(id="shaped", rung=3, path="shaped", job="shape")
+    before = Shape().decides(spec, settings)
     manifest = dataset / "manifest.json"
     content = manifest.read_text()
     manifest.write_text(content + "\n")
-    assert Shape().decides(settings) != before
+    assert Shape().decides(spec, settings) != before
     manifest.write_text(content)
-    assert Shape().decides(settings) == before
+    assert Shape().decides(spec, settings) == before
 
 
 def test_texts_that_do_not_do_are_refused(tmp_path: Path, dataset: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rung 5: the deeper model is the same function, at every placement, and its new layers can learn."""
+"""Rung 5: the deeper model is the same function, and its new layers can learn."""
 
 from __future__ import annotations
 
@@ -15,25 +15,20 @@ from vpmoe.upcycle.depth import block_sources, layer_sources
 from vpmoe.weights import LazyTensor
 from vpmoe.weights.geometry import config_of, geometry_of, load_model, process_groups
 
-# Old layer by new layer, from 1; new layers negative.
-PLACED = {
-    "between": [1, 2, -1, -2, -1, -2, 3, 4],
-    "interpolate": [1, 2, -1, -2, 3, 4, -3, -4],
-    "append": [1, 2, 3, 4, -3, -4, -3, -4],
-}
+PLACED = [1, 2, -1, -2, -1, -2, 3, 4]
+"""Old layer by new layer, from 1; new layers negative."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("placement", PLACED)
-def test_the_same_logits_at_twice_the_depth(placement: str, tmp_path: Path) -> None:
+def test_the_same_logits_at_twice_the_depth(tmp_path: Path) -> None:
     old, new = dense_config(num_layers=4), dense_config(num_layers=8)
     weights = random_weights(old)
     below = object_of(tmp_path, "below", old, weights)
-    receipt, deeper = make(tmp_path, "depth", new, below, placement=placement, prompt_lengths=[2, 9])
-    assert receipt["verification"]["logit_difference"] == 0.0 < receipt["verification"]["logit_scale"]
-    signed = {int(k): v for k, v in receipt["report"]["old_layers"].items()}
-    signed |= {int(k): -v for k, v in receipt["report"]["new_layers_copied_from"].items()}
-    assert [signed[number] for number in range(1, 9)] == PLACED[placement]
+    report, deeper = make(tmp_path, "depth", new, below, prompt_lengths=[2, 9])
+    assert report["verification"]["logit_difference"] == 0.0 < report["verification"]["logit_scale"]
+    signed = {int(k): v for k, v in report["conversion"]["old_layers"].items()}
+    signed |= {int(k): -v for k, v in report["conversion"]["new_layers_copied_from"].items()}
+    assert [signed[number] for number in range(1, 9)] == PLACED
 
     tokens = torch.arange(10)[None] % 32
     with process_groups():
@@ -44,7 +39,7 @@ def test_the_same_logits_at_twice_the_depth(placement: str, tmp_path: Path) -> N
         first, second = (model(*_layout(tokens)) for model in models)
         assert torch.equal(first.logits(), second.logits())
         second.logits().square().mean().backward()
-        for index, source in enumerate(PLACED[placement]):
+        for index, source in enumerate(PLACED):
             if source < 0:
                 layer = models[1].decoder.layers[index]
                 assert layer.self_attention.value_residual_scale == 1
@@ -63,21 +58,20 @@ def _layout(tokens: torch.Tensor):
 
 def test_thirteen_blocks_between_seven() -> None:
     """vpDense_28 -> vpDense_80: six gaps share them, and every old layer keeps its kind."""
-    blocks = block_sources(7, 20, "between")
+    blocks = block_sources(7, 20)
     old = [index for index, (_, is_new) in enumerate(blocks) if not is_new]
     assert old[0] == 0 and old[-1] == 19 and len(old) == 7
     assert {after - before for before, after in itertools.pairwise(old)} == {3, 4}
     small, large = dense_config(num_layers=28), dense_config(num_layers=80)
-    for placement in PLACED:
-        layers = layer_sources(small, large, placement, source="test")
-        assert len(layers) == 80 and layers[0] == (0, False)
-        assert [copy for copy, is_new in layers if not is_new] == list(range(28))
-        assert all(small.is_global_layer(a + 1) == large.is_global_layer(b + 1) for b, (a, _) in enumerate(layers))
+    layers = layer_sources(small, large, source="test")
+    assert len(layers) == 80 and layers[0] == (0, False)
+    assert [copy for copy, is_new in layers if not is_new] == list(range(28))
+    assert all(small.is_global_layer(a + 1) == large.is_global_layer(b + 1) for b, (a, _) in enumerate(layers))
 
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UpcycleError, match="4 -> 7 layers, where the schedule repeats every 2"):
-        layer_sources(dense_config(num_layers=4), dense_config(num_layers=7), "append", source="test")
+        layer_sources(dense_config(num_layers=4), dense_config(num_layers=7), source="test")
     old = dense_config(num_layers=2)
     below = object_of(tmp_path, "below", old, random_weights(old))
     with pytest.raises(UpcycleError, match=r"model.window_size: 4 -> 6"):

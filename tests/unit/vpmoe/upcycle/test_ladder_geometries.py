@@ -1,4 +1,4 @@
-"""The tracked ladder at full size: every job accepts the geometries that the registry gives it. No weights are read."""
+"""The tracked ladder at full size: every job accepts the geometries that the ladder gives it. No weights are read."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ import pytest
 
 from megatron_vpmoe.config import RunConfig, fit_report, geometry_diff
 from megatron_vpmoe.config.parameters import is_trained, parameter_sizes
+from vpmoe.hf.convert import Carried
 from vpmoe.upcycle import depth, experts, morph, runner, shape
-from vpmoe.upcycle.job import Input, Task
-from vpmoe.upcycle.registry import ObjectSpec, geometry, load_registry
+from vpmoe.upcycle.inputs import Input
+from vpmoe.upcycle.job import Task
+from vpmoe.upcycle.ladder_file import ObjectSpec, geometry, read_ladder
 from vpmoe.upcycle.rung_below import RungBelow, layer_and_name, refuse_other_changes
 from vpmoe.upcycle.training_jobs import Heal, TrainingSettings, training_config
 
 
 def task_and_below(identifier: str) -> tuple[Task[Any], RungBelow]:
-    registry = load_registry()
-    spec = registry.get(identifier)
-    lower = registry.get(spec.inputs["model"])
+    ladder = read_ladder()
+    spec = ladder.get(identifier)
+    lower = ladder.get(spec.inputs["model"])
     new, old = geometry(spec), geometry(lower)
     assert new is not None and old is not None
-    _, settings = runner._read_job(spec)
+    _, settings = runner.job_and_settings(ladder, spec)
     task = Task(spec, new, {"model": Input(lower, old, {}, None)}, settings, Path(), lambda _what, _size: None)
-    return task, RungBelow(old, {}, old.model.padded_vocab_size, {}, [])
+    return task, RungBelow(old, {}, Carried(old.model.padded_vocab_size), [])
 
 
 def test_rungs_three_to_six(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +48,7 @@ def test_rungs_three_to_six(repository: Path, monkeypatch: pytest.MonkeyPatch) -
 
     task, below = task_and_below("vpdense_80")
     refuse_other_changes(task, below, {"num_layers"})
-    assert len(depth.layer_sources(below.cfg, task.cfg, task.settings.placement, source="")) == 80
+    assert len(depth.layer_sources(below.cfg, task.cfg, source="")) == 80
 
     task, below = task_and_below("vpmoe")
     refuse_other_changes(task, below, set(type(task.cfg.moe).model_fields))
@@ -56,9 +58,9 @@ def test_rungs_three_to_six(repository: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def run_of(spec: ObjectSpec) -> RunConfig:
     """The configuration of a healing."""
-    job, settings = runner._read_job(spec)
+    job, settings = runner.job_and_settings(read_ladder(), spec)
     assert isinstance(job, Heal) and isinstance(settings, TrainingSettings)
-    return training_config(settings)
+    return training_config(spec, settings)
 
 
 HEALED = ("qwen3-0_6B-o200k", "vpdense0_5_28", "vpdense_28", "vpdense_80", "vpmoe")
@@ -68,13 +70,13 @@ HEALED = ("qwen3-0_6B-o200k", "vpdense0_5_28", "vpdense_28", "vpdense_80", "vpmo
 def test_healing(rung: str, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One or two trainings lead from a conversion to what the next rung is made from; eight GPUs of 80 GB hold them."""
     monkeypatch.chdir(repository)
-    registry = load_registry()
-    healed = registry.get(f"{rung}-healed")
-    uses = [spec.id for spec in registry.objects.values() if healed.id in spec.inputs.values()]
+    ladder = read_ladder()
+    healed = ladder.get(f"{rung}-healed")
+    uses = [spec.id for spec in ladder.objects.values() if healed.id in spec.inputs.values()]
     assert uses == [HEALED[HEALED.index(rung) + 1]] if rung != "vpmoe" else not uses
     steps = [healed]
     while steps[-1].id != rung:
-        steps.append(registry.get(steps[-1].inputs["model"]))
+        steps.append(ladder.get(steps[-1].inputs["model"]))
     assert [spec.id.removeprefix(rung) for spec in steps[::-1]] in (["", "-healed"], ["", "-settled", "-healed"])
     for spec in steps[:-1]:
         cfg, declared = run_of(spec), geometry(spec)
@@ -87,12 +89,12 @@ def test_healing(rung: str, repository: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_the_new_layers_are_trained_first(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repository)
     task, below = task_and_below("vpdense_80")
-    layers = depth.layer_sources(below.cfg, task.cfg, task.settings.placement, source="")
-    cfg = run_of(load_registry().get("vpdense_80-settled"))
+    layers = depth.layer_sources(below.cfg, task.cfg, source="")
+    cfg = run_of(read_ladder().get("vpdense_80-settled"))
     trained = {name: layer_and_name(name) for name in parameter_sizes(cfg) if is_trained(cfg, name)}
     assert {place[0] for place in trained.values() if place} == {i for i, (_, is_new) in enumerate(layers) if is_new}
     assert None not in trained.values()
-    healed = run_of(load_registry().get("vpdense_80-healed"))
+    healed = run_of(read_ladder().get("vpdense_80-healed"))
     slower = [m.pattern for m in healed.optim.lr_multipliers or []]
     old = [f"decoder.layers.{i}.input_layernorm.weight" for i, (_, is_new) in enumerate(layers) if not is_new]
     matched = [name for name in parameter_sizes(cfg) for pattern in slower if fnmatch.fnmatch(name, pattern)]

@@ -25,8 +25,8 @@ def test_the_ledger(tmp_path: Path) -> None:
     plain = tiny_config(**PLAIN | SIZES)
     below = object_of(tmp_path, "below", plain, random_weights(plain))
     new = dense_config(**SIZES, tpa_rank=2, tpa_q_rank=4)
-    receipt, weights = make(tmp_path, "morph", new, below, **SETTINGS)
-    found = receipt["verification"]
+    report, weights = make(tmp_path, "morph", new, below, **SETTINGS)
+    found = report["verification"]
     exact = {name for name, entry in found["switches"].items() if entry["exact_on_short_prompts"]}
     assert exact == {"tpa", "local_position_embedding", "value_residual", "window_size", "all_exact"}
     for name, entry in found["switches"].items():
@@ -39,7 +39,7 @@ def test_the_ledger(tmp_path: Path) -> None:
     assert max(abs(costs[name]) for name in ("tpa", "local_position_embedding", "value_residual")) < 1e-4
     assert abs(costs["window_size"]) > 1e-3 and costs["all_exact"] == pytest.approx(costs["window_size"], abs=1e-4)
     assert found["loss_after"] != pytest.approx(found["loss_before"], abs=1e-4)
-    assert receipt["report"]["factor_errors"] == {1: {"q": 0.0, "k": 0.0, "v": 0.0}}
+    assert report["conversion"]["factor_errors"] == {"1": {"q": 0.0, "k": 0.0, "v": 0.0}}
     tokenizer = open_tokenizer(below.hf)
     texts = [tokenizer(text)["input_ids"][:12] for text in SETTINGS["texts"]]
     for number in (1, 2):
@@ -66,12 +66,12 @@ def mean_sink_mass(cfg: Any, weights: Any, number: int, texts: list[list[int]]) 
 def test_lower_ranks_are_reported_and_not_called_exact(tmp_path: Path) -> None:
     plain = tiny_config(**PLAIN | SIZES)
     below = object_of(tmp_path, "below", plain, random_weights(plain))
-    receipt, _ = make(tmp_path, "morph", dense_config(**SIZES, tpa_rank=1, tpa_q_rank=3), below, **SETTINGS)
-    errors = receipt["report"]["factor_errors"][1]
+    report, _ = make(tmp_path, "morph", dense_config(**SIZES, tpa_rank=1, tpa_q_rank=3), below, **SETTINGS)
+    errors = report["conversion"]["factor_errors"]["1"]
     assert all(0.1 < error < 1 for error in errors.values())
-    tpa = receipt["verification"]["switches"]["tpa"]
+    tpa = report["verification"]["switches"]["tpa"]
     assert not tpa["exact_on_short_prompts"] and tpa["logit_difference"] > 1e-2
-    assert receipt["verification"]["switches"]["all_exact"]["logit_difference"] <= 1e-4
+    assert report["verification"]["switches"]["all_exact"]["logit_difference"] <= 1e-4
 
 
 def test_constant_factors() -> None:

@@ -53,10 +53,10 @@ def test_heads_that_are_copies_are_pooled_without_loss(tmp_path: Path) -> None:
         mixed[:, 1] = mixed[:, 0]
         weights[name] = LazyTensor.of(mixed.view(-1, HIDDEN))
     below = object_of(tmp_path, "below", old, weights)
-    receipt, new = make(tmp_path, "shape", tiny_config(**NEW), below, **SETTINGS)
-    for errors in receipt["verification"]["relative_output_error"]["after"].values():
+    report, new = make(tmp_path, "shape", tiny_config(**NEW), below, **SETTINGS)
+    for errors in report["verification"]["relative_output_error"]["after"].values():
         assert errors["attention"] < 1e-5 and errors["feed_forward"] > 0.1
-    found = receipt["verification"]
+    found = report["verification"]
     assert found["perplexity"]["before"] == pytest.approx(math.exp(found["loss"]["before"]))
     assert found["loss"]["after"] != pytest.approx(found["loss"]["before"], abs=1e-3)
     assert torch.equal(new["output_layer.weight"].read(), weights["embedding.word_embeddings.weight"].read())
@@ -66,7 +66,7 @@ def test_every_tensor_is_what_it_says(tmp_path: Path) -> None:
     old = tiny_config(**OLD)
     weights = random_weights(old)
     below = object_of(tmp_path, "below", old, weights)
-    receipt, new = make(tmp_path, "shape", tiny_config(**NEW), below, **SETTINGS)
+    report, new = make(tmp_path, "shape", tiny_config(**NEW), below, **SETTINGS)
     before, after = (
         {name.removeprefix("decoder.layers.1."): tensor.read() for name, tensor in found.items()}
         for found in (weights, new)
@@ -91,7 +91,7 @@ def test_every_tensor_is_what_it_says(tmp_path: Path) -> None:
     assert torch.equal(after["self_attention.q_layernorm.weight"], before["self_attention.q_layernorm.weight"])
     assert all(
         error > 0.1
-        for block in receipt["verification"]["relative_output_error"]["after"].values()
+        for block in report["verification"]["relative_output_error"]["after"].values()
         for error in block.values()
     )
 

@@ -27,10 +27,8 @@ def surgery_of(folders: tuple[Path, Path], **changes: object) -> Surgery:
         "donor": load_file(donor / "model.safetensors")["model.embed_tokens.weight"],
         "source_tokenizer": AutoTokenizer.from_pretrained(model),
         "donor_tokenizer": AutoTokenizer.from_pretrained(donor),
-        "method": "omp",
         "k": 5,
         "batch_size": 16,
-        "seed": 1,
     }
     return Surgery(**{**fields, **changes})
 
@@ -39,24 +37,23 @@ def silent(_what: str, _size: int) -> None:
     return
 
 
-@pytest.mark.parametrize("method", ["omp", "common_interpolation", "subword", "mean", "zero"])
-def test_rows_are_those_of_the_command_line(folders: tuple[Path, Path], method: str, tmp_path: Path) -> None:
+def test_rows_are_those_of_the_command_line(folders: tuple[Path, Path], tmp_path: Path) -> None:
     from click.testing import CliRunner
     from mergekit.scripts.tokensurgeon import main
 
     model, donor = folders
-    words = [str(model), str(donor), str(tmp_path / "out"), "-k", "5", "-a", method, "--batch-size", "16"]
+    words = [str(model), str(donor), str(tmp_path / "out"), "-k", "5", "-a", "omp", "--batch-size", "16"]
     answer = CliRunner().invoke(main, words, catch_exceptions=False)
     assert answer.exit_code == 0
     theirs = load_file(tmp_path / "out" / "model.safetensors")
     assert "lm_head.weight" not in theirs
-    rows, assignment = new_rows(surgery_of(folders, method=method), tmp_path / "scratch", silent)
+    rows, assignment = new_rows(surgery_of(folders), tmp_path / "scratch", silent)
     assert len(assignment.approximated) > 20 and len(assignment.copied) > 200
     assert torch.equal(rows, theirs["model.embed_tokens.weight"])
 
 
 def test_finished_batches_are_not_computed_again(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    surgery = surgery_of(folders, method="randn")
+    surgery = surgery_of(folders)
     steps: list[str] = []
 
     def interrupt(what: str, _size: int) -> None:
@@ -68,7 +65,6 @@ def test_finished_batches_are_not_computed_again(folders: tuple[Path, Path], tmp
         new_rows(surgery, tmp_path / "a", interrupt)
     first = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
     assert len(first) == 2
-    torch.manual_seed(99)
     rows, _ = new_rows(surgery, tmp_path / "a", silent)
     assert all((tmp_path / "a" / name).stat().st_mtime_ns == time for name, time in first.items())
     straight, _ = new_rows(surgery, tmp_path / "b", silent)

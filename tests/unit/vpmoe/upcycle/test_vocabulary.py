@@ -13,48 +13,42 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.unit.vpmoe.upcycle.tiny_vocabularies import compact_vocabulary, dataset_of, write_donor, write_model
 from vpmoe.errors import UpcycleError
 from vpmoe.upcycle import runner
-from vpmoe.upcycle.registry import Registry, load_registry
+from vpmoe.upcycle.ladder_file import Ladder, read_ladder
 
 PADDED = 384
-OBJECTS = """
-[model_hf]
-kind = "source"
+LADDER = """
+folder = "{root}"
+[objects.model_hf]
 rung = 0
-path = "{root}/model_hf"
-[donor_hf]
-kind = "source"
+[objects.donor_hf]
 rung = 0
-path = "{root}/donor_hf"
 partial = true
-"""
-DERIVED = """
-[{id}]
-kind = "derived"
-rung = {rung}
-path = "{root}/{id}"
+[objects.old]
+rung = 1
 config = "{repository}/configs/qwen3_0_6b.yaml"
-job = "{root}/{id}.toml"
-inputs = {inputs}
-[{id}.overrides]
-num_layers = 1
-hidden_size = 32
-ffn_hidden_size = 80
-num_attention_heads = 4
-num_query_groups = 2
-kv_channels = 16
-padded_vocab_size = {padded}
-untie_embeddings_and_output_weights = {untied}
-"""
-JOB = """
-object = "new"
+overrides = {{ {geometry}, padded_vocab_size = 340 }}
+job = "import_qwen3"
+settings = {{ prompt_lengths = [3], greedy_steps = 1 }}
+inputs = {{ source = "model_hf" }}
+[objects.new]
+rung = 2
+config = "{repository}/configs/qwen3_0_6b.yaml"
+overrides = {{ {geometry}, padded_vocab_size = {padded} }}
 job = "vocabulary"
-[settings]
-method = "omp"
+inputs = {{ model = "old", donor = "donor_hf" }}
+[objects.new.settings]
+{settings}
+"""
+GEOMETRY = (
+    "num_layers = 1, hidden_size = 32, ffn_hidden_size = 80, num_attention_heads = 4, num_query_groups = 2, "
+    "kv_channels = 16, untie_embeddings_and_output_weights = "
+)
+SETTINGS = """
 k = 5
 batch_size = 32
 eos_tokens = ["<|return|>"]
 texts = ["the ship was bound for another harbour"]
-[settings.special_rows]
+[objects.new.settings.special_rows]
 "<|start|>" = ["<|im_start|>"]
 "<|end|>" = ["<|im_end|>"]
 "<|return|>" = ["<|im_end|>"]
@@ -62,31 +56,27 @@ texts = ["the ship was bound for another harbour"]
 """
 
 
-def write_registry(root: Path, repository: Path, *, untied: bool, padded: int = PADDED) -> Registry:
-    shared = {"root": root, "repository": repository, "untied": str(untied).lower()}
-    text = OBJECTS.format(root=root)
-    text += DERIVED.format(id="old", rung=1, inputs='{ source = "model_hf" }', padded=340, **shared)
-    text += DERIVED.format(id="new", rung=2, inputs='{ model = "old", donor = "donor_hf" }', padded=padded, **shared)
-    (root / "objects.toml").write_text(text)
-    (root / "old.toml").write_text(
-        'object = "old"\njob = "import_qwen3"\n[settings]\nprompt_lengths = [3]\ngreedy_steps = 1\n'
-    )
-    (root / "new.toml").write_text(JOB)
-    return load_registry(root / "objects.toml")
+def write_ladder(
+    root: Path, repository: Path, *, untied: bool = False, padded: int = PADDED, settings: str = SETTINGS
+) -> Ladder:
+    geometry = GEOMETRY + str(untied).lower()
+    text = LADDER.format(root=root, repository=repository, geometry=geometry, padded=padded, settings=settings)
+    (root / "ladder.toml").write_text(text)
+    return read_ladder(root / "ladder.toml")
 
 
-def climb(registry: Registry) -> dict:
-    receipts = [runner.run(runner.plan(registry, spec.id), quiet=True) for spec in registry.chain("new")]
-    return receipts[-1]
+def climb(ladder: Ladder) -> dict:
+    """What the last receipt reports; what a refused attempt has left is discarded."""
+    made = [runner.run(runner.plan(ladder, spec.id), quiet=True, overwrite=True) for spec in ladder.chain("new")]
+    return made[-1]["report"]
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_rung(tmp_path: Path, repository: Path, tied: bool) -> None:
     write_model(tmp_path / "model_hf", tie_word_embeddings=tied)
     write_donor(tmp_path / "donor_hf")
-    registry = write_registry(tmp_path, repository, untied=not tied)
-    receipt = climb(registry)
-    found = receipt["verification"]
+    report = climb(write_ladder(tmp_path, repository, untied=not tied))
+    found = report["verification"]
     assert found["other_tensors_bit_identical"] and found["tied"] == tied
     assert {entry["text"] for entry in found["texts"]} >= {"1234567890", "1/3 = 0.333..."}
     assert all(entry["tokens"]["after"] > 0 for entry in found["texts"])
@@ -103,7 +93,7 @@ def test_the_rung(tmp_path: Path, repository: Path, tied: bool) -> None:
         assert torch.equal(after[shared], before[source.convert_tokens_to_ids("Ġthe")])
         mean = before.double().mean(0).float()
         assert torch.equal(after[len(donor) :], mean.expand(PADDED - len(donor), -1))
-    figures = receipt["report"]["embedding.word_embeddings.weight"]
+    figures = report["conversion"]["embedding.word_embeddings.weight"]
     assert figures["rows_copied"] + figures["rows_approximated"] + figures["rows_padding"] == PADDED
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "hf")
@@ -118,15 +108,12 @@ def test_a_donor_with_a_compact_vocabulary(tmp_path: Path, repository: Path) -> 
     write_donor(tmp_path / "donor_hf", vocabulary=compact_vocabulary(280))
     for name, size in (("own", 280), ("other", 290)):
         dataset_of(tmp_path / name, compact_vocabulary(size))
-    registry = write_registry(tmp_path, repository, untied=False)
-    job = JOB.replace("k = 5", f'k = 5\nlargest_norm_ratio = 1e9\nreference = "{tmp_path}/other"')
+    job = SETTINGS.replace("k = 5", f'k = 5\nlargest_norm_ratio = 1e9\nreference = "{tmp_path}/other"')
     job = job.replace('"1"]', '"1"]\n"<|call|>" = ["<|im_end|>"]')
-    (tmp_path / "new.toml").write_text(job)
     with pytest.raises(UpcycleError, match="the donor's tokenizer is not o200k_harmony_compact"):
-        climb(registry)
-    (tmp_path / "new.toml").write_text(job.replace("/other", "/own"))
-    receipt = climb(registry)
-    figures = receipt["report"]["embedding.word_embeddings.weight"]
+        climb(write_ladder(tmp_path, repository, settings=job))
+    report = climb(write_ladder(tmp_path, repository, settings=job.replace("/other", "/own")))
+    figures = report["conversion"]["embedding.word_embeddings.weight"]
     assert figures["rows_copied"] >= 256 and figures["rows_padding"] == PADDED - 280
     after = AutoTokenizer.from_pretrained(tmp_path / "new" / "hf", trust_remote_code=True)
     text = "the ship was bound for 12345"
@@ -136,20 +123,16 @@ def test_a_donor_with_a_compact_vocabulary(tmp_path: Path, repository: Path) -> 
 def test_what_cannot_be(tmp_path: Path, repository: Path) -> None:
     write_model(tmp_path / "model_hf")
     write_donor(tmp_path / "donor_hf")
-    registry = write_registry(tmp_path, repository, untied=False)
-    job = tmp_path / "new.toml"
-    runner.run(runner.plan(registry, "old"), quiet=True)
-
-    job.write_text(JOB.replace('eos_tokens = ["<|return|>"]', 'eos_tokens = ["<|stop|>"]'))
-    with pytest.raises(UpcycleError, match=r"not in the donor's vocabulary: \['<\|stop\|>'\]"):
-        climb(registry)
-    job.write_text(JOB.replace("k = 5", "k = 5\nlargest_norm_ratio = 1.001"))
-    with pytest.raises(UpcycleError, match="has norm"):
-        climb(registry)
-    job.write_text(JOB.replace("k = 5", 'k = 5\nreference = "o200k_harmony"\nlargest_norm_ratio = 1e9'))
-    with pytest.raises(UpcycleError, match="the donor's tokenizer is not o200k_harmony"):
-        climb(registry)
-    job.write_text(JOB)
+    for settings, message in (
+        (SETTINGS.replace('eos_tokens = ["<|return|>"]', 'eos_tokens = ["<|stop|>"]'), r"vocabulary: \['<\|stop\|>'\]"),
+        (SETTINGS.replace("k = 5", "k = 5\nlargest_norm_ratio = 1.001"), "has norm"),
+        (
+            SETTINGS.replace("k = 5", 'k = 5\nreference = "o200k_harmony"\nlargest_norm_ratio = 1e9'),
+            "the donor's tokenizer is not o200k_harmony",
+        ),
+    ):
+        with pytest.raises(UpcycleError, match=message):
+            climb(write_ladder(tmp_path, repository, settings=settings))
     with pytest.raises(UpcycleError, match="the declared geometry 264 rows"):
-        climb(write_registry(tmp_path, repository, untied=False, padded=264))
+        climb(write_ladder(tmp_path, repository, padded=264))
     assert not (tmp_path / "new").exists()

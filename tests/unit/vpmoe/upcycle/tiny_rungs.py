@@ -11,11 +11,11 @@ from megatron_vpmoe.config import RunConfig
 from megatron_vpmoe.model.attention.grape import initial_log_frequencies
 from tests.tiny import tiny_config
 from tests.unit.vpmoe.upcycle.tiny_vocabularies import write_tokenizer
-from vpmoe.hf.convert import run_state
+from vpmoe.hf.convert import Carried, run_state
 from vpmoe.upcycle import runner
-from vpmoe.upcycle.job import Input
+from vpmoe.upcycle.inputs import Input
 from vpmoe.upcycle.jobs import job_of
-from vpmoe.upcycle.registry import ObjectSpec
+from vpmoe.upcycle.ladder_file import ObjectSpec
 from vpmoe.weights import megatron_checkpoint
 from vpmoe.weights.geometry import expected_shapes
 from vpmoe.weights.tensors import LazyTensor
@@ -71,19 +71,19 @@ def random_weights(cfg: RunConfig, seed: int = 0) -> dict[str, LazyTensor]:
 
 def object_of(folder: Path, identifier: str, cfg: RunConfig, weights: dict[str, LazyTensor]) -> Input:
     """A derived object on disk, as far as a job reads it; a vocabulary of more than bytes has its tokenizer."""
-    state = run_state(cfg, vocab_size=cfg.model.padded_vocab_size, kept={})
+    state = run_state(cfg, Carried(cfg.model.padded_vocab_size))
     megatron_checkpoint.write_checkpoint(folder / identifier / "megatron", weights, state)
     if cfg.model.padded_vocab_size > 256:
         assert write_tokenizer(folder / identifier / "hf", TEXT * 4, [], 300) <= cfg.model.padded_vocab_size
-    spec = ObjectSpec(id=identifier, kind="derived", rung=1, path=str(folder / identifier))
+    spec = ObjectSpec(id=identifier, rung=1, path=str(folder / identifier), job="made elsewhere")
     return Input(spec, cfg, {}, None)
 
 
 def make(
     folder: Path, job: str, cfg: RunConfig, model: Input, **settings: Any
 ) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
-    """Run a job on one input: the receipt and the new object's weights."""
-    spec = ObjectSpec(id="made", kind="derived", rung=2, path=str(folder / "made"))
+    """Run a job on one input: what the receipt reports, and the new object's weights."""
+    spec = ObjectSpec(id="made", rung=2, path=str(folder / "made"), job=job)
     instance = job_of(job, source="test")
     planned = runner.Planned(
         spec,
@@ -91,7 +91,7 @@ def make(
         instance,
         instance.settings_type.model_validate(settings),
         {"model": model},
-        key=repr((settings, cfg.model, cfg.moe)),
     )
-    receipt = runner.run(planned, force=True, quiet=True)
-    return receipt, megatron_checkpoint.read_weights(folder / "made" / "megatron" / megatron_checkpoint.ITERATION)
+    report = runner.run(planned, overwrite=True, quiet=True)["report"]
+    checkpoint = megatron_checkpoint.checkpoint_in(folder / "made" / "megatron")
+    return report, megatron_checkpoint.read_weights(checkpoint)
