@@ -1,50 +1,54 @@
-"""How far a stage of a job is: a bar on a terminal, a line now and then elsewhere."""
+"""How far a phase of a long work is: a bar on a terminal, a line now and then elsewhere; both on stderr, by rich."""
 
 from __future__ import annotations
 
-import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
-from rich.progress import Progress, ProgressColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 _LINE_SECONDS = 10.0
+_BAR_SECONDS = 0.1
 
 
-class StageProgress:
-    """A bar or lines on stderr, silent until the first ``show``; a context manager, whose end prints a last line if the
-    stage came to its end.
-
-    Subclasses count, call ``show``, and say in ``line`` what a line reads.
+class Progress:
+    """Counts what is done of one phase; a context manager, silent until something is counted.
 
     Args:
-        stage: the bar's label.
-        total: of the bar; None where nobody knows.
-        columns: of the bar.
+        phase: what is being done, the label.
+        total: of what is counted; None where nobody knows.
+        unit: what is counted, such as rows.
+        scale: how many make one unit, such as 1e6 for MB of bytes.
+        done_before: of an earlier run; it counts as done, not towards the rates.
+        share: how much of the whole is done, 0 to 1, where the total is not known but this is.
         quiet: show nothing.
-        completed: where the bar begins.
-        fields: of the columns, at the start.
     """
 
     def __init__(
         self,
-        stage: str,
-        total: int | None,
-        columns: tuple[ProgressColumn, ...],
+        phase: str,
+        total: float | None,
         *,
+        unit: str = "rows",
+        scale: float = 1.0,
+        done_before: int = 0,
+        share: Callable[[], float] | None = None,
         quiet: bool = False,
-        completed: int = 0,
-        **fields: Any,
     ) -> None:
-        self._quiet = quiet
-        self._started = self._last_line = time.monotonic()
-        self._begun = False
-        self._bar: Progress | None = None
-        if sys.stderr.isatty() and not quiet:
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task(stage, total=total, completed=completed, **fields)
+        self.phase, self._total, self._unit, self._scale, self._share = phase, total, unit, scale, share
+        self.done, self.tokens, self._done_before = done_before, 0, done_before
+        console = Console(stderr=True)
+        self._as_bar, self._quiet, self._shown = console.is_terminal, quiet, False
+        text = TextColumn("{task.fields[text]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), text, TimeElapsedColumn(), TimeRemainingColumn())
+        self._bar = Bar(*columns, console=console, disable=quiet or not self._as_bar)
+        whole, completed = (total, done_before) if share is None else (1.0, 0)
+        self._bar.add_task(phase, total=whole, completed=completed, text="")
+        self._next = time.monotonic() + (0.0 if self._as_bar else _LINE_SECONDS)
 
     def __enter__(self) -> Self:
         return self
@@ -52,34 +56,41 @@ class StageProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar:
-            self._bar.stop()
-        elif kind is None and self._begun and not self._quiet:
-            self._print("done")
+        if self._shown and kind is None:
+            self._show("done")
+        self._bar.stop()
 
-    def show(self, doing: str, completed: int, **fields: Any) -> None:
-        """Move the bar to ``completed``; without a bar, print a line if the last one is ten seconds old.
+    def add(self, amount: float, tokens: int = 0, *, doing: str = "") -> None:
+        """Count ``amount`` more as done.
 
         Args:
-            doing: what is being worked on, for ``line``.
-            fields: of the bar's columns.
+            amount: of what is counted.
+            tokens: that it holds, for their rate.
+            doing: what is being worked on.
         """
-        self._begun = True
-        if self._bar:
-            self._bar.start()  # nothing where it runs already
-            self._bar.update(self._task, completed=completed, **fields)
-        elif not self._quiet and time.monotonic() - self._last_line > _LINE_SECONDS:
-            self._print(doing)
+        self.done += amount
+        self.tokens += tokens
+        self._shown = True
+        if not self._quiet and time.monotonic() >= self._next:
+            self._show(doing)
 
-    def line(self, doing: str, seconds: float) -> str:
-        """What a line reads after so many seconds."""
-        raise NotImplementedError
+    def _show(self, doing: str) -> None:
+        self._next = time.monotonic() + (_BAR_SECONDS if self._as_bar else _LINE_SECONDS)
+        task = self._bar.tasks[0]
+        text = self._text(max(task.elapsed or 0.0, 1e-6), doing)
+        self._bar.update(task.id, completed=self.done if self._share is None else self._share(), text=text)
+        if self._quiet:
+            return
+        if self._as_bar:
+            self._bar.start()
+            return
+        left = f"  {task.percentage:.0f}%, about {task.time_remaining:.0f} s left" if task.time_remaining else ""
+        self._bar.console.print(f"{self.phase}: {text}{left}", soft_wrap=True, highlight=False, markup=False)
 
-    @property
-    def seconds(self) -> float:
-        """Since the start; above zero."""
-        return max(time.monotonic() - self._started, 1e-6)
-
-    def _print(self, doing: str) -> None:
-        self._last_line = time.monotonic()
-        print(self.line(doing, self.seconds), file=sys.stderr, flush=True)
+    def _text(self, seconds: float, doing: str) -> str:
+        digits = 0 if self._scale == 1 else 1
+        whole = f"/{self._total / self._scale:,.{digits}f}" if self._total else ""
+        rate = (self.done - self._done_before) / self._scale / seconds
+        counted = f"{self.done / self._scale:,.{digits}f}{whole} {self._unit}  {rate:,.{digits}f} {self._unit}/s"
+        tokens = f"  {self.tokens / seconds / 1e6:.2f} M tokens/s" if self.tokens else ""
+        return f"{counted}{tokens}{'  ' * bool(doing)}{doing}"

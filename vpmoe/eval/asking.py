@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vpmoe.data_curation.tasks import question_texts
 from vpmoe.errors import HarmonyError
-from vpmoe.harmony.conversation import Message
+from vpmoe.harmony.conversation import TURN_ENDS, Message
 from vpmoe.harmony.parse import Judgement, Parser
 from vpmoe.harmony.renderer import FastRenderer
 from vpmoe.tokenizer.interface import Tokenizer
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from megatron_vpmoe.model.gpt import VPModel
     from vpmoe.eval.open_model import Opened
 
-# What ends a generation: Harmony's answer and tool call, Qwen's turn, a document.
-_ENDS = ("<|return|>", "<|call|>", "<|im_end|>", "<|endoftext|>")
+# What ends a generation: Harmony's turn, Qwen's turn, a document.
+_ENDS = (*TURN_ENDS, "<|im_end|>", "<|endoftext|>")
 _HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
 _LINE_FEED = b"\n"
 

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_vpmoe.data.vocabulary_files import VOCABULARY
 from megatron_vpmoe.files import json_bytes
 from vpmoe.errors import WeightsError
+from vpmoe.harmony.conversation import TURN_ENDS
 from vpmoe.hf import tokenization_vpmoe
 from vpmoe.hf.byte_level_bpe import tokenizer_json
 from vpmoe.hf.chat_template import chat_template
@@ -30,7 +31,7 @@ _OURS = (VOCABULARY, tokenization_vpmoe.COMPACT_MAP)
 FILES = (*_OURS, *FILE_NAMES, GENERATION)
 _CODE = Path(tokenization_vpmoe.__file__)
 # What ends a generation; the first also ends a conversation.
-_EOS = ("<|return|>", "<|call|>", "<|endoftext|>")
+_EOS = (*TURN_ENDS, "<|endoftext|>")
 _ROLES = {"bos_token": "<|startoftext|>", "eos_token": _EOS[0], "pad_token": "<|endoftext|>"}
 
 

@@ -21,15 +21,14 @@ from vpmoe.data_curation.conversations.store import KIND as MANIFEST_KIND
 from vpmoe.data_curation.conversations.store import SCHEMA_VERSION
 from vpmoe.data_curation.conversations.synth import open_synth, to_conversation
 from vpmoe.data_curation.manifest import read_manifest, write_manifest
-from vpmoe.data_curation.progress import RowProgress
 from vpmoe.data_curation.reject_limit import RejectLimit
 from vpmoe.data_curation.rows.source import RowSource
 from vpmoe.errors import DataError, RowError
 from vpmoe.harmony.prompts import Prompts
+from vpmoe.progress import Progress
 
 REJECTS_NAME = "rejects.jsonl"
 DEFAULT_LIMIT = RejectLimit(0.001)
-_PROGRESS_ROWS = 256
 
 
 def convert(
@@ -123,10 +122,10 @@ class _Conversion:
             rejects.truncate(self._rejects_bytes)
             rejects.seek(self._rejects_bytes)
             total = self._source.total_rows()
-            with RowProgress("converting", total, quiet=quiet, done_before=self._rows_read) as progress:
+            with Progress("converting", total, quiet=quiet, done_before=self._rows_read) as progress:
                 self._read_rows(rejects, total, progress)
 
-    def _read_rows(self, rejects: TextIO, total: int | None, progress: RowProgress) -> None:
+    def _read_rows(self, rejects: TextIO, total: int | None, progress: Progress) -> None:
         stream = open_synth(self._source, self._cursor)
         for place, row in stream:
             try:
@@ -137,11 +136,9 @@ class _Conversion:
                 self._rejects[error.reason] += 1
                 rejects.write(json_line(_reject(place, row.get("synth_id"), error)))
                 self._limit.check(self._rejects, self._rows_read, source=rejects.name, total=total)
-            if self._rows_read % _PROGRESS_ROWS == 0:
-                progress.add(_PROGRESS_ROWS, 0)
+            progress.add(1)
             if self._rows_read % self._parts.rows_per_part == 0:
                 self._cut(stream.cursor(), rejects)
-        progress.add(self._rows_read % _PROGRESS_ROWS, 0)
         self._cut(stream.cursor(), rejects)
 
     def _cut(self, cursor: dict[str, Any], rejects: TextIO) -> None:

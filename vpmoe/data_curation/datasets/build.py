@@ -20,8 +20,8 @@ from vpmoe.data_curation.datasets.finish import REJECTS_NAME, finish
 from vpmoe.data_curation.datasets.plan import BuildOptions, shard_name
 from vpmoe.data_curation.datasets.write import ShardWriter
 from vpmoe.data_curation.manifest import read_manifest
-from vpmoe.data_curation.progress import RowProgress
 from vpmoe.errors import DataError
+from vpmoe.progress import Progress
 from vpmoe.steps import Step, Work, run
 
 _VERSION = 1
@@ -59,7 +59,7 @@ class Recipe(Protocol):
         """Lay the vocabulary into ``work.folder`` and give the blocks behind the shards that are done, in order."""
         ...
 
-    def progress(self, done: list[dict[str, Any]], *, quiet: bool) -> RowProgress:
+    def progress(self, done: list[dict[str, Any]], *, quiet: bool) -> Progress:
         """What shows how far the build is."""
         ...
 

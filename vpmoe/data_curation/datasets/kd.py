@@ -25,13 +25,13 @@ from vpmoe.data_curation.datasets.plan import KIND, SPLITS, BuildOptions, shard_
 from vpmoe.data_curation.datasets.vocabularies import COMPACT_MAP_NAME, place_vocabulary, vocabulary_in
 from vpmoe.data_curation.datasets.workers import Crew, make_crew
 from vpmoe.data_curation.manifest import FILE_NAME, check_file, read_manifest
-from vpmoe.data_curation.progress import RowProgress
 from vpmoe.errors import DataError, RowError, TokenizerError
 from vpmoe.harmony.choice import make_renderer
 from vpmoe.harmony.conversation import check_conversation, excerpt
 from vpmoe.harmony.renderer import RenderedConversation, Renderer
 from vpmoe.harmony.spans import aligned_to_labels, documents, loss_mask
 from vpmoe.harmony.truncation import make_fit
+from vpmoe.progress import Progress
 from vpmoe.steps import Work
 from vpmoe.tokenizer.compact import CompactVocabulary
 from vpmoe.tokenizer.o200k_harmony import VOCAB_SIZE, load_o200k_harmony
@@ -104,10 +104,10 @@ class Distillation:
             "prompts": {role: self._manifest["prompts"][role] for role in ("system", "developer")},
         }
 
-    def progress(self, done: list[dict[str, Any]], *, quiet: bool) -> RowProgress:
+    def progress(self, done: list[dict[str, Any]], *, quiet: bool) -> Progress:
         """Rows of all shards."""
         rows = sum(entry["rows"] for entry in self._shards)
-        return RowProgress("building", rows, quiet=quiet, done_before=sum(record["rows_read"] for record in done))
+        return Progress("building", rows, quiet=quiet, done_before=sum(record["rows_read"] for record in done))
 
     def blocks(self, work: Work, done: list[dict[str, Any]]) -> Generator[Block, None, None]:
         """A block of each row group of the shards that are not done."""
@@ -129,7 +129,7 @@ class Distillation:
 
     def _count_vocabulary(self, folder: Path, crew: Crew) -> None:
         counts = np.zeros(VOCAB_SIZE, dtype=np.int64)
-        with RowProgress("counting ids", sum(entry["rows"] for entry in self._shards), quiet=self._quiet) as progress:
+        with Progress("counting ids", sum(entry["rows"] for entry in self._shards), quiet=self._quiet) as progress:
             for rows, ids, found in crew("count_ids", self._parts()):
                 counts[ids] += found
                 progress.add(rows, int(found.sum()))

@@ -18,9 +18,9 @@ from vpmoe.data_curation.datasets.build import build_dataset
 from vpmoe.data_curation.datasets.encode import Block, RowEncoder
 from vpmoe.data_curation.datasets.plan import BuildOptions, shard_name
 from vpmoe.data_curation.datasets.vocabularies import place_vocabulary, vocabulary_in
-from vpmoe.data_curation.progress import RowProgress
 from vpmoe.data_curation.rows.source import RowSource
 from vpmoe.errors import DataError, RowError, TokenizerError
+from vpmoe.progress import Progress
 from vpmoe.steps import Work
 from vpmoe.tokenizer.interface import Tokenizer
 
@@ -112,10 +112,10 @@ class _OfRows:
         """The kind's."""
         return self._kind.entries()
 
-    def progress(self, done: list[dict[str, Any]], *, quiet: bool) -> RowProgress:
+    def progress(self, done: list[dict[str, Any]], *, quiet: bool) -> Progress:
         """Rows, and what is left by the token budget or by the bytes of the source."""
         rows = sum(record["rows_read"] for record in done)
-        return RowProgress(self._kind.entries()["kind"], None, quiet=quiet, done_before=rows, share=self._share)
+        return Progress(self._kind.entries()["kind"], None, quiet=quiet, done_before=rows, share=self._share)
 
     def _share(self) -> float:
         budget = self._tokens / self._extent.token_budget if self._extent.token_budget else 0.0

@@ -178,18 +178,18 @@ _KILLED_AT_SECOND_SHARD = """
 import multiprocessing, os, signal, sys
 from pathlib import Path
 from vpmoe.data_curation.datasets import kd as build
-from vpmoe.data_curation import progress
+from vpmoe import progress
 from conftest_dataset import OPTIONS
 
 seen = []
-class Killer(progress.RowProgress):
+class Killer(progress.Progress):
     def add(self, rows, tokens):
         super().add(rows, tokens)
         if self.phase == "building" and list(Path(sys.argv[2] + ".partial").glob("scratch/shard_*")):
             print(*(child.pid for child in multiprocessing.active_children()), flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
-build.RowProgress = Killer
+build.Progress = Killer
 if __name__ == "__main__":
     build.build(Path(sys.argv[1]), Path(sys.argv[2]), OPTIONS, workers=int(sys.argv[3]), quiet=True)
 """
