@@ -1,7 +1,8 @@
 """The device of this run, and the one place that patches Megatron-Core: its answers on a machine with no GPU.
 
 Megatron-Core 0.16.1 takes CUDA for granted. With a GPU present nothing here touches it. Without one, `prepare`
-answers each assumption listed in `ANSWERS`, by two means only:
+answers each assumption in the table of docs/megatron.md ("On a machine with no GPU"), which a test holds to upstream's
+lines, by two means only:
 
 * the name ``torch`` inside the modules of ``megatron.core`` is bound to a stand-in that maps ``device="cuda"`` to the
   CPU and answers ``torch.cuda.*``; torch itself, and everybody else's view of it, stays as it is;
@@ -16,56 +17,12 @@ import importlib
 import logging
 import sys
 import warnings
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from megatron_vpmoe.errors import DeviceError
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One assumption of upstream's that a machine with no GPU has to answer.
-
-    Attributes:
-        module: the upstream module, below ``megatron.core``.
-        line: where it stands in 0.16.1.
-        assumes: the exact text on that line; a test fails once upstream no longer has it.
-        answer: what stands in for it.
-    """
-
-    module: str
-    line: int
-    assumes: str
-    answer: str
-
-
-ANSWERS = (
-    Answer("jit", 21, "jit_fuser = torch.compile", "torch.compile does nothing while it is imported"),
-    Answer("distributed.param_and_grad_buffer", 800, "device=torch.cuda.current_device()", "the CPU device"),
-    Answer("transformer.moe.router", 169, "device=torch.cuda.current_device()", "the CPU device"),
-    Answer("tensor_parallel.layers", 899, "device=torch.cuda.current_device()", "the CPU device"),
-    Answer("tensor_parallel.random", 55, "torch.cuda.random.get_rng_state", "the CPU generator's state"),
-    Answer("tensor_parallel.random", 111, "_lazy_call(cb)", "_set_cuda_rng_state sets the CPU generator's state"),
-    Answer("tensor_parallel.random", 265, "CPU RNG state changed", "no warning: the CPU generator is what forks"),
-    Answer("optimizer.optimizer", 473, "device='cuda'", "a CPU tensor"),
-    Answer("optimizer.clip_grads", 115, "device='cuda'", "a CPU tensor"),
-    Answer("pipeline_parallel.schedules", 596, 'device="cuda"', "a CPU tensor"),
-    Answer("pipeline_parallel.schedules", 2138, 'device="cuda"', "a CPU tensor"),
-    Answer("pipeline_parallel.p2p_communication", 313, "device=torch.cuda.current_device()", "the CPU device"),
-    Answer("pipeline_parallel.p2p_communication", 398, "torch.cuda.synchronize()", "nothing to wait for"),
-    Answer("transformer.moe.moe_utils", 998, 'device="cuda"', "a CPU tensor"),
-    Answer("optimizer.optimizer", 671, "param.type() in ['torch.cuda.Half", "Tensor.type() answers with CUDA's name"),
-    Answer("optimizer.clip_grads", 167, "param.grad.type() == 'torch.cuda.FloatTensor'", "the same"),
-    Answer("transformer.moe.token_dispatcher", 445, "torch.cuda.Stream()", "an inert stream"),
-    Answer("transformer.moe.token_dispatcher", 895, "record_event()", "an inert event"),
-    Answer("transformer.moe.moe_utils", 1093, "tensor.is_cuda", "maybe_move_tensor_to_cpu returns numpy when asked to"),
-    Answer("transformer.moe.moe_utils", 1192, "te_general_gemm is not None", "None where Transformer Engine is absent"),
-    Answer("dist_checkpointing.strategies.filesystem_async", 230, "torch.cuda.synchronize()", "nothing to wait for"),
-    Answer("dist_checkpointing.strategies.state_dict_saver", 252, "torch.cuda.current_device()", "the CPU device"),
-)  # fmt: skip
 
 _IMPORTED = (
     "parallel_state",
