@@ -133,14 +133,14 @@ def first_damage(folder: Path, files: Mapping[str, Mapping[str, Any]], *, check_
     """The first file that is not as it was listed; None if all are.
 
     Args:
-        files: from ``list_files``.
+        files: from ``list_files``, or with ``sha256`` alone.
         check_hashes: compare contents, not only names and sizes.
     """
     for name, expected in files.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
+        if file.stat().st_size != expected.get("bytes", file.stat().st_size):
             return f"{name} has {file.stat().st_size} bytes, {expected['bytes']} were written"
         if check_hashes and sha256_of_file(file) != expected["sha256"]:
             return f"{name} does not have the sha256 that was written"

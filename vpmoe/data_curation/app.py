@@ -10,13 +10,13 @@ import typer
 from rich.console import Console
 
 from vpmoe.data_curation.checks import stats as comparison
-from vpmoe.data_curation.checks.stats_sample import DEFAULT_DOCUMENTS
-from vpmoe.data_curation.checks.verify import DEFAULT_PARSED_PER_SHARD, manifest_summary
+from vpmoe.data_curation.checks.sample import DEFAULT_DOCUMENTS
+from vpmoe.data_curation.checks.verify import DEFAULT_PARSED_PER_SHARD, summary
 from vpmoe.data_curation.checks.verify import verify as find_faults
 from vpmoe.data_curation.conversations.app import convert, write_manifest
 from vpmoe.data_curation.datasets.app import app as builders
 from vpmoe.data_curation.look.inspect import inspect as show
-from vpmoe.data_curation.look.page import write_page
+from vpmoe.data_curation.look.inspect import write_page
 from vpmoe.data_curation.tasks import question_texts
 from vpmoe.data_curation.tasks import synth_mini as mini
 from vpmoe.errors import DataError
@@ -45,7 +45,7 @@ def verify(
     faults = find_faults(dataset_dir, input_dir=input_dir, parsed_per_shard=parsed_per_shard)
     if faults:
         raise DataError(f"{len(faults)} faults\n" + "\n".join(faults), source=str(dataset_dir))
-    typer.echo(f"{dataset_dir}: sound; {manifest_summary(dataset_dir)}")
+    typer.echo(f"{dataset_dir}: sound; {summary(dataset_dir)}")
 
 
 @app.command()

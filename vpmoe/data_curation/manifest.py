@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from megatron_vpmoe.files import json_bytes, sha256_of_file, write_atomically
+from megatron_vpmoe.files import first_damage, json_bytes, read_json, write_atomically
 from vpmoe.errors import DataError
 
 FILE_NAME = "manifest.json"
@@ -19,48 +18,32 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> Path:
     return path
 
 
-def read_manifest(folder: Path, kind: str | None = None) -> dict[str, Any]:
-    """The manifest in ``folder``, of ``kind`` if one is given.
+def read_manifest(folder: Path, *kinds: str) -> dict[str, Any]:
+    """The manifest in ``folder``, of one of ``kinds`` if any is given.
 
     Raises:
         DataError: there is none, it is not JSON, or it is of another kind.
     """
     path = folder / FILE_NAME
-    try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
+    if not path.is_file():
         raise DataError(
             "there is no manifest.json, so there is no dataset",
             source=str(folder),
-            remedy="finish the step that makes it: vpmoe data convert for conversations, "
-            "vpmoe data build for token files",
-        ) from error
-    except ValueError as error:
-        raise DataError(f"the manifest is not JSON: {error}", source=str(path), remedy="write it again") from error
-    found = manifest.get("kind") if isinstance(manifest, dict) else None
-    if found is None or (kind is not None and found != kind):
+            remedy="finish what makes it: vpmoe data convert (conversations) or vpmoe data build (token files)",
+        )
+    manifest = read_json(path, remedy="make the dataset again")
+    found = manifest.get("kind")
+    if not isinstance(found, str) or (kinds and found not in kinds):
         raise DataError(
-            f"the manifest is of kind {found!r}, expected {kind or 'a known kind'}",
+            f"the manifest is of kind {found!r}, expected {' or '.join(kinds) or 'a known kind'}",
             source=f"{path}: kind",
-            remedy="pass the folder of the right step (conversations are the builder's input, token files its output)",
+            remedy="pass the folder of the right step: vpmoe data convert makes conversations, vpmoe data build makes "
+            "token files of them",
         )
     return manifest
 
 
-def check_file(path: Path, entry: dict[str, Any], *, remedy: str, hashed: bool = True) -> None:
-    """Hold a file against its manifest entry.
-
-    Raises:
-        DataError: missing, another size, or (if ``hashed``) another sha256.
-    """
-    if not path.is_file():
-        raise DataError("a file of the manifest is missing", source=str(path), remedy=remedy)
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        raise DataError(
-            f"the file has {size} bytes, the manifest says {entry['bytes']}", source=str(path), remedy=remedy
-        )
-    if hashed and (found := sha256_of_file(path)) != entry["sha256"]:
-        raise DataError(
-            f"the file's sha256 is {found}, the manifest says {entry['sha256']}", source=str(path), remedy=remedy
-        )
+def check_files(folder: Path, files: dict[str, dict[str, Any]], *, remedy: str) -> None:
+    """Hold files against their manifest's entries; raises :class:`DataError` for the first that differs."""
+    if damage := first_damage(folder, files, check_hashes=True):
+        raise DataError(damage, source=str(folder), remedy=remedy)

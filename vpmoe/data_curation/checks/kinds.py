@@ -14,19 +14,27 @@ from vpmoe.data_curation.datasets.text import KIND as TEXT_KIND
 from vpmoe.data_curation.datasets.token_files import Triple
 from vpmoe.errors import DataError, HarmonyError
 from vpmoe.harmony.parse import Parser, spans_of
+from vpmoe.harmony.spans import SPAN_NAMES
 from vpmoe.tokenizer.interface import Tokenizer
 
 KINDS = (KIND, SFT_KIND, PREFERENCE_KIND, TEXT_KIND)
-_REBUILD = "build the dataset again with --overwrite"
+REBUILD = "build the dataset again with --overwrite"
 
 Check = tuple[NDArray[np.bool_], str]
 
 
 def signal_checks(triple: Triple, manifest: dict[str, Any]) -> Iterator[Check]:
     """``(places that are wrong, what is wrong there)`` of one shard's signals."""
-    last = triple.bounds[1:] - 1
-    ends_in_eod = np.asarray(triple.tokens)[last] == manifest["tokenizer"]["eod_id"]
-    lossmask, span = np.asarray(triple.lossmask), np.asarray(triple.span)
+    last, lengths = triple.bounds[1:] - 1, np.diff(triple.bounds)
+    tokens, lossmask, span = map(np.asarray, (triple.tokens, triple.lossmask, triple.span))
+    yield (
+        (lengths < 1) | (lengths > manifest["seq_length"]),
+        f"documents outside 1..{manifest['seq_length']} tokens",
+    )
+    yield (tokens < 0) | (tokens >= manifest["tokenizer"]["vocab_size"]), "ids outside the vocabulary"
+    yield span >= len(SPAN_NAMES), "span ids that do not exist"
+    yield span[last] != 0, "documents whose last label is supervised"
+    ends_in_eod = tokens[last] == manifest["tokenizer"]["eod_id"]
     if manifest["kind"] == TEXT_KIND:
         supervised = np.ones(len(lossmask), dtype=np.bool_)
         supervised[last] = False
@@ -34,7 +42,7 @@ def signal_checks(triple: Triple, manifest: dict[str, Any]) -> Iterator[Check]:
         yield span != 0, "places of plain text with a span"
         shortest_piece = manifest["seq_length"] - 1
         yield (
-            ~ends_in_eod & (np.diff(triple.bounds) < shortest_piece),
+            ~ends_in_eod & (lengths < shortest_piece),
             "documents that end neither in <|endoftext|> nor at the sequence length",
         )
         return
@@ -84,7 +92,7 @@ def _check_conversation(triple: Triple, parser: Parser, document: int, where: st
     try:
         parsed = parser.parse(triple.tokens[begin : end - 1])
     except HarmonyError as error:
-        raise DataError(f"conversation {document}: {error.what}", source=where, remedy=_REBUILD) from error
+        raise DataError(f"conversation {document}: {error.what}", source=where, remedy=REBUILD) from error
     spans = spans_of(parsed, int(end - begin))
     if only_last:
         spans[: max((item.stop for item in parsed if item.message.role == "user"), default=0)] = 0
@@ -95,7 +103,7 @@ def _check_conversation(triple: Triple, parser: Parser, document: int, where: st
             f"conversation {document}: the span at {place} is {triple.span[begin + place]}, its tokens say "
             f"{expected[place]}",
             source=where,
-            remedy=_REBUILD,
+            remedy=REBUILD,
         )
 
 
@@ -111,4 +119,4 @@ def _check_text(triple: Triple, tokenizer: Tokenizer, document: int, where: str)
     stored = np.asarray(triple.tokens[triple.bounds[first] : triple.bounds[last + 1]])
     again = tokenizer.encode_ordinary(tokenizer.decode(stored[:-1]))
     if not ends[last] or not np.array_equal(again, stored[:-1]):
-        raise DataError(f"document {document} is not what its own text encodes to", source=where, remedy=_REBUILD)
+        raise DataError(f"document {document} is not what its own text encodes to", source=where, remedy=REBUILD)

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vpmoe.data_curation.checks.stats_sample import DEFAULT_DOCUMENTS, Sample, sample_split, split_entry
-from vpmoe.data_curation.look.inspect import token_manifest
+from vpmoe.data_curation.checks.kinds import KINDS
+from vpmoe.data_curation.checks.sample import DEFAULT_DOCUMENTS, Sample, sample_split, split_entry
 from vpmoe.data_curation.look.text import visible
+from vpmoe.data_curation.manifest import read_manifest
 from vpmoe.harmony.spans import SPAN_NAMES
 from vpmoe.tokenizer.from_dataset import load_tokenizer
 
@@ -39,7 +40,7 @@ def compare(
     """
     counts, datasets = [], []
     for folder in (first, second):
-        manifest = token_manifest(folder)
+        manifest = read_manifest(folder, *KINDS)
         sample = sample_split(folder, manifest, split, limit)
         datasets.append(_summary(folder, manifest, split, sample))
         counts.append(_counts_by_piece(folder, sample))
@@ -74,21 +75,21 @@ def log_likelihood(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.flo
 def show(compared: dict[str, Any], console: Console) -> None:
     """Print what :func:`compare` found as tables."""
     datasets = compared["datasets"]
-    figures = Table(title=f"split {compared['split']}", title_justify="left")
-    for heading in ("", *(dataset["name"] for dataset in datasets)):
-        figures.add_column(Text(heading), justify="right" if heading else "left")
-    for key in ("kind", "tokenizer", "rows", "tokens", "tokens_each", "documents_read"):
-        figures.add_row(key.replace("_", " "), *(_spelled(dataset[key]) for dataset in datasets))
-    for name in SPAN_NAMES:
-        figures.add_row(f"share of {name}", *(f"{dataset['span_shares'][name]:.1%}" for dataset in datasets))
-    console.print(figures)
-    lengths = Table(title="tokens a document", title_justify="left")
-    for heading in ("span", "dataset", *QUANTILES):
-        lengths.add_column(heading, justify="right" if heading in QUANTILES else "left")
-    for name in ("all", *SPAN_NAMES):
-        for dataset in datasets:
-            lengths.add_row(name, Text(dataset["name"]), *map(_spelled, dataset["lengths"][name].values()))
-    console.print(lengths)
+    rows = [
+        [key.replace("_", " "), *(dataset[key] for dataset in datasets)]
+        for key in ("kind", "tokenizer", "rows", "tokens", "tokens_each", "documents_read")
+    ]
+    rows += [
+        [f"share of {name}", *(f"{dataset['span_shares'][name]:.1%}" for dataset in datasets)] for name in SPAN_NAMES
+    ]
+    names = [dataset["name"] for dataset in datasets]
+    console.print(_table(f"split {compared['split']}", ["", *names], rows))
+    lengths = [
+        [name, dataset["name"], *dataset["lengths"][name].values()]
+        for name in ("all", *SPAN_NAMES)
+        for dataset in datasets
+    ]
+    console.print(_table("tokens a document", ["span", "dataset", *QUANTILES], lengths, left=2))
     vocabulary = compared["vocabulary"]
     console.print(
         f"tokens that occur: {vocabulary['both']:,} in both, {vocabulary['only_first']:,} in the first only, "
@@ -96,13 +97,21 @@ def show(compared: dict[str, Any], console: Console) -> None:
         f"{vocabulary['covered_first']:.2%} of the first's text is of tokens that the second has, "
         f"{vocabulary['covered_second']:.2%} the other way round."
     )
-    tokens = Table(title="tokens that differ most", title_justify="left")
-    for heading in ("token", "first", "second", "G²"):
-        tokens.add_column(heading, justify="left" if heading == "token" else "right")
-    for entry in compared["differing_tokens"]:
-        shares = (f"{entry[which]:.3%}" for which in ("first", "second"))
-        tokens.add_row(Text(repr(entry["token"])), *shares, f"{entry['g2']:,.0f}")
-    console.print(tokens)
+    tokens = [
+        [repr(entry["token"]), f"{entry['first']:.3%}", f"{entry['second']:.3%}", f"{entry['g2']:,.0f}"]
+        for entry in compared["differing_tokens"]
+    ]
+    console.print(_table("tokens that differ most", ["token", "first", "second", "G²"], tokens))
+
+
+def _table(title: str, headings: list[str], rows: list[list[Any]], *, left: int = 1) -> Table:
+    """A table whose first ``left`` columns are words; texts are shown as they are."""
+    table = Table(title=title, title_justify="left")
+    for place, heading in enumerate(headings):
+        table.add_column(Text(heading), justify="left" if place < left else "right")
+    for row in rows:
+        table.add_row(*(Text(_spelled(cell)) for cell in row))
+    return table
 
 
 def _summary(folder: Path, manifest: dict[str, Any], split: str, sample: Sample) -> dict[str, Any]:

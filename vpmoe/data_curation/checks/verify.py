@@ -7,28 +7,26 @@ time by the parser. Of conversation shards: hash, rows, and that no file was add
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_vpmoe.files import sha256_of_file
-from vpmoe.data_curation.checks.kinds import KINDS, check_sample, signal_checks
+from megatron_vpmoe.files import read_json_lines, sha256_of_file
+from vpmoe.data_curation.checks.kinds import KINDS, REBUILD, check_sample, signal_checks
 from vpmoe.data_curation.conversations.store import KIND as CONVERSATIONS_KIND
 from vpmoe.data_curation.conversations.store import open_shard
 from vpmoe.data_curation.datasets.plan import SPLITS
 from vpmoe.data_curation.datasets.token_files import Triple, file_names, read_triple
-from vpmoe.data_curation.manifest import FILE_NAME, check_file, read_manifest
+from vpmoe.data_curation.manifest import FILE_NAME, check_files, read_manifest
 from vpmoe.errors import DataError, VpmoeError
 from vpmoe.harmony.spans import SPAN_NAMES
 from vpmoe.tokenizer.from_dataset import load_tokenizer
-from vpmoe.tokenizer.interface import Tokenizer
 
-_REBUILD = "build the dataset again with --overwrite"
 _RECONVERT = "convert again with --overwrite, or write the manifest again if the shards are right"
 DEFAULT_PARSED_PER_SHARD = 200
+Faults = Iterator[VpmoeError]
 
 
 def verify(
@@ -44,79 +42,86 @@ def verify(
     Raises:
         DataError: there is no readable manifest, so nothing to check against.
     """
+    manifest = read_manifest(dataset_dir, CONVERSATIONS_KIND, *KINDS)
+    checks = [_conversation_faults(dataset_dir, manifest)]
+    if manifest["kind"] != CONVERSATIONS_KIND:
+        checks = [
+            _input_faults(manifest, input_dir),
+            _named_file_faults(dataset_dir, manifest),
+            _token_faults(dataset_dir, manifest, parsed_per_shard),
+        ]
+    return [str(fault) for faults in checks for fault in _with_manifest_faults(dataset_dir / FILE_NAME, faults)]
+
+
+def summary(dataset_dir: Path) -> str:
+    """One line on what was verified."""
     manifest = read_manifest(dataset_dir)
     if manifest["kind"] == CONVERSATIONS_KIND:
-        return [str(fault) for fault in _conversation_faults(dataset_dir, manifest)]
-    if manifest["kind"] not in KINDS:
-        raise DataError(
-            f"no way to verify a dataset of kind {manifest['kind']!r}",
-            source=str(dataset_dir / FILE_NAME),
-            remedy=f"pass a dataset of kind {CONVERSATIONS_KIND}, {', '.join(KINDS)}",
-        )
-    faults = list(_input_faults(dataset_dir, manifest, input_dir))
-    faults += _named_file_faults(dataset_dir, manifest)
-    faults += _token_faults(dataset_dir, manifest, parsed_per_shard)
-    return [str(fault) for fault in faults]
+        return f"{len(manifest['shards'])} shards, {manifest['rows']:,} conversations"
+    splits = manifest["splits"].items()
+    return "; ".join(f"{split} {entry['rows']:,} documents, {entry['tokens']:,} tokens" for split, entry in splits)
 
 
-def _conversation_faults(folder: Path, manifest: dict[str, Any]) -> Iterator[VpmoeError]:
+def _with_manifest_faults(path: Path, faults: Faults) -> Faults:
+    """``faults``, and what of the manifest they could not make sense of."""
+    try:
+        yield from faults
+    except VpmoeError as error:
+        yield error
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else f"has a value of a wrong kind: {error}"
+        yield DataError(f"the manifest {what}", source=str(path), remedy=REBUILD)
+
+
+def _conversation_faults(folder: Path, manifest: dict[str, Any]) -> Faults:
     for entry in manifest["shards"]:
         path = folder / entry["name"]
         try:
-            check_file(path, entry, remedy=_RECONVERT)
+            check_files(folder, {entry["name"]: entry}, remedy=_RECONVERT)
             rows = open_shard(path).metadata.num_rows
         except DataError as error:
             yield error
             continue
         if rows != entry["rows"]:
             yield DataError(f"{rows} rows, the manifest says {entry['rows']}", source=str(path), remedy=_RECONVERT)
-    listed = {entry["name"] for entry in manifest["shards"]}
-    for path in sorted(folder.glob("*.parquet")):
-        if path.name not in listed:
-            yield DataError("a shard that the manifest does not list", source=str(path), remedy=_RECONVERT)
+    yield from _unlisted(folder, "*.parquet", {entry["name"] for entry in manifest["shards"]}, _RECONVERT)
 
 
-def _input_faults(folder: Path, manifest: dict[str, Any], input_dir: Path | None) -> Iterator[VpmoeError]:
+def _input_faults(manifest: dict[str, Any], input_dir: Path | None) -> Faults:
     if input_dir is None:
         return
-    path = input_dir / FILE_NAME
+    path, built_from = input_dir / FILE_NAME, manifest["input_manifest_sha256"]
     if not path.is_file():
         yield DataError("the input has no manifest", source=str(path), remedy="pass the folder it was built from")
-    elif (found := sha256_of_file(path)) != manifest["input_manifest_sha256"]:
-        yield DataError(
-            f"the input's manifest has sha256 {found}, the dataset was built from {manifest['input_manifest_sha256']}",
-            source=str(folder / FILE_NAME) + ": input_manifest_sha256",
-            remedy=_REBUILD,
-        )
+    elif (found := sha256_of_file(path)) != built_from:
+        what = f"the input's manifest has sha256 {found}, the dataset was built from {built_from}"
+        yield DataError(what, source=str(path), remedy=REBUILD)
 
 
-def _named_file_faults(folder: Path, manifest: dict[str, Any]) -> Iterator[VpmoeError]:
+def _named_file_faults(folder: Path, manifest: dict[str, Any]) -> Faults:
     entry = manifest["tokenizer"]
     for named in filter(None, (entry["pieces"], entry["compact_map"], *entry.get("files", ()))):
-        path = folder / named["path"]
-        if not path.is_file():
-            yield DataError("a file of the manifest is missing", source=str(path), remedy=_REBUILD)
-        elif (found := sha256_of_file(path)) != named["sha256"]:
-            yield DataError(
-                f"sha256 is {found}, the manifest says {named['sha256']}", source=str(path), remedy=_REBUILD
-            )
-    path = folder / manifest["rejects"]["path"]
-    rejects = len(path.read_bytes().splitlines()) if path.is_file() else None
-    if rejects != manifest["rejects"]["count"]:
-        yield DataError(
-            f"{rejects} rejects are listed, the manifest says {manifest['rejects']['count']}",
-            source=str(path),
-            remedy=_REBUILD,
-        )
+        try:
+            check_files(folder, {named["path"]: named}, remedy=REBUILD)
+        except DataError as error:
+            yield error
+    path, count = folder / manifest["rejects"]["path"], manifest["rejects"]["count"]
+    rejects = sum(1 for _ in read_json_lines(path)) if path.is_file() else None
+    if rejects != count:
+        yield DataError(f"{rejects} rejects are listed, the manifest says {count}", source=str(path), remedy=REBUILD)
     for split in SPLITS:
         listed = {name for shard in manifest["splits"][split]["shards"] for name in shard["files"]}
-        for path in sorted((folder / split).glob("*")):
-            if path.name not in listed:
-                yield DataError("a file that the manifest does not list", source=str(path), remedy=_REBUILD)
+        yield from _unlisted(folder / split, "*", listed, REBUILD)
 
 
-def _token_faults(folder: Path, manifest: dict[str, Any], parsed: int) -> Iterator[VpmoeError]:
-    tokenizer: Tokenizer | None = None
+def _unlisted(folder: Path, pattern: str, listed: set[str], remedy: str) -> Faults:
+    for path in sorted(folder.glob(pattern)):
+        if path.name not in listed:
+            yield DataError("a file that the manifest does not list", source=str(path), remedy=remedy)
+
+
+def _token_faults(folder: Path, manifest: dict[str, Any], parsed: int) -> Faults:
+    tokenizer = None
     try:
         tokenizer = load_tokenizer(folder)
     except VpmoeError as error:
@@ -126,8 +131,13 @@ def _token_faults(folder: Path, manifest: dict[str, Any], parsed: int) -> Iterat
         for shard in entry["shards"]:
             where = f"{split}/{shard['name']}"
             try:
-                triple = _checked_files(folder / split, shard, where)
-                sums.append(_check_triple(triple, manifest, shard, where))
+                if sorted(shard["files"]) != sorted(file_names(shard["name"])):
+                    raise DataError(
+                        f"its files are listed as {', '.join(shard['files'])}", source=where, remedy=REBUILD
+                    )
+                check_files(folder / split, shard["files"], remedy=REBUILD)
+                triple = read_triple(folder / split, shard["name"])
+                sums.append(_sums(triple, manifest, shard, where))
                 if tokenizer is not None:
                     check_sample(triple, tokenizer, manifest, parsed, where)
             except VpmoeError as error:
@@ -138,55 +148,17 @@ def _token_faults(folder: Path, manifest: dict[str, Any], parsed: int) -> Iterat
             yield DataError(
                 f"rows, tokens and span tokens of the shards do not add up to {said}",
                 source=f"{FILE_NAME}: splits.{split}",
-                remedy=_REBUILD,
+                remedy=REBUILD,
             )
 
 
-def _checked_files(folder: Path, shard: dict[str, Any], where: str) -> Triple:
-    if sorted(shard["files"]) != sorted(file_names(shard["name"])):
-        raise DataError(f"the manifest lists the files {', '.join(shard['files'])}", source=where, remedy=_REBUILD)
-    for name, file in shard["files"].items():
-        check_file(folder / name, file, remedy=_REBUILD)
-    return read_triple(folder, shard["name"])
-
-
-def _check_triple(triple: Triple, manifest: dict[str, Any], shard: dict[str, Any], where: str) -> np.ndarray:
+def _sums(triple: Triple, manifest: dict[str, Any], shard: dict[str, Any], where: str) -> np.ndarray:
     """Rows, tokens and tokens of each span; raises :class:`DataError` for signals that contradict each other."""
-    if (triple.documents, len(triple.tokens)) != (shard["rows"], shard["tokens"]):
-        raise DataError(
-            f"{triple.documents} conversations and {len(triple.tokens)} tokens, the manifest says {shard['rows']} and "
-            f"{shard['tokens']}",
-            source=where,
-            remedy=_REBUILD,
-        )
-    lengths = np.diff(triple.bounds)
-    last = triple.bounds[1:] - 1
-    span = np.asarray(triple.span)
-    tokens = np.asarray(triple.tokens)
-    checks = (
-        (
-            (lengths < 1) | (lengths > manifest["seq_length"]),
-            f"conversations outside 1..{manifest['seq_length']} tokens",
-        ),
-        ((tokens < 0) | (tokens >= manifest["tokenizer"]["vocab_size"]), "ids outside the vocabulary"),
-        (span >= len(SPAN_NAMES), "span ids that do not exist"),
-        (span[last] != 0, "conversations whose last label is supervised"),
-        *signal_checks(triple, manifest),
-    )
-    for wrong, what in checks:
+    found, said = (triple.documents, len(triple.tokens)), (shard["rows"], shard["tokens"])
+    if found != said:
+        what = f"{found[0]} documents and {found[1]} tokens, the manifest says {said[0]} and {said[1]}"
+        raise DataError(what, source=where, remedy=REBUILD)
+    for wrong, what in signal_checks(triple, manifest):
         if wrong.any():
-            raise DataError(f"{int(wrong.sum())} {what}", source=where, remedy=_REBUILD)
-    counts = np.bincount(span, minlength=len(SPAN_NAMES))
-    return np.array([triple.documents, len(tokens), *counts.tolist()], dtype=np.int64)
-
-
-def manifest_summary(dataset_dir: Path) -> str:
-    """One line on what was verified."""
-    manifest = json.loads((dataset_dir / FILE_NAME).read_bytes())
-    if manifest["kind"] == CONVERSATIONS_KIND:
-        return f"{len(manifest['shards'])} shards, {manifest['rows']:,} conversations"
-    parts = [
-        f"{split} {entry['rows']:,} conversations, {entry['tokens']:,} tokens"
-        for split, entry in manifest["splits"].items()
-    ]
-    return "; ".join(parts)
+            raise DataError(f"{int(wrong.sum())} {what}", source=where, remedy=REBUILD)
+    return np.array([*found, *np.bincount(triple.span, minlength=len(SPAN_NAMES)).tolist()], dtype=np.int64)

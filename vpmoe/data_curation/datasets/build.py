@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_vpmoe.files import first_damage, json_line, write_atomically
+from megatron_vpmoe.files import json_line, write_atomically
 from vpmoe.data_curation.datasets.encode import Block
 from vpmoe.data_curation.datasets.finish import REJECTS_NAME, finish
 from vpmoe.data_curation.datasets.plan import BuildOptions, shard_name
 from vpmoe.data_curation.datasets.write import ShardWriter
-from vpmoe.data_curation.manifest import read_manifest
+from vpmoe.data_curation.manifest import check_files, read_manifest
 from vpmoe.errors import DataError
 from vpmoe.progress import Progress
 from vpmoe.steps import Step, Work, run
@@ -125,12 +125,8 @@ def _finished_shards(work: Work) -> list[dict[str, Any]]:
     records = list(work.results.values())
     for record in records:
         for split, counted in record["splits"].items():
-            if damage := first_damage(work.folder / split, counted["files"], check_hashes=True):
-                raise DataError(
-                    f"a finished shard of the interrupted build changed: {damage}",
-                    source=str(work.folder / split),
-                    remedy=f"remove {work.folder} and build afresh",
-                )
+            remedy = f"a finished shard of the interrupted build changed: remove {work.folder} and build afresh"
+            check_files(work.folder / split, counted["files"], remedy=remedy)
     return records
 
 

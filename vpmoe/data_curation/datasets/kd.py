@@ -24,7 +24,7 @@ from vpmoe.data_curation.datasets.encode import Block, Documents
 from vpmoe.data_curation.datasets.plan import KIND, SPLITS, BuildOptions, shard_name, split_of, split_rule
 from vpmoe.data_curation.datasets.vocabularies import COMPACT_MAP_NAME, place_vocabulary, vocabulary_in
 from vpmoe.data_curation.datasets.workers import Crew, make_crew
-from vpmoe.data_curation.manifest import FILE_NAME, check_file, read_manifest
+from vpmoe.data_curation.manifest import FILE_NAME, check_files, read_manifest
 from vpmoe.errors import DataError, RowError, TokenizerError
 from vpmoe.harmony.choice import make_renderer
 from vpmoe.harmony.conversation import check_conversation, excerpt
@@ -36,10 +36,7 @@ from vpmoe.steps import Work
 from vpmoe.tokenizer.compact import CompactVocabulary
 from vpmoe.tokenizer.o200k_harmony import VOCAB_SIZE, load_o200k_harmony
 
-_INPUT_REMEDY = (
-    "the shard changed after its manifest: convert again, or write the manifest again "
-    "(python -m vpmoe.data_curation.harmony.write_synth_harmony_manifest)"
-)
+_INPUT_REMEDY = "the shard changed after its manifest: convert again (vpmoe data convert --overwrite)"
 
 
 class Part(NamedTuple):
@@ -169,7 +166,7 @@ class PartEncoder:
     def check_input(self, shard: int) -> None:
         """Hold an input shard against its manifest; raises :class:`DataError` if it changed."""
         entry = self._shards[shard]
-        check_file(self._input_dir / entry["name"], entry, remedy=_INPUT_REMEDY)
+        check_files(self._input_dir, {entry["name"]: entry}, remedy=_INPUT_REMEDY)
 
     def count_ids(self, part: Part) -> tuple[int, np.ndarray, np.ndarray]:
         """How often the part's train rows use each id of the full vocabulary: ``(rows, ids, counts)``."""

@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 from vpmoe.data_curation.app import app
 from vpmoe.data_curation.datasets.token_files import read_triple
-from vpmoe.data_curation.look.inspect import SPAN_STYLES, coloured, inspect
+from vpmoe.data_curation.look.inspect import SPAN_STYLES, STYLES, inspect
+from vpmoe.data_curation.look.text import runs
 from vpmoe.errors import DataError
 from vpmoe.harmony.parse import Parser
 from vpmoe.tokenizer import load_tokenizer
@@ -46,11 +47,10 @@ def test_inspect_goes_over_shard_borders(dataset_dir: Path) -> None:
 def test_colours_are_the_spans(dataset_dir: Path) -> None:
     tokenizer, triple = load_tokenizer(dataset_dir), read_triple(dataset_dir / "train", "shard_00")
     end = triple.bounds[1]
-    text = coloured(tokenizer, triple.tokens[:end], triple.span[:end])
+    shown = [(STYLES[kind], run) for kind, run in runs(tokenizer, triple.tokens[:end], triple.span[:end])]
     user, analysis, final = Parser(tokenizer).messages(triple.tokens[: end - 1])[-3:]
     for message, style in zip((user, analysis, final), SPAN_STYLES, strict=True):
-        coloured_so = [text.plain[span.start : span.end] for span in text.spans if span.style == style]
-        assert any(message.content in run for run in coloured_so)
+        assert any(message.content in run for own, run in shown if own == style)
 
 
 @pytest.mark.parametrize(("split", "start"), [("test", 0), ("valid", 10_000)])

@@ -4,7 +4,6 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
@@ -15,9 +14,9 @@ from vpmoe.data_curation.conversations.convert import convert
 from vpmoe.data_curation.conversations.synth import resolve_synth
 from vpmoe.data_curation.datasets.kd import build
 from vpmoe.data_curation.datasets.plan import BuildOptions
-from vpmoe.data_curation.look.inspect import inspect, token_manifest
-from vpmoe.data_curation.look.page import write_page
-from vpmoe.data_curation.look.text import documents, visible
+from vpmoe.data_curation.look.inspect import inspect, write_page
+from vpmoe.data_curation.look.text import RUN_KINDS, documents, visible
+from vpmoe.data_curation.manifest import read_manifest
 from vpmoe.errors import DataError
 from vpmoe.harmony.prompts import Prompts
 from vpmoe.tokenizer import load_tokenizer
@@ -30,26 +29,28 @@ HOSTILE = {
 
 
 class _Page(HTMLParser):
-    """Tags, and the text of each class inside the documents."""
+    """Tags, all text of the body, and the runs of each class."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[str] = []
-        self.texts: dict[str, str] = {}
-        self._inside: str | None = None
+        self.text = ""
+        self.runs: list[tuple[str, str]] = []
+        self._class = ""
+        self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         assert not any(name.startswith("on") or name in ("src", "href") for name, _ in attrs)
-        if tag == "span":
-            self._inside = dict(attrs)["class"]
+        self._class = dict(attrs).get("class") or "" if tag == "span" else ""
 
     def handle_endtag(self, tag: str) -> None:
-        self._inside = None if tag == "span" else self._inside
+        self._class = ""
 
     def handle_data(self, data: str) -> None:
-        if self._inside:
-            self.texts[self._inside] = self.texts.get(self._inside, "") + data
+        if "pre" in self.tags:
+            self.text += data
+            self.runs.append((self._class, data))
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +70,20 @@ def test_the_page_holds_figures_histograms_and_documents(dataset_dir: Path, tmp_
     result = CliRunner().invoke(app, ["inspect", str(dataset_dir), "--html", str(page), "--count", "2"])
     assert result.exit_code == 0 and "page.html written" in result.output
     text = page.read_text()
-    assert text.count("<svg") == 4 and "train 0:" in text and "train 1:" in text and "train 2:" not in text
-    manifest, tokenizer = token_manifest(dataset_dir), load_tokenizer(dataset_dir)
-    parsed = _Page()
-    parsed.feed(text)
+    parsed = _Page(text)
+    assert "train 0:" in parsed.text and "train 1:" in parsed.text and "train 2:" not in parsed.text
+    manifest, tokenizer = read_manifest(dataset_dir), load_tokenizer(dataset_dir)
+    # The legend says which class a kind has, and what is of the kind has it.
+    classes = {kind: next(own for own, run in parsed.runs if run == kind and own) for kind in RUN_KINDS}
+    assert len(set(classes.values())) == len(RUN_KINDS)
     for shown in documents(dataset_dir, manifest, tokenizer, "train", 0, 2):
+        assert "".join(run for _, run in shown.runs) in parsed.text
         for kind, run in shown.runs:
-            assert run in parsed.texts[kind]
-    for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
-        drawn = ElementTree.fromstring(svg)
-        counts = [int(title.text.rpartition(": ")[2].replace(",", "")) for title in drawn.iter("title")]
-        assert sum(counts) == manifest["splits"]["train"]["rows"]
+            coloured = [stored for own, stored in parsed.runs if own == classes[kind]]
+            assert all(any(line in stored for stored in coloured) for line in run.split("\n"))
+    bars = parsed.text[parsed.text.index("tokens a document, train") :].split("tokens a document in each span")[0]
+    counts = [int(line.split()[-1].replace(",", "")) for line in bars.splitlines()[1:] if line.strip()]
+    assert sum(counts) == manifest["splits"]["train"]["rows"]
     assert not re.search(r"https?://|url\(|@import", text), "nothing is loaded"
 
 
@@ -87,12 +91,11 @@ def test_hostile_text_is_only_text_on_the_page(hostile_dir: Path, tmp_path: Path
     page = tmp_path / "page.html"
     write_page(hostile_dir, page, count=3)
     text = page.read_text()
-    parsed = _Page()
-    parsed.feed(text)
+    parsed = _Page(text)
     assert not {"script", "img"} & set(parsed.tags) and parsed.tags.count("style") == parsed.tags.count("body") == 1
-    assert HOSTILE["query"] in parsed.texts["context"], "the very characters, template marks too"
-    assert visible(HOSTILE["synthetic_reasoning"]) in parsed.texts["analysis"]
-    assert HOSTILE["synthetic_answer"] in parsed.texts["final"]
+    assert HOSTILE["query"] in parsed.text, "the very characters, template marks too"
+    assert visible(HOSTILE["synthetic_reasoning"]) in parsed.text
+    assert HOSTILE["synthetic_answer"] in parsed.text
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
 
 
@@ -114,8 +117,8 @@ def test_the_terminal_shows_lengths_of_each_span(dataset_dir: Path) -> None:
 
 
 def test_conversations_are_no_token_files(conversations_dir: Path) -> None:
-    with pytest.raises(DataError, match="no token files"):
-        token_manifest(conversations_dir)
+    with pytest.raises(DataError, match="of kind 'harmony_conversations', expected harmony_kd"):
+        inspect(conversations_dir, Console(record=True))
 
 
 def test_line_feeds_and_tabs_stay() -> None:

@@ -150,7 +150,7 @@ def test_kill_9_at_random_moments_gives_the_same_dataset(
 ) -> None:
     script, output = tmp_path / "script.py", tmp_path / "dataset"
     script.write_text(_BUILD)
-    places = [str(repository), str(repository / "Megatron-vpmoe"), str(Path(__file__).parent)]
+    places = [str(repository), str(repository / "Megatron-vpmoe"), str(Path(__file__).parents[1])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
     command = [sys.executable, str(script), str(conversations_dir), str(output), str(workers)]
     draw, killed = random.Random(workers), 0
@@ -202,7 +202,7 @@ def test_kill_9_then_the_same_command_gives_the_same_dataset(
 ) -> None:
     script, output = tmp_path / "killed.py", tmp_path / "dataset"
     script.write_text(_KILLED_AT_SECOND_SHARD)
-    places = [str(repository), str(repository / "Megatron-vpmoe"), str(Path(__file__).parent)]
+    places = [str(repository), str(repository / "Megatron-vpmoe"), str(Path(__file__).parents[1])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
     command = [sys.executable, str(script), str(conversations_dir), str(output), str(workers)]
     killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)

@@ -150,3 +150,17 @@ def test_without_a_manifest_there_is_nothing_to_verify(copy: Path) -> None:
     (copy / "manifest.json").unlink()
     with pytest.raises(DataError, match=r"no manifest\.json"):
         verify(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda manifest: manifest.pop("tokenizer"), "lacks 'tokenizer'"),
+        (lambda manifest: manifest["splits"]["train"].pop("shards"), "lacks 'shards'"),
+        (lambda manifest: manifest.update(splits=None), "wrong kind"),
+        (lambda manifest: manifest["splits"]["train"]["shards"][0].update(files=3), "wrong kind"),
+    ],
+)
+def test_a_damaged_manifest_is_a_fault_like_another(copy: Path, change: Callable, named: str) -> None:
+    edit_manifest(copy, change)
+    assert any(named in fault and "manifest.json" in fault for fault in verify(copy))

@@ -10,14 +10,14 @@ from conftest_dataset import ROWS
 from typer.testing import CliRunner
 
 from vpmoe.data_curation.app import app
+from vpmoe.data_curation.checks.sample import histogram, sample_split
 from vpmoe.data_curation.checks.stats import compare, log_likelihood
-from vpmoe.data_curation.checks.stats_sample import histogram, sample_split
 from vpmoe.data_curation.conversations.convert import convert
 from vpmoe.data_curation.conversations.synth import resolve_synth
 from vpmoe.data_curation.datasets.kd import build
 from vpmoe.data_curation.datasets.plan import BuildOptions
 from vpmoe.data_curation.datasets.token_files import read_triple
-from vpmoe.data_curation.look.inspect import token_manifest
+from vpmoe.data_curation.manifest import read_manifest
 from vpmoe.data_curation.tasks import synth_mini
 from vpmoe.errors import DataError
 from vpmoe.harmony.prompts import Prompts
@@ -39,7 +39,7 @@ def other_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def counted(folder: Path) -> tuple[list[int], Counter[bytes]]:
     lengths, pieces = [], load_tokenizer(folder).pieces()
     counts: Counter[bytes] = Counter()
-    for shard in token_manifest(folder)["splits"]["train"]["shards"]:
+    for shard in read_manifest(folder)["splits"]["train"]["shards"]:
         triple = read_triple(folder / "train", shard["name"])
         lengths += np.diff(triple.bounds).tolist()
         counts.update(pieces[token] for token in triple.tokens)
@@ -81,7 +81,7 @@ def test_log_likelihood_by_hand() -> None:
 
 
 def test_a_sample_is_spread_over_the_shards(dataset_dir: Path) -> None:
-    manifest = token_manifest(dataset_dir)
+    manifest = read_manifest(dataset_dir)
     whole, part = (sample_split(dataset_dir, manifest, "train", limit) for limit in (0, 50))
     assert len(whole.spans) == manifest["splits"]["train"]["rows"] > 0.9 * ROWS
     stride = -(-len(whole.spans) // 50)
