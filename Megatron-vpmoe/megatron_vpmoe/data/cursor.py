@@ -25,20 +25,6 @@ _KEPT_WINDOWS = 3
 _HASHED_AT_ONCE = 1 << 20
 
 
-class SamplePlace(NamedTuple):
-    """Where a sample comes from.
-
-    Attributes:
-        epoch: passes over the dataset completed before it.
-        window: within the epoch.
-        row: within the window.
-    """
-
-    epoch: int
-    window: int
-    row: int
-
-
 class WindowStart(NamedTuple):
     """Where a window begins.
 
@@ -75,12 +61,6 @@ class SampleOrder:
         """The conversations in row ``sample`` of the global order, sample >= 0; int64 [documents]."""
         start = self._window_of(sample)
         return self._rows(start.window)[sample - start.first_sample]
-
-    def place(self, sample: int) -> SamplePlace:
-        """Epoch, window and row of a sample, for messages."""
-        start = self._window_of(sample)
-        epoch, window = divmod(start.window, self._windows_per_epoch)
-        return SamplePlace(epoch, window, sample - start.first_sample)
 
     def start_of(self, sample: int) -> WindowStart:
         """The window that holds ``sample``; packs nothing if the sample before it has been read."""

@@ -26,7 +26,7 @@ def test_an_epoch_holds_every_conversation_once(window):
         rows = read(source, begin, end)
         assert sorted(index for row in rows for index in row) == list(range(300))
         assert all(LENGTHS[row].sum() <= 64 for row in rows)
-        assert {source.place(sample).epoch for sample in range(begin, end)} == {epoch}
+        assert {source.epoch_of(source.start_of(sample)) for sample in range(begin, end)} == {epoch}
 
 
 def test_any_sample_can_be_asked_for_first_and_in_any_sequence():
