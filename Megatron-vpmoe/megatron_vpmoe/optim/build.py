@@ -71,7 +71,7 @@ class VpOptimizer(ChainedOptimizer):
 
     @torch.no_grad()
     def step(self) -> tuple[bool, float, None]:  # type: ignore[override]
-        """Clip to the global norm and update.
+        """Clip to the global norm; each rank updates its share, then everybody has the weights. A collective.
 
         Returns:
             whether the update was made, the gradient norm before clipping, and None in the place of upstream's count of
@@ -79,20 +79,8 @@ class VpOptimizer(ChainedOptimizer):
         """
         self.prepare_grads()
         grad_norm = self.get_grad_norm()
-        return self.clip_and_update(grad_norm), grad_norm, None
-
-    @torch.no_grad()
-    def clip_and_update(self, grad_norm: float) -> bool:
-        """The second half of ``step``, for a caller that looks at the norm first.
-
-        Args:
-            grad_norm: of ``get_grad_norm``, after ``prepare_grads``.
-
-        Returns:
-            whether the update was made; False for a norm that is not finite.
-        """
         if not math.isfinite(grad_norm):
-            return False
+            return False, grad_norm, None
         assert self.config is not None
         clip = self.config.clip_grad
         if clip > 0.0 and grad_norm > clip:
@@ -100,17 +88,12 @@ class VpOptimizer(ChainedOptimizer):
             grads = [param.grad for param in params if param.grad is not None]
             if grads:  # a rank whose parameters are all frozen has none
                 torch._foreach_mul_(grads, clip / (grad_norm + 1e-6))
-        return self.step_with_ready_grads()
-
-    @torch.no_grad()
-    def step_with_ready_grads(self) -> bool:
-        """Every rank its share, then everybody's weights; a collective of the data-parallel groups."""
         for member in self.members:
             member.step_with_ready_grads()
         for member in self.members:
             member.gather_parameters()
         self.finished_updates += 1
-        return True
+        return True, grad_norm, None
 
     def state_dict(self) -> dict[str, Any]:
         """Of this rank's share; checkpoints go through ``sharded_state_dict``."""

@@ -63,8 +63,8 @@ class ShardedOptimizer(MegatronOptimizer):
         ranks, rank = dist.get_world_size(data_parallel_group), dist.get_rank(data_parallel_group)
         shares = pieces_of_ranks(params, [units(param) for param in params], ranks)
         self.pieces = shares[rank]
-        self._leaves = [_leaf(piece) for piece in self.pieces]
-        held = {id(piece.param): leaf for piece, leaf in zip(self.pieces, self._leaves, strict=True)}
+        self._held = [(piece, _leaf(piece)) for piece in self.pieces]
+        held = {id(piece.param): leaf for piece, leaf in self._held}
         for group in groups:
             group["params"] = [held[id(param)] for param in group["params"] if id(param) in held]
         super().__init__(build(groups), config, initialize_state)
@@ -78,13 +78,13 @@ class ShardedOptimizer(MegatronOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients; the buffers behind them are zeroed by DDP."""
-        for piece, leaf in zip(self.pieces, self._leaves, strict=True):
+        for piece, leaf in self._held:
             piece.param.grad = leaf.grad = None
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
         """Point every piece to its part of the gradient; False: nothing is looked at here."""
-        for piece, leaf in zip(self.pieces, self._leaves, strict=True):
+        for piece, leaf in self._held:
             grad = getattr(piece.param, "main_grad", piece.param.grad)
             leaf.grad = None if grad is None else piece.of(grad).to(leaf.dtype)
         return False
@@ -93,24 +93,21 @@ class ShardedOptimizer(MegatronOptimizer):
     def step_with_ready_grads(self) -> bool:
         """Update this rank's pieces; ``gather_parameters`` has to follow."""
         self.optimizer.step()
-        self._masters_to_model()
+        apart = [(p.of(p.param.data), leaf.data) for p, leaf in self._held if _apart(p)]
+        if apart:
+            torch._foreach_copy_([model for model, _ in apart], [master for _, master in apart])
         return True
 
     def gather_parameters(self) -> None:
         """Bring the other ranks' pieces up to date; a collective of the data-parallel group."""
         self._gather.run()
 
-    def _masters_to_model(self) -> None:
-        pairs = [(p.of(p.param.data), leaf) for p, leaf in zip(self.pieces, self._leaves, strict=True) if _apart(p)]
-        if pairs:
-            torch._foreach_copy_([model for model, _ in pairs], [leaf.data for _, leaf in pairs])
-
     def reload_model_params(self, state_dict: dict[str, Any] | None = None) -> None:
         """Masters from the model's weights: after weights were loaded without optimizer state."""
         if state_dict is not None:
             raise ValueError("masters are taken from the model")
         with torch.no_grad():
-            for piece, leaf in zip(self.pieces, self._leaves, strict=True):
+            for piece, leaf in self._held:
                 if _apart(piece):
                     leaf.copy_(piece.of(piece.param.data))
 
@@ -150,7 +147,7 @@ class ShardedOptimizer(MegatronOptimizer):
                 name: piece_sharding(sharding, piece, tensor, name, whole_rows=self._gathers_rows)
                 for name, tensor in self._tensors(piece, leaf).items()
             }
-            for index, (piece, leaf, sharding) in enumerate(zip(self.pieces, self._leaves, shardings, strict=True))
+            for index, ((piece, leaf), sharding) in enumerate(zip(self._held, shardings, strict=True))
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -161,7 +158,7 @@ class ShardedOptimizer(MegatronOptimizer):
         """
         self.init_state_fn(self.optimizer)
         with torch.no_grad():
-            for index, (piece, leaf) in enumerate(zip(self.pieces, self._leaves, strict=True)):
+            for index, (piece, leaf) in enumerate(self._held):
                 loaded = state_dict.get(str(index), {})
                 for name, tensor in self._tensors(piece, leaf).items():
                     if name not in loaded:
