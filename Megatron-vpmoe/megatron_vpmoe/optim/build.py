@@ -126,7 +126,7 @@ def build_optimizer(
     rules: Sequence[Rule] = RULES,
     groups: ProcessGroupCollection | None = None,
 ) -> VpOptimizer:
-    """Route every parameter and build one torch optimizer for each of NorMuon/AdamW x dense/expert.
+    """Assign every parameter and build one torch optimizer for each of NorMuon/AdamW x dense/expert.
 
     Dense parameters and experts (``allreduce`` False) are apart because they are replicated over different ranks. In
     bf16 each member keeps fp32 master weights; parameters that are fp32 already stay their own.
@@ -150,11 +150,11 @@ def build_optimizer(
         params_dtype=torch.bfloat16 if cfg.training.bf16 else torch.float32,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups() if groups is None else groups
-    routed = assigned_parameters(list(model_chunks), cfg, rules)
+    assigned = assigned_parameters(list(model_chunks), cfg, rules)
     members: list[ShardedOptimizer] = []
     for expert in (False, True):
         for kind in ("normuon", "adamw"):
-            chosen = [(row, param) for row, param in routed if (row.optimizer, row.expert) == (kind, expert)]
+            chosen = [(row, param) for row, param in assigned if (row.optimizer, row.expert) == (kind, expert)]
             if chosen:
                 members.append(_member(kind, expert, _param_groups(chosen, cfg), config, cfg, groups))
     return VpOptimizer(members, config, groups)

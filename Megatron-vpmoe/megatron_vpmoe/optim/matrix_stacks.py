@@ -66,7 +66,7 @@ def matrix_layout(param: torch.Tensor, name: str = "a parameter", *, tensor_para
     if param.ndim != 2:
         raise ConfigError(
             f"{name} has shape {tuple(param.shape)}, which NorMuon cannot orthogonalise",
-            remedy="route it to AdamW: NorMuon takes [out, in] and [experts, out, in]",
+            remedy="give it to AdamW: NorMuon takes [out, in] and [experts, out, in]",
         )
     groups: Iterable[torch.Tensor | slice] = getattr(param, "matrix_rows", (slice(None),))
     rows = torch.arange(param.shape[0])

@@ -1,4 +1,4 @@
-"""A small model with every kind of parameter the optimizer routes, and a configuration for it."""
+"""A small model with every kind of parameter that rules assign, and a configuration for it."""
 
 from __future__ import annotations
 
