@@ -9,7 +9,6 @@ key-value cache; the answer is the first line, and has to be the expected one, b
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,19 +19,16 @@ import torch
 
 from megatron_vpmoe.files import sha256_of_file, sha256_of_json
 from vpmoe.data_curation.rows.source import resolve
-from vpmoe.data_curation.tasks import question_texts
 from vpmoe.errors import DataError
-from vpmoe.eval.nano import decode_in_batches
+from vpmoe.eval.asking import AsText, decode_in_batches
+from vpmoe.eval.open_model import open_model
 from vpmoe.eval.questions import Question, read_questions
-from vpmoe.hf.tokenizer_files import open_tokenizer
+from vpmoe.tokenizer.interface import Tokenizer
 from vpmoe.upcycle.ladder_file import Evaluation
-from vpmoe.weights import megatron_checkpoint
-from vpmoe.weights.geometry import load_model, process_groups
 
 if TYPE_CHECKING:
     from megatron_vpmoe.model.gpt import VPModel
 
-END_OF_DOCUMENT = "<|endoftext|>"
 _SHOWN = 3
 Progress = Callable[[str], None]
 
@@ -81,7 +77,7 @@ def evaluate(folder: Path, held_out: HeldOut, settings: Evaluation, *, progress:
     """Ask one object everything.
 
     Args:
-        folder: the object's; the weights of its checkpoint are loaded whole, its ``hf/`` gives the tokenizer.
+        folder: the object's; the weights of its checkpoint are loaded whole.
         held_out: what is asked.
         settings: how.
         progress: takes a line about what is going on.
@@ -90,21 +86,17 @@ def evaluate(folder: Path, held_out: HeldOut, settings: Evaluation, *, progress:
         ``texts`` (see ``score_texts``), ``questions`` (see ``ask``).
 
     Raises:
-        WeightsError: no weights or tokenizer there.
+        CheckpointError, TokenizerError: no weights or vocabulary there.
     """
-    tokenizer = open_tokenizer(folder / "hf")
-    checkpoint = megatron_checkpoint.checkpoint_in(folder / "megatron")
-    cfg = megatron_checkpoint.read_config(checkpoint, bf16=settings.precision == "bfloat16")
-    with process_groups(), torch.no_grad():
-        model = load_model(cfg, megatron_checkpoint.read_weights(checkpoint), source=str(checkpoint))
-        texts = score_texts(model, tokenizer, held_out.texts, settings.batch_size)
+    with open_model(folder, bf16=settings.precision == "bfloat16") as opened, torch.no_grad():
+        texts = score_texts(opened.model, opened.tokenizer, held_out.texts, settings.batch_size)
         progress(f"{texts['bits_per_byte']:.4f} bits per byte of {texts['bytes']:,} in {texts['documents']} texts")
-        questions = ask(model, tokenizer, held_out.questions, settings)
+        questions = ask(opened.model, opened.tokenizer, held_out.questions, settings)
         progress(f"{questions['exact']} of {questions['n']} questions answered exactly")
     return {"texts": texts, "questions": questions}
 
 
-def score_texts(model: VPModel, tokenizer: Any, texts: Sequence[str], batch_size: int) -> dict[str, Any]:
+def score_texts(model: VPModel, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int) -> dict[str, Any]:
     """How likely the model finds texts.
 
     Returns:
@@ -114,13 +106,8 @@ def score_texts(model: VPModel, tokenizer: Any, texts: Sequence[str], batch_size
     from megatron_vpmoe.runtime.device import current_device
 
     device = current_device()
-    tokenized = [ids_of(tokenizer, text) for text in texts]
-    scored_bytes = sum(
-        len(text.encode()) - bytes_of_token(tokenizer, ids[0])
-        for text, ids in zip(texts, tokenized, strict=True)
-        if len(ids) > 1
-    )
-    order = sorted((ids for ids in tokenized if len(ids) > 1), key=len)
+    order = sorted((ids.tolist() for ids in tokenizer.encode_ordinary_batch(texts) if len(ids) > 1), key=len)
+    scored_bytes = sum(len(tokenizer.decode_bytes(ids[1:])) for ids in order)
     if not order or scored_bytes <= 0:
         raise DataError("no text of two tokens", source="the texts to score", remedy="name longer texts")
     nats, tokens = 0.0, 0
@@ -140,63 +127,35 @@ def score_texts(model: VPModel, tokenizer: Any, texts: Sequence[str], batch_size
     }
 
 
-def ask(model: VPModel, tokenizer: Any, questions: Sequence[Question], settings: Evaluation) -> dict[str, Any]:
-    """Answer questions greedily.
+def ask(model: VPModel, tokenizer: Tokenizer, questions: Sequence[Question], settings: Evaluation) -> dict[str, Any]:
+    """Answer questions greedily, as plain text.
 
     Returns:
         ``n``, ``exact``, ``accuracy`` over all and by family, and the first answers as ``samples``.
     """
     from megatron_vpmoe.generation.sampler import SamplingOptions
 
-    prompts = [ids_of(tokenizer, question_texts.prompt(question.query)) for question in questions]
-    options = SamplingOptions(settings.max_new_tokens, stop_ids(tokenizer))
+    form = AsText(tokenizer)
+    options = SamplingOptions(settings.max_new_tokens, form.stop_ids)
+    prompts = [form.prompt(question.query) for question in questions]
     generated = decode_in_batches(model, prompts, options, settings.batch_size, progress=lambda line: None)
-    # Rows of the embedding beyond the vocabulary are padding; one that is chosen is no text.
-    answers = [
-        question_texts.answer_in(
-            tokenizer.decode(
-                [row for row in ids if row < len(tokenizer)],
-                skip_special_tokens=True,
-                clean_up_tokenization_spaces=False,
-            )
-        )
-        for ids in generated
+    answered = [
+        {
+            "family": question.family,
+            "query": question.query,
+            "expected": question.row["synthetic_answer"].strip(),
+            "answer": form.judge(ids).final,
+        }
+        for question, ids in zip(questions, generated, strict=True)
     ]
-    exact: Counter[str] = Counter()
-    asked: Counter[str] = Counter()
-    for question, answer in zip(questions, answers, strict=True):
-        asked[question.family] += 1
-        exact[question.family] += answer == expected(question)
-    families = {name: _share(exact[name], asked[name]) for name in sorted(asked)}
-    samples = [
-        {"query": question.query, "expected": expected(question), "answer": answer}
-        for question, answer in list(zip(questions, answers, strict=True))[:_SHOWN]
-    ]
-    return {**_share(exact.total(), asked.total()), "families": families, "samples": samples}
+    by_family = {name: [a for a in answered if a["family"] == name] for name in sorted({a["family"] for a in answered})}
+    return {
+        **_share(answered),
+        "families": {name: _share(group) for name, group in by_family.items()},
+        "samples": answered[:_SHOWN],
+    }
 
 
-def expected(question: Question) -> str:
-    """The answer that counts."""
-    return question.row["synthetic_answer"].strip()
-
-
-def ids_of(tokenizer: Any, text: str) -> list[int]:
-    """Ids of ``text`` as ordinary text."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-
-def bytes_of_token(tokenizer: Any, token_id: int) -> int:
-    """Bytes of a token of a byte-level vocabulary, which spells each byte as one character."""
-    return len(tokenizer.convert_ids_to_tokens(token_id))
-
-
-def stop_ids(tokenizer: Any) -> tuple[int, ...]:
-    """What ends an answer: the end of a document, of a generation, or any token with a line break in it."""
-    ends = {tokenizer.convert_tokens_to_ids(END_OF_DOCUMENT), tokenizer.eos_token_id}
-    newline = tokenizer.convert_ids_to_tokens(ids_of(tokenizer, "\n"))[0]
-    ends |= {row for token, row in tokenizer.get_vocab().items() if newline in token}
-    return tuple(sorted(row for row in ends if row is not None))
-
-
-def _share(exact: int, count: int) -> dict[str, Any]:
-    return {"n": count, "exact": exact, "accuracy": exact / count}
+def _share(answered: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    exact = sum(one["answer"] == one["expected"] for one in answered)
+    return {"n": len(answered), "exact": exact, "accuracy": exact / len(answered)}
