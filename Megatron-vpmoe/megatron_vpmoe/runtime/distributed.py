@@ -106,7 +106,8 @@ def from_rank_0(make: Callable[[], T]) -> T:
             failure = error
         except OSError as error:
             remedy = "mend the path or make room, then give the same command again"
-            failure = VpmoeError(str(error.strerror or error), source=str(error.filename), remedy=remedy)
+            what = f"a file or folder cannot be used: {error.strerror or error}"
+            failure = VpmoeError(what, source=str(error.filename), remedy=remedy)
             failure.__cause__ = error
     box = [result, failure]
     if world_size() > 1:
