@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -72,6 +73,6 @@ def combinations() -> None:
     ):
         shown = Table("fields", head, title=title, title_justify="left")
         for rule in rules:
-            shown.add_row("\n".join(rule.names), rule.general_text().replace("`", ""))
+            shown.add_row("\n".join(rule.names), re.sub("[`*]", "", rule.general_text()))
             shown.add_section()
         Console().print(shown)

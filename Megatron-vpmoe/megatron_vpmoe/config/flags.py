@@ -21,20 +21,22 @@ def nearest(name: str, candidates: list[str], count: int = 3) -> list[str]:
     return difflib.get_close_matches(name, candidates, count, 0.6) or difflib.get_close_matches(name, candidates, 1, 0)
 
 
-def accepted_types(spec: FieldSpec) -> set[type]:
-    """The plain Python types that a field's annotation permits (``NoneType`` when it may be null; ``list`` for any)."""
+def accepted(spec: FieldSpec) -> set[type | str]:
+    """What a field's annotation permits: plain types (null: ``NoneType``), and the words of a choice."""
 
-    def walk(annotation: Any) -> set[type]:
-        if annotation is type(None) or annotation in (bool, int, float, str):
+    def walk(annotation: Any) -> set[type | str]:
+        if annotation in (type(None), bool, int, float, str) or isinstance(annotation, str):
             return {annotation}
         if get_origin(annotation) is list:
             return {list}
-        arguments = get_args(annotation)
-        if arguments and all(isinstance(a, str) for a in arguments):
-            return {str}
-        return set().union(*(walk(a) for a in arguments if a is not None)) if arguments else set()
+        return set().union(*(walk(argument) for argument in get_args(annotation) if argument is not None))
 
     return walk(spec.info.annotation)
+
+
+def accepted_types(spec: FieldSpec) -> set[type]:
+    """``accepted``, where a choice is a string."""
+    return {str if isinstance(entry, str) else entry for entry in accepted(spec)}
 
 
 def _value(spec: FieldSpec, text: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_vpmoe.config.flags import accepted_types, nearest, parse_flags
+from megatron_vpmoe.config.flags import accepted, nearest, parse_flags
 from megatron_vpmoe.config.rule import Problem
 from megatron_vpmoe.config.rules import find_problems
 from megatron_vpmoe.config.schema import RETIRED, FieldSpec, RunConfig, fields, is_passed_over, section_types
@@ -111,17 +111,10 @@ def _hint(section: str, key: str, known: dict[str, FieldSpec]) -> str:
 
 def expected(spec: FieldSpec) -> str:
     """What a field accepts, in words: its types, or its choices."""
-    choices = sorted(_choices(spec.info.annotation))
-    types = accepted_types(spec)
+    types = accepted(spec)
+    choices = sorted(entry for entry in types if isinstance(entry, str))
     words = [repr(choice) for choice in choices] or [_TYPE_NAMES[t] for t in _TYPE_NAMES if t in types]
     return " or ".join([*words, "null"] if type(None) in types else words)
-
-
-def _choices(annotation: Any) -> set[str]:
-    arguments = getattr(annotation, "__args__", ())
-    if arguments and all(isinstance(a, str) for a in arguments):
-        return set(arguments)
-    return set().union(*(_choices(a) for a in arguments)) if arguments else set()
 
 
 def _describe(detail: dict[str, Any], values: Values, path: Path) -> str:
@@ -139,9 +132,8 @@ def _describe(detail: dict[str, Any], values: Values, path: Path) -> str:
         return f"{source}: {spec.key} = {value!r} must be {words} {detail['ctx'][bound]}"
     if detail["type"] in ("finite_number", "string_pattern_mismatch", "string_too_short"):
         return f"{source}: {spec.key} = {value!r}: {detail['msg']}"
-    hint = ""
-    if isinstance(value, str) and (choices := sorted(_choices(spec.info.annotation))):
-        hint = f"; nearest: {nearest(value, choices, 1)[0]!r}"
+    choices = sorted(entry for entry in accepted(spec) if isinstance(entry, str))
+    hint = f"; nearest: {nearest(value, choices, 1)[0]!r}" if isinstance(value, str) and choices else ""
     return f"{source}: {spec.key} = {value!r} ({type(value).__name__}), expected {expected(spec)}{hint}"
 
 
