@@ -126,8 +126,8 @@ def real_lengths(folder: Path, longest: int) -> NDArray[np.int32]:
     import pyarrow.parquet as parquet
 
     from vpmoe.data_curation.conversations.synth import to_conversation
-    from vpmoe.harmony.choice import make_renderer
     from vpmoe.harmony.prompts import Prompts
+    from vpmoe.harmony.renderer import make_renderer
     from vpmoe.tokenizer.o200k_harmony import O200kHarmony
 
     renderer, prompts = make_renderer("fast", O200kHarmony()), Prompts()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.metadata import version as package_version
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,8 @@ import numpy as np
 from vpmoe.errors import HarmonyError
 from vpmoe.harmony.conversation import Message
 from vpmoe.tokenizer.interface import TokenArray, Tokenizer
+
+RENDERERS = ("fast", "official")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,27 @@ class FastRenderer:
         header = self._header(message.role, message.channel)
         content = self.tokenizer.encode_ordinary(message.content)
         return RenderedMessage(message.role, message.channel, header, content, self._end)
+
+
+def make_renderer(name: str, tokenizer: Tokenizer, rank_file_path: Path | None = None) -> Renderer:
+    """The renderer called ``name``: ``fast``, or ``official`` on top of the package openai_harmony.
+
+    Args:
+        name: one of :data:`RENDERERS`.
+        tokenizer: vocabulary of the ids to write.
+        rank_file_path: for ``official``, which loads the ranks itself: where they are, if not in the usual places.
+
+    Raises:
+        HarmonyError: another name.
+    """
+    if name == "fast":
+        return FastRenderer(tokenizer)
+    if name == "official":
+        # Imported here: it loads a second copy of the vocabulary.
+        from vpmoe.harmony.official import OfficialRenderer
+
+        return OfficialRenderer(tokenizer, rank_file_path)
+    raise HarmonyError(f"unknown renderer {name!r}", source="--renderer", remedy=f"use one of {', '.join(RENDERERS)}")
 
 
 def check_prompt(messages: Sequence[Message]) -> None:

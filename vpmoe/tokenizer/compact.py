@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from megatron_vpmoe.files import write_atomically
 from vpmoe.errors import TokenizerError
-from vpmoe.tokenizer.interface import PieceVocabulary, TokenArray
+from vpmoe.tokenizer.interface import TokenArray, Tokenizer
 from vpmoe.tokenizer.o200k_harmony import FIRST_SPECIAL_ID, NAMED_SPECIAL_TOKENS, VOCAB_SIZE, O200kHarmony
 
 NAME = "o200k_harmony_compact"
@@ -28,8 +28,8 @@ FIXED_IDS = BYTE_TOKENS + len(NAMED_SPECIAL_TOKENS)
 DEFAULT_PADDING_MULTIPLE = 128
 
 
-class CompactVocabulary(PieceVocabulary):
-    """A vocabulary cut out of o200k Harmony; implements :class:`vpmoe.tokenizer.interface.Tokenizer`.
+class CompactVocabulary(Tokenizer):
+    """A vocabulary cut out of o200k Harmony.
 
     Args:
         full: the vocabulary it is cut from.
@@ -46,7 +46,7 @@ class CompactVocabulary(PieceVocabulary):
     def __init__(
         self, full: O200kHarmony, o200k_ids: NDArray[np.integer], padded_vocab_size: int | None = None
     ) -> None:
-        self.full = full
+        self.full, self.source = full, full.source
         self.o200k_ids = _checked_map(o200k_ids)
         self.vocab_size = len(self.o200k_ids)
         self.first_special_id = self.vocab_size - len(NAMED_SPECIAL_TOKENS)
@@ -173,22 +173,12 @@ class CompactVocabulary(PieceVocabulary):
         before = np.cumsum(repeats) - repeats
         return flat[np.repeat(start[full_ids] - before, repeats) + np.arange(repeats.sum())]
 
-    def special_id(self, spelling: str) -> int:
-        """Compact id of a named special token; raises :class:`TokenizerError` for any other spelling."""
-        if spelling not in self.special_tokens:
-            raise TokenizerError(
-                f"{spelling!r} is no special token of {self.name}",
-                source="special token name",
-                remedy=f"use one of {', '.join(NAMED_SPECIAL_TOKENS)}",
-            )
-        return self.special_tokens[spelling]
-
     def encode_ordinary(self, text: str) -> TokenArray:
-        """Ids of ``text`` as ordinary text, int32 ``[n]``; raises :class:`TokenizerError` for a lone surrogate."""
+        """As of the full vocabulary, ids that were not kept spelled in bytes."""
         return self.from_o200k(self.full.encode_ordinary(text))
 
     def pieces(self) -> list[bytes]:
-        """Bytes of every id, ``padded_vocab_size`` of them; a special token gives its spelling, padding is empty."""
+        """Those of the kept ids, and the padding."""
         full = self.full.pieces()
         return [full[i] for i in self.o200k_ids] + [b""] * (self.padded_vocab_size - self.vocab_size)
 

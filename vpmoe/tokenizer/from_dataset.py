@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_vpmoe.files import read_json
 from vpmoe.errors import DataError, TokenizerError
 from vpmoe.tokenizer.compact import NAME as COMPACT_NAME
 from vpmoe.tokenizer.compact import CompactVocabulary
@@ -72,14 +72,9 @@ def vocabulary_of(entry: Mapping[str, Any], path: Path, *, rank_file: Path | Non
 
 
 def _tokenizer_entry(path: Path) -> dict[str, Any]:
-    remedy = "build the dataset (scripts/datasets/build_synth_kd_v1.py); without a manifest there is no dataset"
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise DataError("the dataset has no manifest.json", source=str(path), remedy=remedy) from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"the manifest is not JSON: {error}", source=str(path), remedy=remedy) from error
-    entry = manifest.get("tokenizer") if isinstance(manifest, dict) else None
+    remedy = "build the dataset (vpmoe data build); without a manifest there is no dataset"
+    manifest = read_json(path, remedy=remedy)
+    entry = manifest.get("tokenizer")
     wanted = {"name", "rank_file_sha256", "padded_vocab_size", "compact_map"}
     if not isinstance(entry, dict) or not wanted <= entry.keys():
         raise DataError(

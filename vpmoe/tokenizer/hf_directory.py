@@ -16,7 +16,7 @@ import tokenizers
 from megatron_vpmoe.files import sha256_of_file
 from vpmoe.errors import TokenizerError
 from vpmoe.tokenizer.compact import padded_size
-from vpmoe.tokenizer.interface import PieceVocabulary, TokenArray, no_utf8_form
+from vpmoe.tokenizer.interface import TokenArray, Tokenizer, no_utf8_form
 
 NAME = "hf_tokenizer"
 FILE_NAME = "tokenizer.json"
@@ -32,8 +32,8 @@ FILE_NAMES = (
 END_OF_DOCUMENT = "<|endoftext|>"
 
 
-class HFDirectory(PieceVocabulary):
-    """The tokenizer of an HF directory; implements :class:`vpmoe.tokenizer.interface.Tokenizer` for plain text.
+class HFDirectory(Tokenizer):
+    """The tokenizer of an HF directory, for plain text.
 
     Added tokens (``<|im_start|>``, ``<think>``) are never read out of a text: their spelling gives ordinary ids.
 
@@ -52,6 +52,7 @@ class HFDirectory(PieceVocabulary):
     def __init__(self, folder: Path, padded_vocab_size: int | None = None, *, sha256: str | None = None) -> None:
         self.folder = folder
         path = folder / FILE_NAME
+        self.source = str(path)
         content = _read(path)
         self.rank_file_sha256 = sha256_of_file(path)
         if sha256 is not None and self.rank_file_sha256 != sha256:
@@ -82,16 +83,6 @@ class HFDirectory(PieceVocabulary):
         """The tokenizer's files, by name."""
         return [self.folder / name for name in FILE_NAMES if (self.folder / name).is_file()]
 
-    def special_id(self, spelling: str) -> int:
-        """Id of an added token; raises :class:`TokenizerError` for any other spelling."""
-        if spelling not in self.special_tokens:
-            raise TokenizerError(
-                f"{spelling!r} is no added token of this vocabulary",
-                source=str(self.folder / FILE_NAME),
-                remedy=f"use one of {', '.join(self.special_tokens) or 'none: it has no added tokens'}",
-            )
-        return self.special_tokens[spelling]
-
     def encode_ordinary(self, text: str) -> TokenArray:
         """Ids of ``text`` as ordinary text, int32 ``[n]``; raises :class:`TokenizerError` for a lone surrogate."""
         try:
@@ -104,12 +95,12 @@ class HFDirectory(PieceVocabulary):
         """Raises :class:`TokenizerError`: this vocabulary is no part of o200k Harmony."""
         raise TokenizerError(
             f"{len(ids)} ids of o200k_harmony have no form in this vocabulary",
-            source=str(self.folder / FILE_NAME),
+            source=self.source,
             remedy="build conversations with o200k_harmony or a compact vocabulary of it",
         )
 
     def pieces(self) -> list[bytes]:
-        """Bytes of every id, ``padded_vocab_size`` of them; an added token gives its spelling, padding is empty."""
+        """As :class:`Tokenizer` has it; an added token gives its spelling."""
         table = [b""] * self.padded_vocab_size
         for text, row in self._ordinary.items():
             table[row] = bytes(map(_BYTE_OF.__getitem__, text))

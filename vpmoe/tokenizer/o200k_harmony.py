@@ -13,7 +13,7 @@ import tiktoken
 
 from vpmoe.errors import TokenizerError
 from vpmoe.tokenizer import rank_file
-from vpmoe.tokenizer.interface import PieceVocabulary, TokenArray, no_utf8_form
+from vpmoe.tokenizer.interface import TokenArray, Tokenizer, no_utf8_form
 
 NAME = "o200k_harmony"
 VOCAB_SIZE = 201_088
@@ -61,8 +61,8 @@ _BLANKS = f" {_ODD_BLANKS}"
 _TWO_BLANKS = re.compile(f"[{_BLANKS}]{{2}}(?=[^\r\n{_BLANKS}])")
 
 
-class O200kHarmony(PieceVocabulary):
-    """The full vocabulary of 201,088 ids; implements :class:`vpmoe.tokenizer.interface.Tokenizer`.
+class O200kHarmony(Tokenizer):
+    """The full vocabulary of 201,088 ids.
 
     Args:
         path: a rank file or the folder of one; None searches as :func:`vpmoe.tokenizer.rank_file.find` does.
@@ -77,6 +77,7 @@ class O200kHarmony(PieceVocabulary):
     padded_vocab_size = VOCAB_SIZE
     eod_id = NAMED_SPECIAL_TOKENS["<|endoftext|>"]
     first_special_id = FIRST_SPECIAL_ID
+    special_tokens = NAMED_SPECIAL_TOKENS
 
     def __init__(self, path: Path | None = None) -> None:
         found = rank_file.find(path)
@@ -98,20 +99,9 @@ class O200kHarmony(PieceVocabulary):
         """The rank file, unpacked."""
         return rank_file.find(self.rank_file_path).content
 
-    @property
-    def special_tokens(self) -> dict[str, int]:
-        """Spelling -> id of the nine named special tokens."""
-        return dict(NAMED_SPECIAL_TOKENS)
-
     def special_id(self, spelling: str) -> int:
-        """Id of a named or reserved special token; raises :class:`TokenizerError` for any other spelling."""
-        if spelling not in ALL_SPECIAL_TOKENS:
-            raise TokenizerError(
-                f"{spelling!r} is no special token of {NAME}",
-                source="special token name",
-                remedy=f"use one of {', '.join(NAMED_SPECIAL_TOKENS)} or <|reserved_N|>",
-            )
-        return ALL_SPECIAL_TOKENS[spelling]
+        """Id of a named or reserved (``<|reserved_N|>``) special token."""
+        return ALL_SPECIAL_TOKENS[spelling] if spelling in ALL_SPECIAL_TOKENS else super().special_id(spelling)
 
     def encode_ordinary(self, text: str) -> TokenArray:
         """Ids of ``text`` as ordinary text, int32 ``[n]``; raises :class:`TokenizerError` for text that has none."""
@@ -170,6 +160,4 @@ def load_o200k_harmony(path: Path | None = None) -> O200kHarmony:
     return _load(path)
 
 
-@lru_cache(maxsize=1)
-def _load(path: Path | None) -> O200kHarmony:
-    return O200kHarmony(path)
+_load = lru_cache(maxsize=1)(O200kHarmony)

@@ -17,9 +17,8 @@ from vpmoe.data_curation.datasets.encode import Documents, Encoded, RowEncoder
 from vpmoe.data_curation.datasets.plan import BuildOptions, split_of, split_rule
 from vpmoe.data_curation.rows.files import Row
 from vpmoe.errors import RowError
-from vpmoe.harmony.choice import make_renderer
 from vpmoe.harmony.conversation import Message, check_text
-from vpmoe.harmony.renderer import RenderedConversation
+from vpmoe.harmony.renderer import RenderedConversation, make_renderer
 from vpmoe.harmony.spans import CONTEXT, aligned_to_labels, documents, loss_mask
 from vpmoe.tokenizer.interface import Tokenizer
 

@@ -26,9 +26,8 @@ from vpmoe.data_curation.datasets.vocabularies import COMPACT_MAP_NAME, place_vo
 from vpmoe.data_curation.datasets.workers import Crew, make_crew
 from vpmoe.data_curation.manifest import FILE_NAME, check_files, read_manifest
 from vpmoe.errors import DataError, RowError, TokenizerError
-from vpmoe.harmony.choice import make_renderer
 from vpmoe.harmony.conversation import check_conversation, excerpt
-from vpmoe.harmony.renderer import RenderedConversation, Renderer
+from vpmoe.harmony.renderer import RenderedConversation, Renderer, make_renderer
 from vpmoe.harmony.spans import aligned_to_labels, documents, loss_mask
 from vpmoe.harmony.truncation import make_fit
 from vpmoe.progress import Progress

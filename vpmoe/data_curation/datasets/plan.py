@@ -10,8 +10,7 @@ from typing import Any
 from megatron_vpmoe.files import sha256_of_file
 from vpmoe.data_curation.reject_limit import RejectLimit
 from vpmoe.errors import DataError
-from vpmoe.harmony.choice import RENDERERS
-from vpmoe.harmony.renderer import FastRenderer, installed_harmony_version
+from vpmoe.harmony.renderer import RENDERERS, FastRenderer, installed_harmony_version
 from vpmoe.tokenizer import rank_file
 from vpmoe.tokenizer.hf_directory import HFDirectory
 

@@ -102,7 +102,7 @@ def write_compact_map(
         counts = np.zeros(VOCAB_SIZE, dtype=np.int64)
         texts = _texts(source, text_field)
         while batch := list(islice(texts, _TEXTS_COUNTED_TOGETHER)):
-            counts += np.bincount(np.concatenate(full.encode_ordinary_batch(batch)), minlength=VOCAB_SIZE)
+            counts += np.bincount(np.concatenate([full.encode_ordinary(text) for text in batch]), minlength=VOCAB_SIZE)
         vocabulary = CompactVocabulary.from_counts(full, counts, max_size=size)
         vocabulary.save(work.folder / COMPACT_MAP_NAME)
         return {"vocab_size": vocabulary.vocab_size}

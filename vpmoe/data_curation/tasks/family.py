@@ -82,26 +82,22 @@ class ListedFamily(Family):
 
     Attributes:
         instances: every question once, in a fixed order.
-        level: the level of an instance.
+        level: of an instance.
     """
 
     instances: tuple[Instance, ...]
     level: Callable[[Instance], str]
 
     def ask(self, bucket: int, levels: tuple[str, ...], rng: random.Random) -> Instance:
-        """One of the bucket's questions."""
         return rng.choice(_buckets(self, levels)[bucket])
 
     def held_out(self, levels: tuple[str, ...]) -> list[Instance]:
-        """All test questions of the levels."""
-        return [each for each in self.instances if self.is_test(each) and self.level(each) in levels]
+        return [each for each in self.instances if self.is_test(each) and self.level_of(each) in levels]
 
     def level_of(self, instance: Instance) -> str:
-        """As ``level`` says."""
         return self.level(instance)
 
     def label(self, instance: Instance) -> str:
-        """Its integers."""
         return "_".join(map(str, instance))
 
 
@@ -118,23 +114,19 @@ class DrawnFamily(Family):
     draw: Callable[[str, random.Random], Instance]
 
     def ask(self, bucket: int, levels: tuple[str, ...], rng: random.Random) -> Instance:
-        """Draws until one is of the bucket: 22 times on average."""
         level = rng.choice(levels)
-        while True:
+        while True:  # 22 times on average
             instance = (level, *self.draw(level, rng))
             if self.bucket(instance) == bucket and not self.is_test(instance):
                 return instance
 
     def held_out(self, levels: tuple[str, ...]) -> list[Instance]:
-        """150 test questions of each level."""
         return [instance for level in levels for instance in _drawn_tests(self, level)]
 
     def level_of(self, instance: Instance) -> str:
-        """Its first entry."""
         return instance[0]
 
     def label(self, instance: Instance) -> str:
-        """A hash: instances are long."""
         return f"{hash_of(str(instance)):016x}"
 
 
@@ -162,7 +154,7 @@ def spaced(items: Sequence[object]) -> str:
 def _buckets(family: ListedFamily, levels: tuple[str, ...]) -> list[list[Instance]]:
     buckets: list[list[Instance]] = [[] for _ in range(BUCKETS)]
     for instance in family.instances:
-        if family.level(instance) in levels and not family.is_test(instance):
+        if family.level_of(instance) in levels and not family.is_test(instance):
             buckets[family.bucket(instance)].append(instance)
     return buckets
 

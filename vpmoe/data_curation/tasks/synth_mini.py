@@ -119,9 +119,7 @@ def generate(
         DataError: an unknown family, level or language, a weight that is no share, or no rows.
         NotOursError, BusyError: see :func:`vpmoe.steps.run`.
     """
-    _check_mix(families)
-    _check_levels(families, levels)
-    _check_languages(languages)
+    _check_choice(families, levels, languages)
     if rows < 1:
         raise DataError(f"{rows} rows", source="--rows", remedy="ask for at least 1")
     decides = {
@@ -163,37 +161,28 @@ def _row(synth_id: str, family: Family, instance: Instance, language: str, rng: 
     }
 
 
-def _check_mix(families: Mapping[str, float]) -> None:
-    unknown = [name for name in families if name not in FAMILIES]
-    if unknown or not families or any(weight < 0 for weight in families.values()) or not sum(families.values()):
+def _check_choice(
+    families: Mapping[str, float], levels: Mapping[str, tuple[str, ...]], languages: Sequence[str]
+) -> None:
+    if not families.keys() <= FAMILIES.keys() or min(families.values(), default=-1) < 0 or not sum(families.values()):
         raise DataError(
             f"the mix {dict(families)} has unknown families or weights that are no shares",
             source="--families",
             remedy=f"write name=weight,name=weight with names of {', '.join(FAMILIES)}",
         )
-
-
-def _check_levels(families: Mapping[str, float], levels: Mapping[str, tuple[str, ...]]) -> None:
     for name, chosen in levels.items():
         if name not in families:
             raise DataError(
                 f"levels of {name!r}, which is not in the mix", source="--levels", remedy="name it in --families too"
             )
-        known = FAMILIES[name].levels
-        if not chosen or len(set(chosen)) < len(chosen) or any(level not in known for level in chosen):
-            raise DataError(
-                f"{name} has no such choice of levels: {' | '.join(chosen)!r}",
-                source="--levels",
-                remedy=f"name each once, of: {' | '.join(known)}",
-            )
+        _check_named_once(f"{name} has no such choice of levels", "--levels", chosen, FAMILIES[name].levels)
+    _check_named_once("no such choice of languages", "--languages", languages, LANGUAGES)
 
 
-def _check_languages(languages: Sequence[str]) -> None:
-    if not languages or len(set(languages)) < len(languages) or any(each not in LANGUAGES for each in languages):
+def _check_named_once(what: str, source: str, chosen: Sequence[str], known: Sequence[str]) -> None:
+    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known):
         raise DataError(
-            f"no such choice of languages: {','.join(languages)!r}",
-            source="--languages",
-            remedy=f"name each once, of {', '.join(LANGUAGES)}",
+            f"{what}: {' | '.join(chosen)!r}", source=source, remedy=f"name each once, of: {' | '.join(known)}"
         )
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from megatron_vpmoe.data.cursor import SampleOrder
 from megatron_vpmoe.data.packing import fit_companion_minimum, pack
 from vpmoe.data_curation.conversations.synth import to_conversation
-from vpmoe.harmony.choice import make_renderer
 from vpmoe.harmony.prompts import Prompts
+from vpmoe.harmony.renderer import make_renderer
 from vpmoe.tokenizer.o200k_harmony import O200kHarmony
 
 CAPACITY = 2048

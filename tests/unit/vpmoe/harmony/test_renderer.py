@@ -6,9 +6,8 @@ from harmony_strategies import conversations
 from hypothesis import HealthCheck, given, settings
 
 from vpmoe.errors import HarmonyError
-from vpmoe.harmony.choice import make_renderer
 from vpmoe.harmony.conversation import Message
-from vpmoe.harmony.renderer import FastRenderer
+from vpmoe.harmony.renderer import FastRenderer, make_renderer
 from vpmoe.tokenizer.interface import Tokenizer
 
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)

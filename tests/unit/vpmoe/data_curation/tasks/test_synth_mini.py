@@ -162,8 +162,8 @@ def test_levels_and_languages_come_when_asked(tmp_path: Path) -> None:
         ("--levels", "addition=hard", "no carry | carry"),
         ("--levels", "addition=carry|carry", "each once"),
         ("--levels", "addition", "not a choice"),
-        ("--languages", "en,xx", "'en,xx'"),
-        ("--languages", "", "of en, de, fr"),
+        ("--languages", "en,xx", "'en | xx'"),
+        ("--languages", "", "of: en | de | fr"),
     ],
 )
 def test_a_wrong_choice_is_refused(
