@@ -192,7 +192,8 @@ def set_aside(path: Path, as_what: str = "damaged") -> Path:
 class Retention:
     """Which checkpoints of a run stay: the newest ones that are sound, multiples, the last written, the one restored.
 
-    Hashes are compared once a run, and only before an older checkpoint would go for the sake of the one in question.
+    Hashes are compared once a run, and only before an older checkpoint would go for the sake of the one in question;
+    names and sizes every time.
 
     Args:
         directory: the run's checkpoints; no other process writes there.
@@ -211,25 +212,25 @@ class Retention:
     def prune(self, written: Path) -> list[str]:
         """Remove what is no longer kept, now that ``written`` stands; returns lines on what is amiss."""
         self._sound.add(written)
-        for name in _names(self._directory):
-            if _REMOVABLE.fullmatch(name):
-                _remove(self._directory / name)
+        leftovers = [self._directory / name for name in _names(self._directory) if _REMOVABLE.fullmatch(name)]
         # A link's target is not ours to count on or to remove.
         paths = [path for path in _by_age(self._directory) if not path.is_symlink()]
         notes, kept = [], 0
-        for path in paths if len(paths) > self._keep_last else []:
+        for path in (*leftovers, *(paths if len(paths) > self._keep_last else [])):
             try:
-                if kept < self._keep_last:
-                    reason = None if path in self._sound else damage(path)
-                    kept += reason is None
-                    self._sound |= {path} if reason is None else set()
-                elif self._stays(path, written):
-                    continue
-                elif (reason := damage(path, check_hashes=False)) is None and not _discard(path):
-                    self._mixed.add(path)
-                    notes.append(f"{path} stays: it holds files that no save wrote")
-                if reason is not None:
-                    notes.append(f"set aside as {set_aside(path).name}: {Damaged(path, reason)}")
+                if path in leftovers:
+                    _remove(path)
+                elif kept < self._keep_last or not self._stays(path, written):
+                    counts = kept < self._keep_last
+                    reason = damage(path, check_hashes=counts and path not in self._sound)
+                    if reason is not None:
+                        notes.append(f"set aside as {set_aside(path).name}: {Damaged(path, reason)}")
+                    elif counts:
+                        self._sound.add(path)
+                        kept += 1
+                    elif not _discard(path):
+                        self._mixed.add(path)
+                        notes.append(f"{path} stays: it holds files that no save wrote")
             except OSError as error:
                 notes.append(f"{path} cannot be pruned: {error}")
         return notes

@@ -94,6 +94,30 @@ def test_hashes_are_compared_once_and_only_where_something_would_go(
     assert checked == ["iter_0000002"] and names(tmp_path) == [f"iter_{number:07d}" for number in (3, 4, 5)]
 
 
+def test_one_that_lost_a_file_since_is_not_counted(tmp_path: Path) -> None:
+    keeping = Retention(tmp_path, keep_last=2, keep_every=None)
+    for number in (1, 2):
+        keeping.prune(written(tmp_path, number))
+    (tmp_path / "iter_0000002" / DATA).write_bytes(b"cut")
+    (note,) = keeping.prune(written(tmp_path, 3))
+    assert names(tmp_path) == ["iter_0000001", "iter_0000002.damaged", "iter_0000003"] and "bytes" in note
+
+
+def test_what_cannot_be_removed_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    written(tmp_path, 1).rename(tmp_path / "iter_0000001.pruned")
+    keeping = Retention(tmp_path, keep_last=1, keep_every=None, restored_from=None)
+    keeping_all = [written(tmp_path, number) for number in (2, 3)]
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    notes = keeping.prune(keeping_all[-1])
+    assert len(notes) == 2 and all("Permission denied" in note for note in notes)
+    monkeypatch.undo()
+    keeping.prune(keeping_all[-1])
+    assert names(tmp_path) == ["iter_0000003"]
+
+
 def test_older_ones_are_checked_before_one_goes_for_their_sake(tmp_path: Path) -> None:
     """Another run wrote 2 and 3, this one is of no use to tell whether they are sound."""
     for number in (1, 2, 3):
