@@ -18,7 +18,7 @@ from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.model.attention.kv_cache import KVCache
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.gpt import ModelOutput, VPModel
-from megatron_vpmoe.model.sequence_parallel import whole_sequences
+from megatron_vpmoe.model.tensor_parallel import whole_sequences
 from megatron_vpmoe.runtime import stages
 from megatron_vpmoe.runtime.device import current_device
 

@@ -46,7 +46,7 @@ from megatron_vpmoe.model.attention.tpa import (
 from megatron_vpmoe.model.attention.value_residual import mix_first_value
 from megatron_vpmoe.model.precision import fp32_island, without_narrowing
 from megatron_vpmoe.model.recompute import recomputed
-from megatron_vpmoe.model.replicated_linear import ReplicatedLinear
+from megatron_vpmoe.model.tensor_parallel import ReplicatedLinear
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 
 

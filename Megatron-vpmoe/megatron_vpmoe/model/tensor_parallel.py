@@ -1,8 +1,14 @@
-"""A linear layer whose weight every tensor-parallel rank holds whole."""
+"""Tensor parallelism where upstream has no part for it: a weight that every rank holds whole, and whole sequences.
+
+Under sequence parallelism each tensor-parallel rank keeps its part of the sequence between attention and feed-forward.
+Where the parts begin and end is Megatron-Core's: the embedding scatters the sequence, column-parallel linears gather
+it, row-parallel ones scatter their sums. A step of a single token cannot be split, so decoding switches it off.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +18,8 @@ from torch.nn import functional
 from torch.nn.parameter import Parameter
 
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
+
+_FLAGS = ("sequence_parallel", "reduce_scatter_embeddings", "scatter_to_sequence_parallel")
 
 
 class ReplicatedLinear(MegatronModule):
@@ -40,3 +48,22 @@ class ReplicatedLinear(MegatronModule):
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
         return functional.linear(x, self.weight)
+
+
+@contextlib.contextmanager
+def whole_sequences(model: MegatronModule) -> Iterator[None]:
+    """Every rank holds every position until the end of the block; for forward passes without a gradient."""
+    if not model.config.sequence_parallel:
+        yield
+        return
+    switched = [(owner, flag) for owner in model.modules() for flag in _FLAGS if getattr(owner, flag, None) is True]
+    _set([*switched, (model.config, "sequence_parallel")], False)
+    try:
+        yield
+    finally:
+        _set([*switched, (model.config, "sequence_parallel")], True)
+
+
+def _set(places: list[tuple[object, str]], value: bool) -> None:
+    for owner, flag in places:
+        setattr(owner, flag, value)
