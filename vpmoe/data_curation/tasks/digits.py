@@ -62,7 +62,7 @@ def _subtract(operands: Instance, rng: random.Random, language: str) -> Worked:
     borrow = int(a_ones < b_ones)
     reasoning = (
         f"{spelled(a)}-{spelled(b)}\n"
-        f"{ones_word} {a_ones}-{b_ones}={a_ones - b_ones + 10 * borrow} {borrow_word} {borrow}\n"
+        f"{ones_word} {a_ones}-{b_ones} {borrow_word} {borrow}={a_ones - b_ones + 10 * borrow}\n"
         f"{tens_word} {a_tens}-{b_tens}-{borrow}={a_tens - b_tens - borrow}\n"
         f"{difference_word} {spelled(a - b, 2)}"
     )

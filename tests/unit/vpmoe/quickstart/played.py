@@ -103,10 +103,16 @@ class Stage:
 
     def _evaluate(self, plan: Plan, output: Path) -> None:
         self._begin("evaluation")
-        family = plan.settings.targets.family
         found = entry(self.accuracy)
-        generations = {**found, "families": {family: found}, "faults": {}, "mean_tokens": 9.0}
-        sample = {"family": family, "query": "[bold]?", "expected": "1", "completion": "[red]x<|return|>", "ids": [1]}
+        families = dict.fromkeys(plan.settings.rows["families"], found)
+        generations = {**found, "families": families, "faults": {}, "mean_tokens": 9.0}
+        sample = {
+            "family": next(iter(families)),
+            "query": "[bold]?",
+            "expected": "1",
+            "completion": "[red]x<|return|>",
+            "ids": [1],
+        }
         report = {
             "kind": "nano_evaluation",
             "generations": generations,

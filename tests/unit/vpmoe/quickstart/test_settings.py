@@ -29,11 +29,3 @@ def test_missing_or_no_toml(tmp_path: Path, content: str | None) -> None:
         path.write_text(content)
     with pytest.raises(QuickstartError):
         read_settings(path)
-
-
-def test_target_of_an_absent_family(tmp_path: Path, repository: Path) -> None:
-    path = tmp_path / "settings.toml"
-    text = (repository / SETTINGS).read_text()
-    path.write_text(text.replace('\nfamily = "', '\nfamily = "no '))
-    with pytest.raises(QuickstartError, match=r"targets\.family"):
-        read_settings(path)

@@ -4,6 +4,7 @@ import re
 from itertools import pairwise
 
 _TERM = r"\d+(?: ?[-+×] ?\d+)+"
+_BORROW = "(?:borrow|geborgt|retenue)"
 _ARITHMETIC = ("addition", "subtraction", "multiplication", "long_addition")
 
 
@@ -11,11 +12,12 @@ def assert_derived(row: dict) -> None:
     """Every equation is true, every other step follows, and the last line says the answer."""
     lines, answer = row["synthetic_reasoning"].splitlines(), row["synthetic_answer"]
     for line in lines:
-        for left, right in re.findall(rf"({_TERM}) ?= ?(\d+(?: \d\b)?)", line):
-            borrowed = 10 * line.endswith(("borrow 1", "geborgt 1", "retenue 1"))
-            assert _value(left) + borrowed == int(right.replace(" ", "")), line
+        for left, borrow, right in re.findall(rf"({_TERM})(?: {_BORROW} (\d))? ?= ?(\d+(?: \d\b)?)", line):
+            assert _value(left) + 10 * int(borrow or 0) == int(right.replace(" ", "")), line
         for left, relation, right in re.findall(r"(\d+) ?([<>≤]) ?(\d+)", line):
             assert {"<": int(left) < int(right), ">": int(left) > int(right), "≤": int(left) <= int(right)}[relation]
+    if row["exercise"] == "subtraction":
+        _subtraction(lines)
     if row["exercise"] in _ARITHMETIC:
         assert re.sub(r"\D", "", lines[-1]).lstrip("0") == answer.lstrip("0")
         return
@@ -26,6 +28,15 @@ def assert_derived(row: dict) -> None:
 
 def _value(expression: str) -> int:
     return eval(re.sub(r"\s", "", expression).replace("×", "*"))
+
+
+def _subtraction(lines: list[str]) -> None:
+    """The borrow comes before the digit that depends on it, and the tens pay for it."""
+    (a_tens, a_ones), (b_tens, b_ones) = (number.split() for number in lines[0].split("-"))
+    ones = re.fullmatch(rf"\S+ {a_ones}-{b_ones} {_BORROW} ([01])=(\d)", lines[1])
+    assert ones and int(ones[1]) == (int(a_ones) < int(b_ones)), lines[1]
+    tens = re.fullmatch(rf"\S+ {a_tens}-{b_tens}-{ones[1]}=(\d)", lines[2])
+    assert tens and lines[3].endswith(f" {tens[1]} {ones[2]}"), lines[2:]
 
 
 def _counting(row: dict, lines: list[str], _: str) -> None:
