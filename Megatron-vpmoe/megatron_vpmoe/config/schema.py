@@ -79,7 +79,9 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_retired(cls, sections: dict[str, Any]) -> dict[str, Any]:
+    def _without_retired(cls, sections: Any) -> Any:
+        if not isinstance(sections, dict):
+            return sections
         return {
             section: {name: value for name, value in values.items() if not is_passed_over(section, name, value)}
             if isinstance(values, dict)

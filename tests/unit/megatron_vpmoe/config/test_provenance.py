@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from megatron_vpmoe.config import RunConfig, deciding_fields, load_config, provenance_diff
 from megatron_vpmoe.config.provenance import _SINGLE_FIELDS, _UNDECIDING, _WHOLE_SECTIONS, is_binding
@@ -62,7 +64,10 @@ def test_a_run_from_before_a_field_went_is_resumed_and_its_geometry_read(
     for name, retired in RETIRED.items():
         old[retired.section][name] = 0.0 if retired.value is ... else retired.value
     assert provenance_diff(old, new.model_dump()) == []
-    assert RunConfig.model_validate(old) == new
+    assert RunConfig.model_validate(old) == RunConfig.model_validate_json(json.dumps(old)) == new
+    for broken in ([], {"model": []}):
+        with pytest.raises(ValidationError):
+            RunConfig.model_validate(broken)
     assert load_config(child("parallel: {context_parallel_size: 1}")) == new
     for name, retired in ((name, retired) for name, retired in RETIRED.items() if retired.value is not ...):
         with pytest.raises(ConfigError) as caught:
