@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from megatron_vpmoe.config import RunConfig
+from megatron_vpmoe.config import RunConfig, stored_faults
 from megatron_vpmoe.config.schema_run import ParallelSection
 from megatron_vpmoe.data.vocabulary_files import VOCABULARY
 from megatron_vpmoe.errors import CheckpointError, TokenizerError
@@ -26,7 +26,7 @@ from vpmoe.tokenizer import Tokenizer
 from vpmoe.tokenizer.from_dataset import vocabulary_of
 from vpmoe.tokenizer.hf_directory import FILE_NAME, HFDirectory
 from vpmoe.weights import megatron_checkpoint
-from vpmoe.weights.geometry import config_of, load_model, process_groups
+from vpmoe.weights.geometry import load_model, process_groups
 from vpmoe.weights.tensors import Weights
 
 if TYPE_CHECKING:
@@ -132,14 +132,15 @@ def _of_checkpoint(path: Path, bf16: bool | None) -> dict[str, Any]:
 
     found = open_checkpoint(path)
     source = str(found.path / megatron_checkpoint.RUN_STATE)
+    if not isinstance(found.state.get("config"), dict):
+        raise CheckpointError("config is missing", source=source, remedy="choose a checkpoint that is whole")
     trained = None
     if found.state.get("kind") == "weights":  # an object of a ladder, or imported: no training made it
-        cfg = config_of(_stated(found.state, "config", source), source=source, bf16=bool(bf16))
+        cfg = megatron_checkpoint.read_config(found.path, bf16=bool(bf16))
     else:
-        trained = _trained_config(_stated(found.state, "config", source), source)
+        trained = _trained_config(found.state["config"], source)
         training = trained.training if bf16 is None else trained.training.model_copy(update={"bf16": bf16})
         cfg = trained.model_copy(update={"parallel": ParallelSection(), "training": training})
-    stored = found.state.get("prompts") or found.state.get("hf_config", {}).get("prompts")
     run_directory = found.path.parent.parent if trained and found.path.parent.name == "checkpoints" else None
     return {
         "path": found.path,
@@ -150,27 +151,17 @@ def _of_checkpoint(path: Path, bf16: bool | None) -> dict[str, Any]:
         "trained": trained,
         "weights": megatron_checkpoint.read_weights(found.path),
         "tokenizer": read_tokenizer(found.path / ASSETS, cfg.model.padded_vocab_size),
-        "prompts": read_prompts(stored, source=source),
+        "prompts": read_prompts(found.state.get("prompts"), source=source),
         "run_directory": run_directory,
     }
-
-
-def _stated(state: dict[str, Any], field: str, source: str) -> Any:
-    if field not in state:
-        raise CheckpointError(f"{field!r} is missing", source=source, remedy="choose a checkpoint that is whole")
-    return state[field]
 
 
 def _trained_config(stored: Any, source: str) -> RunConfig:
     try:
         return RunConfig.model_validate_json(json.dumps(stored))
     except ValidationError as error:
-        faults = [(".".join(map(str, detail["loc"])), detail) for detail in error.errors()]
-        missing = [name for name, detail in faults if detail["type"] == "missing"]
-        others = [f"{name} = {detail['input']!r}: {detail['msg']}" for name, detail in faults if name not in missing]
-        told = ([f"these fields are missing: {', '.join(missing)}"] if missing else []) + others
         raise CheckpointError(
-            "the configuration in the checkpoint cannot be built: " + "; ".join(told),
+            "the configuration in the checkpoint cannot be built: " + "; ".join(stored_faults(error)),
             source=f"{source}: config",
             remedy="open it with the code that trained it; or export it there (vpmoe hf export) and open the export",
         ) from error

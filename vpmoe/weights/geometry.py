@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import ValidationError
 
-from megatron_vpmoe.config import RunConfig
+from megatron_vpmoe.config import RunConfig, stored_faults
 from megatron_vpmoe.config.rules import find_problems
 from megatron_vpmoe.runtime.device import prepare
 from vpmoe.errors import WeightsError
@@ -44,7 +44,7 @@ def config_of(geometry: Mapping[str, Any], *, source: str, bf16: bool = False) -
         bf16: compute in bfloat16 instead of fp32.
 
     Raises:
-        WeightsError: it is no geometry of this version, or its fields contradict each other.
+        WeightsError: fields are missing, wrong or unknown, or contradict each other; names all of them.
     """
     window = geometry.get("model", {}).get("window_size", 128)
     values = {
@@ -63,13 +63,13 @@ def config_of(geometry: Mapping[str, Any], *, source: str, bf16: bool = False) -
     try:
         cfg = RunConfig.model_validate(values)
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()]
+        faults = stored_faults(error)
     else:
         faults = [f"{', '.join(problem.names)}: {problem.text}" for problem in find_problems(cfg)]
         if not faults:
             return cfg
     raise WeightsError(
-        "not a geometry that this version can build:\n    " + "\n    ".join(faults),
+        "no model can be built of this geometry:\n    " + "\n    ".join(faults),
         source=source,
         remedy="correct the model and moe sections named above",
     )

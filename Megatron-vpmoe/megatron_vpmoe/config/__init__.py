@@ -16,7 +16,7 @@ from megatron_vpmoe.config.geometry import (
 )
 from megatron_vpmoe.config.load import check_world, load_config
 from megatron_vpmoe.config.memory import FitReport, MemoryEstimate, check_fit, fit_report, memory_estimate
-from megatron_vpmoe.config.provenance import FieldChange, deciding_fields, geometry_diff, provenance_diff
+from megatron_vpmoe.config.provenance import FieldChange, deciding_fields, geometry_diff, provenance_diff, stored_faults
 from megatron_vpmoe.config.schema import RunConfig, config_hash
 
 __all__ = [
@@ -39,5 +39,6 @@ __all__ = [
     "memory_estimate",
     "parameter_count",
     "provenance_diff",
+    "stored_faults",
     "training_flops_per_token",
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from megatron_vpmoe.config.rules import idle_fields
 from megatron_vpmoe.config.schema import RETIRED, RunConfig
 
@@ -125,3 +127,13 @@ def _bound(name: str, value: Any) -> Any:
     if name == "blend" and isinstance(value, list):
         return [part["weight"] for part in value]
     return None if name in _LATER_FIELDS and value == _ABSENT else value
+
+
+def stored_faults(error: ValidationError) -> list[str]:
+    """What is wrong with a configuration that was stored: ``model.hidden_size is missing``."""
+    faults = []
+    for detail in error.errors():
+        name = ".".join(map(str, detail["loc"]))
+        is_missing = detail["type"] == "missing"
+        faults.append(f"{name} is missing" if is_missing else f"{name} = {detail['input']!r}: {detail['msg']}")
+    return faults

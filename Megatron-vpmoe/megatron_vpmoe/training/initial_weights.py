@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.core import dist_checkpointing
 from pydantic import ValidationError
 
-from megatron_vpmoe.config import geometry_diff
+from megatron_vpmoe.config import geometry_diff, stored_faults
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.runtime import distributed
@@ -47,16 +47,19 @@ def load_initial_weights(model: VPModel, cfg: RunConfig) -> checkpoint.Found:
 
 def _stored_config(found: checkpoint.Found, cfg: RunConfig) -> RunConfig:
     """``cfg`` with the geometry of the checkpoint."""
-    stored = found.state.get("config", {})
+    stored = found.state.get("config")
     try:
+        if not isinstance(stored, dict) or not {"model", "moe"} <= stored.keys():
+            raise CheckpointError("it does not say its geometry: config.model and config.moe")
         return type(cfg).model_validate_json(
             json.dumps({**cfg.model_dump(mode="json"), "model": stored["model"], "moe": stored["moe"]})
         )
-    except (KeyError, ValidationError) as error:
+    except (CheckpointError, ValidationError) as error:
+        faults = [error.what] if isinstance(error, CheckpointError) else stored_faults(error)
         raise CheckpointError(
-            f"the checkpoint does not say its geometry in this version's terms: {error}",
+            f"the checkpoint's model cannot be built here: {'; '.join(faults)}",
             source=str(found.path / "run_state.json"),
-            remedy="name weights that this version wrote",
+            remedy="name other weights, or import these again (vpmoe hf export where they were trained, then import)",
         ) from error
 
 

@@ -66,3 +66,17 @@ def test_missing_tensors_are_named(single_process, tmp_path: Path) -> None:
         load_initial_weights(build_model(cfg), cfg)
     assert "embedding.word_embeddings.weight: (64, 40) -> (64, 32)" in str(caught.value)
     assert "more" in str(caught.value)
+
+
+@pytest.mark.parametrize("section", ["model", None])
+def test_a_missing_field_of_the_weights_is_named(section: str | None, tmp_path: Path) -> None:
+    from megatron_vpmoe.training.checkpoint import Found
+    from megatron_vpmoe.training.initial_weights import _stored_config
+
+    cfg = tiny_config(**SMALL)
+    config = geometry_of(cfg)
+    config["model"].pop("hidden_size")
+    found = Found(tmp_path, {"config": config if section else {}})
+    with pytest.raises(CheckpointError, match="model.hidden_size is missing" if section else "config.model") as caught:
+        _stored_config(found, cfg)
+    assert "version" not in str(caught.value)

@@ -13,6 +13,7 @@ import torch
 from megatron_vpmoe.errors import CheckpointError, TokenizerError
 from tests.tiny_qwen3 import write_qwen3
 from vpmoe.cli import main
+from vpmoe.errors import WeightsError
 from vpmoe.eval.open_model import open_model
 from vpmoe.hf.convert import export_checkpoint, import_directory, open_directory
 from vpmoe.tokenizer.bpe import save_bpe, train_bpe
@@ -113,7 +114,7 @@ def changed(run: Path, folder: Path, change) -> Path:
     from megatron_vpmoe.files import file_entry, json_bytes
 
     copy = folder / "iter_0000000"
-    shutil.copytree(run / "checkpoints" / "iter_0000000", copy)
+    shutil.copytree(next(run.rglob("iter_0000000")), copy)
     state = json.loads((copy / "run_state.json").read_text())
     change(state)
     (copy / "run_state.json").write_bytes(json_bytes(state))
@@ -126,14 +127,21 @@ def changed(run: Path, folder: Path, change) -> Path:
 def test_a_missing_field_is_named_and_not_called_a_version(run_directory: Path, tmp_path: Path) -> None:
     lacking = changed(run_directory, tmp_path / "a", lambda state: state["config"]["model"].pop("hidden_size"))
     with (
-        pytest.raises(CheckpointError, match=r"these fields are missing: model\.hidden_size") as caught,
+        pytest.raises(CheckpointError, match=r"model\.hidden_size is missing") as caught,
         open_model(lacking),
     ):
         pass
     assert "version" not in str(caught.value)
     without = changed(run_directory, tmp_path / "b", lambda state: state.pop("config"))
-    with pytest.raises(CheckpointError, match="'config' is missing"), open_model(without):
+    with pytest.raises(CheckpointError, match="config is missing"), open_model(without):
         pass
+
+
+def test_a_missing_field_of_an_object_is_named_too(models: dict[str, Path], tmp_path: Path) -> None:
+    lacking = changed(models["object"], tmp_path, lambda state: state["config"]["model"].pop("num_layers"))
+    with pytest.raises(WeightsError, match=r"model\.num_layers is missing") as caught, open_model(lacking):
+        pass
+    assert "version" not in str(caught.value)
 
 
 def test_messages_of_a_wrong_shape_and_no_vocabulary(run_directory: Path, tmp_path: Path) -> None:
