@@ -79,7 +79,7 @@ def build_dataset(recipe: Recipe, output: Path, *, overwrite: bool = False, quie
         kind=recipe.step,
         version=_VERSION,
         output=output,
-        decides={"config": recipe.config(), "source": recipe.source()},
+        decides={"config": recipe.config(), "source": recipe.source(), "tokenizer": recipe.base.carried_files},
         packages=recipe.base.packages,
         inputs=recipe.inputs,
     )

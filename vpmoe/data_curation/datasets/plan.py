@@ -82,6 +82,12 @@ class BuildOptions:
         """Distributions that compute the tokens."""
         return ("numpy", "tokenizers" if self.tokenizer else "tiktoken")
 
+    @property
+    def carried_files(self) -> dict[str, str]:
+        """Name -> sha256 of the files of an HF tokenizer, which the dataset carries."""
+        files = HFDirectory(self.tokenizer).files if self.tokenizer else []
+        return {file.name: sha256_of_file(file) for file in files}
+
     def as_manifest(self) -> dict[str, Any]:
         """The options that decide bytes, without any path (files are named by their hashes)."""
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,16 @@ def test_both_vocabularies_store_the_same_texts(folder: Path, tmp_path: Path) ->
     (own / "tokenizer" / "tokenizer.json").write_text((folder / "bpe" / "tokenizer.json").read_text() + "\n")
     with pytest.raises(TokenizerError, match="the manifest says"):
         load_tokenizer(own)
+
+
+def test_what_a_dataset_carries_decides_whether_it_is_up_to_date(folder: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(folder / "bpe", tmp_path / "bpe"))
+    options = ("--tokenizer", str(own), "--padded-vocab-size", "384")
+    built = build(folder, tmp_path / "own", *options)
+    (own / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(AssertionError):
+        build(folder, tmp_path / "own", *options)
+    assert json.loads((built / "tokenizer" / "tokenizer_config.json").read_text())
 
 
 def test_no_held_out_question_is_in_the_pool(folder: Path) -> None:
