@@ -11,48 +11,27 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_vpmoe.files import write_atomically
 from vpmoe.data_curation.datasets.build import build_dataset
-from vpmoe.data_curation.datasets.encode import Block, RowEncoder
-from vpmoe.data_curation.datasets.plan import BuildOptions, shard_name
+from vpmoe.data_curation.datasets.chat import ChatDataset
+from vpmoe.data_curation.datasets.encode import Block
+from vpmoe.data_curation.datasets.plan import shard_name
+from vpmoe.data_curation.datasets.text import HealingText
 from vpmoe.data_curation.datasets.vocabularies import place_vocabulary, vocabulary_in
 from vpmoe.data_curation.rows.source import RowSource
 from vpmoe.errors import DataError, RowError, TokenizerError
 from vpmoe.progress import Progress
 from vpmoe.steps import Work
-from vpmoe.tokenizer.interface import Tokenizer
 
 _BLOCK_TOKENS = 1 << 20
 _BLOCK_ROWS = 1024
 _EXCERPT_CHARACTERS = 120
 
 
-class RowKind(Protocol):
-    """What decides a dataset of rows besides the source and the extent of the pass."""
-
-    @property
-    def step(self) -> str:
-        """What the keyed step makes."""
-        ...
-
-    @property
-    def base(self) -> BuildOptions:
-        """Length, split, vocabulary and strictness."""
-        ...
-
-    def config(self) -> dict[str, Any]:
-        """Everything that decides bytes, for manifest and key."""
-        ...
-
-    def entries(self) -> dict[str, Any]:
-        """Entries that a manifest of this kind has of its own."""
-        ...
-
-    def encoder(self, tokenizer: Tokenizer) -> RowEncoder:
-        """A fresh encoder."""
-        ...
+RowKind = HealingText | ChatDataset
+"""What decides a dataset of rows besides the source and the extent of the pass."""
 
 
 @dataclass(frozen=True, slots=True)

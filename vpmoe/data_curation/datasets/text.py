@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class HealingText:
     """What decides a dataset of plain text.
 
     Attributes:
+        step: what the keyed step makes.
         base: length, split, vocabulary and strictness.
         text_field: column of the text.
         id_field: column of the document's id, which then decides the split; None: the text decides.
@@ -38,6 +39,8 @@ class HealingText:
         languages: values of that column to keep.
         drop_long: drop documents longer than a row; False: cut them into pieces.
     """
+
+    step: ClassVar[str] = "text"
 
     base: BuildOptions
     text_field: str = "text"
@@ -59,11 +62,6 @@ class HealingText:
                 source="--language-field",
                 remedy="pass --language too",
             )
-
-    @property
-    def step(self) -> str:
-        """What the keyed step makes."""
-        return "text"
 
     def config(self) -> dict[str, Any]:
         """Everything that decides bytes but the pass."""

@@ -24,7 +24,6 @@ _DTYPE_OF_CODE = {1: np.uint8, 4: np.int32}
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _INDEX_CHUNK = 1 << 20  # documents; bounds the memory of writing an index
-_REMEDY = "rebuild the dataset with --overwrite"
 
 
 def file_names(shard: str) -> list[str]:
@@ -109,21 +108,23 @@ def read_triple(folder: Path, shard: str) -> Triple:
     Raises:
         DataError: a file is missing or damaged, or the three disagree on the documents' lengths.
     """
-    bounds: NDArray[np.int64] | None = None
+    bounds = np.zeros(0, dtype=np.int64)
     values: dict[str, NDArray[Any]] = {}
     for signal, dtype in SIGNALS.items():
         lengths = _read_index(folder / f"{shard}_{signal}.idx", dtype)
         own = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        if bounds is None:
-            bounds = own
-        elif len(own) != len(bounds) or (own != bounds).any():
+        bounds = bounds if values else own
+        if not np.array_equal(own, bounds):
             place = "another number of documents"
             if len(own) == len(bounds):
                 place = f"another length of document {int(np.flatnonzero(own != bounds)[0]) - 1}"
-            raise DataError(f"{signal} and tokens disagree: {place}", source=str(folder / shard), remedy=_REMEDY)
+            raise _damaged(folder / shard, f"{signal} and tokens disagree: {place}")
         values[signal] = _read_values(folder / f"{shard}_{signal}.bin", dtype, int(own[-1]))
-    assert bounds is not None
     return Triple(bounds, **values)
+
+
+def _damaged(path: Path, what: str) -> DataError:
+    return DataError(what, source=str(path), remedy="rebuild the dataset with --overwrite")
 
 
 def _write_index(path: Path, lengths: NDArray[np.int32], dtype: type[np.integer]) -> None:
@@ -142,35 +143,30 @@ def _write_index(path: Path, lengths: NDArray[np.int32], dtype: type[np.integer]
 
 def _read_index(path: Path, dtype: type[np.integer]) -> NDArray[np.int32]:
     if not path.is_file():
-        raise DataError("an index file is missing", source=str(path), remedy=_REMEDY)
+        raise _damaged(path, "an index file is missing")
     raw = path.read_bytes()
     if len(raw) < _HEADER.size:
-        raise DataError(f"the index has only {len(raw)} bytes", source=str(path), remedy=_REMEDY)
+        raise _damaged(path, f"the index has only {len(raw)} bytes")
     magic, version, code, sequences, documents = _HEADER.unpack_from(raw)
     if magic != _MAGIC or version != 1 or _DTYPE_OF_CODE.get(code) is not dtype:
-        raise DataError(
-            f"not an index of {dtype.__name__} (magic {magic!r}, version {version}, dtype code {code})",
-            source=str(path),
-            remedy=_REMEDY,
-        )
+        what = f"not an index of {dtype.__name__} (magic {magic!r}, version {version}, dtype code {code})"
+        raise _damaged(path, what)
     expected = _HEADER.size + sequences * (4 + 8) + documents * 8
     if len(raw) != expected:
-        raise DataError(
-            f"the index has {len(raw)} bytes, its header asks for {expected}", source=str(path), remedy=_REMEDY
-        )
+        raise _damaged(path, f"the index has {len(raw)} bytes, its header asks for {expected}")
     lengths = np.frombuffer(raw, np.int32, sequences, _HEADER.size)
     offsets = np.frombuffer(raw, np.int64, sequences, _HEADER.size + 4 * sequences)
     boundaries = np.frombuffer(raw, np.int64, documents, _HEADER.size + 12 * sequences)
     packed = np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64)]) * np.dtype(dtype).itemsize
     if (sequences and (offsets != packed).any()) or not np.array_equal(boundaries, np.arange(sequences + 1)):
-        raise DataError("the index does not describe one document a conversation", source=str(path), remedy=_REMEDY)
+        raise _damaged(path, "the index does not describe one document a conversation")
     return lengths
 
 
 def _read_values(path: Path, dtype: type[np.integer], count: int) -> NDArray[Any]:
     if not path.is_file():
-        raise DataError("a data file is missing", source=str(path), remedy=_REMEDY)
+        raise _damaged(path, "a data file is missing")
     size, expected = path.stat().st_size, count * np.dtype(dtype).itemsize
     if size != expected:
-        raise DataError(f"the file has {size} bytes, its index asks for {expected}", source=str(path), remedy=_REMEDY)
+        raise _damaged(path, f"the file has {size} bytes, its index asks for {expected}")
     return np.memmap(path, dtype, mode="r", shape=(count,)) if count else np.empty(0, dtype)
