@@ -15,8 +15,9 @@ from vpmoe.errors import UpcycleError
 from vpmoe.hf.convert import open_directory
 from vpmoe.hf.parity import compare
 from vpmoe.upcycle.job import Job, JobSettings, Product, Task
+from vpmoe.upcycle.rung_below import refuse_changed
 from vpmoe.weights import megatron_checkpoint
-from vpmoe.weights.tensors import DTYPES, tensor_sha256
+from vpmoe.weights.tensors import DTYPES
 
 
 class ImportQwen3Settings(JobSettings):
@@ -48,13 +49,7 @@ class ImportQwen3(Job[ImportQwen3Settings]):
         checkpoint = megatron_checkpoint.checkpoint_in(folder / "megatron")
         again = open_directory(folder / "hf", cfg=task.cfg).weights
         here = megatron_checkpoint.read_weights(checkpoint)
-        changed = [name for name in here if tensor_sha256(here[name].read()) != tensor_sha256(again[name].read())]
-        if changed:
-            raise UpcycleError(
-                f"{len(changed)} tensors change when the export is imported again, first {changed[0]}",
-                source=task.spec.id,
-                remedy="the conversion is wrong; report it",
-            )
+        refuse_changed(task, here, again, {name: name for name in here}, what="the export gives another one back")
         # Weights are compared as they are written; a cast to bf16 on the way would not be the conversion's fault.
         source = task.inputs["source"].hf if task.settings.dtype == "keep" else folder / "hf"
         settings = task.settings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from vpmoe.upcycle.job import Product, Task
 from vpmoe.weights import Weights, megatron_checkpoint
 from vpmoe.weights.geometry import conform, process_groups
 from vpmoe.weights.streamed_model import streamed_model
-from vpmoe.weights.tensors import DTYPES, LazyTensor
+from vpmoe.weights.tensors import DTYPES, LazyTensor, tensor_sha256
 
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -102,6 +102,25 @@ def refuse_other_changes(task: Task, below: RungBelow, allowed: Collection[str])
         )
 
 
+def refuse_changed(task: Task, before: Weights, after: Weights, names: Mapping[str, str], *, what: str) -> None:
+    """Hold tensors to have the same bits, in the dtype that they are written in.
+
+    Args:
+        names: name in ``before`` -> name in ``after``.
+        what: these tensors are, for the message.
+
+    Raises:
+        UpcycleError: naming the first that changed.
+    """
+    for old, new in names.items():
+        written = after[new]
+        if tensor_sha256(before[old].to(written.dtype).read()) != tensor_sha256(written.read()):
+            moved = "" if old == new else f" on its way to {new}"
+            raise UpcycleError(
+                f"{old} changed{moved}: {what}", source=task.spec.id, remedy="the conversion is wrong; report it"
+            )
+
+
 def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int) -> list[list[int]]:
     """One prompt of random tokens of each length; a pure function of its arguments."""
     generator = torch.Generator().manual_seed(seed)
@@ -141,6 +160,20 @@ class LogitDifference:
             scale=max(float(old.abs().max()) for old in before),
             prompts=[len(old) for old in before],
         )
+
+    def require(self, tolerance: float, what: str, *, source: str) -> None:
+        """Bound the difference by ``tolerance``, relative to the largest logit where that is above 1.
+
+        Raises:
+            UpcycleError: it is larger; begins with ``what``.
+        """
+        bound = tolerance * max(1.0, self.scale)
+        if not self.largest <= bound:
+            raise UpcycleError(
+                f"{what} moves the logits by {self.largest:.2e} (allowed {bound:.2e})",
+                source=source,
+                remedy="the conversion is wrong; report it",
+            )
 
     def as_json(self) -> dict[str, Any]:
         return {"logit_difference": self.largest, "logit_scale": self.scale, "prompts": self.prompts}

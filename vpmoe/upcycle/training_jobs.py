@@ -24,9 +24,8 @@ from vpmoe.commands import Command, CommandFailed, run_command
 from vpmoe.errors import UpcycleError
 from vpmoe.upcycle.job import Job, JobSettings, Product, Task
 from vpmoe.upcycle.ladder_file import ObjectSpec, flags, geometry
-from vpmoe.upcycle.rung_below import RungBelow, below_and_written, refuse_other_changes
+from vpmoe.upcycle.rung_below import RungBelow, below_and_written, refuse_changed, refuse_other_changes
 from vpmoe.upcycle.training_receipt import router_report, training_report, validation_report
-from vpmoe.weights.tensors import tensor_sha256
 
 LAUNCHER = "megatron_vpmoe.launch"
 KEPT = ("metrics.jsonl", "config.yaml", "assignment.json")
@@ -82,17 +81,12 @@ class Heal(Pretrain):
         below, written = below_and_written(task, folder)
         cfg = training_config(task.spec, task.settings)
         # An expert bias is no parameter; it goes with its router's weight.
-        frozen = [
-            name for name in below.weights if not is_trained(cfg, name.replace("router.expert_bias", "router.weight"))
-        ]
-        for name in frozen:
-            before = below.weights[name].to(written[name].dtype)
-            if tensor_sha256(before.read()) != tensor_sha256(written[name].read()):
-                raise UpcycleError(
-                    f"{name} changed, and train_only leaves it out",
-                    source=task.spec.id,
-                    remedy="the training is wrong; report it",
-                )
+        frozen = {
+            name: name
+            for name in below.weights
+            if not is_trained(cfg, name.replace("router.expert_bias", "router.weight"))
+        }
+        refuse_changed(task, below.weights, written, frozen, what="train_only leaves it out")
         return {**super().verify(task, folder), "frozen_tensors_bit_identical": len(frozen)}
 
 

@@ -23,10 +23,10 @@ from vpmoe.tokenizer.o200k_harmony import NAME as O200K_HARMONY
 from vpmoe.tokenizer.o200k_harmony import load_o200k_harmony
 from vpmoe.upcycle.inputs import Input
 from vpmoe.upcycle.job import Job, JobSettings, Product, Task
+from vpmoe.upcycle.rung_below import refuse_changed
 from vpmoe.upcycle.token_surgery import Assignment, Surgery, new_rows
 from vpmoe.upcycle.vocabulary_report import measure
 from vpmoe.weights import LazyTensor, megatron_checkpoint, safetensors_folder
-from vpmoe.weights.tensors import tensor_sha256
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
@@ -104,18 +104,8 @@ class Vocabulary(Job[VocabularySettings]):
         model = task.inputs["model"]
         new = megatron_checkpoint.checkpoint_in(folder / "megatron")
         before, after = (megatron_checkpoint.read_weights(path) for path in (model.checkpoint, new))
-        changed = [
-            name
-            for name in before
-            if name not in (EMBEDDING, OUTPUT)
-            and tensor_sha256(before[name].read()) != tensor_sha256(after[name].read())
-        ]
-        if changed or before.keys() != after.keys():
-            raise UpcycleError(
-                f"tensors besides the vocabulary's changed: {changed or sorted(before.keys() ^ after.keys())}",
-                source=task.spec.id,
-                remedy="the conversion is wrong; report it",
-            )
+        others = {name: name for name in before if name not in (EMBEDDING, OUTPUT)}
+        refuse_changed(task, before, after, others, what="it is not of the vocabulary")
         tied = read_config(folder / "hf")["tie_word_embeddings"]
         if tied == task.cfg.model.untie_embeddings_and_output_weights:
             raise UpcycleError("the tying of the embeddings was not kept", source=task.spec.id)

@@ -78,6 +78,6 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         make(tmp_path, "depth", dense_config(num_layers=4, window_size=6), below)
     # A new layer that adds anything to the stream is found out.
     monkeypatch.setattr(depth, "_zeros", lambda like: LazyTensor.of(torch.full(like.shape, 1e-3)))
-    with pytest.raises(UpcycleError, match="the logits differ by"):
+    with pytest.raises(UpcycleError, match="adding layers moves the logits by"):
         make(tmp_path, "depth", dense_config(num_layers=4), below)
     assert not (tmp_path / "made").exists()
