@@ -26,6 +26,7 @@ def write_student(
     kept: dict[str, Any] | None = None,
     prompts: dict[str, str | None] | None = None,
     seed: int = 3,
+    iteration: int = 0,
     **changes: Any,
 ) -> Path:
     """``folder/iter_0000000``: sinks, frequencies and expert biases are drawn too."""
@@ -41,7 +42,7 @@ def write_student(
         state = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     weights = {name: LazyTensor.of(value) for name, value in state.items()}
     told = run_state(cfg, Carried(cfg.model.padded_vocab_size, kept or {}, prompts))
-    return write_checkpoint(folder, weights, told, assets=assets)[0]
+    return write_checkpoint(folder, weights, {**told, "iteration": iteration}, assets=assets)[0]
 
 
 def write_vocabulary(folder: Path, text: str, padded_vocab_size: int) -> list[Path]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from vpmoe.errors import VpmoeError
+from vpmoe.toml_file import read_toml, validated
 
 Options = dict[str, bool | int | float | str | dict[str, float]]
 """Options of a command by name, which the command checks."""
@@ -63,14 +63,6 @@ def read_settings(path: Path) -> Settings:
     Raises:
         QuickstartError: no such file, not TOML, or every key that is missing, unknown or of a wrong value, at once.
     """
-    try:
-        return Settings.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValidationError, tomllib.TOMLDecodeError) as error:
-        problems = [str(error)]
-        if isinstance(error, ValidationError):
-            problems = [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()]
-        raise QuickstartError(
-            "settings that cannot be read:\n  - " + "\n  - ".join(problems),
-            source=str(path),
-            remedy="compare with configs/nano/quickstart.toml, which is the default one",
-        ) from error
+    values = read_toml(path, error=QuickstartError)
+    remedy = "compare with configs/nano/quickstart.toml, which is the default one"
+    return validated(Settings, values, error=QuickstartError, source=str(path), remedy=remedy)

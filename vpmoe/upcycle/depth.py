@@ -17,7 +17,7 @@ from pydantic import Field
 
 from megatron_vpmoe.config import RunConfig
 from vpmoe.errors import UpcycleError
-from vpmoe.upcycle.job import Job, JobSettings, Product, Task
+from vpmoe.upcycle.job import DrawingSettings, Job, Product, Task
 from vpmoe.upcycle.rung_below import (
     LogitDifference,
     RungBelow,
@@ -37,7 +37,7 @@ _ADDED_TO_THE_STREAM = tuple(
 )
 
 
-class DepthSettings(JobSettings):
+class DepthSettings(DrawingSettings):
     """Settings of ``depth``."""
 
     prompt_lengths: tuple[int, ...] = Field(default=(1, 7, 33), min_length=1)

@@ -33,7 +33,7 @@ from torch import Tensor
 from megatron_vpmoe.config import RunConfig
 from vpmoe.errors import UpcycleError
 from vpmoe.upcycle.expert_checks import experts_reached
-from vpmoe.upcycle.job import Job, JobSettings, Product, Task
+from vpmoe.upcycle.job import DrawingSettings, Job, Product, Task
 from vpmoe.upcycle.rung_below import (
     LogitDifference,
     RungBelow,
@@ -51,7 +51,7 @@ _FEED_FORWARD = "mlp."
 _NOISE = {"zero_out": 0.02, "copy_plus_noise": 0.1}
 
 
-class ExpertsSettings(JobSettings):
+class ExpertsSettings(DrawingSettings):
     """Settings of ``experts``."""
 
     init_experts: Literal["zero_out", "virtual_groups", "copy_plus_noise"] = "virtual_groups"

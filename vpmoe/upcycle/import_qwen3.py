@@ -14,13 +14,14 @@ from pydantic import Field
 from vpmoe.errors import UpcycleError
 from vpmoe.hf.convert import open_directory
 from vpmoe.hf.parity import compare
-from vpmoe.upcycle.job import Job, JobSettings, Product, Task
+from vpmoe.upcycle.inputs import checkpoint_of
+from vpmoe.upcycle.job import DrawingSettings, Job, Product, Task
 from vpmoe.upcycle.rung_below import refuse_changed
 from vpmoe.weights import megatron_checkpoint
 from vpmoe.weights.tensors import DTYPES
 
 
-class ImportQwen3Settings(JobSettings):
+class ImportQwen3Settings(DrawingSettings):
     """Settings of ``import_qwen3``."""
 
     prompt_lengths: tuple[int, ...] = (1, 7, 33)
@@ -46,7 +47,7 @@ class ImportQwen3(Job[ImportQwen3Settings]):
         return Product(model.weights, model.run_state(), model.assets)
 
     def verify(self, task: Task[ImportQwen3Settings], folder: Path) -> dict[str, Any]:
-        checkpoint = megatron_checkpoint.checkpoint_in(folder / "megatron")
+        checkpoint = checkpoint_of(folder)
         again = open_directory(folder / "hf", cfg=task.cfg).weights
         here = megatron_checkpoint.read_weights(checkpoint)
         refuse_changed(task, here, again, {name: name for name in here}, what="the export gives another one back")

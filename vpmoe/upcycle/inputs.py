@@ -17,6 +17,9 @@ from vpmoe.weights.geometry import geometry_of
 from vpmoe.weights.megatron_checkpoint import checkpoint_in
 from vpmoe.weights.safetensors_folder import INDEX, weight_files
 
+MEGATRON = "megatron"
+"""Folder of an object that holds its checkpoint."""
+
 
 @dataclass(frozen=True)
 class Input:
@@ -44,12 +47,17 @@ class Input:
     def checkpoint(self) -> Path:
         """Its Megatron checkpoint; of what a job made."""
         assert not self.spec.is_source, f"{self.spec.id} is an HF directory"
-        return checkpoint_in(Path(self.spec.path) / "megatron")
+        return checkpoint_of(Path(self.spec.path))
 
     @property
     def identity(self) -> dict[str, str]:
         """What later keys hold of it."""
         return {"files": steps.content_sha256(self.content)} if self.receipt is None else identity_of(self.receipt)
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """Where an object's checkpoint lies."""
+    return checkpoint_in(folder / MEGATRON)
 
 
 def identity_of(receipt: Mapping[str, Any]) -> dict[str, str]:

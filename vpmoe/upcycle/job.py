@@ -28,8 +28,13 @@ class JobSettings(BaseModel):
 
     dtype: Literal["keep", "float32", "bfloat16"] = "keep"
     """Of the output's weights; "keep": as the job computes them. What the model keeps in fp32 stays so."""
+
+
+class DrawingSettings(JobSettings):
+    """Settings of a job that draws: prompts to compare two models on, noise, the order of batches."""
+
     seed: int = 1234
-    """Of whatever the job draws."""
+    """Of all that."""
 
 
 Settings = TypeVar("Settings", bound=JobSettings)

@@ -20,7 +20,7 @@ from megatron_vpmoe.config import RunConfig
 from megatron_vpmoe.model.attention.grape import initial_log_frequencies
 from vpmoe.errors import UpcycleError
 from vpmoe.upcycle.constant_factors import constant_factors, relative_error
-from vpmoe.upcycle.job import Job, JobSettings, Product, Task
+from vpmoe.upcycle.job import DrawingSettings, Job, Product, Task
 from vpmoe.upcycle.rung_below import (
     LogitDifference,
     RungBelow,
@@ -51,7 +51,7 @@ _PLAIN = {
 _CHANGED = {*_PLAIN, "local_position_embedding", "window_attn_skip_freq", "tpa_rank", "tpa_q_rank", "tpa_factor_bias"}
 
 
-class MorphSettings(JobSettings):
+class MorphSettings(DrawingSettings):
     """Settings of ``morph``."""
 
     texts: list[str] = Field(min_length=1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_vpmoe.config import RunConfig, geometry_diff
 from vpmoe.errors import UpcycleError
 from vpmoe.hf.convert import Carried, run_state
-from vpmoe.upcycle.inputs import Input
+from vpmoe.upcycle.inputs import Input, checkpoint_of
 from vpmoe.upcycle.job import Product, Task
 from vpmoe.weights import Weights, megatron_checkpoint
 from vpmoe.weights.geometry import conform, process_groups
@@ -65,7 +65,7 @@ class RungBelow:
 
 def below_and_written(task: Task, folder: Path) -> tuple[RungBelow, dict[str, LazyTensor]]:
     """What a job verifies: its input ``model``, and the weights that were written to ``folder``."""
-    written = megatron_checkpoint.read_weights(megatron_checkpoint.checkpoint_in(folder / "megatron"))
+    written = megatron_checkpoint.read_weights(checkpoint_of(folder))
     return RungBelow.open(task.inputs["model"]), written
 
 

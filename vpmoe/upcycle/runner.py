@@ -9,14 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from megatron_vpmoe.config import RunConfig
 from vpmoe import steps
 from vpmoe.errors import UpcycleError
 from vpmoe.hf.convert import write_hf_directory
-from vpmoe.toml_file import findings
-from vpmoe.upcycle.inputs import Input, open_input
+from vpmoe.toml_file import validated
+from vpmoe.upcycle.inputs import MEGATRON, Input, checkpoint_of, open_input
 from vpmoe.upcycle.job import Job, JobSettings, Task
 from vpmoe.upcycle.jobs import job_of
 from vpmoe.upcycle.ladder_file import Ladder, ObjectSpec, geometry
@@ -96,14 +94,9 @@ def job_and_settings(ladder: Ladder, spec: ObjectSpec) -> tuple[Job, JobSettings
             source=f"{place}.inputs",
             remedy="declare exactly these roles",
         )
-    try:
-        return job, job.settings_type.model_validate(spec.settings)
-    except ValidationError as error:
-        raise UpcycleError(
-            "wrong settings:\n    " + "\n    ".join(findings(error)),
-            source=f"{place}.settings",
-            remedy=f"{job.name} takes {', '.join(job.settings_type.model_fields)}",
-        ) from error
+    remedy = f"{job.name} takes {', '.join(job.settings_type.model_fields)}"
+    place = f"{place}.settings"
+    return job, validated(job.settings_type, spec.settings, error=UpcycleError, source=place, remedy=remedy)
 
 
 def run(
@@ -127,15 +120,14 @@ def run(
 
 def _make(planned: Planned, work: steps.Work, quiet: bool) -> dict[str, Any]:
     task = Task(planned.spec, planned.cfg, planned.inputs, planned.settings, work.scratch, lambda _what, _size: None)
-    checkpoint = megatron_checkpoint.checkpoint_in(work.folder / "megatron")
 
     def weights() -> dict[str, Any]:
-        hashes = _write_weights(planned, task, work.fresh("megatron"), quiet)
+        hashes = _write_weights(planned, task, work.fresh(MEGATRON), quiet)
         return {"weights_sha256": weights_sha256(hashes), "conversion": task.report}
 
     def export() -> None:
         with TensorProgress("export", None, quiet=quiet) as progress:
-            write_hf_directory(checkpoint, work.fresh("hf"), progress=progress)
+            write_hf_directory(checkpoint_of(work.folder), work.fresh("hf"), progress=progress)
 
     phases = {
         "weights": weights,

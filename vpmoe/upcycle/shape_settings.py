@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from megatron_vpmoe.config import RunConfig
 from vpmoe.errors import UpcycleError
-from vpmoe.upcycle.job import JobSettings, Task
+from vpmoe.upcycle.job import DrawingSettings, Task
 from vpmoe.upcycle.passages import Passages
 from vpmoe.upcycle.vocabulary import tokens_of
 
@@ -16,7 +16,7 @@ _ROWS_PER_FEATURE = 4
 """Calibration tokens for each unknown that the closed form gives an output channel, at the least."""
 
 
-class ShapeSettings(JobSettings):
+class ShapeSettings(DrawingSettings):
     """Settings of ``shape``."""
 
     attention: Literal["calibrated", "meanpool"] = "calibrated"

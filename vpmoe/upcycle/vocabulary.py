@@ -21,7 +21,7 @@ from vpmoe.hf.tokenizer_files import GENERATION, assets_of, open_tokenizer
 from vpmoe.tokenizer import load_tokenizer
 from vpmoe.tokenizer.o200k_harmony import NAME as O200K_HARMONY
 from vpmoe.tokenizer.o200k_harmony import load_o200k_harmony
-from vpmoe.upcycle.inputs import Input
+from vpmoe.upcycle.inputs import Input, checkpoint_of
 from vpmoe.upcycle.job import Job, JobSettings, Product, Task
 from vpmoe.upcycle.rung_below import refuse_changed
 from vpmoe.upcycle.token_surgery import Assignment, Surgery, new_rows
@@ -102,7 +102,7 @@ class Vocabulary(Job[VocabularySettings]):
 
     def verify(self, task: Task[VocabularySettings], folder: Path) -> dict[str, Any]:
         model = task.inputs["model"]
-        new = megatron_checkpoint.checkpoint_in(folder / "megatron")
+        new = checkpoint_of(folder)
         before, after = (megatron_checkpoint.read_weights(path) for path in (model.checkpoint, new))
         others = {name: name for name in before if name not in (EMBEDDING, OUTPUT)}
         refuse_changed(task, before, after, others, what="it is not of the vocabulary")

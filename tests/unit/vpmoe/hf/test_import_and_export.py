@@ -81,6 +81,20 @@ def test_an_export_replaces_exports_alone(tmp_path: Path, capsys: pytest.Capture
     assert (partial / "notes.txt").read_text() == "mine"
 
 
+def test_the_export_of_a_run_says_when_it_is_of_an_older_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for iteration in (3, 6):
+        write_student(tmp_path / f"made_{iteration}", iteration=iteration, num_layers=2)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"made_{iteration}" / "iter_0000000").rename(checkpoints / f"iter_{iteration:07d}")
+    (checkpoints / "iter_0000006" / "common.pt").unlink()
+    assert main(["hf", "export", str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
+    said = capsys.readouterr().err
+    assert "common.pt is missing" in said and "iter_0000003 is used instead" in said
+
+
 @pytest.mark.parametrize("form", ["qwen3", "student"])
 def test_prompts_travel_there_and_back(form: str, qwen3: Path, tmp_path: Path) -> None:
     if form == "qwen3":

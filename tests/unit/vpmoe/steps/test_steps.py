@@ -335,3 +335,33 @@ def test_discarding_leaves_what_others_made(tmp_path: Path) -> None:
     with pytest.raises(NotOursError, match="no receipt"):
         steps.discard(step_at(tmp_path / "bare", in_place=True))
     assert (tmp_path / "bare" / "notes.md").is_file() and (step.output / "0.txt").is_file()
+
+
+def test_a_fresh_folder_holds_nothing_of_an_interrupted_attempt(tmp_path: Path) -> None:
+    step = step_at(tmp_path / "out")
+
+    def stops(work: Work) -> dict[str, Any]:
+        (work.fresh("part") / "half.txt").write_text("hal")
+        raise Killed
+
+    with pytest.raises(Killed):
+        steps.run(step, stops)
+
+    def ends(work: Work) -> dict[str, Any]:
+        assert work.resumed and (work.folder / "part" / "half.txt").is_file()
+        assert names(work.fresh("part")) == set()
+        return {}
+
+    assert steps.run(step, ends)["files"] == {}
+
+
+def test_an_attempt_that_made_nothing_is_in_nobodys_way(tmp_path: Path) -> None:
+    """A wrong setting is found out at once: to mend it is not to discard work."""
+
+    def fails(_work: Work) -> dict[str, Any]:
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        steps.run(step_at(tmp_path / "out"), fails)
+    steps.run(step_at(tmp_path / "out", decides={"up_to": 1}), write_numbers)
+    assert names(tmp_path / "out") == {"0.txt", RECEIPT}

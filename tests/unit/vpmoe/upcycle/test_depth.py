@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from tests.unit.vpmoe.upcycle.tiny_rungs import dense_config, make, object_of, r
 from vpmoe.errors import UpcycleError
 from vpmoe.upcycle import depth
 from vpmoe.upcycle.depth import block_sources, layer_sources
-from vpmoe.weights import LazyTensor
+from vpmoe.upcycle.inputs import checkpoint_of
+from vpmoe.weights import LazyTensor, megatron_checkpoint
 from vpmoe.weights.geometry import config_of, geometry_of, load_model, process_groups
 
 PLACED = [1, 2, -1, -2, -1, -2, 3, 4]
@@ -23,9 +25,12 @@ PLACED = [1, 2, -1, -2, -1, -2, 3, 4]
 def test_the_same_logits_at_twice_the_depth(tmp_path: Path) -> None:
     old, new = dense_config(num_layers=4), dense_config(num_layers=8)
     weights = random_weights(old)
-    below = object_of(tmp_path, "below", old, weights)
+    prompts = {"system": "You are deep.", "developer": None}
+    below = object_of(tmp_path, "below", old, weights, prompts)
     report, deeper = make(tmp_path, "depth", new, below, prompt_lengths=[2, 9])
     assert report["verification"]["logit_difference"] == 0.0 < report["verification"]["logit_scale"]
+    state = megatron_checkpoint.read_state(checkpoint_of(tmp_path / "made"))
+    assert state["prompts"] == prompts == json.loads((tmp_path / "made/hf/config.json").read_text())["prompts"]
     signed = {int(k): v for k, v in report["conversion"]["old_layers"].items()}
     signed |= {int(k): -v for k, v in report["conversion"]["new_layers_copied_from"].items()}
     assert [signed[number] for number in range(1, 9)] == PLACED

@@ -69,9 +69,15 @@ def random_weights(cfg: RunConfig, seed: int = 0) -> dict[str, LazyTensor]:
     return weights
 
 
-def object_of(folder: Path, identifier: str, cfg: RunConfig, weights: dict[str, LazyTensor]) -> Input:
+def object_of(
+    folder: Path,
+    identifier: str,
+    cfg: RunConfig,
+    weights: dict[str, LazyTensor],
+    prompts: dict[str, str | None] | None = None,
+) -> Input:
     """A derived object on disk, as far as a job reads it; a vocabulary of more than bytes has its tokenizer."""
-    state = run_state(cfg, Carried(cfg.model.padded_vocab_size))
+    state = run_state(cfg, Carried(cfg.model.padded_vocab_size, {}, prompts))
     megatron_checkpoint.write_checkpoint(folder / identifier / "megatron", weights, state)
     if cfg.model.padded_vocab_size > 256:
         assert write_tokenizer(folder / identifier / "hf", TEXT * 4, [], 300) <= cfg.model.padded_vocab_size
