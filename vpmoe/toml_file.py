@@ -20,7 +20,9 @@ def read_toml(path: Path, *, error: type[VpmoeError]) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as cause:
         reason = cause.strerror if isinstance(cause, OSError) else cause
-        raise error(f"the settings are no readable TOML file: {reason}", source=str(path), remedy="name an existing file") from cause
+        raise error(
+            f"the settings cannot be read: {reason}", source=str(path), remedy="name an existing file"
+        ) from cause
 
 
 def validated(
