@@ -78,8 +78,14 @@ class Distillation:
     step = "kd"
 
     def __init__(self, input_dir: Path, options: BuildOptions, workers: int, quiet: bool) -> None:
-        self._manifest = read_manifest(input_dir, INPUT_KIND)
-        self._shards: list[dict[str, Any]] = self._manifest["shards"]
+        manifest = read_manifest(input_dir, INPUT_KIND)
+        try:
+            fields = ("name", "rows", "row_groups", "bytes", "sha256")
+            self._shards = [{name: entry[name] for name in fields} for entry in manifest["shards"]]
+            self._prompts = {role: manifest["prompts"][role] for role in ("system", "developer")}
+        except (KeyError, TypeError) as error:
+            what = f"the conversations' manifest is damaged: {type(error).__name__} {error}"
+            raise DataError(what, source=str(input_dir / FILE_NAME), remedy="convert again") from error
         self._input_dir, self._workers, self._quiet = input_dir, workers, quiet
         self.base, self.inputs = options, (input_dir, *filter(None, (options.compact_map,)))
         self.shards = tuple(map(shard_name, range(len(self._shards))))
@@ -97,7 +103,7 @@ class Distillation:
         return {
             "kind": KIND,
             "split_rule": {"rule": split_rule("synth_id"), "valid_fraction": self.base.valid_fraction},
-            "prompts": {role: self._manifest["prompts"][role] for role in ("system", "developer")},
+            "prompts": self._prompts,
         }
 
     def progress(self, done: list[dict[str, Any]], *, quiet: bool) -> Progress:
