@@ -122,15 +122,7 @@ def assigned_parameters(
     trained = _over_stages([(name, found[name].name) for name, param in named if param.requires_grad])
     factors = _lr_factors([name for name, _ in trained], cfg)
     decays = _rule_decays({rule for _, rule in trained}, cfg)
-    return [
-        (
-            _row(name, param, found[name], factors[name], decays, cfg)
-            if param.requires_grad
-            else _frozen_row(name, param, found[name]),
-            param,
-        )
-        for name, param in named
-    ]
+    return [(_row(name, param, found[name], factors.get(name), decays, cfg), param) for name, param in named]
 
 
 def _over_stages(trained: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -195,29 +187,26 @@ def find_rule(name: str, rules: Sequence[Rule] = RULES) -> Rule:
 
 
 def _row(
-    name: str, param: torch.Tensor, rule: Rule, factor: float, decays: dict[str, float], cfg: RunConfig
+    name: str, param: torch.Tensor, rule: Rule, factor: float | None, decays: dict[str, float], cfg: RunConfig
 ) -> AssignmentRow:
-    optimizer = "adamw" if cfg.optim.optimizer == "adam" else rule.optimizer
+    """``factor``: on the learning rate; None of a frozen parameter."""
+    optimizer = FROZEN if factor is None else "adamw" if cfg.optim.optimizer == "adam" else rule.optimizer
     peak_lrs = {
         "lr": cfg.optim.lr, "normuon_aux_lr": cfg.aux_lr, "decoupled_lr": cfg.embedding_lr, "router_lr": cfg.router_lr
     }  # fmt: skip
+    decay = decays.get(rule.name, cfg.optim.weight_decay if rule.weight_decay else 0.0)
     return AssignmentRow(
         name=name,
         shape=tuple(param.shape),
         rule=rule.name,
         optimizer=optimizer,
         lr_field=rule.lr,
-        lr=peak_lrs[rule.lr] * factor,
-        lr_multiplier=factor,
-        weight_decay=decays.get(rule.name, cfg.optim.weight_decay if rule.weight_decay else 0.0),
+        lr=peak_lrs[rule.lr] * (factor or 0.0),
+        lr_multiplier=1.0 if factor is None else factor,
+        weight_decay=0.0 if factor is None else decay,
         matrices=matrix_layout(param, name).count if optimizer == "normuon" else 0,
         expert=not getattr(param, "allreduce", True),
     )
-
-
-def _frozen_row(name: str, param: torch.Tensor, rule: Rule) -> AssignmentRow:
-    expert = not getattr(param, "allreduce", True)
-    return AssignmentRow(name, tuple(param.shape), rule.name, FROZEN, rule.lr, 0.0, 1.0, 0.0, 0, expert)
 
 
 def _named_parameters(
