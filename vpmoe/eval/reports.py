@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from megatron_vpmoe.files import json_bytes, write_atomically
+from megatron_vpmoe.files import json_bytes, read_json, write_atomically
 from vpmoe.errors import DataError
 
 
@@ -22,13 +21,8 @@ def read_report(path: Path, kind: str) -> dict[str, Any]:
         DataError: there is none, it is not JSON, or it is of another kind.
     """
     remedy = "write it again with the command that makes it (vpmoe eval --help)"
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError("there is no report here", source=str(path), remedy=remedy) from error
-    except ValueError as error:
-        raise DataError(f"the report is not JSON: {error}", source=str(path), remedy=remedy) from error
-    found = report.get("kind") if isinstance(report, dict) else None
+    report = read_json(path, remedy=remedy)
+    found = report.get("kind")
     if found != kind:
         raise DataError(f"the report is of kind {found!r}, expected {kind!r}", source=str(path), remedy=remedy)
     return report

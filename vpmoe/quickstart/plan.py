@@ -14,7 +14,7 @@ from vpmoe.commands import Command
 from vpmoe.data_curation.tasks.synth_mini import TEST_NAME
 from vpmoe.eval.nano import SCHEMA_VERSION as EVALUATION_VERSION
 from vpmoe.quickstart.settings import QuickstartError, Settings, read_settings
-from vpmoe.steps import Step
+from vpmoe.steps import Step, content_sha256, read_receipt
 
 STEPS = ("environment", "tokenizer", "data", "train", "evaluate")
 """In their order; the first only looks, the others have commands."""
@@ -132,7 +132,7 @@ class Plan:
             kind="quickstart_training",
             version=1,
             output=self.work / self.run,
-            decides={"config": deciding_fields(self.cfg), "dataset": self._sha256_of(self.dataset / "manifest.json")},
+            decides={"config": deciding_fields(self.cfg), "dataset": self._dataset_sha256()},
             packages=("torch", "megatron-core"),
             in_place=True,
         )
@@ -168,8 +168,8 @@ class Plan:
             output=(self.work / self.evaluation).parent,
             decides={
                 "checkpoint": {name: entry["sha256"] for name, entry in trained.items()},
-                "dataset": self._sha256_of(self.dataset / "manifest.json"),
-                "questions": self._sha256_of(questions),
+                "dataset": self._dataset_sha256(),
+                "questions": sha256_of_file(self.work / questions),
                 "options": {name: value for name, value in options.items() if name != "batch_size"},
             },
             packages=("torch",),
@@ -178,8 +178,10 @@ class Plan:
             ("vpmoe", "eval", "nano", str(self.run), *_flags({"questions": str(questions), **options}))
         )
 
-    def _sha256_of(self, file: Path) -> str:
-        return sha256_of_file(self.work / file)
+    def _dataset_sha256(self) -> str:
+        """Of the dataset's contents; its manifest names the commit of the code too, which decides nothing."""
+        files = read_receipt(self.work / self.dataset)["files"]
+        return content_sha256({name: entry for name, entry in files.items() if name != "manifest.json"})
 
 
 def _flags(options: Mapping[str, Any]) -> list[str]:

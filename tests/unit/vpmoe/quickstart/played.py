@@ -104,7 +104,8 @@ class Stage:
     def _evaluate(self, plan: Plan, output: Path) -> None:
         self._begin("evaluation")
         found = entry(self.accuracy)
-        families = dict.fromkeys(plan.settings.rows["families"], found)
+        families: Any = plan.settings.rows["families"]
+        families = dict.fromkeys(families, found)
         generations = {**found, "families": families, "faults": {}, "mean_tokens": 9.0}
         sample = {
             "family": next(iter(families)),

@@ -10,6 +10,7 @@ import pytest
 import typer
 
 from megatron_vpmoe.errors import ConfigError
+from vpmoe import steps
 from vpmoe.commands import Command
 from vpmoe.data_curation.app import app as data_app
 from vpmoe.data_curation.tasks.synth_mini import BUCKETS, parse_mix
@@ -18,12 +19,24 @@ from vpmoe.quickstart.plan import SETTINGS, Plan
 from vpmoe.quickstart.settings import QuickstartError
 
 
+def write_dataset(plan: Plan, **files: str) -> None:
+    """A dataset of these contents, with its receipt; in place of the one there."""
+
+    def make(work: steps.Work) -> dict[str, Any]:
+        for name, text in {"manifest": "{}", "tokens": "1 2 3", **files}.items():
+            (work.folder / f"{name}.json").write_text(text)
+        return {}
+
+    steps.run(steps.Step("kd", 1, plan.work / plan.dataset, files), make, overwrite=True)
+
+
 @pytest.fixture
 def plan(tmp_path: Path, repository: Path) -> Plan:
     made = Plan.of(repository, work_dir=tmp_path)
-    for file in (made.dataset / "manifest.json", Path("data/synth_mini/test.jsonl")):
-        (tmp_path / file).parent.mkdir(parents=True)
-        (tmp_path / file).write_text("{}")
+    write_dataset(made)
+    questions = tmp_path / "data/synth_mini/test.jsonl"
+    questions.parent.mkdir(parents=True)
+    questions.write_text("{}")
     return made
 
 
@@ -94,7 +107,9 @@ def test_what_decides_training_and_evaluation(plan: Plan) -> None:
     assert plan.evaluating({"iter/a": {"sha256": "1", "bytes": 1}})[0].key != before[1]
     (plan.work / "data/synth_mini/test.jsonl").write_text("[]")
     assert plan.evaluating({})[0].key != before[1] and plan.training()[0].key == before[0]
-    (plan.work / plan.dataset / "manifest.json").write_text("[]")
+    write_dataset(plan, manifest="of another commit")
+    assert plan.training()[0].key == before[0]
+    write_dataset(plan, tokens="3 2 1")
     assert plan.training()[0].key != before[0]
 
 
