@@ -1,5 +1,6 @@
 """From rows to a dataset that training reads: SYNTH rows -> Harmony conversations -> token files with span sidecars.
 
-``harmony/`` converts rows and writes the input manifest, ``build`` makes the Megatron files, ``verify`` re-checks them,
-``inspect`` shows them, ``synth_mini`` makes rows out of nothing for the quickstart.
+``rows/`` reads them from files or the hub, ``conversations/`` turns them into Harmony, ``datasets/`` makes the token files,
+``checks/`` holds these against themselves, ``look/`` shows them, ``tasks/`` makes rows out of nothing for the quickstart;
+``harmony/`` keeps two older names of commands.
 """

@@ -106,7 +106,8 @@ def score_texts(model: VPModel, tokenizer: Tokenizer, texts: Sequence[str], batc
     from megatron_vpmoe.runtime.device import current_device
 
     device = current_device()
-    order = sorted((ids.tolist() for ids in tokenizer.encode_ordinary_batch(texts) if len(ids) > 1), key=len)
+    encoded = [tokenizer.encode_ordinary(text).tolist() for text in texts]
+    order = sorted((ids for ids in encoded if len(ids) > 1), key=len)
     scored_bytes = sum(len(tokenizer.decode_bytes(ids[1:])) for ids in order)
     if not order or scored_bytes <= 0:
         raise DataError("no text of two tokens", source="the texts to score", remedy="name longer texts")
