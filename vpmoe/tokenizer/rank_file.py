@@ -92,12 +92,14 @@ def install(destination: Path = DEFAULT_DIRECTORY, *, configured: Path | None = 
         The path of the plain file.
 
     Raises:
-        TokenizerError: no source has the right file.
+        TokenizerError: no source has the right file, or another file lies there under its name.
     """
     target = destination / FILE_NAME
-    if configured is None and target.is_file() and _sha256(target.read_bytes()) == SHA256:
+    found = None if configured is None else find(configured)
+    if target.exists():
+        _checked(target.read_bytes(), target, str(target))
         return target
-    write_atomically(target, (find(configured) if configured is not None else from_package()).content)
+    write_atomically(target, (found or from_package()).content)
     return target
 
 
@@ -134,7 +136,7 @@ def _checked(content: bytes, path: Path | None, source: str) -> RankFile:
         raise TokenizerError(
             f"the rank file's sha256 is {found}, expected {SHA256}",
             source=source,
-            remedy=f"delete the file and {_INSTALL}",
+            remedy=f"move the file away and {_INSTALL}",
         )
     return RankFile(content, path, source)
 

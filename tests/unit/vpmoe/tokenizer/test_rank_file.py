@@ -27,13 +27,14 @@ def test_installed_file_comes_before_the_package() -> None:
     assert [entry.name for entry in path.parent.iterdir()] == [path.name], "no temporary file is left"
 
 
-def test_installing_again_keeps_the_right_file_and_replaces_a_wrong_one() -> None:
+def test_installing_again_keeps_the_right_file_and_does_not_replace_another() -> None:
     path = rank_file.install()
     before = path.stat().st_mtime_ns
     assert rank_file.install().stat().st_mtime_ns == before
-    path.write_bytes(path.read_bytes()[:-1])
-    assert rank_file.install() == path
-    assert rank_file.find().path == path
+    path.write_bytes(b"a user's own")
+    with pytest.raises(TokenizerError, match="move the file away"):
+        rank_file.install()
+    assert path.read_bytes() == b"a user's own"
 
 
 def test_a_damaged_file_is_refused_and_not_passed_over() -> None:
