@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_vpmoe.config import RunConfig
 from vpmoe.errors import WeightsError
 from vpmoe.weights.heads import join_heads, split_heads
-from vpmoe.weights.tensors import LazyTensor, Weights
+from vpmoe.weights.tensors import LazyTensor, Weights, padded_with_mean
 
 ARCHITECTURE = "Qwen3ForCausalLM"
 _EMBEDDING = ("model.embed_tokens.weight", "embedding.word_embeddings.weight")
@@ -227,14 +227,12 @@ def _part(whole: LazyTensor, rows: int, take: Callable[[Tensor], Tensor]) -> Laz
 
 
 def _padded(table: LazyTensor, rows: int) -> LazyTensor:
-    missing = rows - table.shape[0]
-    if missing == 0:
+    if rows == table.shape[0]:
         return table
 
     def load() -> Tensor:
         known = table.read()
-        mean = known.double().mean(dim=0).to(known.dtype)
-        return torch.cat([known, mean.expand(missing, -1)])
+        return padded_with_mean(known, known, rows)
 
     return LazyTensor((rows, *table.shape[1:]), table.dtype, load)
 

@@ -20,14 +20,13 @@ from megatron_vpmoe.config import RunConfig
 from megatron_vpmoe.data.manifest import read_manifest
 from megatron_vpmoe.files import sha256_of_file
 from vpmoe.errors import UpcycleError
-from vpmoe.upcycle.block_errors import Rung, block_errors
 from vpmoe.upcycle.block_regression import Regression
 from vpmoe.upcycle.calibrated_layers import Calibration, Errors, calibrated_layers
 from vpmoe.upcycle.job import Job, Product, Task
 from vpmoe.upcycle.ladder_file import ObjectSpec
 from vpmoe.upcycle.passages import Passages
 from vpmoe.upcycle.plain_shapes import FC1, FC2, PROJ, QKV, plain_attention, plain_feed_forward
-from vpmoe.upcycle.residual_streams import batches_of
+from vpmoe.upcycle.residual_streams import Rung, batches_of, block_errors
 from vpmoe.upcycle.rung_below import RungBelow, below_and_written, layer_and_name, refuse_other_changes, text_loss
 from vpmoe.upcycle.shape_settings import ShapeSettings, calibration_passages, heldout_passages
 from vpmoe.upcycle.vocabulary import EMBEDDING, OUTPUT

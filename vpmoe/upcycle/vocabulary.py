@@ -27,6 +27,7 @@ from vpmoe.upcycle.rung_below import refuse_changed
 from vpmoe.upcycle.token_surgery import Assignment, Surgery, new_rows
 from vpmoe.upcycle.vocabulary_report import measure
 from vpmoe.weights import LazyTensor, megatron_checkpoint, safetensors_folder
+from vpmoe.weights.tensors import padded_with_mean
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
@@ -188,12 +189,6 @@ def special_row(source: Tensor, tokenizer: Any, texts: list[str]) -> Tensor:
     if not ids:
         raise UpcycleError(f"{texts} has no token", source="special_rows", remedy="give it a text")
     return source[ids].double().mean(dim=0).to(source.dtype)
-
-
-def padded_with_mean(rows: Tensor, source: Tensor, padded: int) -> Tensor:
-    """``rows`` with the mean of the source's rows for all ids up to ``padded`` (their logit is then the mean logit)."""
-    mean = source.double().mean(dim=0).to(rows.dtype)
-    return torch.cat([rows, mean.expand(padded - rows.shape[0], -1)])
 
 
 def _check_norms(rows: Tensor, source: Tensor, task: Task[VocabularySettings]) -> None:

@@ -64,6 +64,12 @@ class LazyTensor:
 Weights = Mapping[str, LazyTensor]
 
 
+def padded_with_mean(rows: Tensor, of: Tensor, count: int) -> Tensor:
+    """``rows`` with the mean row of ``of`` for all from theirs up to ``count``: its logit is then the mean logit."""
+    mean = of.double().mean(dim=0).to(rows.dtype)
+    return torch.cat([rows, mean.expand(count - rows.shape[0], -1)])
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw little-endian bytes of a contiguous CPU tensor, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
