@@ -38,8 +38,8 @@ def owned(lock: Path, what: str) -> Iterator[dict[str, Any] | None]:
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     path = lock.resolve()
-    if path in _HELD:
-        raise _busy(what, lock, _owner(lock))
+    if path in _HELD:  # opening the file to read it, and closing it, would give our own lock up
+        raise _busy(what, lock, _here())
     with lock.open("a+b") as stream:
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,7 +55,7 @@ def owned(lock: Path, what: str) -> Iterator[dict[str, Any] | None]:
         former = _parsed(stream.read())
         _HELD.add(path)
         try:
-            _write(stream.fileno(), json_bytes({"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}))
+            _write(stream.fileno(), json_bytes({**_here(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}))
             yield former
         finally:
             _HELD.discard(path)
@@ -68,6 +68,8 @@ def check_free(lock: Path, what: str) -> None:
     Raises:
         BusyError: another process holds it.
     """
+    if lock.resolve() in _HELD:
+        raise _busy(what, lock, _here())
     with contextlib.suppress(OSError), lock.open("r+b") as stream:  # what else is wrong, `owned` will say
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,8 +96,8 @@ def _parsed(content: bytes) -> dict[str, Any] | None:
     return owner if isinstance(owner, dict) else None
 
 
-def _now() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S%z")
+def _here() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
 def _busy(what: str, lock: Path, owner: dict[str, Any]) -> BusyError:
