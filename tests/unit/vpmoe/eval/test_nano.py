@@ -12,6 +12,7 @@ import torch
 
 from megatron_vpmoe.data.manifest import read_manifest
 from megatron_vpmoe.errors import CheckpointError, TokenizerError
+from tests.tiny import tiny_config
 from tests.unit.vpmoe.eval.conftest import GOOD, ids_of
 from vpmoe.cli import main
 from vpmoe.eval import nano
@@ -41,9 +42,10 @@ def test_report_of_an_untrained_model(data: Path, run_directory: Path, tmp_path:
     # Before any step the model knows nothing: each span costs about ln(vocabulary).
     for span in ("analysis", "final"):
         assert report["losses"][f"loss/{span}"] == pytest.approx(math.log(448), abs=0.5)
-    assert report["losses"]["loss/total"] == pytest.approx(
-        report["losses"]["loss/analysis"] + report["losses"]["loss/final"], rel=1e-5
-    )
+    weight = tiny_config().training
+    weighted = weight.kd_span_weight_reasoning * report["losses"]["loss/analysis"]
+    weighted += weight.kd_span_weight_final * report["losses"]["loss/final"]
+    assert report["losses"]["loss/total"] == pytest.approx(weighted, rel=1e-5)
     assert report["generations"]["n"] == 12 and report["generations"]["exact"] == 0
     assert len(report["samples"]) == 4 and len({sample["family"] for sample in report["samples"]}) == 4
     assert "exact" in capsys.readouterr().out
