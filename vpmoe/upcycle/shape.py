@@ -18,7 +18,6 @@ from torch import Tensor
 
 from megatron_vpmoe.config import RunConfig
 from megatron_vpmoe.data.manifest import read_manifest
-from megatron_vpmoe.files import sha256_of_file
 from vpmoe.errors import UpcycleError
 from vpmoe.upcycle.block_regression import Regression
 from vpmoe.upcycle.calibrated_layers import Calibration, Errors, calibrated_layers
@@ -54,7 +53,7 @@ class Shape(Job[ShapeSettings]):
     def decides(self, spec: ObjectSpec, settings: ShapeSettings) -> dict[str, Any]:
         found = super().decides(spec, settings)
         if settings.calibration:  # the dataset counts, not where it lies
-            found["settings"]["calibration"] = sha256_of_file(read_manifest(settings.calibration).path)
+            found["settings"]["calibration"] = read_manifest(settings.calibration).sha256
         return found
 
     def convert(self, task: Task[ShapeSettings]) -> Product:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_vpmoe.data.pairs import PAIR
 from megatron_vpmoe.errors import DataError, TokenizerError
-from megatron_vpmoe.files import read_json, sha256_of_file
+from megatron_vpmoe.files import read_json, sha256_of_json
 
 SCHEMA_VERSION = 1
 VOCABULARY_REMEDY = "rebuild the dataset (--overwrite), or copy it again if it was copied"
@@ -102,7 +102,8 @@ class Manifest:
 
     Attributes:
         root: the dataset's folder.
-        sha256: of the manifest file itself; it names every other file's hash, so it identifies the dataset.
+        sha256: of all that is read of it, every file's hash among that, so it identifies the dataset; not of what tells
+            where it comes from, such as the commit of the code that built it.
         seq_length: longest conversation that the builder let through, in tokens.
         tokenizer: the vocabulary.
         splits: by name, "train" and "valid".
@@ -166,5 +167,5 @@ def read_manifest(data_path: Path | str) -> Manifest:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise DataError(f"the manifest is incomplete: {problems}", source=str(path), remedy=remedy) from error
-    sha256, group_size = sha256_of_file(path), PAIR if content.pairs else 1
+    sha256, group_size = sha256_of_json(content.model_dump()), PAIR if content.pairs else 1
     return Manifest(root, sha256, content.seq_length, content.tokenizer, content.splits, group_size, content.prompts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -200,7 +199,9 @@ def test_vocabulary_of_another_model(root: Path):
     assert "201088" in str(error) and f"--padded-vocab-size {PADDED_VOCAB}" in str(error)
 
 
-def test_manifest_hash_follows_the_content(root: Path):
+def test_manifest_hash_follows_the_content_and_not_the_commit_that_built_it(root: Path):
     before = open_train(root).manifest.sha256
-    rewrite_manifest(root, lambda m: m.update(note=json.dumps("same dataset, other words")))
+    rewrite_manifest(root, lambda m: m.update(git={"sha": "another commit", "dirty": True}))
+    assert open_train(root).manifest.sha256 == before
+    rewrite_manifest(root, lambda m: next(iter(m["splits"]["valid"]["shards"][0]["files"].values())).update(sha256="1"))
     assert open_train(root).manifest.sha256 != before

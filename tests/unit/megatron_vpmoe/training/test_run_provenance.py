@@ -55,7 +55,9 @@ def test_another_dataset_binds_but_another_place_does_not(root: Path, tmp_path: 
     root.rename(moved)
     cfg = tiny_config(data_path=moved)
     assert check_provenance(state, cfg, source="c") == []
-    rewrite_manifest(moved, lambda m: m.update(config_hash="another build"))
+    rewrite_manifest(moved, lambda m: m.update(git={"sha": "another commit"}))
+    assert check_provenance(state, cfg, source="c") == []
+    rewrite_manifest(moved, lambda m: m.update(prompts={"system": "another"}))
     with pytest.raises(CheckpointError, match="dataset_manifest_sha256"):
         check_provenance(state, cfg, source="c")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +137,11 @@ def test_an_edited_dataset_is_another_object(dataset: Path) -> None:
     spec = ObjectSpec(id="shaped", rung=3, path="shaped", job="shape")
     before = Shape().decides(spec, settings)
     manifest = dataset / "manifest.json"
-    content = manifest.read_text()
-    manifest.write_text(content + "\n")
-    assert Shape().decides(spec, settings) != before
-    manifest.write_text(content)
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**content, "git": {"sha": "another commit"}}))
     assert Shape().decides(spec, settings) == before
+    manifest.write_text(json.dumps({**content, "seq_length": content["seq_length"] + 1}))
+    assert Shape().decides(spec, settings) != before
 
 
 def test_texts_that_do_not_do_are_refused(tmp_path: Path, dataset: Path) -> None:
