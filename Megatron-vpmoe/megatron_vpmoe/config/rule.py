@@ -46,11 +46,6 @@ class View:
         return [self.cfg.is_moe_layer(n) for n in range(1, self.num_layers + 1)]
 
     @cached_property
-    def routed_experts(self) -> int:
-        """Over all layers."""
-        return (self.num_experts or 0) * sum(self.sparse)
-
-    @cached_property
     def has_global(self) -> bool:
         """Whether any layer has no window."""
         return self.window_size is None or self.num_layers >= self.window_attn_skip_freq

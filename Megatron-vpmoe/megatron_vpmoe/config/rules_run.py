@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 
@@ -42,7 +42,22 @@ def _fails_below_warning(fail: str, warn: str, c: View) -> bool:
     return None not in (c[fail], c[warn]) and c[fail] < c[warn]
 
 
-_LIMITS = ("router_dead_experts_{}", "router_max_load_{}_pct", "router_cv_{}_pct", "router_max_vio_{}")
+# Limit on the router's health -> its metric where every token of a layer chooses the same experts: it gets no worse.
+_WORST: dict[str, Callable[[View], float]] = {
+    "router_dead_experts_{}": lambda c: sum(c.sparse) * (c.num_experts - c.moe_router_topk),
+    "router_max_load_{}_pct": lambda c: 100 / c.moe_router_topk,
+    "router_cv_{}_pct": lambda c: 100 * (c.num_experts / c.moe_router_topk - 1) ** 0.5,
+    "router_max_vio_{}": lambda c: c.num_experts / c.moe_router_topk - 1,
+}
+
+
+def _never_reached(name: str, worst: Callable[[View], float], c: View) -> Facts:
+    if None in (c.num_experts, c[name]) or c.moe_router_topk > c.num_experts:
+        return []
+    # Dead experts count from the limit on; everything else has to exceed it.
+    reached = c[name] <= worst(c) if "dead" in name else c[name] < worst(c)
+    return [] if reached else [{"worst_case": round(worst(c), 1)}]
+
 
 _TRAINING = (
     refuse(
@@ -109,15 +124,17 @@ _TRAINING = (
     ),
     *(
         refuse(
-            f"{name} num_experts",
-            f"{{{name}}} is never reached: the model has {{routed_experts}} routed experts",
-            lambda c, name=name: c.num_experts is not None and (c[name] or 0) > c.routed_experts,
+            f"{name} num_experts moe_router_topk",
+            f"{{{name}}} is never reached: it comes to {{worst_case}} where all tokens choose the same "
+            "{moe_router_topk} of {num_experts} experts; lower it, or set null",
+            partial(_never_reached, name, worst),
         )
-        for name in ("router_dead_experts_warn", "router_dead_experts_fail")
+        for limit, worst in _WORST.items()
+        for name in (limit.format("warn"), limit.format("fail"))
     ),
     *(
         refuse(f"{fail} {warn}", f"fails at {{{fail}}}, warns at {{{warn}}}", partial(_fails_below_warning, fail, warn))
-        for fail, warn in ((limit.format("fail"), limit.format("warn")) for limit in _LIMITS)
+        for fail, warn in ((limit.format("fail"), limit.format("warn")) for limit in _WORST)
     ),
     refuse(
         "global_batch_size micro_batch_size",

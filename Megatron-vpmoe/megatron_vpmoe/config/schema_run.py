@@ -245,7 +245,7 @@ class LoggingSection(Section):
     moe_per_layer_logging: bool = False
     """Record router health for every layer as well as in aggregate."""
     router_max_load_warn_pct: PositiveFloat | None = None
-    """Warn when the busiest expert takes more than this percentage of a layer's tokens."""
+    """Warn when the busiest expert takes more than this percentage of a layer's assignments (tokens times top-k)."""
     router_max_load_fail_pct: PositiveFloat | None = None
     """End the run when it takes more than this percentage."""
     router_dead_experts_warn: Count | None = None

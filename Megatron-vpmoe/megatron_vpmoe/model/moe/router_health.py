@@ -109,7 +109,7 @@ THRESHOLDS = (
     Threshold(
         "max_load_pct",
         "router_max_load_{}_pct",
-        "the busiest expert takes {value:.1f} % of its layer's tokens (limit {limit:g} %)",
+        "the busiest expert takes {value:.1f} % of its layer's assignments (limit {limit:g} %)",
     ),
     Threshold(
         "mean_cv_pct",

@@ -79,7 +79,7 @@ QUIET = {
     f"router_{name.format(kind)}": None
     for name in ("dead_experts_{}", "max_load_{}_pct", "cv_{}_pct", "max_vio_{}")
     for kind in ("warn", "fail")
-}
+} | {"moe_router_topk": 1, "moe_router_group_topk": 1}
 
 
 @pytest.mark.parametrize(
