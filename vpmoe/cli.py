@@ -93,6 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     try:
+        if strange := [word for word in words if not _is_utf8(word)]:
+            raise VpmoeError("not UTF-8", source=ascii(strange[0]), remedy="rename it: libraries open no such name")
         app(args=[word for word in words if word != "--debug"], prog_name="vpmoe", obj=debug)
     except VpmoeError as error:
         if debug:
@@ -105,6 +107,10 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         _flush()
     return 0
+
+
+def _is_utf8(word: str) -> bool:
+    return word == word.encode(errors="replace").decode()
 
 
 def _exit_code(end: SystemExit) -> int:

@@ -15,6 +15,8 @@ from typing import Any
 
 from megatron_vpmoe.errors import DataError, VpmoeError
 
+_ESCAPED = "backslashreplace"  # what UTF-8 has no bytes for (a file's name that is not UTF-8): as JSON escapes it
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` so that ``path`` holds either its former content or all of the new one, even after a kill."""
@@ -57,12 +59,12 @@ def sha256_of_file(path: Path) -> str:
 def sha256_of_json(value: Any) -> str:
     """Hex sha256 of a JSON value in its canonical spelling (sorted keys, no spaces)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors=_ESCAPED)).hexdigest()
 
 
 def json_bytes(value: Any) -> bytes:
     """A JSON document for people and machines: two-space indent, key order kept, a final newline."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors=_ESCAPED)
 
 
 def json_line(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,19 @@ from megatron_vpmoe.errors import NotOursError
 from megatron_vpmoe.files import json_bytes, read_json, sha256_of_json, write_atomically
 
 RECEIPT = "receipt.json"
-_FIELDS = {"key": dict, "files": dict, "report": dict, "seconds": int | float}
+UNFINISHED = "unfinished.json"
+"""In a partial folder: the key that it is made under and what is done of it; with a hash of itself too."""
+_FIELDS = {
+    RECEIPT: {"key": dict, "files": dict, "report": dict, "seconds": int | float},
+    UNFINISHED: {"key": dict, "results": dict, "seconds": int | float},
+}
 _REMEDY = "make it again at another place, or move this folder away"
 
 
-def write_receipt(folder: Path, receipt: Mapping[str, Any]) -> None:
-    """Write ``folder/receipt.json``; it gets its own ``sha256``."""
-    write_atomically(folder / RECEIPT, json_bytes({**receipt, "sha256": sha256_of_json(receipt)}))
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a receipt or what is on record of unfinished work; it gets its own ``sha256``."""
+    record = json.loads(json.dumps(record))
+    write_atomically(path, json_bytes({**record, "sha256": sha256_of_json(record)}))
 
 
 def read_receipt(folder: Path) -> dict[str, Any]:
@@ -29,14 +36,22 @@ def read_receipt(folder: Path) -> dict[str, Any]:
     Raises:
         NotOursError: there is none, it is damaged, or it was edited.
     """
-    path = folder / RECEIPT
-    receipt = read_json(path, error=NotOursError, remedy=_REMEDY)
-    faults = [name for name, kind in _FIELDS.items() if not isinstance(receipt.get(name), kind)]
-    stated = receipt.pop("sha256", None)
-    if faults or stated != sha256_of_json(receipt):
+    return read_record(folder / RECEIPT)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What :func:`write_record` wrote, sound in itself.
+
+    Raises:
+        NotOursError: there is none, it is damaged, or it was edited.
+    """
+    record = read_json(path, error=NotOursError, remedy=_REMEDY)
+    faults = [name for name, kind in _FIELDS[path.name].items() if not isinstance(record.get(name), kind)]
+    stated = record.pop("sha256", None)
+    if faults or stated != sha256_of_json(record):
         fault = f"lacks {', '.join(faults)}" if faults else "was edited: its hash is another"
-        raise NotOursError(f"the receipt {fault}", source=str(path), remedy=_REMEDY)
-    return receipt
+        raise NotOursError(f"{path.name} {fault}", source=str(path), remedy=_REMEDY)
+    return record
 
 
 def content_sha256(files: Mapping[str, Mapping[str, Any]]) -> str:

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_vpmoe.errors import NotOursError
-from megatron_vpmoe.files import first_damage, read_json
+from megatron_vpmoe.files import first_damage
 from megatron_vpmoe.software import package_versions
 from vpmoe import __version__
-from vpmoe.steps.receipt import RECEIPT, changes, read_receipt
+from vpmoe.steps.receipt import RECEIPT, UNFINISHED, changes, read_receipt, read_record
 
-UNFINISHED = "unfinished.json"
-"""In a partial folder: the key that it is made under and what is done of it."""
 _NAMED = 5
 
 
@@ -119,8 +117,8 @@ class Step:
             if not self.in_place and _exists(self.partial) and not is_empty(self.partial):
                 self.refuse(self.partial, f"it has no {UNFINISHED}")
             return None
-        key = read_json(path, error=NotOursError, remedy=f"move {self.partial} away").get("key")
-        if not isinstance(key, dict) or key.get("kind") != self.kind:
+        key = read_record(path)["key"]
+        if key.get("kind") != self.kind:
             self.refuse(self.partial, f"its {UNFINISHED} is of another step")
         return key
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vpmoe.errors import DataError, NotOursError
-from megatron_vpmoe.files import json_bytes, list_files, read_json, sync, write_atomically
+from megatron_vpmoe.files import list_files, sync
 from megatron_vpmoe.ownership import owned
 from megatron_vpmoe.software import git_state, package_versions
-from vpmoe.steps.receipt import RECEIPT, read_receipt, write_receipt
-from vpmoe.steps.step import UNFINISHED, State, Step, changed, is_empty, some
+from vpmoe.steps.receipt import RECEIPT, UNFINISHED, read_receipt, read_record, write_record
+from vpmoe.steps.step import State, Step, changed, is_empty, some
 
 Say = Callable[[str], None]
 _SCRATCH = "scratch"
@@ -72,7 +72,7 @@ class Work:
     def save(self) -> None:
         """Keep ``results`` and the time spent."""
         state = {"key": self.key, "results": self.results, "seconds": round(self.seconds, 2)}
-        write_atomically(self.folder / UNFINISHED, json_bytes(state))
+        write_record(self.folder / UNFINISHED, state)
 
 
 def run(
@@ -253,7 +253,7 @@ def _begin(step: Step, say: Say) -> Work:
     if not step.in_place:  # what a kill left of files that were being written, in a folder that is all ours
         for leftover in step.partial.rglob(".*.tmp"):
             leftover.unlink()
-    stored = read_json(marker, error=NotOursError)
+    stored = read_record(marker)
     return Work(step.partial, step.key, True, say, stored["results"], float(stored["seconds"]))
 
 
@@ -272,7 +272,7 @@ def _finish(step: Step, work: Work, report: dict[str, Any]) -> dict[str, Any]:
     }
     for name in files:
         sync(work.folder / name)
-    write_receipt(work.folder, receipt)
+    write_record(work.folder / RECEIPT, receipt)
     (work.folder / UNFINISHED).unlink()
     sync(work.folder)
     if not step.in_place:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vpmoe.errors import DataError
-from megatron_vpmoe.files import read_json_lines
+from megatron_vpmoe.files import json_bytes, read_json, read_json_lines, sha256_of_json
 
 
 def test_lines_are_split_at_the_line_feed_alone(tmp_path: Path) -> None:
@@ -28,6 +28,13 @@ def test_a_broken_line_is_named(tmp_path: Path, line: bytes) -> None:
     assert next(lines) == (1, 1)
     with pytest.raises(DataError, match=r"line 2 is not JSON(.|\n)*log:2"):
         next(lines)
+
+
+def test_a_name_that_is_not_utf8_goes_through_json_and_back(tmp_path: Path) -> None:
+    value = {"name": b"rows_\xff.jsonl".decode(errors="surrogateescape")}
+    (tmp_path / "record").write_bytes(json_bytes(value))
+    assert read_json(tmp_path / "record") == value
+    assert sha256_of_json(value) != sha256_of_json({"name": "rows_.jsonl"})
 
 
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:

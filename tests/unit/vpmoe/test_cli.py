@@ -105,6 +105,12 @@ def test_wrong_usage_is_exit_code_2(words: list[str], capsys) -> None:
     assert "Usage" in capsys.readouterr().err
 
 
+def test_a_path_that_is_not_utf8_is_one_message(tmp_path: Path, capsys) -> None:
+    name = str(tmp_path / b"\xff".decode(errors="surrogateescape"))
+    assert main(["data", "question-texts", "--input-dir", str(tmp_path), "--output-dir", name]) == 2
+    assert "not UTF-8" in capsys.readouterr().err
+
+
 def test_param_count_prints_the_geometry(repository: Path, capsys) -> None:
     config = repository / "configs" / "nano" / "stage1.yaml"
     assert main(["model", "param-count", str(config), "--num-layers", "4"]) == 0

@@ -73,7 +73,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     """Open a parquet file; raises :class:`DataError` if it is none."""
     try:
         return pq.ParquetFile(path, buffer_size=_BUFFER_BYTES)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowInvalid, UnicodeEncodeError) as error:  # the last: pyarrow opens no name but UTF-8
         raise DataError(
             f"not a readable parquet file: {error}", source=str(path), remedy="fetch or make the file again"
         ) from error
@@ -123,11 +123,16 @@ def _parquet_rows(path: Path, name: str, columns: Columns) -> Placed:
     wanted = columns.of(file.schema_arrow.names, str(path))
     size, total = path.stat().st_size, max(file.metadata.num_rows, 1)
     row = 0
-    for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted, use_threads=False):
-        values = [_values(batch.column(column)) for column in batch.schema.names]
-        for cells in zip(*values, strict=True):
-            row += 1
-            yield f"{name}:{row - 1}", dict(zip(batch.schema.names, cells, strict=True)), size * row // total
+    try:
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted, use_threads=False):
+            values = [_values(batch.column(column)) for column in batch.schema.names]
+            for cells in zip(*values, strict=True):
+                row += 1
+                yield f"{name}:{row - 1}", dict(zip(batch.schema.names, cells, strict=True)), size * row // total
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(
+            f"the file cannot be read: {error}", source=f"{path}, behind row {row}", remedy="fetch or make it again"
+        ) from error
 
 
 def _values(column: pa.Array) -> list[Any]:

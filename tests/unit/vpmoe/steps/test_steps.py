@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -19,6 +20,10 @@ from vpmoe.steps import RECEIPT, Step, Work
 
 class Killed(BaseException):
     """Ends a step as a kill would, at a place of our choice."""
+
+
+def killed() -> dict[str, Any]:
+    raise Killed
 
 
 def step_at(folder: Path, **changed: Any) -> Step:
@@ -114,6 +119,20 @@ def put_a_partial_folder(folder: Path) -> None:
     put_file(folder.with_name("out.partial"))
 
 
+def put_edited_unfinished_work(folder: Path) -> None:
+    """Of the very step that will be asked for: what it says is done decides what is left out."""
+    with contextlib.suppress(Killed):
+        steps.run(step_at(folder), lambda work: work.once("first", lambda: {"rows": 1}) and killed())
+    marker = folder.with_name("out.partial") / "unfinished.json"
+    marker.write_text(marker.read_text().replace('"rows": 1', '"rows": 2'))
+
+
+def put_unfinished_work_of_the_wrong_shape(folder: Path) -> None:
+    put_edited_unfinished_work(folder)
+    marker = folder.with_name("out.partial") / "unfinished.json"
+    marker.write_text(json.dumps({"key": json.loads(marker.read_text())["key"]}))
+
+
 def put_a_link(folder: Path) -> None:
     put_file(folder.with_name("elsewhere"))
     folder.symlink_to("elsewhere")
@@ -129,6 +148,8 @@ def put_a_link(folder: Path) -> None:
         put_work_with_an_edited_receipt,
         put_a_receipt_of_a_list,
         put_a_partial_folder,
+        put_edited_unfinished_work,
+        put_unfinished_work_of_the_wrong_shape,
         put_a_link,
     ],
 )
@@ -279,7 +300,6 @@ def test_killed_at_any_write_it_ends_the_same_and_old_or_new_is_always_there(
     monkeypatch.setattr(Path, "mkdir", dying(Path.mkdir))
     monkeypatch.setattr(Path, "rmdir", dying(Path.rmdir))
     monkeypatch.setattr(shutil, "rmtree", dying(shutil.rmtree))
-    monkeypatch.setattr("vpmoe.steps.work.write_atomically", dying(steps.work.write_atomically))
     monkeypatch.setattr("vpmoe.steps.receipt.write_atomically", dying(steps.receipt.write_atomically))
     ended = False
     for place in range(1, 60):

@@ -117,6 +117,16 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, name: str, content: byte
         list(resolve(str(tmp_path / name)).rows())
 
 
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet(path, [{"text": f"{number:064x}"} for number in range(5000)])
+    content = bytearray(path.read_bytes())
+    content[1000:20_000] = b"\xaa" * 19_000
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"cannot be read(.|\n)*a\.parquet, behind row"):
+        list(resolve(str(path)).rows())
+
+
 def test_missing_columns_are_named(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", [{"synth_id": "x", "query": "q"}])
     with pytest.raises(DataError, match="synthetic_reasoning, synthetic_answer"):
