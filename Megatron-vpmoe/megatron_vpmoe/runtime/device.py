@@ -1,8 +1,8 @@
-"""The device of this run, and the one place that patches Megatron-Core: its answers on a machine with no GPU.
+"""The device of this run, and the one place that patches Megatron-Core: its answers where something is missing.
 
-Megatron-Core 0.16.1 takes CUDA for granted. With a GPU present nothing here touches it. Without one, `prepare`
-answers each assumption in the table of docs/megatron.md ("On a machine with no GPU"), which a test holds to upstream's
-lines, by two means only:
+Megatron-Core 0.16.1 takes Transformer Engine and CUDA for granted. `prepare` answers each assumption in the tables of
+docs/megatron.md ("Without Transformer Engine", "On a machine with no GPU"), which a test holds to upstream's lines.
+The two kinds are given apart: each only where that is missing. Without a GPU, by two means only:
 
 * the name ``torch`` inside the modules of ``megatron.core`` is bound to a stand-in that maps ``device="cuda"`` to the
   CPU and answers ``torch.cuda.*``; torch itself, and everybody else's view of it, stays as it is;
@@ -171,12 +171,13 @@ def peak_flops(*, bf16: bool) -> float | None:
 def prepare() -> None:
     """Import megatron.core so that it runs on this machine; call before anything else imports it.
 
-    Does nothing where a GPU is present. Idempotent.
+    Where a GPU is present it answers for a missing Transformer Engine alone. Idempotent.
 
     Raises:
         DeviceError: megatron.core was imported before and has bound its compiled functions already.
     """
     if has_gpu():
+        _answer_without_transformer_engine()
         return
     if "megatron.core.jit" in sys.modules:
         raise DeviceError(
@@ -199,6 +200,7 @@ def prepare() -> None:
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = stand_in  # type: ignore[attr-defined]
     _answer_functions()
+    _answer_without_transformer_engine()
 
 
 def _compile_nothing(model: Any = None, **_options: Any) -> Any:
@@ -213,10 +215,15 @@ def _answer_functions() -> None:
     random._set_cuda_rng_state = lambda new_state, *_args, **_kwargs: torch.set_rng_state(new_state)
     random_log = logging.getLogger(random.__name__)
     random_log.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = _move_tensor_to_cpu
     torch.Tensor.type = _answer_type(torch.Tensor.type)  # type: ignore[method-assign]
+
+
+def _answer_without_transformer_engine() -> None:
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def _move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
