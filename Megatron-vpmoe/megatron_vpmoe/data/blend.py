@@ -8,9 +8,11 @@ and its cursor is ``consumed_samples``; what a dataset has given so far follows 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_vpmoe.data.batch import Document
 from megatron_vpmoe.data.cursor import SampleOrder, WindowStart
@@ -139,13 +141,11 @@ class Blend:
             cursors.append(Cursor(self.parts[number].name, samples, epoch, *start, self._identities[number]))
         return cursors
 
-    def resume(
-        self, consumed_samples: int, stored: Sequence[Mapping[str, Any]], *, source: str, allow_change: bool = False
-    ) -> list[str]:
+    def resume(self, consumed_samples: int, stored: object, *, source: str, allow_change: bool = False) -> list[str]:
         """Go to ``consumed_samples`` with the cursors that a checkpoint stored, instead of packing all before it.
 
         Args:
-            stored: cursors as dictionaries; empty for a checkpoint that has none.
+            stored: what ``as_stored`` gave; an empty list for a checkpoint that has none.
             source: the checkpoint, for messages.
             allow_change: go on although the datasets or the weights of what has been trained are others.
 
@@ -153,14 +153,14 @@ class Blend:
             lines for the log, such as which dataset's position has to be found by packing again.
 
         Raises:
-            CheckpointError: the cursors are not those of ``consumed_samples`` under these weights.
+            CheckpointError: ``stored`` holds no cursors, or not those of ``consumed_samples`` under these weights.
         """
-        notes = []
-        given = [cursor["samples"] for cursor in stored]
-        if stored and not self._mixture.may_have_given(consumed_samples, given):
+        notes, cursors = [], _read_cursors(stored, source=f"{source}: data")
+        given = [cursor.samples for cursor in cursors]
+        if cursors and not self._mixture.may_have_given(consumed_samples, given):
             shares = zip(self.parts, self._mixture.shares(consumed_samples), strict=True)
             due = ", ".join(f"{part.name} {float(share):g}" for part, share in shares)
-            found = ", ".join(f"{cursor['name']} {cursor['samples']}" for cursor in stored)
+            found = ", ".join(f"{cursor.name} {cursor.samples}" for cursor in cursors)
             what = f"{consumed_samples} samples under these weights are {due}; the checkpoint has {found}"
             if not allow_change:
                 raise CheckpointError(
@@ -169,17 +169,17 @@ class Blend:
                     remedy="keep the weights of what has been trained; blend_schedule changes them from a sample on",
                 )
             notes.append(what)
-            stored = []
-        if stored:
+            cursors = []
+        if cursors:
             self._mixture.go_to(consumed_samples, given)
         counts = self._mixture.counts(consumed_samples)
         for number, part in enumerate(self.parts):
-            cursor = stored[number] if stored else None
-            if cursor is None or cursor["order"] != self._identities[number]:
+            cursor = cursors[number] if cursors else None
+            if cursor is None or cursor.order != self._identities[number]:
                 if counts[number]:
                     notes.append(f"{part.name}: its order was not stored, packing the rows behind the cursor again")
                 continue
-            start = WindowStart(cursor["window"], cursor["window_first_sample"])
+            start = WindowStart(cursor.window, cursor.window_first_sample)
             try:
                 self._orders[number].go_to(start, counts[number])
             except ValueError as error:
@@ -194,6 +194,15 @@ class Blend:
 def as_stored(cursors: Sequence[Cursor]) -> list[dict[str, Any]]:
     """Cursors for a checkpoint, JSON-ready."""
     return [asdict(cursor) for cursor in cursors]
+
+
+def _read_cursors(stored: object, *, source: str) -> list[Cursor]:
+    try:
+        return TypeAdapter(list[Cursor]).validate_python(stored)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"these are no cursors: {str(stored)[:80]}", source=source, remedy="resume from another checkpoint"
+        ) from error
 
 
 def _identity(*order: str | int) -> str:

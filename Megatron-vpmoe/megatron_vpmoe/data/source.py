@@ -8,9 +8,9 @@ in every step, and a run may resume with another number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_vpmoe.data.batch import PADDING, Batch, assemble
 from megatron_vpmoe.data.blend import Blend, Cursor, Part
@@ -105,9 +105,7 @@ class BatchSource:
             return self._behind[1]
         return self._worker.submit(self._rows.blend.cursors, consumed_samples).result()
 
-    def resume(
-        self, consumed_samples: int, stored: Sequence[Mapping[str, Any]], *, source: str, allow_change: bool = False
-    ) -> list[str]:
+    def resume(self, consumed_samples: int, stored: object, *, source: str, allow_change: bool = False) -> list[str]:
         """Go on from a checkpoint's cursors; see ``Blend.resume``."""
         resume = self._rows.blend.resume
         return self._worker.submit(resume, consumed_samples, stored, source=source, allow_change=allow_change).result()

@@ -82,7 +82,12 @@ def restorable(cfg: RunConfig, *, check_hashes: bool = True) -> tuple[Found | No
 
 
 def continued(cfg: RunConfig) -> tuple[Found | None, list[str]]:
-    """As ``restorable``, for the run that owns the directory: what is damaged loses its checkpoint's name."""
+    """As ``restorable``, for the run that owns the directory: what is damaged loses its checkpoint's name.
+
+    A run that starts afresh moves out of its way what one before it has logged, whose checkpoints are gone.
+    """
     found, damaged, notes = restorable(cfg)
     notes += [f"set aside as {set_aside(line.path)}" for line in damaged]
+    logs = (cfg.run_directory / name for name in ("metrics.jsonl", "samples.jsonl")) if found is None else ()
+    notes += [f"kept of a run before: {set_aside(log, 'before')}" for log in logs if log.is_file()]
     return found, notes

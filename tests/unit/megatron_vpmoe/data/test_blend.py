@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,16 @@ def test_a_cursor_that_contradicts_its_dataset_is_refused(roots):
     with pytest.raises(CheckpointError, match="the cursor of facts contradicts its dataset"):
         source.resume(60, stored, source="checkpoint")
     source.close()
+
+
+@pytest.mark.parametrize("stored", [[1], {"facts": 3}, None, [{"name": "facts"}], [{"samples": [60]}]])
+def test_what_is_no_list_of_cursors_is_refused(roots, stored):
+    cfg = config(roots)
+    with (
+        closing(BatchSource(open_parts(cfg, "train"), cfg, 0, 1)) as source,
+        pytest.raises(CheckpointError, match="these are no cursors"),
+    ):
+        source.resume(60, stored, source="checkpoint")
 
 
 def test_an_order_of_other_settings_is_packed_again(roots):

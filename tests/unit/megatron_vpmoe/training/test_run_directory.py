@@ -51,6 +51,18 @@ def test_nothing_there_is_a_start(cfg) -> None:
     assert continued(cfg) == (None, [])
 
 
+def test_a_fresh_start_keeps_what_a_run_before_has_logged(cfg) -> None:
+    """Its checkpoints were moved to an archive, say."""
+    directory = cfg.run_directory
+    directory.mkdir(parents=True)
+    for attempt in ("first", "second"):
+        (directory / "metrics.jsonl").write_text(attempt)
+        found, notes = continued(cfg)
+        assert found is None and len(notes) == 1 and not (directory / "metrics.jsonl").exists()
+    kept = {path.name: path.read_text() for path in directory.iterdir()}
+    assert kept == {"metrics.jsonl.before": "first", "metrics.jsonl.before.2": "second"}
+
+
 def test_damaged_ones_lose_the_name_and_are_named(cfg) -> None:
     older, newer = written(cfg, 6), written(cfg, 9)
     spoil(newer)
