@@ -18,7 +18,7 @@ def read_toml(path: Path, *, error: type[VpmoeError]) -> dict[str, Any]:
     """A TOML file as a mapping; raises ``error`` where it is missing, no UTF-8 or no TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as cause:
+    except (OSError, ValueError, RecursionError) as cause:
         reason = cause.strerror if isinstance(cause, OSError) else cause
         raise error(
             f"the settings cannot be read: {reason}", source=str(path), remedy="name an existing file"

@@ -216,7 +216,9 @@ def test_what_decides_the_weights_is_in_the_key_and_nothing_else(ladder: Ladder,
         with pytest.raises(NotOursError, match=r"training\.optim\.lr_warmup_iters: 2 -> 3"):
             runner.run(runner.plan(write_ladder(root, dataset, lr_warmup_iters=3), "random"), quiet=True)
         other = Path(shutil.copytree(dataset, tmp_path / "set"))
-        rewrite_manifest(other, lambda manifest: manifest.update(made="still later"))
+        rewrite_manifest(other, lambda manifest: manifest.update(git={"sha": "another commit"}))
+        assert due(data_path=str(other)) is None
+        rewrite_manifest(other, lambda manifest: manifest.update(prompts={"system": "another"}))
         assert "dataset_manifests_sha256" in str(due(data_path=str(other)))
     finally:
         write_ladder(root, dataset)

@@ -51,7 +51,7 @@ def parse_scalar(text: str) -> Any:
     """The value of ``text`` under the same rules as in a file; text that is not valid YAML stays a string."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return text
 
 
@@ -66,7 +66,7 @@ def _read_root(path: Path, asked_by: str) -> yaml.MappingNode:
         raise ConfigError(f"{path} is not UTF-8 text: {error.reason}", source=f"byte {error.start}") from error
     try:
         root = yaml.compose(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         what = getattr(error, "problem", None) or str(error)

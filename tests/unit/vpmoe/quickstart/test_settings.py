@@ -22,7 +22,7 @@ def test_every_problem_at_once(tmp_path: Path, repository: Path) -> None:
         assert key in caught.value.what
 
 
-@pytest.mark.parametrize("content", [None, "rows = ["])
+@pytest.mark.parametrize("content", [None, "rows = [", "rows = " + "[" * 9999], ids=["missing", "broken", "deep"])
 def test_missing_or_no_toml(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "settings.toml"
     if content is not None:
