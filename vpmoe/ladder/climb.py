@@ -21,7 +21,7 @@ from vpmoe.ladder.evaluation import HeldOut, evaluate
 from vpmoe.ladder.report import write_report
 from vpmoe.upcycle import runner
 from vpmoe.upcycle.inputs import identity_of
-from vpmoe.upcycle.ladder_file import Evaluation, Ladder, ObjectSpec, read_ladder
+from vpmoe.upcycle.ladder_file import Evaluation, Ladder, ObjectSpec, geometry, read_ladder
 
 Say = Callable[[str], None]
 KIND = "evaluation"
@@ -107,12 +107,15 @@ def climb(request: Request, say: Say) -> dict[str, Any]:
         VpmoeError: whatever stops a command, a job or an evaluation; what was done is kept.
     """
     ladder = read_ladder(request.file)
+    plan = _Climb.of(request, ladder)
+    for spec in plan.chosen:  # what is wrong with the last is said now, not after hours
+        runner.job_and_settings(ladder, spec)
+        geometry(spec)
     for line in ladder.prepare:
         command = Command(("vpmoe", *shlex.split(line)))
         say(f"$ {command}")
         run_command(command, Path.cwd(), to_stderr=True)
-    plan = _Climb.of(request, ladder)
-    assert plan.held_out  # what is wrong with it is said now, not after hours
+    assert plan.held_out  # likewise
     report: dict[str, Any] = {}
     for number, spec in enumerate(plan.chosen, 1):
         say(f"[{number}/{len(plan.chosen)}] rung {spec.rung}: {spec.id}")

@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.vpmoe.ladder.tiny_ladder import write_ladder
 from vpmoe.cli import main
-from vpmoe.errors import NotOursError
+from vpmoe.errors import NotOursError, UpcycleError
 from vpmoe.ladder import climb as module
 from vpmoe.ladder.climb import Request, climb, listing
 
@@ -80,6 +80,9 @@ def test_what_is_refused(ladder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "evaluation.documents" in said and "evaluation.colour" in said
     assert main(["ladder", str(ladder), "--from", "5", "--dry-run"]) == 2
     assert "no object of rungs 5 to 1" in capsys.readouterr().err
+    wrong.write_text('prepare = ["data stats"]\n' + ladder.read_text().replace("greedy_steps", "greedy_stps"))
+    with pytest.raises(UpcycleError, match="greedy_stps"):  # before anything is prepared or made
+        climb(Request(wrong), [].append)
 
 
 def test_what_a_ladder_prepares_comes_first(ladder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
