@@ -19,7 +19,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run(arguments: list[str]) -> None:
-    """Load the configuration, join the job, train, leave the job."""
+    """Load the configuration, join the other processes, train, leave them."""
     from megatron_vpmoe.training.loop import train
 
     if "RANK" in os.environ:

@@ -35,8 +35,7 @@ def dataset(folder: Path, kept: str) -> Path:
     counts = np.bincount(load_o200k_harmony().encode_ordinary(kept), minlength=VOCAB_SIZE)
     CompactVocabulary.from_counts(load_o200k_harmony(), counts).save(folder / "map.npy")
     base = BuildOptions(seq_len=48, valid_fraction=0.2, compact_map=folder / "map.npy", padded_vocab_size=ROWS)
-    job = HealingText(base=base)
-    build_sequential(resolve(str(folder / "rows.jsonl")), folder / "built", job, Pass(), quiet=True)
+    build_sequential(resolve(str(folder / "rows.jsonl")), folder / "built", HealingText(base=base), Pass(), quiet=True)
     return folder / "built"
 
 

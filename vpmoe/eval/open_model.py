@@ -82,7 +82,7 @@ class Opened:
 
 @contextlib.contextmanager
 def open_model(path: Path, *, bf16: bool | None = None) -> Iterator[Opened]:
-    """Load the model at ``path`` into a job of one process; process groups that it starts end with the context.
+    """Load the model at ``path`` into this process alone; process groups that it starts end with the context.
 
     Args:
         path: a run or checkpoints directory (its newest complete checkpoint), one checkpoint, an object of a ladder

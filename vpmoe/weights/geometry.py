@@ -77,7 +77,7 @@ def config_of(geometry: Mapping[str, Any], *, source: str, bf16: bool = False) -
 
 @contextlib.contextmanager
 def process_groups(seed: int = 1234) -> Iterator[None]:
-    """Process groups of a job of one, unless the caller has some already."""
+    """Process groups of this process alone, unless the caller has some already."""
     prepare()
     from megatron.core import parallel_state
 
@@ -119,7 +119,7 @@ class _Layout:
         )
 
 
-# A job asks for the same few layouts again and again; process groups and a model each time are most of a small one.
+# A conversion asks for the same few layouts again and again; groups and a model each time are most of a small one.
 _LAYOUTS: dict[str, _Layout] = {}
 
 

@@ -28,7 +28,7 @@ def initialize(
     expert_model_parallel_size: int = 1,
     timeout_minutes: int = 10,
 ) -> None:
-    """Join the job described by torchrun's environment (a job of one where there is none) and seed this rank.
+    """Join the processes that torchrun's environment describes (alone where there is none) and seed this rank.
 
     The same seed on every rank: data-parallel replicas start equal, and expert shards are slices of one drawn stack.
     """
@@ -63,7 +63,7 @@ def initialize(
 
 
 def shutdown() -> None:
-    """Leave the job; safe to call twice."""
+    """Leave the process groups; safe to call twice."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -73,7 +73,7 @@ def shutdown() -> None:
 
 @contextlib.contextmanager
 def single_process(seed: int) -> Iterator[None]:
-    """A job of one, for tools that need the model but no peers."""
+    """Process groups of one process, for tools that need the model but no peers."""
     initialize(seed=seed)
     try:
         yield
@@ -87,7 +87,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Processes in the job; 1 before any group exists."""
+    """Processes of the run; 1 before any group exists."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
