@@ -1,6 +1,6 @@
 """One worker of a run: ``python -m megatron_vpmoe.pretrain CONFIG [--any-field value]``, started by torchrun.
 
-``scripts/train.sh`` checks the run first and starts the workers; this entry point is the same under plain torchrun.
+``vpmoe train`` checks the run first and starts the workers; this entry point is the same under plain torchrun.
 """
 
 from __future__ import annotations

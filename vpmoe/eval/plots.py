@@ -35,7 +35,7 @@ def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
     from megatron_vpmoe.metrics.jsonl import read_records
 
     if not path.is_file():
-        raise DataError("the run has no metrics", source=str(path), remedy="train it: scripts/train.sh CONFIG")
+        raise DataError("the run has no metrics", source=str(path), remedy="train it: vpmoe train CONFIG")
     curves: dict[str, list[tuple[int, float]]] = {}
     for record in read_records(path):
         curves.setdefault(record.tag, []).append((record.step, record.value))

@@ -1,6 +1,6 @@
 """Jobs that train: ``pretrain`` from random weights, ``heal`` from those of the rung below.
 
-The training is the ordinary one (what ``scripts/train.sh`` starts, with its checks, processes and checkpoints) into the
+The training is the ordinary one (what ``vpmoe train`` starts, with its checks, processes and checkpoints) into the
 job's scratch: an interrupted job goes on from the run's newest checkpoint. The product is the weights of its last one.
 The object's ``training/`` keeps the run's metrics, configuration and assignment table.
 """

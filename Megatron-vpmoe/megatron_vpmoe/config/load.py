@@ -69,7 +69,7 @@ def check_world(cfg: RunConfig, world_size: int) -> None:
 def _report(problems: list[str], source: str) -> ConfigError:
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     what = "\n".join([f"{count} in the configuration:", *(f"  - {problem}" for problem in problems)])
-    remedy = "correct the values named above; `scripts/train.sh --help` explains every field"
+    remedy = "correct the values named above; `vpmoe train --help` explains every field"
     return ConfigError(what, source=source, remedy=remedy)
 
 

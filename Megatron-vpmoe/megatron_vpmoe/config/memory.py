@@ -240,7 +240,7 @@ def check_fit(cfg: RunConfig, report: FitReport, nano_config: str | None) -> Non
     count = parameter_count(cfg)
     remedy = "lower micro_batch_size, seq_length or nproc_per_node, or set recompute_granularity to full"
     if nano_config:
-        remedy = f"the same design at a size that fits: scripts/train.sh {nano_config}"
+        remedy = f"the same design at a size that fits: vpmoe train {nano_config}"
     raise DeviceError(
         f"this machine cannot hold {cfg.training.run_name}: {count.total:,} parameters "
         f"({count.active:,} active); {report}",
