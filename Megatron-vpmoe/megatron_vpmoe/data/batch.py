@@ -5,7 +5,7 @@ Shapes: b rows of a micro-batch, s positions of a row (``seq_length``), L tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
@@ -72,9 +72,15 @@ class Batch:
     sample_ids: list[int]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        held = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **held)
+        """The same batch on another device; the copies of a pinned one are only queued there."""
+        return self._each(lambda value: value.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory, which a GPU copies from while this process goes on."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(self, **{name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)})
 
     @property
     def real_tokens(self) -> int:

@@ -16,6 +16,7 @@ from megatron_vpmoe.data.batch import PADDING, Batch, assemble
 from megatron_vpmoe.data.blend import Blend, Cursor, Part
 from megatron_vpmoe.data.mixture import Weights
 from megatron_vpmoe.errors import ConfigError
+from megatron_vpmoe.runtime.device import has_gpu
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -47,11 +48,12 @@ class _Rows:
         return self.micro_batch_size * self.dp_size
 
     def micro_batch(self, begin: int, end: int) -> Batch:
-        """This rank's micro-batch of the ``samples_at_once`` samples from ``begin`` on; padding from ``end`` on."""
+        """This rank's micro-batch of ``samples_at_once`` samples from ``begin`` on; padding from ``end`` on."""
         first = begin + self.dp_rank * self.micro_batch_size
         samples = [sample if sample < end else PADDING for sample in range(first, first + self.micro_batch_size)]
         rows = [[] if sample == PADDING else self.blend.documents(sample) for sample in samples]
-        return assemble(rows, seq_length=self.seq_length, eod_id=self.blend.eod_id, sample_ids=samples)
+        batch = assemble(rows, seq_length=self.seq_length, eod_id=self.blend.eod_id, sample_ids=samples)
+        return batch.pinned() if has_gpu() else batch
 
 
 class BatchSource:

@@ -11,22 +11,25 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 T = TypeVar("T")
 
 _again = False
+_kept: dict[object, Tensor] | None = None  # what was chosen in the recomputed part that is running
 
 
 @contextlib.contextmanager
-def recomputation() -> Iterator[None]:
-    """Mark a forward pass that only recomputes activations: its tokens have been counted already."""
-    global _again
-    before, _again = _again, True
+def _running(kept: dict[object, Tensor], *, again: bool) -> Iterator[None]:
+    """A recomputed part's pass, the first or one that only recomputes: its tokens have been counted already."""
+    global _again, _kept
+    before = _again, _kept
+    _again, _kept = again or _again, kept
     try:
         yield
     finally:
-        _again = before
+        _again, _kept = before
 
 
 def is_recomputing() -> bool:
@@ -34,13 +37,33 @@ def is_recomputing() -> bool:
     return _again
 
 
+def chosen_once(by: object, choose: Callable[[], Tensor]) -> Tensor:
+    """What ``choose`` returns; while a part is recomputed, what it returned to ``by`` in the first pass.
+
+    A choice that hangs on the last bit of a sum, such as a top-k, could fall out differently the second time (a GPU's
+    atomic additions have no order), and gradients would then belong to another forward pass than the loss.
+    """
+    if _kept is None:
+        return choose()
+    if not (_again and by in _kept):
+        _kept[by] = choose()
+    return _kept[by]
+
+
 def recomputed(part: Callable[..., T], *arguments: Any, **keywords: Any) -> T:
-    """``part(*arguments, **keywords)``; of its tensors only the arguments stay until the backward pass."""
-    return cast(T, checkpoint(part, *arguments, use_reentrant=False, context_fn=_contexts, **keywords))
+    """``part(*arguments, **keywords)``; of its tensors only the arguments stay until the backward pass.
+
+    Nothing in the model draws random numbers, so no generator's state is kept: reading it waits for the device.
+    """
+    return cast(
+        T,
+        checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts, **keywords),
+    )
 
 
 def _contexts() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
-    return contextlib.nullcontext(), recomputation()
+    kept: dict[object, Tensor] = {}
+    return _running(kept, again=False), _running(kept, again=True)
 
 
 @dataclass(frozen=True)

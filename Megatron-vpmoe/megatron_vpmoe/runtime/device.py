@@ -135,6 +135,12 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
+def finish() -> None:
+    """Wait until the device has done all that it was given; a CPU is never behind."""
+    if has_gpu():
+        torch.cuda.synchronize()
+
+
 def distributed_backend() -> str:
     """``nccl`` on GPUs, ``gloo`` on CPU."""
     return "nccl" if has_gpu() else "gloo"

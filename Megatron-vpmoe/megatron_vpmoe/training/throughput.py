@@ -6,28 +6,32 @@ import time
 from typing import TYPE_CHECKING
 
 from megatron_vpmoe.config import training_flops_per_token
-from megatron_vpmoe.runtime import distributed
-from megatron_vpmoe.runtime.device import peak_flops
+from megatron_vpmoe.runtime import device, distributed
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
 
 class Throughput:
-    """A stopwatch over training steps alone; whatever happens between two steps pauses it by ``restart``."""
+    """A stopwatch over training steps alone; whatever happens between two steps pauses it by ``restart``.
+
+    A GPU works on after the calls that gave it work have returned: the clock is read when it has finished.
+    """
 
     def __init__(self, cfg: RunConfig) -> None:
         self._flops_per_token = training_flops_per_token(cfg)
-        peak = peak_flops(bf16=cfg.training.bf16)
+        peak = device.peak_flops(bf16=cfg.training.bf16)
         self._peak = None if peak is None else peak * distributed.world_size()
         self._tokens, self._seconds, self._since = 0.0, 0.0, time.perf_counter()
 
     def restart(self) -> None:
         """What happened since the last step was not training."""
+        device.finish()
         self._since = time.perf_counter()
 
     def step(self, real_tokens: float) -> None:
         """A step over ``real_tokens`` (of all ranks, padding left out) is done."""
+        device.finish()
         now = time.perf_counter()
         self._tokens += real_tokens
         self._seconds += now - self._since

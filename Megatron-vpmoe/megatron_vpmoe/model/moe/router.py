@@ -5,6 +5,9 @@ Shapes: S sequence, B batch, E experts, N = S*B tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
@@ -18,7 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_vpmoe.model.precision import without_narrowing
-from megatron_vpmoe.model.recompute import is_recomputing
+from megatron_vpmoe.model.recompute import chosen_once, is_recomputing
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.runtime.ranges import annotated
 
@@ -59,6 +62,30 @@ def sequence_balance_loss(
         torch.distributed.all_reduce(real_B, group=sequence_group)
     real_B = real_B.clamp(min=1)
     return ((scores_BE * tokens_BE).sum(-1) * (experts * coefficient / topk) / real_B).sum()
+
+
+class _Replay:
+    """Upstream's hook around the top-k: a recomputed pass sends every token where the first pass sent it.
+
+    Upstream's fused kernel (``moe_router_fusion``) chooses by itself and does not ask.
+    """
+
+    def __init__(self, router: VPMoERouter) -> None:
+        self._router = router
+
+    def get_replay_topk(
+        self,
+        scores_NE: Tensor,
+        topk: int,
+        num_groups: int | None,
+        group_topk: int | None,
+        choose: Callable[[Tensor, int, int | None, int | None], tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and int64 experts [N, topk]."""
+        chosen = chosen_once(
+            self._router, lambda: choose(scores_NE.detach(), topk, num_groups, group_topk)[1].to(torch.int16)
+        ).long()
+        return scores_NE.gather(1, chosen), chosen
 
 
 class VPMoERouter(TopKRouter):
@@ -108,6 +135,7 @@ class VPMoERouter(TopKRouter):
             score_function=self.score_function,
             expert_bias=self.expert_bias,
             fused=config.moe_router_fusion,
+            router_replay=cast(Any, _Replay(self)),
         )
         if not (self.training and torch.is_grad_enabled()):
             return probs, routing_map

@@ -171,3 +171,33 @@ def test_validation_repeats_itself_and_stops_after_eval_iters(dataset_root):
     short = ValidSource(Part("kd", dataset), config(2, 1, eval_iters=2), 0, 1)
     assert [batch.sample_ids for batch in short] == [[0], [1], [2], [3]]
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, short, strict=False))
+
+
+def test_batches_for_a_gpu_are_pinned_and_copied_without_waiting(dataset_root, monkeypatch):
+    pinned: set[int] = set()
+    copies: list[tuple[bool, dict[str, object]]] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.clone()
+        pinned.add(copy.data_ptr())
+        return copy
+
+    def to(tensor: torch.Tensor, _device: object, **how: object) -> torch.Tensor:
+        copies.append((tensor.data_ptr() in pinned, how))
+        return tensor
+
+    plain = global_step(dataset_root, 0, 4, 2, 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    source, valid = (
+        cls(parts(dataset_root)[0] if cls is ValidSource else parts(dataset_root), config(4, 2), 0, 1)
+        for cls in (BatchSource, ValidSource)
+    )
+    batches = source.next_step(0)
+    source.close()
+    assert rows_by_sample(batches) == plain
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    for batch in [*batches, *valid]:
+        batch.to("cuda")
+    assert len(copies) >= 18
+    assert all(was_pinned and how == {"non_blocking": True} for was_pinned, how in copies)

@@ -7,6 +7,7 @@ import torch
 
 from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.generation.sampler import SamplingOptions, choose, generate
+from megatron_vpmoe.model.attention import backends, self_attention
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.model.gpt import VPModel
@@ -86,3 +87,20 @@ def test_unusable_options(wrong: dict[str, float]) -> None:
 def test_an_empty_prompt_is_refused(model: VPModel) -> None:
     with pytest.raises(DataError, match="empty prompt"):
         generate(model, [[1], []], SamplingOptions(4, ()))
+
+
+def test_nothing_is_compiled_for_prompts(model: VPModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU whole sequences go by FlexAttention, which compiles for shapes; those of prompts are always new."""
+    expected = generate(model, PROMPTS, SamplingOptions(6, (STOP,)))
+    ran: list[int] = []
+
+    def compiled(query: torch.Tensor, *_arguments: object) -> torch.Tensor:
+        ran.append(query.shape[2])
+        return torch.zeros_like(query)
+
+    monkeypatch.setattr(self_attention, "select_backend", lambda *_, **__: "flex")
+    monkeypatch.setattr(backends, "flex_attention", compiled)
+    assert generate(model, PROMPTS, SamplingOptions(6, (STOP,))) == expected
+    assert not ran
+    by_full_passes(model, [1, 2, 3], 1)
+    assert ran, "training and evaluation keep the fast kernel"

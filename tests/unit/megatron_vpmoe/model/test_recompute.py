@@ -11,7 +11,7 @@ from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.model.moe.router import VPMoERouter
-from megatron_vpmoe.model.recompute import Recomputation
+from megatron_vpmoe.model.recompute import Recomputation, is_recomputing, recomputed
 from tests.tiny import random_batch, tiny_config
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -168,6 +168,42 @@ def test_bf16_gradients_do_not_change_either() -> None:
     for name, gradient in expected.gradients.items():
         other = actual.gradients[name]
         assert gradient is not None and other is not None and torch.equal(other, gradient), name
+
+
+@pytest.mark.parametrize("recompute", [full("uniform", 2), selective("moe")])
+def test_a_recomputed_token_goes_where_it_went(recompute: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums on a GPU may differ from pass to pass; here the second pass scores the experts quite differently."""
+    maps: dict[str, list[torch.Tensor]] = {}
+    gating, routing = VPMoERouter.gating, VPMoERouter.routing
+
+    def differing(router: VPMoERouter, hidden: torch.Tensor) -> torch.Tensor:
+        logits = gating(router, hidden)
+        return logits.flip(-1) if is_recomputing() else logits
+
+    def watched(router: VPMoERouter, *arguments: torch.Tensor, **keywords: torch.Tensor):
+        result = routing(router, *arguments, **keywords)
+        maps.setdefault(str(router.layer_number), []).append(result[1].clone())
+        return result
+
+    monkeypatch.setattr(VPMoERouter, "gating", differing)
+    monkeypatch.setattr(VPMoERouter, "routing", watched)
+    counted = step(**MOE, **recompute).bookkeeping
+    assert len(maps) == 3
+    for first, again in maps.values():
+        assert torch.equal(first, again)
+    real = 2 * int((random_batch(2, SEQ, VOCAB, seed=1).document_id >= 0).sum())
+    loads = [load for name, load in counted.items() if name.endswith("tokens_per_expert")]
+    assert [int(load.sum()) for load in loads] == [real] * 6, "a load counted twice would move the expert bias twice"
+
+
+def test_no_state_of_a_generator_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_arguments: object) -> torch.Tensor:
+        raise AssertionError("reading a generator's state waits for the device, and nothing draws")
+
+    monkeypatch.setattr(torch, "get_rng_state", read)
+    x = torch.ones(3, requires_grad=True)
+    recomputed(lambda x: x.sin().exp(), x).sum().backward()
+    assert x.grad is not None
 
 
 def test_runs_cover_every_layer_once() -> None:
