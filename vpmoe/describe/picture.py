@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_vpmoe.config import LayerGeometry, RunConfig, layer_geometries, parameter_count
 from vpmoe.describe.layers import POSITION_NAMES, amount, attention_words, feed_forward_words, kind_words
 from vpmoe.errors import DataError
+from vpmoe.steps import MARK, check_replaceable
 
 _COLOURS = {False: ("#8fbbdc", "#1f5a8c"), True: ("#c9c2b4", "#dd8a4f")}
 """Of attention (local, global) and of feed-forward layers (dense, experts)."""
@@ -32,7 +33,9 @@ def write_picture(cfg: RunConfig, path: Path) -> None:
 
     Raises:
         DataError: the file cannot be written, or has no such format.
+        NotOursError: something else lies there.
     """
+    check_replaceable(path)
     import matplotlib
 
     matplotlib.use("Agg")
@@ -58,7 +61,7 @@ def write_picture(cfg: RunConfig, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Without the date the same configuration gives the same bytes.
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.savefig(path, metadata={"Date": None, "Creator": MARK} if path.suffix == ".svg" else {"Software": MARK})
     except (OSError, ValueError) as error:
         raise DataError(f"cannot write {path}: {error}", source="--picture", remedy="name another file") from error
     finally:

@@ -20,7 +20,7 @@ from vpmoe.eval.display import spell
 from vpmoe.eval.open_model import Opened, open_model, require_folder
 from vpmoe.eval.plots import plot_run, read_curves
 from vpmoe.eval.questions import Question, read_questions
-from vpmoe.eval.reports import write_report
+from vpmoe.eval.reports import check_reportable, write_report
 from vpmoe.eval.scoring import Scored, score, summarize
 from vpmoe.tokenizer import Tokenizer, load_tokenizer
 
@@ -75,6 +75,8 @@ def evaluate_and_plot(path: Path, options: NanoOptions, output: Path | None, *, 
     Raises:
         CheckpointError, DataError, TokenizerError: something named does not exist or does not fit the rest.
     """
+    if output is not None:  # known before the model answers for an hour
+        check_reportable(output, KIND)
     report, run_directory = evaluate_model(path, options, progress=progress)
     name = report["checkpoint"]["run"]
     if output is None:
@@ -86,6 +88,7 @@ def evaluate_and_plot(path: Path, options: NanoOptions, output: Path | None, *, 
     picture = output.with_suffix(".png")
     iteration = report["checkpoint"]["iteration"]
     title = name if iteration is None else f"{name}, step {iteration}"
+    check_reportable(output, KIND)
     plot_run(curves, report["generations"], picture, title=title)
     # The report comes last: where there is one, there is its picture.
     write_report(output, report)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.files import move_into_place
 from vpmoe.errors import DataError
+from vpmoe.steps import MARK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +73,7 @@ def save_figure(figure: Figure, output: Path) -> None:
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         # Without the date and the version, the same figure gives the same bytes.
-        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": MARK})
         move_into_place(temporary, output)
     finally:
         pyplot.close(figure)

@@ -7,11 +7,23 @@ from typing import Any
 
 from megatron_vpmoe.files import json_bytes, read_json, write_atomically
 from vpmoe.errors import DataError
+from vpmoe.steps import check_replaceable
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write ``report`` to ``path``, atomically; its folder is made if absent."""
+    """Write ``report`` to ``path``, atomically; its folder is made if absent; see :func:`check_reportable`."""
     write_atomically(path, json_bytes(report))
+
+
+def check_reportable(path: Path, kind: str) -> None:
+    """Refuse a path where something else than a report of ``kind`` lies, or a picture of others beside it.
+
+    Raises:
+        NotOursError: names the file.
+    """
+    check_replaceable(path, f'"kind": "{kind}"')
+    if not path.exists():  # a report's picture is ours as it is
+        check_replaceable(path.with_suffix(".png"))
 
 
 def read_report(path: Path, kind: str) -> dict[str, Any]:

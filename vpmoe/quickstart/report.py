@@ -14,7 +14,7 @@ from megatron_vpmoe.software import git_state
 from vpmoe.data_curation.manifest import read_manifest
 from vpmoe.eval.nano import KIND as EVALUATION_KIND
 from vpmoe.eval.plots import read_curves
-from vpmoe.eval.reports import read_report, write_report
+from vpmoe.eval.reports import check_reportable, read_report, write_report
 from vpmoe.quickstart.environment import describe
 from vpmoe.quickstart.plan import Plan
 from vpmoe.quickstart.settings import Targets
@@ -59,6 +59,7 @@ def write_quickstart_report(plan: Plan, seconds: Mapping[str, float]) -> dict[st
         "targets": held_against(plan.settings.targets, evaluation["generations"]),
         "evaluation": evaluation,
     }
+    check_reportable(plan.report_folder / "report.json", KIND)
     plan.report_folder.mkdir(parents=True, exist_ok=True)
     partial = plan.report_folder / ".report.png.tmp"
     shutil.copyfile(evaluated.with_suffix(".png"), partial)

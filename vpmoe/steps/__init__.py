@@ -7,7 +7,20 @@ proof that the folder is ours: nothing without one is ever removed, and finished
 """
 
 from vpmoe.steps.receipt import RECEIPT, content_sha256, read_receipt
+from vpmoe.steps.single import MARK, check_replaceable
 from vpmoe.steps.step import State, Step
 from vpmoe.steps.work import Say, Work, discard, run
 
-__all__ = ["RECEIPT", "Say", "State", "Step", "Work", "content_sha256", "discard", "read_receipt", "run"]
+__all__ = [
+    "MARK",
+    "RECEIPT",
+    "Say",
+    "State",
+    "Step",
+    "Work",
+    "check_replaceable",
+    "content_sha256",
+    "discard",
+    "read_receipt",
+    "run",
+]

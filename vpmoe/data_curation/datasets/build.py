@@ -85,7 +85,11 @@ def build_dataset(recipe: Recipe, output: Path, *, overwrite: bool = False, quie
     )
     # What is found, removed or gone on with is said even where no progress is wanted.
     run(step, partial(_make, recipe, quiet), overwrite=overwrite, say=partial(print, file=sys.stderr, flush=True))
-    return read_manifest(output)
+    manifest = read_manifest(output)
+    # A dataset that was finished without a limit passes no stricter one.
+    rows, rejects = manifest["documents"]["rows_read"], manifest["rejects"]["reasons"]
+    recipe.base.reject_limit.check(rejects, rows, source=str(output / REJECTS_NAME), final=True)
+    return manifest
 
 
 def _make(recipe: Recipe, quiet: bool, work: Work) -> dict[str, Any]:

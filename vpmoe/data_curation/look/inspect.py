@@ -21,6 +21,7 @@ from vpmoe.data_curation.look.text import RUN_KINDS, documents
 from vpmoe.data_curation.manifest import read_manifest
 from vpmoe.errors import DataError
 from vpmoe.harmony.spans import SPAN_NAMES
+from vpmoe.steps import check_replaceable
 from vpmoe.tokenizer.from_dataset import load_tokenizer
 
 SPAN_STYLES = ("dim", "cyan", "green")
@@ -33,6 +34,7 @@ _PAGE_WIDTH = 120
 # No script, and nothing loaded. Each run keeps its own direction of writing.
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>dataset</title>
+<meta name="generator" content="made by vpmoe">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <style>{stylesheet}
 body {{ color: {foreground}; background: {background}; margin: 2rem; }} span {{ unicode-bidi: isolate; }}
@@ -66,7 +68,12 @@ def inspect(dataset_dir: Path, console: Console, *, split: str = "train", count:
 
 
 def write_page(dataset_dir: Path, page: Path, *, split: str = "train", count: int = 3, start: int = 0) -> None:
-    """Write what :func:`inspect` prints as one page that needs nothing else; raises as it does."""
+    """Write what :func:`inspect` prints as one page that needs nothing else; raises as it does.
+
+    Raises:
+        NotOursError: something else lies at ``page``.
+    """
+    check_replaceable(page)
     console = Console(record=True, width=_PAGE_WIDTH, file=io.StringIO())
     inspect(dataset_dir, console, split=split, count=count, start=start)
     write_atomically(page, console.export_html(theme=SVG_EXPORT_THEME, code_format=_PAGE).encode())

@@ -136,6 +136,9 @@ def test_the_picture_is_written(name: str, repository: Path, tmp_path: Path, cap
         assert str(path) in capsys.readouterr().out
         drawn.append(path.read_bytes())
     assert drawn[0] == drawn[1] and (b"<svg" in drawn[0] or drawn[0].startswith(b"\x89PNG"))
+    path.write_text("a picture of a user's own")
+    assert main(["model", "describe", config, "--picture", str(path)]) == 2
+    assert "own" in path.read_text() and name in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", ["/proc/nowhere/stack.svg", "stack.txt"])

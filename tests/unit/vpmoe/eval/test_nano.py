@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_vpmoe.data.manifest import read_manifest
-from megatron_vpmoe.errors import CheckpointError, TokenizerError
+from megatron_vpmoe.errors import CheckpointError, NotOursError, TokenizerError
 from tests.tiny import tiny_config
 from tests.unit.vpmoe.eval.conftest import GOOD, ids_of
 from vpmoe.cli import main
@@ -49,6 +49,14 @@ def test_report_of_an_untrained_model(data: Path, run_directory: Path, tmp_path:
     assert report["generations"]["n"] == 12 and report["generations"]["exact"] == 0
     assert len(report["samples"]) == 4 and len({sample["family"] for sample in report["samples"]}) == 4
     assert "exact" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.png"])
+def test_a_file_of_the_users_is_not_replaced(name: str, data: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("years of work")
+    with pytest.raises(NotOursError, match=name):
+        evaluate_and_plot(tmp_path / "never opened", options(data), tmp_path / "report.json", progress=silent)
+    assert (tmp_path / name).read_text() == "years of work"
 
 
 def test_answers_are_scored_at_their_own_question(data: Path, run_directory: Path, monkeypatch) -> None:

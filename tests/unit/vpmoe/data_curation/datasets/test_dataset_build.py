@@ -191,6 +191,7 @@ def test_invalid_rows_are_listed_and_strictness_decides(tmp_path: Path, monkeypa
     assert not (tmp_path / "out").exists()
     listed = (tmp_path / "out.partial" / "rejects.jsonl").read_text()
     assert main([*arguments, "--no-strict"]) == 0, "the same build may go on with other strictness"
+    assert main(arguments) == 2, "what was finished without a limit passes no stricter one"
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert (tmp_path / "out" / "rejects.jsonl").read_text() == listed
     assert all("\\x00" in reject["excerpt"] for reject in rejects)

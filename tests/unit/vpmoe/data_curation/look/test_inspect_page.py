@@ -17,7 +17,7 @@ from vpmoe.data_curation.datasets.plan import BuildOptions
 from vpmoe.data_curation.look.inspect import inspect, write_page
 from vpmoe.data_curation.look.text import RUN_KINDS, documents, visible
 from vpmoe.data_curation.manifest import read_manifest
-from vpmoe.errors import DataError
+from vpmoe.errors import DataError, NotOursError
 from vpmoe.harmony.prompts import Prompts
 from vpmoe.tokenizer import load_tokenizer
 
@@ -85,6 +85,16 @@ def test_the_page_holds_figures_histograms_and_documents(dataset_dir: Path, tmp_
     counts = [int(line.split()[-1].replace(",", "")) for line in bars.splitlines()[1:] if line.strip()]
     assert sum(counts) == manifest["splits"]["train"]["rows"]
     assert not re.search(r"https?://|url\(|@import", text), "nothing is loaded"
+
+
+def test_only_a_page_of_ours_is_replaced(dataset_dir: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    write_page(dataset_dir, page)
+    write_page(dataset_dir, page)
+    page.write_text("<h1>years of work</h1>")
+    with pytest.raises(NotOursError, match=r"page\.html"):
+        write_page(dataset_dir, page)
+    assert "years" in page.read_text()
 
 
 def test_hostile_text_is_only_text_on_the_page(hostile_dir: Path, tmp_path: Path) -> None:
