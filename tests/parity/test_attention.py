@@ -121,7 +121,8 @@ def test_value_residual_equals_the_definition() -> None:
 
 
 def test_rotation_equals_hf() -> None:
-    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    from transformers.models.llama import modeling_llama as llama
+
     x, frequency = draw(7, 2, 3, 16), torch.exp(-torch.arange(8, dtype=torch.float64))
     angle = rotation_angles(torch.arange(14).view(2, 7), frequency)
     cos, sin = (torch.cat([f(angle), f(angle)], dim=-1)[:, :, 0].transpose(0, 1) for f in (torch.cos, torch.sin))
@@ -130,7 +131,8 @@ def test_rotation_equals_hf() -> None:
 
 
 def test_rotation_equals_megatron() -> None:
-    rope_utils = pytest.importorskip("megatron.core.models.common.embeddings.rope_utils")
+    from megatron.core.models.common.embeddings import rope_utils
+
     x, frequency = draw(7, 2, 3, 16), torch.exp(-torch.arange(8, dtype=torch.float64))
     angle = rotation_angles(torch.arange(7).expand(2, 7), frequency)
     doubled = torch.cat([angle, angle], dim=-1)[:, :1]

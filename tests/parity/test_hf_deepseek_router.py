@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from megatron.core.transformer.moe.moe_layer import get_default_pg_collection
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as modeling
 
 from megatron_vpmoe.model.moe.router import VPMoERouter
 from megatron_vpmoe.model.transformer_config import transformer_config
 from tests.tiny import tiny_config
 
-transformers = pytest.importorskip("transformers")
-modeling = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
 pytestmark = pytest.mark.usefixtures("single_process")
 
 HIDDEN, TOKENS = 32, 200

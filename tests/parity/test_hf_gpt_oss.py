@@ -10,15 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from student_cases import DENSE, lively_model, packed
 from torch import Tensor
+from transformers import masking_utils as masking
+from transformers.models.gpt_oss import modeling_gpt_oss as modeling
 
 from megatron_vpmoe.model.attention.backends import core_attention
 from megatron_vpmoe.model.attention.masks import SequenceLayout
-
-transformers = pytest.importorskip("transformers")
-masking = pytest.importorskip("transformers.masking_utils")
-modeling = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
 
 HEADS, GROUPS, DIM, HIDDEN, LENGTH, WINDOW, BASE = 4, 2, 8, 32, 29, 8, 150_000.0
 

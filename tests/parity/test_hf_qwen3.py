@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from student_cases import QWEN3, packed, random_tokens
 from torch import Tensor
 
@@ -11,7 +12,6 @@ from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.model.gpt import VPModel
 from tests.tiny import tiny_config
 
-transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("single_process")
 
 VOCAB, LENGTH, LAYERS = 64, 45, 4

@@ -98,8 +98,8 @@ def geometry(config: Mapping[str, Any], *, source: str, padded_vocab_size: int |
     try:
         model = {ours: config[theirs] for ours, theirs in _MODEL_KEYS.items()}
         moe = {ours: config[theirs] for ours, theirs in _MOE_KEYS.items()}
-        names = {name: ours for ours, name in _ROUTER_DTYPES.items()}
-        moe["moe_router_dtype"] = names[moe["moe_router_dtype"]]
+        router = config["router_dtype"]
+        moe["moe_router_dtype"] = next((ours for ours, name in _ROUTER_DTYPES.items() if name == router), router)
         model["untie_embeddings_and_output_weights"] = not config["tie_word_embeddings"]
         model["padded_vocab_size"] = config["vocab_size"] if padded_vocab_size is None else padded_vocab_size
     except KeyError as error:

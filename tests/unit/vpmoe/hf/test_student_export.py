@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.tiny import tiny_config
 from tests.tiny_student import write_student
+from vpmoe.errors import WeightsError
+from vpmoe.hf import student
 from vpmoe.hf.convert import export_checkpoint, import_directory, open_directory
 from vpmoe.hf.parity import compare
 
@@ -107,3 +111,11 @@ def test_shards_hold_what_one_file_does(mixture: Path, exported: Path, tmp_path:
     assert all(torch.equal(tensor, parts.state_dict()[name]) for name, tensor in whole.state_dict().items())
     again = import_directory(open_directory(written.path), tmp_path / "again")
     assert again.weights_sha256 == import_directory(open_directory(exported), tmp_path / "one").weights_sha256
+
+
+@pytest.mark.parametrize("dtype", ["float16", [1]])
+def test_a_router_dtype_that_is_none_of_ours_is_named(tmp_path: Path, dtype: object) -> None:
+    config = student.hf_config(tiny_config(), vocab_size=64, dtype=torch.float32, kept={})
+    (tmp_path / "config.json").write_text(json.dumps({**config, "router_dtype": dtype}))
+    with pytest.raises(WeightsError, match="moe_router_dtype = "):
+        open_directory(tmp_path)
