@@ -171,8 +171,9 @@ def train(task: Task[TrainingSettings]) -> Path:
             source=f"{task.spec.id}: {found.path}",
             remedy=f"vpmoe upcycle run {task.spec.id} goes on from there",
         )
-    records = read_records(directory / "metrics.jsonl")
-    task.report["training"] = training_report(records, cfg, skipped_steps=int(found.state["skipped_steps"]))
+    records = read_records(metrics := directory / "metrics.jsonl")
+    skipped = int(found.state["skipped_steps"])
+    task.report["training"] = training_report(records, cfg, skipped_steps=skipped, source=str(metrics))
     if cfg.moe.num_experts is not None:
         task.report["router_health"] = router_report(records, cfg.training.train_iters)
     return found.path

@@ -17,7 +17,7 @@ WATCHED_STEPS = 50
 _ROUTER_TAGS = (AGGREGATE, "moe/seq_aux_loss")
 
 
-def training_report(records: Sequence[Record], cfg: RunConfig, *, skipped_steps: int) -> dict[str, Any]:
+def training_report(records: Sequence[Record], cfg: RunConfig, *, skipped_steps: int, source: str) -> dict[str, Any]:
     """Length and speed of a finished run.
 
     Returns:
@@ -25,11 +25,21 @@ def training_report(records: Sequence[Record], cfg: RunConfig, *, skipped_steps:
         steps, so exact where every step is logged), ``logged_steps``, ``tokens_per_second`` (median),
         ``training_seconds`` (``tokens`` at that speed; validation and saving not counted), ``loss_first`` and
         ``loss_last`` (of the training batches), ``skipped_steps``.
+
+    Raises:
+        UpcycleError: no step is on record.
     """
     steps = cfg.training.train_iters
     tokens = _values(records, "tokens/real")
     losses = _values(records, "loss/total")
-    speed = median(_values(records, "throughput/tokens_per_second"))
+    speeds = _values(records, "throughput/tokens_per_second")
+    if not (tokens and losses and speeds):
+        raise UpcycleError(
+            "the training is at its end, and no step of it is on record",
+            source=source,
+            remedy="restore the file from a copy, or train again (--overwrite)",
+        )
+    speed = median(speeds)
     total = fmean(tokens) * steps
     return {
         "steps": steps,

@@ -35,7 +35,7 @@ def test_length_and_speed() -> None:
     cfg = tiny_config(train_iters=4)
     values = {"tokens/real": [100.0, 120.0], "throughput/tokens_per_second": [50.0, 60.0], "loss/total": [4.0, 3.0]}
     records = [Record(2 * (i + 1), tag, value) for tag, pair in values.items() for i, value in enumerate(pair)]
-    report = training_report(records, cfg, skipped_steps=1)
+    report = training_report(records, cfg, skipped_steps=1, source="x")
     assert report == {
         "steps": 4,
         "rows": 16,
@@ -47,3 +47,5 @@ def test_length_and_speed() -> None:
         "loss_last": 3.0,
         "skipped_steps": 1,
     }
+    with pytest.raises(UpcycleError, match="no step of it is on record"):  # the file was lost after the last step
+        training_report(records[:2], cfg, skipped_steps=0, source="metrics.jsonl")
