@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from vpmoe.data_curation.checks import stats as comparison
+from vpmoe.data_curation.checks.kinds import REBUILD
 from vpmoe.data_curation.checks.sample import DEFAULT_DOCUMENTS
 from vpmoe.data_curation.checks.verify import DEFAULT_PARSED_PER_SHARD, summary
 from vpmoe.data_curation.checks.verify import verify as find_faults
@@ -17,6 +18,7 @@ from vpmoe.data_curation.conversations.app import convert, write_manifest
 from vpmoe.data_curation.datasets.app import app as builders
 from vpmoe.data_curation.look.inspect import inspect as show
 from vpmoe.data_curation.look.inspect import write_page
+from vpmoe.data_curation.manifest import naming_damage
 from vpmoe.data_curation.tasks import question_texts
 from vpmoe.data_curation.tasks import synth_mini as mini
 from vpmoe.errors import DataError
@@ -52,15 +54,16 @@ def verify(
 def inspect(
     dataset_dir: _Folder,
     split: Annotated[str, typer.Option(help="train or valid")] = "train",
-    count: Annotated[int, typer.Option(help="documents to show; 0 for the figures alone")] = 3,
+    count: Annotated[int, typer.Option(min=0, help="documents to show; 0 for the figures alone")] = 3,
     start: Annotated[int, typer.Option(help="number of the first document shown")] = 0,
     html: Annotated[Path | None, typer.Option(help="write a page of its own to this file instead")] = None,
 ) -> None:
     """Show a dataset's figures, histograms of lengths, and decoded documents, each span in its colour."""
-    if html is None:
-        show(dataset_dir, Console(), split=split, count=count, start=start)
-        return
-    write_page(dataset_dir, html, split=split, count=count, start=start)
+    with naming_damage(dataset_dir, remedy=REBUILD):
+        if html is None:
+            show(dataset_dir, Console(), split=split, count=count, start=start)
+            return
+        write_page(dataset_dir, html, split=split, count=count, start=start)
     typer.echo(f"{html} written")
 
 
@@ -76,7 +79,8 @@ def stats(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
     """Compare two datasets: sizes, spans, lengths, vocabularies, and the tokens that tell them apart."""
-    compared = comparison.compare(first, second, split=split, limit=sample, top=top)
+    with naming_damage(first, second, remedy=REBUILD):
+        compared = comparison.compare(first, second, split=split, limit=sample, top=top)
     if as_json:
         typer.echo(json.dumps(compared, indent=2))
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,17 @@ def read_manifest(folder: Path, *kinds: str) -> dict[str, Any]:
             "token files of them",
         )
     return manifest
+
+
+@contextmanager
+def naming_damage(*folders: Path, remedy: str) -> Iterator[None]:
+    """Where a manifest is not of the shape that the block takes it to have, that is a :class:`DataError`."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else f"has a value of a wrong kind: {error}"
+        source = " or ".join(str(folder / FILE_NAME) for folder in folders)
+        raise DataError(f"the manifest {what}", source=source, remedy=remedy) from error
 
 
 def check_files(folder: Path, files: dict[str, dict[str, Any]], *, remedy: str) -> None:

@@ -19,7 +19,7 @@ from vpmoe.data_curation.conversations.store import KIND as CONVERSATIONS_KIND
 from vpmoe.data_curation.conversations.store import open_shard
 from vpmoe.data_curation.datasets.plan import SPLITS
 from vpmoe.data_curation.datasets.token_files import Triple, file_names, read_triple
-from vpmoe.data_curation.manifest import FILE_NAME, check_files, read_manifest
+from vpmoe.data_curation.manifest import FILE_NAME, check_files, naming_damage, read_manifest
 from vpmoe.errors import DataError, VpmoeError
 from vpmoe.harmony.spans import SPAN_NAMES
 from vpmoe.tokenizer.from_dataset import load_tokenizer
@@ -50,7 +50,7 @@ def verify(
             _named_file_faults(dataset_dir, manifest),
             _token_faults(dataset_dir, manifest, parsed_per_shard),
         ]
-    return [str(fault) for faults in checks for fault in _with_manifest_faults(dataset_dir / FILE_NAME, faults)]
+    return [str(fault) for faults in checks for fault in _with_manifest_faults(dataset_dir, faults)]
 
 
 def summary(dataset_dir: Path) -> str:
@@ -62,15 +62,13 @@ def summary(dataset_dir: Path) -> str:
     return "; ".join(f"{split} {entry['rows']:,} documents, {entry['tokens']:,} tokens" for split, entry in splits)
 
 
-def _with_manifest_faults(path: Path, faults: Faults) -> Faults:
+def _with_manifest_faults(folder: Path, faults: Faults) -> Faults:
     """``faults``, and what of the manifest they could not make sense of."""
     try:
-        yield from faults
+        with naming_damage(folder, remedy=REBUILD):
+            yield from faults
     except VpmoeError as error:
         yield error
-    except (KeyError, TypeError, AttributeError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else f"has a value of a wrong kind: {error}"
-        yield DataError(f"the manifest {what}", source=str(path), remedy=REBUILD)
 
 
 def _conversation_faults(folder: Path, manifest: dict[str, Any]) -> Faults:

@@ -24,7 +24,7 @@ from vpmoe.data_curation.datasets.encode import Block, Documents
 from vpmoe.data_curation.datasets.plan import KIND, SPLITS, BuildOptions, shard_name, split_of, split_rule
 from vpmoe.data_curation.datasets.vocabularies import COMPACT_MAP_NAME, place_vocabulary, vocabulary_in
 from vpmoe.data_curation.datasets.workers import Crew, make_crew
-from vpmoe.data_curation.manifest import FILE_NAME, check_files, read_manifest
+from vpmoe.data_curation.manifest import FILE_NAME, check_files, naming_damage, read_manifest
 from vpmoe.errors import DataError, RowError, TokenizerError
 from vpmoe.harmony.conversation import check_conversation, excerpt
 from vpmoe.harmony.renderer import RenderedConversation, Renderer, make_renderer
@@ -79,13 +79,10 @@ class Distillation:
 
     def __init__(self, input_dir: Path, options: BuildOptions, workers: int, quiet: bool) -> None:
         manifest = read_manifest(input_dir, INPUT_KIND)
-        try:
+        with naming_damage(input_dir, remedy="convert again"):
             fields = ("name", "rows", "row_groups", "bytes", "sha256")
             self._shards = [{name: entry[name] for name in fields} for entry in manifest["shards"]]
             self._prompts = {role: manifest["prompts"][role] for role in ("system", "developer")}
-        except (KeyError, TypeError) as error:
-            what = f"the conversations' manifest is damaged: {type(error).__name__} {error}"
-            raise DataError(what, source=str(input_dir / FILE_NAME), remedy="convert again") from error
         self._input_dir, self._workers, self._quiet = input_dir, workers, quiet
         self.base, self.inputs = options, (input_dir, *filter(None, (options.compact_map,)))
         self.shards = tuple(map(shard_name, range(len(self._shards))))

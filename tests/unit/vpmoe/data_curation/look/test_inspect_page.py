@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from vpmoe.cli import main
 from vpmoe.data_curation.app import app
 from vpmoe.data_curation.conversations.convert import convert
 from vpmoe.data_curation.conversations.synth import resolve_synth
@@ -129,6 +130,15 @@ def test_the_terminal_shows_lengths_of_each_span(dataset_dir: Path) -> None:
 def test_conversations_are_no_token_files(conversations_dir: Path) -> None:
     with pytest.raises(DataError, match="of kind 'harmony_conversations', expected harmony_kd"):
         inspect(conversations_dir, Console(record=True))
+
+
+@pytest.mark.parametrize("verb", [["inspect"], ["stats"]])
+def test_a_manifest_of_the_wrong_shape_is_named(verb: list[str], dataset_dir: Path, tmp_path: Path, capsys) -> None:
+    manifest = json.loads((dataset_dir / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({"kind": manifest["kind"]}))
+    second = [str(dataset_dir)] if verb == ["stats"] else []
+    assert main(["data", *verb, str(tmp_path), *second]) == 2
+    assert "the manifest lacks 'splits'" in capsys.readouterr().err
 
 
 def test_line_feeds_and_tabs_stay() -> None:
