@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_vpmoe.errors import BusyError
+from megatron_vpmoe.errors import BusyError, NotOursError
 from megatron_vpmoe.files import json_bytes
 
 _HELD: set[Path] = set()
@@ -35,6 +35,7 @@ def owned(lock: Path, what: str) -> Iterator[dict[str, Any] | None]:
 
     Raises:
         BusyError: another process, or this one elsewhere, holds it; names host, pid and since when.
+        NotOursError: a file of others lies there.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     path = lock.resolve()
@@ -52,7 +53,10 @@ def owned(lock: Path, what: str) -> Iterator[dict[str, Any] | None]:
                 ) from error
             raise _busy(what, lock, _owner(lock)) from None
         stream.seek(0)
-        former = _parsed(stream.read())
+        content = stream.read()
+        former = _parsed(content)
+        if former is None and content:
+            raise NotOursError("this file is no lock of ours", source=str(lock), remedy="move it away")
         _HELD.add(path)
         try:
             _write(stream.fileno(), json_bytes({**_here(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}))

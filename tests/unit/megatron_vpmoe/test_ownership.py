@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vpmoe.errors import BusyError
+from megatron_vpmoe.errors import BusyError, NotOursError
 from megatron_vpmoe.ownership import check_free, owned
 
 
@@ -53,3 +53,11 @@ def test_a_forked_child_does_not_hold_it_on(tmp_path: Path) -> None:
             assert "pid" in former
     finally:
         os.kill(child, 9)
+
+
+def test_a_file_of_the_users_is_no_lock(tmp_path: Path) -> None:
+    lock = tmp_path / ".data.lock"
+    lock.write_text("years of work")
+    with pytest.raises(NotOursError, match=r"\.data\.lock"), owned(lock, "data"):
+        pytest.fail("taken")
+    assert lock.read_text() == "years of work"
