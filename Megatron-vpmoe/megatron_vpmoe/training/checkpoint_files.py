@@ -78,7 +78,7 @@ def read_checkpoint(path: Path, *, check_hashes: bool = True) -> Found:
         faults = [name for name in ("iteration", "world_size") if type(state.get(name)) is not int]
         if faults:
             reason = f"{RUN_STATE} does not say {' and '.join(faults)}"
-        elif state["iteration"] != int(path.name.removeprefix("iter_")):
+        elif (named := _NAME.fullmatch(path.name)) and state["iteration"] != int(named[1]):
             reason = f"{RUN_STATE} is of iteration {state['iteration']}"
     if reason is not None:
         raise CheckpointError(f"unusable checkpoint: {reason}", source=str(path), remedy=_REMEDY)
@@ -134,7 +134,7 @@ def open_checkpoint(path: Path) -> Found:
     Raises:
         CheckpointError: there is none, or the one named is damaged.
     """
-    if _NAME.fullmatch(path.name):
+    if _NAME.fullmatch(path.name) or (path / FILES).is_file():  # a copy under another name is one too
         return read_checkpoint(path)
     directory = path / "checkpoints" if os.path.lexists(path / "checkpoints") else path
     found, damaged = find_newest(directory)

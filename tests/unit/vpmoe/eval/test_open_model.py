@@ -19,7 +19,7 @@ from vpmoe.hf.convert import export_checkpoint, import_directory, open_directory
 from vpmoe.tokenizer.bpe import save_bpe, train_bpe
 
 pytestmark = pytest.mark.slow
-KINDS = ("run", "checkpoint", "object", "export")
+KINDS = ("run", "checkpoint", "renamed", "object", "export")
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, run_directory: Path) -> dic
     return {
         "run": run_directory,
         "checkpoint": run_directory / "checkpoints" / "iter_0000000",
+        "renamed": shutil.copytree(run_directory / "checkpoints" / "iter_0000000", folder / "the_best_one"),
         "export": folder / "export",
         "object": folder / "object",
     }
