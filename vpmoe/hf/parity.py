@@ -42,7 +42,7 @@ def compare(
     greedy_steps: int = 64,
     seed: int = 1234,
 ) -> Parity:
-    """Run both models in fp32 on prompts of random tokens.
+    """Run both models in fp32 on prompts of random tokens, on the CPU by choice: a card rounds by its own rules.
 
     Args:
         hf_folder: what ``AutoModelForCausalLM`` loads.
@@ -68,12 +68,13 @@ def compare(
     found = open_checkpoint(checkpoint)
     cfg = config_of(found.state["config"], source=str(found.path))
     with process_groups(), torch.no_grad():
-        ours = load_model(cfg, megatron_checkpoint.read_weights(found.path), source=str(found.path))
-        device = torch.device("cpu")
+        ours = load_model(
+            cfg, megatron_checkpoint.read_weights(found.path), source=str(found.path), device=torch.device("cpu")
+        )
         for prompt in prompts:
             row = torch.tensor([prompt])
             expected = theirs(row).logits
-            logits = ours(*left_padded([prompt], device)).logits()[..., :vocab]
+            logits = ours(*left_padded([prompt], ours.device)).logits()[..., :vocab]
             difference = max(difference, float((logits - expected).abs().max()))
             scale = max(scale, float(expected.abs().max()))
             continued = theirs.generate(

@@ -103,9 +103,7 @@ def score_texts(model: VPModel, tokenizer: Tokenizer, texts: Sequence[str], batc
         ``documents``, ``bytes`` and ``tokens`` that were scored, ``nats_per_token``, ``bits_per_byte``.
     """
     from megatron_vpmoe.generation.sampler import left_padded
-    from megatron_vpmoe.runtime.device import current_device
 
-    device = current_device()
     encoded = [tokenizer.encode_ordinary(text).tolist() for text in texts]
     order = sorted((ids for ids in encoded if len(ids) > 1), key=len)
     scored_bytes = sum(len(tokenizer.decode_bytes(ids[1:])) for ids in order)
@@ -113,11 +111,11 @@ def score_texts(model: VPModel, tokenizer: Tokenizer, texts: Sequence[str], batc
         raise DataError("no text of two tokens", source="the texts to score", remedy="name longer texts")
     nats, tokens = 0.0, 0
     for begin in range(0, len(order), batch_size):
-        ids, layout = left_padded(order[begin : begin + batch_size], device)
+        ids, layout = left_padded(order[begin : begin + batch_size], model.device)
         scored = layout.document_id >= 0
         scored[:, -1] = False
         labels = ids.roll(-1, dims=1)
-        total, terms = model(ids, layout).cross_entropy(labels, scored, torch.ones(labels.shape, device=device))
+        total, terms = model(ids, layout).cross_entropy(labels, scored, torch.ones(labels.shape, device=ids.device))
         nats, tokens = nats + float(total), tokens + len(terms)
     return {
         "documents": len(order),

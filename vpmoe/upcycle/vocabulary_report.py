@@ -18,7 +18,7 @@ from vpmoe.weights.geometry import load_model, process_groups
 def measure(checkpoints: tuple[Path, Path], tokenizers: tuple[Any, Any], texts: list[str]) -> list[dict[str, Any]]:
     """Tokens and bits per byte of each text, before and after.
 
-    The first token is not scored (nothing stands before it), on either side.
+    The first token is not scored (nothing stands before it), on either side. Computed on the CPU, as conversions are.
 
     Args:
         checkpoints: the model before and after.
@@ -42,14 +42,17 @@ def _bits(checkpoint: Path, tokenizer: Any, texts: list[str]) -> list[tuple[int,
     cfg = megatron_checkpoint.read_config(checkpoint)
     found: list[tuple[int, float | None]] = []
     with process_groups(), torch.no_grad():
-        model = load_model(cfg, megatron_checkpoint.read_weights(checkpoint), source=str(checkpoint))
+        model = load_model(
+            cfg, megatron_checkpoint.read_weights(checkpoint), source=str(checkpoint), device=torch.device("cpu")
+        )
         for text in texts:
             ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
             scored = len(text.encode()) - len(tokenizer.decode(ids[:1]).encode())
             if len(ids) < 2 or scored <= 0:
                 found.append((len(ids), None))
                 continue
-            logits = model(*left_padded([ids], torch.device("cpu"))).logits()[0, :-1].float()
-            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum")
+            tokens, layout = left_padded([ids], model.device)
+            logits = model(tokens, layout).logits()[0, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum")
             found.append((len(ids), round(float(loss) / math.log(2) / scored, 4)))
     return found

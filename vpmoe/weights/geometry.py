@@ -173,15 +173,24 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def load_model(cfg: RunConfig, weights: Weights, *, source: str) -> VPModel:
+def load_model(cfg: RunConfig, weights: Weights, *, source: str, device: torch.device | None = None) -> VPModel:
     """A model in evaluation mode that holds ``weights``; process groups must exist (``process_groups``).
+
+    Here its device is chosen, once; what it is asked goes to ``model.device``.
+
+    Args:
+        cfg: its geometry and precision.
+        weights: every tensor of the model.
+        source: of the weights, for messages.
+        device: None: the one that this process computes on. Conversions of the ladder, and comparisons with other code,
+            take the CPU by choice: what they make and say must not depend on the card.
 
     Raises:
         WeightsError: names or shapes disagree with the geometry.
     """
     from megatron_vpmoe.model.builder import build_model
 
-    model = build_model(cfg)
+    model = build_model(cfg, device=device)
     own = {name: tensor for name, tensor in model.state_dict().items() if _is_tensor(tensor)}
     check_geometry(weights, {name: tuple(tensor.shape) for name, tensor in own.items()}, source=source)
     with torch.no_grad():

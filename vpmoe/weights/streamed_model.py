@@ -21,7 +21,7 @@ _LAYER = "decoder.layers.{}."
 
 
 def streamed_model(cfg: RunConfig, weights: Weights, *, source: str) -> VPModel:
-    """A model in evaluation mode and fp32 that holds embedding, output layer and one layer at a time.
+    """A model in evaluation mode and fp32 that holds embedding, output layer and one layer at a time, on the CPU.
 
     Equal to ``load_model``'s in every number. For passes without gradients; each reads all layers again, so give it all
     tokens at once. Process groups must exist (``process_groups``) while it is used.

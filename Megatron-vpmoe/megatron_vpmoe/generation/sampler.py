@@ -20,7 +20,6 @@ from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.gpt import ModelOutput, VPModel
 from megatron_vpmoe.model.tensor_parallel import whole_sequences
 from megatron_vpmoe.runtime import stages
-from megatron_vpmoe.runtime.device import current_device
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,8 @@ def generate(model: VPModel, prompts: Sequence[Sequence[int]], options: Sampling
     """Continue each prompt until a stop token or ``max_new_tokens``.
 
     Args:
-        model: the bare model; its training mode is restored afterwards. A collective of its tensor- and
+        model: the bare model; what is generated lies on its device, and its training mode is restored afterwards. A
+            collective of its tensor- and
             expert-parallel ranks: all pass the same prompts and get the same tokens.
         prompts: token ids, at least one a prompt.
         options: how to sample.
@@ -74,7 +74,7 @@ def generate(model: VPModel, prompts: Sequence[Sequence[int]], options: Sampling
 
 
 def _decode(model: VPModel, prompts: Sequence[Sequence[int]], options: SamplingOptions) -> list[list[int]]:
-    device = current_device()
+    device = model.device
     tokens_BP, layout = left_padded(prompts, device)
     generator = torch.Generator(device=device).manual_seed(options.seed)
     stop = torch.tensor(options.stop_ids, device=device)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -149,6 +150,11 @@ class VPModel(LanguageModule):
     def set_input_tensor(self, input_tensor: Sequence[Tensor | None]) -> None:
         """What the stage before has sent: one tensor [S, B, width of the wire]; the first stage gets None."""
         self._received = input_tensor[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters lie, and what it is asked has to lie."""
+        return next(self.parameters()).device
 
     def absolute_name(self, name: str) -> str:
         """A parameter's name with the global number of its layer (from 0), as in checkpoints and one-process runs."""
