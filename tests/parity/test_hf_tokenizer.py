@@ -173,10 +173,9 @@ def test_special_tokens_have_their_ids(both: tuple[Tokenizer, Any]) -> None:
     assert padded["input_ids"][0][0] == ours.eod_id and padded["attention_mask"][0][0] == 0
 
 
-def test_saved_again_it_is_the_same(both: tuple[Tokenizer, Any], tmp_path: Path) -> None:
-    ours, theirs = both
-    if ours.vocab_size == VOCAB_SIZE:
-        pytest.skip("transformers' own class, and some ten seconds")
+def test_saved_again_it_is_the_same(compact: tuple[Tokenizer, Any], tmp_path: Path) -> None:
+    """Of the class that travels with an export; the full vocabulary has transformers' own."""
+    _, theirs = compact
     theirs.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True, local_files_only=True)
     text = "<|start|>user<|message|>What is 37 + 45? naïve 漢字<|end|>"
