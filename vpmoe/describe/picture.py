@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_vpmoe.config import LayerGeometry, RunConfig, layer_geometries, parameter_count
 from vpmoe.describe.layers import POSITION_NAMES, amount, attention_words, feed_forward_words, kind_words
 from vpmoe.errors import DataError
-from vpmoe.steps import MARK, check_replaceable
+from vpmoe.steps import check_replaceable, save_figure
 
 _COLOURS = {False: ("#8fbbdc", "#1f5a8c"), True: ("#c9c2b4", "#dd8a4f")}
 """Of attention (local, global) and of feed-forward layers (dense, experts)."""
@@ -59,10 +59,6 @@ def write_picture(cfg: RunConfig, path: Path) -> None:
     )
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Without the date the same configuration gives the same bytes.
-        figure.savefig(path, metadata={"Date": None, "Creator": MARK} if path.suffix == ".svg" else {"Software": MARK})
+        save_figure(figure, path)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot write {path}: {error}", source="--picture", remedy="name another file") from error
-    finally:
-        pyplot.close(figure)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_vpmoe.files import move_into_place
 from vpmoe.errors import DataError
-from vpmoe.steps import MARK
+from vpmoe.steps import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
@@ -62,22 +59,7 @@ def plot_run(curves: Curves, generations: Mapping[str, Any], output: Path, *, ti
     _plot_losses(losses, curves)
     _plot_router(router, curves)
     _plot_answers(answers, generations)
-    save_figure(figure, output)
-
-
-def save_figure(figure: Figure, output: Path) -> None:
-    """Write a PNG, whole or not at all, and close the figure."""
-    from matplotlib import pyplot
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        # Without the date and the version, the same figure gives the same bytes.
-        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": MARK})
-        move_into_place(temporary, output)
-    finally:
-        pyplot.close(figure)
-        temporary.unlink(missing_ok=True)
+    save_figure(figure, output, dpi=110)
 
 
 def _plot_losses(axes: Axes, curves: Curves) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.files import sha256_of_file, write_atomically
 from megatron_vpmoe.software import git_state
-from vpmoe.eval.plots import save_figure
 from vpmoe.eval.reports import write_report as write_json
+from vpmoe.steps import save_figure
 from vpmoe.upcycle.ladder_file import Ladder
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def plot(evaluated: Sequence[Record], output: Path) -> None:
     _along(answers, evaluated, share)
     count = evaluated[0]["evaluation"]["questions"]["n"]
     answers.set(title=f"held-out questions, greedy (n = {count})", ylabel="exact, %", ylim=(0, 105))
-    save_figure(figure, output)
+    save_figure(figure, output, dpi=110)
 
 
 def _along(axes: Axes, evaluated: Sequence[Record], values: Sequence[float]) -> None:

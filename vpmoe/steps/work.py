@@ -13,7 +13,7 @@ from typing import Any
 from megatron_vpmoe.errors import DataError, NotOursError
 from megatron_vpmoe.files import list_files, sync
 from megatron_vpmoe.ownership import owned
-from megatron_vpmoe.software import git_state, package_versions
+from megatron_vpmoe.software import git_state
 from vpmoe.steps.receipt import RECEIPT, UNFINISHED, read_receipt, read_record, write_record
 from vpmoe.steps.step import State, Step, changed, is_empty, some
 
@@ -268,7 +268,7 @@ def _finish(step: Step, work: Work, report: dict[str, Any]) -> dict[str, Any]:
         "report": report,
         "seconds": round(work.seconds, 2),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S%z"),
-        "software": {"git": git_state(), "packages": package_versions(step.packages)},
+        "software": {"git": git_state(), "packages": step.key["packages"]},
     }
     for name in files:
         sync(work.folder / name)

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_vpmoe.files import move_into_place
 from vpmoe.errors import UpcycleError
 
 
@@ -156,7 +157,7 @@ def new_rows(surgery: Surgery, scratch: Path, progress: Callable[[str, int], Non
             )
             partial = kept.with_suffix(".partial")
             save_file({"rows": batch.contiguous()}, partial)
-            partial.replace(kept)
+            move_into_place(partial, kept)
         rows[assignment.target_ids[begin:end]] = batch.to(rows.dtype)
         progress(f"{end} of {count} rows", batch.nbytes)
     if not bool(torch.isfinite(rows).all()):
