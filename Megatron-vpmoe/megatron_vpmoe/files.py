@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +125,11 @@ def file_entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
-def list_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Path relative to ``folder`` -> ``file_entry`` of every file below it."""
+def list_files(folder: Path, *, leave_out: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    """Path relative to ``folder`` -> ``file_entry`` of every file below it, those under ``leave_out`` left out."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {file.relative_to(folder).as_posix(): file_entry(file) for file in files}
+    named = {file.relative_to(folder): file for file in files}
+    return {name.as_posix(): file_entry(file) for name, file in named.items() if name.parts[0] not in leave_out}
 
 
 def first_damage(folder: Path, files: Mapping[str, Mapping[str, Any]], *, check_hashes: bool) -> str | None:

@@ -151,6 +151,7 @@ def _settle(step: Step) -> None:
         return
     if (step.partial / RECEIPT).is_file() and not (step.partial / UNFINISHED).exists():
         read_receipt(step.partial)
+        shutil.rmtree(step.partial / _SCRATCH, ignore_errors=True)
         _take_place(step)
     if former.exists():
         if step.output.exists():
@@ -258,10 +259,7 @@ def _begin(step: Step, say: Say) -> Work:
 
 
 def _finish(step: Step, work: Work, report: dict[str, Any]) -> dict[str, Any]:
-    shutil.rmtree(work.folder / _SCRATCH, ignore_errors=True)
-    files = report.pop("files", None) or {
-        name: entry for name, entry in list_files(work.folder).items() if name not in (UNFINISHED, RECEIPT)
-    }
+    files = report.pop("files", None) or list_files(work.folder, leave_out=(_SCRATCH, UNFINISHED, RECEIPT))
     receipt = {
         "key": step.key,
         "files": files,
@@ -275,6 +273,8 @@ def _finish(step: Step, work: Work, report: dict[str, Any]) -> dict[str, Any]:
     write_record(work.folder / RECEIPT, receipt)
     (work.folder / UNFINISHED).unlink()
     sync(work.folder)
+    # Last: killed before its receipt is whole, the step is run again, and finds here what it has done.
+    shutil.rmtree(work.folder / _SCRATCH, ignore_errors=True)
     if not step.in_place:
         _take_place(step)
     return read_receipt(step.output)

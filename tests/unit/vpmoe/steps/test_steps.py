@@ -34,7 +34,8 @@ def step_at(folder: Path, **changed: Any) -> Step:
 def write_numbers(work: Work) -> dict[str, Any]:
     for number in range(work.key["up_to"]):
         (work.folder / f"{number}.txt").write_text(str(number))
-    (work.scratch / "left").write_text("over")
+    work.once("draft", lambda: (work.scratch / "draft").write_text("three"))
+    (work.scratch / "draft").read_text()  # what is done once is there until the step is finished
     return {"told": work.key["up_to"]}
 
 
