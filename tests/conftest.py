@@ -10,12 +10,33 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from megatron_vpmoe.runtime.device import prepare
 
 prepare()
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+_fuzz_factor = 1
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, default=1, metavar="N", help="fuzzers draw N times as many examples")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _fuzz_factor
+    _fuzz_factor = config.getoption("--fuzz")
+
+
+def fuzz_settings(max_examples: int) -> settings:
+    """Decorates a fuzzer above ``@given``: the same examples every time, N times as many with ``--fuzz N``."""
+    return settings(
+        max_examples=max_examples * _fuzz_factor,
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vpmoe.config import check_world, config_hash, load_config
 from megatron_vpmoe.config.flags import accepted_types, nearest
 from megatron_vpmoe.config.schema import FieldSpec, RunConfig, fields, section_types
 from megatron_vpmoe.errors import ConfigError
+from tests.conftest import fuzz_settings
 
 DESIGNS = {
     "qwen3_0_6b.yaml": "qwen3.yaml",
@@ -29,9 +30,7 @@ DESIGNS = {
 """File at full scale -> the same design in nano/."""
 FIELDS = list(fields().values())
 Write = Callable[..., Path]
-relaxed = settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+relaxed = fuzz_settings(60)
 
 
 def problems(path: Path, *flags: str, nodes: int | None = None) -> str:
