@@ -33,8 +33,10 @@ def weighted_cross_entropy(
     """Σ weight · -log softmax(hidden · projectionᵀ)[label], and the terms without their weights.
 
     Memory beyond inputs and gradients: the logits of a chunk in the dtype of the hidden states and their probabilities
-    in fp32, together CHUNK_BYTES. Under tensor parallelism the gradient of the hidden states is this rank's
-    part of a sum over ranks; the caller places the operation that sums it.
+    in fp32, together CHUNK_BYTES. The projection's gradient sums over chunks in fp32, 4 bytes an element from here to
+    the backward pass; it is narrowed once, and not at all where the projection has Megatron-Core's ``main_grad``: it is
+    added there, and autograd gets zeros. Under tensor parallelism the gradient of the hidden states is this rank's part
+    of a sum over ranks; the caller places the operation that sums it.
 
     Args:
         hidden_NH: hidden states, any floating dtype; the same on all tensor-parallel ranks.
@@ -60,7 +62,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         losses = weight.new_empty(labels.shape)
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         # Of no tokens the gradient is zero, not absent.
-        grad_projection = (torch.empty_like if len(labels) else torch.zeros_like)(projection) if wanted[1] else None
+        empty = torch.empty_like if len(labels) else torch.zeros_like
+        grad_projection = empty(projection, dtype=wide) if wanted[1] else None
 
         vocab, logit_bytes, probability_bytes = len(projection), hidden.itemsize, wide.itemsize
         # The CPU's softmax may write where it reads; that of other devices need not.
@@ -72,15 +75,16 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         for begin in range(0, len(labels), rows):
             chunk = slice(begin, begin + rows)
             size = len(labels[chunk])
-            loss, gradient = _chunk(
+            losses[chunk] = _chunk(
                 hidden[chunk], projection, labels[chunk], weight[chunk], logits[:size], probability[:size], tp_group
             )
-            losses[chunk] = loss
+            gradient = probability[:size] if hidden.dtype == wide else logits[:size].copy_(probability[:size])
             if grad_hidden is not None:
                 torch.mm(gradient, projection, out=grad_hidden[chunk])
             if grad_projection is not None:
-                grad_projection.addmm_(gradient.t(), hidden[chunk], beta=1 if begin else 0)
+                _add_product(grad_projection, gradient, probability[:size], hidden[chunk], beta=1 if begin else 0)
         ctx.gradients = grad_hidden, grad_projection
+        ctx.projection = projection
         ctx.mark_non_differentiable(losses)
         return (losses * weight).sum(), losses
 
@@ -89,8 +93,31 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad, _):  # type: ignore[override]
         if ctx.gradients is None:
             raise RuntimeError("the gradient of weighted_cross_entropy can be taken once: it has been handed out")
-        gradients, ctx.gradients = ctx.gradients, None
-        return *(None if x is None else x.mul_(grad) for x in gradients), None, None, None, None
+        (grad_hidden, grad_projection), ctx.gradients = ctx.gradients, None
+        if grad_hidden is not None:
+            grad_hidden.mul_(grad)
+        if grad_projection is not None:
+            grad_projection = _handed_out(grad_projection.mul_(grad), ctx.projection)
+        return grad_hidden, grad_projection, None, None, None, None
+
+
+def _add_product(sum_VH: Tensor, gradient_nV: Tensor, wide_nV: Tensor, hidden_nH: Tensor, *, beta: int) -> None:
+    """sum · beta + gradientᵀ · hidden, summed in the dtype of ``sum_VH``; ``wide_nV`` is the gradient unrounded."""
+    if hidden_nH.dtype == sum_VH.dtype or hidden_nH.is_cpu:
+        # The CPU has no product of bf16 factors with an fp32 result.
+        sum_VH.addmm_(wide_nV.t(), hidden_nH.to(sum_VH.dtype), beta=beta)
+    else:
+        torch.addmm(sum_VH, gradient_nV.t(), hidden_nH, beta=beta, out_dtype=sum_VH.dtype, out=sum_VH)
+
+
+def _handed_out(sum_VH: Tensor, projection_VH: Tensor) -> Tensor:
+    """What autograd gets of the projection's gradient; what has gone into ``main_grad`` is not rounded."""
+    main_grad = getattr(projection_VH, "main_grad", None)
+    if main_grad is None or sum_VH.dtype == projection_VH.dtype:
+        return sum_VH.to(projection_VH.dtype)
+    main_grad.add_(sum_VH)
+    # Not None: the hooks of DDP and the other half of a tied embedding add to it.
+    return torch.zeros_like(projection_VH)
 
 
 def _chunk(
@@ -101,12 +128,12 @@ def _chunk(
     logits_nV: Tensor,
     probability_nV: Tensor,
     tp_group: dist.ProcessGroup | None,
-) -> tuple[Tensor, Tensor]:
-    """Losses [n] of a chunk and the gradient of their weighted sum by the logits [n, V].
+) -> Tensor:
+    """Losses [n] of a chunk; the gradient of their weighted sum by the logits is left in ``probability_nV``.
 
-    Overwrites the buffers, which may be one. The gradient is weight · (p - [label]), in the dtype of the hidden
-    states. At the label it is weight · (exp(-loss) - 1) to full precision: of a token that is nearly certain little
-    more than rounding would be left otherwise.
+    Overwrites the buffers, which may be one. The gradient is weight · (p - [label]). At the label it is
+    weight · (exp(-loss) - 1) to full precision: of a token that is nearly certain little more than rounding would be
+    left otherwise.
     """
     torch.mm(hidden_nH, projection_VH.t(), out=logits_nV)
     largest = logits_nV.amax(-1).to(probability_nV.dtype)
@@ -129,4 +156,4 @@ def _chunk(
     probability_nV.mul_((weight_n * share).unsqueeze(-1))
     at_label = torch.where(is_mine, weight_n * torch.expm1(-loss), probability_nV.gather(-1, own_label).squeeze(-1))
     probability_nV.scatter_(-1, own_label, at_label.unsqueeze(-1))
-    return loss, probability_nV if logits_nV.dtype == probability_nV.dtype else logits_nV.copy_(probability_nV)
+    return loss

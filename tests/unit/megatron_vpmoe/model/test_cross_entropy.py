@@ -79,6 +79,27 @@ def test_rounding_is_that_of_the_plain_one(monkeypatch: pytest.MonkeyPatch, dtyp
         assert (mine - truth).norm() <= 2 * (other - truth).norm() + 1e-6 * truth.norm()
 
 
+@pytest.mark.parametrize("home", ["grad", "main_grad"])
+def test_many_chunks_round_the_projections_gradient_once(monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+    """bf16 weights against fp64: thousands of chunks whose shares are each too small to move a sum kept in bf16.
+
+    With Megatron-Core's fp32 ``main_grad`` the gradient is never rounded to bf16, and autograd adds nothing to it.
+    """
+    drawn = draw(4000, 6, 9, sharp=0.2)
+    hidden, projection = ((drawn[0] + 1).bfloat16().requires_grad_(), drawn[1].bfloat16().requires_grad_())
+    inputs = (hidden.detach().double(), projection.detach().double(), drawn[2] * 0, drawn[3].abs())
+    exact = with_gradients(plain, inputs, torch.float64, 1.0)[3]
+    if home == "main_grad":
+        projection.main_grad = torch.zeros(9, 6)  # type: ignore[attr-defined]
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 2 * 6 * 9)
+    weighted_cross_entropy(hidden, projection, inputs[2], inputs[3].float())[0].backward()
+    assert projection.grad is not None and projection.grad.dtype == torch.bfloat16
+    got = projection.grad.double()
+    if home == "main_grad":
+        got += projection.main_grad  # type: ignore[attr-defined]
+    assert (got - exact).norm() <= (2**-9 if home == "grad" else 1e-4) * exact.norm()
+
+
 def test_gradient_of_a_nearly_certain_token_is_not_rounding() -> None:
     """At p = 1 - 1e-6 a bf16 probability is 1; its gradient has to come from the loss."""
     hidden = torch.tensor([[1.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
