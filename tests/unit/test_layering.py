@@ -22,6 +22,7 @@ TRAINER_FLOORS = {
     "files": -1,
     "software": -1,
     "ownership": 0,
+    "turns": 0,
     "config": 1,
     "runtime": 2,
     "model": 3,
@@ -68,7 +69,7 @@ SAME_FLOOR = {
 OLDER_NAMES = VPMOE / "data_curation" / "harmony"
 NO_MODEL = ("steps", "tokenizer", "harmony", "data_curation")
 # What both packages stand on; it knows no model.
-GROUND = ("megatron_vpmoe.errors", "megatron_vpmoe.files", "megatron_vpmoe.ownership", "megatron_vpmoe.software")
+GROUND = tuple(f"megatron_vpmoe.{name}" for name in ("errors", "files", "ownership", "software", "turns"))
 
 
 def imports_of(path: Path) -> list[tuple[str, int]]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from megatron_vpmoe.turns import generation_ends
 from vpmoe.data_curation.tasks import question_texts
 from vpmoe.errors import HarmonyError
-from vpmoe.harmony.conversation import TURN_ENDS, Message
+from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.parse import Judgement, Parser
 from vpmoe.harmony.renderer import FastRenderer
 from vpmoe.tokenizer.interface import Tokenizer
@@ -19,15 +20,13 @@ if TYPE_CHECKING:
     from megatron_vpmoe.model.gpt import VPModel
     from vpmoe.eval.open_model import Opened
 
-# What ends a generation: Harmony's turn, Qwen's turn, a document.
-_ENDS = (*TURN_ENDS, "<|im_end|>", "<|endoftext|>")
 _HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
 _LINE_FEED = b"\n"
 
 
 def stop_ids(tokenizer: Tokenizer, *, at_line_feed: bool = False) -> tuple[int, ...]:
     """Tokens that end a generation; ``at_line_feed``: any token with a line feed in it too."""
-    ends = {tokenizer.special_tokens[name] for name in _ENDS if name in tokenizer.special_tokens}
+    ends = set(generation_ends(tokenizer.special_tokens).values())
     if at_line_feed:
         ends |= {row for row, piece in enumerate(tokenizer.pieces()) if _LINE_FEED in piece}
     return tuple(sorted({*ends, tokenizer.eod_id}))

@@ -9,8 +9,6 @@ from vpmoe.errors import RowError
 
 ROLES = ("system", "developer", "user", "assistant")
 CHANNELS = ("analysis", "final")
-TURN_ENDS = ("<|return|>", "<|call|>")
-"""Special tokens that end an assistant's turn: the answer, which ends a trained conversation too, and a tool call."""
 
 # The one order that a training conversation has; system and developer may be left out.
 _FULL_ORDER = (("system", None), ("developer", None), ("user", None), ("assistant", "analysis"), ("assistant", "final"))

@@ -1,7 +1,8 @@
 """Conversation -> token pieces, message by message; equal to openai_harmony's training rendering, id for id.
 
 A message is ``<|start|> role [<|channel|> channel] <|message|> content <|end|>``; a last message on the channel
-``final`` ends in ``<|return|>``. Contents are encoded as ordinary text, so no text can spell its way into structure.
+``final`` ends in ``<|return|>`` (``megatron_vpmoe.turns`` has more on it). Contents are encoded as ordinary text, so no
+text can spell its way into structure.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_vpmoe.turns import MESSAGE_END, TURN_END
 from vpmoe.errors import HarmonyError
 from vpmoe.harmony.conversation import Message
 from vpmoe.tokenizer.interface import TokenArray, Tokenizer
@@ -82,8 +84,8 @@ class FastRenderer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._end = _one(tokenizer, "<|end|>")
-        self._return = _one(tokenizer, "<|return|>")
+        self._end = _one(tokenizer, MESSAGE_END)
+        self._return = _one(tokenizer, TURN_END)
         self._header = lru_cache(maxsize=None)(self._encode_header)
         # System and developer messages are few and repeat over the whole dataset.
         self._constant = lru_cache(maxsize=64)(self._encode_constant)

@@ -14,8 +14,8 @@ from typing import Any
 
 from megatron_vpmoe.data.vocabulary_files import VOCABULARY
 from megatron_vpmoe.files import json_bytes
+from megatron_vpmoe.turns import TURN_END, generation_ends
 from vpmoe.errors import WeightsError
-from vpmoe.harmony.conversation import TURN_ENDS
 from vpmoe.hf import tokenization_vpmoe
 from vpmoe.hf.byte_level_bpe import tokenizer_json
 from vpmoe.hf.chat_template import chat_template
@@ -30,9 +30,7 @@ _OURS = (VOCABULARY, tokenization_vpmoe.COMPACT_MAP)
 # Every file of an HF directory besides weights and config.json that decides what it does.
 FILES = (*_OURS, *FILE_NAMES, GENERATION)
 _CODE = Path(tokenization_vpmoe.__file__)
-# What ends a generation; the first also ends a conversation.
-_EOS = (*TURN_ENDS, "<|endoftext|>")
-_ROLES = {"bos_token": "<|startoftext|>", "eos_token": _EOS[0], "pad_token": "<|endoftext|>"}
+_ROLES = {"bos_token": "<|startoftext|>", "eos_token": TURN_END, "pad_token": "<|endoftext|>"}
 
 
 def assets_of(folder: Path) -> list[Path]:
@@ -57,7 +55,7 @@ def made_from(assets: Iterable[Path]) -> tuple[dict[str, bytes], dict[str, Any]]
     vocabulary = vocabulary_of(json.loads(found.read_text()), found)
     ids = {
         "bos_token_id": vocabulary.special_id(_ROLES["bos_token"]),
-        "eos_token_id": [vocabulary.special_id(token) for token in _EOS],
+        "eos_token_id": list(generation_ends(vocabulary.special_tokens).values()),
         "pad_token_id": vocabulary.special_id(_ROLES["pad_token"]),
     }
     files = {

@@ -35,7 +35,7 @@ class Passages:
     ) -> Passages:
         """Conversations of a built dataset in an order that the seed draws, until there are ``count`` tokens.
 
-        What is scored is what the dataset supervises.
+        What is scored are the tokens that the dataset supervises as they stand.
 
         Args:
             folder: that holds manifest.json.
@@ -57,7 +57,8 @@ class Passages:
         for index in np.random.default_rng(seed).permutation(len(dataset)):
             document = dataset[int(index)]
             tokens.append(document.tokens[:longest].tolist())
-            scored.append([bool(mark) for mark in document.loss_mask[: len(tokens[-1]) - 1]] + [False])
+            supervised = document.loss_mask[:-1].astype(bool) & (document.labels == document.tokens[1:])
+            scored.append([*supervised[: len(tokens[-1]) - 1].tolist(), False])
             found += len(tokens[-1])
             if found >= count:
                 break

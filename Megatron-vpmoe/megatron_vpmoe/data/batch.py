@@ -36,11 +36,23 @@ class Document:
         tokens: int32 [L].
         loss_mask: uint8 [L]; entry t says whether token t+1 is supervised, the last entry is 0.
         span_id: uint8 [L]; entry t is the span of token t+1, the last entry is 0.
+        ends: ids of what closes a message and of what ends a turn; None where the vocabulary has no messages.
     """
 
     tokens: NDArray[np.int32]
     loss_mask: NDArray[np.uint8]
     span_id: NDArray[np.uint8]
+    ends: tuple[int, int] | None = None
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """int32 [L - 1]; the next tokens, but for what ends a turn wherever a final message is closed."""
+        labels = self.tokens[1:]
+        if self.ends is None:
+            return labels
+        message_end, turn_end = self.ends
+        closed = (labels == message_end) & (self.span_id[:-1] == Span.FINAL)
+        return np.where(closed, np.int32(turn_end), labels)
 
     @property
     def prompt(self) -> NDArray[np.int32]:
@@ -55,7 +67,8 @@ class Batch:
 
     Attributes:
         tokens: int64 [b, s]; padding holds the end-of-document token.
-        labels: int64 [b, s]; the next token of the same conversation, the end-of-document token after its last one.
+        labels: int64 [b, s]; the next token of the same conversation (``Document.labels``), the end-of-document token
+            after its last one.
         position_ids: int64 [b, s]; restarts at 0 with each conversation, 0 in padding.
         document_id: int32 [b, s]; 0, 1, 2, ... in the order of the row, -1 in padding.
         loss_mask: bool [b, s]; True where the label is supervised.
@@ -121,7 +134,7 @@ def assemble(rows: Sequence[Sequence[Document]], *, seq_length: int, eod_id: int
         for number, document in enumerate(documents):
             end = start + len(document.tokens)
             tokens[row, start:end] = document.tokens
-            labels[row, start : end - 1] = document.tokens[1:]
+            labels[row, start : end - 1] = document.labels
             position_ids[row, start:end] = np.arange(end - start)
             document_id[row, start:end] = number
             # The last entry describes a token past the conversation: unsupervised whatever the sidecar says.

@@ -6,6 +6,7 @@ trained on stops the run in seconds. Whatever needs the tokens themselves is che
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from megatron_vpmoe.data.batch import Document
 from megatron_vpmoe.data.manifest import Manifest, read_manifest
 from megatron_vpmoe.data.shard import REBUILD, Shard, check_files, check_ids
 from megatron_vpmoe.errors import DataError, TokenizerError
+from megatron_vpmoe.turns import MESSAGE_END, TURN_END
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -65,6 +67,8 @@ class KDDataset:
                 remedy=REBUILD,
             )
         self._check_lengths(seq_length)
+        special = manifest.tokenizer.special_tokens
+        self._ends = (special[MESSAGE_END], special[TURN_END]) if {MESSAGE_END, TURN_END} <= special.keys() else None
         for shard in self._shards:
             check_ids(shard.first_tokens(SCANNED_TOKENS), manifest.tokenizer.vocab_size, shard.source)
 
@@ -96,7 +100,7 @@ class KDDataset:
         shard, row = self._shards[number], int(index - self._first_row[number])
         document = shard.document(row)
         check_ids(document.tokens, self.manifest.tokenizer.vocab_size, f"{shard.source}, row {row}")
-        return document
+        return replace(document, ends=self._ends)
 
     @property
     def eod_id(self) -> int:

@@ -12,11 +12,10 @@ from megatron_vpmoe.files import json_line, read_json_lines, write_atomically
 from megatron_vpmoe.generation.sampler import SamplingOptions, generate
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.runtime import distributed
+from megatron_vpmoe.turns import generation_ends
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
-
-_ENDS_OF_MESSAGES = ("<|return|>", "<|call|>")
 
 
 class SampleWriter:
@@ -40,9 +39,8 @@ class SampleWriter:
         distributed.from_rank_0(lambda: _drop_after(path, resume_step))
         tokenizer = dataset.manifest.tokenizer
         self._pieces = TokenPieces.load(dataset.manifest)
-        # A vocabulary of plain text has no tokens that end a message.
-        ends = [tokenizer.special_tokens[name] for name in _ENDS_OF_MESSAGES if name in tokenizer.special_tokens]
-        self._options = SamplingOptions(cfg.evaluation.sample_max_new_tokens, (*ends, tokenizer.eod_id))
+        stops = {*generation_ends(tokenizer.special_tokens).values(), tokenizer.eod_id}
+        self._options = SamplingOptions(cfg.evaluation.sample_max_new_tokens, tuple(sorted(stops)))
         count = min(cfg.evaluation.sample_prompts, len(dataset))
         self._prompts = [dataset[index].prompt.tolist() for index in range(count)]
 
