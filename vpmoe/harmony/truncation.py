@@ -1,8 +1,9 @@
 """Cutting a conversation to a length without ever breaking its structure.
 
 Headers, terminators, system and developer messages and the whole of ``final`` stay. What is too long is taken from the
-front of the analysis first, and only when nothing of it is left, from the front of the user's text. A conversation
-whose fixed part alone is too long is dropped. Cuts fall between characters: a token that begins inside a UTF-8 sequence
+front of the analysis or, in a turn without one, from the front of the user's text. Something of either has to be left,
+and not only blanks: a supervised empty analysis is no valid Harmony, and an answer without its question teaches
+nothing. What cannot be cut so is dropped. Cuts fall between characters: a token that begins inside a UTF-8 sequence
 goes with the part that is cut away.
 """
 
@@ -22,9 +23,7 @@ from vpmoe.tokenizer.interface import TokenArray, Tokenizer
 BRANCHES = (
     "whole",
     "analysis_cut",
-    "analysis_emptied",
     "user_cut",
-    "user_emptied",
     "dropped_final_too_long",
     "dropped_context_too_long",
 )
@@ -37,9 +36,8 @@ class Fitted:
 
     Attributes:
         conversation: the conversation, at most ``seq_len`` tokens with its separator; None if it was dropped.
-        branch: one of :data:`BRANCHES`. ``analysis_emptied``: the analysis is gone and the user's text is whole;
-            ``user_cut`` and ``user_emptied``: the analysis is gone too. ``dropped_final_too_long``: the final message
-            cannot fit even alone; ``dropped_context_too_long``: it could, but not beside system and developer.
+        branch: one of :data:`BRANCHES`. ``dropped_final_too_long``: the final message cannot fit even alone;
+            ``dropped_context_too_long``: it could, but not beside all that is never cut and some text of what is.
         analysis_tokens_cut: ids taken from the analysis.
         user_tokens_cut: ids taken from the user's text.
     """
@@ -53,7 +51,7 @@ class Fitted:
 def make_fit(tokenizer: Tokenizer, seq_len: int) -> Callable[[RenderedConversation], Fitted]:
     """``fit`` for one vocabulary and one length in tokens, the separator <|endoftext|> counted.
 
-    The returned function takes a conversation of the form [system] [developer] user analysis final.
+    The returned function takes a conversation that ends in a turn ``user [analysis] final``.
 
     Raises:
         DataError: ``seq_len`` below 1.
@@ -63,36 +61,23 @@ def make_fit(tokenizer: Tokenizer, seq_len: int) -> Callable[[RenderedConversati
     begins_inside_character = _begins_inside_character(tokenizer)
 
     def suffix(content: TokenArray, keep: int) -> TokenArray:
-        if keep <= 0:
-            return content[:0]
-        cut = content[len(content) - keep :]
-        starts = np.flatnonzero(~begins_inside_character[cut])
-        return cut[starts[0] :] if len(starts) else content[:0]
+        """The last ``keep`` ids or a few fewer; none where they hold no text."""
+        cut = content[len(content) - max(keep, 0) :]
+        cut = cut[np.logical_and.accumulate(begins_inside_character[cut]).sum() :]
+        return cut if tokenizer.decode(cut.tolist()).strip() else content[:0]
 
     def fit(conversation: RenderedConversation) -> Fitted:
         excess = len(conversation) + _SEPARATOR_TOKENS - seq_len
         if excess <= 0:
             return Fitted(conversation, "whole")
-        *context, user, analysis, final = conversation.messages
-        if excess > len(user.content) + len(analysis.content):
+        *others, cuttable, final = conversation.messages
+        kept = suffix(cuttable.content, len(cuttable.content) - excess)
+        if not len(kept):
             alone = len(final) + _SEPARATOR_TOKENS > seq_len
             return Fitted(None, "dropped_final_too_long" if alone else "dropped_context_too_long")
-        kept_analysis = suffix(analysis.content, len(analysis.content) - excess)
-        excess -= len(analysis.content)
-        kept_user = user.content if excess <= 0 else suffix(user.content, len(user.content) - excess)
-        if len(kept_analysis):
-            branch = "analysis_cut"
-        elif len(kept_user) == len(user.content):
-            branch = "analysis_emptied"
-        else:
-            branch = "user_cut" if len(kept_user) else "user_emptied"
-        messages = (*context, replace(user, content=kept_user), replace(analysis, content=kept_analysis), final)
-        return Fitted(
-            RenderedConversation(messages),
-            branch,
-            len(analysis.content) - len(kept_analysis),
-            len(user.content) - len(kept_user),
-        )
+        name = cuttable.channel or cuttable.role
+        cut = RenderedConversation((*others, replace(cuttable, content=kept), final))
+        return Fitted(cut, f"{name}_cut", **{f"{name}_tokens_cut": len(cuttable.content) - len(kept)})
 
     return fit
 

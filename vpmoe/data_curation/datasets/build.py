@@ -24,7 +24,7 @@ from vpmoe.errors import DataError
 from vpmoe.progress import Progress
 from vpmoe.steps import Step, Work, run
 
-_VERSION = 1
+_VERSION = 2
 """Of the code that turns rows into bytes; raised whenever the same rows would give others."""
 
 

@@ -5,15 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
-
-from vpmoe.harmony.renderer import RenderedConversation, RenderedMessage
+from vpmoe.harmony.renderer import RenderedConversation
 from vpmoe.harmony.truncation import Fitted, make_fit
 from vpmoe.tokenizer.interface import Tokenizer
 
-_NO_IDS = np.empty(0, dtype=np.int32)
-# Stands where a turn has no analysis; takes no room and never leaves this file.
-_NO_ANALYSIS = RenderedMessage("assistant", "analysis", _NO_IDS, _NO_IDS, _NO_IDS)
 _SEPARATOR_TOKENS = 1
 
 
@@ -39,15 +34,7 @@ def make_chat_fit(tokenizer: Tokenizer, seq_len: int) -> Callable[[RenderedConve
             if shorter is None:
                 break
             conversation, turns_dropped = shorter, turns_dropped + 1
-        if conversation.messages[-2].channel == "analysis":
-            return FittedChat(fit_turn(conversation), turns_dropped)
-        *head, final = conversation.messages
-        fitted = fit_turn(RenderedConversation((*head, _NO_ANALYSIS, final)))
-        kept = fitted.conversation
-        if kept is not None:
-            kept = RenderedConversation((*kept.messages[:-2], kept.messages[-1]))
-        cut = (fitted.analysis_tokens_cut, fitted.user_tokens_cut)
-        return FittedChat(Fitted(kept, fitted.branch, *cut), turns_dropped)
+        return FittedChat(fit_turn(conversation), turns_dropped)
 
     return fit
 
