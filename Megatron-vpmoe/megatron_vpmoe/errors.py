@@ -55,7 +55,7 @@ class DeviceError(VpmoeError):
 
 
 class NonFiniteError(VpmoeError):
-    """A loss or gradient that is not finite, under the policy ``stop`` or past the permitted skips."""
+    """A number that is not finite where it has to be: a weight, a logit, a figure of a receipt, a loss or gradient."""
 
 
 class BusyError(VpmoeError):

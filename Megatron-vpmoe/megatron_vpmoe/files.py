@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_vpmoe.errors import DataError, VpmoeError
+from megatron_vpmoe.errors import DataError, NonFiniteError, VpmoeError
 
 _ESCAPED = "backslashreplace"  # what UTF-8 has no bytes for (a file's name that is not UTF-8): as JSON escapes it
 
@@ -63,8 +64,24 @@ def sha256_of_json(value: Any) -> str:
 
 
 def json_bytes(value: Any) -> bytes:
-    """A JSON document for people and machines: two-space indent, key order kept, a final newline."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors=_ESCAPED)
+    """A JSON document for people and machines: two-space indent, key order kept, a final newline.
+
+    Raises:
+        NonFiniteError: a number in it is nan or infinite, which no JSON is and no receipt may hold; names its place.
+    """
+    try:
+        return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(errors=_ESCAPED)
+    except ValueError as cause:
+        found = next(f"{place} is {number}" for place, number in _numbers(value) if not math.isfinite(number))
+        raise NonFiniteError(found, remedy="what it was computed from is damaged or has diverged") from cause
+
+
+def _numbers(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(value, float):
+        yield place, value
+    elif isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _numbers(item, f"{place}.{key}" if place else str(key))
 
 
 def json_line(value: Any) -> str:

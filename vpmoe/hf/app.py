@@ -74,11 +74,19 @@ def compare(
     folder: Annotated[Path, typer.Argument(metavar="HF_DIR")],
     checkpoint: CheckpointArgument,
     steps: Annotated[int, typer.Option(min=1, help="greedy tokens after each prompt")] = 64,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="largest logit difference, relative to the largest logit where that is above 1")
+    ] = 1e-4,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run the code in HF_DIR; default: this package's own of it")
+    ] = False,
 ) -> None:
-    """Run both models in fp32 on the same tokens: logit difference, greedy tokens."""
-    found = compare_models(folder, checkpoint, greedy_steps=steps)
+    """Run both models in fp32 on the same tokens; exit code 1 where logits or greedy tokens are not the same."""
+    found = compare_models(folder, checkpoint, greedy_steps=steps, trust_remote_code=trust_remote_code)
     typer.echo(
         f"largest logit difference {found.logit_difference:.2e} (largest logit {found.logit_scale:.2f}); greedy tokens "
         f"over {found.greedy_steps} steps {'identical' if found.greedy_identical else 'DIFFER'}"
     )
-    raise typer.Exit(0 if found.greedy_identical else 1)
+    if fault := found.fault(tolerance):
+        typer.echo(f"not the same model: {fault}", err=True)
+        raise typer.Exit(1)

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ class HFModel:
     """An HF directory of a Qwen3 or of a student of ours, opened: nothing but shapes is read.
 
     Attributes:
+        form: of its names and configuration, ``qwen3`` or ``student``.
         weights: under our names, in our layout.
         cfg: our geometry.
         carried: see ``Carried``.
@@ -85,6 +87,7 @@ class HFModel:
     """
 
     folder: Path
+    form: ModuleType
     weights: dict[str, LazyTensor]
     cfg: RunConfig
     carried: Carried
@@ -150,6 +153,7 @@ def open_directory(
     kept = {key: value for key, value in config.items() if key not in produced and key not in _NOT_KEPT}
     return HFModel(
         folder=folder,
+        form=form,
         weights=conform(ours, cfg, dtype, source=str(folder)),
         cfg=cfg,
         carried=Carried(int(config["vocab_size"]), kept, config.get("prompts")),

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 
+from vpmoe.errors import WeightsError
+from vpmoe.hf import convert
 from vpmoe.weights import megatron_checkpoint
 from vpmoe.weights.geometry import config_of, load_model, process_groups
+from vpmoe.weights.tensors import largest_difference
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,18 @@ class Parity:
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def fault(self, tolerance: float) -> str | None:
+        """Why they are not the same model; None if they are.
+
+        Args:
+            tolerance: largest allowed logit difference, relative to the largest logit where that is above 1.
+        """
+        bound = tolerance * max(1.0, self.logit_scale)
+        if self.logit_difference <= bound and self.greedy_identical:
+            return None
+        agree = "agree" if self.greedy_identical else "differ"
+        return f"logits differ by {self.logit_difference:.2e} (allowed {bound:.2e}), greedy tokens {agree}"
+
 
 def compare(
     hf_folder: Path,
@@ -41,6 +56,7 @@ def compare(
     prompt_lengths: tuple[int, ...] = (1, 7, 33),
     greedy_steps: int = 64,
     seed: int = 1234,
+    trust_remote_code: bool = False,
 ) -> Parity:
     """Run both models in fp32 on prompts of random tokens, on the CPU by choice: a card rounds by its own rules.
 
@@ -48,25 +64,26 @@ def compare(
         hf_folder: what ``AutoModelForCausalLM`` loads.
         checkpoint: ``iter_NNNNNNN``.
         prompt_lengths: one prompt of each length; ours are decoded as one left-padded batch, HF's one by one.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+        trust_remote_code: run the code that lies in the directory, instead of ours or transformers' own.
 
+    Raises:
+        WeightsError: no directory of a model that we know, or weights that are not what its configuration says.
+        NonFiniteError: a weight or a logit is nan or infinite.
+    """
     from megatron_vpmoe.generation.sampler import SamplingOptions, generate, left_padded
     from megatron_vpmoe.training.checkpoint import open_checkpoint
 
-    logging.disable_progress_bar()
-    theirs: Any = AutoModelForCausalLM.from_pretrained(
-        hf_folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=True
-    )
-    theirs.eval()
-    vocab = int(theirs.config.vocab_size)
+    found = open_checkpoint(checkpoint)
+    cfg = config_of(found.state["config"], source=str(found.path))
+    opened = convert.open_directory(hf_folder, cfg=cfg)
+    for tensor in opened.weights.values():
+        tensor.read()  # a nan is found here, with its tensor's name
+    theirs = _open_hf(opened, trust_remote_code)
+    vocab = opened.carried.vocab_size
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(0, vocab, (length,), generator=generator).tolist() for length in prompt_lengths]
     difference = scale = 0.0
     greedy: list[list[int]] = []
-    found = open_checkpoint(checkpoint)
-    cfg = config_of(found.state["config"], source=str(found.path))
     with process_groups(), torch.no_grad():
         ours = load_model(
             cfg, megatron_checkpoint.read_weights(found.path), source=str(found.path), device=torch.device("cpu")
@@ -75,7 +92,7 @@ def compare(
             row = torch.tensor([prompt])
             expected = theirs(row).logits
             logits = ours(*left_padded([prompt], ours.device)).logits()[..., :vocab]
-            difference = max(difference, float((logits - expected).abs().max()))
+            difference = max(difference, largest_difference(expected, logits))
             scale = max(scale, float(expected.abs().max()))
             continued = theirs.generate(
                 row,
@@ -91,3 +108,28 @@ def compare(
             greedy.append(continued[0, len(prompt) :].tolist())
         answered = generate(ours, prompts, SamplingOptions(max_new_tokens=greedy_steps, stop_ids=()))
     return Parity(difference, scale, greedy_steps, answered == greedy, list(prompt_lengths))
+
+
+def _open_hf(opened: convert.HFModel, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from vpmoe.hf.modeling_vpmoe import VpMoeForCausalLM
+
+    ours = opened.form is convert.student and not trust_remote_code
+    model: Any = VpMoeForCausalLM if ours else AutoModelForCausalLM
+    logging.disable_progress_bar()
+    try:
+        return model.from_pretrained(
+            opened.folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+        ).eval()
+    except Exception as error:  # whatever transformers raises for what is wrong beyond geometry and weights
+        raise WeightsError(
+            f"transformers cannot load it: {type(error).__name__}: {error}",
+            source=str(opened.folder),
+            remedy="correct its config.json, or fetch or export the directory again",
+        ) from error

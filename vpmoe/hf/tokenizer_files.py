@@ -136,11 +136,13 @@ def open_tokenizer(folder: Path) -> Any:
         WeightsError: there is none.
     """
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # that a tokenizer stands beside another kind of model than its usual one
     try:
         if (folder / tokenization_vpmoe.COMPACT_MAP).is_file():
             return tokenization_vpmoe.VpMoeTokenizer.from_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise WeightsError(
             f"no tokenizer there: {str(error).splitlines()[0]}",

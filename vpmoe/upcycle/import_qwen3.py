@@ -61,11 +61,9 @@ class ImportQwen3(Job[ImportQwen3Settings]):
             greedy_steps=settings.greedy_steps,
             seed=settings.seed,
         )
-        bound = settings.logit_tolerance * max(1.0, found.logit_scale)
-        if not found.logit_difference <= bound or not found.greedy_identical:
+        if fault := found.fault(settings.logit_tolerance):
             raise UpcycleError(
-                f"not the same model: logits differ by {found.logit_difference:.2e} (allowed {bound:.2e}), greedy "
-                f"tokens {'agree' if found.greedy_identical else 'differ'}",
+                f"not the same model: {fault}",
                 source=task.spec.id,
                 remedy="the conversion is wrong, or the directory is no plain Qwen3",
             )

@@ -19,7 +19,7 @@ from vpmoe.upcycle.job import Product, Task
 from vpmoe.weights import Weights, megatron_checkpoint
 from vpmoe.weights.geometry import conform, process_groups
 from vpmoe.weights.streamed_model import streamed_model
-from vpmoe.weights.tensors import DTYPES, LazyTensor, tensor_sha256
+from vpmoe.weights.tensors import DTYPES, LazyTensor, largest_difference, require_finite, tensor_sha256
 
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -153,10 +153,10 @@ class LogitDifference:
 
     @classmethod
     def between(cls, before: Sequence[Tensor], after: Sequence[Tensor]) -> LogitDifference:
-        """Of two results of ``logits_of`` on the same prompts."""
+        """Of two results of ``logits_of`` on the same prompts; raises :class:`NonFiniteError`."""
         pairs = list(zip(before, after, strict=True))
         return cls(
-            largest=max(float((new - old).abs().max()) for old, new in pairs),
+            largest=max(largest_difference(old, new) for old, new in pairs),
             scale=max(float(old.abs().max()) for old in before),
             prompts=[len(old) for old in before],
         )
@@ -205,4 +205,4 @@ def text_loss(
             row[-len(marks) :] = torch.tensor(marks)
         counts[:, -1] = False
         total, terms = model(tokens, layout).cross_entropy(labels, counts, torch.ones(labels.shape))
-    return float(total) / len(terms)
+    return float(require_finite(total, "the loss", source=source)) / len(terms)

@@ -8,7 +8,6 @@ baselines) or calibrated (``calibrated_layers``). Norms in front of the blocks a
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -127,7 +126,7 @@ def measure(
         "heldout_tokens": passages.num_tokens,
         "scored_tokens": passages.num_scored,
         "loss": losses,
-        "perplexity": {name: math.exp(loss) for name, loss in losses.items()},
+        "perplexity": {name: float(torch.tensor(loss).double().exp()) for name, loss in losses.items()},
         "relative_output_error": {
             name: block_errors(before, rung, batches, source=source) for name, rung in rungs.items()
         },

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint import metadata as layout
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -104,7 +105,10 @@ def write_checkpoint(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is.*")
         writer = FileSystemWriter(str(partial), thread_count=1)
-        save_plan(shapes, storage_writer=writer, planner=planner, no_dist=True)
+        try:
+            save_plan(shapes, storage_writer=writer, planner=planner, no_dist=True)
+        except CheckpointException as error:  # around what went wrong with a tensor or the disk
+            raise error.failures[0][0] from error
     torch.save({"content_metadata": checkpoint.METADATA}, partial / "common.pt")
     write_atomically(partial / "metadata.json", json_bytes(_BACKENDS))
     for asset in assets:
@@ -179,7 +183,7 @@ def read_weights(path: Path) -> dict[str, LazyTensor]:
         first = sections[0]
         rows = (sum(section.shape[0] for section in sections), *first.shape[1:]) if first.shape else ()
         load = first.load if len(sections) == 1 else functools.partial(_joined, sections)
-        weights[name] = LazyTensor(rows, first.dtype, load)
+        weights[name] = LazyTensor(rows, first.dtype, load).finite(name, str(path))
     return weights
 
 

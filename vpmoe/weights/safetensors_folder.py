@@ -81,11 +81,8 @@ def read_weights(folder: Path, *, partial: bool = False) -> dict[str, LazyTensor
             with safe_open(path, framework="pt") as shard:
                 for key in shard.keys():  # noqa: SIM118 - safe_open is no mapping
                     piece = shard.get_slice(key)
-                    weights[key] = LazyTensor(
-                        tuple(piece.get_shape()),
-                        _DTYPES[piece.get_dtype()],
-                        functools.partial(_read, path, key),
-                    )
+                    shape, dtype = tuple(piece.get_shape()), _DTYPES[piece.get_dtype()]
+                    weights[key] = LazyTensor(shape, dtype, functools.partial(_read, path, key)).finite(key, str(path))
         except (SafetensorError, KeyError) as error:
             raise WeightsError(
                 f"not a readable safetensors file: {error}", source=str(path), remedy="fetch or export it again"

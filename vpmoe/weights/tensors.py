@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_vpmoe.errors import NonFiniteError
 from megatron_vpmoe.files import sha256_of_json
 from vpmoe.errors import WeightsError
 
@@ -60,8 +61,35 @@ class LazyTensor:
         """The same values in another dtype."""
         return self if dtype == self.dtype else replace(self, dtype=dtype, load=lambda: self.load().to(dtype))
 
+    def finite(self, name: str, source: str) -> LazyTensor:
+        """The same values, held to be finite whenever they are read: what every reader of files gives."""
+        return replace(self, load=lambda: require_finite(self.load(), name, source=source))
+
 
 Weights = Mapping[str, LazyTensor]
+
+
+def require_finite(tensor: Tensor, name: str, *, source: str | None = None) -> Tensor:
+    """``tensor`` itself, held to be finite: the maximum of differences, for one, does not see a nan.
+
+    Raises:
+        NonFiniteError: a value is nan or infinite; names the tensor and counts them.
+    """
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        count = int((~tensor.isfinite()).sum())
+        raise NonFiniteError(
+            f"{name}: {count} of {tensor.numel()} values are not finite",
+            source=source,
+            remedy="fetch or make these weights again; a model that has diverged is of no use to anything",
+        )
+    return tensor
+
+
+def largest_difference(before: Tensor, after: Tensor) -> float:
+    """Largest absolute difference of two models' logits; raises :class:`NonFiniteError`."""
+    pairs = (("the logits before", before), ("the logits after", after))
+    old, new = (require_finite(logits, name) for name, logits in pairs)
+    return float((new - old).abs().max())
 
 
 def padded_with_mean(rows: Tensor, of: Tensor, count: int) -> Tensor:

@@ -111,12 +111,12 @@ def _skip_or_stop(run: Run, result: StepResult, batches: list[Batch]) -> None:
     """A step whose loss or gradient is not finite: dump what led to it, then drop the step or end the run."""
     training = run.cfg.training
     run.skipped_steps += 1
+    numbers = {"loss": result.metrics["loss/total"], "grad_norm": result.grad_norm}
     report = {
         "iteration": run.iteration + 1,
         "consumed_samples": run.consumed_samples,
         "rank": distributed.rank(),
-        "loss": result.metrics["loss/total"],
-        "grad_norm": result.grad_norm,
+        **{name: value if math.isfinite(value) else str(value) for name, value in numbers.items()},
         "sample_ids": [sample for batch in batches for sample in batch.sample_ids],
         "parameters": [
             run.model.absolute_name(name)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.errors import DataError, NonFiniteError
 from megatron_vpmoe.files import json_bytes, read_json, read_json_lines, sha256_of_json
 
 
@@ -40,3 +40,9 @@ def test_a_name_that_is_not_utf8_goes_through_json_and_back(tmp_path: Path) -> N
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         list(read_json_lines(tmp_path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_no_json(value: float) -> None:
+    with pytest.raises(NonFiniteError, match=rf"^report\.losses\.1 is {value}"):
+        json_bytes({"report": {"losses": (0.5, value)}})

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_vpmoe.errors import NonFiniteError
 from tests.tiny import tiny_config
 from tests.unit.vpmoe.upcycle.tiny_rungs import PLAIN, TEXT, make, object_of, random_weights
 from vpmoe.errors import UpcycleError
+from vpmoe.upcycle.rung_below import LogitDifference
 from vpmoe.weights import LazyTensor
 
 DIM, HIDDEN = 8, 16
@@ -97,3 +99,15 @@ def test_every_tensor_is_what_it_says(tmp_path: Path) -> None:
 
     with pytest.raises(UpcycleError, match=r"num_attention_heads: 8 -> 6"):
         make(tmp_path, "shape", tiny_config(**NEW | {"num_attention_heads": 6}), below, **SETTINGS)
+
+
+def test_a_nan_is_no_equality_and_no_figure_of_a_receipt(tmp_path: Path) -> None:
+    good, bad = torch.zeros(2, 3), torch.tensor([[0.0, torch.nan, 0.0], [0.0, 0.0, 0.0]])
+    for before, after in ((good, bad), (bad, good), (bad, bad)):
+        with pytest.raises(NonFiniteError, match=r"logits (before|after): 1 of 6"):
+            LogitDifference.between([before], [after])
+    old = tiny_config(**OLD)
+    weights = random_weights(old)
+    weights["decoder.layers.1.mlp.linear_fc1.weight"].read()[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"decoder\.layers\.1\.mlp\.linear_fc1\.weight: 1 of"):
+        make(tmp_path, "shape", tiny_config(**NEW), object_of(tmp_path, "below", old, weights), **SETTINGS)
