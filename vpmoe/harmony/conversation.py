@@ -42,13 +42,15 @@ def check_conversation(messages: Sequence[Message]) -> None:
 
 
 def check_text(text: object, field: str) -> None:
-    """Refuse a field that is no text: absent, blank, with NUL, or with a lone surrogate (which has no UTF-8 form).
+    """Refuse a field that is no text: absent, blank, bytes, with NUL, or with a lone surrogate (no UTF-8 form).
 
     Raises:
         RowError: with an excerpt of the text around the fault as its source.
     """
     if text is None:
         raise RowError("missing_field", f"{field} is missing")
+    if isinstance(text, bytes):
+        raise RowError("invalid_utf8", f"{field} is not UTF-8", source=ascii(text[:80]))
     if not isinstance(text, str):
         raise RowError("missing_field", f"{field} is {type(text).__name__}, expected text", source=excerpt(str(text)))
     if not text or text.isspace():

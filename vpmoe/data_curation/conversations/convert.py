@@ -134,7 +134,8 @@ class _Conversion:
             except RowError as error:
                 self._rows_read += 1
                 self._rejects[error.reason] += 1
-                rejects.write(json_line(_reject(place, row.get("synth_id"), error)))
+                synth_id = None if isinstance(row, RowError) else row.get("synth_id")
+                rejects.write(json_line(_reject(place, synth_id, error)))
                 self._limit.check(self._rejects, self._rows_read, source=rejects.name, total=total)
             progress.add(1)
             if self._rows_read % self._parts.rows_per_part == 0:

@@ -68,7 +68,8 @@ def check_or_write_manifest(folder: Path) -> dict[str, Any]:
 
 def _of_foreign_shards(folder: Path, shards: Sequence[Path]) -> dict[str, Any]:
     """What can be said of shards that another program wrote: their messages are their own."""
-    first = next(iter(read_row_group(open_shard(shards[0]), 0)), None)
+    shard = open_shard(shards[0])
+    first = next((row for group in range(shard.num_row_groups) for row in read_row_group(shard, group)), None)
     spoken = {m.role: m.content for m in first.messages} if isinstance(first, StoredConversation) else {}
     return conversations_manifest(
         [shard_entry(path) for path in shards],

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_vpmoe.files import move_into_place
-from vpmoe.data_curation.rows.files import open_parquet, strings
+from vpmoe.data_curation.rows.parquet import Parquet, strings
 from vpmoe.errors import DataError, RowError
 from vpmoe.harmony.conversation import Message
 
@@ -87,17 +87,17 @@ def join_shards(parts: Sequence[Path], path: Path) -> None:
     with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
         for part in map(open_shard, parts):
             for group in range(part.num_row_groups):
-                writer.write_table(part.read_row_group(group, use_threads=False))
+                writer.write_table(pa.Table.from_batches(part.batches(group), SCHEMA).combine_chunks())
     move_into_place(temporary, path)
 
 
-def open_shard(path: Path) -> pq.ParquetFile:
+def open_shard(path: Path) -> Parquet:
     """Open a conversation shard.
 
     Raises:
         DataError: not parquet, or not of this schema.
     """
-    shard = open_parquet(path)
+    shard = Parquet(path)
     if not shard.schema_arrow.equals(SCHEMA):
         raise DataError(
             f"unexpected columns {shard.schema_arrow.names}",
@@ -107,27 +107,26 @@ def open_shard(path: Path) -> pq.ParquetFile:
     return shard
 
 
-def read_row_group(shard: pq.ParquetFile, group: int) -> Iterator[StoredConversation | RowError]:
+def read_row_group(shard: Parquet, group: int) -> Iterator[StoredConversation | RowError]:
     """The rows of one row group in order; a row whose bytes are not UTF-8 comes as a :class:`RowError`.
 
     The columns are read flat (one list of roles, one of channels, one of contents): building a dict per message, as
     pyarrow does for nested rows, costs as much as the tokenizer.
+
+    Raises:
+        DataError: the row group is damaged.
     """
-    table = shard.read_row_group(group, use_threads=False)
-    ids: list[Any] = strings(table.column("synth_id"))
-    languages: list[Any] = strings(table.column("language"))
-    row = 0
-    for chunk in table.column("messages").chunks:
-        flat = chunk.flatten()
-        bounds = [0, *chunk.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).cumsum().tolist()]
+    for batch in shard.batches(group):
+        ids, languages = (strings(batch.column(name)) for name in ("synth_id", "language"))
+        listed = batch.column("messages")
+        flat = listed.flatten()
+        bounds = [0, *listed.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).cumsum().tolist()]
         roles, channels, contents = (strings(flat.field(name)) for name in ("role", "channel", "content"))
         whole = not any(bytes in map(type, column) for column in (ids, languages, roles, channels, contents))
         messages: list[Any] = list(map(Message, roles, contents, channels)) if whole else []  # pyright: ignore[reportArgumentType]
-        for begin, end in pairwise(bounds):
-            synth_id, language = ids[row], languages[row]
-            row += 1
+        for synth_id, language, (begin, end) in zip(ids, languages, pairwise(bounds), strict=True):
             if whole and synth_id:
-                yield StoredConversation(synth_id, language, tuple(messages[begin:end]))
+                yield StoredConversation(synth_id, language, tuple(messages[begin:end]))  # pyright: ignore[reportArgumentType]
             else:
                 yield _row(synth_id, language, roles[begin:end], channels[begin:end], contents[begin:end])
 

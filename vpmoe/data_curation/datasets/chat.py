@@ -16,7 +16,6 @@ from vpmoe.data_curation.datasets.chat_fit import make_chat_fit, without_oldest_
 from vpmoe.data_curation.datasets.encode import Documents, Encoded, RowEncoder
 from vpmoe.data_curation.datasets.plan import BuildOptions, split_of, split_rule
 from vpmoe.data_curation.rows.files import Row
-from vpmoe.errors import RowError
 from vpmoe.harmony.conversation import Message, check_text
 from vpmoe.harmony.renderer import RenderedConversation, make_renderer
 from vpmoe.harmony.spans import CONTEXT, aligned_to_labels, documents, loss_mask
@@ -150,8 +149,6 @@ class ChatEncoder(RowEncoder):
             texts = [[message.role, message.channel, message.content] for message in messages]
             return split_of(json.dumps(texts, ensure_ascii=False), self._kind.base.valid_fraction)
         value = row.get(self._kind.id_field)
-        if isinstance(value, bytes):
-            raise RowError("invalid_utf8", f"{self._kind.id_field} is not UTF-8")
         key = str(value) if isinstance(value, int) else value
         check_text(key, self._kind.id_field)
         return split_of(str(key), self._kind.base.valid_fraction)

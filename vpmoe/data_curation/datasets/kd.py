@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from megatron_vpmoe.files import sha256_of_file
 from vpmoe.data_curation.conversations.store import KIND as INPUT_KIND
@@ -25,6 +24,7 @@ from vpmoe.data_curation.datasets.plan import KIND, SPLITS, BuildOptions, shard_
 from vpmoe.data_curation.datasets.vocabularies import COMPACT_MAP_NAME, place_vocabulary, vocabulary_in
 from vpmoe.data_curation.datasets.workers import Crew, make_crew
 from vpmoe.data_curation.manifest import FILE_NAME, check_files, naming_damage, read_manifest
+from vpmoe.data_curation.rows.parquet import Parquet
 from vpmoe.errors import DataError, RowError, TokenizerError
 from vpmoe.harmony.conversation import check_conversation, excerpt
 from vpmoe.harmony.renderer import RenderedConversation, Renderer, make_renderer
@@ -219,7 +219,7 @@ class PartEncoder:
         return enumerate(read_row_group(shard, part.group), starts[part.group])
 
     @lru_cache(maxsize=2)  # noqa: B019 -- a process has one encoder, and parts come shard by shard
-    def _opened(self, shard: int) -> tuple[pq.ParquetFile, list[int]]:
+    def _opened(self, shard: int) -> tuple[Parquet, list[int]]:
         # Kept open: reading the footer again for every row group would be quadratic in the size of a shard.
         opened = open_shard(self._input_dir / self._shards[shard]["name"])
         groups = range(opened.num_row_groups)

@@ -122,9 +122,12 @@ class _OfRows:
         block, budget = Block(shard_name(number)), self._extent.token_budget
         for place, row in stream:
             try:
+                if isinstance(row, RowError):
+                    raise row
                 encoded = encoder.encode(row)
             except (RowError, TokenizerError) as error:
-                block.reject({"row": place}, error, ascii(dict(row))[:_EXCERPT_CHARACTERS])
+                shown = (error.source or "") if isinstance(row, RowError) else ascii(dict(row))
+                block.reject({"row": place}, error, shown[:_EXCERPT_CHARACTERS])
             else:
                 if budget is not None and encoded.documents is not None and self._tokens + encoded.tokens > budget:
                     break

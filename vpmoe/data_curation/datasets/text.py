@@ -16,7 +16,7 @@ import numpy as np
 from vpmoe.data_curation.datasets.encode import Documents, Encoded, RowEncoder
 from vpmoe.data_curation.datasets.plan import BuildOptions, split_of, split_rule
 from vpmoe.data_curation.rows.files import Row
-from vpmoe.errors import DataError, RowError
+from vpmoe.errors import DataError
 from vpmoe.harmony.conversation import check_text
 from vpmoe.tokenizer.interface import TokenArray, Tokenizer
 
@@ -165,11 +165,8 @@ def _supervised(pieces: list[TokenArray]) -> Documents:
 
 
 def _text_in(row: Row, field: str) -> str:
-    value = row.get(field)
-    if isinstance(value, bytes):
-        raise RowError("invalid_utf8", f"{field} is not UTF-8")
-    check_text(value, field)
-    return str(value)
+    check_text(row.get(field), field)
+    return str(row[field])
 
 
 def _id_in(row: Row, field: str) -> str:

@@ -1,27 +1,31 @@
-"""Rows of one file: parquet, JSONL, JSONL.zst, plain text; read a batch, a line or a text file at a time."""
+"""Rows of one file: parquet, JSONL, JSONL.zst, plain text; read a batch, a line or a text file at a time.
+
+A row that cannot be used (a line that is no JSON object, bytes that are no text) comes as a :class:`RowError` in its
+place: builders list it with their other rejects. A file that cannot be read ends the work by its name.
+"""
 
 from __future__ import annotations
 
+import codecs
 import io
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from megatron_vpmoe.files import parse_json_lines
-from vpmoe.errors import DataError
+from vpmoe.data_curation.rows.parquet import Parquet
+from vpmoe.errors import DataError, RowError
 
 Row = Mapping[str, Any]
-Placed = Iterator[tuple[str, Row, int]]
-"""``(place, row, bytes read)``; ``place`` names file and row for messages."""
+Placed = Iterator[tuple[str, Row | RowError, int]]
+"""``(place, row or why it is none, bytes read)``; ``place`` names file and row for messages."""
 
 TEXT_COLUMN = "text"
-_BATCH_ROWS = 512
-# Read in pieces: not a whole column of a row group at once, and not mapped (a map counts as memory while it is read).
-_BUFFER_BYTES = 1 << 20
+# Far below what Python can recurse into: whoever walks, shows or writes a row has no limit of its own to mind.
+_DEEPEST = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,11 @@ class Columns:
     optional: tuple[str, ...] = ()
 
     def of(self, present: Iterable[str], source: str) -> list[str]:
-        """Those to read of a file's, in the file's order; raises :class:`DataError` if a needed one is missing."""
+        """Those to read of a file's, in the file's order.
+
+        Raises:
+            DataError: a needed one is missing, or one to read is there twice.
+        """
         names = list(present)
         if missing := [name for name in self.needed or () if name not in names]:
             raise DataError(
@@ -45,7 +53,14 @@ class Columns:
                 source=source,
                 remedy="pass rows that have them, or name the columns that are there (--text-field, --id-field)",
             )
-        return names if self.needed is None else [name for name in names if name in (*self.needed, *self.optional)]
+        wanted = names if self.needed is None else [n for n in names if n in (*self.needed, *self.optional)]
+        if twice := sorted({name for name in wanted if wanted.count(name) > 1}):
+            raise DataError(
+                f"columns {', '.join(twice)} are there more than once",
+                source=source,
+                remedy="rename or drop one of each: which is meant cannot be told",
+            )
+        return wanted
 
 
 def read_file(path: Path, name: str, columns: Columns) -> Placed:
@@ -64,38 +79,6 @@ def read_file(path: Path, name: str, columns: Columns) -> Placed:
     return _text_file(path, name, columns) if path.suffix == ".txt" else _jsonl_rows(path, name)
 
 
-def parquet_row_count(path: Path) -> int:
-    """Number of rows, without reading them."""
-    return open_parquet(path).metadata.num_rows
-
-
-def open_parquet(path: Path) -> pq.ParquetFile:
-    """Open a parquet file; raises :class:`DataError` if it is none."""
-    try:
-        return pq.ParquetFile(path, buffer_size=_BUFFER_BYTES)
-    except (OSError, pa.ArrowInvalid, UnicodeEncodeError) as error:  # the last: pyarrow opens no name but UTF-8
-        raise DataError(
-            f"not a readable parquet file: {error}", source=str(path), remedy="fetch or make the file again"
-        ) from error
-
-
-def strings(column: pa.ChunkedArray | pa.Array) -> list[str | bytes | None]:
-    """Values of a string column; where a value is not UTF-8, it comes as its bytes."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return [_decoded(value) for value in column.cast(pa.binary()).to_pylist()]
-
-
-def _decoded(value: bytes | None) -> str | bytes | None:
-    if value is None:
-        return None
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return value
-
-
 def _jsonl_rows(path: Path, name: str) -> Placed:
     number = 0
     try:
@@ -104,39 +87,67 @@ def _jsonl_rows(path: Path, name: str) -> Placed:
             if path.suffix == ".zst":
                 # Arrow's reader goes on over frame after frame and, unlike others, notices a file that was cut off.
                 lines = io.BufferedReader(pa.CompressedInputStream(raw, "zstd"))  # pyright: ignore[reportArgumentType]
-            for number, row in parse_json_lines(lines, str(path), ours=False):
-                if not isinstance(row, dict):
-                    raise DataError(
-                        f"line {number} is not a JSON object: {type(row).__name__}",
-                        source=f"{path}:{number}",
-                        remedy="one JSON object a line",
-                    )
-                yield f"{name}:{number}", row, raw.tell()
+            for number, line in enumerate(lines, start=1):
+                if text := line.removeprefix(codecs.BOM_UTF8).strip():
+                    yield f"{name}:{number}", _json_row(text), raw.tell()
     except OSError as error:
         raise DataError(
             f"the file cannot be read: {error}", source=f"{path}, behind line {number}", remedy="fetch it again"
         ) from error
 
 
-def _parquet_rows(path: Path, name: str, columns: Columns) -> Placed:
-    file = open_parquet(path)
-    wanted = columns.of(file.schema_arrow.names, str(path))
-    size, total = path.stat().st_size, max(file.metadata.num_rows, 1)
-    row = 0
+def _json_row(line: bytes) -> Row | RowError:
+    shown = ascii(line[:80].decode(errors="replace"))
     try:
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted, use_threads=False):
-            values = [_values(batch.column(column)) for column in batch.schema.names]
-            for cells in zip(*values, strict=True):
-                row += 1
-                yield f"{name}:{row - 1}", dict(zip(batch.schema.names, cells, strict=True)), size * row // total
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(
-            f"the file cannot be read: {error}", source=f"{path}, behind row {row}", remedy="fetch or make it again"
-        ) from error
+        row = json.loads(line.decode(), object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        return RowError("invalid_utf8", f"byte {error.start} of the line is not UTF-8", source=shown)
+    except RecursionError:
+        return _too_deep(shown)
+    except RowError as error:
+        return error
+    except ValueError as error:
+        return RowError("not_json", f"the line is not JSON: {error}", source=shown)
+    if not isinstance(row, dict):
+        return RowError("not_an_object", f"the line is {type(row).__name__}, not an object", source=shown)
+    # As many brackets are needed for a depth: hardly a row has to be walked.
+    return _too_deep(shown) if line.count(b"[") + line.count(b"{") > _DEEPEST and _is_deep(row) else row
 
 
-def _values(column: pa.Array) -> list[Any]:
-    return strings(column) if pa.types.is_string(column.type) else column.to_pylist()
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RowError("key_twice", f"an object has the key {twice[:40]!r} more than once")
+    return made
+
+
+def _is_deep(value: object) -> bool:
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, list | dict)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return any(isinstance(value, list | dict) for value in level)
+
+
+def _too_deep(shown: str) -> RowError:
+    return RowError("too_deep", f"values are nested more than {_DEEPEST} deep", source=shown)
+
+
+def _parquet_rows(path: Path, name: str, columns: Columns) -> Placed:
+    file = Parquet(path)
+    wanted = columns.of(file.columns, str(path))
+    size, total = path.stat().st_size, max(file.metadata.num_rows, 1)
+    number = 0
+    for group in range(file.num_row_groups):
+        for row in file.rows(group, wanted):
+            number += 1
+            yield f"{name}:{number - 1}", row, size * number // total
 
 
 def _text_file(path: Path, name: str, columns: Columns) -> Placed:
@@ -146,7 +157,7 @@ def _text_file(path: Path, name: str, columns: Columns) -> Placed:
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", source=str(path), remedy="name a readable file") from error
     try:
-        text: str | bytes = raw.decode()
-    except UnicodeDecodeError:
-        text = raw
-    yield name, {TEXT_COLUMN: text}, len(raw)
+        row: Row | RowError = {TEXT_COLUMN: raw.decode()}
+    except UnicodeDecodeError as error:
+        row = RowError("invalid_utf8", f"byte {error.start} of the file is not UTF-8")
+    yield name, row, len(raw)

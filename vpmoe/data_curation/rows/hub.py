@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vpmoe.data_curation.rows.files import Columns, Row
+from vpmoe.data_curation.rows.parquet import decoded
 from vpmoe.errors import DataError
 
 # Waits between attempts that bring no row; a row that arrives starts the count afresh.
@@ -98,7 +99,7 @@ class HubRows:
                 continue
             self._stream = stream
             self._row += 1
-            yield f"{self._hub_id}:{self._row - 1}", row
+            yield f"{self._hub_id}:{self._row - 1}", decoded(row)
             if self._row % _STATE_ROWS == 0:
                 self._note_state()
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_vpmoe.files import file_entry
-from vpmoe.data_curation.rows.files import Columns, Row, parquet_row_count, read_file
+from vpmoe.data_curation.rows.files import Columns, Row, read_file
 from vpmoe.data_curation.rows.hub import HubRows
-from vpmoe.errors import DataError
+from vpmoe.data_curation.rows.parquet import row_count
+from vpmoe.errors import DataError, RowError
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.zst", ".txt")
 
 
 class RowStream(Protocol):
-    """``(place, row)`` in a fixed order; ``place`` names file and row for messages."""
+    """``(place, row or why it is none)`` in a fixed order; ``place`` names file and row for messages."""
 
-    def __iter__(self) -> Iterator[tuple[str, Row]]: ...
+    def __iter__(self) -> Iterator[tuple[str, Row | RowError]]: ...
 
     def cursor(self) -> dict[str, Any]:
         """Where another stream of the same source would go on, JSON; to be called between two rows."""
@@ -55,11 +58,18 @@ class RowSource:
         """Number of rows where the files say it without being read (parquet), else None."""
         if not self.files or any(path.suffix != ".parquet" for _, path in self.files):
             return None
-        return sum(parquet_row_count(path) for _, path in self.files)
+        return sum(row_count(path) for _, path in self.files)
 
     def rows(self, columns: tuple[str, ...] | None = None) -> Iterator[tuple[str, Row]]:
-        """All rows; see :meth:`open`."""
-        return iter(self.open(columns))
+        """All rows, for readers that keep no list of rejects; see :meth:`open`.
+
+        Raises:
+            DataError: one of them cannot be used.
+        """
+        for place, row in self.open(columns):
+            if isinstance(row, RowError):
+                raise DataError(row.what, source=place, remedy="mend or remove the row")
+            yield place, row
 
     def open(
         self,
@@ -87,7 +97,8 @@ class RowSource:
         """What decides the rows: revision on the hub, or name, bytes and sha256 of each file."""
         if self.hub_id is not None:
             return {"hub_id": self.hub_id, "revision": self.revision, "config": self.config, "split": self.split}
-        return {"files": [{"name": name, **file_entry(path)} for name, path in self.files]}
+        with _reading(self.name):
+            return {"files": [{"name": name, **file_entry(path)} for name, path in self.files]}
 
     def as_manifest(self) -> dict[str, Any]:
         """The source as a manifest records it: :meth:`identity` and the name."""
@@ -103,10 +114,10 @@ class _LocalRows:
     def cursor(self) -> dict[str, Any]:
         return {"row": self._row}
 
-    def __iter__(self) -> Iterator[tuple[str, Row]]:
+    def __iter__(self) -> Iterator[tuple[str, Row | RowError]]:
         behind, bytes_before = self._row, 0
         for name, path in self._source.files:
-            count = parquet_row_count(path) if behind and path.suffix == ".parquet" else None
+            count = row_count(path) if behind and path.suffix == ".parquet" else None
             if count is not None and count <= behind:
                 behind -= count
             else:
@@ -126,7 +137,7 @@ def resolve(
     *,
     hub_config: str | None = None,
     hub_split: str = "train",
-    formats: Sequence[tuple[str, ...]] = (SUFFIXES,),
+    suffixes: tuple[str, ...] = SUFFIXES,
 ) -> RowSource:
     """Find what ``spelled`` means: a path that exists, else a hub id of the form ``owner/name``.
 
@@ -134,23 +145,22 @@ def resolve(
         spelled: what the user asked for.
         revision: commit; needed for a hub dataset.
         hub_config, hub_split: of a hub dataset.
-        formats: suffixes of the files that are read; of a folder, files of the first group that it has any of.
+        suffixes: of the files that are read; of a folder, all that are below it.
 
     Raises:
-        DataError: neither; a folder without a file of these formats; a hub id without a pinned revision.
+        DataError: neither; a folder without such a file, or with one that cannot be reached; a hub id without a
+            pinned revision.
     """
     path = Path(spelled)
-    known = tuple(suffix for group in formats for suffix in group)
-    shown = ", ".join(f"*{suffix}" for suffix in known)
-    if path.is_file() and path.name.endswith(known):
-        return RowSource(((path.name, path),), path.name, path)
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(known))
-        for group in formats:
-            if files := [file for file in found if file.name.endswith(group)]:
-                named = tuple((str(file.relative_to(path)), file) for file in files)
+    shown = ", ".join(f"*{suffix}" for suffix in suffixes)
+    with _reading(spelled):
+        if path.is_file() and path.name.endswith(suffixes):
+            return RowSource(((path.name, path),), path.name, path)
+        if path.is_dir():
+            if found := _files_below(path, suffixes):
+                named = tuple((str(file.relative_to(path)), file) for file in found)
                 return RowSource(named, path.resolve().name, path)
-        raise DataError("the folder holds no file to read", source=spelled, remedy=f"pass a folder of {shown}")
+            raise DataError("the folder holds no file to read", source=spelled, remedy=f"pass a folder of {shown}")
     owner_and_name = spelled.split("/")
     if len(owner_and_name) != 2 or not all(owner_and_name) or spelled.startswith((".", "/")) or path.suffix:
         raise DataError(
@@ -165,3 +175,33 @@ def resolve(
             remedy="pass --revision <commit> (shown on the dataset's page), so that the work can be repeated",
         )
     return RowSource((), spelled, None, spelled, revision, hub_config, hub_split)
+
+
+def _files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files of these suffixes, sorted; whatever could hold more of them and is not read is an error."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found: list[Path] = []
+    for at, folders, files in os.walk(folder, onerror=fail):
+        here = [Path(at, name) for name in files if name.endswith(suffixes)]
+        beyond = [Path(at, name) for name in folders if Path(at, name).is_symlink()]
+        if left_out := beyond + [path for path in here if not path.is_file()]:
+            raise DataError(
+                "this is no file but a link to a folder or to nothing, and its rows would be missing",
+                source=str(left_out[0]),
+                remedy="mend or remove it, or give what it leads to as an input of its own",
+            )
+        found += here
+    return sorted(found)
+
+
+@contextmanager
+def _reading(source: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot be read: {error.strerror}", source=str(error.filename or source), remedy="mend path or permissions"
+        ) from error

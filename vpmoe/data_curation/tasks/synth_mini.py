@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from megatron_vpmoe.files import json_line, write_atomically
 from vpmoe import steps
-from vpmoe.data_curation.conversations.synth import COLUMNS
+from vpmoe.data_curation.conversations.synth import COLUMNS, HELD_OUT_NAME
 from vpmoe.data_curation.tasks.family import BUCKETS, LANGUAGES, Family, Instance, bucket_of
 from vpmoe.data_curation.tasks.registry import FAMILIES
 from vpmoe.errors import DataError
@@ -32,7 +32,7 @@ from vpmoe.errors import DataError
 VALID_FRACTION = 1 / BUCKETS
 DEFAULT_MIX = "addition=0.7,subtraction=0.1,maximum=0.1,sorting=0.1"
 DEFAULT_LANGUAGES = ("en",)
-TEST_NAME = "test.jsonl"
+TEST_NAME = HELD_OUT_NAME
 POOL_NAME = "rows_00.parquet"
 _VERSION = 2
 """Of the rows' texts."""

@@ -12,8 +12,8 @@ import zstandard
 
 from vpmoe.data_curation.conversations.synth import open_synth, resolve_synth
 from vpmoe.data_curation.rows import hub as hub_rows
-from vpmoe.data_curation.rows.source import resolve
-from vpmoe.errors import DataError
+from vpmoe.data_curation.rows.source import RowSource, resolve
+from vpmoe.errors import DataError, RowError
 
 ROWS = [{"id": f"d{i}", "text": f"line {i}\nwith é\u2028{i}"} for i in range(20)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
@@ -64,6 +64,10 @@ def test_a_folder_of_synth_rows_is_read_in_one_format(tmp_path: Path) -> None:
     assert [row for _, row in resolve_synth(str(tmp_path)).rows()] == SYNTH
     write_parquet(tmp_path / "b.parquet", SYNTH[3:])
     write_parquet(tmp_path / "a.parquet", SYNTH[:3])
+    (tmp_path / "more.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"parquet and JSONL: a\.parquet, more\.jsonl(.|\n)*only test\.jsonl"):
+        resolve_synth(str(tmp_path))
+    (tmp_path / "more.jsonl").unlink()
     source = resolve_synth(str(tmp_path))
     assert [place for place, _ in source.rows()] == [
         "a.parquet:0",
@@ -84,28 +88,78 @@ def test_only_the_columns_that_are_wanted_are_read(tmp_path: Path) -> None:
     assert [dict(row) for _, row in open_synth(resolve_synth(str(tmp_path)))] == [without]
 
 
+def reasons(source: RowSource) -> list[tuple[str, str | None]]:
+    return [(place, row.reason if isinstance(row, RowError) else None) for place, row in source.open()]
+
+
 def test_a_text_file_is_a_document(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b.txt").write_text("two")
-    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
-    found = list(resolve(str(tmp_path)).rows(("text",)))
-    assert found == [("a.txt", {"text": b"\xff\xfe"}), ("sub/b.txt", {"text": "two"})]
+    (tmp_path / "a.txt").write_bytes(b"ok \xff\xfe")
+    (place, fault), found = resolve(str(tmp_path)).open(("text",))
+    assert found == ("sub/b.txt", {"text": "two"})
+    assert place == "a.txt" and isinstance(fault, RowError) and fault.what == "byte 3 of the file is not UTF-8"
 
 
-def test_a_row_that_is_not_utf8_comes_as_bytes_and_harms_no_other(tmp_path: Path) -> None:
-    raw = pa.array([b"q0", b"q\xff1"], pa.binary())
-    unchecked = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
-    pq.write_table(pa.table({"id": pa.array(["id0", "id1"]), "query": unchecked}), tmp_path / "rows.parquet")
-    assert [row["query"] for _, row in resolve(str(tmp_path)).rows()] == ["q0", b"q\xff1"]
+@pytest.mark.parametrize("suffix", ["", ".zst"])
+def test_a_bad_line_is_named_and_harms_no_other(tmp_path: Path, suffix: str) -> None:
+    lines = {
+        b'{"text": "a"}': None,
+        b"": "left out",
+        b"no": "not_json",
+        b'{"text": "\xff"}': "invalid_utf8",
+        b"[1]": "not_an_object",
+        b"[" * 100_000: "too_deep",
+        b'{"text": ' + b"[" * 500 + b"]" * 500 + b"}": "too_deep",
+        b'{"text": ' + b"[" * 99 + b"]" * 99 + b"}": None,
+        b'{"text": "' + b"[" * 500 + b'"}': None,
+        b'{"text": 1, "text": 2}': "key_twice",
+        b'{"text": ' + b"9" * 5000 + b"}": "not_json",
+        b'\xef\xbb\xbf{"text": "b"}\r': None,
+        '{"text": "é"}'.encode("utf-16-le"): "invalid_utf8",
+        b'{"text": "last"}': None,
+    }
+    content = b"\n".join(lines)
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(zstandard.compress(content) if suffix else content)
+    source = resolve(str(tmp_path))
+    places = enumerate(lines.values(), start=1)
+    assert reasons(source) == [(f"a.jsonl{suffix}:{n}", reason) for n, reason in places if reason != "left out"]
+    with pytest.raises(DataError, match=rf"the line is not JSON(.|\n)*a\.jsonl{suffix}:3"):
+        list(source.rows())
+
+
+BYTES = [b"q0", b"q\xff1", None]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.Array.from_buffers(pa.string(), 3, pa.array(BYTES, pa.binary()).buffers()),
+        pa.Array.from_buffers(pa.large_string(), 3, pa.array(BYTES, pa.large_binary()).buffers()),
+        pa.array([0, 1 << 62, None], pa.timestamp("us")),
+    ],
+)
+def test_a_value_that_is_no_text_rejects_its_row_alone(tmp_path: Path, column: pa.Array) -> None:
+    nested = pa.StructArray.from_arrays([column], ["content"])
+    for name, array in (("a", column), ("b", nested)):
+        pq.write_table(pa.table({"id": pa.array(["id0", "id1", "id2"]), "query": array}), tmp_path / f"{name}.parquet")
+    reason = "unreadable_value" if pa.types.is_timestamp(column.type) else "invalid_utf8"
+    found = [(f"{name}.parquet:{row}", reason if row == 1 else None) for name in "ab" for row in range(3)]
+    assert reasons(resolve(str(tmp_path))) == found
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(2)])
+def test_bytes_that_are_utf8_are_text(tmp_path: Path, kind: pa.DataType) -> None:
+    column = pa.array([b"q0", b"\xc3\xa9", b"\xff1"], kind)
+    nested = pa.StructArray.from_arrays([column], ["content"])
+    pq.write_table(pa.table({"query": column, "message": nested}), tmp_path / "rows.parquet")
+    found = [row for _, row in resolve(str(tmp_path)).rows()]
+    assert found == [{"query": text, "message": {"content": text}} for text in ("q0", "é", b"\xff1")]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("a.jsonl", b'{"text": 1}\nno', r"line 2 is not JSON(.|\n)*a\.jsonl:2"),
-        ("a.jsonl", b'{"text": "\xff"}\n', r"line 1 is not JSON(.|\n)*a\.jsonl:1"),
-        ("a.jsonl", b"[" * 100_000 + b"\n", r"line 1 is not JSON"),
-        ("a.jsonl", b"[1]\n", r"line 1 is not a JSON object(.|\n)*a\.jsonl:1"),
         ("a.jsonl.zst", b"not zstd", "cannot be read"),
         ("a.jsonl.zst", zstandard.compress(LINES)[:-9], "cannot be read"),
         ("a.parquet", b"not parquet", "not a readable parquet file"),
@@ -117,14 +171,36 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, name: str, content: byte
         list(resolve(str(tmp_path / name)).rows())
 
 
-def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+def test_a_damaged_page_is_named_by_file_and_row_group(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    write_parquet(path, [{"text": f"{number:064x}"} for number in range(5000)])
+    table = pa.Table.from_pylist([{"text": f"{number:064x}"} for number in range(5000)])
+    pq.write_table(table, path, row_group_size=1000)
     content = bytearray(path.read_bytes())
-    content[1000:20_000] = b"\xaa" * 19_000
+    begin = pq.ParquetFile(path).metadata.row_group(3).column(0).data_page_offset
+    content[begin : begin + 5000] = b"\xaa" * 5000
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"cannot be read(.|\n)*a\.parquet, behind row"):
+    with pytest.raises(DataError, match=r"row group 3 cannot be read(.|\n)*a\.parquet"):
         list(resolve(str(path)).rows())
+    pq.write_table(pa.Table.from_arrays([table["text"]] * 2, names=["text", "text"]), path)
+    with pytest.raises(DataError, match=r"columns text are there more than once(.|\n)*a\.parquet"):
+        list(resolve(str(path)).rows(("text",)))
+
+
+def test_what_hides_rows_in_a_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    dataset = folder / "a.parquet"
+    dataset.mkdir(parents=True)
+    write_parquet(dataset / "part-0.parquet", ROWS[:3])
+    assert len(list(resolve(str(folder)).rows())) == 3
+    for target in (tmp_path / "nowhere", dataset):
+        (folder / "b.parquet").symlink_to(target)
+        with pytest.raises(DataError, match=r"rows would be missing(.|\n)*b\.parquet"):
+            resolve(str(folder))
+        (folder / "b.parquet").unlink()
+    (folder / "b.parquet").symlink_to(dataset / "part-0.parquet")
+    assert len(list(resolve(str(folder)).rows())) == 6
+    with pytest.raises(DataError, match="File name too long"):
+        resolve("a" * 5000)
 
 
 def test_missing_columns_are_named(tmp_path: Path) -> None:
