@@ -12,6 +12,7 @@ from torch.nn import functional
 from tests.workers import run_workers
 
 ROWS, SEQ, HIDDEN, VOCAB = 2, 12, 7, 22
+DIVERGENCES = [(0.0, "bucket", 2.0), (1.0, "bucket", 1.0), (0.4, "bucket", 1.0), (0.0, "drop", 1.0)]
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 
 
@@ -42,11 +43,10 @@ def split_loss(sharp: float) -> dict[str, Any]:
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
     from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 
-    from megatron_vpmoe.model import cross_entropy
-    from megatron_vpmoe.model.gpt import ModelOutput
+    from megatron_vpmoe.model.output import ModelOutput, chunks
 
     rank = parallel_state.get_tensor_model_parallel_rank()
-    cross_entropy.CHUNK_BYTES = 5 * 8 * VOCAB // 2  # several chunks, the last one smaller
+    chunks.CHUNK_BYTES = 5 * 8 * VOCAB // 2  # several chunks, the last one smaller
     hidden, projection, labels, mask, weight = inputs(sharp)
     leaf = hidden.clone().requires_grad_()
     words = projection.chunk(2)[rank].clone().requires_grad_()
@@ -63,11 +63,59 @@ def split_loss(sharp: float) -> dict[str, Any]:
     upstream = vocab_parallel_cross_entropy(logits, labels[mask])
     upstream_grads = torch.autograd.grad((upstream * weight[mask]).sum(), (whole, upstream_words))
     return {
+        "readings": split_readings(leaf, words, model) if sharp == 1 else {},  # probabilities by definition underflow
         "total": total.detach(),
         "losses": losses,
         "hidden": grads[0],
         "words": grads[1],
         "upstream": [upstream.detach(), upstream_grads[0], upstream_grads[1]],
+    }
+
+
+def teacher(sharp: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of both ranks' words, of one rank's alone, and their log-probabilities; [ROWS, SEQ, 4]."""
+    generator = torch.Generator().manual_seed(5)
+    scores = torch.randn(ROWS, SEQ, VOCAB, generator=generator, dtype=torch.float64) * min(sharp, 3.0)
+    scores[0, :, VOCAB // 2 :] -= 50
+    log_p, ids = scores.log_softmax(-1).topk(4)
+    return ids, log_p
+
+
+def split_readings(leaf: torch.Tensor, words: torch.Tensor, model: Any) -> dict[str, list[torch.Tensor]]:
+    """Value and gradients of each of the other readings."""
+    from megatron_vpmoe.model.output import CrossEntropy, Divergence, ModelOutput
+
+    _, _, labels, mask, weight = inputs(1.0)
+    found = {}
+    output, (ids, log_p) = ModelOutput(leaf, model), teacher(1.0)
+    log_p_labels, entropy = output.log_probabilities(labels, mask, entropy=True)
+    value = (log_p_labels.sin() + entropy * log_p_labels).sum()
+    found["log_probabilities"] = [value.detach(), *torch.autograd.grad(value, (leaf, words))]
+    for beta, tail, tau in DIVERGENCES:
+        kd = Divergence(teacher_ids=ids, teacher_log_p=log_p, weight=weight, beta=beta, tail=tail, temperature=tau)
+        value, _ = output.weighted_sum(mask, [CrossEntropy(labels=labels, weight=weight), kd])
+        found[f"{beta} {tail} {tau}"] = [value.detach(), *torch.autograd.grad(value, (leaf, words))]
+    return found
+
+
+def whole_readings(hidden: torch.Tensor, projection: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+    """The same by definition, in one process."""
+    from ref import output as reference
+
+    _, _, labels, mask, weight = inputs(1.0)
+    ids, log_p = (x[mask] for x in teacher(1.0))
+    rows, found = list(reference.logits(hidden[mask], projection)), {}
+    log_p_labels = [reference.log_probability(row, int(label)) for row, label in zip(rows, labels[mask], strict=True)]
+    entropy = torch.stack([reference.entropy(row) for row in rows])
+    of_labels = torch.stack(log_p_labels)
+    found["log_probabilities"] = (of_labels.sin() + entropy * of_labels).sum()
+    for beta, tail, tau in DIVERGENCES:
+        how = {"beta": beta, "tail": tail, "temperature": tau}
+        kd = [reference.divergence(row, i, p, **how) for row, i, p in zip(rows, ids, log_p, strict=True)]
+        found[f"{beta} {tail} {tau}"] = (weight[mask] * (torch.stack(kd) - of_labels)).sum()
+    return {
+        name: [value.detach(), *torch.autograd.grad(value, (hidden, projection), retain_graph=True)]
+        for name, value in found.items()
     }
 
 
@@ -90,3 +138,8 @@ def test_two_tensor_parallel_ranks(tmp_path: Path) -> None:
             for mine, upstream in zip((losses.detach(), expected_hidden, expected), theirs, strict=True):
                 torch.testing.assert_close(upstream.double(), mine, rtol=1e-5, atol=1e-5)  # upstream's is fp32
             torch.testing.assert_close(result["hidden"], expected_hidden, **EXACT)
+            for name, mine in result["readings"].items():
+                value, by_hidden, by_words = whole_readings(hidden, projection)[name]
+                torch.testing.assert_close(mine[0], value, **EXACT, msg=name)
+                torch.testing.assert_close(mine[1], by_hidden, **EXACT, msg=name)
+                torch.testing.assert_close(mine[2], by_words.chunk(2)[rank], **EXACT, msg=name)

@@ -1,4 +1,4 @@
-"""The language model: embedding, stack of layers, output projection, and what an objective may ask of its output.
+"""The language model: embedding, stack of layers, output projection.
 
 Over tensor-parallel ranks the vocabulary is split; outside the stack every rank holds every position, also under
 sequence parallelism.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -20,7 +19,6 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
 )
@@ -30,43 +28,10 @@ from torch import Tensor
 from megatron_vpmoe.model.attention.kv_cache import KVCache
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.block import VPTransformerBlock
-from megatron_vpmoe.model.cross_entropy import weighted_cross_entropy
 from megatron_vpmoe.model.layer_specs import block_spec
+from megatron_vpmoe.model.output import ModelOutput
 from megatron_vpmoe.model.pipeline import Stage, Wire, draw_preceding_weights
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
-
-
-@dataclass(frozen=True)
-class ModelOutput:
-    """What a forward pass gives an objective: the final hidden states, and ways to read them.
-
-    Nothing the size of [B, S, V] exists until it is asked for.
-    """
-
-    hidden_BSH: Tensor
-    model: VPModel
-
-    def logits(self) -> Tensor:
-        """Logits of every position, [B, S, V] in the model's dtype."""
-        return self.model.logits(self.hidden_BSH)
-
-    def cross_entropy(self, labels_BS: Tensor, mask_BS: Tensor, weight_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted sum of -log p(label) over the positions where the mask holds, and its terms without weights.
-
-        Args:
-            labels_BS: int64.
-            mask_BS: bool.
-            weight_BS: fp32, the weight of each position in the sum; takes no gradient.
-
-        Returns:
-            fp32 0-d, differentiable once; fp32 [mask.sum()] in row-major order, without gradient.
-        """
-        # Each tensor-parallel rank makes the part of the hidden states' gradient that comes from its own words.
-        tp_group = self.model.pg_collection.tp
-        hidden_NH = copy_to_tensor_model_parallel_region(self.hidden_BSH[mask_BS], group=tp_group)  # backward: sum
-        return weighted_cross_entropy(
-            hidden_NH, self.model.output_weight(), labels_BS[mask_BS], weight_BS[mask_BS], tp_group
-        )
 
 
 class VPModel(LanguageModule):

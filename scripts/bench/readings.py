@@ -1,13 +1,17 @@
-"""Forward and backward of the loss over a large vocabulary: in chunks of tokens, against plain PyTorch.
+"""The readings of a model's output over a large vocabulary, forward and backward: in chunks, against plain PyTorch.
 
-"plain" projects every position and takes torch's cross-entropy of the fp32 logits, weighted by the loss mask.
-"plain, supervised" projects the supervised positions only. Both make the gradients of hidden states and projection.
+    cross_entropy        weighted cross-entropy
+    log_probabilities    of labels, and entropies, with a gradient from upstream
+    divergence           forward KL to a teacher's 64 ids with a bucket for the tail, mixed with cross-entropy
+
+"plain" projects every position and calculates with the fp32 logits of all. "plain, supervised" projects the supervised
+positions only. Both make the gradients of hidden states and projection.
 
 Every round runs each side once, in an order that rotates, and forms the ratios within the round. Memory is the peak
 over what was there before (peak_memory.py).
 
-    python scripts/bench/cross_entropy.py --hidden 1024 --supervised 60
-    python scripts/bench/cross_entropy.py --hidden 128 --supervised 100 --bf16
+    python scripts/bench/readings.py --hidden 1024 --supervised 60
+    python scripts/bench/readings.py --reading divergence --hidden 128 --bf16
 """
 
 from __future__ import annotations
@@ -22,14 +26,17 @@ from peak_memory import PeakMemory
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_vpmoe.model.cross_entropy import weighted_cross_entropy
+from megatron_vpmoe.model.output import CrossEntropy, Divergence, Term, log_probabilities, weighted_sum
 from megatron_vpmoe.runtime.device import current_device
 
+READINGS = ("cross_entropy", "log_probabilities", "divergence")
+TEACHER_IDS = 64
 Side = Callable[[], Tensor]
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reading", choices=READINGS, action="append", help="default: all")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=201_088)
@@ -40,7 +47,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def sides(args: argparse.Namespace) -> tuple[dict[str, Side], tuple[Tensor, Tensor]]:
+def sides(reading: str, args: argparse.Namespace) -> tuple[dict[str, Side], tuple[Tensor, Tensor]]:
     """The ways to compute one loss, and the leaves that they differentiate by."""
     device, dtype = current_device(), torch.bfloat16 if args.bf16 else torch.float32
     hidden = torch.randn(args.tokens, args.hidden, device=device, dtype=dtype).requires_grad_()
@@ -49,20 +56,42 @@ def sides(args: argparse.Namespace) -> tuple[dict[str, Side], tuple[Tensor, Tens
     # Answers stand at the end of conversations: supervised positions are contiguous, here one stretch.
     mask = torch.arange(args.tokens, device=device) >= args.tokens - round(args.tokens * args.supervised / 100)
     weight = torch.rand(args.tokens, device=device) / args.tokens
+    ids = torch.stack([torch.randperm(args.vocab, device=device)[:TEACHER_IDS] for _ in range(args.tokens)])
+    log_p = torch.randn(args.tokens, TEACHER_IDS, device=device).log_softmax(-1) - 0.2
 
-    def plain() -> Tensor:
-        losses = functional.cross_entropy(functional.linear(hidden, projection).float(), labels, reduction="none")
-        return (losses * (weight * mask)).sum()
+    weight *= mask
+    everywhere = torch.ones_like(mask)
 
-    def plain_supervised() -> Tensor:
-        logits = functional.linear(hidden[mask], projection).float()
-        return (functional.cross_entropy(logits, labels[mask], reduction="none") * weight[mask]).sum()
+    def upstream(log_q: Tensor, entropy: Tensor, kept: Tensor) -> Tensor:
+        return (weight[kept] * (torch.exp(0.1 * log_q) + 0.01 * entropy)).sum()
+
+    def of_logits(kept: Tensor) -> Tensor:
+        logits, w = functional.linear(hidden[kept], projection).float(), weight[kept]
+        if reading == "cross_entropy":
+            return (functional.cross_entropy(logits, labels[kept], reduction="none") * w).sum()
+        log_q = logits.log_softmax(-1)
+        of_labels = log_q.gather(-1, labels[kept, None]).squeeze(-1)
+        if reading == "log_probabilities":
+            return upstream(of_labels, -(log_q.exp() * log_q).sum(-1), kept)
+        of_ids, p = log_q.gather(-1, ids[kept]), log_p[kept].exp()
+        p_tail, q_tail = 1 - p.sum(-1), 1 - of_ids.exp().sum(-1)
+        kl = (p * (log_p[kept] - of_ids)).sum(-1) + p_tail * (p_tail / q_tail).log()
+        return (w * (kl - of_labels)).sum()
 
     def chunked() -> Tensor:
-        return weighted_cross_entropy(hidden[mask], projection, labels[mask], weight[mask])[0]
+        h, w = hidden[mask], weight[mask]
+        if reading == "log_probabilities":
+            log_q, entropy = log_probabilities(h, projection, labels[mask], entropy=True)
+            assert entropy is not None
+            return upstream(log_q, entropy, mask)
+        terms: list[Term] = [CrossEntropy(labels=labels[mask], weight=w)]
+        if reading == "divergence":
+            terms.append(Divergence(teacher_ids=ids[mask], teacher_log_p=log_p[mask], weight=w))
+        return weighted_sum(h, projection, terms)[0]
 
-    both = {"chunked": chunked, "plain": plain}
-    return (both if args.supervised == 100 else {**both, "plain, supervised": plain_supervised}), (hidden, projection)
+    both = {"chunked": chunked, "plain": lambda: of_logits(everywhere)}
+    supervised = {} if args.supervised == 100 else {"plain, supervised": lambda: of_logits(mask)}
+    return {**both, **supervised}, (hidden, projection)
 
 
 def run(side: Side, leaves: tuple[Tensor, ...]) -> tuple[float, float, float, list[Tensor]]:
@@ -81,12 +110,10 @@ def run(side: Side, leaves: tuple[Tensor, ...]) -> tuple[float, float, float, li
     return seconds, peak / 2**30, float(loss.detach()), [x.grad for x in leaves if x.grad is not None]
 
 
-def main() -> None:
+def compare(reading: str, args: argparse.Namespace) -> None:
     """Time all sides, compare their results, print the ratios."""
-    args = arguments()
-    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    functions, leaves = sides(args)
+    functions, leaves = sides(reading, args)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     results: dict[str, tuple[float, list[Tensor]]] = {}
     for round_number in range(-1, args.rounds):  # one round to warm up, which also compares the results
@@ -108,7 +135,7 @@ def main() -> None:
         results.clear()
 
     print(
-        f"{args.tokens} tokens x {args.vocab}, hidden {args.hidden}, {args.supervised:g} % supervised, "
+        f"{reading}: {args.tokens} tokens x {args.vocab}, hidden {args.hidden}, {args.supervised:g} % supervised, "
         f"{leaves[0].dtype}, {leaves[0].device}, {args.threads} threads, {args.rounds} rounds"
     )
     print(f"{'forward + backward':20s} {'median s':>9s} {'peak GiB':>9s}   time over chunked: min / median / max")
@@ -117,6 +144,14 @@ def main() -> None:
         summary = f"{ratios[0]:.2f} / {statistics.median(ratios):.2f} / {ratios[-1]:.2f}"
         seconds, peak = (statistics.median(column) for column in zip(*runs, strict=True))
         print(f"{name:20s} {seconds:9.2f} {peak:9.2f}   {summary}")
+
+
+def main() -> None:
+    """Every reading that was asked for."""
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    for reading in args.reading or READINGS:
+        compare(reading, args)
 
 
 if __name__ == "__main__":

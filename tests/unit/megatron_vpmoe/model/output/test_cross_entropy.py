@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_vpmoe.model import cross_entropy
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.builder import build_model
-from megatron_vpmoe.model.cross_entropy import weighted_cross_entropy
+from megatron_vpmoe.model.output import CrossEntropy, chunks, weighted_sum
 from tests.tiny import random_batch, tiny_config
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -27,6 +26,11 @@ def draw(tokens: int, hidden: int, vocab: int, *, seed: int = 0, sharp: float = 
         torch.randint(0, vocab, (tokens,), generator=generator),
         torch.rand(tokens, generator=generator, dtype=torch.float64) - 0.2,
     )
+
+
+def weighted_cross_entropy(hidden: Tensor, projection: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total, (losses,) = weighted_sum(hidden, projection, [CrossEntropy(labels=labels, weight=weight)])
+    return total, losses
 
 
 def plain(hidden: Tensor, projection: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +60,7 @@ def with_gradients(function, inputs: Inputs, dtype: torch.dtype, factor: float =
 def test_equals_the_plain_one(tokens: int, hidden: int, vocab: int, rows_a_chunk: int, sharp: float, seed: int) -> None:
     inputs = draw(tokens, hidden, vocab, seed=seed, sharp=sharp)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cross_entropy, "CHUNK_BYTES", rows_a_chunk * 8 * vocab)
+        patch.setattr(chunks, "CHUNK_BYTES", rows_a_chunk * 8 * vocab)
         got = with_gradients(weighted_cross_entropy, inputs, torch.float64)
     for mine, theirs in zip(got, with_gradients(plain, inputs, torch.float64), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
@@ -71,7 +75,7 @@ def test_rounding_is_that_of_the_plain_one(monkeypatch: pytest.MonkeyPatch, dtyp
     likely = (inputs[0] @ inputs[1].T).argmax(-1)
     inputs = (*inputs[:2], torch.where(torch.arange(200) % 4 > 0, likely, inputs[2]), inputs[3])
     exact = with_gradients(plain, inputs, torch.float64)
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 64 * 6 * 50)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 64 * 6 * 50)
     ours, theirs = (with_gradients(f, inputs, dtype) for f in (weighted_cross_entropy, plain))
     assert ours[0].dtype == ours[1].dtype == torch.float32
     for mine, other, truth in zip(ours, theirs, exact, strict=True):
@@ -91,7 +95,7 @@ def test_many_chunks_round_the_projections_gradient_once(monkeypatch: pytest.Mon
     exact = with_gradients(plain, inputs, torch.float64, 1.0)[3]
     if home == "main_grad":
         projection.main_grad = torch.zeros(9, 6)  # type: ignore[attr-defined]
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 2 * 6 * 9)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 2 * 6 * 9)
     weighted_cross_entropy(hidden, projection, inputs[2], inputs[3].float())[0].backward()
     assert projection.grad is not None and projection.grad.dtype == torch.bfloat16
     got = projection.grad.double()
