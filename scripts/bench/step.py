@@ -151,7 +151,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    alone = ["--nproc-per-node=1", "--expert-model-parallel-size=1"]
+    given = " ".join(arguments.overrides)
+    alone = [f"{flag}=1" for flag in ("--nproc-per-node", "--expert-model-parallel-size") if flag not in given]
     cfg = load_config(arguments.config, [*alone, *arguments.overrides], nodes=1)
     with distributed.single_process(seed=cfg.training.seed):
         print(json.dumps(measure(cfg, arguments), indent=1))

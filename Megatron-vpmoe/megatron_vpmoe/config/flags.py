@@ -10,6 +10,7 @@ import re
 from typing import Any, get_args, get_origin
 
 from megatron_vpmoe.config.schema import RETIRED, FieldSpec, fields
+from megatron_vpmoe.config.settings_file import shown
 from megatron_vpmoe.config.yaml_source import Given, parse_scalar
 
 SOURCE = "command line"
@@ -18,6 +19,7 @@ _FLAG = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
 
 def nearest(name: str, candidates: list[str], count: int = 3) -> list[str]:
     """The candidates most like ``name``, best first; never empty."""
+    name = name[:100]  # the search takes the square of a length
     return difflib.get_close_matches(name, candidates, count, 0.6) or difflib.get_close_matches(name, candidates, 1, 0)
 
 
@@ -59,11 +61,11 @@ def _take(spec: FieldSpec, attached: str | None, rest: list[str]) -> tuple[Any, 
 
 
 def parse_flags(arguments: list[str], problems: list[str]) -> dict[str, dict[str, Given]]:
-    """Section -> key -> value of the overrides; of a repeated flag the last one holds.
+    """Section -> key -> value of the overrides.
 
     Args:
         arguments: everything after the configuration's path.
-        problems: receives unknown flags (with the nearest names), missing values and stray words.
+        problems: receives unknown flags (with the nearest names), repeated ones, missing values and stray words.
     """
     known = fields()
     result: dict[str, dict[str, Given]] = {}
@@ -72,7 +74,7 @@ def parse_flags(arguments: list[str], problems: list[str]) -> dict[str, dict[str
         word = rest.pop(0)
         match = _FLAG.fullmatch(word)
         if match is None:
-            problems.append(f"{SOURCE}: {word!r} belongs to no flag; overrides are --field-name value")
+            problems.append(f"{SOURCE}: {shown(word)} belongs to no flag; overrides are --field-name value")
             continue
         name, attached = match.group(1).replace("-", "_"), match.group(2)
         negated = name not in known and name.startswith("no_") and name[3:] in known
@@ -80,18 +82,21 @@ def parse_flags(arguments: list[str], problems: list[str]) -> dict[str, dict[str
         if spec is None:
             flags = [known[n].flag for n in nearest(name, list(known))]
             gone = f" ({RETIRED[name].reason})" if name in RETIRED else ""
-            problems.append(f"{SOURCE}: unknown flag {word.split('=')[0]}{gone}; nearest: {', '.join(flags)}")
+            problems.append(f"{SOURCE}: unknown flag {word.split('=')[0][:100]}{gone}; nearest: {', '.join(flags)}")
             while rest and not _FLAG.fullmatch(rest[0]):
                 rest.pop(0)
-        elif negated:
-            if bool not in accepted_types(spec) or attached is not None:
-                problems.append(f"{SOURCE}: {word} does not fit; {spec.flag} takes a value")
-            else:
-                result.setdefault(spec.section, {})[spec.name] = Given(False, SOURCE)
-        else:
+            continue
+        given = result.setdefault(spec.section, {})
+        if spec.name in given:
+            problems.append(f"{SOURCE}: {spec.flag} is given twice; keep one")
+        if not negated:
             value, problem = _take(spec, attached, rest)
-            if problem:
-                problems.append(problem)
-            else:
-                result.setdefault(spec.section, {})[spec.name] = Given(value, f"{SOURCE} {spec.flag}")
+        elif bool in accepted_types(spec) and attached is None:
+            value, problem = False, None
+        else:
+            value, problem = None, f"{SOURCE}: {word[:100]} does not fit; {spec.flag} takes a value"
+        if problem:
+            problems.append(problem)
+        else:
+            given[spec.name] = Given(value, f"{SOURCE} {spec.flag}")
     return result

@@ -11,16 +11,13 @@ from megatron_vpmoe.config.flags import accepted, nearest, parse_flags
 from megatron_vpmoe.config.rule import Problem
 from megatron_vpmoe.config.rules import find_problems
 from megatron_vpmoe.config.schema import RETIRED, FieldSpec, RunConfig, fields, is_passed_over, section_types
+from megatron_vpmoe.config.schema_section import BOUND
+from megatron_vpmoe.config.settings_file import shown
 from megatron_vpmoe.config.yaml_source import Given, read_chain
 from megatron_vpmoe.errors import ConfigError
 
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", list: "a list"}
-_BOUNDS = {
-    "greater_than": ("above", "gt"),
-    "greater_than_equal": ("at least", "ge"),
-    "less_than": ("below", "lt"),
-    "less_than_equal": ("at most", "le"),
-}
+_SAID_BY_PYDANTIC = ("finite_number", "string_pattern_mismatch", "too_long")
 Values = dict[str, dict[str, Given]]
 
 
@@ -88,7 +85,7 @@ def _known_only(values: Values, problems: list[str]) -> Values:
         for key, given in keys.items():
             if key == "":
                 if given.value is not None:
-                    problems.append(f"{given.source}: {section} is a section of keys, not {given.value!r}")
+                    problems.append(f"{given.source}: {section} is a section of keys, not {shown(given.value)}")
             elif key in sections[section].model_fields:
                 kept[section][key] = given
             elif is_passed_over(section, key, given.value):
@@ -127,14 +124,13 @@ def _describe(detail: dict[str, Any], values: Values, path: Path) -> str:
         return f"{path}: {spec.key} is missing; it takes {expected(spec)}"
     source = values[section][name].source
     value = values[section][name].value
-    if detail["type"] in _BOUNDS:
-        words, bound = _BOUNDS[detail["type"]]
-        return f"{source}: {spec.key} = {value!r} must be {words} {detail['ctx'][bound]}"
-    if detail["type"] in ("finite_number", "string_pattern_mismatch", "string_too_short"):
-        return f"{source}: {spec.key} = {value!r}: {detail['msg']}"
+    if detail["type"] == BOUND:
+        return f"{source}: {spec.key} = {shown(value)} {detail['msg']}"
+    if detail["type"] in _SAID_BY_PYDANTIC:
+        return f"{source}: {spec.key} = {shown(value)}: {detail['msg']}"
     choices = sorted(entry for entry in accepted(spec) if isinstance(entry, str))
     hint = f"; nearest: {nearest(value, choices, 1)[0]!r}" if isinstance(value, str) and choices else ""
-    return f"{source}: {spec.key} = {value!r} ({type(value).__name__}), expected {expected(spec)}{hint}"
+    return f"{source}: {spec.key} = {shown(value)} ({type(value).__name__}), expected {expected(spec)}{hint}"
 
 
 def _describe_item(detail: dict[str, Any], spec: FieldSpec, source: str) -> str:
@@ -145,7 +141,7 @@ def _describe_item(detail: dict[str, Any], spec: FieldSpec, source: str) -> str:
         return f"{source}: {key} is missing"
     if detail["type"] == "extra_forbidden":
         return f"{source}: unknown key {key}; {spec.key} is {spec.info.description}"
-    return f"{source}: {key} = {detail['input']!r}: {detail['msg']}"
+    return f"{source}: {key} = {shown(detail['input'])}: {detail['msg']}"
 
 
 def _locate(problem: Problem, values: Values) -> str:

@@ -13,6 +13,7 @@ from megatron_vpmoe.errors import DeviceError
 
 _FP32 = 4
 _LOGITS_CHUNK_BYTES = 256 * 2**20  # logits and probabilities that the cross-entropy holds at one time
+_POSITION_BYTES = 30  # of a batch: three times int64, an int32, a bool and a byte
 _PROCESS_BYTES = 350 * 2**20  # interpreter, torch and megatron.core of one worker, as measured on Linux
 
 
@@ -113,6 +114,13 @@ def _loss(cfg: RunConfig, compute_bytes: int) -> int:
     return chunk + is_trained(cfg, projection) * vocab * cfg.model.hidden_size * compute_bytes
 
 
+def _batches(cfg: RunConfig) -> int:
+    """Bytes of a process's rows of a step, and of the next one's that are made meanwhile (see ``data.batch``)."""
+    p = cfg.parallel
+    replicas = max(1, p.nproc_per_node // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size))
+    return 2 * cfg.training.global_batch_size * cfg.data.seq_length * _POSITION_BYTES // replicas
+
+
 def _optimizer_state(cfg: RunConfig, trained: _Held) -> int:
     """Bytes of one rank's share of the optimizer state of the ``trained`` parameters.
 
@@ -161,6 +169,7 @@ def _stage_estimate(cfg: RunConfig, layers: range, under_way: int, on_cpu: bool)
             "optimizer state": _optimizer_state(cfg, trained),
             "activations": tokens * (under_way * kept + transient),
             "loss": _loss(cfg, compute_bytes) if is_last else 0,
+            "batches": _batches(cfg) if on_cpu else 0,  # else in the machine's memory
             "process": _PROCESS_BYTES,
         }
     )

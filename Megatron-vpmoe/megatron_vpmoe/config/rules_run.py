@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 
+from megatron_vpmoe.config.flags import nearest
 from megatron_vpmoe.config.parameters import is_trained, parameter_sizes
 from megatron_vpmoe.config.rule import Rule, View, refuse
 
@@ -23,8 +24,9 @@ def _without_transformer_engine(name: str, c: View) -> bool:
 
 def _unmatched(c: View) -> Facts:
     names = list(parameter_sizes(c.cfg))
+    kinds = list({re.sub(r"layers\.\d+", "layers.*", name): name for name in names})  # of any depth, a few dozen
     return [
-        {"pattern": pattern, "near": ", ".join(difflib.get_close_matches(pattern, names, 3, 0.0))}
+        {"pattern": pattern, "near": ", ".join(nearest(pattern, kinds))}
         for pattern in c.train_only or ()
         if not fnmatch.filter(names, pattern)
     ]
@@ -79,6 +81,15 @@ _TRAINING = (
         for name in ("moe_permute_fusion", "moe_router_fusion")
     ),
     refuse("min_lr lr", "min_lr {min_lr:g} is above the peak {lr:g}; lower min_lr", lambda c: c.min_lr > c.lr),
+    refuse(
+        "weight_decay lr normuon_aux_lr decoupled_lr router_lr",
+        "a step multiplies weights by 1 - {weight_decay:g} x {highest:g}, which is not above 0; lower weight_decay",
+        lambda c: [
+            {"highest": rate}
+            for rate in [max(c.lr, c.cfg.aux_lr, c.cfg.embedding_lr, c.cfg.router_lr)]
+            if rate * c.weight_decay >= 1
+        ],
+    ),
     refuse(
         "lr_warmup_iters lr_decay_iters train_iters",
         "a warm-up of {lr_warmup_iters} iterations leaves nothing of a schedule of {decay_iters}",
@@ -157,6 +168,16 @@ _RECOMPUTATION = (
             ("recompute_num_layers", "full"),
             ("recompute_modules", "selective"),
         )
+    ),
+    refuse(
+        "moe_router_fusion recompute_granularity recompute_modules num_experts",
+        "the fused router chooses again where its layer is recomputed, and gradients would be of experts that the loss "
+        "never saw; set moe_router_fusion to false",
+        lambda c: (
+            c.num_experts is not None
+            and c.moe_router_fusion
+            and (c.recompute_granularity == "full" or "moe" in (c.recompute_modules or ()))
+        ),
     ),
     refuse(
         "recompute_num_layers num_layers",

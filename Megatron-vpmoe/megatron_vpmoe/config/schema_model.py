@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megatron_vpmoe.config.schema_section import Amount, Count, PositiveFloat, Section
+from megatron_vpmoe.config.schema_section import Amount, Few, Fraction, PositiveFloat, Section, Size
 
 PositionEmbedding = Literal["grape_m", "grape_a", "rope", "none"]
 
@@ -12,19 +12,19 @@ PositionEmbedding = Literal["grape_m", "grape_a", "rope", "none"]
 class ModelSection(Section):
     """Geometry, positions and attention of the transformer."""
 
-    num_layers: Count
+    num_layers: Few
     """Number of transformer layers."""
-    hidden_size: Count
+    hidden_size: Size
     """Width of the residual stream."""
-    ffn_hidden_size: Count
+    ffn_hidden_size: Size
     """Inner width of the dense feed-forward layers."""
-    num_attention_heads: Count
+    num_attention_heads: Size
     """Query heads per layer (H)."""
-    num_query_groups: Count
+    num_query_groups: Size
     """Key/value heads per layer (G); each serves H / G query heads."""
-    kv_channels: Count
+    kv_channels: Size
     """Dimension of one attention head (d); even, since rotations act on pairs."""
-    padded_vocab_size: Count
+    padded_vocab_size: Size
     """Rows of the embedding and of the output layer; must equal the dataset manifest's padded_vocab_size."""
     untie_embeddings_and_output_weights: bool = True
     """Give the output layer its own matrix instead of the embedding's."""
@@ -34,17 +34,17 @@ class ModelSection(Section):
     """Biases on queries, keys and values; in TPA layers added after the factor product."""
     qk_layernorm: bool = True
     """RMSNorm over the head dimension of queries and keys, before any rotation."""
-    layernorm_epsilon: PositiveFloat = 1e-6
+    layernorm_epsilon: Fraction = 1e-6
     """Added to the mean square inside every RMSNorm."""
     activation: Literal["squared_relu", "swiglu"] = "squared_relu"
     """Feed-forward non-linearity: relu(x)^2, or the gated SwiGLU (which doubles the first matrix)."""
-    init_method_std: PositiveFloat = 0.02
+    init_method_std: Fraction = 0.02
     """Standard deviation of the initial weights."""
     softmax_type: Literal["learnable", "vanilla"] = "learnable"
     """"learnable" gives each head a sink logit in the softmax's denominator; "vanilla" has none."""
-    window_size: Count | None = 128
+    window_size: Size | None = 128
     """Tokens that a local layer sees, the current one included; null: no window, every layer is global."""
-    window_attn_skip_freq: Count = 4
+    window_attn_skip_freq: Size = 4
     """Layer n (from 1) is global iff n is a multiple of this; idle without a window."""
     local_position_embedding: PositionEmbedding = "grape_m"
     """Positions in local layers: rotation by learned frequencies (GRAPE-M), RoPE, additive distance bias (GRAPE-A, the
@@ -57,9 +57,9 @@ class ModelSection(Section):
     """s in GRAPE-M: the parameter is s times the log-frequency, so s sets the frequencies' effective learning rate."""
     tpa: bool = True
     """Tensor product attention (factored Q, K, V) in local layers; false: grouped-query projections everywhere."""
-    tpa_rank: Count = 2
+    tpa_rank: Size = 2
     """R: number of factor pairs whose mean gives the keys, and likewise the values."""
-    tpa_q_rank: Count = 4
+    tpa_q_rank: Size = 4
     """R_q: number of factor pairs whose mean gives the queries."""
     tpa_factor_bias: bool = True
     """Bias on the head factors A of TPA, which lets TPA reproduce a plain projection exactly."""
@@ -73,13 +73,13 @@ class ModelSection(Section):
 class MoeSection(Section):
     """Experts and their router; everything here is idle when num_experts is null."""
 
-    num_experts: Count | None = None
+    num_experts: Size | None = None
     """Routed experts a layer (E); null: a dense model."""
-    moe_router_topk: Count = 4
+    moe_router_topk: Size = 4
     """Experts that each token visits."""
-    moe_ffn_hidden_size: Count = 128
+    moe_ffn_hidden_size: Size = 128
     """Inner width of one routed expert."""
-    moe_shared_expert_intermediate_size: Count | None = 512
+    moe_shared_expert_intermediate_size: Size | None = 512
     """Inner width of the shared expert that every token visits; null: no shared expert."""
     first_layer_dense: bool = True
     """Give layer 1 a dense feed-forward layer instead of experts."""
@@ -91,9 +91,9 @@ class MoeSection(Section):
     """How router logits become scores."""
     moe_router_topk_scaling_factor: PositiveFloat = 2.5
     """Factor on the normalised scores of the chosen experts."""
-    moe_router_num_groups: Count | None = 8
+    moe_router_num_groups: Size | None = 8
     """Groups that the experts are divided into for group-limited routing; null: no groups."""
-    moe_router_group_topk: Count | None = 4
+    moe_router_group_topk: Size | None = 4
     """Groups that a token may use; null together with moe_router_num_groups."""
     moe_router_enable_expert_bias: bool = True
     """Balance without a loss: a bias per expert that only takes part in the choice."""

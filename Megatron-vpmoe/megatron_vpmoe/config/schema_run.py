@@ -5,18 +5,32 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Annotated, Literal
 
-from pydantic import Field
+from megatron_vpmoe.config.schema_section import (
+    Amount,
+    Cardinal,
+    Count,
+    Decay,
+    Few,
+    Fraction,
+    Name,
+    PositiveFloat,
+    Rate,
+    Section,
+    Seed,
+    Several,
+    Size,
+    Text,
+    within,
+)
 
-from megatron_vpmoe.config.schema_section import Amount, Cardinal, Count, Decay, PositiveFloat, Section
-
-Path = Annotated[str, Field(min_length=1)]
+Share = Annotated[float, within(0, 1e12, "rows of the other datasets would never come")]
 RecomputeModule = Literal["core_attn", "mlp", "moe", "shared_experts"]
 
 
 class LrMultiplier(Section):
     """Parameters whose learning rate is a multiple of their rule's."""
 
-    pattern: Path
+    pattern: Text
     """Glob over whole parameter names, such as "*.self_attention.linear_proj.weight"; it has to match one."""
     factor: PositiveFloat
     """What the learning rate is multiplied by."""
@@ -25,7 +39,7 @@ class LrMultiplier(Section):
 class RuleDecay(Section):
     """The weight decay of one assignment rule."""
 
-    rule: Path
+    rule: Text
     """Name of the rule, as the assignment table prints it; it has to match a parameter."""
     weight_decay: Amount
     """In place of the rule's own: weight_decay, or 0 for norms, biases, sinks and frequencies."""
@@ -36,15 +50,15 @@ class OptimSection(Section):
 
     optimizer: Literal["normuon", "adam"] = "normuon"
     """"normuon": NorMuon for hidden matrices and AdamW for the rest; "adam": AdamW for everything."""
-    lr: PositiveFloat
+    lr: Rate
     """Peak learning rate of the hidden matrices."""
-    normuon_aux_lr: PositiveFloat | None = None
+    normuon_aux_lr: Rate | None = None
     """Peak learning rate of the parameters that AdamW keeps; null: lr."""
-    decoupled_lr: PositiveFloat | None = None
+    decoupled_lr: Rate | None = None
     """Peak learning rate of the embedding and the output layer; null: normuon_aux_lr."""
-    router_lr: PositiveFloat | None = None
+    router_lr: Rate | None = None
     """Peak learning rate of the routers' weights; null: normuon_aux_lr."""
-    lr_multipliers: list[LrMultiplier] | None = None
+    lr_multipliers: Several[LrMultiplier] | None = None
     """Factors on learning rates, as a list of {pattern, factor}; a parameter takes one at most. null: none."""
     min_lr: Amount = 0.0
     """Learning rate at the end of the decay; groups with another peak end at the same fraction of it."""
@@ -58,13 +72,13 @@ class OptimSection(Section):
     """Length of the final decay of the WSD schedule, in iterations."""
     weight_decay: Amount = 0.1
     """Decoupled weight decay; norms, biases, sinks and frequencies have none."""
-    weight_decays: list[RuleDecay] | None = None
+    weight_decays: Several[RuleDecay] | None = None
     """Rules with another weight decay, as a list of {rule, weight_decay}; null: none."""
     adam_beta1: Decay = 0.9
     """Decay of AdamW's first moment."""
     adam_beta2: Decay = 0.95
     """Decay of AdamW's second moment."""
-    adam_eps: PositiveFloat = 1e-8
+    adam_eps: Fraction = 1e-8
     """Added to the root of AdamW's second moment."""
     clip_grad: Amount = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
@@ -72,17 +86,17 @@ class OptimSection(Section):
     """NorMuon's Nesterov momentum."""
     normuon_beta2: Decay = 0.95
     """Decay of NorMuon's per-row second moment."""
-    normuon_eps: PositiveFloat = 1e-10
+    normuon_eps: Fraction = 1e-10
     """Added to NorMuon's per-row second moment before the root."""
-    polar_express_steps: Annotated[int, Field(ge=1, le=5)] = 5
-    """Polar Express iterations (the coefficient table has five)."""
+    polar_express_steps: Annotated[int, within(1, 5, "the table of coefficients ends there")] = 5
+    """Polar Express iterations."""
     polar_express_safety: Amount = 2e-2
     """Headroom on the norm before the first iteration."""
     polar_express_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the iterations; "auto": bfloat16 on a GPU, float32 on a CPU."""
     normuon_momentum_dtype: Literal["float32", "bfloat16"] = "float32"
     """What NorMuon's momentum is kept in between steps."""
-    normuon_stack_mib: Count | None = None
+    normuon_stack_mib: Size | None = None
     """Largest stack of matrices, MiB of fp32 (four times as much is held); null: 256 on a GPU, 4 on a CPU."""
     normuon_idle_expert_policy: Literal["skip", "step"] = "skip"
     """Experts without tokens in a step: "skip" leaves them as they are, "step" updates them from old momentum too."""
@@ -91,34 +105,34 @@ class OptimSection(Section):
 class ParallelSection(Section):
     """How the model and the batch are spread over processes."""
 
-    tensor_model_parallel_size: Count = 1
+    tensor_model_parallel_size: Few = 1
     """Ranks that share each matrix, by heads, feed-forward channels and vocabulary; divides the world size."""
     sequence_parallel: bool = False
     """Tensor-parallel ranks also share the sequence between attention and feed-forward; experts need it."""
-    pipeline_model_parallel_size: Count = 1
+    pipeline_model_parallel_size: Few = 1
     """Stages that the layers are cut into, each on its own ranks; Megatron's 1F1B schedule runs them."""
-    num_layers_in_first_pipeline_stage: Count | None = None
+    num_layers_in_first_pipeline_stage: Few | None = None
     """Layers of the first stage where they are not shared out evenly; null: as many as the others."""
-    num_layers_in_last_pipeline_stage: Count | None = None
+    num_layers_in_last_pipeline_stage: Few | None = None
     """Layers of the last stage, which has the output layer as well; null: as many as the others."""
-    expert_model_parallel_size: Count = 1
+    expert_model_parallel_size: Few = 1
     """Ranks over which the experts are spread; divides the world size and num_experts."""
     overlap_grad_reduce: bool = False
     """Sum gradients over data-parallel ranks bucket by bucket while the backward pass still runs."""
-    nproc_per_node: Count = 1
+    nproc_per_node: Few = 1
     """Worker processes on each machine: one a GPU, or as many as pay on a CPU."""
-    distributed_timeout_minutes: Count = 10
+    distributed_timeout_minutes: Annotated[int, within(1, 10_080, "a dead run would not be noticed for a week")] = 10
     """A collective that waits longer than this is taken for dead."""
 
 
 class BlendPart(Section):
     """One dataset of a blend."""
 
-    path: Path
+    path: Text
     """Built dataset, as data_path."""
-    weight: Amount
+    weight: Share
     """Its share of the rows relative to the other weights, until blend_schedule changes it; 0: none yet."""
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    name: Name | None = None
     """What metrics call it; null: the last component of its path."""
 
     @property
@@ -132,28 +146,28 @@ class BlendChange(Section):
 
     from_sample: Count
     """Consumed samples (rows) from which they hold."""
-    weights: list[Amount]
+    weights: Several[Share]
     """One for each dataset, in the order of blend."""
 
 
 class DataSection(Section):
     """Which tokens, in which order."""
 
-    data_path: Path | None = None
+    data_path: Text | None = None
     """Built dataset (the directory that holds manifest.json), relative to the working directory; null: see blend."""
-    blend: list[BlendPart] | None = None
+    blend: Several[BlendPart] | None = None
     """Several datasets, as a list of {path, weight, name}: each gives rows by its weight; null: data_path."""
-    blend_schedule: list[BlendChange] | None = None
+    blend_schedule: Several[BlendChange] | None = None
     """Other weights later in the run, as a list of {from_sample, weights}; null: those of blend throughout."""
-    seq_length: Count
+    seq_length: Size
     """Tokens in one packed row."""
-    packing_window: Count = 4096
+    packing_window: Size = 4096
     """Conversations among which the packer looks for the best fit."""
-    data_seed: Cardinal = 1234
+    data_seed: Seed = 1234
     """Seed of the order of conversations."""
 
     @property
-    def parts(self) -> list[BlendPart]:
+    def parts(self) -> Several[BlendPart]:
         """The datasets; data_path alone is a blend of one."""
         return self.blend if self.blend else [BlendPart(path=self.data_path or "", weight=1.0)]
 
@@ -161,19 +175,19 @@ class DataSection(Section):
 class TrainingSection(Section):
     """Length, batch, precision and objective of the run."""
 
-    run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    run_name: Name
     """Name of the run: letters, digits, dot, dash, underscore."""
-    run_dir: Path | None = None
+    run_dir: Text | None = None
     """Directory of everything the run writes; null: runs/<run_name>."""
-    micro_batch_size: Count
+    micro_batch_size: Size
     """Rows per forward pass on one data-parallel rank."""
-    global_batch_size: Count
+    global_batch_size: Size
     """Rows per optimizer step over all ranks; a multiple of micro_batch_size times the data-parallel size."""
     train_iters: Count
     """Optimizer steps of the run."""
-    seed: Cardinal = 1234
+    seed: Seed = 1234
     """Seed of the weights and of dropout-free randomness such as sampling."""
-    train_only: list[Path] | None = None
+    train_only: Several[Text] | None = None
     """Globs over whole parameter names as in assignment.json; each has to match one. All other parameters stay as they
     are, bit for bit; an expert bias moves only where its router's weight is trained. null: everything is trained."""
     bf16: bool
@@ -182,9 +196,9 @@ class TrainingSection(Section):
     """Computed again backward, not kept: whole layers ("full"), recompute_modules ("selective"), nothing (null)."""
     recompute_method: Literal["uniform", "block"] | None = None
     """Of "full": "uniform" (or null) all layers in runs of recompute_num_layers; "block" only that many of a stage."""
-    recompute_num_layers: Count | None = None
+    recompute_num_layers: Few | None = None
     """Of "full": layers in a run whose input alone is kept, or layers recomputed in each stage; null: 1."""
-    recompute_modules: list[RecomputeModule] | None = None
+    recompute_modules: Several[RecomputeModule] | None = None
     """Of "selective": any of core_attn, mlp (dense layers), moe, shared_experts; null: core_attn."""
     objective: Literal["span_ce", "token_ce"] = "span_ce"
     """"span_ce": cross-entropy normalised per span; "token_ce": its mean over all supervised tokens (plain text)."""
@@ -209,9 +223,9 @@ class EvaluationSection(Section):
     """Global batches in one validation pass."""
     sample_interval: Count | None = None
     """Iterations between generated samples; null: never."""
-    sample_prompts: Count = 4
+    sample_prompts: Size = 4
     """Validation conversations whose prompt is answered, from the first on."""
-    sample_max_new_tokens: Count = 256
+    sample_max_new_tokens: Size = 256
     """Longest generated answer, in tokens."""
 
 
@@ -224,7 +238,7 @@ class CheckpointSection(Section):
     """Newest checkpoints to keep."""
     keep_every: Count | None = None
     """Also keep every checkpoint whose iteration is a multiple of this."""
-    load_weights: Path | None = None
+    load_weights: Text | None = None
     """Checkpoint (or run) whose weights the run starts from; its optimizer, schedule and position are left; null: none.
     A resumed run goes on from its own checkpoint."""
     resume: bool = False
@@ -240,7 +254,7 @@ class LoggingSection(Section):
     """Iterations between metric records and progress lines."""
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"
     """Weights & Biases: write locally, upload, or leave it out."""
-    wandb_project: Annotated[str, Field(min_length=1)] = "vpmoe"
+    wandb_project: Text = "vpmoe"
     """Weights & Biases project."""
     moe_per_layer_logging: bool = False
     """Record router health for every layer as well as in aggregate."""

@@ -1,16 +1,58 @@
-"""What every configuration section shares: strictness and the constrained number types."""
+"""What every configuration section shares: strictness, and the types of numbers, texts and lists with their bounds.
+
+A bound is far above what anybody trains with; what lies beyond it is a slip that would hang, overflow or train nothing.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+import math
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
-Count = Annotated[int, Field(ge=1)]
-Cardinal = Annotated[int, Field(ge=0)]
-Amount = Annotated[float, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
+T = TypeVar("T")
+BOUND = "bound"
+"""The type of pydantic's finding where a value is of the right type and out of bounds; its message is a predicate."""
+
+
+def within(low: float, high: float, why: str) -> AfterValidator:
+    """Bounds of a number, both included; ``why`` says what a larger one would do."""
+
+    def check(value: float) -> float:
+        if value < low:
+            raise PydanticCustomError(BOUND, "must be at least {low}", {"low": low})
+        if value > high:
+            raise PydanticCustomError(BOUND, "must be at most {high}: {why}", {"high": high, "why": why})
+        if value == 0 and math.copysign(1, value) < 0:
+            raise PydanticCustomError(BOUND, "must be 0 without a sign")
+        return value
+
+    return AfterValidator(check)
+
+
+def _is_text(value: str) -> str:
+    if not value.strip():
+        raise PydanticCustomError(BOUND, "must not be blank")
+    if len(value) > 4096 or not value.isprintable():
+        raise PydanticCustomError(BOUND, "must be at most 4096 printable characters")
+    return value
+
+
+_TINY = 1e-30  # and its inverse: fp32 can divide by it
+Count = Annotated[int, within(1, 10**9, "no run has that many")]
+Cardinal = Annotated[int, within(0, 10**9, "no run has that many")]
+Size = Annotated[int, within(1, 2**22, "no tensor's side or batch is that long")]
+Few = Annotated[int, within(1, 1024, "every layer and process is planned one by one")]
+Seed = Annotated[int, within(0, 2**32 - 1, "NumPy's generator takes no larger seed")]
+Amount = Annotated[float, within(0, 1e4, "it weighs quantities of order 1")]
+PositiveFloat = Annotated[float, within(_TINY, 1e12, "fp32 would keep nothing of what it is combined with")]
+Fraction = Annotated[float, within(_TINY, 1, "it is small beside quantities of order 1")]
+Rate = Annotated[float, within(_TINY, 10, "one step would replace the weights many times over")]
+Decay = Annotated[float, within(0, 1 - 2**-24, "fp32 rounds it to 1, and nothing would ever be forgotten")]
+Text = Annotated[str, AfterValidator(_is_text)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+Several = Annotated[list[T], Field(max_length=256)]
 
 
 class Section(BaseModel):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import yaml
 
+from megatron_vpmoe.config.settings_file import read_settings, shown
 from megatron_vpmoe.errors import ConfigError
+
+_DEEPEST, _LARGEST = 10, 4_000  # levels of nesting, and keys and values in all
+_MOST_FILES = 32
 
 
 class Given(NamedTuple):
@@ -19,9 +24,37 @@ class Given(NamedTuple):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's scalars: 1e-4 is a number; yes, no, on and off are strings; no dates or octals."""
+    """SafeLoader with YAML 1.2's scalars: 1e-4 is a number; yes, no, on and off are strings; no dates or octals.
+
+    A value is what is written in its place: no aliases, which can multiply without end, no tags, and no nesting beyond
+    what any field has.
+    """
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    _depth = _nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()
+        self._nodes += 1
+        refused = {
+            "an alias; write the value out": isinstance(event, yaml.AliasEvent),
+            f"the tag {getattr(event, 'tag', None)!r:.40}; write the plain value": getattr(event, "tag", None),
+            f"nested more than {_DEEPEST} deep": self._depth > _DEEPEST,
+            f"more than {_LARGEST:,} values": self._nodes > _LARGEST,
+        }
+        for what, is_so in refused.items():
+            if is_so:
+                raise yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise yaml.MarkedYAMLError(problem="a key is given twice", problem_mark=node.start_mark)
+        return mapping
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
@@ -51,37 +84,39 @@ def parse_scalar(text: str) -> Any:
     """The value of ``text`` under the same rules as in a file; text that is not valid YAML stays a string."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError):
+    except (yaml.YAMLError, ValueError):
         return text
 
 
 def _read_root(path: Path, asked_by: str) -> yaml.MappingNode:
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        nearby = sorted(str(p) for p in path.parent.glob("*.yaml"))[:8] if path.parent.is_dir() else []
-        remedy = f"files there: {', '.join(nearby)}" if nearby else "give the path of a run's YAML"
-        raise ConfigError(f"cannot read {path}: {error.strerror}", source=asked_by, remedy=remedy) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error.reason}", source=f"byte {error.start}") from error
+        text = read_settings(path)
+    except ValueError as error:
+        nearby = glob.glob(str(Path(glob.escape(str(path.parent).replace("\0", ""))) / "*.yaml"))
+        files = [shown(found) for found in sorted(nearby)[:8]]
+        remedy = f"files there: {', '.join(files)}" if files else "give the path of a run's YAML"
+        raise ConfigError(f"cannot read {str(path)[:500]}: {error}", source=asked_by, remedy=remedy) from error
     try:
         root = yaml.compose(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         what = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"not valid YAML: {what}", source=where, remedy="mend the line") from error
+        raise ConfigError(f"not valid YAML here: {what}", source=where, remedy="mend the line") from error
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError("a configuration is a mapping of sections", source=str(path), remedy="see configs/")
     return root
 
 
 def _entries(node: yaml.MappingNode, where: str, path: Path, problems: list[str]) -> list[tuple[str, yaml.Node, str]]:
-    """(key, value node, "file:line") of a mapping; repeated keys become problems."""
+    """(key, value node, "file:line") of a mapping; keys that are repeated or no words become problems."""
     seen: dict[str, str] = {}
     entries = []
     for key_node, value_node in node.value:
-        key, source = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
+        key, source = key_node.value, f"{path}:{key_node.start_mark.line + 1}"
+        if not (isinstance(key, str) and key):
+            problems.append(f"{source}: a key of {where.rstrip('.') or 'the file'} is no word")
+            continue
         if key in seen:
             problems.append(f"{source}: {where}{key} is given twice (first at {seen[key]}); keep one")
         seen[key] = source
@@ -91,18 +126,18 @@ def _entries(node: yaml.MappingNode, where: str, path: Path, problems: list[str]
 
 def _construct(node: yaml.Node, source: str) -> Any:
     try:
-        loader = _Loader("")
-        return loader.construct_object(node, deep=True)
+        return _Loader("").construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"a value that YAML cannot construct: {error}", source=source) from error
+        what = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"a value that cannot be read: {what}", source=source, remedy="mend the value") from error
 
 
 def _parents(node: yaml.Node, source: str, problems: list[str]) -> list[str]:
     """The paths that ``extends`` names: one, or a list."""
     value = _construct(node, source)
     named = value if isinstance(value, list) else [value]
-    if not named or not all(isinstance(parent, str) for parent in named):
-        problems.append(f"{source}: extends takes one relative path or a list of them, not {value!r}")
+    if not named or not all(isinstance(parent, str) and parent.isprintable() for parent in named):
+        problems.append(f"{source}: extends takes one relative path or a list of them, not {shown(value)}")
         return []
     return named
 
@@ -130,19 +165,26 @@ def read_chain(path: Path, problems: list[str]) -> dict[str, dict[str, Given]]:
     Raises:
         ConfigError: a file cannot be read or parsed, or the chain of ``extends`` closes on itself.
     """
-    return _read_chain(path, "command line", (), problems)
+    return _read_chain(path, "command line", (), [], problems)
 
 
-def _read_chain(path: Path, asked_by: str, chain: tuple[Path, ...], problems: list[str]) -> dict[str, dict[str, Given]]:
-    if any(path.resolve() == earlier.resolve() for earlier in chain):
+def _read_chain(
+    path: Path, asked_by: str, chain: tuple[Path, ...], read: list[Path], problems: list[str]
+) -> dict[str, dict[str, Given]]:
+    root = _read_root(path, asked_by)
+    read.append(path)
+    if path.resolve() in [earlier.resolve() for earlier in chain]:
         circle = " -> ".join(str(p) for p in [*chain, path])
         raise ConfigError(f"extends runs in a circle: {circle}", source=asked_by, remedy="remove one extends")
+    if len(read) > _MOST_FILES:
+        remedy = "write out what they say; a file that is extended along two ways is read twice"
+        raise ConfigError(f"extends reads more than {_MOST_FILES} files", source=asked_by, remedy=remedy)
     merged: dict[str, dict[str, Given]] = {}
     own: dict[str, dict[str, Given]] = {}
-    for section, node, source in _entries(_read_root(path, asked_by), "", path, problems):
+    for section, node, source in _entries(root, "", path, problems):
         if section == "extends":
             for parent in _parents(node, source, problems):
-                _lay_over(merged, _read_chain(path.parent / parent, source, (*chain, path), problems))
+                _lay_over(merged, _read_chain(path.parent / parent, source, (*chain, path), read, problems))
         elif isinstance(node, yaml.MappingNode):
             values = own.setdefault(section, {})
             for key, value_node, key_source in _entries(node, f"{section}.", path, problems):

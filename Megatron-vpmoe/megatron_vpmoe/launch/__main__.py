@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_vpmoe.config import load_config
 from megatron_vpmoe.config.memory import describe_geometry
-from megatron_vpmoe.errors import ConfigError, VpmoeError
+from megatron_vpmoe.errors import ConfigError, DeviceError, VpmoeError
 from megatron_vpmoe.launch import preflight
 from megatron_vpmoe.launch.reference import help_text
 from megatron_vpmoe.launch.workers import Nodes, run_workers, share_cores
@@ -37,7 +37,7 @@ def launch(arguments: list[str], *, debug: bool) -> int:
         print(cfg.to_yaml())
         print(describe_geometry(cfg, on_cpu=report.device_kind == "CPU"))
         print(f"{'fits' if report.fits else 'does not fit'}: {report}")
-        return 0
+        return 0 if report.fits else DeviceError.exit_code
     preflight.check_machine(cfg, config_path)
     preflight.check_dataset(cfg)
     if nodes.rank == 0:  # whose worker owns the directory, perhaps by the time that another node looks

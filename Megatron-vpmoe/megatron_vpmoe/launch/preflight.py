@@ -71,13 +71,17 @@ def check_dataset(cfg: RunConfig) -> None:
 
 
 def check_run_directory(cfg: RunConfig) -> None:
-    """Look at the checkpoints that the run would continue, or must not overwrite, and whether another run is at work.
+    """Look at the checkpoints that the run would start from or must not overwrite, and whether another is at work.
 
     Raises:
         BusyError: another process trains in the run directory.
-        CheckpointError: they are of another model, vocabulary or dataset, or ``resume`` is off and there is one.
+        CheckpointError: they are of another model, vocabulary or dataset, ``resume`` is off and there is one, or there
+            is none in ``load_weights``.
     """
+    from megatron_vpmoe.training.checkpoint_files import open_checkpoint
     from megatron_vpmoe.training.run_directory import LOCK, restorable
 
     check_free(cfg.run_directory / LOCK, f"the run directory {cfg.run_directory}")
-    restorable(cfg, check_hashes=False)
+    found, _, _ = restorable(cfg, check_hashes=False)
+    if found is None and cfg.checkpoint.load_weights is not None:
+        open_checkpoint(Path(cfg.checkpoint.load_weights), check_hashes=False)

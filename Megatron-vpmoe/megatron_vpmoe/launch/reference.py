@@ -15,7 +15,7 @@ Train the run that CONFIG (a YAML file, see configs/) describes. Any field below
 --micro-batch-size 4, --bf16 or --no-bf16, --window-size null. Paths are relative to the working directory.
 
   --help      this text
-  --dry-run   print the resolved configuration, its parameters and its memory, and exit
+  --dry-run   print the resolved configuration, its parameters and its memory, and exit (with 2: does not fit)
   --debug     show tracebacks and the launcher's own log
 """
 

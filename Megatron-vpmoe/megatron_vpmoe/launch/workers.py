@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import uuid
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from megatron_vpmoe.config import RunConfig
+from megatron_vpmoe.config.settings_file import shown
 from megatron_vpmoe.errors import ConfigError, VpmoeError
 
 _FAILURE_GRACE_SECONDS = 5  # what the other workers get once one has failed
@@ -34,7 +36,7 @@ class Nodes:
         Raises:
             ConfigError: a number is not one, or several nodes have no meeting point.
         """
-        count, rank = _environment_number("NNODES", 1), _environment_number("NODE_RANK", 0)
+        count, rank = _environment_number("NNODES", 1, 10**5), _environment_number("NODE_RANK", 0, 10**5)
         if not 0 <= rank < max(count, 1) or count < 1:
             raise ConfigError(
                 f"NODE_RANK={rank} with NNODES={count}",
@@ -43,7 +45,7 @@ class Nodes:
             )
         if count == 1:
             return Nodes(1, 0, None)
-        address, port = os.environ.get("MASTER_ADDR"), _environment_number("MASTER_PORT", 0)
+        address, port = os.environ.get("MASTER_ADDR"), _environment_number("MASTER_PORT", 0, 2**16 - 1)
         if not address or not port:
             raise ConfigError(
                 f"NNODES={count} without MASTER_ADDR and MASTER_PORT",
@@ -53,10 +55,11 @@ class Nodes:
         return Nodes(count, rank, f"{address}:{port}")
 
 
-def _environment_number(name: str, default: int) -> int:
+def _environment_number(name: str, default: int, largest: int) -> int:
     text = os.environ.get(name, "")
-    if text and not text.isdigit():
-        raise ConfigError(f"{name}={text!r} is not a number", source="environment", remedy=f"unset or correct {name}")
+    if text and not (re.fullmatch("[0-9]{1,9}", text) and int(text) <= largest):
+        what = f"{name}={shown(text)} is not a number from 0 to {largest}"
+        raise ConfigError(what, source="environment", remedy=f"unset or correct {name}")
     return int(text) if text else default
 
 

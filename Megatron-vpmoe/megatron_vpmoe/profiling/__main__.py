@@ -85,7 +85,8 @@ def settings(environment: dict[str, str], arguments: list[str]) -> Settings:
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
     }
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in geometry.items()]
+    given = {word.partition("=")[0].replace("-", "_") for word in arguments}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in geometry.items() if f"__{name}" not in given]
     run = environment.get("PROFILE_RUN", f"{config.parent.name}_{config.stem}")
     if not re.fullmatch(r"[\w.-]+", run):
         raise ConfigError(f"{run!r} is no name of a folder", source="PROFILE_RUN", remedy="letters, digits, . _ -")
@@ -96,7 +97,7 @@ def settings(environment: dict[str, str], arguments: list[str]) -> Settings:
 
 def _count(environment: dict[str, str], name: str, default: int) -> int:
     text = environment.get(name, str(default))
-    if not text.isdigit() or int(text) < 1:
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
         raise ConfigError(f"{name}={text!r} is not a number from 1 on", source=name, remedy=f"such as {default}")
     return int(text)
 

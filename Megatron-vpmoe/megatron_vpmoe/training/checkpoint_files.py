@@ -126,7 +126,7 @@ def set_aside_before(directory: Path) -> list[Damaged]:
     return [Damaged(directory / name, "set aside by an earlier run") for name in names]
 
 
-def open_checkpoint(path: Path) -> Found:
+def open_checkpoint(path: Path, *, check_hashes: bool = True) -> Found:
     """A checkpoint directory, or the newest complete one under a run or checkpoints directory.
 
     Where newer ones are damaged, rank 0 says on stderr which one is taken in their place.
@@ -135,9 +135,9 @@ def open_checkpoint(path: Path) -> Found:
         CheckpointError: there is none, or the one named is damaged.
     """
     if _NAME.fullmatch(path.name) or (path / FILES).is_file():  # a copy under another name is one too
-        return read_checkpoint(path)
+        return read_checkpoint(path, check_hashes=check_hashes)
     directory = path / "checkpoints" if os.path.lexists(path / "checkpoints") else path
-    found, damaged = find_newest(directory)
+    found, damaged = find_newest(directory, check_hashes=check_hashes)
     aside = set_aside_before(directory)
     if found is None:
         raise CheckpointError(

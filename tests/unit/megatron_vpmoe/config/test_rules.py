@@ -137,6 +137,12 @@ from megatron_vpmoe.config.schema import fields
             "recompute_modules",
             "leave shared_experts out",
         ),
+        ("--moe-router-fusion --recompute-granularity full", "recompute_granularity", "never saw"),
+        (
+            "--moe-router-fusion --recompute-granularity selective --recompute-modules [moe]",
+            "recompute_modules",
+            "never saw",
+        ),
     ],
 )
 def test_rule(small: Path, flags: str, named: str, text: str) -> None:
@@ -152,6 +158,9 @@ def test_transformer_engine_toggles_need_it(small: Path, monkeypatch: pytest.Mon
     assert [problem.names for problem in find_problems(cfg)] == [("moe_permute_fusion",), ("moe_router_fusion",)]
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: object())
     assert find_problems(cfg) == []
+    # Recomputed shared experts leave the routing as it was.
+    again = ["--recompute-granularity", "selective", "--recompute-modules", "[shared_experts]"]
+    assert find_problems(_unchecked(small, ["--moe-router-fusion", *again])) == []
 
 
 def test_a_dense_run_is_not_bothered_by_expert_rules(small: Path) -> None:

@@ -28,6 +28,8 @@ def test_dry_run_prints_what_would_run(run_yaml: Path, capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     for expected in ("lr: 0.5", "routed experts", "active per token", "needed of each device"):
         assert expected in out
+    assert main([str(run_yaml), "--dry-run", "--global-batch-size", "4194304", "--seq-length", "4194304"]) == 2
+    assert "does not fit: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

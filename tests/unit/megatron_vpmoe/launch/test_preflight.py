@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vpmoe.config import fit_report, load_config
-from megatron_vpmoe.errors import DataError, DeviceError, TokenizerError
+from megatron_vpmoe.errors import CheckpointError, DataError, DeviceError, TokenizerError
 from megatron_vpmoe.launch import preflight
 from megatron_vpmoe.runtime import device
 
@@ -36,6 +36,12 @@ def test_both_splits_are_opened_for_the_model(run_yaml: Path, vocabulary: int, e
     (Path(cfg.data.data_path) / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(error):
         preflight.check_dataset(cfg)
+
+
+def test_weights_to_start_from_are_looked_for(run_yaml: Path, tmp_path: Path) -> None:
+    cfg = load_config(run_yaml, ["--load-weights", str(tmp_path / "nowhere")])
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        preflight.check_run_directory(cfg)
 
 
 def test_the_nano_counterpart_is_found_by_what_it_extends(repository: Path, run_yaml: Path) -> None:
