@@ -65,6 +65,3 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-elif __name__ == "__mp_main__":
-    # Megatron's checkpoint writer starts processes, which import this module again and would outlive a killed worker.
-    _end_with_parent()

@@ -152,7 +152,7 @@ def test_another_geometry_or_order_is_refused(dataset: Path, straight: Path, cha
 
 
 def test_a_killed_run_leaves_no_process_behind(tmp_path: Path, dataset: Path) -> None:
-    """Megatron's checkpoint writer works in processes of its own."""
+    """Megatron's own checkpoint writer would: it works in processes of its own."""
     marker = str(tmp_path)
     assert training_runs.train_until(6, signal.SIGKILL, tmp_path, dataset) == -signal.SIGKILL
     deadline = time.monotonic() + 20

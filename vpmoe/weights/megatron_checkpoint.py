@@ -18,12 +18,10 @@ import torch
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint import metadata as layout
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load as load_into
 from torch.distributed.checkpoint.state_dict_saver import save as save_plan
 
 from megatron_vpmoe.config import RunConfig
-from megatron_vpmoe.files import json_bytes, read_json, write_atomically
+from megatron_vpmoe.files import read_json
 from megatron_vpmoe.runtime.device import prepare
 from vpmoe.errors import WeightsError
 from vpmoe.weights.geometry import config_of, expected_shapes, stored_keys
@@ -31,13 +29,6 @@ from vpmoe.weights.tensors import LazyTensor, Weights, check_geometry, tensor_sh
 
 ITERATION = "iter_0000000"
 RUN_STATE = "run_state.json"
-# What megatron.core.dist_checkpointing looks for beside torch's files: the backends that wrote the two parts.
-_BACKENDS = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 # The model's own parts; optimizer and random state of a training run lie beside them.
 _MODEL_PARTS = ("embedding.", "decoder.", "output_layer.")
 
@@ -93,7 +84,7 @@ def write_checkpoint(
         the checkpoint's directory, and name -> ``tensor_sha256``.
     """
     prepare()
-    from megatron_vpmoe.training import checkpoint
+    from megatron_vpmoe.training import checkpoint, torch_dist
 
     final = checkpoint_in(directory)
     stored = _under_keys(weights, run_state)
@@ -104,13 +95,12 @@ def write_checkpoint(
     shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in stored.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is.*")
-        writer = FileSystemWriter(str(partial), thread_count=1)
+        writer = torch_dist.Writer(str(partial), thread_count=1)
         try:
             save_plan(shapes, storage_writer=writer, planner=planner, no_dist=True)
         except CheckpointException as error:  # around what went wrong with a tensor or the disk
             raise error.failures[0][0] from error
-    torch.save({"content_metadata": checkpoint.METADATA}, partial / "common.pt")
-    write_atomically(partial / "metadata.json", json_bytes(_BACKENDS))
+    torch_dist.write_common(partial, {"content_metadata": checkpoint.METADATA})
     for asset in assets:
         (partial / checkpoint.ASSETS).mkdir(exist_ok=True)
         shutil.copyfile(asset, partial / checkpoint.ASSETS / asset.name)
@@ -139,36 +129,20 @@ def _rows(tensor: LazyTensor, begin: int, end: int) -> torch.Tensor:
     return tensor.read()[begin:end]
 
 
-class _CachedReader(FileSystemReader):
-    """Reads the metadata once instead of once a tensor."""
-
-    @functools.cached_property
-    def _metadata(self) -> layout.Metadata:
-        return super().read_metadata()
-
-    def read_metadata(self, *_args: Any, **_kwargs: Any) -> layout.Metadata:
-        return self._metadata
-
-
 def read_weights(path: Path) -> dict[str, LazyTensor]:
     """Every model tensor of one checkpoint directory (``iter_NNNNNNN``) under its name, whole; none is read yet.
 
     Raises:
-        WeightsError: it is no readable checkpoint, or lacks a tensor of its own geometry.
+        CheckpointError: it is no readable checkpoint.
+        WeightsError: it lacks a tensor of its own geometry.
     """
-    reader = _CachedReader(str(path))
-    try:
-        entries = reader.read_metadata().state_dict_metadata
-    except (OSError, EOFError, ValueError) as error:
-        raise WeightsError(
-            f"not a readable torch_dist checkpoint: {error}",
-            source=str(path),
-            remedy="name a directory such as checkpoints/iter_0000100",
-        ) from error
+    from megatron_vpmoe.training.torch_dist import Reader
+
+    reader = Reader(path)
     stored = {
-        name: LazyTensor(tuple(entry.size), entry.properties.dtype, functools.partial(_read, reader, name, entry))
-        for name, entry in entries.items()
-        if isinstance(entry, layout.TensorStorageMetadata) and name.startswith(_MODEL_PARTS)
+        name: LazyTensor(tuple(entry.size), entry.properties.dtype, functools.partial(reader.tensor, name))
+        for name, entry in reader.tensors().items()
+        if name.startswith(_MODEL_PARTS)
     }
     weights: dict[str, LazyTensor] = {}
     for name, keys in stored_keys(read_config(path)).items():
@@ -189,11 +163,3 @@ def read_weights(path: Path) -> dict[str, LazyTensor]:
 
 def _joined(sections: list[LazyTensor]) -> torch.Tensor:
     return torch.cat([section.read() for section in sections])
-
-
-def _read(reader: _CachedReader, name: str, entry: layout.TensorStorageMetadata) -> torch.Tensor:
-    target = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.distributed is.*")
-        load_into(target, storage_reader=reader, no_dist=True)
-    return target[name]

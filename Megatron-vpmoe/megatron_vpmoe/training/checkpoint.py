@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.runtime.device import has_gpu
+from megatron_vpmoe.training import torch_dist
 from megatron_vpmoe.training.checkpoint_files import ASSETS, Found, begin, find_newest, open_checkpoint, seal
 
 __all__ = [
@@ -89,8 +87,7 @@ def save(
         "scheduler": scheduler.state_dict(),
         "rng": _rng_object(_rng_state()),
     }
-    dist_checkpointing.save(state, str(partial), content_metadata=METADATA)
-    dist.barrier()
+    torch_dist.write(partial, state, dict(METADATA))
 
     def finish() -> None:
         for name, content in carried.assets.items() if carried else ():
@@ -115,9 +112,7 @@ def load(found: Found, model: Any, optimizer: Any = None, scheduler: Any = None)
         state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=dict(METADATA))
         if same_world:
             state["rng"] = _rng_object(_rng_state())
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module="megatron.core")
-        loaded = cast(dict[str, Any], dist_checkpointing.load(state, str(found.path)))
+    loaded = torch_dist.read(found.path, state)
     model.load_state_dict(loaded["model"])
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])

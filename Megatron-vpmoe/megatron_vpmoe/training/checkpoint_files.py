@@ -93,6 +93,8 @@ def _wrong_list(files: dict[str, Any]) -> str | None:
         sizes = isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
         if not sizes:
             return f"{FILES} says neither size nor sha256 of {name!r}"
+        if name.startswith("/") or ".." in name.split("/"):
+            return f"{FILES} names {name!r}, which lies elsewhere"
     return None if RUN_STATE in files else f"{FILES} does not list {RUN_STATE}"
 
 

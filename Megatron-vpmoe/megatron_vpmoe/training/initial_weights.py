@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from megatron.core import dist_checkpointing
 from pydantic import ValidationError
 
 from megatron_vpmoe.config import geometry_diff, stored_faults
@@ -14,6 +13,7 @@ from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.training import checkpoint
+from megatron_vpmoe.training.torch_dist import Reader
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -64,7 +64,7 @@ def _stored_config(found: checkpoint.Found, cfg: RunConfig) -> RunConfig:
 
 
 def _tensor_differences(model: VPModel, found: checkpoint.Found) -> list[str]:
-    stored: dict[str, Any] = dist_checkpointing.load_tensors_metadata(str(found.path))
+    stored = Reader(found.path).tensors()
     here = {key: shape for keys in checkpoint.stored_tensors(model).values() for key, shape in keys.items()}
-    there = {key: tuple(stored[key].global_shape) if key in stored else None for key in here}
+    there = {key: tuple(stored[key].size) if key in stored else None for key in here}
     return [f"{key}: {there[key] or 'absent'} -> {shape}" for key, shape in here.items() if there[key] != shape]

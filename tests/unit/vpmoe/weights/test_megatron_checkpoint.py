@@ -90,7 +90,7 @@ def test_a_changed_file_and_another_geometry_are_seen(tmp_path: Path) -> None:
     data.write_bytes(data.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match="sha256"):
         open_checkpoint(path)
-    with pytest.raises(WeightsError, match="not a readable torch_dist checkpoint"):
+    with pytest.raises(CheckpointError, match="not a readable torch_dist checkpoint"):
         read_weights(tmp_path)
     other = geometry_of(tiny_config(**{**SMALL, "num_layers": 3}))
     with pytest.raises(WeightsError, match=r"missing: decoder\.layers\.2"):
