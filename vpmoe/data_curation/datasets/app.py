@@ -74,6 +74,13 @@ class Chat:
     id_field: Annotated[
         str | None, typer.Option(help="column of the row's id, which decides the split; default: its messages")
     ] = None
+    ignore_fields: Annotated[
+        str,
+        typer.Option(
+            help="comma-separated keys of rows and messages to leave unread; others that are not "
+            "understood reject a row"
+        ),
+    ] = ""
     add_system: Annotated[
         bool, typer.Option("--add-system", help="give rows without a system message the distillation data's")
     ] = False
@@ -160,7 +167,7 @@ def build_text(
         text_field=text_field,
         id_field=id_field,
         language_field=language_field,
-        languages=tuple(name.strip() for name in language.split(",") if name.strip()),
+        languages=_names(language),
         drop_long=drop_long,
     )
     _build_rows(output, source, kind)
@@ -227,6 +234,7 @@ def _chat(common: Common, chat: Chat, *, supervise: Literal["all", "last"], pair
         supervise=supervise,
         id_field=chat.id_field,
         system_text=system,
+        ignore_fields=_names(chat.ignore_fields),
     )
 
 
@@ -235,6 +243,10 @@ def _build_rows(output: Output, source: Source, kind: RowKind) -> None:
     extent = Pass(source.shard_tokens, source.token_budget)
     manifest = build_sequential(rows, output.output_dir, kind, extent, overwrite=output.overwrite, quiet=output.quiet)
     typer.echo(summary(output.output_dir, manifest))
+
+
+def _names(listed: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in listed.split(",") if name.strip())
 
 
 def _say(line: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vpmoe.data_curation.conversations.chat_rows import chat_messages, preference_pair
+from vpmoe.data_curation.conversations.chat_rows import KEYS, chat_messages, preference_pair, without_keys
 from vpmoe.data_curation.datasets.chat_fit import make_chat_fit, without_oldest_turn
 from vpmoe.data_curation.datasets.encode import Documents, Encoded, RowEncoder
 from vpmoe.data_curation.datasets.plan import BuildOptions, split_of, split_rule
@@ -36,6 +36,7 @@ class ChatDataset:
         supervise: ``all`` assistant messages, or those of the ``last`` turn; of pairs it is always the last.
         id_field: column of the row's id, which then decides the split; None: the conversation (or the prompt) does.
         system_text: content of the system message of rows that have none; None: they stay without.
+        ignore_fields: keys of rows and messages that are left unread.
     """
 
     base: BuildOptions
@@ -43,6 +44,7 @@ class ChatDataset:
     supervise: Literal["all", "last"] = "all"
     id_field: str | None = None
     system_text: str | None = None
+    ignore_fields: tuple[str, ...] = ()
 
     @property
     def step(self) -> str:
@@ -64,6 +66,7 @@ class ChatDataset:
             "supervise": "last" if self.pairs else self.supervise,
             "id_field": self.id_field,
             "system_text": self.system_text,
+            "ignore_fields": sorted(set(self.ignore_fields)),
         }
 
     def entries(self) -> dict[str, Any]:
@@ -91,6 +94,7 @@ class ChatEncoder(RowEncoder):
         self._kind, self._eod_id = kind, tokenizer.eod_id
         self._renderer = make_renderer(kind.base.renderer, tokenizer, kind.base.tokenizer_model)
         self._fit = make_chat_fit(tokenizer, kind.base.seq_len)
+        self._ignored = {*kind.ignore_fields, *({kind.id_field} - KEYS)}
 
     def encode(self, row: Row) -> Encoded:
         """The row's conversation, or its two; none if it cannot fit.
@@ -102,7 +106,7 @@ class ChatEncoder(RowEncoder):
         return self._pair(row) if self._kind.pairs else self._conversation(row)
 
     def _conversation(self, row: Row) -> Encoded:
-        messages = self._with_system(chat_messages(row))
+        messages = self._with_system(chat_messages(without_keys(row, self._ignored)))
         split = self._split(row, messages)
         fitted, turns_dropped = self._fit(self._renderer.render(messages))
         truncation = {
@@ -117,7 +121,7 @@ class ChatEncoder(RowEncoder):
         return Encoded(split, stored, truncation, {"conversations": 1})
 
     def _pair(self, row: Row) -> Encoded:
-        pair = preference_pair(row)
+        pair = preference_pair(without_keys(row, self._ignored))
         prompt = self._with_system(pair.prompt)
         split = self._split(row, prompt)
         sides = [self._renderer.render(prompt + side) for side in (pair.chosen, pair.rejected)]

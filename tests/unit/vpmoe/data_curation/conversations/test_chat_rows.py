@@ -2,7 +2,7 @@
 
 import pytest
 
-from vpmoe.data_curation.conversations.chat_rows import Pair, chat_messages, preference_pair
+from vpmoe.data_curation.conversations.chat_rows import Pair, chat_messages, preference_pair, without_keys
 from vpmoe.errors import RowError
 from vpmoe.harmony.conversation import Message
 
@@ -27,7 +27,23 @@ T = {"role": "assistant", "content": "t", "channel": "analysis"}
         ({"prompt": "q", "completion": "a"}, (USER, FINAL)),
         ({"prompt": [Q], "completion": [A]}, (USER, FINAL)),
         ({"prompt": [Q, A, Q], "completion": {**A, "thinking": "t"}}, (USER, FINAL, USER, THOUGHT, FINAL)),
-        ({"prompt": "unused, as on the hub", "messages": [Q, A]}, (USER, FINAL)),
+        ({"prompt": "q", "messages": [Q, A]}, (USER, FINAL)),
+        ({"prompt": [Q], "messages": [Q, {**A, "reasoning": "t"}]}, (USER, THOUGHT, FINAL)),
+        ({"messages": [Q, {**A, "reasoning_content": "t"}], "tools": None}, (USER, THOUGHT, FINAL)),
+        (
+            {"messages": [Q, {**A, "reasoning": "t\n", "thinking": "t", "name": ""}], "tools": []},
+            (USER, THOUGHT, FINAL),
+        ),
+        ({"messages": [Q, {**A, "reasoning_content": " "}]}, (USER, FINAL)),
+        ({"messages": [Q, {**A, "content": "<think>\nt\n</think>\n\na"}]}, (USER, THOUGHT, FINAL)),
+        ({"messages": [Q, {**A, "content": "<think>\n\n</think>\n\na"}]}, (USER, FINAL)),
+        ({"messages": [Q, {**A, "content": "<think>t</think>a", "reasoning": "t"}]}, (USER, THOUGHT, FINAL)),
+        ({"prompt": "q", "completion": "<think>t</think>a"}, (USER, THOUGHT, FINAL)),
+        ({"messages": [{**Q, "content": "what is <think>?"}, A]}, (Message("user", "what is <think>?"), FINAL)),
+        (
+            {"id": 1, "prompt_id": "x", "created_at": 2, "metadata": {"a": 1}, "messages": [{**Q, "id": 3}, A]},
+            (USER, FINAL),
+        ),
     ],
 )
 def test_conversations(row: dict, messages: tuple[Message, ...]) -> None:
@@ -65,11 +81,29 @@ def test_pairs(row: dict) -> None:
         ({"messages": [Q, A, {"role": "system", "content": "s"}]}, "role_order"),
         ({"messages": [Q, {"role": "tool", "content": "x"}]}, "unknown_role"),
         ({"messages": [Q, {**A, "channel": "commentary"}]}, "unknown_channel"),
-        ({"messages": [{**Q, "channel": "final"}, A]}, "unknown_channel"),
-        ({"messages": [Q, {**A, "tool_calls": [{"id": 1}]}]}, "tool_calls"),
+        ({"messages": [{**Q, "channel": "final"}, A]}, "unknown_key:channel"),
+        ({"messages": [{**Q, "reasoning": "t"}, A]}, "unknown_key:reasoning"),
+        ({"messages": [Q, {**A, "tool_calls": [{"id": 1}]}]}, "unknown_key:tool_calls"),
+        ({"messages": [Q, {**A, "tool_call_id": "x"}]}, "unknown_key:tool_call_id"),
+        ({"messages": [Q, {**A, "weight": 0}]}, "unknown_key:weight"),
+        ({"messages": [{**Q, "name": "Ann"}, A]}, "unknown_key:name"),
+        ({"messages": [{"from": "human", "value": "q"}]}, "unknown_role"),
+        ({"messages": [Q, A], "tools": [{"name": "f"}]}, "unknown_key:tools"),
+        ({"messages": [Q, A], "completion": "a"}, "unknown_key:completion"),
+        ({"messages": [Q, A], "system": "s"}, "unknown_key:system"),
+        ({"conversations": [{"from": "human", "value": "q"}]}, "unknown_key:conversations"),
+        ({"messages": [Q, A], "prompt": "other"}, "different_prompts"),
+        ({"messages": [Q, A], "prompt": [{**Q, "content": "p"}]}, "different_prompts"),
+        ({"messages": [Q, {**A, "reasoning": "t", "thinking": "u"}]}, "two_reasonings"),
+        ({"messages": [Q, {**A, "content": "<think>t</think>a", "thinking": "u"}]}, "two_reasonings"),
+        ({"messages": [Q, {**A, "reasoning": {"effort": "low"}}]}, "missing_field"),
+        ({"messages": [Q, {**A, "content": "<think>t</think>"}]}, "empty_field"),
+        ({"messages": [Q, {**A, "content": "<think>t"}]}, "think_tag"),
+        ({"messages": [Q, {**A, "content": "t</think>a"}]}, "think_tag"),
+        ({"messages": [Q, {**A, "content": "<think>t</think>a<think>u</think>b"}]}, "think_tag"),
+        ({"messages": [{**Q, "content": [{"type": "image_url"}, {"type": "text"}]}, A]}, "content_parts"),
         ({"messages": [Q, {**A, "content": " "}]}, "empty_field"),
-        ({"messages": [Q, {**A, "thinking": ""}]}, "empty_field"),
-        ({"messages": [Q, {**A, "content": [{"type": "text", "text": "a"}]}]}, "missing_field"),
+        ({"messages": [Q, {**A, "content": [{"type": "text", "text": "a"}]}]}, "content_parts"),
         ({"messages": [Q, {**A, "content": "\ud800"}]}, "invalid_utf8"),
         ({"prompt": "q", "completion": "a\0"}, "nul"),
         ({"prompt": "q", "completion": [Q, A]}, "role_order"),
@@ -79,6 +113,11 @@ def test_what_is_no_conversation(row: dict, reason: str) -> None:
     with pytest.raises(RowError) as caught:
         chat_messages(row)
     assert caught.value.reason == reason
+
+
+def test_ignored_keys_are_left_unread_in_rows_and_messages() -> None:
+    row = {"messages": [{**Q, "name": "Ann"}, {**A, "weight": 1.0}], "tools": [{}], "id": 1}
+    assert without_keys(row, {"name", "weight", "tools"}) == {"messages": [Q, A], "id": 1}
 
 
 @pytest.mark.parametrize(
@@ -91,6 +130,9 @@ def test_what_is_no_conversation(row: dict, reason: str) -> None:
         ({"chosen": [Q, A], "rejected": [{**Q, "content": "p"}, A]}, "different_prompts"),
         ({"prompt": "q", "chosen": [Q, A], "rejected": "b"}, "different_prompts"),
         ({"chosen": [Q], "rejected": [Q, A]}, "role_order"),
+        ({"prompt": "q", "messages": [A], "chosen": "a", "rejected": "b"}, "different_prompts"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": "[{}]"}, "unknown_key:tools"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 0.5}, "unknown_key:margin"),
         ({"messages": [Q, A], "chosen": "a", "rejected": "b"}, "role_order"),
     ],
 )

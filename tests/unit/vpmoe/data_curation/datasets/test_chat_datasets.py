@@ -164,7 +164,8 @@ def test_a_pair_loses_the_same_turns_on_both_sides_or_goes_whole() -> None:
 def sft_rows(count: int) -> list[dict]:
     return [
         {
-            "id": i,
+            "number": i,
+            "score": 0.5,
             "messages": as_row(
                 (Message("user", f"what {i}?"), Message("assistant", f"that {i}", "final")) * (1 + i % 3)
             )["messages"],
@@ -186,8 +187,11 @@ def test_sft_files_and_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[st
     path = write(tmp_path / "rows.jsonl", [*sft_rows(200), {"messages": []}])
     arguments = ["data", "build-chat", "--input", str(path), "--output-dir", str(tmp_path / "out"), "--quiet"]
     arguments += ["--valid-fraction", "0.1"]
+    assert main(arguments) == 2 and "unknown_key:number 200" in capsys.readouterr().err
+    arguments += ["--overwrite", "--ignore-fields", "score, number"]
     assert main(arguments) == 2 and "1 of 201 rows were rejected" in capsys.readouterr().err
-    arguments += ["--overwrite", "--max-reject-fraction", "0.01", "--supervise", "last", "--id-field", "id"]
+    arguments[-1] = "score"
+    arguments += ["--max-reject-fraction", "0.01", "--supervise", "last", "--id-field", "number"]
     assert main([*arguments, "--add-system", "--shard-tokens", "4000"]) == 0
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert (manifest["kind"], manifest["pairs"], manifest["config"]["supervise"]) == ("harmony_sft", False, "last")
