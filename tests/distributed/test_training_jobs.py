@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from megatron_vpmoe.config import load_config
+from megatron_vpmoe.data.manifest import read_manifest
 from megatron_vpmoe.errors import DataError
 from tests import training_runs
 from tests.fixtures_dataset import rewrite_manifest
@@ -176,6 +178,15 @@ def test_the_loss_before_healing_is_the_loss_of_what_is_healed(ladder: Ladder) -
     assert loss["after"] < before
 
 
+def test_a_healing_reads_on_where_the_training_below_stopped(ladder: Ladder, dataset: Path) -> None:
+    """The conversion between the two passes it on."""
+    sha256, rows = read_manifest(dataset).sha256, STEPS * RUN["global_batch_size"]
+    read = {name: report(ladder, name)["rows_read"] for name in ("random", "imported", "healed")}
+    assert read == {"random": {sha256: rows}, "imported": {sha256: rows}, "healed": {sha256: 2 * rows}}
+    assert load_config(Path(ladder.get("random").path) / "training" / "config.yaml").data.skip_rows is None
+    assert load_config(Path(ladder.get("healed").path) / "training" / "config.yaml").data.skip_rows == [rows]
+
+
 def test_frozen_parameters_are_the_input_s(ladder: Ladder) -> None:
     before, after = weights(ladder, "imported"), weights(ladder, "healed")
     changed = {name for name in before if before[name] != after[name]}
@@ -191,7 +202,8 @@ def test_healing_is_the_ordinary_training(ladder: Ladder, dataset: Path, tmp_pat
     words = [
         f"{ROOT}/scripts/train.sh",
         QWEN3,
-        *flags({**HEALING, **{name: str(path) for name, path in paths.items()}}),
+        *flags({**HEALING, "skip_rows": [STEPS * RUN["global_batch_size"]]}),
+        *flags({name: str(path) for name, path in paths.items()}),
     ]
     done = subprocess.run(
         words, env=training_runs.ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False

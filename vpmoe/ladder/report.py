@@ -122,8 +122,14 @@ def _cells(record: Record) -> list[str]:
 
 
 def _validation(record: Record) -> str:
-    losses = (record.get("validation") or {}).get("valid/loss/total")
-    return f"{losses['before']:.4f} → {losses['after']:.4f}" if losses else ""
+    """Of every dataset that the training was validated on; named where it was a blend."""
+    found = (record.get("validation") or {}).items()
+    losses = {
+        tag.removeprefix("valid").removesuffix("loss/total").strip("/"): pair
+        for tag, pair in found
+        if tag.endswith("/loss/total")
+    }
+    return ", ".join(f"{name} {pair['before']:.4f} → {pair['after']:.4f}".strip() for name, pair in losses.items())
 
 
 def _time(record: Record, key: str) -> str:

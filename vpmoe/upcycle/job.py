@@ -62,6 +62,12 @@ class Task(Generic[Settings]):
     progress: Callable[[str, int], None]
     report: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def rows_read(self) -> dict[str, int]:
+        """Rows of each dataset, by its manifest's hash, that the trainings up to the input model have read."""
+        below = self.inputs.get("model") or self.inputs.get("source")
+        return below.receipt["report"].get("rows_read", {}) if below and below.receipt else {}
+
 
 @dataclass(frozen=True)
 class Product:

@@ -152,6 +152,7 @@ def _make(planned: Planned, work: steps.Work, quiet: bool) -> dict[str, Any]:
         },
         "geometry_config": planned.spec.config,
         **found["weights"]["found"],
+        "rows_read": found["weights"]["found"]["conversion"].get("rows_read", task.rows_read),
         "verification": found["verification"]["found"],
         "processor_seconds": round(sum(phase["processor_seconds"] for phase in found.values()), 2),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,

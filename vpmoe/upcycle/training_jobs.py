@@ -68,9 +68,10 @@ class Pretrain(Job[TrainingSettings]):
 
 
 class Heal(Pretrain):
-    """``model`` (any rung) -> the same geometry after training on."""
+    """``model`` (any rung) -> the same geometry after training on, with rows that no training below it has read."""
 
     name: ClassVar[str] = "heal"
+    version: ClassVar[int] = 2
     roles: ClassVar[tuple[str, ...]] = ("model",)
 
     def convert(self, task: Task[TrainingSettings]) -> Product:
@@ -142,7 +143,7 @@ def run_directory(task: Task[TrainingSettings]) -> Path:
 def train(task: Task[TrainingSettings]) -> Path:
     """Run the training to its end, from its newest checkpoint if there is one; returns its last checkpoint.
 
-    Adds ``training`` and, where there are experts, ``router_health`` to the report.
+    Adds ``training``, ``rows_read`` and, where there are experts, ``router_health`` to the report.
 
     Raises:
         UpcycleError: a training that ended before its last iteration.
@@ -155,6 +156,11 @@ def train(task: Task[TrainingSettings]) -> Path:
     decided = {"run_dir": str(directory), "resume": True, "eval_at_start": True}
     if "model" in task.inputs:
         decided["load_weights"] = str(task.inputs["model"].checkpoint)
+    manifests = [read_manifest(part.path).sha256 for part in cfg.data.parts]
+    behind = cfg.data.skip_rows or [0] * len(manifests)
+    behind = [rows + task.rows_read.get(sha256, 0) for rows, sha256 in zip(behind, manifests, strict=True)]
+    if any(behind):
+        decided["skip_rows"] = behind
     path, words = write_run(task.scratch, task.spec, task.settings)
     try:
         run_command(Command(("python", "-m", LAUNCHER, str(path), *words, *flags(decided))), Path.cwd(), to_stderr=True)
@@ -174,6 +180,8 @@ def train(task: Task[TrainingSettings]) -> Path:
     records = read_records(metrics := directory / "metrics.jsonl")
     skipped = int(found.state["skipped_steps"])
     task.report["training"] = training_report(records, cfg, skipped_steps=skipped, source=str(metrics))
+    read = [rows + cursor["samples"] for rows, cursor in zip(behind, found.state["data"], strict=True)]
+    task.report["rows_read"] = {**task.rows_read, **dict(zip(manifests, read, strict=True))}
     if cfg.moe.num_experts is not None:
         task.report["router_health"] = router_report(records, cfg.training.train_iters)
     return found.path

@@ -18,7 +18,7 @@ _WHOLE_SECTIONS = {
 
 _SINGLE_FIELDS = {
     "optim": frozenset({"optimizer"}),
-    "data": frozenset({"seq_length", "packing_window", "data_seed", "blend", "blend_schedule"}),
+    "data": frozenset({"seq_length", "packing_window", "data_seed", "blend", "blend_schedule", "skip_rows"}),
     "training": frozenset(
         {
             "global_batch_size",
@@ -119,7 +119,7 @@ def geometry_diff(old: RunConfig, new: RunConfig) -> list[FieldChange]:
 
 
 # Binding fields that checkpoints from before them lack, where null is what was done then.
-_LATER_FIELDS = ("blend", "blend_schedule", "train_only")
+_LATER_FIELDS = ("blend", "blend_schedule", "skip_rows", "train_only")
 
 
 def _bound(name: str, value: Any) -> Any:

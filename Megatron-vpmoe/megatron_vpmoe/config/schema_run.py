@@ -159,6 +159,8 @@ class DataSection(Section):
     """Several datasets, as a list of {path, weight, name}: each gives rows by its weight; null: data_path."""
     blend_schedule: Several[BlendChange] | None = None
     """Other weights later in the run, as a list of {from_sample, weights}; null: those of blend throughout."""
+    skip_rows: Several[Cardinal] | None = None
+    """Rows to pass over at the start of each dataset's order, as another training has read them; null: none."""
     seq_length: Size
     """Tokens in one packed row."""
     packing_window: Size = 4096

@@ -34,10 +34,12 @@ class Part(NamedTuple):
     Attributes:
         name: in metrics and checkpoints.
         dataset: one split of it.
+        skip: rows of its order that are passed over.
     """
 
     name: str
     dataset: KDDataset
+    skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Cursor:
 
     Attributes:
         name: of the dataset.
-        samples: rows that it has given.
+        samples: rows that it has given, without those passed over.
         epoch: passes over it that are complete.
         window: the packing window of the next row, counted over all epochs.
         window_first_sample: rows that the windows before it gave.
@@ -68,7 +70,11 @@ def open_parts(cfg: RunConfig, split: str) -> list[Part]:
         DataError: a dataset is unusable, or two do not share a vocabulary.
         TokenizerError: their vocabulary is not the model's.
     """
-    parts = [Part(part.label, KDDataset.open_at(part.path, cfg, split)) for part in cfg.data.parts]
+    skips = (cfg.data.skip_rows if split == "train" else None) or [0] * len(cfg.data.parts)
+    parts = [
+        Part(part.label, KDDataset.open_at(part.path, cfg, split), skip)
+        for part, skip in zip(cfg.data.parts, skips, strict=True)
+    ]
     first = parts[0].dataset.manifest
     for part in parts[1:]:
         other = part.dataset.manifest
@@ -123,8 +129,8 @@ class Blend:
     def documents(self, sample: int) -> list[Document]:
         """The conversations of row ``sample``, all of one dataset."""
         number, own = self._mixture.place(sample)
-        dataset = self.parts[number].dataset
-        indices = documents_of(self._orders[number].documents(own), dataset.manifest.group_size)
+        _, dataset, skip = self.parts[number]
+        indices = documents_of(self._orders[number].documents(skip + own), dataset.manifest.group_size)
         return [dataset[int(index)] for index in indices]
 
     def rows_of_one_epoch(self) -> int:
@@ -136,7 +142,7 @@ class Blend:
         cursors = []
         for number, samples in enumerate(self._mixture.counts(consumed_samples)):
             order = self._orders[number]
-            start = order.start_of(samples)
+            start = order.start_of(self.parts[number].skip + samples)
             epoch = order.epoch_of(start)
             cursors.append(Cursor(self.parts[number].name, samples, epoch, *start, self._identities[number]))
         return cursors
@@ -181,7 +187,7 @@ class Blend:
                 continue
             start = WindowStart(cursor.window, cursor.window_first_sample)
             try:
-                self._orders[number].go_to(start, counts[number])
+                self._orders[number].go_to(start, part.skip + counts[number])
             except ValueError as error:
                 raise CheckpointError(
                     f"the cursor of {part.name} contradicts its dataset: {error}",

@@ -62,6 +62,13 @@ def test_what_is_wrong_is_named(small: Path, blend: str, schedule: str, data_pat
     assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize(("blend", "data_path", "skips"), [(TWO, "null", "[3]"), ("null", "d", "[1, 2]")])
+def test_each_dataset_has_its_own_rows_to_skip(small: Path, blend: str, data_path: str, skips: str) -> None:
+    flags = ["--data-path", data_path, "--blend", blend, "--skip-rows", skips]
+    with pytest.raises(ConfigError, match=r"skip_rows.*numbers for"):
+        load_config(small, flags)
+
+
 def test_weights_and_schedule_bind_and_paths_do_not(small: Path) -> None:
     old = load(small, TWO).model_dump()
     moved = load(small, TWO.replace("a/x", "elsewhere/x")).model_dump()
@@ -74,5 +81,5 @@ def test_weights_and_schedule_bind_and_paths_do_not(small: Path) -> None:
 
 def test_a_checkpoint_from_before_blends_continues(small: Path) -> None:
     new = load_config(small).model_dump()
-    old = {**new, "data": {key: value for key, value in new["data"].items() if not key.startswith("blend")}}
+    old = {**new, "data": {key: value for key, value in new["data"].items() if not key.startswith(("blend", "skip"))}}
     assert provenance_diff(old, new) == []

@@ -15,6 +15,7 @@ from megatron_vpmoe.data.cursor import SampleOrder
 from megatron_vpmoe.data.mixture import Mixture
 from megatron_vpmoe.data.source import BatchSource, ValidSource, weights_of
 from megatron_vpmoe.errors import CheckpointError, DataError
+from tests.conftest import fuzz_settings
 from tests.fixtures_dataset import rewrite_manifest, small_dataset
 from tests.tiny import tiny_config
 
@@ -102,6 +103,31 @@ def test_a_dataset_keeps_the_order_that_it_has_alone(roots):
     assert [taken[s] for s in mine] == [rows(single, own)[own] for own in range(len(mine))]
     blend.close()
     single.close()
+
+
+@fuzz_settings(6)
+@given(skips=st.tuples(*[st.integers(0, 40)] * 3), consumed=st.integers(0, 60))
+def test_rows_passed_over_come_not_and_what_follows_is_the_same(roots, skips, consumed):
+    """Also over the end of an epoch, and resumed."""
+    whole, later, resumed = (
+        BatchSource(open_parts(cfg, "train"), cfg, 0, 1)
+        for cfg in (config(roots), *[config(roots, skip_rows=list(skips))] * 2)
+    )
+    first, second = whole._rows.blend, later._rows.blend
+    mixture = Mixture(weights_of(config(roots)))
+    stored = as_stored(later.cursors(consumed))
+    assert resumed.resume(consumed, stored, source="checkpoint") == []
+    for sample in range(consumed, consumed + 4):
+        part, own = mixture.place(sample)
+        indices = first._orders[part].documents(skips[part] + own)
+        expected = [first.parts[part].dataset[int(index)].tokens.tolist() for index in indices]
+        for blend in (second, resumed._rows.blend):
+            assert [document.tokens.tolist() for document in blend.documents(sample)] == expected
+    assert [cursor["samples"] for cursor in stored] == mixture.counts(consumed)
+    for source in (whole, later, resumed):
+        source.close()
+    valid = [part.skip for part in open_parts(config(roots, skip_rows=list(skips)), "valid")]
+    assert valid == [0, 0, 0], "every validation is of the same rows"
 
 
 def test_each_dataset_gives_all_its_conversations_once_an_epoch(roots):

@@ -12,6 +12,7 @@ from vpmoe.cli import main
 from vpmoe.errors import NotOursError, UpcycleError
 from vpmoe.ladder import climb as module
 from vpmoe.ladder.climb import Request, climb, listing
+from vpmoe.ladder.report import table
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,20 @@ def test_climbing_twice_does_nothing_the_second_time(ladder: Path, monkeypatch: 
     assert f"  {folder / 'model'}: done and valid" in lines
     assert again["steps"] == report["steps"]
     assert "done and up to date; evaluated" in listing(Request(ladder))[0]
+
+
+@pytest.mark.parametrize(
+    ("tags", "shown"),
+    [
+        (["valid/loss/total", "valid/loss/final"], "2.0000 → 1.5000"),
+        (["valid/text/loss/total", "valid/chat/loss/total"], "text 2.0000 → 1.5000, chat 2.0000 → 1.5000"),
+        (["valid/text/loss/final"], ""),
+    ],
+)
+def test_the_validation_of_every_dataset_is_in_the_table(tags: list[str], shown: str) -> None:
+    validation = {tag: {"before": 2.0, "after": 1.5} for tag in tags}
+    fed = {"object": "x", "job": "heal", "validation": validation, "job_time": {"seconds": 1, "processor_seconds": 1}}
+    assert f"(heal, {shown}, 1 (1))" in table([], [fed], {"seconds": 1, "processor_seconds": 1})
 
 
 def test_other_questions_are_asked_again(ladder: Path) -> None:
