@@ -49,7 +49,9 @@ def _for_stages(stages: int, changes: dict[str, object]) -> dict[str, object]:
 def _train(stages: int, **changes: object) -> dict[str, Any]:
     from megatron.core import parallel_state
 
-    from megatron_vpmoe.generation.sampler import SamplingOptions, generate
+    from megatron_vpmoe.generation.engine import generate
+    from megatron_vpmoe.generation.prompts import Prompt
+    from megatron_vpmoe.generation.sampling import SamplingOptions
     from megatron_vpmoe.model.builder import build_model, wrap_for_training
     from megatron_vpmoe.objectives import build_objective
     from megatron_vpmoe.optim import build_optimizer, build_scheduler
@@ -92,7 +94,7 @@ def _train(stages: int, **changes: object) -> dict[str, Any]:
     whole = random_batch(ROWS, TINY["seq_length"], TINY["padded_vocab_size"], seed=STEPS)
     mine = [rows_of(whole, row, row + 1) for row in range(rank * share, (rank + 1) * share)]
     valid = evaluate(model, objective, mine)
-    samples = generate(model, PROMPTS, SamplingOptions(12, stop_ids=(1,)))
+    samples = [one.ids for one in generate(model, [Prompt(ids) for ids in PROMPTS], SamplingOptions(12, stop_ids=(1,)))]
     state = {model.absolute_name(n): p.detach().clone() for n, p in model.named_parameters()}
     biases = {model.absolute_name(n): b.clone() for n, b in model.named_buffers() if n.endswith("expert_bias")}
     return {

@@ -24,7 +24,7 @@ EXACT: tuple[Any, ...] = ("zero_out", "virtual_groups")
 
 def logits_at_two_ranks(folder: str) -> list[torch.Tensor]:
     """The logits of every checkpoint in ``folder`` on this rank, experts shared out over both."""
-    from megatron_vpmoe.generation.sampler import left_padded
+    from megatron_vpmoe.model.attention.masks import left_padded
     from megatron_vpmoe.model.builder import build_model
     from megatron_vpmoe.runtime import distributed
     from megatron_vpmoe.training import checkpoint

@@ -16,7 +16,7 @@ from vpmoe.harmony.renderer import FastRenderer
 from vpmoe.tokenizer.interface import Tokenizer
 
 if TYPE_CHECKING:
-    from megatron_vpmoe.generation.sampler import SamplingOptions
+    from megatron_vpmoe.generation.sampling import SamplingOptions
     from megatron_vpmoe.model.gpt import VPModel
     from vpmoe.eval.open_model import Opened
 
@@ -140,14 +140,17 @@ def decode_in_batches(
     *,
     progress: Callable[[str], None],
 ) -> list[list[int]]:
-    """New tokens of each prompt, in the order of the prompts; prompts of like length are decoded together."""
-    from megatron_vpmoe.generation.sampler import generate
+    """New tokens of each prompt, in the order of the prompts; so many prompts are decoded at once."""
+    from megatron_vpmoe.generation.engine import generate
+    from megatron_vpmoe.generation.prompts import Completion, Prompt
 
-    by_length = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    completions: list[list[int]] = [[] for _ in prompts]
-    for begin in range(0, len(by_length), batch_size):
-        places = by_length[begin : begin + batch_size]
-        for place, ids in zip(places, generate(model, [prompts[p] for p in places], sampling), strict=True):
-            completions[place] = ids
-        progress(f"answered {begin + len(places)} of {len(prompts)} questions")
-    return completions
+    answered = 0
+
+    def count(completion: Completion) -> None:
+        nonlocal answered
+        answered += completion.finish is not None
+        if completion.finish is not None and (answered % batch_size == 0 or answered == len(prompts)):
+            progress(f"answered {answered} of {len(prompts)} questions")
+
+    asked = [Prompt(prompt) for prompt in prompts]
+    return [one.ids for one in generate(model, asked, sampling, rows=batch_size, watch=count)]

@@ -209,7 +209,7 @@ def answer(
     model: VPModel, form: Form, questions: Sequence[Question], options: NanoOptions, *, progress: Progress
 ) -> list[Scored]:
     """Ask every question greedily, in batches of prompts of like length, and judge the generations; order kept."""
-    from megatron_vpmoe.generation.sampler import SamplingOptions
+    from megatron_vpmoe.generation.sampling import SamplingOptions
 
     prompts = [form.prompt(question.query) for question in questions]
     sampling = SamplingOptions(options.max_new_tokens, form.stop_ids)

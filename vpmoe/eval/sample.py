@@ -11,7 +11,7 @@ from vpmoe.eval.open_model import open_model
 
 
 class Draw(NamedTuple):
-    """How to choose tokens, as :class:`megatron_vpmoe.generation.sampler.SamplingOptions` says."""
+    """How to choose tokens, as :class:`megatron_vpmoe.generation.sampling.SamplingOptions` says."""
 
     temperature: float
     top_p: float
@@ -35,7 +35,9 @@ def print_sample(
     """
     from rich.console import Console
 
-    from megatron_vpmoe.generation.sampler import SamplingOptions, generate
+    from megatron_vpmoe.generation.engine import generate
+    from megatron_vpmoe.generation.prompts import Prompt
+    from megatron_vpmoe.generation.sampling import SamplingOptions
 
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
     with open_model(where) as opened:
@@ -48,7 +50,7 @@ def print_sample(
         )
         prompt = form.prompt(question)
         options = SamplingOptions(draw.max_new_tokens, form.stop_ids, draw.temperature, draw.top_p, seed=draw.seed)
-        (completion,) = generate(opened.model, [prompt], options)
+        completion = generate(opened.model, [Prompt(prompt)], options)[0].ids
         verdict = form.judge(completion)
         console.print(harmony_text([*prompt, *completion], opened.tokenizer), soft_wrap=True)
         name = "valid Harmony" if isinstance(form, AsConversation) else "ended by itself"

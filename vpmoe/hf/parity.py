@@ -63,14 +63,17 @@ def compare(
     Args:
         hf_folder: what ``AutoModelForCausalLM`` loads.
         checkpoint: ``iter_NNNNNNN``.
-        prompt_lengths: one prompt of each length; ours are decoded as one left-padded batch, HF's one by one.
+        prompt_lengths: one prompt of each length; ours are decoded as one batch, HF's one by one.
         trust_remote_code: run the code that lies in the directory, instead of ours or transformers' own.
 
     Raises:
         WeightsError: no directory of a model that we know, or weights that are not what its configuration says.
         NonFiniteError: a weight or a logit is nan or infinite.
     """
-    from megatron_vpmoe.generation.sampler import SamplingOptions, generate, left_padded
+    from megatron_vpmoe.generation.engine import generate
+    from megatron_vpmoe.generation.prompts import Prompt
+    from megatron_vpmoe.generation.sampling import SamplingOptions
+    from megatron_vpmoe.model.attention.masks import left_padded
     from megatron_vpmoe.training.checkpoint import open_checkpoint
 
     found = open_checkpoint(checkpoint)
@@ -106,7 +109,8 @@ def compare(
                 repetition_penalty=1.0,
             )
             greedy.append(continued[0, len(prompt) :].tolist())
-        answered = generate(ours, prompts, SamplingOptions(max_new_tokens=greedy_steps, stop_ids=()))
+        options = SamplingOptions(max_new_tokens=greedy_steps, stop_ids=())
+        answered = [one.ids for one in generate(ours, [Prompt(prompt) for prompt in prompts], options)]
     return Parity(difference, scale, greedy_steps, answered == greedy, list(prompt_lengths))
 
 

@@ -102,7 +102,7 @@ def score_texts(model: VPModel, tokenizer: Tokenizer, texts: Sequence[str], batc
     Returns:
         ``documents``, ``bytes`` and ``tokens`` that were scored, ``nats_per_token``, ``bits_per_byte``.
     """
-    from megatron_vpmoe.generation.sampler import left_padded
+    from megatron_vpmoe.model.attention.masks import left_padded
 
     encoded = [tokenizer.encode_ordinary(text).tolist() for text in texts]
     order = sorted((ids for ids in encoded if len(ids) > 1), key=len)
@@ -132,7 +132,7 @@ def ask(model: VPModel, tokenizer: Tokenizer, questions: Sequence[Question], set
     Returns:
         ``n``, ``exact``, ``accuracy`` over all and by family, and the first answers as ``samples``.
     """
-    from megatron_vpmoe.generation.sampler import SamplingOptions
+    from megatron_vpmoe.generation.sampling import SamplingOptions
 
     form = AsText(tokenizer)
     options = SamplingOptions(settings.max_new_tokens, form.stop_ids)

@@ -24,7 +24,7 @@ def experts_reached(
     Returns:
         JSON-able: experts in all, the smallest and mean number reached over layers, and every layer's (from 1).
     """
-    from megatron_vpmoe.generation.sampler import left_padded
+    from megatron_vpmoe.model.attention.masks import left_padded
 
     lengths = [_ROW] * (tokens // _ROW) + ([tokens % _ROW] if tokens % _ROW else [])
     prompts = random_prompts(vocab_size, lengths, seed)

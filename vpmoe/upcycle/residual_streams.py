@@ -36,7 +36,7 @@ class Batch:
 
 def batches_of(passages: Passages, most_tokens: int) -> list[Batch]:
     """Passages as batches of at most so many positions; a longer passage is a batch of its own."""
-    from megatron_vpmoe.generation.sampler import left_padded
+    from megatron_vpmoe.model.attention.masks import left_padded
 
     found = []
     for indices in passages.batches(most_tokens):

@@ -129,7 +129,7 @@ def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int) -> list[l
 
 def logits_of(cfg: RunConfig, weights: Weights, prompts: Sequence[Sequence[int]], *, source: str) -> list[Tensor]:
     """fp32 logits [length, padded vocabulary] of every prompt; one layer is in memory at a time."""
-    from megatron_vpmoe.generation.sampler import left_padded
+    from megatron_vpmoe.model.attention.masks import left_padded
 
     with process_groups(), torch.no_grad():
         model = streamed_model(cfg, weights, source=source)
@@ -194,7 +194,7 @@ def text_loss(
     Args:
         scored: of each text as many entries as tokens; entry t says whether token t + 1 counts. None: all do.
     """
-    from megatron_vpmoe.generation.sampler import left_padded
+    from megatron_vpmoe.model.attention.masks import left_padded
 
     with process_groups(), torch.no_grad():
         model = streamed_model(cfg, weights, source=source)

@@ -31,7 +31,7 @@ def calibrate_sinks(
     Returns:
         layer (from 1) -> fp32 [heads].
     """
-    from megatron_vpmoe.generation.sampler import left_padded
+    from megatron_vpmoe.model.attention.masks import left_padded
 
     sinks: dict[int, Tensor] = {}
     with process_groups(), torch.no_grad():

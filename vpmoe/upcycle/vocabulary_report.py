@@ -37,7 +37,7 @@ def measure(checkpoints: tuple[Path, Path], tokenizers: tuple[Any, Any], texts: 
 
 
 def _bits(checkpoint: Path, tokenizer: Any, texts: list[str]) -> list[tuple[int, float | None]]:
-    from megatron_vpmoe.generation.sampler import left_padded
+    from megatron_vpmoe.model.attention.masks import left_padded
 
     cfg = megatron_checkpoint.read_config(checkpoint)
     found: list[tuple[int, float | None]] = []

@@ -1,4 +1,8 @@
-"""Decoding: one sampler with a key-value cache, greedy or by temperature and top-p."""
+"""Decoding: one engine for samples, evaluation, chat and reinforcement learning.
+
+``engine`` shares prompts out, keeps the rows full and hands back completions; ``decoder`` is one token through
+the training model's own weights; ``kv_cache`` holds the past; ``sampling`` chooses tokens; ``grammar`` says which may.
+"""
 
 from megatron_vpmoe.runtime.device import prepare
 

@@ -16,7 +16,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import Module
 
-from megatron_vpmoe.model.attention.kv_cache import KVCache
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.recompute import recomputed
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
@@ -33,7 +32,7 @@ class VPTransformerLayer(TransformerLayer):
         hidden_SBH: Tensor,
         layout: SequenceLayout,
         first_value_SBGD: Tensor | None,
-        kv_cache: KVCache | None,
+        computed: dict[int, tuple[Tensor, Tensor]] | None,
         padding_BS: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """One layer.
@@ -42,14 +41,14 @@ class VPTransformerLayer(TransformerLayer):
             hidden_SBH: the residual stream.
             layout: which positions belong to which document.
             first_value_SBGD: the values of layer 1; None in layer 1 itself.
-            kv_cache: keys and values of earlier positions when decoding.
+            computed: receives each layer's keys and values; None where nothing goes on from them.
             padding_BS: bool, True on padding, for the router's bookkeeping.
 
         Returns:
             the residual stream, and the values of layer 1.
         """
         (attended, bias), value_SBGD = self.self_attention(
-            self.input_layernorm(hidden_SBH), layout, first_value_SBGD, kv_cache
+            self.input_layernorm(hidden_SBH), layout, first_value_SBGD, computed
         )
         hidden_SBH = _add(hidden_SBH, attended, bias)
         normed = self.pre_mlp_layernorm(hidden_SBH)
@@ -78,7 +77,7 @@ class VPTransformerBlock(TransformerBlock):
         self,
         hidden_SBH: Tensor,
         layout: SequenceLayout,
-        kv_cache: KVCache | None = None,
+        computed: dict[int, tuple[Tensor, Tensor]] | None = None,
         padding_BS: Tensor | None = None,
         first_value: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -87,7 +86,7 @@ class VPTransformerBlock(TransformerBlock):
         Args:
             hidden_SBH: the embedded tokens, or the residual stream of the stage before.
             layout: which positions belong to which document.
-            kv_cache: keys and values of earlier positions when decoding.
+            computed: receives each layer's keys and values; None where nothing goes on from them.
             padding_BS: bool, True on padding.
             first_value: layer 1's values [S, B, G, D] from the stage before; None on the first stage.
 
@@ -95,7 +94,7 @@ class VPTransformerBlock(TransformerBlock):
             the residual stream [S, B, H], normed on the last stage, and layer 1's values.
         """
         for layers, again in self.config.recomputation.runs(list(self.layers)):
-            arguments = (layers, hidden_SBH, layout, first_value, kv_cache, padding_BS)
+            arguments = (layers, hidden_SBH, layout, first_value, computed, padding_BS)
             hidden_SBH, first_value = (
                 recomputed(_run_layers, *arguments) if again and self.training else _run_layers(*arguments)
             )
@@ -115,9 +114,9 @@ def _run_layers(
     hidden_SBH: Tensor,
     layout: SequenceLayout,
     first_value_SBGD: Tensor | None,
-    kv_cache: KVCache | None,
+    computed: dict[int, tuple[Tensor, Tensor]] | None,
     padding_BS: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     for layer in layers:
-        hidden_SBH, first_value_SBGD = layer(hidden_SBH, layout, first_value_SBGD, kv_cache, padding_BS)
+        hidden_SBH, first_value_SBGD = layer(hidden_SBH, layout, first_value_SBGD, computed, padding_BS)
     return hidden_SBH, first_value_SBGD

@@ -25,7 +25,6 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.enums import ModelType
 from torch import Tensor
 
-from megatron_vpmoe.model.attention.kv_cache import KVCache
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.block import VPTransformerBlock
 from megatron_vpmoe.model.layer_specs import block_spec
@@ -141,14 +140,15 @@ class VPModel(LanguageModule):
         return self.output_layer(hidden, weight=self.output_weight())[0]
 
     def forward(
-        self, tokens_BS: Tensor, layout: SequenceLayout, kv_cache: KVCache | None = None
+        self, tokens_BS: Tensor, layout: SequenceLayout, computed: dict[int, tuple[Tensor, Tensor]] | None = None
     ) -> ModelOutput | Tensor:
-        """One pass over packed rows, or over the next tokens of rows whose past is in the cache.
+        """One pass over packed rows.
 
         Args:
-            tokens_BS: int64; when decoding only the new tokens.
-            layout: documents and positions of all keys, past ones included.
-            kv_cache: filled and read when decoding.
+            tokens_BS: int64.
+            layout: documents and positions.
+            computed: receives each layer's keys and values, see `VPSelfAttention.forward`, where rows are to be
+                continued by `generation`.
 
         Returns:
             on the last stage what an objective reads; on others the tensor for the next stage.
@@ -162,7 +162,7 @@ class VPModel(LanguageModule):
         tp, split = self.pg_collection.tp, self.config.sequence_parallel
         if split:
             padding_BS = padding_BS.chunk(tp.size(), dim=1)[tp.rank()]
-        hidden_SBH, first_value = self.decoder(hidden_SBH, layout, kv_cache, padding_BS, first_value)
+        hidden_SBH, first_value = self.decoder(hidden_SBH, layout, computed, padding_BS, first_value)
         if not self.post_process:
             return self.wire.pack(hidden_SBH, first_value)
         if split:

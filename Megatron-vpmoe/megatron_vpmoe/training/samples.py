@@ -9,7 +9,9 @@ from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.data.pieces import TokenPieces
 from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.files import json_line, read_json_lines, write_atomically
-from megatron_vpmoe.generation.sampler import SamplingOptions, generate
+from megatron_vpmoe.generation.engine import generate
+from megatron_vpmoe.generation.prompts import Prompt
+from megatron_vpmoe.generation.sampling import SamplingOptions
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.turns import generation_ends
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 class SampleWriter:
     """Greedy continuations of held-out prompts, appended to ``samples.jsonl`` of the run.
 
-    Every rank generates the same (expert-parallel ranks exchange tokens); rank 0 writes. A collective to construct.
+    The ranks share the prompts; rank 0 writes. A collective to construct.
 
     Args:
         dataset: the validation split.
@@ -42,7 +44,7 @@ class SampleWriter:
         stops = {*generation_ends(tokenizer.special_tokens).values(), tokenizer.eod_id}
         self._options = SamplingOptions(cfg.evaluation.sample_max_new_tokens, tuple(sorted(stops)))
         count = min(cfg.evaluation.sample_prompts, len(dataset))
-        self._prompts = [dataset[index].prompt.tolist() for index in range(count)]
+        self._prompts = [Prompt(dataset[index].prompt.tolist()) for index in range(count)]
 
     def write(self, model: VPModel, iteration: int) -> None:
         """Generate for every prompt and append one JSON object each: step, prompt, completion (text and ids)."""
@@ -55,9 +57,9 @@ class SampleWriter:
             for prompt, completion in zip(self._prompts, completions, strict=True):
                 record = {
                     "step": iteration,
-                    "prompt": self._pieces.decode(prompt),
-                    "completion": self._pieces.decode(completion),
-                    "completion_ids": completion,
+                    "prompt": self._pieces.decode(prompt.ids),
+                    "completion": self._pieces.decode(completion.ids),
+                    "completion_ids": completion.ids,
                 }
                 stream.write(json_line(record))
 

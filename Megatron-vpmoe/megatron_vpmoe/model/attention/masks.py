@@ -5,7 +5,7 @@ Shapes: B batch, S rows of keys, Q queries (the last Q of the S rows), H heads, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -53,15 +53,6 @@ class SequenceLayout:
                 self._shared[key] = make()
         return self._shared[key]  # type: ignore[return-value]
 
-    def last(self, num_keys: int) -> SequenceLayout:
-        """The layout of the last ``num_keys`` rows: what a local layer still needs when it decodes."""
-        if num_keys == self.num_keys:
-            return self
-        return self.shared(
-            ("last", num_keys),
-            lambda: SequenceLayout(self.document_id[:, -num_keys:], self.position[:, -num_keys:]),
-        )
-
     def visible(self, num_queries: int, window: int | None) -> Tensor:
         """Bool [B, 1, Q, S]: True where the query may see the key."""
         return self.shared(("visible", num_queries, window), lambda: self._visible(num_queries, window))
@@ -94,6 +85,23 @@ class SequenceLayout:
         row = torch.arange(2 * window, device=key.device)
         distance = row[window:, None] - row
         return (query[..., None] == key[..., None, :]) & (distance >= 0) & (distance < window)
+
+
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, SequenceLayout]:
+    """Token ids as one batch, right-aligned: int64 [B, S] (padding 0) and its layout.
+
+    The padding is a document of its own, so no real token sees it and every row's positions start at 0.
+    """
+    longest = max(len(row) for row in rows)
+    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
+    document_id = torch.full((len(rows), longest), -1, dtype=torch.int32)
+    position = torch.zeros(len(rows), longest, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        start = longest - len(row)
+        tokens[number, start:] = torch.tensor(list(row))
+        document_id[number, start:] = 0
+        position[number, start:] = torch.arange(len(row))
+    return tokens.to(device), SequenceLayout(document_id=document_id.to(device), position=position.to(device))
 
 
 def additive(visible: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """Self-attention of one layer, local or global, from the hidden state to its projected output.
 
 Order of operations: project (grouped-query or tensor-product), norm queries and keys, rotate them (not on GRAPE-A
-layers), mix layer 1's values in, append to the cache when decoding, attend, project back.
+layers), mix layer 1's values in, attend, project back.
 
 Over tensor-parallel ranks heads and groups are split: every rank attends with its own, over the whole sequence. What
 all heads share (B factors, norms, λs) is on every rank, and its gradient is summed over them.
 
-Shapes: S new tokens, B batch, H query heads, G KV groups, P = H / G heads a group, D head dim, K keys. H and G are
+Shapes: S sequence, B batch, H query heads, G KV groups, P = H / G heads a group, D head dim. H and G are
 those of one tensor-parallel rank; under sequence parallelism a hidden state has S / T rows.
 """
 
@@ -33,7 +33,6 @@ from torch.nn import Parameter
 
 from megatron_vpmoe.model.attention import grape
 from megatron_vpmoe.model.attention.backends import core_attention, select_backend
-from megatron_vpmoe.model.attention.kv_cache import KVCache
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.attention.mixed_qkv import mixed_qkv_rows, split_mixed_qkv
 from megatron_vpmoe.model.attention.tpa import (
@@ -179,16 +178,15 @@ class VPSelfAttention(MegatronModule):
         hidden_SBH: Tensor,
         layout: SequenceLayout,
         first_value: Tensor | None = None,
-        kv_cache: KVCache | None = None,
+        computed: dict[int, tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
-        """Attend from the new tokens to themselves and to the cached ones.
+        """Attend within documents.
 
         Args:
-            hidden_SBH: normed hidden states of the new tokens, the last S rows of the layout; under sequence
-                parallelism this rank's S / T of them.
-            layout: documents and positions of all keys, cached ones included.
-            first_value: layer 1's values of the new tokens [S, B, G, D]; needed from layer 2 on by the value residual.
-            kv_cache: past keys and values; receives the new ones.
+            hidden_SBH: normed hidden states; under sequence parallelism this rank's S / T of them.
+            layout: documents and positions.
+            first_value: layer 1's values [S, B, G, D]; needed from layer 2 on by the value residual.
+            computed: receives, under the layer's number, keys as the scores read them and mixed values [B, G, S, D].
 
         Returns:
             (output, of the shape of ``hidden_SBH``, and bias [hidden] still to be added, or None), and this layer's own
@@ -199,9 +197,8 @@ class VPSelfAttention(MegatronModule):
         queries = query.shape[0]
 
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if kv_cache is not None:
-            key, value = kv_cache.append(self.layer_number, key, value, window=self.window)
-            layout = layout.last(key.shape[2])
+        if computed is not None:
+            computed[self.layer_number] = key, value
         slopes = None
         if self.position_embedding == "grape_a":
             part, parts = self.tp_group.rank(), self.tp_group.size()
@@ -213,7 +210,7 @@ class VPSelfAttention(MegatronModule):
             alibi_slopes_H=slopes,
             sink_H=self.sink,
             softmax_scale=self.softmax_scale,
-            backend=self.backend_name(query.device, prompts=kv_cache is not None),
+            backend=self.backend_name(query.device, prompts=computed is not None),
         )
         again = self.training and self.config.recomputation.recomputes("core_attn")
         out_BHSD = recomputed(attend, query, key, value) if again else attend(query, key, value)

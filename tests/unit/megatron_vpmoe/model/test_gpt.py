@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_vpmoe.model.attention.kv_cache import KVCache
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.model.gpt import VPModel
@@ -75,19 +74,6 @@ def test_causality() -> None:
     after = logits(model, perturbed, layout_of_documents(40))
     torch.testing.assert_close(after[:, :25], before[:, :25], rtol=0, atol=1e-6)
     assert (after[:, 25:] - before[:, 25:]).abs().amax(-1).min() > 1e-4
-
-
-@pytest.mark.parametrize("chunks", [(40,), (17, 1, 1, 1, 20), (1,) * 40])
-def test_cached_logits_equal_uncached(chunks: tuple[int, ...]) -> None:
-    model = lively(build_model(tiny_config()).eval())
-    tokens = torch.randint(1, VOCAB, (1, 40), generator=torch.Generator().manual_seed(0))
-    whole = logits(model, tokens, layout_of_documents(40))
-    cache, pieces, end = KVCache(), [], 0
-    for size in chunks:
-        begin, end = end, end + size
-        with torch.no_grad():
-            pieces.append(model(tokens[:, begin:end], layout_of_documents(end), cache).logits())
-    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_fp32_islands_in_a_bf16_model() -> None:

@@ -61,6 +61,8 @@ def test_a_file_of_the_users_is_not_replaced(name: str, data: Path, tmp_path: Pa
 
 def test_answers_are_scored_at_their_own_question(data: Path, run_directory: Path, monkeypatch) -> None:
     """The model's place is taken by one that knows every answer but those of sorting, and twice forgets to end."""
+    from megatron_vpmoe.generation.prompts import Completion
+
     questions = read_questions(data / "rows" / "test.jsonl", per_family=3)
     known = {q.query: "0" if q.family == "sorting" else q.row["synthetic_answer"] for q in questions}
     endless = [q.query for q in questions if q.family == "maximum"][:2]
@@ -68,12 +70,13 @@ def test_answers_are_scored_at_their_own_question(data: Path, run_directory: Pat
         tokenizer = run.tokenizer
     opening = len(ids_of("<|start|>assistant", tokenizer))
 
-    def answer_from_memory(model, prompts, sampling):
-        queries = [Parser(tokenizer).messages(prompt[:-opening])[-1].content for prompt in prompts]
+    def answer_from_memory(model, prompts, sampling, **_):
+        queries = [Parser(tokenizer).messages(prompt.ids[:-opening])[-1].content for prompt in prompts]
         completions = [ids_of(GOOD.format(known[query]), tokenizer) for query in queries]
-        return [ids[:-1] if query in endless else ids for query, ids in zip(queries, completions, strict=True)]
+        answers = [ids[:-1] if query in endless else ids for query, ids in zip(queries, completions, strict=True)]
+        return [Completion(place, 0, 0, ids) for place, ids in enumerate(answers)]
 
-    monkeypatch.setattr("megatron_vpmoe.generation.sampler.generate", answer_from_memory)
+    monkeypatch.setattr("megatron_vpmoe.generation.engine.generate", answer_from_memory)
     report, _ = evaluate_model(run_directory, options(data), progress=silent)
     counts = {name: (entry["valid"], entry["exact"]) for name, entry in report["generations"]["families"].items()}
     assert counts == {"addition": (3, 3), "subtraction": (3, 3), "maximum": (1, 1), "sorting": (3, 0)}
@@ -81,7 +84,9 @@ def test_answers_are_scored_at_their_own_question(data: Path, run_directory: Pat
 
 
 def test_batches_give_each_prompt_what_it_gets_alone(data: Path, run_directory: Path) -> None:
-    from megatron_vpmoe.generation.sampler import SamplingOptions, generate
+    from megatron_vpmoe.generation.engine import generate
+    from megatron_vpmoe.generation.prompts import Prompt
+    from megatron_vpmoe.generation.sampling import SamplingOptions
 
     with open_model(run_directory) as run:
         # An untrained model repeats itself; a larger scale makes its choices differ from place to place.
@@ -92,7 +97,7 @@ def test_batches_give_each_prompt_what_it_gets_alone(data: Path, run_directory: 
         prompts = [torch.randint(0, 400, (length,), generator=generator).tolist() for length in lengths]
         sampling = SamplingOptions(8, stop_ids(run.tokenizer))
         together = decode_in_batches(run.model, prompts, sampling, 4, progress=silent)
-        alone = [generate(run.model, [prompt], sampling)[0] for prompt in prompts]
+        alone = [generate(run.model, [Prompt(prompt)], sampling)[0].ids for prompt in prompts]
     assert together == alone
     assert len({tuple(row) for row in alone}) > 1
 

@@ -73,7 +73,7 @@ def logits(cfg: Any, weights: Any) -> torch.Tensor:
 
 
 def forward(model: Any) -> Any:
-    from megatron_vpmoe.generation.sampler import left_padded
+    from megatron_vpmoe.model.attention.masks import left_padded
 
     generator = torch.Generator().manual_seed(0)
     return model(*left_padded(torch.randint(0, 32, (8, 12), generator=generator).tolist(), torch.device("cpu")))

@@ -56,7 +56,7 @@ def test_the_same_logits_at_twice_the_depth(tmp_path: Path) -> None:
 
 
 def _layout(tokens: torch.Tensor):
-    from megatron_vpmoe.generation.sampler import left_padded
+    from megatron_vpmoe.model.attention.masks import left_padded
 
     return left_padded(tokens.tolist(), torch.device("cpu"))
 

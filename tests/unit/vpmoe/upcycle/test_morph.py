@@ -48,7 +48,7 @@ def test_the_ledger(tmp_path: Path) -> None:
 
 def mean_sink_mass(cfg: Any, weights: Any, number: int, texts: list[list[int]]) -> float:
     """With values of one, what a layer's attention gives is what its sinks leave."""
-    from megatron_vpmoe.generation.sampler import left_padded
+    from megatron_vpmoe.model.attention.masks import left_padded
 
     given: list[torch.Tensor] = []
     with process_groups(), torch.no_grad():

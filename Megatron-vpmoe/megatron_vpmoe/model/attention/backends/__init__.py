@@ -1,7 +1,7 @@
 """One function, softmax attention, behind which the implementations stand; here one of them is chosen, by name.
 
 ``reference``
-    dense scores, fp32 softmax; every layer, every device, decoding too. The others must equal it.
+    dense scores, fp32 softmax; every layer, every device. The others must equal it.
 ``banded``
     local layers on any device: blocks of W queries against 2W keys, time and memory O(S · W).
 ``sdpa``

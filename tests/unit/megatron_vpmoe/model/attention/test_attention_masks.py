@@ -60,13 +60,6 @@ def test_padding_sees_padding_only() -> None:
     assert visible[4].tolist() == [True, True, False, False, True]
 
 
-def test_last_rows_are_the_same_layout_shortened() -> None:
-    layout = layout_of([0, 0, 0, 1, 1, 1, 1, 1])
-    assert torch.equal(layout.last(4).visible(1, 3), layout.visible(1, 3)[..., -4:])
-    assert layout.last(8) is layout
-    assert layout.last(4) is layout.last(4)
-
-
 def test_layers_share_one_mask() -> None:
     layout = layout_of([0, 0, 1])
     assert layout.visible(3, 2) is layout.visible(3, 2)

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_vpmoe.model.attention.grape import initial_log_frequencies
-from megatron_vpmoe.model.attention.kv_cache import KVCache
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.attention.self_attention import (
     VPSelfAttention,
@@ -66,10 +65,8 @@ def layer_of(number: int = LOCAL, *, seed: int = 0, **fields: object) -> VPSelfA
     return layer
 
 
-def run(
-    layer: VPSelfAttention, hidden: Tensor, layout: SequenceLayout, first: Tensor, cache: KVCache | None = None
-) -> Tensor:
-    (out, bias), _ = layer(hidden, layout, first if layer.layer_number > 1 else None, cache)
+def run(layer: VPSelfAttention, hidden: Tensor, layout: SequenceLayout, first: Tensor) -> Tensor:
+    (out, bias), _ = layer(hidden, layout, first if layer.layer_number > 1 else None)
     return out if bias is None else out + bias
 
 
@@ -157,23 +154,6 @@ def test_packed_documents_are_isolated_bit_for_bit(number: int) -> None:
     after = run(layer, disturbed_hidden, layout, disturbed_first)
     assert torch.equal(before[:5], after[:5]) and torch.equal(before[13:], after[13:])
     assert not torch.equal(before[5:13], after[5:13])
-
-
-@pytest.mark.parametrize("number", [1, LOCAL, GLOBAL])
-@pytest.mark.parametrize("chunks", [(7, 1, 1, 1, 1, 1), (1, 1, 10), (3, 4, 5)])
-def test_decoding_equals_the_whole_sequence(number: int, chunks: tuple[int, ...]) -> None:
-    layout = packed_layout([12], [-3, 9])
-    hidden, first = inputs_for(layout)
-    layer = layer_of(number).eval()
-    with torch.no_grad():
-        whole = run(layer, hidden, layout, first)
-        cache, begin, pieces = KVCache(), 0, []
-        for chunk in chunks:
-            end = begin + chunk
-            so_far = SequenceLayout(layout.document_id[:, :end], layout.position[:, :end])
-            pieces.append(run(layer, hidden[begin:end], so_far, first[begin:end], cache))
-            begin = end
-    torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_backends_agree_in_the_layer() -> None:

@@ -1,0 +1,257 @@
+"""The engine: prompts wait, take the rows that are free, grow by a token a step, and leave when they end.
+
+Prompts share nothing and wait for nothing: each row is at its own position, and no padding is computed on. A prompt but
+for its last token goes through the model's own forward pass, several prompts packed into one row, once for all samples
+of it; the last token is a row's first step.
+
+Prompts are shared out over data-parallel ranks, and every rank gets all completions. With experts spread over ranks a
+forward pass is a collective: the ranks then agree on what comes next, fill up to the largest, and end together.
+
+Host synchronisations: one a step for the chosen tokens, and one more for that agreement with experts spread over ranks.
+Memory beside the weights: the cache (`kv_cache`), the keys and values of one pack of prompts, [rows, V] logits in fp32.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.generation.decoder import Decoder, received
+from megatron_vpmoe.generation.grammar import AllowedTokens, TokenGrammar
+from megatron_vpmoe.generation.kv_cache import Past
+from megatron_vpmoe.generation.prompts import Completion, Prompt
+from megatron_vpmoe.generation.sampling import SamplingOptions, choose, draw_key, uniform
+from megatron_vpmoe.model.attention.masks import SequenceLayout
+from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.model.tensor_parallel import whole_sequences
+from megatron_vpmoe.runtime import stages
+
+ROWS = 32
+"""Completions that are decoded at once."""
+
+_PACKED = 512
+"""Tokens of prompts that share a forward pass; a longer prompt has one of its own. Attention there is quadratic."""
+
+
+@torch.no_grad()
+def generate(
+    model: VPModel,
+    prompts: Sequence[Prompt],
+    options: SamplingOptions,
+    *,
+    rows: int = ROWS,
+    grammar: TokenGrammar | None = None,
+    weight_version: int = 0,
+    watch: Callable[[Completion], None] | None = None,
+) -> list[Completion]:
+    """Continue each prompt until a stop token or the limit.
+
+    Args:
+        model: the bare model; its training mode is restored afterwards. A collective of all ranks of the job: all pass
+            the same prompts and get the same completions.
+        prompts: at least one.
+        options: how to sample, and how many completions of each prompt.
+        rows: completions that a rank decodes at once: the memory of the cache.
+        grammar: sample only what it accepts; it then says where a completion ends, and stop ids do not.
+        weight_version: of the model, noted in the completions.
+        watch: called after each new token, with the completion that got it, of this rank's share of the prompts.
+
+    Returns:
+        the completions of the first prompt, of the second, ...
+
+    Raises:
+        DataError: no prompts, an empty one, or limits with which nothing could be generated.
+    """
+    budgets = [min(options.max_new_tokens, p.max_new_tokens or options.max_new_tokens) for p in prompts]
+    if not prompts or any(len(prompt.ids) == 0 for prompt in prompts):
+        raise DataError("an empty prompt", source="the prompts to continue", remedy="give every prompt a token")
+    if min(*budgets, rows) < 1:
+        raise DataError(f"limits {min(budgets)} and {rows} rows", remedy="max_new_tokens and rows are at least 1")
+    if grammar is not None:
+        grammar.check(model.vocab_size, min(budgets))
+    was_training = model.training
+    model.eval()
+    try:
+        with whole_sequences(model):
+            engine = _Engine(model, prompts, budgets, options, rows, grammar, weight_version, watch)
+            completions = engine.run()
+    finally:
+        model.train(was_training)
+    return sorted(completions, key=lambda one: (one.place, one.sample))
+
+
+@dataclass
+class _Row:
+    """A completion being made: its last token, where that stands, and the key of its draws."""
+
+    completion: Completion
+    token: int
+    position: int
+    key: int
+    budget: int
+    state: int = 0
+
+
+@dataclass
+class _Prefill:
+    """The tokens of a prompt before its last one, and the rows that begin with them."""
+
+    place: int
+    past: Sequence[int]
+    rows: list[int]
+
+
+class _Engine:
+    def __init__(
+        self,
+        model: VPModel,
+        prompts: Sequence[Prompt],
+        budgets: Sequence[int],
+        options: SamplingOptions,
+        rows: int,
+        grammar: TokenGrammar | None,
+        weight_version: int,
+        watch: Callable[[Completion], None] | None,
+    ) -> None:
+        from megatron.core import parallel_state
+
+        self._model, self._prompts, self._budgets, self._options = model, prompts, budgets, options
+        self._grammar, self._version, self._watch = grammar, weight_version, watch
+        self._allowed = None if grammar is None else AllowedTokens(grammar, model.vocab_size, model.device)
+        self._group = cast(dist.ProcessGroup, parallel_state.get_data_parallel_group())
+        self._together = model.pg_collection.ep.size() > 1
+        mine = range(self._group.rank(), len(prompts), self._group.size())
+        self._waiting = deque((place, sample) for place in mine for sample in range(options.samples))
+        self._capacity = min(rows, -(-len(prompts) // self._group.size()) * options.samples)
+        self._decoder = Decoder(model)
+        self._cache = self._decoder.cache(self._capacity)
+        self._rows: list[_Row] = []
+        self._done: list[Completion] = []
+        self._held: tuple[int, Past] | None = None
+
+    def run(self) -> list[Completion]:
+        while True:
+            pack = self._admit()
+            width, rows = self._agreed(sum(len(one.past) for one in pack), len(self._rows))
+            if width:
+                self._prefill(pack, width)
+            elif rows:
+                self._step(rows)
+            else:
+                break
+        if self._group.size() == 1:
+            return self._done
+        gathered: list[list[Completion]] = [[] for _ in range(self._group.size())]
+        dist.all_gather_object(gathered, self._done, group=self._group)
+        return [completion for part in gathered for completion in part]
+
+    def _agreed(self, *sizes: int) -> list[int]:
+        """The largest of every rank's; each rank's own where nothing has to be done together."""
+        if not self._together:
+            return list(sizes)
+        largest = torch.tensor(sizes, device=self._model.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
+        return largest.tolist()
+
+    def _admit(self) -> list[_Prefill]:
+        """Let those who wait into free rows, and say which prompts have to be computed for it."""
+        pack: list[_Prefill] = []
+        while self._waiting and len(self._rows) < self._capacity:
+            place, sample = self._waiting[0]
+            prompt, row = self._prompts[place], len(self._rows)
+            if self._held is not None and self._held[0] == place:
+                self._cache.fill(row, self._held[1])
+            elif pack and pack[-1].place == place:
+                pack[-1].rows.append(row)
+            elif len(prompt.ids) > 1:
+                if pack and sum(len(one.past) for one in pack) + len(prompt.ids) > _PACKED:
+                    break
+                pack.append(_Prefill(place, prompt.ids[:-1], [row]))
+            self._waiting.popleft()
+            key = draw_key(self._options.seed, prompt.identity_or_hash(), sample)
+            completion = Completion(place, sample, self._version)
+            self._rows.append(_Row(completion, prompt.ids[-1], len(prompt.ids) - 1, key, self._budgets[place]))
+        return pack
+
+    def _prefill(self, pack: list[_Prefill], width: int) -> None:
+        """Run the prompts as the documents of one packed row, and give their keys and values to their rows."""
+        device = self._model.device
+        ids, document, position = [0] * width, [-1] * width, [0] * width
+        spans, end = [], 0
+        for number, one in enumerate(pack):
+            span = slice(end, end := end + len(one.past))
+            ids[span], document[span], position[span] = one.past, [number] * len(one.past), range(len(one.past))
+            spans.append(span)
+        layout = SequenceLayout(
+            torch.tensor([document], dtype=torch.int32, device=device), torch.tensor([position], device=device)
+        )
+        if not self._model.stage.is_first:
+            self._model.set_input_tensor([received(self._model, width, 1)])
+        computed: dict[int, tuple[Tensor, Tensor]] = {}
+        output = self._model(torch.tensor([ids], device=device), layout, computed)
+        if isinstance(output, Tensor):
+            stages.send_to_next_stage(output)
+        self._cache.reserve(max((len(one.past) for one in pack), default=0))
+        self._held = None
+        for one, span in zip(pack, spans, strict=True):
+            past = {number: (k[0, :, span], v[0, :, span]) for number, (k, v) in computed.items()}
+            for row in one.rows:
+                self._cache.fill(row, past)
+            if self._waiting and self._waiting[0][0] == one.place:
+                self._held = one.place, past
+
+    def _step(self, size: int) -> None:
+        """A token for each row; rows that fill up to ``size`` are computed and thrown away."""
+        filler = [0] * (size - len(self._rows))
+        table = [
+            [row.token, row.position, row.key, len(row.completion.ids), row.state, row.budget] for row in self._rows
+        ]
+        columns = [[*column, *filler] for column in zip(*table, strict=True)] or [filler] * 6
+        token, position, key, count, state, budget = torch.tensor(columns, device=self._model.device)
+        longest = 1 + max((row.position for row in self._rows), default=0)
+        self._cache.reserve(longest)
+        logits = self._decoder.step(token, position, self._cache, longest)
+        result = torch.empty(3, size, dtype=torch.float64, device=self._model.device)
+        if logits is not None:
+            allowed = None if self._allowed is None else self._allowed(state, budget - count)
+            drawn = uniform(key, count) if self._options.temperature else count
+            torch.stack([x.double() for x in choose(logits, self._options, drawn, allowed)], out=result)
+        stages.tell_stages(result)
+        tokens, *logprobs = result[:, : len(self._rows)].tolist()
+        for row, chosen, as_sampled, untempered in zip(self._rows, map(int, tokens), *logprobs, strict=True):
+            self._append(row, chosen, as_sampled, untempered)
+        self._leave()
+
+    def _append(self, row: _Row, token: int, as_sampled: float, untempered: float) -> None:
+        completion = row.completion
+        completion.ids.append(token)
+        completion.as_sampled.append(as_sampled)
+        completion.untempered.append(untempered)
+        row.token, row.position = token, row.position + 1
+        if self._grammar is None:
+            ends = token in self._options.stop_ids
+        else:
+            row.state = self._grammar.following(row.state, token)
+            ends = row.state in self._grammar.accepting
+        if ends or len(completion.ids) == row.budget:
+            completion.finish = "stop" if ends else "length"
+        if self._watch is not None:
+            self._watch(completion)
+
+    def _leave(self) -> None:
+        """Take finished rows out; the last rows take their places, so that the rows in use are always the first."""
+        for number in reversed(range(len(self._rows))):
+            if self._rows[number].completion.finish is None:
+                continue
+            self._done.append(self._rows[number].completion)
+            last = self._rows.pop()
+            if number < len(self._rows):
+                self._rows[number] = last
+                self._cache.move(len(self._rows), number)

@@ -1,0 +1,102 @@
+"""The keys and values of past tokens, for rows that begin, grow and end independently of each other.
+
+Keys are stored as attention reads them: normed and rotated. Values are stored mixed with the value residual. Dense keys
+and values are stored for tensor-product layers too: at rank 2 with 2 groups the factors would take more room, not less.
+
+A global layer keeps position p in column p, a layer with a window W in column p mod W: a ring whose columns are what
+the window sees, in any order. All grow by blocks, up to W and without end. One column before the first is zero: the
+softmax sink attends to it, a score that is the bias alone and a value of nothing.
+
+Memory: 2 · layers · rows · groups · (1 + columns) · head dim · bytes, columns at most W in a local layer, and in a
+global one the positions of the longest row, rounded up to a block; while a layer grows, that layer twice.
+
+Shapes: R rows, G KV groups, C columns, D head dim, S positions of one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+Past = Mapping[int, tuple[Tensor, Tensor]]
+"""Of each layer (global number, from 1) keys and values [G, S, D] of the first positions of a row."""
+
+BLOCK = 128
+"""Columns by which layers grow."""
+
+
+class KVCache:
+    """Keys and values of up to ``rows`` rows.
+
+    Args:
+        windows: of each layer (global number, from 1) its window, None for a global one.
+        rows: R.
+        groups: G of this rank.
+        head_dim: D.
+        dtype: of keys and values.
+        device: where they lie.
+    """
+
+    def __init__(
+        self,
+        windows: Mapping[int, int | None],
+        *,
+        rows: int,
+        groups: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._windows = windows
+        self._capacity = 0
+        empty = torch.zeros(rows, groups, 1, head_dim, dtype=dtype, device=device)
+        self._stored = {number: (empty, empty) for number in windows}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(x.nbytes for pair in self._stored.values() for x in pair)
+
+    def reserve(self, positions: int) -> None:
+        """Make room for positions 0 to ``positions - 1`` of every row."""
+        if positions <= self._capacity:
+            return
+        self._capacity = -(-positions // BLOCK) * BLOCK
+        for number, window in self._windows.items():
+            columns = columns_of(self._capacity, window)
+            self._stored[number] = tuple(_grown(x, 1 + columns) for x in self._stored[number])  # type: ignore[assignment]
+
+    def layer(self, number: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [R, G, 1 + C, D] of a layer, to be read and written; what is before the first is zero."""
+        return self._stored[number]
+
+    def fill(self, row: int, past: Past) -> None:
+        """Begin a row with the keys and values of its first positions, or with as many of the last as a window sees."""
+        for number, pair in past.items():
+            window = self._windows[number]
+            for stored, x_GSD in zip(self._stored[number], pair, strict=True):
+                length = x_GSD.shape[1]
+                begin = 0 if window is None else max(0, length - window)
+                column = 1 + torch.arange(begin, length, device=stored.device) % (window or length)
+                stored[row].index_copy_(1, column, x_GSD[:, begin:])
+
+    def move(self, source: int, target: int) -> None:
+        """Let row ``target`` go on as row ``source`` has come so far."""
+        for pair in self._stored.values():
+            for stored in pair:
+                stored[target] = stored[source]
+
+
+def columns_of(positions: int, window: int | None) -> int:
+    """Columns that so many positions take."""
+    return positions if window is None else min(positions, window)
+
+
+def _grown(x: Tensor, columns: int) -> Tensor:
+    if x.shape[2] == columns:
+        return x
+    grown = x.new_zeros(*x.shape[:2], columns, x.shape[3])
+    grown[:, :, : x.shape[2]] = x
+    return grown

@@ -1,0 +1,153 @@
+"""How the next token is chosen: greedily, or as the inverse of a cumulative distribution at one uniform number.
+
+The uniform number is a hash of (seed, prompt, sample, position), so a draw is the same alone, in a batch, in another
+order, on other ranks and after a resume. The distribution is accumulated in the order of the vocabulary and not by
+probability: a rounding error then moves a border by itself, and does not exchange two tokens that are as likely.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_vpmoe.errors import DataError
+
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_WORD = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How to choose the next token, and when to stop.
+
+    The filters apply in the order top_k, top_p, min_p, each to what the one before has left, renormalised.
+
+    Attributes:
+        max_new_tokens: tokens generated at most, the stop token included.
+        stop_ids: tokens that end a sequence.
+        temperature: 0 is greedy; otherwise the logits are divided by it.
+        top_p: sample among the most likely tokens whose probabilities sum to at least this (nucleus sampling).
+        seed: of the draws.
+        top_k: sample among so many most likely tokens (more where the last of them ties); None: all.
+        min_p: sample among the tokens at least this times as likely as the most likely one.
+        samples: completions of each prompt.
+    """
+
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    top_k: int | None = None
+    min_p: float = 0.0
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        usable = (
+            0 <= self.temperature < float("inf")
+            and 0 < self.top_p <= 1
+            and 0 <= self.min_p <= 1
+            and (self.top_k is None or self.top_k >= 1)
+            and min(self.max_new_tokens, self.samples) >= 1
+        )
+        if not usable:
+            raise DataError(
+                f"unusable sampling options: {self}",
+                remedy="temperature >= 0, 0 < top_p <= 1, 0 <= min_p <= 1, top_k, samples and max_new_tokens >= 1",
+            )
+
+
+class Chosen(NamedTuple):
+    """The next token of each row, int64 [B], and its log-probabilities, fp32 [B].
+
+    ``as_sampled`` is that of the distribution that was drawn from (0 where greedy), ``untempered`` the model's own.
+    """
+
+    token: Tensor
+    as_sampled: Tensor
+    untempered: Tensor
+
+
+def choose(logits_BV: Tensor, options: SamplingOptions, uniform_B: Tensor, allowed_BV: Tensor | None = None) -> Chosen:
+    """The next token of each row.
+
+    Args:
+        logits_BV: fp32.
+        options: temperature and filters.
+        uniform_B: fp64 in [0, 1); not read where greedy.
+        allowed_BV: bool, which tokens may be chosen, at least one a row; None: all.
+    """
+    free_BV = logits_BV if allowed_BV is None else logits_BV.masked_fill(~allowed_BV, -torch.inf)
+    if options.temperature == 0:
+        token_B = free_BV.argmax(-1)
+        as_sampled_B = torch.zeros_like(logits_BV[:, 0])
+    else:
+        cumulative_BV = torch.softmax(_filtered(free_BV / options.temperature, options), -1).double().cumsum(-1)
+        total_B = cumulative_BV[:, -1]
+        # Below the total even after rounding: what is found then has a probability.
+        point_B = (uniform_B * total_B).minimum(torch.nextafter(total_B, torch.zeros_like(total_B)))
+        token_B = torch.searchsorted(cumulative_BV, point_B.unsqueeze(1), right=True).squeeze(1)
+        upper_B, lower_B = _at(cumulative_BV, token_B), _at(cumulative_BV, (token_B - 1).clamp(min=0))
+        as_sampled_B = (torch.where(token_B > 0, upper_B - lower_B, upper_B) / total_B).log().float()
+    return Chosen(token_B, as_sampled_B, _at(logits_BV, token_B) - logits_BV.logsumexp(-1))
+
+
+def _filtered(scaled_BV: Tensor, options: SamplingOptions) -> Tensor:
+    """The logits, -inf where top-k, top-p or min-p leave a token out."""
+    if options.top_k is not None and options.top_k < scaled_BV.shape[1]:
+        last_B1 = scaled_BV.topk(options.top_k).values[:, -1:]
+        scaled_BV = scaled_BV.masked_fill(scaled_BV < last_B1, -torch.inf)
+    if options.top_p == 1 and options.min_p == 0:
+        return scaled_BV
+    probs_BV = torch.softmax(scaled_BV, -1)
+    threshold_B1 = probs_BV.amax(-1, keepdim=True) * options.min_p
+    if options.top_p < 1:
+        sorted_BV = probs_BV.sort(-1, descending=True).values
+        # A token stays while the mass before it is below top_p; the most likely one always does.
+        kept_B1 = (sorted_BV.double().cumsum(-1) - sorted_BV < options.top_p).sum(-1, keepdim=True)
+        threshold_B1 = threshold_B1.maximum(sorted_BV.gather(1, (kept_B1 - 1).clamp(min=0)))
+    return scaled_BV.masked_fill(probs_BV < threshold_B1, -torch.inf)
+
+
+def _at(x_BV: Tensor, token_B: Tensor) -> Tensor:
+    return x_BV.gather(1, token_B.unsqueeze(1)).squeeze(1)
+
+
+def draw_key(seed: int, prompt: int, sample: int) -> int:
+    """What the draws of one completion start from, a signed 64-bit integer."""
+    key = 0
+    for part in (seed, prompt, sample):
+        key = _mixed((key ^ (part & _WORD)) + _GOLDEN & _WORD)
+    return _signed(key)
+
+
+def uniform(key_B: Tensor, position_B: Tensor) -> Tensor:
+    """fp64 [B] in [0, 1): splitmix64 (Steele, Lea and Flood 2014) of each key's stream at a position.
+
+    Args:
+        key_B: int64, of ``draw_key``.
+        position_B: int64, the place in the completion, from 0.
+    """
+    x = key_B + (position_B + 1) * _signed(_GOLDEN)
+    x = (x ^ _shifted(x, 30)) * _signed(_FIRST)
+    x = (x ^ _shifted(x, 27)) * _signed(_SECOND)
+    return _shifted(x ^ _shifted(x, 31), 11).double() * 2.0**-53
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # int64's own shift fills with the sign
+
+
+def _mixed(x: int) -> int:
+    x = (x ^ (x >> 30)) * _FIRST & _WORD
+    x = (x ^ (x >> 27)) * _SECOND & _WORD
+    return x ^ (x >> 31)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x
