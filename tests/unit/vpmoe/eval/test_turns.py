@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vpmoe.data.batch import Document, assemble
-from megatron_vpmoe.generation.sampler import SamplingOptions, generate
+from megatron_vpmoe.generation.engine import generate
+from megatron_vpmoe.generation.prompts import Prompt
+from megatron_vpmoe.generation.sampling import SamplingOptions
 from megatron_vpmoe.training.run import open_run
 from megatron_vpmoe.training.step import train_step
 from megatron_vpmoe.turns import MESSAGE_END, TURN_END, generation_ends
@@ -115,7 +117,8 @@ def test_a_trained_model_ends_every_turn_and_never_speaks_for_the_user(tmp_path:
     draw = random.Random(1)
     chats = [messages[: 3 * turn + 1] for messages in [echoes(draw, 3) for _ in range(8)] for turn in range(3)]
     options = SamplingOptions(40, stop_ids(tokenizer))
-    answers = generate(run.model, [renderer.generation_prompt(chat).tolist() for chat in chats], options)
+    prompts = [Prompt(renderer.generation_prompt(chat).tolist()) for chat in chats]
+    answers = [one.ids for one in generate(run.model, prompts, options)]
     said = "<|channel|>analysis<|message|>{0}<|end|><|start|>assistant<|channel|>final<|message|>{0}<|return|>"
     right = [tokenizer.decode(ids) == said.format(chat[-1].content) for chat, ids in zip(chats, answers, strict=True)]
     assert all(tokenizer.decode(ids).endswith("<|return|>") for ids in answers)
