@@ -250,12 +250,6 @@ def _falling(c: View) -> Facts:
     return [{"after": after, "before": before} for before, after in pairwise(starts) if after <= before]
 
 
-def _other_number(c: View) -> Facts:
-    datasets = 1 if c.blend is None else len(c.blend)
-    numbers = datasets if c.skip_rows is None else len(c.skip_rows)
-    return [{"numbers": numbers, "datasets": datasets}] if numbers != datasets else []
-
-
 _DATA = (
     refuse(
         "data_path blend",
@@ -294,7 +288,11 @@ _DATA = (
         lambda c: [{"maybe_where": where} for where, weights in _weights(c) if weights and not any(weights)],
     ),
     refuse("blend", "the weight of {dataset} is never above 0; leave the dataset out", _never_read),
-    refuse("skip_rows blend", "{numbers} numbers for {datasets} datasets", _other_number),
+    refuse(
+        "skip_rows blend",
+        "it has one number for each dataset",
+        lambda c: c.skip_rows is not None and len(c.skip_rows) != len(c.blend or (c.data_path,)),
+    ),
     refuse("blend_schedule", "from_sample {after} follows {before}; list them rising", _falling),
 )
 

@@ -65,7 +65,7 @@ def test_what_is_wrong_is_named(small: Path, blend: str, schedule: str, data_pat
 @pytest.mark.parametrize(("blend", "data_path", "skips"), [(TWO, "null", "[3]"), ("null", "d", "[1, 2]")])
 def test_each_dataset_has_its_own_rows_to_skip(small: Path, blend: str, data_path: str, skips: str) -> None:
     flags = ["--data-path", data_path, "--blend", blend, "--skip-rows", skips]
-    with pytest.raises(ConfigError, match=r"skip_rows.*numbers for"):
+    with pytest.raises(ConfigError, match=r"skip_rows.*one number for each"):
         load_config(small, flags)
 
 
