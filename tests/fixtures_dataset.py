@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_vpmoe.data.batch import Document
+from megatron_vpmoe.files import read_record, write_record
 
 VOCAB = 50
 PADDED_VOCAB = 64
@@ -56,7 +56,7 @@ def write_dataset(
         },
         "splits": {split: _write_split(root / split, shards) for split, shards in splits.items()},
     }
-    (root / "manifest.json").write_text(json.dumps(manifest))
+    write_record(root / "manifest.json", manifest)
     return root
 
 
@@ -75,11 +75,11 @@ def small_dataset(root: Path, *, train: int = 40, valid: int = 10, seq_length: i
 
 
 def rewrite_manifest(root: Path, change) -> None:
-    """Apply ``change`` to the parsed manifest."""
+    """Apply ``change`` to the parsed manifest, which gets the hash that it then has."""
     path = root / "manifest.json"
-    manifest = json.loads(path.read_text())
+    manifest = read_record(path)
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    write_record(path, manifest)
 
 
 def write_part(folder: Path, shard: str, part: str, arrays: Sequence[np.ndarray], dtype: type | None = None) -> None:

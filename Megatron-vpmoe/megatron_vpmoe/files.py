@@ -11,11 +11,13 @@ import json
 import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_vpmoe.errors import DataError, NonFiniteError, VpmoeError
 
+RECEIPT = "receipt.json"
+"""In a folder that a keyed step made: a record (:func:`write_record`) of its files, with their hashes."""
 _ESCAPED = "backslashreplace"  # what UTF-8 has no bytes for (a file's name that is not UTF-8): as JSON escapes it
 
 
@@ -105,6 +107,46 @@ def read_json(path: Path, *, error: type[VpmoeError] = DataError, remedy: str = 
     return value
 
 
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON object together with ``sha256``, the hash of all else in it."""
+    plain = json.loads(json.dumps(record))
+    write_atomically(path, json_bytes({**plain, "sha256": sha256_of_json(plain)}))
+
+
+def read_record(path: Path, *, error: type[VpmoeError] = DataError, remedy: str = "make it again") -> dict[str, Any]:
+    """What :func:`write_record` wrote, without its ``sha256``.
+
+    Raises:
+        error: as :func:`read_json`; or it was edited: its hash is another, or missing.
+    """
+    record = read_json(path, error=error, remedy=remedy)
+    stated, fault = record.pop("sha256", None), None
+    try:
+        if stated != sha256_of_json(record):
+            fault = "has no hash of itself" if stated is None else "was edited: its hash is another"
+    except RecursionError:
+        fault = "is nested too deep"
+    if fault:
+        raise error(f"{path.name} {fault}", source=str(path), remedy=remedy)
+    return record
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file below ``folder`` whose name comes out of a file: a manifest, a receipt, an index.
+
+    Raises:
+        DataError: the name leads out of the folder, or is none.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\0" in name:
+        raise DataError(
+            f"{name!r} is no name of a file in its folder",
+            source=str(folder),
+            remedy="nothing of ours writes such a name: do not use what comes with it",
+        )
+    return folder.joinpath(*parts)
+
+
 def read_json_lines(path: Path, *, ours: bool = True) -> Iterator[tuple[int, Any]]:
     """Number (from 1) and value of each line that is not blank.
 
@@ -157,7 +199,10 @@ def first_damage(folder: Path, files: Mapping[str, Mapping[str, Any]], *, check_
         check_hashes: compare contents, not only names and sizes.
     """
     for name, expected in files.items():
-        file = folder / name
+        try:
+            file = inside(folder, name)
+        except DataError as error:
+            return error.what
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != expected.get("bytes", file.stat().st_size):

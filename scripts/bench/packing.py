@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
-import json
 import statistics
 import tempfile
 import time
@@ -33,6 +32,7 @@ from megatron_vpmoe.config import RunConfig, load_config  # noqa: E402
 from megatron_vpmoe.data.blend import open_parts  # noqa: E402
 from megatron_vpmoe.data.cursor import SampleOrder  # noqa: E402
 from megatron_vpmoe.data.source import BatchSource  # noqa: E402
+from megatron_vpmoe.files import write_record  # noqa: E402
 from megatron_vpmoe.training.run import Run, open_run  # noqa: E402
 from megatron_vpmoe.training.step import train_step  # noqa: E402
 from vpmoe.data_curation.datasets.token_files import TripleWriter, file_names  # noqa: E402
@@ -80,7 +80,7 @@ def write_dataset(root: Path, lengths: NDArray[np.int32], cfg: RunConfig) -> Non
         split: write_split(root / split, own, size) for split, own in (("train", lengths), ("valid", lengths[:64]))
     }
     manifest = {"schema_version": 1, "kind": "harmony_kd", "seq_length": cfg.data.seq_length}
-    (root / "manifest.json").write_text(json.dumps({**manifest, "tokenizer": tokenizer, "splits": splits}))
+    write_record(root / "manifest.json", {**manifest, "tokenizer": tokenizer, "splits": splits})
 
 
 def write_split(folder: Path, lengths: NDArray[np.int32], vocabulary: int) -> dict[str, object]:

@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 
 from vpmoe.data_curation.checks import stats as comparison
-from vpmoe.data_curation.checks.kinds import REBUILD
 from vpmoe.data_curation.checks.sample import DEFAULT_DOCUMENTS
 from vpmoe.data_curation.checks.verify import DEFAULT_PARSED_PER_SHARD, summary
 from vpmoe.data_curation.checks.verify import verify as find_faults
@@ -18,7 +17,6 @@ from vpmoe.data_curation.conversations.app import convert, write_manifest
 from vpmoe.data_curation.datasets.app import app as builders
 from vpmoe.data_curation.look.inspect import inspect as show
 from vpmoe.data_curation.look.inspect import write_page
-from vpmoe.data_curation.manifest import naming_damage
 from vpmoe.data_curation.tasks import question_texts
 from vpmoe.data_curation.tasks import synth_mini as mini
 from vpmoe.errors import DataError
@@ -59,11 +57,10 @@ def inspect(
     html: Annotated[Path | None, typer.Option(help="write a page of its own to this file instead")] = None,
 ) -> None:
     """Show a dataset's figures, histograms of lengths, and decoded documents, each span in its colour."""
-    with naming_damage(dataset_dir, remedy=REBUILD):
-        if html is None:
-            show(dataset_dir, Console(), split=split, count=count, start=start)
-            return
-        write_page(dataset_dir, html, split=split, count=count, start=start)
+    if html is None:
+        show(dataset_dir, Console(), split=split, count=count, start=start)
+        return
+    write_page(dataset_dir, html, split=split, count=count, start=start)
     typer.echo(f"{html} written")
 
 
@@ -79,8 +76,7 @@ def stats(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
     """Compare two datasets: sizes, spans, lengths, vocabularies, and the tokens that tell them apart."""
-    with naming_damage(first, second, remedy=REBUILD):
-        compared = comparison.compare(first, second, split=split, limit=sample, top=top)
+    compared = comparison.compare(first, second, split=split, limit=sample, top=top)
     if as_json:
         typer.echo(json.dumps(compared, indent=2))
     else:

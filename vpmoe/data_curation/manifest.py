@@ -2,58 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
-from megatron_vpmoe.files import first_damage, json_bytes, read_json, write_atomically
+from pydantic import Field
+
+from megatron_vpmoe.files import first_damage, write_record
+from megatron_vpmoe.manifest import (
+    FILE_NAME,
+    Content,
+    Count,
+    Entry,
+    Kind,
+    Name,
+    PromptsEntry,
+    SplitEntry,
+    checked,
+    read_sealed,
+)
 from vpmoe.errors import DataError
 
-FILE_NAME = "manifest.json"
+CONVERSATIONS = "harmony_conversations"
+KINDS: tuple[str, ...] = get_args(Kind)
+"""Of token files."""
+_MAKE = "finish what makes it: vpmoe data convert (conversations) or vpmoe data build (token files)"
+
+
+class _SpanTokens(Entry):
+    context: Count
+    analysis: Count
+    final: Count
+
+
+class _Split(SplitEntry):
+    span_tokens: _SpanTokens
+
+
+class _Lengths(Entry):
+    counts: list[Count]
+    longest: Count
+
+
+class _Histogram(Entry):
+    bin_width: Annotated[int, Field(ge=1, lt=2**31)]
+    train: _Lengths
+    valid: _Lengths
+
+
+class _Rejects(Entry):
+    count: Count
+    reasons: dict[str, Count]
+    path: Name | None
+    sha256: str | None = None
+
+
+class _Documents(Entry):
+    rows_read: Count
+
+
+class _TokenFiles(Content):
+    splits: Annotated[dict[Literal["train", "valid"], _Split], Field(min_length=2)]  # pyright: ignore[reportIncompatibleVariableOverride]
+    input_manifest_sha256: str
+    config: dict[str, Any]
+    truncation: dict[str, Count]
+    documents: _Documents
+    rejects: _Rejects
+    length_histogram: _Histogram
+
+
+class _Shard(Entry):
+    name: Name
+    rows: Count
+    row_groups: Count
+    bytes: Count
+    sha256: str
+
+
+class _Conversations(Entry):
+    rows: Count
+    bytes: Count
+    shards: list[_Shard]
+    prompts: PromptsEntry
+    rejects: _Rejects
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> Path:
-    """Write ``manifest.json`` into ``folder``, atomically; call it last."""
+    """Write ``manifest.json`` into ``folder``, atomically and with a hash of itself; call it last."""
     path = folder / FILE_NAME
-    write_atomically(path, json_bytes(manifest))
+    write_record(path, manifest)
     return path
 
 
 def read_manifest(folder: Path, *kinds: str) -> dict[str, Any]:
-    """The manifest in ``folder``, of one of ``kinds`` if any is given.
+    """The manifest in ``folder``, of one of ``kinds`` if any is given; every field that its readers use is there.
 
     Raises:
-        DataError: there is none, it is not JSON, or it is of another kind.
+        DataError: there is none, it is not JSON, was edited, lacks a field, or is of another kind.
     """
-    path = folder / FILE_NAME
-    if not path.is_file():
+    manifest = read_sealed(folder, _MAKE)
+    kinds = kinds or (CONVERSATIONS, *KINDS)
+    if manifest.get("kind") not in kinds:
         raise DataError(
-            "there is no manifest.json, so there is no dataset",
-            source=str(folder),
-            remedy="finish what makes it: vpmoe data convert (conversations) or vpmoe data build (token files)",
-        )
-    manifest = read_json(path, remedy="make the dataset again")
-    found = manifest.get("kind")
-    if not isinstance(found, str) or (kinds and found not in kinds):
-        raise DataError(
-            f"the manifest is of kind {found!r}, expected {' or '.join(kinds) or 'a known kind'}",
-            source=f"{path}: kind",
+            f"the manifest is of kind {manifest.get('kind')!r}, expected {' or '.join(kinds)}",
+            source=f"{folder / FILE_NAME}: kind",
             remedy="pass the folder of the right step: vpmoe data convert makes conversations, vpmoe data build makes "
             "token files of them",
         )
+    checked(_Conversations if manifest["kind"] == CONVERSATIONS else _TokenFiles, manifest, folder)
     return manifest
-
-
-@contextmanager
-def naming_damage(*folders: Path, remedy: str) -> Iterator[None]:
-    """Where a manifest is not of the shape that the block takes it to have, that is a :class:`DataError`."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else f"has a value of a wrong kind: {error}"
-        source = " or ".join(str(folder / FILE_NAME) for folder in folders)
-        raise DataError(f"the manifest {what}", source=source, remedy=remedy) from error
 
 
 def check_files(folder: Path, files: dict[str, dict[str, Any]], *, remedy: str) -> None:

@@ -22,10 +22,10 @@ from vpmoe.eval.plots import plot_run, read_curves
 from vpmoe.eval.questions import Question, read_questions
 from vpmoe.eval.reports import check_reportable, write_report
 from vpmoe.eval.scoring import Scored, score, summarize
-from vpmoe.tokenizer import Tokenizer, load_tokenizer
+from vpmoe.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from megatron_vpmoe.data.manifest import Manifest
+    from megatron_vpmoe.manifest import Manifest
     from megatron_vpmoe.model.gpt import VPModel
 
 SCHEMA_VERSION = 2
@@ -164,7 +164,7 @@ def _dataset_for(opened: Opened, data_path: Path | None, progress: Progress) -> 
         DataError: the one asked for is not there.
         TokenizerError: its ids mean something else than the model's.
     """
-    from megatron_vpmoe.data.manifest import read_manifest
+    from megatron_vpmoe.manifest import read_manifest
 
     folder = data_path
     if folder is None:
@@ -173,7 +173,7 @@ def _dataset_for(opened: Opened, data_path: Path | None, progress: Progress) -> 
             progress(f"no losses are measured: there is no dataset at {folder or '--data-path'}")
             return None
     manifest = read_manifest(folder)
-    if load_tokenizer(folder).pieces() != opened.tokenizer.pieces():
+    if manifest.tokenizer.identity() != opened.tokenizer.identity:
         raise TokenizerError(
             f"the model was trained on the vocabulary {opened.tokenizer.name} of {opened.tokenizer.vocab_size} tokens, "
             f"the dataset has {manifest.tokenizer.name} of {manifest.tokenizer.vocab_size}, and they differ",
@@ -188,7 +188,7 @@ def valid_losses(opened: Opened, manifest: Manifest) -> dict[str, float]:
     from megatron_vpmoe.data.blend import Part
     from megatron_vpmoe.data.kd_dataset import KDDataset
     from megatron_vpmoe.data.source import ValidSource
-    from megatron_vpmoe.objectives import build_objective
+    from megatron_vpmoe.objectives import build_objective, check_kinds
     from megatron_vpmoe.training.evaluate import evaluate
 
     data = {"data_path": str(manifest.root), "blend": None, "blend_schedule": None}
@@ -199,7 +199,9 @@ def valid_losses(opened: Opened, manifest: Manifest) -> dict[str, float]:
     # A row holds at least one conversation, so so many global batches hold them all.
     whole = -(-len(dataset) // cfg.training.global_batch_size)
     cfg = cfg.model_copy(update={"evaluation": cfg.evaluation.model_copy(update={"eval_iters": whole})})
-    metrics = evaluate(opened.model, build_objective(cfg), ValidSource(Part("valid", dataset), cfg, 0, 1))
+    objective = build_objective(cfg)
+    check_kinds(objective, cfg, [manifest])
+    metrics = evaluate(opened.model, objective, ValidSource(Part("valid", dataset), cfg, 0, 1))
     # How spans are weighted in the total is the run's affair; of other models nobody knows it.
     unknown = () if opened.trained else ("loss/total",)
     return {tag: value for tag, value in metrics.items() if tag.startswith("loss/") and tag not in unknown}

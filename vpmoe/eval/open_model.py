@@ -16,9 +16,9 @@ from pydantic import ValidationError
 
 from megatron_vpmoe.config import RunConfig, stored_faults
 from megatron_vpmoe.config.schema_run import ParallelSection
-from megatron_vpmoe.data.vocabulary_files import VOCABULARY
+from megatron_vpmoe.data.vocabulary_files import VOCABULARY, read_vocabulary
 from megatron_vpmoe.errors import CheckpointError, TokenizerError
-from megatron_vpmoe.files import read_json, sha256_of_file, sha256_of_json
+from megatron_vpmoe.files import sha256_of_file, sha256_of_json
 from vpmoe.harmony.conversation import Message
 from vpmoe.hf import convert
 from vpmoe.hf.tokenization_vpmoe import RANK_FILE
@@ -174,7 +174,7 @@ def read_tokenizer(folder: Path, padded_vocab_size: int) -> Tokenizer:
         TokenizerError: there are none, or they are damaged.
     """
     if (folder / VOCABULARY).is_file():
-        entry = read_json(folder / VOCABULARY, error=TokenizerError)
+        entry = read_vocabulary(folder / VOCABULARY)
         rank_file = folder / RANK_FILE
         return vocabulary_of(entry, folder / VOCABULARY, rank_file=rank_file if rank_file.is_file() else None)
     if (folder / FILE_NAME).is_file():

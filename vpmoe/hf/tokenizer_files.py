@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_vpmoe.data.vocabulary_files import VOCABULARY
+from megatron_vpmoe.data.vocabulary_files import VOCABULARY, read_vocabulary
 from megatron_vpmoe.files import json_bytes
 from megatron_vpmoe.turns import TURN_END, generation_ends
 from vpmoe.errors import WeightsError
@@ -52,7 +52,7 @@ def made_from(assets: Iterable[Path]) -> tuple[dict[str, bytes], dict[str, Any]]
     found = by_name.get(VOCABULARY)
     if found is None:
         return {}, _ids_told_by(by_name)
-    vocabulary = vocabulary_of(json.loads(found.read_text()), found)
+    vocabulary = vocabulary_of(read_vocabulary(found), found)
     ids = {
         "bos_token_id": vocabulary.special_id(_ROLES["bos_token"]),
         "eos_token_id": list(generation_ends(vocabulary.special_tokens).values()),

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from megatron_vpmoe.config import config_hash, parameter_count
 from megatron_vpmoe.files import move_into_place
 from megatron_vpmoe.software import git_state
-from vpmoe.data_curation.manifest import read_manifest
 from vpmoe.eval.nano import KIND as EVALUATION_KIND
 from vpmoe.eval.plots import read_curves
 from vpmoe.eval.reports import check_reportable, read_report, write_report
 from vpmoe.quickstart.environment import describe
 from vpmoe.quickstart.plan import Plan
 from vpmoe.quickstart.settings import Targets
+from vpmoe.steps import read_receipt
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +36,7 @@ def write_quickstart_report(plan: Plan, seconds: Mapping[str, float]) -> dict[st
     """
     evaluated = plan.work / plan.evaluation
     evaluation = read_report(evaluated, EVALUATION_KIND)
-    dataset = read_manifest(plan.work / plan.dataset)
+    splits = read_receipt(plan.work / plan.dataset)["report"]["splits"]
     count = parameter_count(plan.cfg)
     report = {
         "schema_version": SCHEMA_VERSION,
@@ -54,7 +54,7 @@ def write_quickstart_report(plan: Plan, seconds: Mapping[str, float]) -> dict[st
             "active": count.active,
             "active_without_embeddings": count.active_without_embeddings,
         },
-        "data": {split: {key: entry[key] for key in ("rows", "tokens")} for split, entry in dataset["splits"].items()},
+        "data": splits,
         "training": training_summary(read_curves(plan.work / plan.run / "metrics.jsonl"), seconds["training"]),
         "targets": held_against(plan.settings.targets, evaluation["generations"]),
         "evaluation": evaluation,

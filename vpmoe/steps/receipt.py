@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_vpmoe.errors import NotOursError
-from megatron_vpmoe.files import json_bytes, read_json, sha256_of_json, write_atomically
+from megatron_vpmoe.files import RECEIPT, read_record, sha256_of_json
 
-RECEIPT = "receipt.json"
 UNFINISHED = "unfinished.json"
 """In a partial folder: the key that it is made under and what is done of it; with a hash of itself too."""
 _FIELDS = {
@@ -18,12 +16,6 @@ _FIELDS = {
     UNFINISHED: {"key": dict, "results": dict, "seconds": int | float},
 }
 _REMEDY = "make it again at another place, or move this folder away"
-
-
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a receipt or what is on record of unfinished work; it gets its own ``sha256``."""
-    record = json.loads(json.dumps(record))
-    write_atomically(path, json_bytes({**record, "sha256": sha256_of_json(record)}))
 
 
 def read_receipt(folder: Path) -> dict[str, Any]:
@@ -36,21 +28,18 @@ def read_receipt(folder: Path) -> dict[str, Any]:
     Raises:
         NotOursError: there is none, it is damaged, or it was edited.
     """
-    return read_record(folder / RECEIPT)
+    return read_own(folder / RECEIPT)
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """What :func:`write_record` wrote, sound in itself.
+def read_own(path: Path) -> dict[str, Any]:
+    """The record at ``path``, a receipt or one of unfinished work, sound in itself.
 
     Raises:
         NotOursError: there is none, it is damaged, or it was edited.
     """
-    record = read_json(path, error=NotOursError, remedy=_REMEDY)
-    faults = [name for name, kind in _FIELDS[path.name].items() if not isinstance(record.get(name), kind)]
-    stated = record.pop("sha256", None)
-    if faults or stated != sha256_of_json(record):
-        fault = f"lacks {', '.join(faults)}" if faults else "was edited: its hash is another"
-        raise NotOursError(f"{path.name} {fault}", source=str(path), remedy=_REMEDY)
+    record = read_record(path, error=NotOursError, remedy=_REMEDY)
+    if faults := [name for name, kind in _FIELDS[path.name].items() if not isinstance(record.get(name), kind)]:
+        raise NotOursError(f"{path.name} lacks {', '.join(faults)}", source=str(path), remedy=_REMEDY)
     return record
 
 

@@ -13,7 +13,7 @@ from megatron_vpmoe.errors import NotOursError
 from megatron_vpmoe.files import first_damage
 from megatron_vpmoe.software import package_versions
 from vpmoe import __version__
-from vpmoe.steps.receipt import RECEIPT, UNFINISHED, changes, read_receipt, read_record
+from vpmoe.steps.receipt import RECEIPT, UNFINISHED, changes, read_own, read_receipt
 
 _NAMED = 5
 
@@ -117,7 +117,7 @@ class Step:
             if not self.in_place and _exists(self.partial) and not is_empty(self.partial):
                 self.refuse(self.partial, f"it has no {UNFINISHED}")
             return None
-        key = read_record(path)["key"]
+        key = read_own(path)["key"]
         if key.get("kind") != self.kind:
             self.refuse(self.partial, f"its {UNFINISHED} is of another step")
         return key

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vpmoe.errors import DataError, NotOursError
-from megatron_vpmoe.files import list_files, sync
+from megatron_vpmoe.files import list_files, sync, write_record
 from megatron_vpmoe.ownership import owned
 from megatron_vpmoe.software import git_state
-from vpmoe.steps.receipt import RECEIPT, UNFINISHED, read_receipt, read_record, write_record
+from vpmoe.steps.receipt import RECEIPT, UNFINISHED, read_own, read_receipt
 from vpmoe.steps.step import State, Step, changed, is_empty, some
 
 Say = Callable[[str], None]
@@ -254,7 +254,7 @@ def _begin(step: Step, say: Say) -> Work:
     if not step.in_place:  # what a kill left of files that were being written, in a folder that is all ours
         for leftover in step.partial.rglob(".*.tmp"):
             leftover.unlink()
-    stored = read_record(marker)
+    stored = read_own(marker)
     return Work(step.partial, step.key, True, say, stored["results"], float(stored["seconds"]))
 
 

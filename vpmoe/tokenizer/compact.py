@@ -13,6 +13,7 @@ import io
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from vpmoe.tokenizer.interface import TokenArray, Tokenizer
 from vpmoe.tokenizer.o200k_harmony import FIRST_SPECIAL_ID, NAMED_SPECIAL_TOKENS, VOCAB_SIZE, O200kHarmony
 
 NAME = "o200k_harmony_compact"
+MAP_NAME = "compact_vocab.npy"
 BYTE_TOKENS = 256
 FIXED_IDS = BYTE_TOKENS + len(NAMED_SPECIAL_TOKENS)
 DEFAULT_PADDING_MULTIPLE = 128
@@ -115,7 +117,14 @@ class CompactVocabulary(Tokenizer):
             array = np.load(io.BytesIO(content), allow_pickle=False)
         except ValueError as error:
             raise TokenizerError(f"not a .npy array: {error}", source=str(path), remedy="rebuild the map") from error
-        return cls(full, array, padded_vocab_size)
+        vocabulary = cls(full, array, padded_vocab_size)
+        vocabulary.sha256 = found
+        return vocabulary
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """As :class:`Tokenizer` has it, with the map's hash."""
+        return {**super().entry, "compact_map": {"path": MAP_NAME, "sha256": self.sha256}}
 
     @cached_property
     def file_bytes(self) -> bytes:
@@ -124,9 +133,9 @@ class CompactVocabulary(Tokenizer):
         np.save(stream, self.o200k_ids, allow_pickle=False)
         return stream.getvalue()
 
-    @property
+    @cached_property
     def sha256(self) -> str:
-        """Hash of :attr:`file_bytes`."""
+        """Hash of the file that the map was read from, else of :attr:`file_bytes`."""
         return hashlib.sha256(self.file_bytes).hexdigest()
 
     def save(self, path: Path) -> str:

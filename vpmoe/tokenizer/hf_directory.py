@@ -14,11 +14,11 @@ import numpy as np
 import tokenizers
 
 from megatron_vpmoe.files import sha256_of_file
+from megatron_vpmoe.manifest import HF_TOKENIZER
 from vpmoe.errors import TokenizerError
 from vpmoe.tokenizer.compact import padded_size
 from vpmoe.tokenizer.interface import TokenArray, Tokenizer, no_utf8_form
 
-NAME = "hf_tokenizer"
 FILE_NAME = "tokenizer.json"
 FILE_NAMES = (
     FILE_NAME,
@@ -47,7 +47,7 @@ class HFDirectory(Tokenizer):
             ``<|endoftext|>``, or another hash.
     """
 
-    name = NAME
+    name = HF_TOKENIZER
 
     def __init__(self, folder: Path, padded_vocab_size: int | None = None, *, sha256: str | None = None) -> None:
         self.folder = folder

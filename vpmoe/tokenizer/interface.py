@@ -6,10 +6,12 @@ import binascii
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vpmoe.manifest import VocabularyEntry
 from vpmoe.errors import TokenizerError
 
 TokenArray = NDArray[np.int32]
@@ -60,6 +62,17 @@ class Tokenizer(ABC):
     @abstractmethod
     def pieces(self) -> list[bytes]:
         """Bytes of every id, ``padded_vocab_size`` of them; a special token gives its spelling, padding is empty."""
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What a manifest says of it, but for the files that carry it."""
+        names = ("name", "rank_file_sha256", "vocab_size", "padded_vocab_size", "eod_id", "special_tokens")
+        return {**{name: getattr(self, name) for name in names}, "compact_map": None}
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """See :meth:`~megatron_vpmoe.manifest.VocabularyEntry.identity`."""
+        return VocabularyEntry.model_validate(self.entry).identity()
 
     def special_id(self, spelling: str) -> int:
         """Id of a named special token; raises :class:`TokenizerError` if the vocabulary has none so spelled."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_vpmoe.data.kd_dataset import KDDataset
-from megatron_vpmoe.data.manifest import read_manifest
+from megatron_vpmoe.manifest import read_manifest
 
 
 @dataclass(frozen=True)

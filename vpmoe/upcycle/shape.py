@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_vpmoe.config import RunConfig
-from megatron_vpmoe.data.manifest import read_manifest
+from megatron_vpmoe.manifest import read_manifest
 from vpmoe.errors import UpcycleError
 from vpmoe.upcycle.block_regression import Regression
 from vpmoe.upcycle.calibrated_layers import Calibration, Errors, calibrated_layers

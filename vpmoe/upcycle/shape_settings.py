@@ -7,6 +7,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron_vpmoe.config import RunConfig
+from megatron_vpmoe.data.vocabulary_files import NAMING, another_vocabulary
+from megatron_vpmoe.manifest import read_manifest
 from vpmoe.errors import UpcycleError
 from vpmoe.upcycle.job import DrawingSettings, Task
 from vpmoe.upcycle.passages import Passages
@@ -106,6 +108,10 @@ def heldout_passages(task: Task[ShapeSettings]) -> Passages:
 def _of_dataset(task: Task[ShapeSettings], split: str, count: int) -> Passages:
     settings = task.settings
     assert settings.calibration is not None
+    hf = task.inputs["model"].hf
+    files = {name: (hf / name).read_bytes() for name in NAMING if (hf / name).is_file()}
+    if other := another_vocabulary(files, read_manifest(settings.calibration), str(hf)):
+        raise UpcycleError(other, source=f"{task.spec.id}: calibration", remedy="name a dataset of its vocabulary")
     return Passages.of_dataset(
         settings.calibration,
         split,

@@ -17,8 +17,8 @@ from pydantic import Field
 
 from megatron_vpmoe.config import RunConfig, deciding_fields, geometry_diff, load_config
 from megatron_vpmoe.config.parameters import is_trained
-from megatron_vpmoe.data.manifest import read_manifest
 from megatron_vpmoe.files import write_atomically
+from megatron_vpmoe.manifest import read_manifest
 from megatron_vpmoe.metrics import read_records
 from vpmoe.commands import Command, CommandFailed, run_command
 from vpmoe.errors import UpcycleError

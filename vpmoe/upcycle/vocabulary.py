@@ -14,7 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from megatron_vpmoe.data.vocabulary_files import VOCABULARY, vocabulary_files
 from megatron_vpmoe.files import json_bytes, write_atomically
+from megatron_vpmoe.manifest import VocabularyEntry, read_manifest
 from vpmoe.errors import UpcycleError
 from vpmoe.hf.convert import Carried, read_config, run_state
 from vpmoe.hf.tokenizer_files import GENERATION, assets_of, open_tokenizer
@@ -118,7 +120,12 @@ class Vocabulary(Job[VocabularySettings]):
         texts = [*NUMBERS, *task.settings.texts]
         specials = _special_ids(tokenizers[1], task.settings)
         if task.settings.reference is not None:
-            _check_reference(task.settings.reference, tokenizers[1], specials, [*_ROUND_TRIPS, *task.settings.texts])
+            _check_reference(
+                task.settings.reference,
+                open_tokenizer(task.inputs["donor"].hf),
+                specials,
+                [*_ROUND_TRIPS, *task.settings.texts],
+            )
         return {
             "other_tensors_bit_identical": True,
             "tied": tied,
@@ -221,7 +228,7 @@ def _figures(
 
 
 def _assets(task: Task[VocabularySettings], tokenizer: Any) -> list[Path]:
-    """The donor's tokenizer files, and generation settings that end at its tokens."""
+    """The donor's tokenizer files, or the reference's that it is, and generation settings that end at its tokens."""
     donor = task.inputs["donor"].hf
     own = task.inputs["model"].hf / GENERATION
     settings = json.loads(own.read_text()) if own.is_file() else {}
@@ -230,4 +237,14 @@ def _assets(task: Task[VocabularySettings], tokenizer: Any) -> list[Path]:
         settings.pop(name, None)
     written = task.scratch / GENERATION
     write_atomically(written, json_bytes(settings))
-    return [*assets_of(donor), written]
+    if task.settings.reference is None:
+        return [*assets_of(donor), written]
+    # What the donor's tokenizer is known to be: an own vocabulary of ours, as datasets name it.
+    if task.settings.reference == O200K_HARMONY:
+        entry = VocabularyEntry.model_validate(load_o200k_harmony().entry)
+        files = {VOCABULARY: json_bytes(entry.model_dump())}
+    else:
+        files = vocabulary_files(read_manifest(task.settings.reference))
+    for name, content in files.items():
+        write_atomically(task.scratch / name, content)
+    return [*(task.scratch / name for name in files), written]

@@ -12,9 +12,6 @@ from numpy.typing import NDArray
 
 from megatron_vpmoe.errors import DataError
 
-PAIR = 2
-"""Documents of a preference pair: chosen, then rejected."""
-
 
 def grouped_lengths(lengths: NDArray[np.int32], group_size: int, *, seq_length: int) -> NDArray[np.int32]:
     """Tokens of each group of ``group_size`` neighbouring documents.

@@ -6,8 +6,8 @@ import base64
 import binascii
 from collections.abc import Iterable, Sequence
 
-from megatron_vpmoe.data.manifest import VOCABULARY_REMEDY, Manifest
 from megatron_vpmoe.errors import TokenizerError
+from megatron_vpmoe.manifest import VOCABULARY_REMEDY, Manifest
 
 
 class TokenPieces:

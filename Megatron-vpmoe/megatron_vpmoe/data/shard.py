@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vpmoe.data.batch import Document
-from megatron_vpmoe.data.manifest import ShardEntry
 from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.manifest import ShardEntry
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset

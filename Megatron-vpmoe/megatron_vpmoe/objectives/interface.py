@@ -6,7 +6,7 @@ Shapes: B rows, S positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -42,7 +42,13 @@ class ObjectiveResult:
 
 
 class Objective(Protocol):
-    """A loss over a global batch."""
+    """A loss over a global batch.
+
+    Attributes:
+        of_pairs: it reads preference datasets, and no other.
+    """
+
+    of_pairs: ClassVar[bool]
 
     def counts(self, batches: list[Batch]) -> dict[str, int]:
         """This rank's share of the counts that the loss is divided by; the keys are metric tags."""

@@ -7,7 +7,7 @@ tokens in the whole global batch, keep the answer from being drowned.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -38,6 +38,8 @@ class SpanCE:
 
     weight_analysis: float
     weight_final: float
+
+    of_pairs: ClassVar[bool] = False
 
     @classmethod
     def from_config(cls, cfg: RunConfig) -> SpanCE:

@@ -6,7 +6,7 @@ For text without spans (healing) and for mixes of it with conversations, where e
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -24,6 +24,8 @@ class TokenCE:
     Metrics: ``loss/total`` (mean CE in nats) and ``tokens/supervised`` (supervised tokens of the global batch).
     A global batch without a supervised token has a loss of 0.
     """
+
+    of_pairs: ClassVar[bool] = False
 
     @classmethod
     def from_config(cls, cfg: RunConfig) -> TokenCE:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.config import config_hash
 from megatron_vpmoe.config.provenance import FieldChange, provenance_diff
-from megatron_vpmoe.data.manifest import Manifest, read_manifest
 from megatron_vpmoe.errors import CheckpointError
+from megatron_vpmoe.manifest import Manifest, read_manifest
 from megatron_vpmoe.software import git_state, package_versions
 
 if TYPE_CHECKING:

@@ -13,17 +13,17 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron_vpmoe.config.parameters import is_trained, parameter_sizes
 from megatron_vpmoe.data.blend import as_stored, open_parts
 from megatron_vpmoe.data.kd_dataset import KDDataset
-from megatron_vpmoe.data.manifest import Manifest
 from megatron_vpmoe.data.source import BatchSource, ValidSource
-from megatron_vpmoe.data.vocabulary_files import differing, name_a_vocabulary, vocabulary_files
+from megatron_vpmoe.data.vocabulary_files import another_vocabulary, identity_of, vocabulary_files
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.files import write_atomically
+from megatron_vpmoe.manifest import Manifest
 from megatron_vpmoe.model.attention.self_attention import VPSelfAttention
 from megatron_vpmoe.model.builder import build_model, wrap_for_training
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.model.moe.expert_rows import layout_rule
 from megatron_vpmoe.model.transformer_config import token_dispatcher
-from megatron_vpmoe.objectives import Objective, build_objective
+from megatron_vpmoe.objectives import Objective, build_objective, check_kinds
 from megatron_vpmoe.optim import (
     AssignmentRow,
     IterationScheduler,
@@ -135,6 +135,8 @@ def open_run(cfg: RunConfig) -> Run:
         notes.append(f"weights from {started_from.path}")
     wrapped = wrap_for_training(model, cfg)
     optimizer = build_optimizer([wrapped], cfg)
+    objective = build_objective(cfg)
+    check_kinds(objective, cfg, [part.dataset.manifest for part in (*train, *valid)])
     run = Run(
         cfg=cfg,
         directory=directory,
@@ -142,7 +144,7 @@ def open_run(cfg: RunConfig) -> Run:
         wrapped=wrapped,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, cfg),
-        objective=build_objective(cfg),
+        objective=objective,
         source=BatchSource(train, cfg, *data_parallel),
         valid={
             "valid" if len(valid) == 1 else f"valid/{part.name}": ValidSource(part, cfg, *data_parallel)
@@ -179,15 +181,16 @@ def _carried(started_from: checkpoint.Found | None, manifests: list[Manifest], c
     of_dataset = vocabulary_files(manifest)
     prompts = next((manifest.prompts for manifest in manifests if manifest.prompts), None)
     state = {**carried.state, **({"prompts": prompts.model_dump()} if prompts else {})}
-    if not name_a_vocabulary(carried.assets):
+    source = str(started_from.path if started_from else cfg.checkpoint.load_weights)
+    if identity_of(carried.assets, source) is None:
         return checkpoint.Carried(state, {**of_dataset, **carried.assets})
-    other = differing(carried.assets, of_dataset)
+    other = another_vocabulary(carried.assets, manifest, source)
     if not other:
         return checkpoint.Carried(state, carried.assets)
     if not cfg.checkpoint.allow_provenance_change:
         raise CheckpointError(
-            f"the weights and the dataset {manifest.root} do not share a vocabulary: {', '.join(other)} differ",
-            source=str(started_from.path if started_from else cfg.checkpoint.load_weights),
+            other,
+            source=source,
             remedy="build the dataset with the weights' vocabulary; --allow-provenance-change trains on the dataset's",
         )
     return checkpoint.Carried(state, of_dataset)

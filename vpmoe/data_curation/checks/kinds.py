@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vpmoe.data_curation.datasets.chat import PREFERENCE_KIND, SFT_KIND
-from vpmoe.data_curation.datasets.plan import KIND
+from megatron_vpmoe.manifest import PREFERENCE
 from vpmoe.data_curation.datasets.text import KIND as TEXT_KIND
 from vpmoe.data_curation.datasets.token_files import Triple
 from vpmoe.errors import DataError, HarmonyError
@@ -17,15 +16,15 @@ from vpmoe.harmony.parse import Parser, spans_of
 from vpmoe.harmony.spans import SPAN_NAMES
 from vpmoe.tokenizer.interface import Tokenizer
 
-KINDS = (KIND, SFT_KIND, PREFERENCE_KIND, TEXT_KIND)
 REBUILD = "build the dataset again with --overwrite"
 
 Check = tuple[NDArray[np.bool_], str]
 
 
 def signal_checks(triple: Triple, manifest: dict[str, Any]) -> Iterator[Check]:
-    """``(places that are wrong, what is wrong there)`` of one shard's signals."""
-    last, lengths = triple.bounds[1:] - 1, np.diff(triple.bounds)
+    """``(places that are wrong, what is wrong there)`` of a part of a shard; behind what is wrong nothing is sure."""
+    lengths = triple.lengths
+    last = triple.starts + lengths - 1
     tokens, lossmask, span = map(np.asarray, (triple.tokens, triple.lossmask, triple.span))
     yield (
         (lengths < 1) | (lengths > manifest["seq_length"]),
@@ -48,7 +47,7 @@ def signal_checks(triple: Triple, manifest: dict[str, Any]) -> Iterator[Check]:
         return
     yield ~ends_in_eod, "conversations that do not end in <|endoftext|>"
     yield lossmask != (span > 0), "places where loss mask and span disagree"
-    if manifest["kind"] == PREFERENCE_KIND:
+    if manifest["kind"] == PREFERENCE:
         yield from _pair_checks(triple, manifest)
 
 
@@ -69,7 +68,7 @@ def check_sample(triple: Triple, tokenizer: Tokenizer, manifest: dict[str, Any],
 
 
 def _pair_checks(triple: Triple, manifest: dict[str, Any]) -> Iterator[Check]:
-    lengths = np.diff(triple.bounds)
+    lengths = triple.lengths
     yield np.array([len(lengths) % 2 == 1]), "shard with a document that has no partner"
     pairs = lengths[: len(lengths) // 2 * 2].reshape(-1, 2)
     yield pairs.sum(axis=1) > manifest["seq_length"], f"pairs longer than {manifest['seq_length']} tokens"
@@ -81,27 +80,27 @@ def _pair_checks(triple: Triple, manifest: dict[str, Any]) -> Iterator[Check]:
 
 def _same_prompt(triple: Triple, document: int) -> bool:
     prompts = []
-    for begin, end in zip(triple.bounds[document : document + 2], triple.bounds[document + 1 :], strict=False):
-        supervised = np.flatnonzero(triple.span[begin:end])
-        prompts.append(triple.tokens[begin : begin + supervised[0] + 1] if len(supervised) else None)
+    for place in (triple.place(document), triple.place(document + 1)):
+        supervised = np.flatnonzero(triple.span[place])
+        prompts.append(triple.tokens[place][: supervised[0] + 1] if len(supervised) else None)
     return prompts[0] is not None and prompts[1] is not None and np.array_equal(*prompts)
 
 
 def _check_conversation(triple: Triple, parser: Parser, document: int, where: str, only_last: bool) -> None:
-    begin, end = triple.bounds[document], triple.bounds[document + 1]
+    place = triple.place(document)
+    tokens, stored = triple.tokens[place], triple.span[place]
     try:
-        parsed = parser.parse(triple.tokens[begin : end - 1])
+        parsed = parser.parse(tokens[:-1])
     except HarmonyError as error:
         raise DataError(f"conversation {document}: {error.what}", source=where, remedy=REBUILD) from error
-    spans = spans_of(parsed, int(end - begin))
+    spans = spans_of(parsed, len(tokens))
     if only_last:
         spans[: max((item.stop for item in parsed if item.message.role == "user"), default=0)] = 0
     expected = np.append(spans[1:], 0)
-    if not np.array_equal(expected, triple.span[begin:end]):
-        place = int(np.flatnonzero(expected != triple.span[begin:end])[0])
+    if not np.array_equal(expected, stored):
+        at = int(np.flatnonzero(expected != stored)[0])
         raise DataError(
-            f"conversation {document}: the span at {place} is {triple.span[begin + place]}, its tokens say "
-            f"{expected[place]}",
+            f"conversation {document}: the span at {at} is {stored[at]}, its tokens say {expected[at]}",
             source=where,
             remedy=REBUILD,
         )
@@ -109,14 +108,17 @@ def _check_conversation(triple: Triple, parser: Parser, document: int, where: st
 
 def _check_text(triple: Triple, tokenizer: Tokenizer, document: int, where: str) -> None:
     """Decode the whole document that a piece belongs to, and encode it again."""
-    ends = np.asarray(triple.tokens)[triple.bounds[1:] - 1] == tokenizer.eod_id
+
+    def ends(piece: int) -> bool:
+        return triple.tokens[triple.place(piece).stop - 1] == tokenizer.eod_id
+
     first = document
-    while first and not ends[first - 1]:
+    while first and not ends(first - 1):
         first -= 1
     last = document
-    while last + 1 < triple.documents and not ends[last]:
+    while last + 1 < triple.documents and not ends(last):
         last += 1
-    stored = np.asarray(triple.tokens[triple.bounds[first] : triple.bounds[last + 1]])
+    stored = np.asarray(triple.tokens[triple.place(first).start : triple.place(last).stop])
     again = tokenizer.encode_ordinary(tokenizer.decode(stored[:-1]))
-    if not ends[last] or not np.array_equal(again, stored[:-1]):
+    if not ends(last) or not np.array_equal(again, stored[:-1]):
         raise DataError(f"document {document} is not what its own text encodes to", source=where, remedy=REBUILD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,24 +23,23 @@ class Sample:
 
     Attributes:
         rows: documents of the split.
-        spans: int64 ``[documents read, 3]``, tokens of each document in context, analysis and final.
+        lengths: for ``all`` of a document and each span: number of tokens in it -> documents read that have so many.
         token_counts: int64 ``[vocab_size]``, how often each id occurs in the documents read.
     """
 
     rows: int
-    spans: NDArray[np.int64]
+    lengths: dict[str, Counter[int]]
     token_counts: NDArray[np.int64]
 
     @property
-    def lengths(self) -> dict[str, NDArray[np.int64]]:
-        """Tokens a document: in ``all`` and in each span."""
-        return {"all": self.spans.sum(axis=1), **dict(zip(SPAN_NAMES, self.spans.T, strict=True))}
+    def read(self) -> int:
+        """Documents read."""
+        return self.lengths["all"].total()
 
     @property
     def described(self) -> str:
         """How much was read, in words."""
-        read = len(self.spans)
-        return f"all {read:,} documents" if read == self.rows else f"{read:,} of {self.rows:,} documents"
+        return f"all {self.read:,} documents" if self.read == self.rows else f"{self.read:,} of {self.rows:,} documents"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,26 +78,44 @@ def sample_split(
     entry = split_entry(manifest, split)
     stride = -(-entry["rows"] // limit) if limit else 1
     counts = np.zeros(manifest["tokenizer"]["vocab_size"], dtype=np.int64)
-    spans: list[NDArray[np.int64]] = []
+    lengths = {name: Counter[int]() for name in ("all", *SPAN_NAMES)}
     first = 0
     for shard in entry["shards"]:
         triple = read_triple(folder / split, shard["name"])
         for document in range(-first % stride, triple.documents, stride):
-            begin, end = triple.bounds[document], triple.bounds[document + 1]
+            place = triple.place(document)
             # An entry describes the next token and the last one nothing: the first token is the context it stands for.
-            spans.append(np.bincount(triple.span[begin:end], minlength=len(SPAN_NAMES)))
+            spans = np.bincount(triple.span[place], minlength=len(SPAN_NAMES)).tolist()
+            for name, length in zip(lengths, (sum(spans), *spans), strict=False):
+                lengths[name][length] += 1
             if tokens:
-                ids, times = np.unique(triple.tokens[begin:end], return_counts=True)
+                ids, times = np.unique(triple.tokens[place], return_counts=True)
+                if ids[0] < 0 or ids[-1] >= len(counts):
+                    what = f"ids from {ids[0]} to {ids[-1]} in a vocabulary of {len(counts)}"
+                    raise DataError(what, source=f"{split}/{shard['name']}", remedy=f"vpmoe data verify {folder}")
                 counts[ids] += times
         first += triple.documents
-    return Sample(entry["rows"], np.array(spans, dtype=np.int64).reshape(-1, len(SPAN_NAMES)), counts)
+    return Sample(entry["rows"], lengths, counts)
 
 
-def histogram(lengths: NDArray[np.int64], bars: int) -> list[Bar]:
+def histogram(lengths: Counter[int], bars: int) -> list[Bar]:
     """Lengths counted in at most ``bars`` bars of equal width, from the shortest to the longest; empty for none."""
-    if not len(lengths):
+    if not lengths:
         return []
-    low, high = int(lengths.min()), int(lengths.max())
+    low, high = min(lengths), max(lengths)
     width = -(-(high - low + 1) // bars)
-    counts = np.bincount((lengths - low) // width)
-    return [Bar(low + at * width, low + (at + 1) * width - 1, int(count)) for at, count in enumerate(counts)]
+    counts = Counter[int]()
+    for length, count in lengths.items():
+        counts[(length - low) // width] += count
+    return [Bar(low + at * width, low + (at + 1) * width - 1, counts[at]) for at in range(max(counts) + 1)]
+
+
+def quantile(lengths: Counter[int], share: float) -> float | None:
+    """The length that so large a share of the documents does not exceed, interpolated linearly; None for none."""
+    if not lengths:
+        return None
+    values = np.array(sorted(lengths))
+    ends = np.cumsum([lengths[int(value)] for value in values])
+    place = share * (int(ends[-1]) - 1)
+    below, above = (values[np.searchsorted(ends, at, side="right")] for at in (np.floor(place), np.ceil(place)))
+    return float(below + (above - below) * (place - np.floor(place)))

@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vpmoe.data_curation.checks.kinds import KINDS
-from vpmoe.data_curation.checks.sample import DEFAULT_DOCUMENTS, Sample, sample_split, split_entry
+from vpmoe.data_curation.checks.sample import DEFAULT_DOCUMENTS, Sample, quantile, sample_split, split_entry
 from vpmoe.data_curation.look.text import visible
-from vpmoe.data_curation.manifest import read_manifest
+from vpmoe.data_curation.manifest import KINDS, read_manifest
 from vpmoe.harmony.spans import SPAN_NAMES
 from vpmoe.tokenizer.from_dataset import load_tokenizer
 
@@ -124,17 +123,15 @@ def _summary(folder: Path, manifest: dict[str, Any], split: str, sample: Sample)
         "tokens": entry["tokens"],
         "tokens_each": round(entry["tokens"] / max(entry["rows"], 1), 2),
         "span_shares": {name: entry["span_tokens"][name] / max(entry["tokens"], 1) for name in SPAN_NAMES},
-        "documents_read": len(sample.spans),
-        "lengths": {name: _quantiles(lengths) for name, lengths in sample.lengths.items()},
+        "documents_read": sample.read,
+        "lengths": {
+            name: {
+                called: None if (value := quantile(lengths, share)) is None else round(value, 1)
+                for called, share in QUANTILES.items()
+            }
+            for name, lengths in sample.lengths.items()
+        },
     }
-
-
-def _quantiles(lengths: NDArray[np.int64]) -> dict[str, float | None]:
-    """By name; None where there is no document."""
-    if not len(lengths):
-        return dict.fromkeys(QUANTILES)
-    found = np.quantile(lengths, list(QUANTILES.values()))
-    return {name: round(float(value), 1) for name, value in zip(QUANTILES, found, strict=True)}
 
 
 def _counts_by_piece(folder: Path, sample: Sample) -> dict[bytes, int]:

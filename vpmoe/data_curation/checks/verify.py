@@ -7,24 +7,29 @@ time by the parser. Of conversation shards: hash, rows, and that no file was add
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_vpmoe.files import read_json_lines, sha256_of_file
-from vpmoe.data_curation.checks.kinds import KINDS, REBUILD, check_sample, signal_checks
-from vpmoe.data_curation.conversations.store import KIND as CONVERSATIONS_KIND
+from megatron_vpmoe.files import inside, read_json_lines, sha256_of_file
+from megatron_vpmoe.manifest import FILE_NAME, PAIR, PREFERENCE
+from vpmoe.data_curation.checks.kinds import REBUILD, check_sample, signal_checks
 from vpmoe.data_curation.conversations.store import open_shard
+from vpmoe.data_curation.datasets.encode import Documents
 from vpmoe.data_curation.datasets.plan import SPLITS
 from vpmoe.data_curation.datasets.token_files import Triple, file_names, read_triple
-from vpmoe.data_curation.manifest import FILE_NAME, check_files, naming_damage, read_manifest
+from vpmoe.data_curation.datasets.write import SplitStats, histogram_width
+from vpmoe.data_curation.manifest import CONVERSATIONS, check_files, read_manifest
 from vpmoe.errors import DataError, VpmoeError
 from vpmoe.harmony.spans import SPAN_NAMES
+from vpmoe.tokenizer import Tokenizer
 from vpmoe.tokenizer.from_dataset import load_tokenizer
 
 _RECONVERT = "convert again with --overwrite, or write the manifest again if the shards are right"
+_AGAIN = "restore the file from a copy, or make the folder again with --overwrite"
 DEFAULT_PARSED_PER_SHARD = 200
 Faults = Iterator[VpmoeError]
 
@@ -42,38 +47,30 @@ def verify(
     Raises:
         DataError: there is no readable manifest, so nothing to check against.
     """
-    manifest = read_manifest(dataset_dir, CONVERSATIONS_KIND, *KINDS)
-    checks = [_conversation_faults(dataset_dir, manifest)]
-    if manifest["kind"] != CONVERSATIONS_KIND:
+    manifest = read_manifest(dataset_dir)
+    checks = [_reject_faults(dataset_dir, manifest), _conversation_faults(dataset_dir, manifest)]
+    if manifest["kind"] != CONVERSATIONS:
         checks = [
             _input_faults(manifest, input_dir),
             _named_file_faults(dataset_dir, manifest),
+            _reject_faults(dataset_dir, manifest),
             _token_faults(dataset_dir, manifest, parsed_per_shard),
         ]
-    return [str(fault) for faults in checks for fault in _with_manifest_faults(dataset_dir, faults)]
+    return [str(fault) for faults in checks for fault in faults]
 
 
 def summary(dataset_dir: Path) -> str:
     """One line on what was verified."""
     manifest = read_manifest(dataset_dir)
-    if manifest["kind"] == CONVERSATIONS_KIND:
+    if manifest["kind"] == CONVERSATIONS:
         return f"{len(manifest['shards'])} shards, {manifest['rows']:,} conversations"
     splits = manifest["splits"].items()
     return "; ".join(f"{split} {entry['rows']:,} documents, {entry['tokens']:,} tokens" for split, entry in splits)
 
 
-def _with_manifest_faults(folder: Path, faults: Faults) -> Faults:
-    """``faults``, and what of the manifest they could not make sense of."""
-    try:
-        with naming_damage(folder, remedy=REBUILD):
-            yield from faults
-    except VpmoeError as error:
-        yield error
-
-
 def _conversation_faults(folder: Path, manifest: dict[str, Any]) -> Faults:
     for entry in manifest["shards"]:
-        path = folder / entry["name"]
+        path = inside(folder, entry["name"])
         try:
             check_files(folder, {entry["name"]: entry}, remedy=_RECONVERT)
             rows = open_shard(path).metadata.num_rows
@@ -103,13 +100,27 @@ def _named_file_faults(folder: Path, manifest: dict[str, Any]) -> Faults:
             check_files(folder, {named["path"]: named}, remedy=REBUILD)
         except DataError as error:
             yield error
-    path, count = folder / manifest["rejects"]["path"], manifest["rejects"]["count"]
-    rejects = sum(1 for _ in read_json_lines(path)) if path.is_file() else None
-    if rejects != count:
-        yield DataError(f"{rejects} rejects are listed, the manifest says {count}", source=str(path), remedy=REBUILD)
     for split in SPLITS:
         listed = {name for shard in manifest["splits"][split]["shards"] for name in shard["files"]}
         yield from _unlisted(folder / split, "*", listed, REBUILD)
+
+
+def _reject_faults(folder: Path, manifest: dict[str, Any]) -> Faults:
+    rejects = manifest["rejects"]
+    if rejects["path"] is None:  # of conversations that another program wrote
+        return
+    try:
+        # Of one that was made before the list's hash was kept, only the count is known.
+        check_files(
+            folder, {rejects["path"]: {"sha256": rejects["sha256"]}} if "sha256" in rejects else {}, remedy=_AGAIN
+        )
+        listed = sum(1 for _ in read_json_lines(inside(folder, rejects["path"])))
+    except DataError as error:
+        yield error
+    else:
+        if listed != rejects["count"]:
+            what = f"{listed} rejects are listed, the manifest says {rejects['count']}"
+            yield DataError(what, source=str(folder / rejects["path"]), remedy=_AGAIN)
 
 
 def _unlisted(folder: Path, pattern: str, listed: set[str], remedy: str) -> Faults:
@@ -122,10 +133,11 @@ def _token_faults(folder: Path, manifest: dict[str, Any], parsed: int) -> Faults
     tokenizer = None
     try:
         tokenizer = load_tokenizer(folder)
+        yield from _vocabulary_faults(folder, manifest["tokenizer"], tokenizer)
     except VpmoeError as error:
         yield error
     for split, entry in manifest["splits"].items():
-        sums: list[np.ndarray] = []
+        counted, all_sound = SplitStats(), True
         for shard in entry["shards"]:
             where = f"{split}/{shard['name']}"
             try:
@@ -135,28 +147,51 @@ def _token_faults(folder: Path, manifest: dict[str, Any], parsed: int) -> Faults
                     )
                 check_files(folder / split, shard["files"], remedy=REBUILD)
                 triple = read_triple(folder / split, shard["name"])
-                sums.append(_sums(triple, manifest, shard, where))
+                _check_signals(triple, manifest, shard, where, counted)
                 if tokenizer is not None:
                     check_sample(triple, tokenizer, manifest, parsed, where)
             except VpmoeError as error:
+                all_sound = False
                 yield error
-        said = [entry["rows"], entry["tokens"], *(entry["span_tokens"][name] for name in SPAN_NAMES)]
         # Sums over the sound shards only would repeat the fault of the others.
-        if len(sums) == len(entry["shards"]) and sum(sums, np.zeros(len(said), dtype=np.int64)).tolist() != said:
-            yield DataError(
-                f"rows, tokens and span tokens of the shards do not add up to {said}",
-                source=f"{FILE_NAME}: splits.{split}",
-                remedy=REBUILD,
-            )
+        if all_sound:
+            yield from _sum_faults(split, counted, manifest)
 
 
-def _sums(triple: Triple, manifest: dict[str, Any], shard: dict[str, Any], where: str) -> np.ndarray:
-    """Rows, tokens and tokens of each span; raises :class:`DataError` for signals that contradict each other."""
+def _vocabulary_faults(folder: Path, said: dict[str, Any], tokenizer: Tokenizer) -> Faults:
+    if other := [name for name, value in tokenizer.entry.items() if said[name] != value]:
+        what = f"the vocabulary's own {', '.join(other)} is another"
+        yield DataError(what, source=f"{folder / FILE_NAME}: tokenizer", remedy=REBUILD)
+
+
+def _check_signals(
+    triple: Triple, manifest: dict[str, Any], shard: dict[str, Any], where: str, counted: SplitStats
+) -> None:
+    """Count a shard, a part at a time; raises :class:`DataError` for signals that contradict each other."""
     found, said = (triple.documents, len(triple.tokens)), (shard["rows"], shard["tokens"])
     if found != said:
         what = f"{found[0]} documents and {found[1]} tokens, the manifest says {said[0]} and {said[1]}"
         raise DataError(what, source=where, remedy=REBUILD)
-    for wrong, what in signal_checks(triple, manifest):
-        if wrong.any():
-            raise DataError(f"{int(wrong.sum())} {what}", source=where, remedy=REBUILD)
-    return np.array([*found, *np.bincount(triple.span, minlength=len(SPAN_NAMES)).tolist()], dtype=np.int64)
+    wrong = Counter[str]()
+    for part in triple.parts(PAIR if manifest["kind"] == PREFERENCE else 1):
+        for places, what in signal_checks(part, manifest):
+            if count := int(places.sum()):
+                wrong[what] += count
+                break
+        else:
+            documents = Documents(part.tokens, part.lossmask, part.span, part.lengths.astype(np.int64))
+            counted.add(documents, histogram_width(manifest["seq_length"]))
+    for what, count in wrong.items():
+        raise DataError(f"{count} {what}", source=where, remedy=REBUILD)
+
+
+def _sum_faults(split: str, counted: SplitStats, manifest: dict[str, Any]) -> Faults:
+    entry, lengths = manifest["splits"][split], manifest["length_histogram"]
+    said = [entry["rows"], entry["tokens"], [entry["span_tokens"][name] for name in SPAN_NAMES]]
+    if [counted.rows, counted.tokens, counted.span_tokens] != said:
+        what = f"rows, tokens and span tokens of the shards do not add up to {said}"
+        yield DataError(what, source=f"{FILE_NAME}: splits.{split}", remedy=REBUILD)
+    said = [lengths["bin_width"], lengths[split]["counts"], lengths[split]["longest"]]
+    if [histogram_width(manifest["seq_length"]), counted.histogram, counted.longest] != said:
+        what = "the lengths of the documents are not those of the histogram"
+        yield DataError(what, source=f"{FILE_NAME}: length_histogram.{split}", remedy=REBUILD)

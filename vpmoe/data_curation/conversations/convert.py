@@ -17,10 +17,9 @@ from megatron_vpmoe.files import file_entry, json_line
 from vpmoe import steps
 from vpmoe.data_curation.conversations.manifest import conversations_manifest, shard_entry
 from vpmoe.data_curation.conversations.parts import Parts
-from vpmoe.data_curation.conversations.store import KIND as MANIFEST_KIND
 from vpmoe.data_curation.conversations.store import SCHEMA_VERSION
 from vpmoe.data_curation.conversations.synth import open_synth, to_conversation
-from vpmoe.data_curation.manifest import read_manifest, write_manifest
+from vpmoe.data_curation.manifest import CONVERSATIONS, read_manifest, write_manifest
 from vpmoe.data_curation.reject_limit import RejectLimit
 from vpmoe.data_curation.rows.source import RowSource
 from vpmoe.errors import DataError, RowError
@@ -66,7 +65,7 @@ def convert(
         return _Conversion(work, source, num_shards, prompts, limit).run(quiet)
 
     steps.run(step, make, overwrite=overwrite, say=say)
-    manifest = read_manifest(output_dir, MANIFEST_KIND)
+    manifest = read_manifest(output_dir, CONVERSATIONS)
     # Work that was finished without a limit passes no stricter one.
     rejects = manifest["rejects"]
     seen = manifest["rows"] + rejects["count"]
@@ -109,6 +108,7 @@ class _Conversion:
             "count": self._rejects.total(),
             "reasons": dict(sorted(self._rejects.items())),
             "path": REJECTS_NAME,
+            **file_entry(path),
         }
         origin = {"source": self._source.as_manifest(), "prompts": self._prompts.as_manifest()}
         manifest = conversations_manifest(shards, **origin, rejects=rejects)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vpmoe.files import file_entry, first_damage
-from vpmoe.data_curation.conversations.store import KIND, SCHEMA_VERSION, StoredConversation, open_shard, read_row_group
-from vpmoe.data_curation.manifest import FILE_NAME, read_manifest, write_manifest
+from vpmoe.data_curation.conversations.store import SCHEMA_VERSION, StoredConversation, open_shard, read_row_group
+from vpmoe.data_curation.manifest import CONVERSATIONS, FILE_NAME, read_manifest, write_manifest
 from vpmoe.errors import DataError
 from vpmoe.steps import RECEIPT, read_receipt
 
@@ -24,7 +24,7 @@ def conversations_manifest(
     """A manifest of shards (:func:`shard_entry` of each)."""
     return {
         "schema_version": SCHEMA_VERSION,
-        "kind": KIND,
+        "kind": CONVERSATIONS,
         "source": source,
         "prompts": prompts,
         "rows": sum(shard["rows"] for shard in shards),
@@ -55,7 +55,7 @@ def check_or_write_manifest(folder: Path) -> dict[str, Any]:
         manifest = _of_foreign_shards(folder, shards)
         write_manifest(folder, manifest)
         return manifest
-    manifest = read_manifest(folder, KIND)
+    manifest = read_manifest(folder, CONVERSATIONS)
     listed = {entry["name"]: entry for entry in manifest["shards"]}
     files = read_receipt(folder)["files"] if (folder / RECEIPT).exists() else listed
     fault = first_damage(folder, files, check_hashes=True)

@@ -16,7 +16,6 @@ from vpmoe.data_curation.rows.parquet import Parquet, strings
 from vpmoe.errors import DataError, RowError
 from vpmoe.harmony.conversation import Message
 
-KIND = "harmony_conversations"
 SCHEMA_VERSION = 1
 ROW_GROUP_ROWS = 1024
 _MESSAGE = pa.struct([("role", pa.string()), ("channel", pa.string()), ("content", pa.string())])

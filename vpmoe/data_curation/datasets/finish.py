@@ -11,7 +11,7 @@ from typing import Any
 from megatron_vpmoe.files import file_entry, sha256_of_file, sha256_of_json, write_atomically
 from megatron_vpmoe.software import git_state
 from vpmoe.data_curation.datasets.plan import SCHEMA_VERSION, SPLITS, BuildOptions, renderer_version
-from vpmoe.data_curation.datasets.vocabularies import COMPACT_MAP_NAME, vocabulary_in
+from vpmoe.data_curation.datasets.vocabularies import vocabulary_in
 from vpmoe.data_curation.datasets.write import histogram_width
 from vpmoe.data_curation.manifest import FILE_NAME, write_manifest
 from vpmoe.errors import DataError
@@ -65,7 +65,12 @@ def finish(
         "renderer": {"name": options.renderer, "version": renderer_version(options.renderer)},
         "truncation": dict(sum((Counter(record["truncation"]) for record in records), Counter[str]())),
         "documents": {"rows_read": sum(record["rows_read"] for record in records), **documents},
-        "rejects": {"count": rejects.total(), "reasons": dict(sorted(rejects.items())), "path": REJECTS_NAME},
+        "rejects": {
+            "count": rejects.total(),
+            "reasons": dict(sorted(rejects.items())),
+            "path": REJECTS_NAME,
+            **file_entry(folder / REJECTS_NAME),
+        },
         "length_histogram": _histogram(options, records),
         "source": source,
         **entries,
@@ -123,16 +128,7 @@ def _tokenizer_entry(folder: Path, options: BuildOptions) -> dict[str, Any]:
     def hashed(name: str) -> dict[str, str]:
         return {"path": name, "sha256": sha256_of_file(folder / name)}
 
-    entry = {
-        "name": tokenizer.name,
-        "rank_file_sha256": tokenizer.rank_file_sha256,
-        "vocab_size": tokenizer.vocab_size,
-        "padded_vocab_size": tokenizer.padded_vocab_size,
-        "eod_id": tokenizer.eod_id,
-        "special_tokens": tokenizer.special_tokens,
-        "compact_map": hashed(COMPACT_MAP_NAME) if (folder / COMPACT_MAP_NAME).is_file() else None,
-        "pieces": hashed(PIECES_NAME),
-    }
+    entry = {**tokenizer.entry, "pieces": hashed(PIECES_NAME)}
     if isinstance(tokenizer, HFDirectory):
         entry["files"] = [hashed(f"{TOKENIZER_FOLDER}/{file.name}") for file in tokenizer.files]
     return entry

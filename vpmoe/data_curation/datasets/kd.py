@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_vpmoe.files import sha256_of_file
-from vpmoe.data_curation.conversations.store import KIND as INPUT_KIND
 from vpmoe.data_curation.conversations.store import StoredConversation, open_shard, read_row_group
 from vpmoe.data_curation.datasets.build import build_dataset
 from vpmoe.data_curation.datasets.encode import Block, Documents
 from vpmoe.data_curation.datasets.plan import KIND, SPLITS, BuildOptions, shard_name, split_of, split_rule
 from vpmoe.data_curation.datasets.vocabularies import COMPACT_MAP_NAME, place_vocabulary, vocabulary_in
 from vpmoe.data_curation.datasets.workers import Crew, make_crew
-from vpmoe.data_curation.manifest import FILE_NAME, check_files, naming_damage, read_manifest
+from vpmoe.data_curation.manifest import CONVERSATIONS, FILE_NAME, check_files, read_manifest
 from vpmoe.data_curation.rows.parquet import Parquet
 from vpmoe.errors import DataError, RowError, TokenizerError
 from vpmoe.harmony.conversation import check_conversation, excerpt
@@ -78,11 +77,10 @@ class Distillation:
     step = "kd"
 
     def __init__(self, input_dir: Path, options: BuildOptions, workers: int, quiet: bool) -> None:
-        manifest = read_manifest(input_dir, INPUT_KIND)
-        with naming_damage(input_dir, remedy="convert again"):
-            fields = ("name", "rows", "row_groups", "bytes", "sha256")
-            self._shards = [{name: entry[name] for name in fields} for entry in manifest["shards"]]
-            self._prompts = {role: manifest["prompts"][role] for role in ("system", "developer")}
+        manifest = read_manifest(input_dir, CONVERSATIONS)
+        fields = ("name", "rows", "row_groups", "bytes", "sha256")
+        self._shards = [{name: entry[name] for name in fields} for entry in manifest["shards"]]
+        self._prompts = {role: manifest["prompts"].get(role) for role in ("system", "developer")}
         self._input_dir, self._workers, self._quiet = input_dir, workers, quiet
         self.base, self.inputs = options, (input_dir, *filter(None, (options.compact_map,)))
         self.shards = tuple(map(shard_name, range(len(self._shards))))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ SIGNALS = {"tokens": np.int32, "lossmask": np.uint8, "span": np.uint8}
 _DTYPE_OF_CODE = {1: np.uint8, 4: np.int32}
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_INDEX_CHUNK = 1 << 20  # documents; bounds the memory of writing an index
+_INDEX_CHUNK = 1 << 20  # documents; bounds the memory of writing and reading an index
+_PART_TOKENS, _PART_DOCUMENTS = 1 << 20, 1 << 18
 
 
 def file_names(shard: str) -> list[str]:
@@ -84,14 +86,15 @@ class TripleWriter:
 
 @dataclass(frozen=True, slots=True)
 class Triple:
-    """A shard as flat arrays, memory-mapped; document d is ``[bounds[d] : bounds[d+1]]`` of each.
+    """A shard as flat arrays, memory-mapped, index and all; or some documents of it that lie one behind the other.
 
     Attributes:
-        bounds: int64 ``[documents + 1]``.
-        tokens, lossmask, span: int32 / uint8 / uint8 ``[bounds[-1]]``.
+        starts, lengths: int64, int32 ``[documents]``; where each document begins in the flat arrays, and its tokens.
+        tokens, lossmask, span: int32 / uint8 / uint8 ``[sum of lengths]``.
     """
 
-    bounds: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int32]
     tokens: NDArray[np.int32]
     lossmask: NDArray[np.uint8]
     span: NDArray[np.uint8]
@@ -99,28 +102,51 @@ class Triple:
     @property
     def documents(self) -> int:
         """Number of conversations."""
-        return len(self.bounds) - 1
+        return len(self.lengths)
+
+    def place(self, document: int) -> slice:
+        """Where a document lies in the flat arrays."""
+        begin = int(self.starts[document])
+        return slice(begin, begin + int(self.lengths[document]))
+
+    def parts(self, group: int = 1) -> Iterator[Triple]:
+        """All documents in their order, about a million tokens at a time, so that arrays over a part stay small.
+
+        Args:
+            group: neighbouring documents that stay together.
+        """
+        first = 0
+        while first < self.documents:
+            starts = np.asarray(self.starts[first : first + _PART_DOCUMENTS])
+            whole = int(np.searchsorted(starts, starts[0] + _PART_TOKENS, side="right")) - 1
+            end = min(first + max(whole // group, 1) * group, self.documents)
+            flat = slice(int(starts[0]), self.place(end - 1).stop)
+            own = starts[: end - first] - starts[0], np.asarray(self.lengths[first:end])
+            yield Triple(*own, self.tokens[flat], self.lossmask[flat], self.span[flat])
+            first = end
 
 
 def read_triple(folder: Path, shard: str) -> Triple:
-    """Open the triple of ``shard`` in ``folder``.
+    """Open the triple of ``shard`` in ``folder``; memory-mapped, whatever its size.
 
     Raises:
         DataError: a file is missing or damaged, or the three disagree on the documents' lengths.
     """
-    bounds = np.zeros(0, dtype=np.int64)
     values: dict[str, NDArray[Any]] = {}
+    lengths, starts = np.empty(0, np.int32), np.empty(0, np.int64)
     for signal, dtype in SIGNALS.items():
-        lengths = _read_index(folder / f"{shard}_{signal}.idx", dtype)
-        own = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        bounds = bounds if values else own
-        if not np.array_equal(own, bounds):
-            place = "another number of documents"
-            if len(own) == len(bounds):
-                place = f"another length of document {int(np.flatnonzero(own != bounds)[0]) - 1}"
-            raise _damaged(folder / shard, f"{signal} and tokens disagree: {place}")
-        values[signal] = _read_values(folder / f"{shard}_{signal}.bin", dtype, int(own[-1]))
-    return Triple(bounds, **values)
+        own, starts, total = _read_index(folder / f"{shard}_{signal}.idx", dtype)
+        lengths = lengths if values else own
+        if len(own) != len(lengths):
+            raise _damaged(folder / shard, f"{signal} and tokens disagree: another number of documents")
+        for begin in range(0, len(own), _INDEX_CHUNK):
+            chunk = slice(begin, begin + _INDEX_CHUNK)
+            if (other := np.flatnonzero(own[chunk] != lengths[chunk])).size:
+                what = f"{signal} and tokens disagree: another length of document {begin + int(other[0])}"
+                raise _damaged(folder / shard, what)
+        values[signal] = _read_values(folder / f"{shard}_{signal}.bin", dtype, total)
+    # The offsets of a signal of one byte are counted in tokens.
+    return Triple(starts, lengths, **values)
 
 
 def _damaged(path: Path, what: str) -> DataError:
@@ -141,26 +167,36 @@ def _write_index(path: Path, lengths: NDArray[np.int32], dtype: type[np.integer]
             stream.write(np.arange(begin, min(begin + _INDEX_CHUNK, len(lengths) + 1), dtype=np.int64).data)
 
 
-def _read_index(path: Path, dtype: type[np.integer]) -> NDArray[np.int32]:
+def _read_index(path: Path, dtype: type[np.integer]) -> tuple[NDArray[np.int32], NDArray[np.int64], int]:
+    """Lengths and byte offsets of the documents, memory-mapped, and the tokens of all."""
     if not path.is_file():
         raise _damaged(path, "an index file is missing")
-    raw = path.read_bytes()
+    with path.open("rb") as stream:
+        raw = stream.read(_HEADER.size)
     if len(raw) < _HEADER.size:
         raise _damaged(path, f"the index has only {len(raw)} bytes")
     magic, version, code, sequences, documents = _HEADER.unpack_from(raw)
     if magic != _MAGIC or version != 1 or _DTYPE_OF_CODE.get(code) is not dtype:
         what = f"not an index of {dtype.__name__} (magic {magic!r}, version {version}, dtype code {code})"
         raise _damaged(path, what)
-    expected = _HEADER.size + sequences * (4 + 8) + documents * 8
-    if len(raw) != expected:
-        raise _damaged(path, f"the index has {len(raw)} bytes, its header asks for {expected}")
-    lengths = np.frombuffer(raw, np.int32, sequences, _HEADER.size)
-    offsets = np.frombuffer(raw, np.int64, sequences, _HEADER.size + 4 * sequences)
-    boundaries = np.frombuffer(raw, np.int64, documents, _HEADER.size + 12 * sequences)
-    packed = np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64)]) * np.dtype(dtype).itemsize
-    if (sequences and (offsets != packed).any()) or not np.array_equal(boundaries, np.arange(sequences + 1)):
+    size, expected = path.stat().st_size, _HEADER.size + sequences * (4 + 8) + documents * 8
+    if size != expected:
+        raise _damaged(path, f"the index has {size} bytes, its header asks for {expected}")
+    lengths = _mapped(path, np.int32, sequences, _HEADER.size)
+    offsets = _mapped(path, np.int64, sequences, _HEADER.size + 4 * sequences)
+    boundaries = _mapped(path, np.int64, documents, _HEADER.size + 12 * sequences)
+    sound, total = documents == sequences + 1 and boundaries[-1] == sequences, 0
+    for begin in range(0, sequences if sound else 0, _INDEX_CHUNK):
+        chunk = slice(begin, begin + _INDEX_CHUNK)
+        ends = total + np.cumsum(lengths[chunk], dtype=np.int64)
+        packed = np.concatenate([[total], ends[:-1]]) * np.dtype(dtype).itemsize
+        numbers = np.arange(begin, begin + len(ends))
+        sound &= bool((lengths[chunk] >= 0).all() and np.array_equal(offsets[chunk], packed))
+        sound &= np.array_equal(boundaries[:-1][chunk], numbers)
+        total = int(ends[-1])
+    if not sound:
         raise _damaged(path, "the index does not describe one document a conversation")
-    return lengths
+    return lengths, offsets, total
 
 
 def _read_values(path: Path, dtype: type[np.integer], count: int) -> NDArray[Any]:
@@ -169,4 +205,8 @@ def _read_values(path: Path, dtype: type[np.integer], count: int) -> NDArray[Any
     size, expected = path.stat().st_size, count * np.dtype(dtype).itemsize
     if size != expected:
         raise _damaged(path, f"the file has {size} bytes, its index asks for {expected}")
-    return np.memmap(path, dtype, mode="r", shape=(count,)) if count else np.empty(0, dtype)
+    return _mapped(path, dtype, count, 0)
+
+
+def _mapped(path: Path, dtype: type[np.integer], count: int, offset: int) -> NDArray[Any]:
+    return np.memmap(path, dtype, mode="r", offset=offset, shape=(count,)) if count else np.empty(0, dtype)

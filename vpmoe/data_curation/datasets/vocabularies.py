@@ -15,13 +15,13 @@ from vpmoe.data_curation.rows.source import RowSource
 from vpmoe.errors import DataError
 from vpmoe.steps import Step, Work, run
 from vpmoe.tokenizer.bpe import save_bpe, train_bpe
+from vpmoe.tokenizer.compact import MAP_NAME as COMPACT_MAP_NAME
 from vpmoe.tokenizer.compact import CompactVocabulary
 from vpmoe.tokenizer.from_dataset import TOKENIZER_FOLDER
 from vpmoe.tokenizer.hf_directory import HFDirectory
 from vpmoe.tokenizer.interface import Tokenizer
 from vpmoe.tokenizer.o200k_harmony import VOCAB_SIZE, load_o200k_harmony
 
-COMPACT_MAP_NAME = "compact_vocab.npy"
 _VERSION = 1
 _TEXTS_COUNTED_TOGETHER = 10_000
 

@@ -15,10 +15,9 @@ from rich.terminal_theme import SVG_EXPORT_THEME
 from rich.text import Text
 
 from megatron_vpmoe.files import write_atomically
-from vpmoe.data_curation.checks.kinds import KINDS
 from vpmoe.data_curation.checks.sample import Bar, histogram, sample_split, split_entry
 from vpmoe.data_curation.look.text import RUN_KINDS, documents
-from vpmoe.data_curation.manifest import read_manifest
+from vpmoe.data_curation.manifest import KINDS, read_manifest
 from vpmoe.errors import DataError
 from vpmoe.harmony.spans import SPAN_NAMES
 from vpmoe.steps import check_replaceable

@@ -48,10 +48,10 @@ def documents(
         if wanted:
             triple = read_triple(folder / split, shard["name"])
             for place in wanted:
-                begin, end = triple.bounds[place - first], triple.bounds[place - first + 1]
-                supervised = int(triple.lossmask[begin:end].sum())
-                shown = runs(tokenizer, triple.tokens[begin:end], triple.span[begin:end])
-                yield Shown(place, int(end - begin), supervised, shown)
+                own = triple.place(place - first)
+                supervised = int(triple.lossmask[own].sum())
+                shown = runs(tokenizer, triple.tokens[own], triple.span[own])
+                yield Shown(place, own.stop - own.start, supervised, shown)
         first += shard["rows"]
 
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vpmoe.data.manifest import read_manifest
 from megatron_vpmoe.data.packing import fit_companion_minimum, pack
 from megatron_vpmoe.data.pairs import documents_of, grouped_lengths
 from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.manifest import read_manifest
 from tests.fixtures_dataset import rewrite_manifest, small_dataset
 
 CAPACITY = 64

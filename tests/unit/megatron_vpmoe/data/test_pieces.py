@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vpmoe.data.manifest import read_manifest
 from megatron_vpmoe.data.pieces import TokenPieces
 from megatron_vpmoe.errors import TokenizerError
+from megatron_vpmoe.manifest import read_manifest
 from tests.fixtures_dataset import PADDED_VOCAB, VOCAB, small_dataset
 
 

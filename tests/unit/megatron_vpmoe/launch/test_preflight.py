@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from megatron_vpmoe.config import fit_report, load_config
 from megatron_vpmoe.errors import CheckpointError, DataError, DeviceError, TokenizerError
+from megatron_vpmoe.files import write_record
 from megatron_vpmoe.launch import preflight
 from megatron_vpmoe.runtime import device
 
@@ -33,7 +33,7 @@ def test_both_splits_are_opened_for_the_model(run_yaml: Path, vocabulary: int, e
         "pieces": {"path": "token_pieces.txt", "sha256": "0" * 64},
     }
     manifest = {"schema_version": 1, "kind": "harmony_kd", "seq_length": 64, "tokenizer": tokenizer, "splits": {}}
-    (Path(cfg.data.data_path) / "manifest.json").write_text(json.dumps(manifest))
+    write_record(Path(cfg.data.data_path) / "manifest.json", manifest)
     with pytest.raises(error):
         preflight.check_dataset(cfg)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_vpmoe.data.manifest import PromptsEntry, read_manifest
 from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.manifest import PromptsEntry, read_manifest
 from tests.fixtures_dataset import rewrite_manifest, small_dataset
 from tests.tiny import tiny_config
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vpmoe.data.manifest import read_manifest
 from megatron_vpmoe.errors import BusyError, CheckpointError, NotOursError
 from megatron_vpmoe.launch import preflight
+from megatron_vpmoe.manifest import read_manifest
 from megatron_vpmoe.training.checkpoint_files import begin, seal
 from megatron_vpmoe.training.provenance import collect_provenance
 from megatron_vpmoe.training.run_directory import continued, ownership, restorable

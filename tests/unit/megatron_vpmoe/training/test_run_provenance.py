@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vpmoe.data.manifest import read_manifest
 from megatron_vpmoe.errors import CheckpointError
+from megatron_vpmoe.manifest import read_manifest
 from megatron_vpmoe.software import git_state
 from megatron_vpmoe.training.provenance import check_provenance, collect_provenance, compare
 from tests.fixtures_dataset import rewrite_manifest, small_dataset

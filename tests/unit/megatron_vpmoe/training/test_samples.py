@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vpmoe.data.kd_dataset import KDDataset
-from megatron_vpmoe.data.manifest import read_manifest
 from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.manifest import read_manifest
 from megatron_vpmoe.training.samples import SampleWriter
 from tests.fixtures_dataset import small_dataset
 from tests.tiny import tiny_config

@@ -46,7 +46,7 @@ def test_inspect_goes_over_shard_borders(dataset_dir: Path) -> None:
 
 def test_colours_are_the_spans(dataset_dir: Path) -> None:
     tokenizer, triple = load_tokenizer(dataset_dir), read_triple(dataset_dir / "train", "shard_00")
-    end = triple.bounds[1]
+    end = triple.place(0).stop
     shown = [(STYLES[kind], run) for kind, run in runs(tokenizer, triple.tokens[:end], triple.span[:end])]
     user, analysis, final = Parser(tokenizer).messages(triple.tokens[: end - 1])[-3:]
     for message, style in zip((user, analysis, final), SPAN_STYLES, strict=True):

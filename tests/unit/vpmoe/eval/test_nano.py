@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vpmoe.data.manifest import read_manifest
 from megatron_vpmoe.errors import CheckpointError, NotOursError, TokenizerError
+from megatron_vpmoe.manifest import read_manifest
 from tests.tiny import tiny_config
 from tests.unit.vpmoe.eval.conftest import GOOD, ids_of
 from vpmoe.cli import main

@@ -76,14 +76,14 @@ class Stage:
         name, kind, write = {
             "synth-mini": ("rows", "synth_mini", {"test.jsonl": "questions"}),
             "convert": ("conversations", "conversations", {"manifest.json": "{}"}),
-            "build": ("dataset", "kd", {"manifest.json": json.dumps(DATASET)}),
+            "build": ("dataset", "kd", {"manifest.json": "{}"}),
         }[verb]
 
         def make(work: steps.Work) -> dict[str, Any]:
             self._begin(name)
             for file, text in write.items():
                 (work.folder / file).write_text(text)
-            return {}
+            return DATASET
 
         options = [word for word in words if word != "--overwrite"]
         steps.run(steps.Step(kind, 1, output, {"options": options}), make, overwrite="--overwrite" in words)
@@ -124,7 +124,4 @@ class Stage:
         output.write_text(json.dumps(report))
 
 
-DATASET = {
-    "kind": "harmony_kd",
-    "splits": {split: {"rows": 1, "tokens": 10, "shards": []} for split in ("train", "valid")},
-}
+DATASET = {"splits": {split: {"rows": 1, "tokens": 10} for split in ("train", "valid")}}

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from megatron_vpmoe import files
 from megatron_vpmoe.errors import BusyError, DataError, NotOursError
 from vpmoe import steps
 from vpmoe.steps import RECEIPT, Step, Work
@@ -301,7 +302,7 @@ def test_killed_at_any_write_it_ends_the_same_and_old_or_new_is_always_there(
     monkeypatch.setattr(Path, "mkdir", dying(Path.mkdir))
     monkeypatch.setattr(Path, "rmdir", dying(Path.rmdir))
     monkeypatch.setattr(shutil, "rmtree", dying(shutil.rmtree))
-    monkeypatch.setattr("vpmoe.steps.receipt.write_atomically", dying(steps.receipt.write_atomically))
+    monkeypatch.setattr("megatron_vpmoe.files.write_atomically", dying(files.write_atomically))
     ended = False
     for place in range(1, 60):
         folder = tmp_path / f"case{place}" / "out"

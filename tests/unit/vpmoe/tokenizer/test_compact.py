@@ -1,6 +1,5 @@
 """A compact vocabulary keeps what is frequent and spells the rest, and no text is lost by it."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_vpmoe.files import write_record
 from vpmoe.errors import DataError, TokenizerError
 from vpmoe.tokenizer import load_tokenizer
 from vpmoe.tokenizer.compact import FIXED_IDS, CompactVocabulary, padded_size
@@ -111,41 +111,35 @@ def test_a_wrong_map_is_refused(compact: CompactVocabulary, full: O200kHarmony, 
         CompactVocabulary(full, change(compact.o200k_ids))
 
 
-def manifest_of(tokenizer: CompactVocabulary | O200kHarmony, digest: str | None) -> dict:
-    return {
-        "tokenizer": {
-            "name": tokenizer.name,
-            "rank_file_sha256": tokenizer.rank_file_sha256,
-            "padded_vocab_size": tokenizer.padded_vocab_size,
-            "compact_map": None if digest is None else {"path": "compact_vocab.npy", "sha256": digest},
-        }
-    }
+def write_manifest(folder: Path, tokenizer: CompactVocabulary | O200kHarmony, **changes: object) -> None:
+    pieces = {"path": "token_pieces.txt", "sha256": ""}
+    told = {"tokenizer": {**tokenizer.entry, "pieces": pieces, **changes}, "splits": {}}
+    write_record(folder / "manifest.json", {"schema_version": 1, "kind": "harmony_kd", "seq_length": 8, **told})
 
 
 def test_load_tokenizer_gives_back_what_the_manifest_names(
     compact: CompactVocabulary, full: O200kHarmony, tmp_path: Path
 ) -> None:
-    digest = compact.save(tmp_path / "compact_vocab.npy")
-    manifest = tmp_path / "manifest.json"
-    manifest.write_text(json.dumps(manifest_of(compact, digest)))
+    compact.save(tmp_path / "compact_vocab.npy")
+    write_manifest(tmp_path, compact)
     loaded = load_tokenizer(tmp_path)
     assert (loaded.name, loaded.vocab_size) == (compact.name, compact.vocab_size)
     assert pieces_file_bytes(loaded) == pieces_file_bytes(compact)
-    manifest.write_text(json.dumps(manifest_of(full, None)))
+    write_manifest(tmp_path, full)
     assert load_tokenizer(tmp_path).vocab_size == VOCAB_SIZE
 
 
 def test_load_tokenizer_refuses_what_it_cannot_trust(compact: CompactVocabulary, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"manifest\.json cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"no dataset here \(no manifest\.json\)"):
         load_tokenizer(tmp_path)
     manifest = tmp_path / "manifest.json"
     manifest.write_text("{")
     with pytest.raises(DataError, match=r"manifest\.json cannot be read"):
         load_tokenizer(tmp_path)
     manifest.write_text("{}")
-    with pytest.raises(DataError, match="lacks"):
+    with pytest.raises(DataError, match="no hash of itself"):
         load_tokenizer(tmp_path)
     compact.save(tmp_path / "compact_vocab.npy")
-    manifest.write_text(json.dumps(manifest_of(compact, "0" * 64)))
+    write_manifest(tmp_path, compact, compact_map={"path": "compact_vocab.npy", "sha256": "0" * 64})
     with pytest.raises(TokenizerError, match="sha256"):
         load_tokenizer(tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from megatron_vpmoe.config import RunConfig
+from megatron_vpmoe.files import read_record, write_record
 from tests.fixtures_dataset import PADDED_VOCAB, small_dataset
 from tests.tiny import tiny_config
 from tests.unit.vpmoe.upcycle.test_shape import DIM, HIDDEN, NEW, OLD
@@ -137,10 +137,10 @@ def test_an_edited_dataset_is_another_object(dataset: Path) -> None:
     spec = ObjectSpec(id="shaped", rung=3, path="shaped", job="shape")
     before = Shape().decides(spec, settings)
     manifest = dataset / "manifest.json"
-    content = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**content, "git": {"sha": "another commit"}}))
+    content = read_record(manifest)
+    write_record(manifest, {**content, "git": {"sha": "another commit"}})
     assert Shape().decides(spec, settings) == before
-    manifest.write_text(json.dumps({**content, "seq_length": content["seq_length"] + 1}))
+    write_record(manifest, {**content, "seq_length": content["seq_length"] + 1})
     assert Shape().decides(spec, settings) != before
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megatron_vpmoe.files import write_record
 from tests.tiny_qwen3 import write_qwen3
 from vpmoe.hf import tokenizer_files
 from vpmoe.hf.tokenization_vpmoe import COMPACT_MAP
@@ -55,11 +56,11 @@ def compact_vocabulary(size: int) -> CompactVocabulary:
 
 
 def dataset_of(folder: Path, vocabulary: CompactVocabulary) -> dict[str, Any]:
-    """A dataset's manifest as far as it tells of its vocabulary, and the map beside it; returns what it tells."""
-    told = {key: getattr(vocabulary, key) for key in ("name", "rank_file_sha256", "vocab_size", "padded_vocab_size")}
-    told["compact_map"] = {"path": COMPACT_MAP, "sha256": vocabulary.save(folder / COMPACT_MAP)}
-    (folder / "manifest.json").write_text(json.dumps({"tokenizer": told}))
-    return told
+    """A dataset's manifest without rows, and its map beside it; returns what it says of the vocabulary."""
+    vocabulary.save(folder / COMPACT_MAP)
+    told = {"tokenizer": {**vocabulary.entry, "pieces": {"path": "token_pieces.txt", "sha256": ""}}, "splits": {}}
+    write_record(folder / "manifest.json", {"schema_version": 1, "kind": "harmony_kd", "seq_length": 8, **told})
+    return vocabulary.entry
 
 
 def write_donor(

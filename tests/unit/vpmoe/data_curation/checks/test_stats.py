@@ -10,8 +10,8 @@ from conftest_dataset import ROWS
 from typer.testing import CliRunner
 
 from vpmoe.data_curation.app import app
-from vpmoe.data_curation.checks.sample import histogram, sample_split
-from vpmoe.data_curation.checks.stats import compare, log_likelihood
+from vpmoe.data_curation.checks.sample import histogram, quantile, sample_split
+from vpmoe.data_curation.checks.stats import QUANTILES, compare, log_likelihood
 from vpmoe.data_curation.conversations.convert import convert
 from vpmoe.data_curation.conversations.synth import resolve_synth
 from vpmoe.data_curation.datasets.kd import build
@@ -41,7 +41,7 @@ def counted(folder: Path) -> tuple[list[int], Counter[bytes]]:
     counts: Counter[bytes] = Counter()
     for shard in read_manifest(folder)["splits"]["train"]["shards"]:
         triple = read_triple(folder / "train", shard["name"])
-        lengths += np.diff(triple.bounds).tolist()
+        lengths += triple.lengths.tolist()
         counts.update(pieces[token] for token in triple.tokens)
     return lengths, counts
 
@@ -83,17 +83,20 @@ def test_log_likelihood_by_hand() -> None:
 def test_a_sample_is_spread_over_the_shards(dataset_dir: Path) -> None:
     manifest = read_manifest(dataset_dir)
     whole, part = (sample_split(dataset_dir, manifest, "train", limit) for limit in (0, 50))
-    assert len(whole.spans) == manifest["splits"]["train"]["rows"] > 0.9 * ROWS
-    stride = -(-len(whole.spans) // 50)
-    assert np.array_equal(part.spans, whole.spans[::stride]) and part.described.startswith(f"{len(part.spans)} of ")
-    assert whole.token_counts.sum() == manifest["splits"]["train"]["tokens"] == whole.lengths["all"].sum()
-    assert whole.spans[:, 1].sum() == manifest["splits"]["train"]["span_tokens"]["analysis"]
+    lengths, _ = counted(dataset_dir)
+    assert whole.read == len(lengths) == manifest["splits"]["train"]["rows"] > 0.9 * ROWS
+    assert part.lengths["all"] == Counter(lengths[:: -(-whole.read // 50)])
+    assert part.described.startswith(f"{part.read} of ")
+    assert whole.token_counts.sum() == manifest["splits"]["train"]["tokens"] == sum(whole.lengths["all"].elements())
+    assert sum(whole.lengths["analysis"].elements()) == manifest["splits"]["train"]["span_tokens"]["analysis"]
+    for share in QUANTILES.values():
+        assert quantile(whole.lengths["all"], share) == pytest.approx(np.quantile(lengths, share))
 
 
 def test_bars_hold_every_length() -> None:
-    bars = histogram(np.array([3, 3, 4, 9, 20]), 4)
+    bars = histogram(Counter([3, 3, 4, 9, 20]), 4)
     assert [(bar.low, bar.high, bar.count) for bar in bars] == [(3, 7, 3), (8, 12, 1), (13, 17, 0), (18, 22, 1)]
-    assert histogram(np.empty(0, np.int64), 4) == []
+    assert histogram(Counter(), 4) == [] and quantile(Counter(), 0.5) is None
 
 
 def test_the_command_prints_tables_or_json(dataset_dir: Path, other_dir: Path) -> None:

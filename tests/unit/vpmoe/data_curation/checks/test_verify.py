@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_vpmoe.files import file_entry
+from megatron_vpmoe.files import file_entry, read_record, write_record
 from vpmoe.data_curation.checks.verify import verify
 from vpmoe.data_curation.datasets.token_files import read_triple
+from vpmoe.data_curation.manifest import write_manifest
 from vpmoe.errors import DataError
 
 
@@ -26,10 +27,11 @@ def flip(path: Path, place: int) -> None:
 
 
 def edit_manifest(folder: Path, change: Callable[[dict], None]) -> None:
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
+    """Change a manifest with the hash of itself, as nobody but a program would."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
 
 
 def accept(folder: Path, split: str = "train") -> None:
@@ -155,12 +157,65 @@ def test_without_a_manifest_there_is_nothing_to_verify(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda manifest: manifest.pop("tokenizer"), "lacks 'tokenizer'"),
-        (lambda manifest: manifest["splits"]["train"].pop("shards"), "lacks 'shards'"),
-        (lambda manifest: manifest.update(splits=None), "wrong kind"),
-        (lambda manifest: manifest["splits"]["train"]["shards"][0].update(files=3), "wrong kind"),
+        (lambda manifest: manifest.pop("tokenizer"), "tokenizer: Field required"),
+        (lambda manifest: manifest["splits"]["train"].pop("shards"), "splits.train.shards: Field required"),
+        (lambda manifest: manifest.update(splits=None), "splits: Input should be"),
+        (lambda manifest: manifest["splits"]["train"]["shards"][0].update(files=3), "files: Input should be"),
+        (lambda manifest: manifest["tokenizer"]["pieces"].update(path="../../pieces"), "no name of a file"),
     ],
 )
-def test_a_damaged_manifest_is_a_fault_like_another(copy: Path, change: Callable, named: str) -> None:
+def test_a_manifest_of_another_shape_is_one_error(copy: Path, change: Callable, named: str) -> None:
     edit_manifest(copy, change)
-    assert any(named in fault and "manifest.json" in fault for fault in verify(copy))
+    with pytest.raises(DataError, match=named):
+        verify(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest["tokenizer"]["special_tokens"].update({"<|end|>": 3}),
+        lambda manifest: manifest["tokenizer"].update(rank_file_sha256="0" * 64),
+        lambda manifest: manifest.update(config_hash="0" * 64),
+        lambda manifest: manifest["length_histogram"]["train"]["counts"].reverse(),
+        lambda manifest: manifest.update(sha256=None),
+        lambda manifest: manifest.update(strange=1),
+    ],
+)
+def test_any_edit_of_a_manifest_is_seen(copy: Path, conversations_dir: Path, change: Callable) -> None:
+    for folder in (copy, Path(shutil.copytree(conversations_dir, copy / "input"))):
+        path = folder / "manifest.json"
+        manifest = {"tokenizer": {"special_tokens": {}}, "length_histogram": {"train": {"counts": [1, 2]}}}
+        manifest |= json.loads(path.read_text())
+        change(manifest)
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(DataError, match=r"manifest\.json (was edited|has no hash)"):
+            verify(folder)
+
+
+def test_edited_rejects_are_seen(copy: Path, conversations_dir: Path, tmp_path: Path) -> None:
+    for folder in (copy, Path(shutil.copytree(conversations_dir, tmp_path / "input"))):
+        (folder / "rejects.jsonl").write_text("\n")
+        (fault,) = verify(folder)
+        assert "rejects.jsonl does not have the sha256" in fault
+
+
+def test_what_the_manifest_counts_is_counted_again(copy: Path) -> None:
+    edit_manifest(copy, lambda manifest: manifest["length_histogram"]["train"]["counts"].reverse())
+    edit_manifest(copy, lambda manifest: manifest["tokenizer"]["special_tokens"].update({"<|end|>": 3}))
+    vocabulary, histogram = verify(copy)
+    assert "special_tokens is another" in vocabulary and "length_histogram.train" in histogram
+
+
+def test_a_manifest_from_before_it_had_a_hash_is_read_where_its_receipt_vouches_for_it(copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["sha256"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"no hash of itself, and manifest\.json does not have the sha256"):
+        verify(copy)
+    receipt = read_record(copy / "receipt.json")
+    receipt["files"]["manifest.json"] = file_entry(copy / "manifest.json")
+    write_record(copy / "receipt.json", receipt)
+    assert verify(copy) == []
+    (copy / "receipt.json").unlink()
+    with pytest.raises(DataError, match=r"receipt\.json does not vouch for it"):
+        verify(copy)

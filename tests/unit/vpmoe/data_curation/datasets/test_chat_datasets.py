@@ -17,6 +17,7 @@ from vpmoe.data_curation.datasets.encode import Documents, Encoded
 from vpmoe.data_curation.datasets.plan import BuildOptions
 from vpmoe.data_curation.datasets.sequential import Pass, build_sequential
 from vpmoe.data_curation.datasets.token_files import read_triple
+from vpmoe.data_curation.manifest import read_manifest, write_manifest
 from vpmoe.data_curation.rows.source import resolve
 from vpmoe.errors import DataError
 from vpmoe.harmony.conversation import Message
@@ -200,7 +201,7 @@ def test_sft_files_and_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (reject,) = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert (reject["row"], reject["reason"]) == ("rows.jsonl:201", "role_order") and "messages" in reject["excerpt"]
     triple = read_triple(tmp_path / "out" / "train", "shard_00")
-    first = Parser(FULL).messages(triple.tokens[: triple.bounds[1] - 1])
+    first = Parser(FULL).messages(triple.tokens[triple.place(0)][:-1])
     assert first[0].role == "system" and first[0].content == manifest["config"]["system_text"]
     assert manifest["prompts"] == {"system": first[0].content, "developer": None}
     assert verify(tmp_path / "out") == []
@@ -225,10 +226,7 @@ def test_preference_files_hold_chosen_and_rejected_side_by_side(tmp_path: Path) 
             triple = read_triple(folder / split, shard["name"])
             assert triple.documents % 2 == 0
             for pair in range(triple.documents // 2):
-                sides = [
-                    Parser(FULL).messages(triple.tokens[triple.bounds[d] : triple.bounds[d + 1] - 1])
-                    for d in (2 * pair, 2 * pair + 1)
-                ]
+                sides = [Parser(FULL).messages(triple.tokens[triple.place(d)][:-1]) for d in (2 * pair, 2 * pair + 1)]
                 assert sides[0][0] == sides[1][0]
                 seen[sides[0][0].content] = (sides[0][1].content, sides[1][1].content)
     assert seen == {row["prompt"]: (row["chosen"], row["rejected"]) for row in preference_rows(120)}
@@ -237,7 +235,7 @@ def test_preference_files_hold_chosen_and_rejected_side_by_side(tmp_path: Path) 
 
 def test_verify_sees_pairs_that_are_none(tmp_path: Path) -> None:
     folder = preference_dataset(tmp_path)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = read_manifest(folder)
     entry = manifest["splits"]["train"]["shards"][0]
     path = folder / "train" / f"{entry['name']}_tokens.bin"
     tokens = np.fromfile(path, np.int32)
@@ -245,7 +243,7 @@ def test_verify_sees_pairs_that_are_none(tmp_path: Path) -> None:
     tokens[where] = FULL.encode_ordinary("who")[0]
     tokens.tofile(path)
     entry["files"][path.name] = file_entry(path)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     assert any("1 pairs whose two prompts differ" in fault for fault in verify(folder))
 
 

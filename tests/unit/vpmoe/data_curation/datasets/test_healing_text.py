@@ -21,6 +21,7 @@ from dropping_hub import Hub
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_vpmoe.files import file_entry, read_record
 from vpmoe.cli import main
 from vpmoe.data_curation.checks.verify import verify
 from vpmoe.data_curation.datasets import build as pipeline
@@ -28,6 +29,7 @@ from vpmoe.data_curation.datasets.plan import BuildOptions, split_of
 from vpmoe.data_curation.datasets.sequential import Pass, build_sequential
 from vpmoe.data_curation.datasets.text import HealingText, cut, text_hash
 from vpmoe.data_curation.datasets.token_files import read_triple
+from vpmoe.data_curation.manifest import write_manifest
 from vpmoe.data_curation.rows import hub as hub_rows
 from vpmoe.data_curation.rows.source import resolve
 from vpmoe.errors import DataError, NotOursError
@@ -67,11 +69,11 @@ def stored_documents(folder: Path, split: str) -> list[tuple[str, list[int]]]:
     lengths: list[int] = []
     for shard in manifest["splits"][split]["shards"]:
         triple = read_triple(folder / split, shard["name"])
-        for begin, end in zip(triple.bounds, triple.bounds[1:], strict=False):
-            assert not triple.span[begin:end].any()
-            assert triple.lossmask[begin:end].tolist() == [1] * (end - begin - 1) + [0]
-            ids += triple.tokens[begin:end].tolist()
-            lengths.append(int(end - begin))
+        for place in map(triple.place, range(triple.documents)):
+            assert not triple.span[place].any()
+            assert triple.lossmask[place].tolist() == [1] * (place.stop - place.start - 1) + [0]
+            ids += triple.tokens[place].tolist()
+            lengths.append(place.stop - place.start)
             if ids[-1] == tokenizer.eod_id:
                 found.append((tokenizer.decode(ids[:-1]), lengths))
                 ids, lengths = [], []
@@ -97,7 +99,7 @@ def test_every_text_comes_back_from_its_split(source: Path, dataset_dir: Path, t
     assert verify(tmp_path) == []
     if compact:
         assert manifest["tokenizer"]["compact_map"]["sha256"] == manifest["config"]["compact_map_sha256"]
-    assert json.loads((tmp_path / "manifest.json").read_text()) == manifest
+    assert read_record(tmp_path / "manifest.json") == manifest
 
 
 @given(st.integers(2, 400), st.integers(16, 64))
@@ -295,10 +297,8 @@ def test_verify_sees_a_mask_that_is_not_of_text(source: Path, tmp_path: Path) ->
     path.write_bytes(b"\0" + path.read_bytes()[1:])
     files = manifest["splits"]["train"]["shards"][0]["files"]
     assert any("sha256" in fault for fault in verify(tmp_path))
-    from megatron_vpmoe.files import file_entry
-
     files[path.name] = file_entry(path)
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(tmp_path, manifest)
     assert any("loss mask is not that of plain text" in fault for fault in verify(tmp_path))
 
 

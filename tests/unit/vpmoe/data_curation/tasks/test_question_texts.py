@@ -43,9 +43,9 @@ def texts_of(dataset: Path, split: str) -> list[str]:
     shards = json.loads((dataset / "manifest.json").read_text())["splits"][split]["shards"]
     triples = [read_triple(dataset / split, shard["name"]) for shard in shards]
     return [
-        tokenizer.decode(triple.tokens[begin : end - 1].tolist())
+        tokenizer.decode(triple.tokens[triple.place(document)][:-1].tolist())
         for triple in triples
-        for begin, end in zip(triple.bounds, triple.bounds[1:], strict=False)
+        for document in range(triple.documents)
     ]
 
 
