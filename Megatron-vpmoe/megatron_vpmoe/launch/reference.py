@@ -12,7 +12,7 @@ from megatron_vpmoe.config.schema import FieldSpec, fields, section_types
 _USAGE = """usage: vpmoe train CONFIG [--field-name value ...] [--dry-run] [--debug]
 
 Train the run that CONFIG (a YAML file, see configs/) describes. Any field below overrides the file:
---micro-batch-size 4, --bf16 or --no-bf16, --window-size null. Paths are relative to the working directory.
+--micro-batch-size 4, --bf16 or --no-bf16, --window-size null, each once. Paths are relative to the working directory.
 
   --help      this text
   --dry-run   print the resolved configuration, its parameters and its memory, and exit (with 2: does not fit)

@@ -23,7 +23,8 @@ def open_sinks(cfg: RunConfig, directory: Path, *, resume_step: int = 0) -> Sequ
         directory: of the run.
         resume_step: last step whose records stay; later ones are of steps that will be done again.
     """
-    sinks: list[Sink] = [JsonlSink(directory / "metrics.jsonl", resume_step=resume_step)]
+    path = directory / "metrics.jsonl"
+    sinks: list[Sink] = [JsonlSink(path, resume_step=resume_step)]
     if cfg.logging.wandb_mode != "disabled":
         sinks.append(
             WandbSink(
@@ -32,6 +33,7 @@ def open_sinks(cfg: RunConfig, directory: Path, *, resume_step: int = 0) -> Sequ
                 mode=cfg.logging.wandb_mode,
                 directory=directory,
                 config=cfg.model_dump(mode="json"),
+                history=lambda: (record for record in read_records(path) if record.step <= resume_step),
             )
         )
     return sinks

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron_vpmoe.errors import DataError
-from megatron_vpmoe.files import json_line, read_json_lines, write_atomically
+from megatron_vpmoe.files import json_line, read_json_lines, sync, write_atomically
 from megatron_vpmoe.metrics.records import Record
 
 
@@ -32,11 +32,16 @@ class JsonlSink:
             kept = [record for record in read_records(path) if record.step <= resume_step]
             write_atomically(path, _lines(kept).encode())
         self._stream = path.open("a", encoding="utf-8")
+        sync(path.parent)
 
     def write(self, records: Sequence[Record]) -> None:
         """Append the records and hand them to the operating system."""
         self._stream.write(_lines(records))
         self._stream.flush()
+
+    def sync(self) -> None:
+        """Have every record on disk."""
+        sync(Path(self._stream.name))
 
     def close(self) -> None:
         """Close the file."""

@@ -29,6 +29,10 @@ class Sink(Protocol):
         """Take the records of one step."""
         ...
 
+    def sync(self) -> None:
+        """Have on disk what a checkpoint counts on."""
+        ...
+
     def close(self) -> None:
         """Finish; nothing is written afterwards."""
         ...
@@ -49,6 +53,11 @@ class MetricStream:
         records = [Record(step, tag, float(value)) for tag, value in values.items()]
         for sink in self._sinks:
             sink.write(records)
+
+    def sync(self) -> None:
+        """Before a checkpoint is sealed: a run that goes on from it finds every record up to there."""
+        for sink in self._sinks:
+            sink.sync()
 
     def close(self) -> None:
         """Close every sink."""

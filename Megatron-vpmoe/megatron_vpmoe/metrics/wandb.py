@@ -6,7 +6,8 @@ Offline by default: W&B then writes under the run's directory, and ``wandb sync`
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
@@ -33,6 +34,8 @@ class WandbSink:
         mode: "offline" writes locally, "online" uploads.
         directory: W&B puts its files into ``directory/wandb``.
         config: the resolved configuration, shown with the run.
+        history: of a resumed run, the records that it goes on from. Offline the new file holds them as well, and the
+            files before it, which may hold steps that are done again, are renamed: syncing uploads each step once.
         report: takes the line about a failure.
     """
 
@@ -44,6 +47,7 @@ class WandbSink:
         mode: Literal["offline", "online"],
         directory: Path,
         config: dict[str, Any],
+        history: Callable[[], Iterable[Record]] = tuple,
         report: Callable[[str], None] = _to_stderr,
     ) -> None:
         self._settings = {
@@ -55,6 +59,7 @@ class WandbSink:
             "dir": str(directory),
             "config": config,
         }
+        self._history = history
         self._report, self._reported = report, False
         self._dropped = 0
         self._queue: Queue[Sequence[Record] | None] = Queue(_QUEUED_STEPS)
@@ -68,6 +73,9 @@ class WandbSink:
             self._queue.put_nowait(records)
         except Full:
             self._dropped += 1
+
+    def sync(self) -> None:
+        """Nothing counts on W&B's files."""
 
     def close(self) -> None:
         """Let W&B finish, for half a minute at most."""
@@ -86,13 +94,14 @@ class WandbSink:
         try:
             import wandb
 
+            offline = self._settings["mode"] == "offline"
+            earlier = Path(self._settings["dir"]).glob(f"wandb/offline-run-*-{self._settings['id']}")
+            for folder in list(earlier) if offline else ():
+                folder.rename(folder.with_name(folder.name.replace("offline", "superseded", 1)))
             run = wandb.init(**self._settings, settings=wandb.Settings(silent=True))
+            _log(run, self._history() if offline else ())
             while (records := self._queue.get()) is not None:
-                by_step: dict[int, dict[str, float]] = {}
-                for step, tag, value in records:
-                    by_step.setdefault(step, {})[tag] = value
-                for step, values in by_step.items():
-                    run.log(values, step=step)
+                _log(run, records)
             run.finish()
         except Exception as error:
             self._report_once(f"{type(error).__name__}: {error}")
@@ -102,3 +111,8 @@ class WandbSink:
             self._reported = True
             first_line = reason.splitlines()[0] if reason else "unknown"
             self._report(f"Weights & Biases is out of action, training goes on without it: {first_line}")
+
+
+def _log(run: Any, records: Iterable[Record]) -> None:
+    for step, of_step in groupby(records, key=lambda record: record.step):
+        run.log({tag: value for _, tag, value in of_step}, step=step)

@@ -88,6 +88,7 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
         if _due(step, cfg.evaluation.sample_interval, last):
             samples.write(run.model, step)
         if _due(step, cfg.checkpoint.save_interval, last) or step == last or stopping:
+            metrics.sync()
             progress.saved(step, run.save(progress.note))
         throughput.restart()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ import torch
 
 from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.metrics import JsonlSink, MetricStream, Record, read_records
+from megatron_vpmoe.training import checkpoint
+from megatron_vpmoe.training.loop import train
+from tests.fixtures_dataset import small_dataset
+from tests.tiny import tiny_config
 
 
 def log(path: Path, steps: range, **arguments) -> None:
@@ -86,3 +91,32 @@ def test_a_stream_without_sinks_takes_everything():
     stream = MetricStream([])
     stream.log(1, {"a": 1.0})
     stream.close()
+
+
+def test_records_are_on_disk_before_a_checkpoint_counts_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single_process: None
+):
+    cfg = tiny_config(
+        data_path=small_dataset(tmp_path / "data"),
+        run_dir=tmp_path / "run",
+        train_iters=2,
+        save_interval=1,
+        lr_warmup_iters=1,
+        log_interval=1,
+    )
+    events: list[str] = []
+    on_disk, sealed = os.fsync, checkpoint.seal
+
+    def fsync(descriptor: int) -> None:
+        on_disk(descriptor)
+        if Path(f"/proc/self/fd/{descriptor}").readlink() == tmp_path / "run" / "metrics.jsonl":
+            events.append(f"records of step {read_records(tmp_path / 'run' / 'metrics.jsonl')[-1].step}")
+
+    def seal(partial: Path, final: Path, *rest: object) -> None:
+        events.append(final.name)
+        sealed(partial, final, *rest)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(checkpoint, "seal", seal)
+    train(cfg)
+    assert events == ["records of step 1", "iter_0000001", "records of step 2", "iter_0000002"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 import sys
 import threading
 import time
@@ -119,3 +121,41 @@ def test_offline_needs_no_account_and_leaves_a_run_to_sync(tmp_path: Path, monke
     sink.close()
     assert reports == []
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_a_resumed_offline_run_is_one_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first life ended abruptly after step 7 and goes on from step 5: what is left to sync has each step once."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    cfg = tiny_config(wandb_mode="offline")
+    for resume_step, steps in ((0, range(1, 8)), (5, range(6, 11))):
+        sinks = open_sinks(cfg, tmp_path, resume_step=resume_step)
+        for step in steps:
+            for sink in sinks:
+                sink.write([Record(step, "loss", float(step)), Record(step, "life", float(resume_step))])
+        for sink in sinks:
+            sink.close()
+    (left,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert len(list(tmp_path.glob("wandb/superseded-run-*/*.wandb"))) == 1  # nothing is removed
+    expected = [(step, {"loss": step, "life": 0 if step < 6 else 5}) for step in range(1, 11)]
+    deadline = time.monotonic() + 20
+    while (found := history(left)) != expected and time.monotonic() < deadline:
+        time.sleep(0.05)  # W&B's own process is still writing
+    assert found == expected
+
+
+def history(path: Path) -> list[tuple[int, dict[str, float]]]:
+    """(step, values) in the order of an offline run's file: one protobuf a record, as LevelDB's logs have them."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, at, found = path.read_bytes(), 7, []
+    while at + 7 <= len(content):
+        (length,) = struct.unpack_from("<H", content, at + 4)
+        whole = content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if len(whole) == length:
+            items = wandb_internal_pb2.Record.FromString(whole).history  # pyright: ignore[reportAttributeAccessIssue]
+            values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items.item}
+            if values := {key: value for key, value in values.items() if not key.startswith("_")}:
+                found.append((items.step.num, values))
+    assert at < 32768  # no record goes over the end of a block
+    return found
