@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron_vpmoe.data.manifest import read_manifest
 
 from megatron_vpmoe.config import load_config
 from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.manifest import read_manifest
 from tests import training_runs
 from tests.fixtures_dataset import rewrite_manifest
 from tests.golden.test_vocabulary_travels import WORDS

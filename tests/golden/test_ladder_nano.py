@@ -68,8 +68,9 @@ def write_ladder(folder: Path) -> Path:
         if entry["job"] in ("pretrain", "heal"):
             data = "texts_bpe" if identifier == "qwen3_trained" else "texts_o200k"
             settings["overrides"] = {**TRAINING, "data_path": str(folder / "data" / "ladder_nano" / data)}
-        if entry["job"] == "shape":
-            settings |= {"steps": 2, "calibration_tokens": 2000, "heldout_tokens": 200}
+        if entry["job"] in ("shape", "morph"):
+            settings |= {"calibration_tokens": 2000, "heldout_tokens": 200}
+            settings |= {"steps": 2} if entry["job"] == "shape" else {}
         if entry["job"] == "vocabulary":
             settings |= {"k": 4, "largest_norm_ratio": 1e3}
     lines = [f"{key} = {toml(value)}" for key, value in ladder.items()]

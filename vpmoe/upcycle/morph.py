@@ -8,7 +8,7 @@ changes. The receipt is a ledger: each switch alone on the model below, its logi
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,9 @@ from megatron_vpmoe.config import RunConfig
 from megatron_vpmoe.model.attention.grape import initial_log_frequencies
 from vpmoe.errors import UpcycleError
 from vpmoe.upcycle.constant_factors import constant_factors, relative_error
-from vpmoe.upcycle.job import DrawingSettings, Job, Product, Task
+from vpmoe.upcycle.job import Product, Task
+from vpmoe.upcycle.passages import TextJob, TextSettings, calibration_passages, heldout_passages
+from vpmoe.upcycle.residual_streams import Batch, batches_of
 from vpmoe.upcycle.rung_below import (
     LogitDifference,
     RungBelow,
@@ -33,7 +35,6 @@ from vpmoe.upcycle.rung_below import (
     text_loss,
 )
 from vpmoe.upcycle.sinks import calibrate_sinks
-from vpmoe.upcycle.vocabulary import tokens_of
 from vpmoe.weights import LazyTensor, Weights
 from vpmoe.weights.geometry import config_of, geometry_of
 from vpmoe.weights.heads import split_heads
@@ -51,41 +52,41 @@ _PLAIN = {
 _CHANGED = {*_PLAIN, "local_position_embedding", "window_attn_skip_freq", "tpa_rank", "tpa_q_rank", "tpa_factor_bias"}
 
 
-class MorphSettings(DrawingSettings):
+class MorphSettings(TextSettings):
     """Settings of ``morph``."""
 
-    texts: list[str] = Field(min_length=1)
-    """For the sinks' calibration, and on which the ledger's losses are."""
-    text_tokens: int = Field(default=512, ge=2)
-    """Most tokens of a text that are read."""
     sink_mass: float = Field(default=0.01, gt=0, lt=1)
-    """Part of the attention that a head's sink takes, in the mean over the texts."""
+    """Part of the attention that a head's sink takes, in the mean over the calibration text."""
     prompt_lengths: tuple[int, ...] = Field(default=(1, 7, 33), min_length=1)
     """Lengths of the prompts (of random tokens) of the ledger's logit differences; none above the window."""
     logit_tolerance: float = Field(default=1e-4, gt=0)
     """Largest allowed logit difference of an exact switch in fp32, relative to the largest logit where that is above
     1."""
 
+    @property
+    def calibrated(self) -> frozenset[str]:
+        """The sinks."""
+        return frozenset({"sinks"})
 
-class Morph(Job[MorphSettings]):
+
+class Morph(TextJob[MorphSettings]):
     """``model`` (full causal grouped-query attention with RoPE) -> the same model with the student's attention."""
 
     name: ClassVar[str] = "morph"
+    version: ClassVar[int] = 2
     roles: ClassVar[tuple[str, ...]] = ("model",)
     settings_type = MorphSettings
 
     def convert(self, task: Task[MorphSettings]) -> Product:
         below = RungBelow.open(task.inputs["model"])
         _check(task, below)
-        weights = morphed(below.weights, task.cfg, {})
-        if task.cfg.model.softmax_type == "learnable":
-            sinks = calibrate_sinks(
-                task.cfg, weights, _texts(task), task.settings.sink_mass, source=task.inputs["model"].spec.id
-            )
-            weights = morphed(below.weights, task.cfg, sinks)
-            task.report["sinks"] = {number: sink.tolist() for number, sink in sinks.items()}
+        heldout_passages(task)  # what is wrong with them is said now
+        passages = calibration_passages(task)
+        sinks = _sinks(task, below.weights, task.cfg, batches_of(passages, task.settings.batch_tokens))
+        task.report["calibration_tokens"] = passages.num_tokens
+        task.report["sinks"] = {number: sink.tolist() for number, sink in sinks.items()}
         task.report["factor_errors"] = factor_errors(below.weights, task.cfg)
-        return below.product(task.cfg, weights)
+        return below.product(task.cfg, morphed(below.weights, task.cfg, sinks))
 
     def verify(self, task: Task[MorphSettings], folder: Path) -> dict[str, Any]:
         below, written = below_and_written(task, folder)
@@ -93,9 +94,10 @@ class Morph(Job[MorphSettings]):
         found = switches(task.cfg, below.cfg, endless=ledger.longest + 1)
         entries = {name: ledger.entry(cfg, exact=exact) for name, (cfg, exact) in found.items()}
         return {
-            "texts_tokens": sum(len(text) - 1 for text in ledger.texts),
+            "heldout_tokens": ledger.heldout.num_tokens,
+            "scored_tokens": ledger.heldout.num_scored,
             "loss_before": ledger.loss_before,
-            "loss_after": text_loss(task.cfg, written, ledger.texts, source=task.spec.id),
+            "loss_after": ledger.loss(task.cfg, written),
             "switches": entries,
         }
 
@@ -104,12 +106,18 @@ class Ledger:
     """What single switches cost, measured on the model below in fp32."""
 
     def __init__(self, task: Task[MorphSettings], below: RungBelow) -> None:
-        self.task, self.below, self.texts = task, below, _texts(task)
+        self.task, self.below, self.heldout = task, below, heldout_passages(task)
+        calibration = calibration_passages(task)
+        self.batches = batches_of(calibration, task.settings.batch_tokens)
         self.source = task.inputs["model"].spec.id
         self.prompts = random_prompts(below.carried.vocab_size, task.settings.prompt_lengths, task.settings.seed)
-        self.longest = max(map(len, [*self.prompts, *self.texts]))
+        self.longest = max(map(len, [*self.prompts, *self.heldout.tokens, *calibration.tokens]))
         self.logits_before = logits_of(below.cfg, below.weights, self.prompts, source=self.source)
-        self.loss_before = text_loss(below.cfg, below.weights, self.texts, source=self.source)
+        self.loss_before = self.loss(below.cfg, below.weights)
+
+    def loss(self, cfg: RunConfig, weights: Weights) -> float:
+        """On the held-out text, in nats a token."""
+        return text_loss(cfg, weights, self.heldout.tokens, scored=self.heldout.scored, source=self.source)
 
     def entry(self, cfg: RunConfig, *, exact: bool) -> dict[str, Any]:
         """Logit difference on short prompts and loss on the texts of the model below under ``cfg``.
@@ -117,16 +125,13 @@ class Ledger:
         Raises:
             UpcycleError: an exact switch is none.
         """
-        weights = morphed(self.below.weights, cfg, {})
-        if cfg.model.softmax_type == "learnable":
-            sinks = calibrate_sinks(cfg, weights, self.texts, self.task.settings.sink_mass, source=self.source)
-            weights = morphed(self.below.weights, cfg, sinks)
+        weights = morphed(self.below.weights, cfg, _sinks(self.task, self.below.weights, cfg, self.batches))
         logits = logits_of(cfg, weights, self.prompts, source=self.source)
         found = LogitDifference.between(self.logits_before, logits)
         if exact:
             place = f"{self.task.spec.id}: {_features(cfg)}"
             found.require(self.task.settings.logit_tolerance, "an exact switch", source=place)
-        loss = text_loss(cfg, weights, self.texts, source=self.source)
+        loss = self.loss(cfg, weights)
         return {"exact_on_short_prompts": exact, **found.as_json(), "loss": loss, "cost": loss - self.loss_before}
 
 
@@ -235,8 +240,12 @@ def factor_errors(weights: Weights, cfg: RunConfig) -> dict[int, dict[str, float
     return found
 
 
-def _texts(task: Task[MorphSettings]) -> list[list[int]]:
-    return tokens_of(task.inputs["model"].hf, task.settings.texts, task.settings.text_tokens)
+def _sinks(task: Task[MorphSettings], below: Weights, cfg: RunConfig, batches: Sequence[Batch]) -> dict[int, Tensor]:
+    """Calibrated ones of a geometry of the model below; none where it has no sinks."""
+    if cfg.model.softmax_type != "learnable":
+        return {}
+    weights, source = morphed(below, cfg, {}), task.inputs["model"].spec.id
+    return calibrate_sinks(cfg, weights, batches, task.settings.sink_mass, source=source, progress=task.progress)
 
 
 def _check(task: Task[MorphSettings], below: RungBelow) -> None:

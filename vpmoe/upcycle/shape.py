@@ -16,17 +16,15 @@ import torch
 from torch import Tensor
 
 from megatron_vpmoe.config import RunConfig
-from megatron_vpmoe.manifest import read_manifest
 from vpmoe.errors import UpcycleError
 from vpmoe.upcycle.block_regression import Regression
 from vpmoe.upcycle.calibrated_layers import Calibration, Errors, calibrated_layers
-from vpmoe.upcycle.job import Job, Product, Task
-from vpmoe.upcycle.ladder_file import ObjectSpec
-from vpmoe.upcycle.passages import Passages
+from vpmoe.upcycle.job import Product, Task
+from vpmoe.upcycle.passages import Passages, TextJob, heldout_passages
 from vpmoe.upcycle.plain_shapes import FC1, FC2, PROJ, QKV, plain_attention, plain_feed_forward
 from vpmoe.upcycle.residual_streams import Rung, batches_of, block_errors
 from vpmoe.upcycle.rung_below import RungBelow, below_and_written, layer_and_name, refuse_other_changes, text_loss
-from vpmoe.upcycle.shape_settings import ShapeSettings, calibration_passages, heldout_passages
+from vpmoe.upcycle.shape_settings import ShapeSettings, enough_passages
 from vpmoe.upcycle.vocabulary import EMBEDDING, OUTPUT
 from vpmoe.weights import LazyTensor, Weights
 from vpmoe.weights.geometry import expected_shapes, process_groups
@@ -42,25 +40,20 @@ _CHANGED = {
 }
 
 
-class Shape(Job[ShapeSettings]):
+class Shape(TextJob[ShapeSettings]):
     """``model`` (a Qwen3 rung) -> the student's shapes, activation and biases, with plain attention."""
 
     name: ClassVar[str] = "shape"
+    version: ClassVar[int] = 2
     roles: ClassVar[tuple[str, ...]] = ("model",)
     settings_type = ShapeSettings
-
-    def decides(self, spec: ObjectSpec, settings: ShapeSettings) -> dict[str, Any]:
-        found = super().decides(spec, settings)
-        if settings.calibration:  # the dataset counts, not where it lies
-            found["settings"]["calibration"] = read_manifest(settings.calibration).sha256
-        return found
 
     def convert(self, task: Task[ShapeSettings]) -> Product:
         below = RungBelow.open(task.inputs["model"])
         refuse_other_changes(task, below, _CHANGED)
         _check(below.cfg, task.cfg, source=task.spec.id)
         heldout_passages(task)  # what is wrong with them is said now, not after hours
-        passages = calibration_passages(task) if task.settings.calibrated else None
+        passages = enough_passages(task) if task.settings.calibrated else None
         rungs = (below.cfg, below.weights), task.cfg
         weights, errors = convert_blocks(
             *rungs, task.settings, passages, task.scratch, source=task.spec.id, progress=task.progress

@@ -2,52 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_vpmoe.config import RunConfig
+from vpmoe.upcycle.residual_streams import Batch, embedded
 from vpmoe.weights import Weights
 from vpmoe.weights.geometry import process_groups
-from vpmoe.weights.streamed_model import streamed_model
+from vpmoe.weights.streamed_model import LayerByLayer
 
 
 def calibrate_sinks(
-    cfg: RunConfig, weights: Weights, texts: Sequence[Sequence[int]], mass: float, *, source: str
+    cfg: RunConfig,
+    weights: Weights,
+    batches: Sequence[Batch],
+    mass: float,
+    *,
+    source: str,
+    progress: Callable[[str, int], None],
 ) -> dict[int, Tensor]:
     """The sinks at which a query gives ``mass`` of its attention to the sink, in the mean over all queries.
 
-    A pass through the layers in order: each layer's sinks are set before its output is computed, so later layers see
-    what they will see.
+    All texts go through one layer before they come to the next: its sinks are set before its output is computed, so
+    later layers see what they will see. Memory holds a layer and, of every token, the residual stream and the values of
+    layer 1.
 
     Args:
         cfg: a geometry with sinks.
         weights: of it, the sinks of any value.
-        texts: as tokens.
+        batches: of the calibration texts.
         mass: between 0 and 1.
+        source: for messages.
+        progress: told each layer and its bytes.
 
     Returns:
         layer (from 1) -> fp32 [heads].
     """
-    from megatron_vpmoe.model.attention.masks import left_padded
-
     sinks: dict[int, Tensor] = {}
     with process_groups(), torch.no_grad():
-        model = streamed_model(cfg, weights, source=source)
-        layers: Any = model.decoder.layers
-        for number, layer in enumerate(layers, 1):
-
-            def enter(attention: Any, arguments: tuple[Any, ...], number: int = number) -> None:
-                hidden, layout = arguments[:2]
-                lse_BHQ = log_sum_exp(attention, hidden, layout)
-                real_BQ = layout.document_id >= 0
-                sinks[number] = sink_of_mass(lse_BHQ.transpose(0, 1)[:, real_BQ], mass)
-                attention.sink.copy_(sinks[number])
-
-            layer.self_attention.register_forward_pre_hook(enter)
-        model(*left_padded(texts, torch.device("cpu")))
+        model = LayerByLayer(cfg, weights, source=source)
+        streams = embedded(model, batches)
+        values: list[Tensor | None] = [None] * len(batches)
+        for index in range(model.count):
+            with model.layer(index) as layer:
+                found = [
+                    log_sum_exp(layer.self_attention, layer.input_layernorm(stream), batch.layout).transpose(0, 1)[
+                        :, batch.real_SB.t()
+                    ]
+                    for stream, batch in zip(streams, batches, strict=True)
+                ]
+                sinks[index + 1] = sink_of_mass(torch.cat(found, 1), mass)
+                layer.self_attention.sink.copy_(sinks[index + 1])
+                for number, batch in enumerate(batches):
+                    streams[number], values[number] = layer(streams[number], batch.layout, values[number], None, None)
+                progress(f"sinks of layer {index + 1}", sum(value.nbytes for value in layer.parameters()))
     return sinks
 
 

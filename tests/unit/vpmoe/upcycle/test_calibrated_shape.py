@@ -16,8 +16,10 @@ from tests.tiny import tiny_config
 from tests.unit.vpmoe.upcycle.test_shape import DIM, HIDDEN, NEW, OLD
 from tests.unit.vpmoe.upcycle.tiny_rungs import TEXT, make, object_of, random_weights
 from vpmoe.errors import UpcycleError
+from vpmoe.upcycle.inputs import Input
+from vpmoe.upcycle.job import Task
 from vpmoe.upcycle.ladder_file import ObjectSpec
-from vpmoe.upcycle.passages import Passages
+from vpmoe.upcycle.passages import Passages, calibration_passages
 from vpmoe.upcycle.shape import Shape, convert_blocks
 from vpmoe.upcycle.shape_settings import ShapeSettings
 from vpmoe.weights import LazyTensor
@@ -142,6 +144,19 @@ def test_an_edited_dataset_is_another_object(dataset: Path) -> None:
     assert Shape().decides(spec, settings) == before
     write_record(manifest, {**content, "seq_length": content["seq_length"] + 1})
     assert Shape().decides(spec, settings) != before
+
+
+@pytest.mark.parametrize("asked", [2, 3, 47, 100, 333])
+def test_never_more_tokens_than_asked_for(dataset: Path, asked: int) -> None:
+    """The last passage is cut; one token alone, too few for a passage, may be missing."""
+    chosen = {"calibration": str(dataset), "calibration_tokens": asked, "heldout_tokens": asked, "text_tokens": 40}
+    spec, cfg = ObjectSpec(id="x", rung=3, path="x", job="shape"), tiny_config(**{**NEW, **VOCABULARY})
+    task = Task(spec, cfg, {"model": Input(spec, cfg, {}, None)}, ShapeSettings.model_validate(chosen), Path(), _silent)
+    passages = Passages.of_dataset(dataset, "valid", asked, longest=40, padded_vocab_size=PADDED_VOCAB, seed=1)
+    for found in (calibration_passages(task), passages):
+        assert found.num_tokens <= asked and (found is passages or found.num_tokens >= asked - 1)
+        for tokens, marks in zip(found.tokens, found.scored, strict=True):
+            assert 2 <= len(tokens) == len(marks) <= 40 and not marks[-1]
 
 
 def test_texts_that_do_not_do_are_refused(tmp_path: Path, dataset: Path) -> None:

@@ -17,7 +17,9 @@ from vpmoe.upcycle.constant_factors import constant_factors, relative_error
 from vpmoe.weights.geometry import config_of, geometry_of, load_model, process_groups
 
 SIZES = {"num_layers": 2, "padded_vocab_size": 320, "num_attention_heads": 4, "num_query_groups": 2}
-SETTINGS: dict[str, Any] = {"texts": [TEXT, TEXT[20:]], "prompt_lengths": [1, 4], "text_tokens": 12}
+CALIBRATION = [TEXT, TEXT[20:]]
+SETTINGS: dict[str, Any] = {"calibration_texts": CALIBRATION, "texts": [TEXT[9:], TEXT[30:]]}
+SETTINGS |= {"prompt_lengths": [1, 4], "text_tokens": 12, "batch_tokens": 12}
 
 
 @pytest.mark.slow
@@ -41,7 +43,7 @@ def test_the_ledger(tmp_path: Path) -> None:
     assert found["loss_after"] != pytest.approx(found["loss_before"], abs=1e-4)
     assert report["conversion"]["factor_errors"] == {"1": {"q": 0.0, "k": 0.0, "v": 0.0}}
     tokenizer = open_tokenizer(below.hf)
-    texts = [tokenizer(text)["input_ids"][:12] for text in SETTINGS["texts"]]
+    texts = [tokenizer(text)["input_ids"][:12] for text in CALIBRATION]
     for number in (1, 2):
         assert mean_sink_mass(new, weights, number, texts) == pytest.approx(0.01, abs=2e-5)
 
