@@ -6,9 +6,11 @@ from its beginning at most, never the whole dataset.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from vpmoe.data_curation.rows.files import Columns, Row
@@ -18,6 +20,22 @@ from vpmoe.errors import DataError
 # Waits between attempts that bring no row; a row that arrives starts the count afresh.
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)
 _STATE_ROWS = 1000
+_COMMIT = re.compile("[0-9a-f]{40}")
+
+
+def commit(hub_id: str, revision: str | None) -> str:
+    """``revision``, if it pins the dataset ``hub_id``: a branch or a tag moves, and the work could not be repeated.
+
+    Raises:
+        DataError: it is no whole commit hash.
+    """
+    if revision is None or not _COMMIT.fullmatch(revision):
+        raise DataError(
+            f"{hub_id} is no local path, and to be read from the hub it needs a commit, not {revision or 'nothing'!r}",
+            source="--revision",
+            remedy="pass --revision <commit>: the 40 hexadecimal digits that the dataset's page shows under its files",
+        )
+    return revision
 
 
 class HubRows:
@@ -83,12 +101,15 @@ class HubRows:
         import datasets
 
         self._stream = None
-        stream = datasets.load_dataset(
-            self._hub_id, self._config, revision=self._revision, split=self._split, streaming=True
-        )
+        build = partial(datasets.load_dataset_builder, self._hub_id, self._config, revision=self._revision)
+        builder = build()
+        stream = builder.as_streaming_dataset(split=self._split)
         if stream.column_names:
             wanted = self._columns.of(stream.column_names, self._hub_id)
             if self._columns.needed is not None:
+                # Selecting alone drops columns that were fetched; parquet's reader is told not to fetch them.
+                if hasattr(builder.config, "columns"):
+                    stream = build(columns=wanted).as_streaming_dataset(split=self._split)
                 stream = stream.select_columns(wanted)
         if self._state is not None:
             stream.load_state_dict(self._state)

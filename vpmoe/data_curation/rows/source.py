@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from megatron_vpmoe.files import file_entry
 from vpmoe.data_curation.rows.files import Columns, Row, read_file
-from vpmoe.data_curation.rows.hub import HubRows
+from vpmoe.data_curation.rows.hub import HubRows, commit
 from vpmoe.data_curation.rows.parquet import row_count
 from vpmoe.errors import DataError, RowError
 
@@ -149,7 +149,7 @@ def resolve(
 
     Raises:
         DataError: neither; a folder without such a file, or with one that cannot be reached; a hub id without a
-            pinned revision.
+            commit.
     """
     path = Path(spelled)
     shown = ", ".join(f"*{suffix}" for suffix in suffixes)
@@ -168,13 +168,7 @@ def resolve(
             source="--input",
             remedy=f"pass a file or folder of {shown}, or a hub id such as PleIAs/SYNTH",
         )
-    if revision is None:
-        raise DataError(
-            f"{spelled} is no local path; read from the hub it needs a pinned revision",
-            source="--revision",
-            remedy="pass --revision <commit> (shown on the dataset's page), so that the work can be repeated",
-        )
-    return RowSource((), spelled, None, spelled, revision, hub_config, hub_split)
+    return RowSource((), spelled, None, spelled, commit(spelled, revision), hub_config, hub_split)
 
 
 def _files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import datasets
 
-_LOAD = datasets.load_dataset
+_BUILDER = datasets.load_dataset_builder
 
 
 class Hub:
@@ -15,15 +15,23 @@ class Hub:
     def __init__(self, folder: Path, chance: float, seed: int = 0) -> None:
         self.folder, self.chance, self.draw, self.drops = folder, chance, random.Random(seed), 0
 
-    def load_dataset(self, *_: object, **__: object) -> "_Stream":
-        self.drop_perhaps()
+    def load_dataset_builder(self, *_: object, columns: list[str] | None = None, **__: object) -> "_Builder":
         paths = [str(path) for path in sorted(self.folder.glob("*.parquet"))]
-        return _Stream(self, _LOAD("parquet", data_files=paths, split="train", streaming=True))
+        return _Builder(self, _BUILDER("parquet", data_files=paths, columns=columns))
 
     def drop_perhaps(self) -> None:
         if self.draw.random() < self.chance:
             self.drops += 1
             raise ConnectionResetError("the line dropped")
+
+
+class _Builder:
+    def __init__(self, hub: Hub, builder: datasets.DatasetBuilder) -> None:
+        self.hub, self.builder, self.config = hub, builder, builder.config
+
+    def as_streaming_dataset(self, *, split: str) -> "_Stream":
+        self.hub.drop_perhaps()
+        return _Stream(self.hub, self.builder.as_streaming_dataset(split=split))
 
 
 class _Stream:

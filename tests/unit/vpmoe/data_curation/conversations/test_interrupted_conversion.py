@@ -57,7 +57,7 @@ def converted(output: Path, overwrite: bool = False) -> Path:
 
 @pytest.fixture
 def straight(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
-    monkeypatch.setattr(datasets, "load_dataset", Hub(files, 0).load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", Hub(files, 0).load_dataset_builder)
     found = made(converted(tmp_path / "straight"))
     assert sorted(found) == ["manifest.json", "rejects.jsonl", *(f"shard_{n:02d}.parquet" for n in range(3))]
     assert json.loads(found["manifest.json"])["rows"] == ROWS - 1
@@ -74,7 +74,7 @@ def test_dropped_connections_change_nothing(
     files: Path, straight: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     hub = Hub(files, 0.03, seed)
-    monkeypatch.setattr(datasets, "load_dataset", hub.load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", hub.load_dataset_builder)
     assert made(converted(tmp_path / "dropped")) == straight
     assert hub.drops > 3
 
@@ -86,7 +86,7 @@ def test_a_conversion_that_gave_up_goes_on_where_it_stopped(
     read, attempts = [], 0
     while not (tmp_path / "out").exists():
         hub = Hub(files, 0.006, attempts)
-        monkeypatch.setattr(datasets, "load_dataset", hub.load_dataset)
+        monkeypatch.setattr(datasets, "load_dataset_builder", hub.load_dataset_builder)
         attempts += 1
         try:
             converted(tmp_path / "out")
@@ -102,7 +102,7 @@ def test_an_unfinished_conversion_of_something_else_is_not_gone_on_with(
 ) -> None:
     monkeypatch.setattr(hub_rows, "RETRY_SECONDS", ())
     for seed in range(20):
-        monkeypatch.setattr(datasets, "load_dataset", Hub(files, 0.005, seed).load_dataset)
+        monkeypatch.setattr(datasets, "load_dataset_builder", Hub(files, 0.005, seed).load_dataset_builder)
         with suppress(DataError):
             converted(tmp_path / "out")
         if rows_read(tmp_path / "out"):

@@ -225,7 +225,7 @@ def test_a_hub_that_drops_the_connection_changes_nothing(
     kind, extent = HealingText(BASE), Pass(shard_tokens=1000)
 
     def built(hub: Hub, output: Path) -> dict[str, bytes]:
-        monkeypatch.setattr(datasets, "load_dataset", hub.load_dataset)
+        monkeypatch.setattr(datasets, "load_dataset_builder", hub.load_dataset_builder)
         build_sequential(resolve("owner/rows", "c0ffee"), output, kind, extent, quiet=True)
         return tree(output)
 

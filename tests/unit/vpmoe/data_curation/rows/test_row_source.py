@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -221,35 +222,50 @@ def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
         resolve_synth(str(tmp_path))
 
 
-def test_a_hub_id_needs_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1.0", "abc123", COMMIT.upper(), COMMIT + "\n"])
+def test_a_hub_id_needs_a_commit(revision: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="--revision"):
-        resolve("PleIAs/SYNTH")
-    source = resolve("PleIAs/SYNTH", "abc123")
-    assert (source.hub_id, source.revision, source.files) == ("PleIAs/SYNTH", "abc123", ())
+    with pytest.raises(DataError, match=r"needs a commit(.|\n)*--revision"):
+        resolve("PleIAs/SYNTH", revision)
+    source = resolve("PleIAs/SYNTH", COMMIT)
+    assert (source.hub_id, source.revision, source.files) == ("PleIAs/SYNTH", COMMIT, ())
 
 
 def test_an_unreachable_hub_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
     def offline(*_: object, **options: object) -> None:
-        assert options["revision"] == "abc" and options["streaming"]
+        assert options["revision"] == COMMIT
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(datasets, "load_dataset_builder", offline)
     monkeypatch.setattr(hub_rows, "RETRY_SECONDS", (0, 0))
     with pytest.raises(DataError, match="no route to host") as caught:
-        list(resolve("owner/name", "abc").rows())
+        list(resolve("owner/name", COMMIT).rows())
     assert "check network" in str(caught.value)
 
 
-def test_the_hub_is_streamed_with_the_asked_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    rows = [{**row, "more": 1} for row in ROWS]
-    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: stream)
-    found = list(resolve("owner/name", "abc").rows(("id", "text")))
+@pytest.mark.parametrize("form", ["parquet", "json"])
+def test_columns_that_are_not_needed_are_not_fetched(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file's other column is unreadable, where a format has columns that can be left out."""
+    path = tmp_path / f"rows.{form}"
+    if form == "json":
+        path.write_text("".join(json.dumps({**row, "more": 1}) + "\n" for row in ROWS))
+    else:
+        table = pa.Table.from_pylist([{**row, "more": f"{row['id']} is heavy"} for row in ROWS])
+        pq.write_table(table, path, compression="NONE", use_dictionary=False)
+        column = pq.ParquetFile(path).metadata.row_group(0).column(table.schema.names.index("more"))
+        torn = bytearray(path.read_bytes())
+        torn[column.data_page_offset : column.data_page_offset + 20] = b"\xff" * 20
+        path.write_bytes(torn)
+    build = datasets.load_dataset_builder
+    monkeypatch.setattr(
+        datasets, "load_dataset_builder", lambda *_, revision, **given: build(form, data_files=str(path), **given)
+    )
+    found = list(resolve("owner/name", COMMIT).rows(("id", "text")))
     assert found[3] == ("owner/name:3", ROWS[3]) and len(found) == 20
     with pytest.raises(DataError, match="columns title are missing; found id, more, text"):
-        list(resolve("owner/name", "abc").rows(("title",)))
+        list(resolve("owner/name", COMMIT).rows(("title",)))
