@@ -96,12 +96,12 @@ def main(arguments: list[str] | None = None) -> int:
         if strange := [word for word in words if not _is_utf8(word)]:
             raise VpmoeError("not UTF-8", source=ascii(strange[0]), remedy="rename it: libraries open no such name")
         app(args=[word for word in words if word != "--debug"], prog_name="vpmoe", obj=debug)
-    except VpmoeError as error:
+    except (VpmoeError, OSError) as error:
         if debug:
             traceback.print_exc()
         else:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+            print(f"{type(error).__name__}: {_told(error)}", file=sys.stderr)
+        return _told(error).exit_code
     except SystemExit as end:
         return _exit_code(end)
     finally:
@@ -111,6 +111,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _is_utf8(word: str) -> bool:
     return word == word.encode(errors="replace").decode()
+
+
+def _told(error: VpmoeError | OSError) -> VpmoeError:
+    """A full disk, or a path that cannot be read or written, told as every other error of a user."""
+    if isinstance(error, VpmoeError):
+        return error
+    remedy = "make room or mend the path, then give the same command again; what was finished is as it was"
+    where = None if error.filename is None else str(error.filename)
+    return VpmoeError(error.strerror or str(error), source=where, remedy=remedy)
 
 
 def _exit_code(end: SystemExit) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -13,6 +14,7 @@ from rich.progress import Progress as Bar
 
 _LINE_SECONDS = 10.0
 _BAR_SECONDS = 0.1
+_LONG_TO_HASH = 1 << 30
 
 
 class Progress:
@@ -94,3 +96,10 @@ class Progress:
         counted = f"{self.done / self._scale:,.{digits}f}{whole} {self._unit}  {rate:,.{digits}f} {self._unit}/s"
         tokens = f"  {self.tokens / seconds / 1e6:.2f} M tokens/s" if self.tokens else ""
         return f"{counted}{tokens}{'  ' * bool(doing)}{doing}"
+
+
+@contextmanager
+def hashing(phase: str, total: int) -> Iterator[Callable[[int], None]]:
+    """What is told the bytes of each piece that is hashed, of ``total``; shown where that takes long."""
+    with Progress(phase, total, unit="MB", scale=1e6, quiet=total < _LONG_TO_HASH) as progress:
+        yield progress.add

@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
+# Control characters drive a terminal, direction controls make text read otherwise than it is, and what has no width
+# (tags, fillers, joiners, variation selectors) hides text in text.
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
+    "\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U00013430-\U0001343f"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+
+
+def visible(text: str) -> str:
+    """Control, direction and invisible characters (but line feed and tab) as code points, such as ``\\x1b``."""
+    return _HIDDEN.sub(lambda found: ascii(found[0])[1:-1], text)
+
 
 class VpmoeError(Exception):
     """Base of every error that is the user's to mend; entry points print it without a traceback and exit with 2.
@@ -21,7 +36,7 @@ class VpmoeError(Exception):
             lines.append(f"  where:  {source}")
         if remedy:
             lines.append(f"  remedy: {remedy}")
-        super().__init__("\n".join(lines))
+        super().__init__(visible("\n".join(lines)))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Worker processes raise these: by default, unpickling would pass the rendered text as `what`.

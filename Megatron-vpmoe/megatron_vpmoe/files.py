@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,6 +18,8 @@ from megatron_vpmoe.errors import DataError, NonFiniteError, VpmoeError
 
 RECEIPT = "receipt.json"
 """In a folder that a keyed step made: a record (:func:`write_record`) of its files, with their hashes."""
+Tell = Callable[[int], object]
+_PIECE_BYTES = 1 << 20
 _ESCAPED = "backslashreplace"  # what UTF-8 has no bytes for (a file's name that is not UTF-8): as JSON escapes it
 
 
@@ -53,10 +55,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of_file(path: Path) -> str:
-    """Hex sha256 of a file of any size."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def sha256_of_file(path: Path, tell: Tell | None = None) -> str:
+    """Hex sha256 of a file of any size; ``tell`` is told the bytes of each piece that is read."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as stream:
+        while piece := stream.read(_PIECE_BYTES):
+            digest.update(piece)
+            if tell is not None:
+                tell(len(piece))
+    return digest.hexdigest()
 
 
 def sha256_of_json(value: Any) -> str:
@@ -179,9 +186,9 @@ def parse_json_lines(lines: Iterable[bytes], source: str, *, ours: bool = True) 
         yield number, value
 
 
-def file_entry(path: Path) -> dict[str, Any]:
-    """``{"bytes", "sha256"}`` of a file."""
-    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+def file_entry(path: Path, tell: Tell | None = None) -> dict[str, Any]:
+    """``{"bytes", "sha256"}`` of a file; ``tell`` as for :func:`sha256_of_file`."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path, tell)}
 
 
 def list_files(folder: Path, *, leave_out: Collection[str] = ()) -> dict[str, dict[str, Any]]:
@@ -191,12 +198,15 @@ def list_files(folder: Path, *, leave_out: Collection[str] = ()) -> dict[str, di
     return {name.as_posix(): file_entry(file) for name, file in named.items() if name.parts[0] not in leave_out}
 
 
-def first_damage(folder: Path, files: Mapping[str, Mapping[str, Any]], *, check_hashes: bool) -> str | None:
+def first_damage(
+    folder: Path, files: Mapping[str, Mapping[str, Any]], *, check_hashes: bool, tell: Tell | None = None
+) -> str | None:
     """The first file that is not as it was listed; None if all are.
 
     Args:
         files: from ``list_files``, or with ``sha256`` alone.
         check_hashes: compare contents, not only names and sizes.
+        tell: as for :func:`sha256_of_file`.
     """
     for name, expected in files.items():
         try:
@@ -207,6 +217,6 @@ def first_damage(folder: Path, files: Mapping[str, Mapping[str, Any]], *, check_
             return f"{name} is missing"
         if file.stat().st_size != expected.get("bytes", file.stat().st_size):
             return f"{name} has {file.stat().st_size} bytes, {expected['bytes']} were written"
-        if check_hashes and sha256_of_file(file) != expected["sha256"]:
+        if check_hashes and sha256_of_file(file, tell) != expected["sha256"]:
             return f"{name} does not have the sha256 that was written"
     return None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from megatron_vpmoe.files import first_damage, write_record
+from megatron_vpmoe.files import Tell, first_damage, write_record
 from megatron_vpmoe.manifest import (
     FILE_NAME,
     Content,
@@ -112,7 +112,13 @@ def read_manifest(folder: Path, *kinds: str) -> dict[str, Any]:
     return manifest
 
 
-def check_files(folder: Path, files: dict[str, dict[str, Any]], *, remedy: str) -> None:
-    """Hold files against their manifest's entries; raises :class:`DataError` for the first that differs."""
-    if damage := first_damage(folder, files, check_hashes=True):
+def check_files(folder: Path, files: dict[str, dict[str, Any]], *, remedy: str, tell: Tell | None = None) -> None:
+    """Hold files against their manifest's entries; raises :class:`DataError` for the first that differs.
+
+    Args:
+        folder, files: as for :func:`~megatron_vpmoe.files.first_damage`.
+        remedy: of the error.
+        tell: told the bytes of each piece that is read.
+    """
+    if damage := first_damage(folder, files, check_hashes=True, tell=tell):
         raise DataError(damage, source=str(folder), remedy=remedy)

@@ -8,7 +8,7 @@ proof that the folder is ours: nothing without one is ever removed, and finished
 
 from vpmoe.steps.receipt import RECEIPT, content_sha256, read_receipt
 from vpmoe.steps.single import MARK, check_replaceable, save_figure
-from vpmoe.steps.step import State, Step
+from vpmoe.steps.step import State, Step, check_place
 from vpmoe.steps.work import Say, Work, discard, run
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "State",
     "Step",
     "Work",
+    "check_place",
     "check_replaceable",
     "content_sha256",
     "discard",

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_vpmoe.errors import visible
 from vpmoe.data_curation.checks.sample import DEFAULT_DOCUMENTS, Sample, quantile, sample_split, split_entry
-from vpmoe.data_curation.look.text import visible
 from vpmoe.data_curation.manifest import KINDS, read_manifest
 from vpmoe.harmony.spans import SPAN_NAMES
 from vpmoe.tokenizer.from_dataset import load_tokenizer

@@ -1,7 +1,8 @@
 """Re-checking a dataset against its manifest and against itself; every fault is listed, not only the first.
 
 Of token files: hash of each file, lengths of the three signals, ids within the vocabulary, <|endoftext|> at each end,
-loss mask and span in agreement, all sums of the manifest; and for a sample of conversations, spans worked out a second
+loss mask and span in agreement, all sums of the manifest, no document in both splits; and for a sample of
+conversations, spans worked out a second
 time by the parser. Of conversation shards: hash, rows, and that no file was added.
 """
 
@@ -14,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vpmoe.files import inside, read_json_lines, sha256_of_file
+from megatron_vpmoe.files import Tell, inside, read_json_lines, sha256_of_file
 from megatron_vpmoe.manifest import FILE_NAME, PAIR, PREFERENCE
+from vpmoe.data_curation.checks.duplicates import across_splits
 from vpmoe.data_curation.checks.kinds import REBUILD, check_sample, signal_checks
 from vpmoe.data_curation.conversations.store import open_shard
 from vpmoe.data_curation.datasets.encode import Documents
@@ -25,6 +27,7 @@ from vpmoe.data_curation.datasets.write import SplitStats, histogram_width
 from vpmoe.data_curation.manifest import CONVERSATIONS, check_files, read_manifest
 from vpmoe.errors import DataError, VpmoeError
 from vpmoe.harmony.spans import SPAN_NAMES
+from vpmoe.progress import hashing
 from vpmoe.tokenizer import Tokenizer
 from vpmoe.tokenizer.from_dataset import load_tokenizer
 
@@ -48,15 +51,23 @@ def verify(
         DataError: there is no readable manifest, so nothing to check against.
     """
     manifest = read_manifest(dataset_dir)
-    checks = [_reject_faults(dataset_dir, manifest), _conversation_faults(dataset_dir, manifest)]
-    if manifest["kind"] != CONVERSATIONS:
-        checks = [
-            _input_faults(manifest, input_dir),
-            _named_file_faults(dataset_dir, manifest),
-            _reject_faults(dataset_dir, manifest),
-            _token_faults(dataset_dir, manifest, parsed_per_shard),
-        ]
-    return [str(fault) for faults in checks for fault in faults]
+    with hashing("verifying", _bytes_of(manifest)) as tell:
+        checks = [_reject_faults(dataset_dir, manifest), _conversation_faults(dataset_dir, manifest, tell)]
+        if manifest["kind"] != CONVERSATIONS:
+            checks = [
+                _input_faults(manifest, input_dir),
+                _named_file_faults(dataset_dir, manifest),
+                _reject_faults(dataset_dir, manifest),
+                _token_faults(dataset_dir, manifest, parsed_per_shard, tell),
+            ]
+        return [str(fault) for faults in checks for fault in faults]
+
+
+def _bytes_of(manifest: dict[str, Any]) -> int:
+    if manifest["kind"] == CONVERSATIONS:
+        return manifest["bytes"]
+    shards = [shard for entry in manifest["splits"].values() for shard in entry["shards"]]
+    return sum(file["bytes"] for shard in shards for file in shard["files"].values())
 
 
 def summary(dataset_dir: Path) -> str:
@@ -68,11 +79,11 @@ def summary(dataset_dir: Path) -> str:
     return "; ".join(f"{split} {entry['rows']:,} documents, {entry['tokens']:,} tokens" for split, entry in splits)
 
 
-def _conversation_faults(folder: Path, manifest: dict[str, Any]) -> Faults:
+def _conversation_faults(folder: Path, manifest: dict[str, Any], tell: Tell) -> Faults:
     for entry in manifest["shards"]:
         path = inside(folder, entry["name"])
         try:
-            check_files(folder, {entry["name"]: entry}, remedy=_RECONVERT)
+            check_files(folder, {entry["name"]: entry}, remedy=_RECONVERT, tell=tell)
             rows = open_shard(path).metadata.num_rows
         except DataError as error:
             yield error
@@ -129,13 +140,14 @@ def _unlisted(folder: Path, pattern: str, listed: set[str], remedy: str) -> Faul
             yield DataError("a file that the manifest does not list", source=str(path), remedy=remedy)
 
 
-def _token_faults(folder: Path, manifest: dict[str, Any], parsed: int) -> Faults:
+def _token_faults(folder: Path, manifest: dict[str, Any], parsed: int, tell: Tell) -> Faults:
     tokenizer = None
     try:
         tokenizer = load_tokenizer(folder)
         yield from _vocabulary_faults(folder, manifest["tokenizer"], tokenizer)
     except VpmoeError as error:
         yield error
+    shards_sound = True
     for split, entry in manifest["splits"].items():
         counted, all_sound = SplitStats(), True
         for shard in entry["shards"]:
@@ -145,7 +157,7 @@ def _token_faults(folder: Path, manifest: dict[str, Any], parsed: int) -> Faults
                     raise DataError(
                         f"its files are listed as {', '.join(shard['files'])}", source=where, remedy=REBUILD
                     )
-                check_files(folder / split, shard["files"], remedy=REBUILD)
+                check_files(folder / split, shard["files"], remedy=REBUILD, tell=tell)
                 triple = read_triple(folder / split, shard["name"])
                 _check_signals(triple, manifest, shard, where, counted)
                 if tokenizer is not None:
@@ -156,6 +168,13 @@ def _token_faults(folder: Path, manifest: dict[str, Any], parsed: int) -> Faults
         # Sums over the sound shards only would repeat the fault of the others.
         if all_sound:
             yield from _sum_faults(split, counted, manifest)
+        shards_sound &= all_sound
+    if shards_sound and (found := across_splits(folder, manifest))[0]:
+        yield DataError(
+            f"{found[0]} documents of the smaller split are in the other one too; the first is {found[1]}",
+            source=str(folder),
+            remedy="build it with --split-by content (of rows: without --id-field), or drop the copies from the rows",
+        )
 
 
 def _vocabulary_faults(folder: Path, said: dict[str, Any], tokenizer: Tokenizer) -> Faults:

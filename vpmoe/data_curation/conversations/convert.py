@@ -52,6 +52,7 @@ def convert(
     """
     if num_shards < 1:
         raise DataError(f"{num_shards} shards", source="--num-shards", remedy="use at least 1")
+    steps.check_place(output_dir)
     step = steps.Step(
         "conversations",
         SCHEMA_VERSION,

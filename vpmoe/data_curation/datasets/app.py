@@ -131,10 +131,16 @@ def build(
     compact_vocab_size: Annotated[
         int | None, typer.Option(help="count ids in train and keep this many, bytes included")
     ] = None,
+    split_by: Annotated[
+        Literal["id", "content"],
+        typer.Option(help="what decides the split; by content, copies under several ids stay together"),
+    ] = "id",
     renderer: Renderer = "fast",
 ) -> None:
     """Build distillation data: Harmony conversations -> token files (tokens, lossmask, span) and a manifest."""
-    options = BuildOptions(**asdict(common), compact_vocab_size=compact_vocab_size, renderer=renderer)
+    options = BuildOptions(
+        **asdict(common), compact_vocab_size=compact_vocab_size, split_by=split_by, renderer=renderer
+    )
     manifest = kd.build(
         input_dir, output.output_dir, options, workers=workers, overwrite=output.overwrite, quiet=output.quiet
     )

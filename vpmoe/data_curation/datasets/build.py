@@ -6,15 +6,16 @@ that is whole is kept on record: a build that was killed goes on behind the last
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections import Counter
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_vpmoe.files import json_line, write_atomically
+from megatron_vpmoe.files import move_into_place
 from vpmoe.data_curation.datasets.encode import Block
 from vpmoe.data_curation.datasets.finish import REJECTS_NAME, finish
 from vpmoe.data_curation.datasets.plan import BuildOptions, shard_name
@@ -22,7 +23,7 @@ from vpmoe.data_curation.datasets.write import ShardWriter
 from vpmoe.data_curation.manifest import check_files, read_manifest
 from vpmoe.errors import DataError
 from vpmoe.progress import Progress
-from vpmoe.steps import Step, Work, run
+from vpmoe.steps import Step, Work, check_place, run
 
 _VERSION = 2
 """Of the code that turns rows into bytes; raised whenever the same rows would give others."""
@@ -75,6 +76,7 @@ def build_dataset(recipe: Recipe, output: Path, *, overwrite: bool = False, quie
         TokenizerError: no trustworthy rank file or map.
     """
     recipe.base.check()
+    check_place(output)
     step = Step(
         kind=recipe.step,
         version=_VERSION,
@@ -101,14 +103,15 @@ def _make(recipe: Recipe, quiet: bool, work: Work) -> dict[str, Any]:
                 rejected.update(record["rejects"])
             writer = None
             for block in blocks:
-                writer = writer or ShardWriter(work.folder, block.shard, recipe.base.seq_len)
+                writer = writer or ShardWriter(
+                    work.folder, block.shard, recipe.base.seq_len, _rejects_of(work, block.shard)
+                )
                 writer.add(block)
                 progress.add(block.rows_read, block.tokens)
                 rows += block.rows_read
                 rejected.update(reject["reason"] for reject in block.rejects)
                 _check_rejects(recipe, work, writer, rejected, rows)
                 if block.end is not None:
-                    write_atomically(_rejects_of(work, block.shard), _lines(writer.rejects))
                     work.results[block.shard] = {**writer.close(), **block.end}
                     work.save()
                     writer = None
@@ -119,7 +122,7 @@ def _make(recipe: Recipe, quiet: bool, work: Work) -> dict[str, Any]:
             remedy="make room or mend the path, then give the same command again: it goes on with the missing shards",
         ) from error
     records = list(work.results.values())
-    _write_rejects(work)
+    _write_rejects(work, work.results)
     recipe.base.reject_limit.check(rejected, rows, source=str(work.folder / REJECTS_NAME), final=True)
     return finish(work.folder, recipe.base, records, recipe.config(), recipe.source(), recipe.entries())
 
@@ -137,22 +140,23 @@ def _finished_shards(work: Work) -> list[dict[str, Any]]:
 def _check_rejects(recipe: Recipe, work: Work, writer: ShardWriter, rejected: Mapping[str, int], rows: int) -> None:
     limit = recipe.base.reject_limit
     if limit.exceeded(sum(rejected.values()), rows):
-        _write_rejects(work, writer.rejects)
+        writer.flush_rejects()
+        _write_rejects(work, [*work.results, writer.name])
         limit.check(rejected, rows, source=str(work.folder / REJECTS_NAME))
 
 
-def _write_rejects(work: Work, of_shard_in_work: list[dict[str, Any]] | None = None) -> None:
-    """List the rejected rows of all finished shards, and those of the one in work."""
-    listed = [_rejects_of(work, name).read_bytes() for name in work.results]
-    write_atomically(work.folder / REJECTS_NAME, b"".join([*listed, _lines(of_shard_in_work or [])]))
+def _write_rejects(work: Work, shards: Iterable[str]) -> None:
+    """List the rejected rows of shards; however many there are, they are copied from file to file."""
+    partial = work.folder / f".{REJECTS_NAME}.tmp"
+    with partial.open("wb") as stream:
+        for name in shards:
+            with _rejects_of(work, name).open("rb") as own:
+                shutil.copyfileobj(own, stream)
+    move_into_place(partial, work.folder / REJECTS_NAME)
 
 
 def _rejects_of(work: Work, shard: str) -> Path:
     return work.scratch / f"{shard}.rejects.jsonl"
-
-
-def _lines(rejects: list[dict[str, Any]]) -> bytes:
-    return "".join(map(json_line, rejects)).encode()
 
 
 def _account(recipe: Recipe, work: Work) -> str:

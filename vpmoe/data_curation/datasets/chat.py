@@ -6,7 +6,6 @@ conversation and document 2i + 1 the rejected one of the same prompt; the manife
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from typing import Any, Literal
 from vpmoe.data_curation.conversations.chat_rows import KEYS, chat_messages, preference_pair, without_keys
 from vpmoe.data_curation.datasets.chat_fit import make_chat_fit, without_oldest_turn
 from vpmoe.data_curation.datasets.encode import Documents, Encoded, RowEncoder
-from vpmoe.data_curation.datasets.plan import BuildOptions, split_of, split_rule
+from vpmoe.data_curation.datasets.plan import BuildOptions, content_of, split_of, split_rule
 from vpmoe.data_curation.rows.files import Row
 from vpmoe.harmony.conversation import Message, check_text
 from vpmoe.harmony.renderer import RenderedConversation, make_renderer
@@ -65,6 +64,7 @@ class ChatDataset:
             "kind": self.kind,
             "supervise": "last" if self.pairs else self.supervise,
             "id_field": self.id_field,
+            "split_by": "id" if self.id_field else "content",
             "system_text": self.system_text,
             "ignore_fields": sorted(set(self.ignore_fields)),
         }
@@ -150,8 +150,7 @@ class ChatEncoder(RowEncoder):
 
     def _split(self, row: Row, messages: Sequence[Message]) -> str:
         if self._kind.id_field is None:
-            texts = [[message.role, message.channel, message.content] for message in messages]
-            return split_of(json.dumps(texts, ensure_ascii=False), self._kind.base.valid_fraction)
+            return split_of(content_of(messages), self._kind.base.valid_fraction)
         value = row.get(self._kind.id_field)
         key = str(value) if isinstance(value, int) else value
         check_text(key, self._kind.id_field)

@@ -19,7 +19,7 @@ from megatron_vpmoe.files import sha256_of_file
 from vpmoe.data_curation.conversations.store import StoredConversation, open_shard, read_row_group
 from vpmoe.data_curation.datasets.build import build_dataset
 from vpmoe.data_curation.datasets.encode import Block, Documents
-from vpmoe.data_curation.datasets.plan import KIND, SPLITS, BuildOptions, shard_name, split_of, split_rule
+from vpmoe.data_curation.datasets.plan import KIND, SPLITS, BuildOptions, content_of, shard_name, split_of, split_rule
 from vpmoe.data_curation.datasets.vocabularies import COMPACT_MAP_NAME, place_vocabulary, vocabulary_in
 from vpmoe.data_curation.datasets.workers import Crew, make_crew
 from vpmoe.data_curation.manifest import CONVERSATIONS, FILE_NAME, check_files, read_manifest
@@ -29,7 +29,7 @@ from vpmoe.harmony.conversation import check_conversation, excerpt
 from vpmoe.harmony.renderer import RenderedConversation, Renderer, make_renderer
 from vpmoe.harmony.spans import aligned_to_labels, documents, loss_mask
 from vpmoe.harmony.truncation import make_fit
-from vpmoe.progress import Progress
+from vpmoe.progress import Progress, hashing
 from vpmoe.steps import Work
 from vpmoe.tokenizer.compact import CompactVocabulary
 from vpmoe.tokenizer.o200k_harmony import VOCAB_SIZE, load_o200k_harmony
@@ -97,7 +97,10 @@ class Distillation:
         """Kind, the split's rule, the messages that every conversation begins with."""
         return {
             "kind": KIND,
-            "split_rule": {"rule": split_rule("synth_id"), "valid_fraction": self.base.valid_fraction},
+            "split_rule": {
+                "rule": split_rule("synth_id" if self.base.split_by == "id" else "the conversation as JSON"),
+                "valid_fraction": self.base.valid_fraction,
+            },
             "prompts": self._prompts,
         }
 
@@ -111,8 +114,9 @@ class Distillation:
         place_vocabulary(work.folder, self.base)
         finished = {record["name"] for record in done}
         with make_crew(PartEncoder, (self.base, self._input_dir, work.folder, self._shards), self._workers) as crew:
-            for _ in crew("check_input", range(len(self._shards))):
-                pass
+            with hashing("checking the input", sum(entry["bytes"] for entry in self._shards)) as tell:
+                for entry, _ in zip(self._shards, crew("check_input", range(len(self._shards))), strict=True):
+                    tell(entry["bytes"])
             if self.base.compact_vocab_size is not None and not (work.folder / COMPACT_MAP_NAME).exists():
                 self._count_vocabulary(work.folder, crew)
             waiting = [part for part in self._parts() if shard_name(part.shard) not in finished]
@@ -176,7 +180,7 @@ class PartEncoder:
             rows += 1
             try:
                 conversation = _checked(row)
-                if split_of(conversation.synth_id, self._options.valid_fraction) == "train":
+                if self._split_of(conversation) == "train":
                     used.append(renderer.render(conversation.messages).tokens())
             except (RowError, TokenizerError):
                 continue  # encode meets the same row again and records it
@@ -204,13 +208,18 @@ class PartEncoder:
             block.truncation["analysis_tokens_cut"] += fitted.analysis_tokens_cut
             block.truncation["user_tokens_cut"] += fitted.user_tokens_cut
             if fitted.conversation is not None:
-                kept[split_of(conversation.synth_id, self._options.valid_fraction)].append(fitted.conversation)
+                kept[self._split_of(conversation)].append(fitted.conversation)
         for split, conversations in kept.items():
             if conversations:
                 tokens, span, lengths = documents(conversations, self._tokenizer.eod_id)
                 aligned = aligned_to_labels(span, lengths)
                 block.parts[split] = [Documents(tokens, loss_mask(aligned), aligned, lengths)]
         return block
+
+    def _split_of(self, conversation: StoredConversation) -> str:
+        by_id = self._options.split_by == "id"
+        key = conversation.synth_id if by_id else content_of(conversation.messages)
+        return split_of(key, self._options.valid_fraction)
 
     def _rows(self, part: Part) -> Iterator[tuple[int, StoredConversation | RowError]]:
         shard, starts = self._opened(part.shard)

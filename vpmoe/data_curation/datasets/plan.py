@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from megatron_vpmoe.files import sha256_of_file
 from vpmoe.data_curation.reject_limit import RejectLimit
 from vpmoe.errors import DataError
+from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.renderer import RENDERERS, FastRenderer, installed_harmony_version
 from vpmoe.tokenizer import rank_file
 from vpmoe.tokenizer.hf_directory import HFDirectory
@@ -17,6 +20,7 @@ from vpmoe.tokenizer.hf_directory import HFDirectory
 SCHEMA_VERSION = 1
 KIND = "harmony_kd"
 SPLITS = ("train", "valid")
+SPLIT_BY = ("id", "content")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,8 @@ class BuildOptions:
     Attributes:
         seq_len: longest document in tokens, <|endoftext|> counted.
         valid_fraction: share of conversations in the split ``valid``.
+        split_by: what decides the split of a conversation: its ``id``, or its ``content``, so that no copy of it under
+            another id is in the other split.
         renderer: ``fast`` or ``official``.
         tokenizer_model: a rank file to use instead of the usual places.
         tokenizer: an HF directory whose vocabulary is used instead of o200k Harmony's; of plain text only.
@@ -38,6 +44,7 @@ class BuildOptions:
 
     seq_len: int = 2048
     valid_fraction: float = 0.001
+    split_by: str = "id"
     renderer: str = "fast"
     tokenizer_model: Path | None = None
     tokenizer: Path | None = None
@@ -59,6 +66,8 @@ class BuildOptions:
         for name, value in (("valid", self.valid_fraction), ("max-reject", self.max_reject_fraction)):
             if not 0 <= value < 1:
                 faults.append(f"--{name}-fraction {value}: must be at least 0 and below 1")
+        if self.split_by not in SPLIT_BY:
+            faults.append(f"--split-by {self.split_by}: must be one of {', '.join(SPLIT_BY)}")
         if self.renderer not in RENDERERS:
             faults.append(f"--renderer {self.renderer}: must be one of {', '.join(RENDERERS)}")
         if self.compact_vocab_size is not None and self.compact_map is not None:
@@ -94,6 +103,7 @@ class BuildOptions:
             "schema_version": SCHEMA_VERSION,
             "seq_len": self.seq_len,
             "valid_fraction": self.valid_fraction,
+            "split_by": self.split_by,
             "renderer": self.renderer,
             "renderer_version": renderer_version(self.renderer),
             "rank_file_sha256": HFDirectory(self.tokenizer).rank_file_sha256 if self.tokenizer else rank_file.SHA256,
@@ -107,6 +117,11 @@ def split_of(synth_id: str, valid_fraction: float) -> str:
     """``valid`` iff the first 8 bytes of blake2b of the id, as a big-endian number, are below the fraction of 2^64."""
     position = int.from_bytes(hashlib.blake2b(synth_id.encode(), digest_size=8).digest(), "big")
     return "valid" if position < valid_fraction * 2**64 else "train"
+
+
+def content_of(messages: Iterable[Message]) -> str:
+    """A conversation's roles, channels and texts as JSON: what decides its split where no id does."""
+    return json.dumps([[message.role, message.channel, message.content] for message in messages], ensure_ascii=False)
 
 
 def split_rule(what: str) -> str:

@@ -71,6 +71,7 @@ class HealingText:
             "kind": KIND,
             "text_field": self.text_field,
             "id_field": self.id_field,
+            "split_by": "id" if self.id_field else "content",
             "language_field": self.language_field,
             "languages": list(self.languages),
             "long_documents": "dropped" if self.drop_long else "pieces",

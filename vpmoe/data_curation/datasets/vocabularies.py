@@ -13,7 +13,7 @@ from megatron_vpmoe.files import write_atomically
 from vpmoe.data_curation.datasets.plan import BuildOptions
 from vpmoe.data_curation.rows.source import RowSource
 from vpmoe.errors import DataError
-from vpmoe.steps import Step, Work, run
+from vpmoe.steps import Step, Work, check_place, run
 from vpmoe.tokenizer.bpe import save_bpe, train_bpe
 from vpmoe.tokenizer.compact import MAP_NAME as COMPACT_MAP_NAME
 from vpmoe.tokenizer.compact import CompactVocabulary
@@ -111,6 +111,7 @@ def write_compact_map(
 
 
 def _step(kind: str, source: RowSource, folder: Path, packages: tuple[str, ...], **options: object) -> Step:
+    check_place(folder)
     decides = {"options": options, "source": source.identity()}
     return Step(kind, _VERSION, folder, decides, packages, () if source.path is None else (source.path,))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_vpmoe.files import json_line, sync
 from vpmoe.data_curation.datasets.encode import Block, Documents
 from vpmoe.data_curation.datasets.plan import SPLITS
 from vpmoe.data_curation.datasets.token_files import TripleWriter
@@ -50,14 +51,15 @@ class ShardWriter:
         folder: of the dataset; the files go to ``<folder>/<split>``.
         name: of the shard.
         seq_len: longest document, which sets the histogram's bins.
+        rejects: the file that lists the shard's rejected rows.
     """
 
-    def __init__(self, folder: Path, name: str, seq_len: int) -> None:
+    def __init__(self, folder: Path, name: str, seq_len: int, rejects: Path) -> None:
         self.name, self._folder, self._width = name, folder, histogram_width(seq_len)
         self._stats = {split: SplitStats() for split in SPLITS}
         self._writers: dict[str, TripleWriter] = {}
         self._rows_read, self._truncation, self._counted = 0, Counter[str](), Counter[str]()
-        self.rejects: list[dict[str, Any]] = []
+        self._rejects, self._rejected = rejects.open("w", encoding="utf-8"), Counter[str]()
 
     def add(self, block: Block) -> None:
         """Append a block."""
@@ -70,16 +72,23 @@ class ShardWriter:
         self._rows_read += block.rows_read
         self._truncation.update(block.truncation)
         self._counted.update(block.counted)
-        self.rejects += block.rejects
+        self._rejected.update(reject["reason"] for reject in block.rejects)
+        self._rejects.writelines(map(json_line, block.rejects))
+
+    def flush_rejects(self) -> None:
+        """Have the file of rejects list all that were added."""
+        self._rejects.flush()
 
     def close(self) -> dict[str, Any]:
         """Finish the files, durably; returns the shard's record, whose files are relative to those of their split."""
         files = {split: writer.close() for split, writer in self._writers.items()}
+        self._rejects.close()
+        sync(Path(self._rejects.name))
         return {
             "name": self.name,
             "rows_read": self._rows_read,
             "splits": {split: {**asdict(stats), "files": files.get(split, {})} for split, stats in self._stats.items()},
             "truncation": dict(self._truncation),
             "counted": dict(self._counted),
-            "rejects": dict(Counter(reject["reason"] for reject in self.rejects)),
+            "rejects": dict(self._rejected),
         }

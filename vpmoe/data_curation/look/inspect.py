@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.terminal_theme import SVG_EXPORT_THEME
 from rich.text import Text
 
+from megatron_vpmoe.errors import visible
 from megatron_vpmoe.files import write_atomically
 from vpmoe.data_curation.checks.sample import Bar, histogram, sample_split, split_entry
 from vpmoe.data_curation.look.text import RUN_KINDS, documents
@@ -81,7 +82,8 @@ def write_page(dataset_dir: Path, page: Path, *, split: str = "train", count: in
 def _figures(manifest: dict[str, Any]) -> Table:
     """Rows, tokens and span shares of each split, truncation and rejects."""
     tokenizer = manifest["tokenizer"]
-    table = Table(title=f"{tokenizer['name']}, {tokenizer['vocab_size']:,} ids", title_justify="left")
+    title = Text(visible(f"{tokenizer['name']}, {tokenizer['vocab_size']:,} ids"))
+    table = Table(title=title, title_justify="left")
     for heading in ("split", "documents", "tokens", *SPAN_NAMES, "tokens each", "longest"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
     for split, entry in manifest["splits"].items():
@@ -90,7 +92,7 @@ def _figures(manifest: dict[str, Any]) -> Table:
         longest = str(manifest["length_histogram"][split]["longest"])
         table.add_row(split, f"{entry['rows']:,}", f"{entry['tokens']:,}", *shares, mean, longest)
     cut = ", ".join(f"{name} {number:,}" for name, number in manifest["truncation"].items() if number)
-    table.caption = f"truncation: {cut or 'none'}; rejects: {manifest['rejects']['count']:,}"
+    table.caption = Text(visible(f"truncation: {cut or 'none'}; rejects: {manifest['rejects']['count']:,}"))
     table.caption_justify = "left"
     return table
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,15 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from megatron_vpmoe.errors import visible
 from vpmoe.data_curation.datasets.token_files import read_triple
 from vpmoe.harmony.spans import SPAN_NAMES
 from vpmoe.tokenizer.interface import Tokenizer
 
 SPECIAL = "special"
 RUN_KINDS = (*SPAN_NAMES, SPECIAL)
-
-# Control characters drive a terminal; direction overrides make text read otherwise than it is.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +66,3 @@ def runs(
         (kind, visible(tokenizer.decode([token for _, token in run])))
         for kind, run in groupby(keyed, key=lambda item: item[0])
     ]
-
-
-def visible(text: str) -> str:
-    """Control and direction characters (but line feed and tab) as their code points, such as ``\\x1b``."""
-    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)

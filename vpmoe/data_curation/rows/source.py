@@ -14,6 +14,7 @@ from vpmoe.data_curation.rows.files import Columns, Row, read_file
 from vpmoe.data_curation.rows.hub import HubRows, commit
 from vpmoe.data_curation.rows.parquet import row_count
 from vpmoe.errors import DataError, RowError
+from vpmoe.progress import hashing
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.zst", ".txt")
 
@@ -97,8 +98,8 @@ class RowSource:
         """What decides the rows: revision on the hub, or name, bytes and sha256 of each file."""
         if self.hub_id is not None:
             return {"hub_id": self.hub_id, "revision": self.revision, "config": self.config, "split": self.split}
-        with _reading(self.name):
-            return {"files": [{"name": name, **file_entry(path)} for name, path in self.files]}
+        with _reading(self.name), hashing("hashing the input", self.total_bytes) as tell:
+            return {"files": [{"name": name, **file_entry(path, tell)} for name, path in self.files]}
 
     def as_manifest(self) -> dict[str, Any]:
         """The source as a manifest records it: :meth:`identity` and the name."""

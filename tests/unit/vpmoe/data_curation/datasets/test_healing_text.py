@@ -226,7 +226,7 @@ def test_a_hub_that_drops_the_connection_changes_nothing(
 
     def built(hub: Hub, output: Path) -> dict[str, bytes]:
         monkeypatch.setattr(datasets, "load_dataset_builder", hub.load_dataset_builder)
-        build_sequential(resolve("owner/rows", "c0ffee"), output, kind, extent, quiet=True)
+        build_sequential(resolve("owner/rows", "c0ffee" * 6 + "c0ff"), output, kind, extent, quiet=True)
         return tree(output)
 
     whole = built(Hub(tmp_path / "hub", 0), tmp_path / "whole")

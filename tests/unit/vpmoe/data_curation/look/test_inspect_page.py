@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from megatron_vpmoe.errors import visible
 from vpmoe.cli import main
 from vpmoe.data_curation.app import app
 from vpmoe.data_curation.conversations.convert import convert
@@ -16,7 +18,7 @@ from vpmoe.data_curation.conversations.synth import resolve_synth
 from vpmoe.data_curation.datasets.kd import build
 from vpmoe.data_curation.datasets.plan import BuildOptions
 from vpmoe.data_curation.look.inspect import inspect, write_page
-from vpmoe.data_curation.look.text import RUN_KINDS, documents, visible
+from vpmoe.data_curation.look.text import RUN_KINDS, documents
 from vpmoe.data_curation.manifest import read_manifest, write_manifest
 from vpmoe.errors import DataError, NotOursError
 from vpmoe.harmony.prompts import Prompts
@@ -106,7 +108,7 @@ def test_hostile_text_is_only_text_on_the_page(hostile_dir: Path, tmp_path: Path
     assert not {"script", "img"} & set(parsed.tags) and parsed.tags.count("style") == parsed.tags.count("body") == 1
     assert HOSTILE["query"] in parsed.text, "the very characters, template marks too"
     assert visible(HOSTILE["synthetic_reasoning"]) in parsed.text
-    assert HOSTILE["synthetic_answer"] in parsed.text
+    assert visible(HOSTILE["synthetic_answer"]) in parsed.text
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
 
 
@@ -141,5 +143,15 @@ def test_a_manifest_of_the_wrong_shape_is_named(verb: list[str], dataset_dir: Pa
     assert "splits: Field required" in capsys.readouterr().err
 
 
-def test_line_feeds_and_tabs_stay() -> None:
+def test_line_feeds_tabs_and_letters_stay_and_nothing_hides() -> None:
     assert visible("a\tb\nc\rd\x00é") == "a\tb\nc\\rd\\x00é"
+    readable = "naïve — 東京\u3000か\u3099 🙂 العربية\u0600 नमस्ते \u202f\xa0"
+    assert visible(readable) == readable
+    hidden = [
+        chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    ]
+    hidden += [*"\u034f\u115f\u3164\uffa0\ufe0f\u2800", chr(0xE0100)]
+    signs = set("\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd")
+    assert {character for character in hidden if visible(character) == character} == signs | {"\n", "\t"}
+    told = str(DataError("a\u202eb", source="\x1b[31m"))
+    assert "\\u202e" in told and "\\x1b" in told and "\x1b" not in told
