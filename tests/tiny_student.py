@@ -27,6 +27,7 @@ def write_student(
     prompts: dict[str, str | None] | None = None,
     seed: int = 3,
     iteration: int = 0,
+    vocab_size: int | None = None,
     **changes: Any,
 ) -> Path:
     """``folder/iter_0000000``: sinks, frequencies and expert biases are drawn too."""
@@ -41,7 +42,7 @@ def write_student(
                 tensor.add_(torch.randn_like(tensor) * (0.3 if "weight" in name else 0.1))
         state = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     weights = {name: LazyTensor.of(value) for name, value in state.items()}
-    told = run_state(cfg, Carried(cfg.model.padded_vocab_size, kept or {}, prompts))
+    told = run_state(cfg, Carried(vocab_size or cfg.model.padded_vocab_size, kept or {}, prompts))
     return write_checkpoint(folder, weights, {**told, "iteration": iteration}, assets=assets)[0]
 
 

@@ -20,6 +20,7 @@ RECEIPT = "receipt.json"
 """In a folder that a keyed step made: a record (:func:`write_record`) of its files, with their hashes."""
 Tell = Callable[[int], object]
 _PIECE_BYTES = 1 << 20
+_DEEPEST = 100  # levels of a document; much deeper ones can be read, and then neither written nor hashed
 _ESCAPED = "backslashreplace"  # what UTF-8 has no bytes for (a file's name that is not UTF-8): as JSON escapes it
 
 
@@ -111,7 +112,16 @@ def read_json(path: Path, *, error: type[VpmoeError] = DataError, remedy: str = 
         raise error(f"{path.name} cannot be read: {reason}", source=str(path), remedy=remedy) from cause
     if not isinstance(value, dict):
         raise error(f"{path.name} holds {type(value).__name__}, not an object", source=str(path), remedy=remedy)
+    level: list[Any] = [value]
+    for _ in range(_DEEPEST):
+        level = [item for held in level if isinstance(held, dict | list) for item in _items(held)]
+    if level:
+        raise error(f"{path.name} is nested deeper than {_DEEPEST} levels", source=str(path), remedy=remedy)
     return value
+
+
+def _items(held: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return held.values() if isinstance(held, dict) else held
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -127,13 +137,8 @@ def read_record(path: Path, *, error: type[VpmoeError] = DataError, remedy: str 
         error: as :func:`read_json`; or it was edited: its hash is another, or missing.
     """
     record = read_json(path, error=error, remedy=remedy)
-    stated, fault = record.pop("sha256", None), None
-    try:
-        if stated != sha256_of_json(record):
-            fault = "has no hash of itself" if stated is None else "was edited: its hash is another"
-    except RecursionError:
-        fault = "is nested too deep"
-    if fault:
+    if (stated := record.pop("sha256", None)) != sha256_of_json(record):
+        fault = "has no hash of itself" if stated is None else "was edited: its hash is another"
         raise error(f"{path.name} {fault}", source=str(path), remedy=remedy)
     return record
 

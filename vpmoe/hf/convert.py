@@ -20,7 +20,7 @@ from megatron_vpmoe.config import RunConfig, geometry_diff
 from megatron_vpmoe.files import json_bytes, read_json, sha256_of_file, write_atomically
 from vpmoe import steps
 from vpmoe.errors import WeightsError
-from vpmoe.hf import qwen3, student, tokenizer_files
+from vpmoe.hf import qwen3, source_checks, student, tokenizer_files
 from vpmoe.weights import megatron_checkpoint, safetensors_folder
 from vpmoe.weights.geometry import config_of, conform, geometry_of
 from vpmoe.weights.tensors import LazyTensor, weights_sha256
@@ -127,14 +127,25 @@ def open_directory(
         dtype: None keeps each tensor's own.
 
     Raises:
-        WeightsError: not such a directory, or another geometry than ``cfg``; every differing field is named.
+        WeightsError: not such a directory, another geometry than ``cfg``, or weights that are not what the
+            configuration describes; names every field and tensor.
+        TokenizerError: its tokenizer is damaged, or has ids that have no row.
     """
     source = str(folder / "config.json")
     config = read_config(folder)
     if cfg is not None and padded_vocab_size is None:
         padded_vocab_size = cfg.model.padded_vocab_size
     form = student if config.get("model_type") == "vpmoe" else qwen3
+    theirs = safetensors_folder.read_weights(folder)
+    source_checks.check_layers(config, theirs, source=source)
     derived = form.geometry(config, source=source, padded_vocab_size=padded_vocab_size)
+    vocab_size: int = config["vocab_size"]
+    if padded_vocab_size is not None and padded_vocab_size < vocab_size:
+        raise WeightsError(
+            f"padded_vocab_size {padded_vocab_size} is below the model's {vocab_size} rows",
+            source=source,
+            remedy=f"pad to {vocab_size} or more",
+        )
     if cfg is None:
         cfg = config_of(derived, source=source)
     differing = [
@@ -147,7 +158,8 @@ def open_directory(
             source=source,
             remedy="name the right directory, or correct the declared configuration",
         )
-    theirs = safetensors_folder.read_weights(folder)
+    source_checks.check_tensors(theirs, form, cfg, vocab_size, source=str(folder))
+    source_checks.check_tokenizer(folder, vocab_size)
     ours = form.to_megatron(theirs, cfg, source=str(folder))
     produced = form.hf_config(cfg, vocab_size=0, dtype=torch.float32, kept={})
     kept = {key: value for key, value in config.items() if key not in produced and key not in _NOT_KEPT}
@@ -156,11 +168,8 @@ def open_directory(
         form=form,
         weights=conform(ours, cfg, dtype, source=str(folder)),
         cfg=cfg,
-        carried=Carried(int(config["vocab_size"]), kept, config.get("prompts")),
-        assets=[
-            *tokenizer_files.assets_of(folder),
-            *(path for path in [folder / tokenizer_files.GENERATION] if path.is_file()),
-        ],
+        carried=Carried(vocab_size, kept, config.get("prompts")),
+        assets=[*tokenizer_files.assets_of(folder), *filter(Path.is_file, [folder / tokenizer_files.GENERATION])],
     )
 
 

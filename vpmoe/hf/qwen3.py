@@ -14,16 +14,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from megatron_vpmoe.config import RunConfig
 from vpmoe.errors import WeightsError
+from vpmoe.hf.source_checks import EMBEDDING, OUTPUT, HFConfig, validated
 from vpmoe.weights.heads import join_heads, split_heads
-from vpmoe.weights.tensors import LazyTensor, Weights, padded_with_mean
+from vpmoe.weights.tensors import LazyTensor, Weights, cut, padded, part
 
 ARCHITECTURE = "Qwen3ForCausalLM"
-_EMBEDDING = ("model.embed_tokens.weight", "embedding.word_embeddings.weight")
-_OUTPUT = ("lm_head.weight", "output_layer.weight")
+_EMBEDDING = (EMBEDDING, "embedding.word_embeddings.weight")
+_OUTPUT = (OUTPUT, "output_layer.weight")
 _FINAL_NORM = ("model.norm.weight", "decoder.final_layernorm.weight")
 # Inside a layer: HF's name, ours.
 _RENAMED = (
@@ -52,6 +54,27 @@ _FIXED = {
 }
 
 
+class _Rope(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+    rope_theta: float | None = None
+    rope_type: str | None = None
+    type: str | None = None
+
+
+class _Config(HFConfig):
+    num_hidden_layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int = Field(ge=1)
+    head_dim: int | None = Field(default=None, ge=1)
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rope_parameters: _Rope | None = None
+    rope_scaling: _Rope | None = None
+
+
 def geometry(config: Mapping[str, Any], *, source: str, padded_vocab_size: int | None = None) -> dict[str, Any]:
     """Our geometry of an HF configuration (``config.json`` as a mapping), for ``vpmoe.weights.geometry.config_of``.
 
@@ -69,39 +92,30 @@ def geometry(config: Mapping[str, Any], *, source: str, padded_vocab_size: int |
             source=source,
             remedy="name a directory of a dense Qwen3 (model_type qwen3)",
         )
+    found = validated(_Config, config, source=source)
     wrong = [f"{key}: {config[key]!r}" for key, value in _DEMANDS.items() if config.get(key, value) != value]
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        wrong.append(f"rope_type: {rope.get('rope_type', rope.get('type'))!r}")
+    rope = found.rope_parameters or found.rope_scaling or _Rope()
+    if (kind := rope.rope_type or rope.type) not in (None, "default"):
+        wrong.append(f"rope_type: {kind!r}")
     if wrong:
         raise WeightsError(
             f"features that our Qwen3 has not: {', '.join(wrong)}",
             source=source,
             remedy="name a Qwen3 with silu, no attention biases, no sliding window and plain RoPE",
         )
-    try:
-        vocab = int(config["vocab_size"])
-        model = {
-            **_FIXED,
-            "num_layers": config["num_hidden_layers"],
-            "hidden_size": config["hidden_size"],
-            "ffn_hidden_size": config["intermediate_size"],
-            "num_attention_heads": config["num_attention_heads"],
-            "num_query_groups": config["num_key_value_heads"],
-            "kv_channels": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-            "padded_vocab_size": vocab if padded_vocab_size is None else padded_vocab_size,
-            "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
-            "layernorm_epsilon": config.get("rms_norm_eps", 1e-6),
-            "rotary_base": float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
-        }
-    except KeyError as error:
-        raise WeightsError(f"{error} is missing", source=source, remedy="name a complete config.json") from error
-    if model["padded_vocab_size"] < vocab:
-        raise WeightsError(
-            f"padded_vocab_size {padded_vocab_size} is below the model's {vocab} rows",
-            source=source,
-            remedy=f"pad to {vocab} or more",
-        )
+    model = {
+        **_FIXED,
+        "num_layers": found.num_hidden_layers,
+        "hidden_size": found.hidden_size,
+        "ffn_hidden_size": found.intermediate_size,
+        "num_attention_heads": found.num_attention_heads,
+        "num_query_groups": found.num_key_value_heads,
+        "kv_channels": found.head_dim or found.hidden_size // found.num_attention_heads,
+        "padded_vocab_size": padded_vocab_size or found.vocab_size,
+        "untie_embeddings_and_output_weights": not found.tie_word_embeddings,
+        "layernorm_epsilon": found.rms_norm_eps,
+        "rotary_base": rope.rope_theta or found.rope_theta,
+    }
     return {"model": model, "moe": {}}
 
 
@@ -144,98 +158,66 @@ def hf_config(cfg: RunConfig, *, vocab_size: int, dtype: torch.dtype, kept: Mapp
 
 
 def to_megatron(weights: Weights, cfg: RunConfig, *, source: str) -> dict[str, LazyTensor]:
-    """HF's tensors under our names and in our layout.
+    """HF's tensors, those that ``cfg`` describes, under our names and in our layout.
 
     Raises:
-        WeightsError: a tensor is missing; or the model is tied and has an output layer of its own that differs.
+        WeightsError: matrices that become one are not of one dtype.
     """
     m = cfg.model
-    found = _Source(weights, source)
     rows = m.padded_vocab_size
-    ours = {_EMBEDDING[1]: _padded(found[_EMBEDDING[0]], rows), _FINAL_NORM[1]: found[_FINAL_NORM[0]]}
+    ours = {_EMBEDDING[1]: padded(weights[_EMBEDDING[0]], rows), _FINAL_NORM[1]: weights[_FINAL_NORM[0]]}
     if m.untie_embeddings_and_output_weights:
-        ours[_OUTPUT[1]] = _padded(found[_OUTPUT[0]], rows)
-    elif _OUTPUT[0] in weights and not torch.equal(weights[_OUTPUT[0]].read(), weights[_EMBEDDING[0]].read()):
-        raise WeightsError(
-            "the configuration ties embedding and output layer, and the weights hold two that differ",
-            source=source,
-            remedy="set tie_word_embeddings to false in config.json, or remove lm_head.weight",
-        )
+        ours[_OUTPUT[1]] = padded(weights[_OUTPUT[0]], rows)
     for n in range(m.num_layers):
         theirs_prefix, prefix = f"model.layers.{n}.", f"decoder.layers.{n}."
         for theirs, name in _RENAMED:
-            ours[prefix + name] = found[theirs_prefix + theirs]
-        qkv = [found[theirs_prefix + name] for name in _QKV]
-        ours[f"{prefix}self_attention.linear_qkv.weight"] = _joined(
-            qkv, lambda *parts: join_heads(*(part.unflatten(0, (-1, m.kv_channels)) for part in parts))
+            ours[prefix + name] = weights[theirs_prefix + theirs]
+        qkv, gate_up = (
+            {theirs_prefix + name: weights[theirs_prefix + name] for name in names} for names in (_QKV, _GATE_UP)
         )
-        ours[f"{prefix}mlp.linear_fc1.weight"] = _joined([found[theirs_prefix + name] for name in _GATE_UP], _stack)
+        ours[f"{prefix}self_attention.linear_qkv.weight"] = _joined(
+            qkv, lambda *heads: join_heads(*(rows.unflatten(0, (-1, m.kv_channels)) for rows in heads)), source
+        )
+        ours[f"{prefix}mlp.linear_fc1.weight"] = _joined(gate_up, _stack, source)
     return ours
 
 
 def from_megatron(weights: Weights, cfg: RunConfig, *, vocab_size: int) -> dict[str, LazyTensor]:
     """Our tensors under HF's names and in HF's layout and order; rows from ``vocab_size`` on are left out."""
     m = cfg.model
-    theirs = {_EMBEDDING[0]: _cut(weights[_EMBEDDING[1]], vocab_size)}
+    theirs = {_EMBEDDING[0]: cut(weights[_EMBEDDING[1]], vocab_size)}
     for n in range(m.num_layers):
         theirs_prefix, prefix = f"model.layers.{n}.", f"decoder.layers.{n}."
         for name, ours in _RENAMED:
             theirs[theirs_prefix + name] = weights[prefix + ours]
         qkv = weights[f"{prefix}self_attention.linear_qkv.weight"]
         for index, rows in enumerate((m.num_attention_heads, m.num_query_groups, m.num_query_groups)):
-            theirs[theirs_prefix + _QKV[index]] = _part(
+            theirs[theirs_prefix + _QKV[index]] = part(
                 qkv,
                 rows * m.kv_channels,
                 lambda w, i=index: split_heads(w, m.num_attention_heads, m.num_query_groups)[i].flatten(0, 1),
             )
         fc1 = weights[f"{prefix}mlp.linear_fc1.weight"]
         for index, name in enumerate(_GATE_UP):
-            theirs[theirs_prefix + name] = _part(fc1, m.ffn_hidden_size, lambda w, i=index: w.chunk(2)[i])
+            theirs[theirs_prefix + name] = part(fc1, m.ffn_hidden_size, lambda w, i=index: w.chunk(2)[i])
     theirs[_FINAL_NORM[0]] = weights[_FINAL_NORM[1]]
     if m.untie_embeddings_and_output_weights:
-        theirs[_OUTPUT[0]] = _cut(weights[_OUTPUT[1]], vocab_size)
+        theirs[_OUTPUT[0]] = cut(weights[_OUTPUT[1]], vocab_size)
     return theirs
 
 
-class _Source:
-    """Looks tensors up; a missing one is a user's error."""
-
-    def __init__(self, weights: Weights, source: str) -> None:
-        self.weights, self.source = weights, source
-
-    def __getitem__(self, name: str) -> LazyTensor:
-        if name not in self.weights:
-            raise WeightsError(
-                f"the weights have no {name}",
-                source=self.source,
-                remedy="the configuration asks for it: name a complete directory",
-            )
-        return self.weights[name]
-
-
-def _joined(parts: list[LazyTensor], join: Callable[..., Tensor]) -> LazyTensor:
-    rows = sum(part.shape[0] for part in parts)
-    return LazyTensor((rows, *parts[0].shape[1:]), parts[0].dtype, lambda: join(*(part.read() for part in parts)))
+def _joined(named: Mapping[str, LazyTensor], join: Callable[..., Tensor], source: str) -> LazyTensor:
+    parts = list(named.values())
+    if len({tensor.dtype for tensor in parts}) > 1:
+        raise WeightsError(
+            "these become one matrix, and differ in dtype: "
+            + ", ".join(f"{name} {tensor.dtype}" for name, tensor in named.items()),
+            source=source,
+            remedy="save the model in one dtype",
+        )
+    rows = sum(tensor.shape[0] for tensor in parts)
+    return LazyTensor((rows, *parts[0].shape[1:]), parts[0].dtype, lambda: join(*(tensor.read() for tensor in parts)))
 
 
 def _stack(*parts: Tensor) -> Tensor:
     return torch.cat(parts)
-
-
-def _part(whole: LazyTensor, rows: int, take: Callable[[Tensor], Tensor]) -> LazyTensor:
-    return LazyTensor((rows, *whole.shape[1:]), whole.dtype, lambda: take(whole.read()))
-
-
-def _padded(table: LazyTensor, rows: int) -> LazyTensor:
-    if rows == table.shape[0]:
-        return table
-
-    def load() -> Tensor:
-        known = table.read()
-        return padded_with_mean(known, known, rows)
-
-    return LazyTensor((rows, *table.shape[1:]), table.dtype, load)
-
-
-def _cut(table: LazyTensor, rows: int) -> LazyTensor:
-    return table if rows == table.shape[0] else _part(table, rows, lambda whole: whole[:rows])

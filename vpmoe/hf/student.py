@@ -14,7 +14,8 @@ import torch
 
 from megatron_vpmoe.config import RunConfig
 from vpmoe.errors import WeightsError
-from vpmoe.weights.tensors import LazyTensor, Weights
+from vpmoe.hf.source_checks import EMBEDDING, OUTPUT, HFConfig, validated
+from vpmoe.weights.tensors import LazyTensor, Weights, cut, padded
 
 ARCHITECTURE = "VpMoeForCausalLM"
 CODE = tuple(Path(__file__).parent / f"{name}_vpmoe.py" for name in ("configuration", "layers", "modeling"))
@@ -23,10 +24,11 @@ _AUTO_MAP = {
     "AutoModel": "modeling_vpmoe.VpMoeModel",
     "AutoModelForCausalLM": f"modeling_vpmoe.{ARCHITECTURE}",
 }
+_TABLES = (EMBEDDING, OUTPUT)
 _RENAMED = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "embedding.word_embeddings.weight": EMBEDDING,
     "decoder.final_layernorm.weight": "model.norm.weight",
-    "output_layer.weight": "lm_head.weight",
+    "output_layer.weight": OUTPUT,
 }
 _LAYERS = ("decoder.layers.", "model.layers.")
 # Ours -> HF's, section by section.
@@ -95,39 +97,34 @@ def geometry(config: Mapping[str, Any], *, source: str, padded_vocab_size: int |
     Raises:
         WeightsError: a key is missing.
     """
+    found = validated(HFConfig, config, source=source)
     try:
         model = {ours: config[theirs] for ours, theirs in _MODEL_KEYS.items()}
         moe = {ours: config[theirs] for ours, theirs in _MOE_KEYS.items()}
         router = config["router_dtype"]
         moe["moe_router_dtype"] = next((ours for ours, name in _ROUTER_DTYPES.items() if name == router), router)
-        model["untie_embeddings_and_output_weights"] = not config["tie_word_embeddings"]
-        model["padded_vocab_size"] = config["vocab_size"] if padded_vocab_size is None else padded_vocab_size
+        model["untie_embeddings_and_output_weights"] = not found.tie_word_embeddings
+        model["padded_vocab_size"] = padded_vocab_size or found.vocab_size
     except KeyError as error:
         raise WeightsError(f"{error} is missing", source=source, remedy="name a directory that was exported") from error
     return {"model": model, "moe": moe}
 
 
 def to_megatron(weights: Weights, cfg: RunConfig, *, source: str) -> dict[str, LazyTensor]:
-    """HF's names to ours; a tied model's ``lm_head`` is left out."""
+    """HF's names to ours; a tied model's ``lm_head`` is left out, and rows that ``cfg`` has beyond HF's are padding."""
     back = {theirs: ours for ours, theirs in _RENAMED.items()}
-    tied = not cfg.model.untie_embeddings_and_output_weights
-    found = {name: tensor for name, tensor in weights.items() if not (tied and name == "lm_head.weight")}
-    return {_renamed(name, back, _LAYERS[::-1]): tensor for name, tensor in found.items()}
+    rows, tied = cfg.model.padded_vocab_size, not cfg.model.untie_embeddings_and_output_weights
+    return {
+        _renamed(name, back, _LAYERS[::-1]): padded(tensor, rows) if name in _TABLES else tensor
+        for name, tensor in weights.items()
+        if not (tied and name == OUTPUT)
+    }
 
 
 def from_megatron(weights: Weights, cfg: RunConfig, *, vocab_size: int) -> dict[str, LazyTensor]:
-    """Our names to HF's.
-
-    Raises:
-        WeightsError: rows beyond ``vocab_size``: the student's vocabulary has none that mean nothing.
-    """
-    if vocab_size != cfg.model.padded_vocab_size:
-        raise WeightsError(
-            f"{cfg.model.padded_vocab_size - vocab_size} padding rows",
-            source="vocab_size",
-            remedy="export the student with its padded vocabulary",
-        )
-    return {_renamed(name, _RENAMED, _LAYERS): tensor for name, tensor in weights.items()}
+    """Our names to HF's; rows from ``vocab_size`` on are left out."""
+    theirs = {_renamed(name, _RENAMED, _LAYERS): tensor for name, tensor in weights.items()}
+    return {name: cut(tensor, vocab_size) if name in _TABLES else tensor for name, tensor in theirs.items()}
 
 
 def _renamed(name: str, exact: Mapping[str, str], prefixes: tuple[str, ...]) -> str:

@@ -7,21 +7,20 @@ came from another directory, and are copied.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_vpmoe.data.vocabulary_files import VOCABULARY, read_vocabulary
-from megatron_vpmoe.files import json_bytes
+from megatron_vpmoe.files import json_bytes, read_json
 from megatron_vpmoe.turns import TURN_END, generation_ends
-from vpmoe.errors import WeightsError
+from vpmoe.errors import TokenizerError, WeightsError
 from vpmoe.hf import tokenization_vpmoe
 from vpmoe.hf.byte_level_bpe import tokenizer_json
 from vpmoe.hf.chat_template import chat_template
 from vpmoe.tokenizer import CompactVocabulary, Tokenizer
 from vpmoe.tokenizer.from_dataset import vocabulary_of
-from vpmoe.tokenizer.hf_directory import FILE_NAMES
+from vpmoe.tokenizer.hf_directory import FILE_NAME, FILE_NAMES, read_tokenizer
 from vpmoe.tokenizer.o200k_harmony import ALL_SPECIAL_TOKENS, NAMED_SPECIAL_TOKENS, SPLIT_PATTERN, O200kHarmony
 
 GENERATION = "generation_config.json"
@@ -68,20 +67,21 @@ def made_from(assets: Iterable[Path]) -> tuple[dict[str, bytes], dict[str, Any]]
 
 def _ids_told_by(files: Mapping[str, Path]) -> dict[str, int]:
     """Ids of the tokens that another tokenizer's configuration gives a part, by their key in ``config.json``."""
-    if not {"tokenizer.json", "tokenizer_config.json"} <= files.keys():
+    if not {FILE_NAME, "tokenizer_config.json"} <= files.keys():
         return {}
-    whole, config = (json.loads(files[name].read_text()) for name in ("tokenizer.json", "tokenizer_config.json"))
-    ids = {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
+    content, _ = read_tokenizer(files[FILE_NAME].parent)
+    config = read_json(files["tokenizer_config.json"], error=TokenizerError, remedy="put the tokenizer's own there")
+    ids = {token["content"]: token["id"] for token in content["added_tokens"]}
     told = {role: config.get(role) for role in _ROLES}
-    spelled = {role: token["content"] if isinstance(token, dict) else token for role, token in told.items()}
-    return {f"{role}_id": ids[token] for role, token in spelled.items() if token in ids}
+    spelled = {role: token.get("content") if isinstance(token, dict) else token for role, token in told.items()}
+    return {f"{role}_id": ids[token] for role, token in spelled.items() if isinstance(token, str) and token in ids}
 
 
 def _full_files(vocabulary: Tokenizer) -> dict[str, bytes]:
     assert isinstance(vocabulary, O200kHarmony)
     config = _tokenizer_config("PreTrainedTokenizerFast")
     return {
-        "tokenizer.json": tokenizer_json(vocabulary.ranks, ALL_SPECIAL_TOKENS, SPLIT_PATTERN),
+        FILE_NAME: tokenizer_json(vocabulary.ranks, ALL_SPECIAL_TOKENS, SPLIT_PATTERN),
         "tokenizer_config.json": json_bytes(config),
     }
 
@@ -123,10 +123,9 @@ def give_harmony_template(folder: Path, prompts: Mapping[str, str | None] | None
 
 
 def _special_tokens(folder: Path) -> set[str]:
-    whole, compact = folder / "tokenizer.json", folder / tokenization_vpmoe.COMPACT_MAP
-    if whole.is_file():
-        return {str(token["content"]) for token in json.loads(whole.read_text()).get("added_tokens", [])}
-    return set(NAMED_SPECIAL_TOKENS) if compact.is_file() else set()
+    if (folder / FILE_NAME).is_file():
+        return {token["content"] for token in read_tokenizer(folder)[0]["added_tokens"]}
+    return set(NAMED_SPECIAL_TOKENS) if (folder / tokenization_vpmoe.COMPACT_MAP).is_file() else set()
 
 
 def open_tokenizer(folder: Path) -> Any:
@@ -134,6 +133,7 @@ def open_tokenizer(folder: Path) -> Any:
 
     Raises:
         WeightsError: there is none.
+        TokenizerError: see ``read_tokenizer``.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging
@@ -142,10 +142,14 @@ def open_tokenizer(folder: Path) -> Any:
     try:
         if (folder / tokenization_vpmoe.COMPACT_MAP).is_file():
             return tokenization_vpmoe.VpMoeTokenizer.from_pretrained(folder)
+        if (folder / FILE_NAME).is_file():
+            read_tokenizer(folder)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except TokenizerError:
+        raise
+    except Exception as error:  # transformers passes on whatever a file that it did not expect leads to
         raise WeightsError(
-            f"no tokenizer there: {str(error).splitlines()[0]}",
+            f"no tokenizer there: {type(error).__name__}: {error}".splitlines()[0],
             source=str(folder),
             remedy="put tokenizer.json and tokenizer_config.json beside the weights",
         ) from error

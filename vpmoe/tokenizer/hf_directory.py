@@ -6,14 +6,14 @@ For plain text only: it has no Harmony tokens, so no conversation can be rendere
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 
-from megatron_vpmoe.files import sha256_of_file
+from megatron_vpmoe.files import read_json, sha256_of_file
 from megatron_vpmoe.manifest import HF_TOKENIZER
 from vpmoe.errors import TokenizerError
 from vpmoe.tokenizer.compact import padded_size
@@ -30,6 +30,8 @@ FILE_NAMES = (
     "chat_template.jinja",
 )
 END_OF_DOCUMENT = "<|endoftext|>"
+# What would read special tokens out of a text, or cut and fill it.
+_BARE: dict[str, Any] = {"added_tokens": [], "truncation": None, "padding": None}
 
 
 class HFDirectory(Tokenizer):
@@ -53,7 +55,7 @@ class HFDirectory(Tokenizer):
         self.folder = folder
         path = folder / FILE_NAME
         self.source = str(path)
-        content = _read(path)
+        content, _ = read_tokenizer(folder)
         self.rank_file_sha256 = sha256_of_file(path)
         if sha256 is not None and self.rank_file_sha256 != sha256:
             raise TokenizerError(
@@ -62,6 +64,12 @@ class HFDirectory(Tokenizer):
                 remedy="restore the file that the dataset was built with, or build the dataset again",
             )
         self.special_tokens: dict[str, int] = {entry["content"]: entry["id"] for entry in content["added_tokens"]}
+        if fault := _byte_level_fault(content, self.special_tokens):
+            raise TokenizerError(
+                fault,
+                source=str(path),
+                remedy="name a tokenizer such as Qwen's or GPT-2's, whose every token is a sequence of bytes",
+            )
         ordinary = {text: row for text, row in content["model"]["vocab"].items() if text not in self.special_tokens}
         self.first_special_id = len(ordinary)
         self.vocab_size = len(ordinary) + len(self.special_tokens)
@@ -76,7 +84,10 @@ class HFDirectory(Tokenizer):
         self.eod_id = self.special_id(END_OF_DOCUMENT)
         self.padded_vocab_size = padded_size(self.vocab_size, padded_vocab_size)
         self._ordinary = ordinary
-        self._encoding = tokenizers.Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
+        # Without what would read special tokens out of a text, cut it off, or fill it.
+        self._encoding = tokenizers.Tokenizer.from_str(
+            json.dumps({**content, "added_tokens": [], "truncation": None, "padding": None})
+        )
 
     @property
     def files(self) -> list[Path]:
@@ -109,26 +120,40 @@ class HFDirectory(Tokenizer):
         return table
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_tokenizer(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """``tokenizer.json`` of any kind of vocabulary: its content (with ``added_tokens``), and every token's id.
+
+    Raises:
+        TokenizerError: there is none; the tokenizers library cannot read it, or reads other ids out of it than it says;
+            or it draws how it cuts a text (``dropout``).
+    """
+    path, remedy = folder / FILE_NAME, "put the tokenizer.json there that the model was trained with"
+    content = {"added_tokens": [], **read_json(path, error=TokenizerError, remedy=remedy)}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TokenizerError(
-            f"no readable tokenizer: {error}", source=str(path), remedy="name a directory with a tokenizer.json"
-        ) from error
-    parts = [content.get("pre_tokenizer") or {}, content.get("decoder") or {}]
-    kinds = {entry.get("type") for part in parts for entry in (part, *part.get("pretokenizers", []))}
-    model = content.get("model") or {}
-    added = {entry["content"] for entry in content.get("added_tokens", [])}
-    ordinary = set(model.get("vocab", {})) - added
-    spelled_in_bytes = all(symbol in _BYTE_OF for text in ordinary for symbol in text)
-    if model.get("type") != "BPE" or "ByteLevel" not in kinds or not spelled_in_bytes:
-        raise TokenizerError(
-            "this is no byte-level BPE",
-            source=str(path),
-            remedy="name a tokenizer such as Qwen's or GPT-2's, whose every token is a sequence of bytes",
-        )
-    return {"added_tokens": [], **content}
+        ids = tokenizers.Tokenizer.from_str(json.dumps(content)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library has no narrower one
+        raise TokenizerError(f"no readable tokenizer: {error}", source=str(path), remedy=remedy) from error
+    told = {entry["content"]: entry["id"] for entry in content["added_tokens"]}
+    faults = [
+        f"{text!r} has id {row}, and is read as {ids.get(text)}" for text, row in told.items() if ids.get(text) != row
+    ]
+    if content["model"].get("dropout"):
+        faults.append("a dropout, with which the same text has other ids each time")
+    if faults:
+        raise TokenizerError(f"no tokenizer to rely on: {faults[0]}", source=str(path), remedy=remedy)
+    return content, ids
+
+
+def _byte_level_fault(content: dict[str, Any], added: Collection[str]) -> str | None:
+    model, parts = content["model"], [content.get("pre_tokenizer") or {}, content.get("decoder") or {}]
+    kinds = {entry["type"] for part in parts for entry in (part, *part.get("pretokenizers", [])) if entry}
+    if model.get("type") != "BPE" or "ByteLevel" not in kinds:
+        return "this is no byte-level BPE"
+    ordinary = model["vocab"].keys() - added
+    if not all(symbol in _BYTE_OF for text in ordinary for symbol in text):
+        return "this is no byte-level BPE: a token has characters that stand for no byte"
+    missing = [byte for symbol, byte in _BYTE_OF.items() if symbol not in ordinary]
+    return f"no token for byte 0x{missing[0]:02x}, which a text would lose" if missing else None
 
 
 def byte_characters() -> list[str]:

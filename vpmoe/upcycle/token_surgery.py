@@ -12,7 +12,7 @@ Shapes: V target tokens, N shared tokens, h the model's hidden size, d the donor
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,8 @@ def assign(surgery: Surgery) -> tuple[Assignment, dict[Any, int], dict[Any, int]
     """Match the two vocabularies; also returns both in mergekit's normal form (token -> id within the rows)."""
     from mergekit.tokenizer.normalization import normalized_vocabulary
 
-    known = _within(normalized_vocabulary(surgery.source_tokenizer), surgery.source.shape[0])
-    target = _within(normalized_vocabulary(surgery.donor_tokenizer), surgery.donor.shape[0])
+    known = _within(normalized_vocabulary(surgery.source_tokenizer), surgery.source.shape[0], "the model")
+    target = _within(normalized_vocabulary(surgery.donor_tokenizer), surgery.donor.shape[0], "the donor")
     copied: dict[int, int] = {}
     approximated: list[Any] = []
     # By id: a tokenizer gives its vocabulary in another order each time, and batches have to be the same ones again.
@@ -79,8 +79,15 @@ def assign(surgery: Surgery) -> tuple[Assignment, dict[Any, int], dict[Any, int]
     return Assignment(copied, approximated, [target[token] for token in approximated], shared), known, target
 
 
-def _within(vocabulary: Mapping[Any, int], rows: int) -> dict[Any, int]:
-    return {token: row for token, row in vocabulary.items() if row < rows}
+def _within(vocabulary: dict[Any, int], rows: int, whose: str) -> dict[Any, int]:
+    for token, row in vocabulary.items():
+        if row >= rows:
+            raise UpcycleError(
+                f"{whose}'s tokenizer gives {token!r} the id {row}, and its embedding has {rows} rows",
+                source=whose,
+                remedy="put the tokenizer there that belongs to these weights",
+            )
+    return vocabulary
 
 
 def check(surgery: Surgery, assignment: Assignment) -> None:

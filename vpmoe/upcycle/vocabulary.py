@@ -5,7 +5,6 @@ Everything but the embedding (and the output layer where it is untied) is the in
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from megatron_vpmoe.data.vocabulary_files import VOCABULARY, vocabulary_files
-from megatron_vpmoe.files import json_bytes, write_atomically
+from megatron_vpmoe.files import json_bytes, read_json, write_atomically
 from megatron_vpmoe.manifest import VocabularyEntry, read_manifest
 from vpmoe.errors import UpcycleError
 from vpmoe.hf.convert import Carried, read_config, run_state
@@ -168,12 +167,16 @@ def donor_rows(donor: Input, *, output: bool) -> Tensor:
     """The donor's embedding, or its output layer (a tied donor's embedding), [rows, d]; nothing else is read."""
     weights = safetensors_folder.read_weights(donor.hf, partial=donor.spec.partial)
     wanted = ["lm_head.weight"] if output else []
-    for name in [*wanted, "model.embed_tokens.weight", "model.language_model.embed_tokens.weight"]:
-        if name in weights:
-            return weights[name].read()
-    raise UpcycleError(
-        "the donor has no model.embed_tokens.weight", source=str(donor.hf), remedy="put the shard that holds it there"
-    )
+    names = [*wanted, "model.embed_tokens.weight", "model.language_model.embed_tokens.weight"]
+    found = next((name for name in names if name in weights), None)
+    if found is None or len(weights[found].shape) != 2 or not weights[found].dtype.is_floating_point:
+        fault = f"is {weights[found].dtype} {list(weights[found].shape)}" if found else "is missing"
+        raise UpcycleError(
+            f"the donor's {found or names[-2]} {fault}",
+            source=str(donor.hf),
+            remedy="put the shard there that holds it, as rows of bfloat16 or float32",
+        )
+    return weights[found].read()
 
 
 def _special_ids(tokenizer: Any, settings: VocabularySettings) -> dict[str, int]:
@@ -231,7 +234,7 @@ def _assets(task: Task[VocabularySettings], tokenizer: Any) -> list[Path]:
     """The donor's tokenizer files, or the reference's that it is, and generation settings that end at its tokens."""
     donor = task.inputs["donor"].hf
     own = task.inputs["model"].hf / GENERATION
-    settings = json.loads(own.read_text()) if own.is_file() else {}
+    settings = read_json(own, error=UpcycleError) if own.is_file() else {}
     settings |= {"eos_token_id": [tokenizer.convert_tokens_to_ids(token) for token in task.settings.eos_tokens]}
     for name in ("bos_token_id", "pad_token_id"):
         settings.pop(name, None)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_vpmoe.files import json_bytes, write_atomically
+from megatron_vpmoe.files import inside, json_bytes, read_json, write_atomically
 from vpmoe.errors import WeightsError
 from vpmoe.weights.tensors import LazyTensor, Weights, tensor_bytes, tensor_sha256
 
@@ -37,6 +37,8 @@ _NAMES = {
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_SHOWN = 500  # characters of names
+_REMEDY = "fetch or export it again"
 
 
 def weight_files(folder: Path, *, partial: bool = False) -> list[str]:
@@ -49,16 +51,16 @@ def weight_files(folder: Path, *, partial: bool = False) -> list[str]:
         WeightsError: there are none, or the index names a file that is not there.
     """
     if (folder / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise WeightsError(f"the index is damaged: {error!r}", source=str(folder / INDEX)) from error
+        weight_map = read_json(folder / INDEX, error=WeightsError, remedy=_REMEDY).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise WeightsError("weight_map is no table of file names", source=str(folder / INDEX), remedy=_REMEDY)
+        names = sorted(set(weight_map.values()))
     else:
         names = [SINGLE]
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(inside(folder, name))]
     if missing and (not partial or missing == names):
         raise WeightsError(
-            f"no weights: {', '.join(missing)} not found",
+            f"no weights: {', '.join(missing)[:_SHOWN]} not found",
             source=str(folder),
             remedy=f"put the model's {SINGLE}, or its shards and {INDEX}, there",
         )
@@ -81,12 +83,13 @@ def read_weights(folder: Path, *, partial: bool = False) -> dict[str, LazyTensor
             with safe_open(path, framework="pt") as shard:
                 for key in shard.keys():  # noqa: SIM118 - safe_open is no mapping
                     piece = shard.get_slice(key)
+                    if key in weights or piece.get_dtype() not in _DTYPES:
+                        fault = "lies in two files" if key in weights else f"has dtype {piece.get_dtype()}"
+                        raise WeightsError(f"{key} {fault}", source=str(path), remedy=_REMEDY)
                     shape, dtype = tuple(piece.get_shape()), _DTYPES[piece.get_dtype()]
                     weights[key] = LazyTensor(shape, dtype, functools.partial(_read, path, key)).finite(key, str(path))
-        except (SafetensorError, KeyError) as error:
-            raise WeightsError(
-                f"not a readable safetensors file: {error}", source=str(path), remedy="fetch or export it again"
-            ) from error
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"not a readable safetensors file: {error}", source=str(path), remedy=_REMEDY) from error
     return weights
 
 

@@ -98,6 +98,28 @@ def padded_with_mean(rows: Tensor, of: Tensor, count: int) -> Tensor:
     return torch.cat([rows, mean.expand(count - rows.shape[0], -1)])
 
 
+def padded(table: LazyTensor, rows: int) -> LazyTensor:
+    """An embedding with mean rows up to ``rows``."""
+    if rows == table.shape[0]:
+        return table
+
+    def load() -> Tensor:
+        known = table.read()
+        return padded_with_mean(known, known, rows)
+
+    return LazyTensor((rows, *table.shape[1:]), table.dtype, load)
+
+
+def part(whole: LazyTensor, rows: int, take: Callable[[Tensor], Tensor]) -> LazyTensor:
+    """``rows`` rows of a tensor, which ``take`` takes."""
+    return LazyTensor((rows, *whole.shape[1:]), whole.dtype, lambda: take(whole.read()))
+
+
+def cut(table: LazyTensor, rows: int) -> LazyTensor:
+    """The inverse of ``padded``."""
+    return table if rows == table.shape[0] else part(table, rows, lambda whole: whole[:rows])
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw little-endian bytes of a contiguous CPU tensor, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data

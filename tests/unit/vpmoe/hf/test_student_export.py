@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import tiny_config
 from tests.tiny_student import write_student
 from vpmoe.errors import WeightsError
-from vpmoe.hf import student
 from vpmoe.hf.convert import export_checkpoint, import_directory, open_directory
 from vpmoe.hf.parity import compare
 
@@ -114,8 +112,19 @@ def test_shards_hold_what_one_file_does(mixture: Path, exported: Path, tmp_path:
 
 
 @pytest.mark.parametrize("dtype", ["float16", [1]])
-def test_a_router_dtype_that_is_none_of_ours_is_named(tmp_path: Path, dtype: object) -> None:
-    config = student.hf_config(tiny_config(), vocab_size=64, dtype=torch.float32, kept={})
+def test_a_router_dtype_that_is_none_of_ours_is_named(exported: Path, tmp_path: Path, dtype: object) -> None:
+    (tmp_path / "model.safetensors").symlink_to(exported / "model.safetensors")
+    config = json.loads((exported / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "router_dtype": dtype}))
     with pytest.raises(WeightsError, match="moe_router_dtype = "):
         open_directory(tmp_path)
+
+
+def test_padding_rows_stay_out_of_every_export(tmp_path: Path) -> None:
+    checkpoint = write_student(tmp_path / "megatron", vocab_size=60, **DENSE)
+    written = export_checkpoint(checkpoint, tmp_path / "hf").path
+    assert json.loads((written / "config.json").read_text())["vocab_size"] == 60
+    found = compare(written, checkpoint, prompt_lengths=(3,), greedy_steps=2)
+    assert found.logit_difference <= 1e-4
+    for rows in (60, 64):
+        assert open_directory(written, padded_vocab_size=rows).weights["output_layer.weight"].shape == (rows, 16)

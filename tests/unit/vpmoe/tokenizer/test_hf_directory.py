@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
+from tests.unit.vpmoe.upcycle.tiny_vocabularies import write_tokenizer
 from vpmoe.errors import TokenizerError
 from vpmoe.hf import tokenization_vpmoe
 from vpmoe.tokenizer.bpe import SPECIAL_TOKENS, save_bpe, train_bpe
@@ -57,7 +61,7 @@ def test_special_tokens_come_last_and_are_never_read_out_of_text(folder: Path) -
 
 
 def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match="no readable tokenizer"):
+    with pytest.raises(TokenizerError, match="cannot be read"):
         HFDirectory(tmp_path)
     with pytest.raises(TokenizerError, match="the manifest says 0"):
         HFDirectory(folder, sha256="0" * 64)
@@ -67,15 +71,79 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
         HFDirectory(folder).special_id("<|return|>")
     with pytest.raises(TokenizerError, match="cannot hold the 259"):
         train_bpe(TEXTS, 258)
+    write_tokenizer(tmp_path / "first", TEXTS[0], ["<|endoftext|>"], 270)
+    with pytest.raises(TokenizerError, match="added tokens stand among the ordinary ones"):
+        HFDirectory(tmp_path / "first")
+
+
+def changed(**model: object) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda content: {**content, "model": {**content["model"], **model}}
+
+
+def moved(by: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda content: {
+        **content,
+        "added_tokens": [{**token, "id": token["id"] + by} for token in content["added_tokens"]],
+    }
+
+
+UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]], "byte_fallback": False}
+# As they come with published models, or were reported of them.
+FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "Unigram": (lambda content: {**content, "added_tokens": [], "model": UNIGRAM}, "no byte-level BPE"),
+    "SentencePiece's form of BPE": (
+        lambda content: {**content, "pre_tokenizer": None, "decoder": {"type": "ByteFallback"}},
+        "no byte-level BPE",
+    ),
+    "no kind": (lambda content: {**content, "model": {**content["model"], "type": None}}, "no readable tokenizer"),
+    "no merges": (
+        lambda content: {**content, "model": {k: v for k, v in content["model"].items() if k != "merges"}},
+        "no readable tokenizer: Missing vocab/merges",
+    ),
+    "merges of tokens that are none": (changed(merges=[["zz", "qq"]]), "out of vocabulary"),
+    "merges that are none": (changed(merges=["a b c"]), "no readable tokenizer"),
+    "a vocabulary without bytes": (
+        lambda content: changed(vocab={"a": 0, "b": 1}, merges=[])(content) | {"added_tokens": []},
+        "no token for byte 0x",
+    ),
+    "added tokens beyond the rows": (moved(10**6), "has id 1000282, and is read as 282"),
+    "added tokens of one id": (
+        lambda content: {**content, "added_tokens": [{**token, "id": 282} for token in content["added_tokens"]]},
+        "has id 282, and is read as 283",
+    ),
+    "added tokens without ids": (
+        lambda content: {**content, "added_tokens": [{"content": "<s>"}]},
+        "missing field `id`",
+    ),
+    "dropout": (changed(dropout=0.1), "dropout"),
+    "another version": (lambda content: {**content, "version": "2.0"}, "Unknown tokenizer version"),
+    "an unfinished pattern": (
+        lambda content: {
+            **content,
+            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False},
+        },
+        "no readable tokenizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_of_public_tokenizers_are_named(name: str, folder: Path, tmp_path: Path) -> None:
+    change, said = FAULTS[name]
     content = json.loads((folder / "tokenizer.json").read_text())
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps({**content, "model": {**content["model"], "type": "Unigram"}}))
-    with pytest.raises(TokenizerError, match="no byte-level BPE"):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(change(content)))
+    with pytest.raises(TokenizerError, match=re.escape(said)):
         HFDirectory(tmp_path)
-    moved = [{**entry, "id": entry["id"] + 1} for entry in content["added_tokens"]]
-    path.write_text(json.dumps({**content, "added_tokens": moved}))
-    with pytest.raises(TokenizerError, match="gaps"):
-        HFDirectory(tmp_path)
+
+
+def test_a_length_that_the_file_sets_cuts_and_fills_no_text(folder: Path, tmp_path: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    cut = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    fill = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0}
+    content |= {"truncation": cut, "padding": {**fill, "pad_token": "!"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    text = "Question: Sort the digits 4 1 3."
+    assert HFDirectory(tmp_path).encode_ordinary(text).tolist() == HFDirectory(folder).encode_ordinary(text).tolist()
 
 
 def test_bytes_are_written_as_exports_write_them() -> None:
