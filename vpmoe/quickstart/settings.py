@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from megatron_vpmoe.config.schema_section import Cardinal, Count, Name, Text
 from vpmoe.errors import VpmoeError
 from vpmoe.toml_file import read_toml, validated
 
@@ -24,18 +25,18 @@ class _Section(BaseModel):
 class Training(_Section):
     """The run: its configuration (relative to the checkout) and its name."""
 
-    config: str
-    run_name: str = Field(min_length=1)
+    config: Text
+    run_name: Name
 
 
 class Evaluation(_Section):
     """Held-out questions of each family, how they are decoded, and how many generations are kept and printed."""
 
-    per_family: int = Field(gt=0)
-    max_new_tokens: int = Field(gt=0)
-    batch_size: int = Field(gt=0)
-    samples: int = Field(ge=0)
-    shown_samples: int = Field(ge=0)
+    per_family: Count
+    max_new_tokens: Count
+    batch_size: Count
+    samples: Cardinal
+    shown_samples: Cardinal
 
 
 class Targets(_Section):

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from megatron_vpmoe.config import RunConfig
+from megatron_vpmoe.config.schema_section import Seed
 from vpmoe.upcycle.inputs import Input
 from vpmoe.upcycle.ladder_file import ObjectSpec
 from vpmoe.weights import Weights
@@ -33,7 +34,7 @@ class JobSettings(BaseModel):
 class DrawingSettings(JobSettings):
     """Settings of a job that draws: prompts to compare two models on, noise, the order of batches."""
 
-    seed: int = 1234
+    seed: Seed = 1234
     """Of all that."""
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_vpmoe.config import RunConfig, load_config
+from megatron_vpmoe.config.schema_section import Count, Name, Size, Text
 from vpmoe.errors import UpcycleError
 from vpmoe.toml_file import findings, read_toml
 
@@ -31,9 +32,9 @@ class ObjectSpec(_Section):
     """The table's name."""
     rung: int = Field(ge=0)
     """Rung of the ladder; 0 for what only feeds it."""
-    path: str
+    path: Text
     """Where it lies, ``folder``/ID if it does not say: an HF directory, or one with megatron/, hf/ and receipt.json."""
-    config: str | None = None
+    config: Text | None = None
     """YAML of a run whose ``model`` and ``moe`` sections are the geometry. What has none has its input ``model``'s; a
     source needs none."""
     overrides: dict[str, Any] = {}
@@ -67,17 +68,17 @@ class Evaluation(_Section):
     """Held-out texts, a file or folder as the builder of text datasets reads them."""
     text_field: str = "text"
     """Column of the text."""
-    documents: int = Field(ge=1)
+    documents: Count
     """Texts read at most, from the first on."""
     characters: int = Field(ge=2)
     """Of each text, from its beginning: a length that does not depend on a vocabulary."""
     questions: Path
     """JSONL of held-out rows: ``query``, ``synthetic_answer``, and the family as ``exercise``."""
-    per_family: int = Field(ge=1)
+    per_family: Count
     """Questions of each family at most, from the first on."""
-    max_new_tokens: int = Field(ge=1)
+    max_new_tokens: Size
     """Of an answer; a longer one is cut."""
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: Size = 32
     """Texts or questions computed together; does not change what is found but for rounding."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; the whole model is held in it."""
@@ -86,7 +87,7 @@ class Evaluation(_Section):
 class _File(_Section):
     """The whole file."""
 
-    folder: str = "models"
+    folder: Text = "models"
     """Of the objects that name no path."""
     target: str | None = None
     """The last object: ``vpmoe ladder`` makes it and all that it is made from, in the order of making."""
@@ -95,7 +96,7 @@ class _File(_Section):
     prepare: list[str] = []
     """Commands that ``vpmoe ladder`` gives first, such as those that build the datasets; each skips what is done."""
     evaluation: Evaluation | None = None
-    objects: dict[str, ObjectSpec]
+    objects: dict[Name, ObjectSpec] = Field(max_length=256)
 
 
 @dataclass(frozen=True)
