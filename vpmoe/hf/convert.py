@@ -140,12 +140,6 @@ def open_directory(
     source_checks.check_layers(config, theirs, source=source)
     derived = form.geometry(config, source=source, padded_vocab_size=padded_vocab_size)
     vocab_size: int = config["vocab_size"]
-    if padded_vocab_size is not None and padded_vocab_size < vocab_size:
-        raise WeightsError(
-            f"padded_vocab_size {padded_vocab_size} is below the model's {vocab_size} rows",
-            source=source,
-            remedy=f"pad to {vocab_size} or more",
-        )
     if cfg is None:
         cfg = config_of(derived, source=source)
     differing = [

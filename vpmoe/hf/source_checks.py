@@ -73,9 +73,15 @@ def check_tensors(weights: Weights, form: ModuleType, cfg: RunConfig, vocab_size
         vocab_size: rows of HF's embedding.
 
     Raises:
-        WeightsError: a tensor is missing, surplus, of another shape or of integers; or the model is tied and has an
-            output layer of its own that differs.
+        WeightsError: a tensor is missing, surplus, of another shape or of integers; the model is tied and has an output
+            layer of its own that differs; or the embedding is padded to fewer rows than HF's.
     """
+    if (rows := cfg.model.padded_vocab_size) < vocab_size:
+        raise WeightsError(
+            f"padded_vocab_size {rows} is below the model's {vocab_size} rows",
+            source=source,
+            remedy=f"pad to {vocab_size} or more",
+        )
     ours = {name: LazyTensor(shape, torch.float32, _nothing) for name, shape in expected_shapes(cfg).items()}
     theirs = form.from_megatron(ours, cfg, vocab_size=vocab_size)
     expected = {name: tensor.shape for name, tensor in theirs.items()}
