@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.config import config_hash
-from megatron_vpmoe.errors import ConfigError, TokenizerError
+from megatron_vpmoe.errors import ConfigError, NotOursError, TokenizerError
 from megatron_vpmoe.files import sha256_of_file
 from vpmoe.data_curation.tasks.synth_mini import check
 from vpmoe.eval.asking import Form, decode_in_batches, form_of
@@ -20,7 +20,7 @@ from vpmoe.eval.display import spell
 from vpmoe.eval.open_model import Opened, open_model, require_folder
 from vpmoe.eval.plots import plot_run, read_curves
 from vpmoe.eval.questions import Question, read_questions
-from vpmoe.eval.reports import check_reportable, write_report
+from vpmoe.eval.reports import check_reportable, read_report, write_report
 from vpmoe.eval.scoring import Scored, score, summarize
 from vpmoe.tokenizer import Tokenizer
 
@@ -75,20 +75,20 @@ def evaluate_and_plot(path: Path, options: NanoOptions, output: Path | None, *, 
     Raises:
         CheckpointError, DataError, TokenizerError: something named does not exist or does not fit the rest.
     """
-    if output is not None:  # known before the model answers for an hour
+    if output is not None:
         check_reportable(output, KIND)
-    report, run_directory = evaluate_model(path, options, progress=progress)
-    name = report["checkpoint"]["run"]
-    if output is None:
-        output = (
-            Path("reports") / "eval" / f"{name}.json" if run_directory is None else run_directory / "evaluation.json"
-        )
-    metrics = run_directory / "metrics.jsonl" if run_directory else None
+
+    def permitted(opened: Opened) -> None:  # known before the model answers for an hour
+        _refuse_another(output or _default_output(opened), opened)
+
+    report, opened = evaluate_model(path, options, progress=progress, permitted=permitted)
+    name, output = report["checkpoint"]["run"], output or _default_output(opened)
+    metrics = opened.run_directory / "metrics.jsonl" if opened.run_directory else None
     curves = read_curves(metrics) if metrics and metrics.is_file() else {}
     picture = output.with_suffix(".png")
     iteration = report["checkpoint"]["iteration"]
     title = name if iteration is None else f"{name}, step {iteration}"
-    check_reportable(output, KIND)
+    _refuse_another(output, opened)
     plot_run(curves, report["generations"], picture, title=title)
     # The report comes last: where there is one, there is its picture.
     write_report(output, report)
@@ -97,12 +97,35 @@ def evaluate_and_plot(path: Path, options: NanoOptions, output: Path | None, *, 
     return report
 
 
-def evaluate_model(path: Path, options: NanoOptions, *, progress: Progress) -> tuple[dict[str, Any], Path | None]:
-    """The report on the model at ``path``, and the directory of the run that it is of, if any.
+def _default_output(opened: Opened) -> Path:
+    if opened.run_directory is None:
+        return Path("reports") / "eval" / f"{opened.name}.json"
+    return opened.run_directory / "evaluation.json"
+
+
+def _refuse_another(output: Path, opened: Opened) -> None:
+    """Refuse to replace what is no evaluation, or one of another model; a run's older one makes way."""
+    check_reportable(output, KIND)
+    if output.exists():
+        found, ours = read_report(output, KIND).get("checkpoint", {}), opened.entry
+        same = "weights_sha256" if ours["iteration"] is None else "run"
+        if found.get(same) != ours[same]:
+            raise NotOursError(
+                f"here lies the evaluation of another model, {found.get('run')}, step {found.get('iteration')}",
+                source=str(output),
+                remedy="move it away, or name another file with --output",
+            )
+
+
+def evaluate_model(
+    path: Path, options: NanoOptions, *, progress: Progress, permitted: Callable[[Opened], None] = lambda opened: None
+) -> tuple[dict[str, Any], Opened]:
+    """The report on the model at ``path``, and what it is of; the model itself is closed again.
 
     Args:
         path: as above.
         progress: as above.
+        permitted: asked, by raising or not, once the model is open and before it answers.
 
     Raises:
         CheckpointError, DataError, TokenizerError: something named does not exist or does not fit the rest.
@@ -111,6 +134,7 @@ def evaluate_model(path: Path, options: NanoOptions, *, progress: Progress) -> t
     questions = read_questions(options.questions, per_family=options.per_family)
     started = time.perf_counter()
     with open_model(path) as opened:
+        permitted(opened)
         form = form_of(opened, plain=options.plain, system=options.system, developer=options.developer, say=progress)
         loaded = time.perf_counter()
         dataset = _dataset_for(opened, options.data_path, progress)
@@ -138,7 +162,7 @@ def evaluate_model(path: Path, options: NanoOptions, *, progress: Progress) -> t
             },
             "samples": [_sample(item, opened.tokenizer) for item in _spread(scored, options.samples)],
         }
-        return report, opened.run_directory
+        return report, opened
 
 
 def summary_lines(report: dict[str, Any]) -> str:
@@ -192,9 +216,14 @@ def valid_losses(opened: Opened, manifest: Manifest) -> dict[str, float]:
     from megatron_vpmoe.training.evaluate import evaluate
 
     data = {"data_path": str(manifest.root), "blend": None, "blend_schedule": None}
+    training: dict[str, Any] = {}
     if opened.trained is None:
         data["seq_length"] = manifest.seq_length
-    cfg = opened.cfg.model_copy(update={"data": opened.cfg.data.model_copy(update=data)})
+        training["objective"] = "token_ce" if manifest.kind == "healing_text" else "span_ce"  # text has no spans
+    changes = {
+        name: getattr(opened.cfg, name).model_copy(update=new) for name, new in (("data", data), ("training", training))
+    }
+    cfg = opened.cfg.model_copy(update=changes)
     dataset = KDDataset(manifest, "valid", seq_length=cfg.data.seq_length)
     # A row holds at least one conversation, so so many global batches hold them all.
     whole = -(-len(dataset) // cfg.training.global_batch_size)
@@ -203,7 +232,7 @@ def valid_losses(opened: Opened, manifest: Manifest) -> dict[str, float]:
     check_kinds(objective, cfg, [manifest])
     metrics = evaluate(opened.model, objective, ValidSource(Part("valid", dataset), cfg, 0, 1))
     # How spans are weighted in the total is the run's affair; of other models nobody knows it.
-    unknown = () if opened.trained else ("loss/total",)
+    unknown = () if opened.trained or cfg.training.objective == "token_ce" else ("loss/total",)
     return {tag: value for tag, value in metrics.items() if tag.startswith("loss/") and tag not in unknown}
 
 

@@ -14,12 +14,8 @@ if TYPE_CHECKING:
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
-_LOSSES = (
-    ("loss/analysis", "analysis, train", "tab:blue", "-"),
-    ("valid/loss/analysis", "analysis, valid", "tab:blue", "o"),
-    ("loss/final", "final, train", "tab:orange", "-"),
-    ("valid/loss/final", "final, valid", "tab:orange", "o"),
-)
+_SPANS = {"analysis": "tab:blue", "final": "tab:orange"}
+_WHOLE = {"total": "tab:blue"}
 ROUTER_TAG = "moe/router_agg/mean_cv_pct"
 _WHERE = {"-": {"linewidth": 1.2}, "o": {"linestyle": "none", "marker": "o", "markersize": 4}}
 
@@ -63,10 +59,17 @@ def plot_run(curves: Curves, generations: Mapping[str, Any], output: Path, *, ti
 
 
 def _plot_losses(axes: Axes, curves: Curves) -> None:
-    for tag, label, colour, style in _LOSSES:
-        if points := curves.get(tag):
-            axes.plot(*zip(*points, strict=True), color=colour, label=label, **_WHERE[style])
-    axes.set(title="cross-entropy per span", xlabel="step", ylabel="nats per token", yscale="log")
+    spans = any(f"loss/{name}" in curves for name in _SPANS)
+    for name, colour in (_SPANS if spans else _WHOLE).items():
+        for tag, label, style in ((f"loss/{name}", "train", "-"), (f"valid/loss/{name}", "valid", "o")):
+            if points := curves.get(tag):
+                axes.plot(*zip(*points, strict=True), color=colour, label=f"{name}, {label}", **_WHERE[style])
+    axes.set(
+        title="cross-entropy per span" if spans else "cross-entropy",
+        xlabel="step",
+        ylabel="nats per token",
+        yscale="log",
+    )
     _legend(axes)
 
 

@@ -21,6 +21,7 @@ from vpmoe.eval.nano import NanoOptions, evaluate_and_plot, evaluate_model
 from vpmoe.eval.open_model import open_model
 from vpmoe.eval.questions import read_questions
 from vpmoe.harmony.parse import Parser
+from vpmoe.hf.convert import export_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +50,54 @@ def test_report_of_an_untrained_model(data: Path, run_directory: Path, tmp_path:
     assert report["generations"]["n"] == 12 and report["generations"]["exact"] == 0
     assert len(report["samples"]) == 4 and len({sample["family"] for sample in report["samples"]}) == 4
     assert "exact" in capsys.readouterr().out
+
+
+def test_a_report_on_another_model_is_not_replaced(data: Path, run_directory: Path, tmp_path: Path) -> None:
+    """Its own is: a run's may be of older weights, another model's has to be of the same."""
+    few, output = options(data, per_family=1, max_new_tokens=2), tmp_path / "report.json"
+    report = evaluate_and_plot(run_directory, few, output, progress=silent)
+    older = {**report, "checkpoint": {**report["checkpoint"], "weights_sha256": "0"}}
+    output.write_text(json.dumps(older))
+    evaluate_and_plot(run_directory, few, output, progress=silent)
+    output.write_text(json.dumps({**older, "checkpoint": {**older["checkpoint"], "run": "another"}}))
+    before = output.read_bytes()
+    with pytest.raises(NotOursError, match="evaluation of another model, another"):
+        evaluate_and_plot(run_directory, few, output, progress=lambda line: pytest.fail(line))
+    assert output.read_bytes() == before
+
+
+def test_losses_of_a_run_without_spans(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A token_ce run has one loss; of its export, text and conversations each have what they can have."""
+    from megatron_vpmoe.runtime.distributed import single_process
+    from megatron_vpmoe.training.run import open_run
+
+    text = ["--input", str(data / "rows" / "test.jsonl"), "--id-field", "synth_id", "--text-field", "query", "--quiet"]
+    text += ["--seq-len", "96", "--valid-fraction", "0.1", "--output-dir", str(tmp_path / "text")]
+    text += ["--compact-map", str(data / "dataset" / "compact_vocab.npy"), "--padded-vocab-size", "448"]
+    assert main(["data", "build-text", *text]) == 0
+    fields = {"padded_vocab_size": 448, "seq_length": 192, "objective": "token_ce"}
+    cfg = tiny_config(**fields, data_path=data / "dataset", run_dir=tmp_path / "run")
+    with single_process(seed=1):
+        run = open_run(cfg)
+        run.save()
+        run.source.close()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "tag": "loss/total", "value": 2.0}\n')
+    export_checkpoint(tmp_path / "run", tmp_path / "hf")
+    few = ["--questions", str(data / "rows" / "test.jsonl"), "--per-family", "1", "--max-new-tokens", "2"]
+    for model, path, tags in (
+        ("run", "dataset", {"loss/total"}),
+        ("run", str(tmp_path / "text"), {"loss/total"}),
+        ("hf", str(tmp_path / "text"), {"loss/total"}),
+        ("hf", "dataset", {"loss/analysis", "loss/final"}),
+    ):
+        where = [str(tmp_path / model), "--data-path", str(data / path), "--output", str(tmp_path / "report.json")]
+        assert main(["eval", "nano", *where, *few]) == 0
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert set(report["losses"]) == tags
+        assert all(loss == pytest.approx(math.log(448), abs=0.6) for loss in report["losses"].values())
+        assert f"{min(tags)}  " in capsys.readouterr().out
+        (tmp_path / "report.json").unlink()
+        (tmp_path / "report.png").unlink()
 
 
 @pytest.mark.parametrize("name", ["report.json", "report.png"])

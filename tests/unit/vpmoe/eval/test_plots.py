@@ -15,7 +15,7 @@ GENERATIONS = {**ENTRY, "families": {"addition": ENTRY, "sorting": ENTRY}}
 CURVES = {"loss/analysis": [(1, 3.0), (2, 2.0)], "valid/loss/final": [(2, 1.0)], ROUTER_TAG: [(1, 50.0), (2, 40.0)]}
 
 
-@pytest.mark.parametrize("curves", [CURVES, {}, {"loss/final": [(1, 1.0)]}])
+@pytest.mark.parametrize("curves", [CURVES, {}, {"loss/final": [(1, 1.0)]}, {"loss/total": [(1, 1.0)]}])
 def test_png_is_written(tmp_path: Path, curves: dict) -> None:
     output = tmp_path / "deep" / "report.png"
     plot_run(curves, GENERATIONS, output, title="a run")
