@@ -16,14 +16,15 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
 
 
 def check_reportable(path: Path, kind: str) -> None:
-    """Refuse a path where something else than a report of ``kind`` lies, or a picture of others beside it.
+    """Refuse a path where something else than a report of ``kind`` lies, or a picture or table of others beside it.
 
     Raises:
         NotOursError: names the file.
     """
     check_replaceable(path, f'"kind": "{kind}"')
-    if not path.exists():  # a report's picture is ours as it is
-        check_replaceable(path.with_suffix(".png"))
+    if not path.exists():  # what is beside a report is ours as it is
+        for suffix in (".png", ".md"):
+            check_replaceable(path.with_suffix(suffix))
 
 
 def read_report(path: Path, kind: str) -> dict[str, Any]:

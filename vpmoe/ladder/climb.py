@@ -17,8 +17,9 @@ from megatron_vpmoe.files import sha256_of_file
 from vpmoe import steps
 from vpmoe.commands import Command, run_command
 from vpmoe.errors import NotOursError, UpcycleError, VpmoeError
+from vpmoe.eval.reports import check_reportable
+from vpmoe.ladder import report
 from vpmoe.ladder.evaluation import HeldOut, evaluate
-from vpmoe.ladder.report import write_report
 from vpmoe.upcycle import runner
 from vpmoe.upcycle.inputs import identity_of
 from vpmoe.upcycle.ladder_file import Evaluation, Ladder, ObjectSpec, geometry, read_ladder
@@ -108,6 +109,7 @@ def climb(request: Request, say: Say) -> dict[str, Any]:
     """
     ladder = read_ladder(request.file)
     plan = _Climb.of(request, ladder)
+    check_reportable(plan.reports / "ladder.json", report.KIND)
     for spec in plan.chosen:  # what is wrong with the last is said now, not after hours
         runner.job_and_settings(ladder, spec)
         geometry(spec)
@@ -116,12 +118,12 @@ def climb(request: Request, say: Say) -> dict[str, Any]:
         say(f"$ {command}")
         run_command(command, Path.cwd(), to_stderr=True)
     assert plan.held_out  # likewise
-    report: dict[str, Any] = {}
+    written: dict[str, Any] = {}
     for number, spec in enumerate(plan.chosen, 1):
         say(f"[{number}/{len(plan.chosen)}] rung {spec.rung}: {spec.id}")
         _make_and_ask(plan, spec, lambda line: say(f"  {line}"))
-        report = write_report(ladder, _records(plan), plan.reports)
-    return report
+        written = report.write_report(ladder, _records(plan), plan.reports)
+    return written
 
 
 def listing(request: Request) -> list[str]:

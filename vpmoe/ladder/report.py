@@ -56,11 +56,11 @@ def write_report(ladder: Ladder, records: Sequence[Record], folder: Path) -> dic
         "below": fed,
         "steps": evaluated,
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    # The JSON comes first: where it is, the two others are its.
+    write_json(folder / "ladder.json", report)
     write_atomically(folder / "ladder.md", (table(evaluated, fed, report["time"]) + "\n").encode())
     if evaluated:
         plot(evaluated, folder / "ladder.png")
-    write_json(folder / "ladder.json", report)
     return report
 
 

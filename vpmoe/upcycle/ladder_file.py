@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,6 +16,7 @@ from vpmoe.errors import UpcycleError
 from vpmoe.toml_file import findings, read_toml
 
 LADDER = Path("configs/upcycle/ladder.toml")
+_Form = TypeVar("_Form", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -151,24 +152,20 @@ def read_ladder(path: Path = LADDER) -> Ladder:
     """
     table = read_toml(path, error=UpcycleError)
     folder, objects = table.get("folder", "models"), table.get("objects")
-    if isinstance(objects, dict):
-        objects = {
-            name: {"id": name, "path": f"{folder}/{name}", **entry} if isinstance(entry, dict) else entry
-            for name, entry in objects.items()
-        }
-        table = {**table, "objects": objects}
-    faults: list[str] = []
-    try:
-        file = _File.model_validate(table)
-    except ValidationError as error:
-        faults = findings(error)
-    else:
-        faults = [f"objects.{spec.id}.{text}" for spec in file.objects.values() for text in _faults(spec, file.objects)]
-        if file.target is not None and file.target not in file.objects:
-            faults.append(f"target: there is no object {file.target!r}")
-        if not faults:
-            found = {name: _with_geometry(spec, file.objects) for name, spec in file.objects.items()}
-            return Ladder(path, found, file.target, file.reports, file.prepare, file.evaluation)
+    named: dict[str, Any] = objects if isinstance(objects, dict) else {}
+    entries = {
+        name: {"id": name, "path": f"{folder}/{name}", **entry} if isinstance(entry, dict) else entry
+        for name, entry in named.items()
+    }
+    file, faults = _validated(_File, {**table, "objects": entries} if named else table)
+    # What single entries got wrong does not hide what they say of each other.
+    specs = {name: spec for name, entry in entries.items() if (spec := _validated(ObjectSpec, entry)[0])}
+    faults += [f"objects.{spec.id}.{text}" for spec in specs.values() for text in _faults(spec, specs, named)]
+    if (target := table.get("target")) not in (None, *named):
+        faults.append(f"target: there is no object {target!r}")
+    if file is not None and not faults:
+        found = {name: _with_geometry(spec, specs) for name, spec in specs.items()}
+        return Ladder(path, found, file.target, file.reports, file.prepare, file.evaluation)
     raise UpcycleError(
         f"{len(faults)} problems in the ladder:\n    " + "\n    ".join(faults),
         source=str(path),
@@ -176,8 +173,16 @@ def read_ladder(path: Path = LADDER) -> Ladder:
     )
 
 
-def _faults(spec: ObjectSpec, objects: Mapping[str, ObjectSpec]) -> list[str]:
-    faults = [f"inputs: there is no object {name!r}" for name in spec.inputs.values() if name not in objects]
+def _validated(section: type[_Form], values: Any) -> tuple[_Form | None, list[str]]:
+    try:
+        return section.model_validate(values), []
+    except ValidationError as error:
+        return None, findings(error)
+
+
+def _faults(spec: ObjectSpec, objects: Mapping[str, ObjectSpec], named: Collection[str]) -> list[str]:
+    """Of an entry beside the others: ``objects`` are those that are sound by themselves, ``named`` all."""
+    faults = [f"inputs: there is no object {name!r}" for name in spec.inputs.values() if name not in named]
     if spec.is_source and (spec.inputs or spec.settings):
         faults.append("job: what has inputs or settings needs one")
     if not spec.is_source and (spec.sha256 or spec.revision or spec.origin or spec.partial):
@@ -185,7 +190,7 @@ def _faults(spec: ObjectSpec, objects: Mapping[str, ObjectSpec]) -> list[str]:
     if not spec.is_source and spec.config is None:
         if spec.overrides or "model" not in spec.inputs:
             faults.append("config: an object that a job makes needs it, unless its geometry is its input model's")
-        elif _with_geometry(spec, objects).config is None:
+        elif len(objects) == len(named) and _with_geometry(spec, objects).config is None:
             faults.append(f"config: neither it nor its input {spec.inputs['model']} says one")
     return faults
 

@@ -87,12 +87,30 @@ def test_an_object_out_of_date_is_made_again_when_asked(ladder: Path) -> None:
     assert json.loads((ladder.parent / "reports" / "model" / "receipt.json").read_text()) == before
 
 
+@pytest.mark.parametrize("name", ["ladder.json", "ladder.md", "ladder.png"])
+def test_a_file_of_the_users_in_the_folder_stays(ladder: Path, tmp_path: Path, name: str) -> None:
+    """Known before anything is made."""
+    (tmp_path / name).write_text("years of work")
+    with pytest.raises(NotOursError, match=name):
+        climb(Request(ladder, reports=tmp_path), lambda line: pytest.fail(line))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "years of work"
+
+
 def test_what_is_refused(ladder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = tmp_path / "ladder.toml"
-    wrong.write_text(ladder.read_text().replace("documents = 9", "documents = 0\ncolour = 1"))
+    text = ladder.read_text().replace("documents = 9", "documents = 0\ncolour = 1").replace('"model_hf" }', '"no" }')
+    wrong.write_text(
+        text.replace('target = "model"', 'target = "none"').replace(
+            "rung = 0", 'rung = -1\n[objects.a]\nrung = 1\njob = "heal"'
+        )
+    )
     assert main(["ladder", str(wrong), "--dry-run"]) == 2
     said = capsys.readouterr().err
-    assert "evaluation.documents" in said and "evaluation.colour" in said
+    assert all(key in said for key in ("evaluation.documents", "evaluation.colour", "objects.model_hf.rung"))
+    # What two entries say of each other too, in the same round.
+    assert "objects.model.inputs: there is no object 'no'" in said and "target: there is no object 'none'" in said
+    assert "objects.a.config" in said and "6 problems" in said
     assert main(["ladder", str(ladder), "--from", "5", "--dry-run"]) == 2
     assert "no object of rungs 5 to 1" in capsys.readouterr().err
     wrong.write_text('prepare = ["data stats"]\n' + ladder.read_text().replace("greedy_steps", "greedy_stps"))
