@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_vpmoe.errors import DataError, TokenizerError
 from megatron_vpmoe.files import RECEIPT, first_damage, inside, read_json, read_record, sha256_of_json
@@ -121,6 +121,36 @@ class PromptsEntry(Entry):
     developer: str | None = None
 
 
+class Annotation(Entry):
+    """The declaration of what every document carries beside its core, in a dataset and in batches.
+
+    Attributes:
+        name: in batches, file names and messages.
+        dtype: one that torch and Megatron-Core's indexed datasets both have.
+        per: "token": [L] of a document of L tokens, [b, s] of a batch; entry t describes token t+1, as the loss mask
+            has it, and what describes a token past the document is dropped. "document": one value, [b, d] of a batch
+            whose rows hold up to d documents; column n is the document of ``document_id`` n.
+        width: K, for [L, K] and [b, s, K]; None for one entry a token.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    dtype: Literal["uint8", "int32", "int64", "float32"]
+    per: Literal["token", "document"] = "token"
+    width: Annotated[int, Field(ge=1, le=2**16)] | None = None
+
+    @model_validator(mode="after")
+    def _has_a_width_by_token_alone(self) -> Self:
+        if self.width is not None and self.per == "document":
+            raise ValueError("a width is for what is annotated token by token")
+        return self
+
+    def shape(self, length: int) -> tuple[int, ...]:
+        """Of the array of a document of ``length`` tokens."""
+        if self.per == "document":
+            return ()
+        return (length,) if self.width is None else (length, self.width)
+
+
 class Content(Entry):
     """What decides what is read; its hash identifies a dataset."""
 
@@ -131,6 +161,12 @@ class Content(Entry):
     tokenizer: TokenizerEntry
     splits: dict[str, SplitEntry]
     prompts: PromptsEntry | None = None
+    annotations: list[Annotation] = []
+
+    @property
+    def hash(self) -> str:
+        """Without annotations that of a manifest from before there were any."""
+        return sha256_of_json(self.model_dump(exclude=None if self.annotations else {"annotations"}))
 
 
 _Form = TypeVar("_Form", bound=BaseModel)
@@ -150,6 +186,7 @@ class Manifest:
         splits: by name, "train" and "valid".
         group_size: neighbouring documents that have to share a row: 2 for preference pairs, else 1.
         prompts: its system and developer messages; None for plain text.
+        annotations: that every document carries.
     """
 
     root: Path
@@ -160,6 +197,7 @@ class Manifest:
     splits: dict[str, SplitEntry]
     group_size: int = 1
     prompts: PromptsEntry | None = None
+    annotations: tuple[Annotation, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -192,9 +230,16 @@ def read_manifest(data_path: Path | str) -> Manifest:
     """
     root = Path(data_path)
     content = checked(Content, read_sealed(root, BUILD_REMEDY.format(path=root)), root)
-    sha256, group_size = sha256_of_json(content.model_dump()), PAIR if content.pairs else 1
     return Manifest(
-        root, content.kind, sha256, content.seq_length, content.tokenizer, content.splits, group_size, content.prompts
+        root,
+        content.kind,
+        content.hash,
+        content.seq_length,
+        content.tokenizer,
+        content.splits,
+        PAIR if content.pairs else 1,
+        content.prompts,
+        tuple(content.annotations),
     )
 
 

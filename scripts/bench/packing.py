@@ -31,8 +31,8 @@ prepare()
 from megatron_vpmoe.config import RunConfig, load_config  # noqa: E402
 from megatron_vpmoe.data.blend import open_parts  # noqa: E402
 from megatron_vpmoe.data.cursor import SampleOrder  # noqa: E402
-from megatron_vpmoe.data.source import BatchSource  # noqa: E402
 from megatron_vpmoe.files import write_record  # noqa: E402
+from megatron_vpmoe.sources import StoredSource  # noqa: E402
 from megatron_vpmoe.training.run import Run, open_run  # noqa: E402
 from megatron_vpmoe.training.step import train_step  # noqa: E402
 from vpmoe.data_curation.datasets.token_files import TripleWriter, file_names  # noqa: E402
@@ -100,18 +100,16 @@ def write_split(folder: Path, lengths: NDArray[np.int32], vocabulary: int) -> di
 def waits(run: Run, rounds: int) -> dict[str, tuple[list[float], list[float]]]:
     """Seconds of (waiting, stepping) of every step, with the thread ("ahead") and without it ("on the spot")."""
     cfg, seconds = run.cfg, {"ahead": ([], []), "on the spot": ([], [])}
-    gbs = cfg.training.global_batch_size
-    with closing(BatchSource(open_parts(cfg, "train"), cfg, 0, 1)) as spot:
-        sides = {"ahead": run.source.next_step, "on the spot": spot.prepare}
-        for number in range(-3, rounds):
-            for name in list(sides)[:: 1 if number % 2 else -1]:
-                began = time.perf_counter()
-                batches = sides[name]((number + 3) * gbs)
-                waited = time.perf_counter() - began
-                train_step(run.wrapped, run.optimizer, run.objective, batches)
-                if number >= 0:
-                    seconds[name][0].append(waited)
-                    seconds[name][1].append(time.perf_counter() - began - waited)
+    sides = {"ahead": run.source, "on the spot": StoredSource(open_parts(cfg, "train"), cfg, 0, 1)}
+    for number in range(-3, rounds):
+        for name in list(sides)[:: 1 if number % 2 else -1]:
+            began = time.perf_counter()
+            batches = sides[name].next_step().batches
+            waited = time.perf_counter() - began
+            train_step(run.wrapped, run.optimizer, run.objective, batches)
+            if number >= 0:
+                seconds[name][0].append(waited)
+                seconds[name][1].append(time.perf_counter() - began - waited)
     return seconds
 
 

@@ -26,8 +26,9 @@ from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.model.attention import self_attention
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.builder import build_model, wrap_for_training
-from megatron_vpmoe.model.gpt import ModelOutput, VPModel
+from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.model.norm import RMSNorm
+from megatron_vpmoe.model.output import ModelOutput
 from megatron_vpmoe.objectives import Objective, ObjectiveResult, build_objective
 from megatron_vpmoe.optim.assignment import assigned_parameters
 from megatron_vpmoe.optim.polar_express import COEFFICIENTS
@@ -139,20 +140,17 @@ class _StockAttention:
         return out_SBN.unflatten(-1, (q_BHQD.shape[1], -1)).permute(1, 2, 0, 3)
 
 
-@dataclass(frozen=True)
-class _StockOutput:
+class _StockOutput(ModelOutput):
     """All logits, and upstream's cross-entropy over them."""
 
-    output: ModelOutput
-
     def cross_entropy(self, labels_BS: Tensor, mask_BS: Tensor, weight_BS: Tensor) -> tuple[Tensor, Tensor]:
-        logits_SBV = self.output.logits().transpose(0, 1).contiguous()
+        logits_SBV = self.logits().transpose(0, 1).contiguous()
         losses_BS = vocab_parallel_cross_entropy(logits_SBV.float(), labels_BS.t().contiguous()).t()
         return (losses_BS * weight_BS)[mask_BS].sum(), losses_BS[mask_BS].detach()
 
 
 @dataclass(frozen=True)
-class StockObjective:
+class StockObjective(Objective):
     """An objective that reads losses the stock way."""
 
     inner: Objective
@@ -163,8 +161,8 @@ class StockObjective:
     def summary(self, totals: dict[str, float]) -> dict[str, float]:
         return self.inner.summary(totals)
 
-    def __call__(self, output: Any, batch: Batch, totals: dict[str, float]) -> ObjectiveResult:
-        return self.inner(_StockOutput(output), batch, totals)
+    def __call__(self, output: ModelOutput, batch: Batch, totals: dict[str, float]) -> ObjectiveResult:
+        return self.inner(_StockOutput(output.hidden_BSH, output.model), batch, totals)
 
 
 class PerMatrixOptimizer:

@@ -29,13 +29,14 @@ TRAINER_FLOORS = {
     "model": 3,
     "optim": 3,
     "data": 3,
-    "objectives": 3,
     "metrics": 3,
-    "training": 4,
+    "objectives": 4,
     "generation": 4,
-    "profiling": 4,
-    "launch": 5,
-    "pretrain": 5,
+    "sources": 5,
+    "training": 6,
+    "profiling": 6,
+    "launch": 7,
+    "pretrain": 7,
 }
 SIDECAR_FLOORS = {
     "errors": -1,
@@ -56,11 +57,9 @@ SIDECAR_FLOORS = {
     "quickstart": 4,
     "cli": 5,
 }
-# On one floor only these cross: an objective reads a batch, training shows samples, profiling runs steps; vocabularies
+# On one floor only these cross: profiling runs steps; vocabularies
 # are found in Harmony's specials, questions are asked of what the data side generates.
 SAME_FLOOR = {
-    ("objectives", "data"),
-    ("training", "generation"),
     ("profiling", "training"),
     ("harmony", "tokenizer"),
     ("eval", "data_curation"),

@@ -211,8 +211,8 @@ def valid_losses(opened: Opened, manifest: Manifest) -> dict[str, float]:
     """The objective's ``loss/*`` over the whole valid split, each a mean over all its supervised tokens, in nats."""
     from megatron_vpmoe.data.blend import Part
     from megatron_vpmoe.data.kd_dataset import KDDataset
-    from megatron_vpmoe.data.source import ValidSource
     from megatron_vpmoe.objectives import build_objective, check_kinds
+    from megatron_vpmoe.sources import ValidSource
     from megatron_vpmoe.training.evaluate import evaluate
 
     data = {"data_path": str(manifest.root), "blend": None, "blend_schedule": None}

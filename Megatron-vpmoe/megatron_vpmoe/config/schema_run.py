@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
 from typing import Annotated, Literal
 
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
+
 from megatron_vpmoe.config.schema_section import (
+    BOUND,
     Amount,
     Cardinal,
     Count,
@@ -25,6 +30,13 @@ from megatron_vpmoe.config.schema_section import (
 
 Share = Annotated[float, within(0, 1e12, "rows of the other datasets would never come")]
 RecomputeModule = Literal["core_attn", "mlp", "moe", "shared_experts"]
+OBJECTIVES = ("span_ce", "token_ce")
+
+
+def _is_objective(value: str) -> str:
+    if value not in OBJECTIVES and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+        raise PydanticCustomError(BOUND, "must be {names} or module:Class", {"names": ", ".join(OBJECTIVES)})
+    return value
 
 
 class LrMultiplier(Section):
@@ -202,8 +214,9 @@ class TrainingSection(Section):
     """Of "full": layers in a run whose input alone is kept, or layers recomputed in each stage; null: 1."""
     recompute_modules: Several[RecomputeModule] | None = None
     """Of "selective": any of core_attn, mlp (dense layers), moe, shared_experts; null: core_attn."""
-    objective: Literal["span_ce", "token_ce"] = "span_ce"
-    """"span_ce": cross-entropy normalised per span; "token_ce": its mean over all supervised tokens (plain text)."""
+    objective: Annotated[Text, AfterValidator(_is_objective)] = "span_ce"
+    """"span_ce": cross-entropy normalised per span; "token_ce": its mean over all supervised tokens (plain text);
+    "module:Class": a class of your own that inherits from megatron_vpmoe.objectives.Objective."""
     kd_span_weight_reasoning: Amount = 1.0
     """Weight of the mean loss over the reasoning span."""
     kd_span_weight_final: Amount = 1.0

@@ -5,16 +5,19 @@ Shapes: b rows of a micro-batch, s positions of a row (``seq_length``), L tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_vpmoe.data.annotations import laid_out
 from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.manifest import Annotation
 
 PADDING = -1
 """``document_id`` of a position that holds no conversation; also the sample id of a row that exists only as filler."""
@@ -37,12 +40,14 @@ class Document:
         loss_mask: uint8 [L]; entry t says whether token t+1 is supervised, the last entry is 0.
         span_id: uint8 [L]; entry t is the span of token t+1, the last entry is 0.
         ends: ids of what closes a message and of what ends a turn; None where the vocabulary has no messages.
+        annotations: arrays by name, as their ``Annotation`` says.
     """
 
     tokens: NDArray[np.int32]
     loss_mask: NDArray[np.uint8]
     span_id: NDArray[np.uint8]
     ends: tuple[int, int] | None = None
+    annotations: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     @property
     def labels(self) -> NDArray[np.int32]:
@@ -74,6 +79,7 @@ class Batch:
         loss_mask: bool [b, s]; True where the label is supervised.
         span_id: uint8 [b, s]; the label's span (``Span``), 0 in padding.
         sample_ids: place of each row in the global order, -1 for a row that only fills up the batch.
+        annotations: by name, [b, s], [b, s, K] or one a document [b, d], as their ``Annotation`` says; 0 in padding.
     """
 
     tokens: Tensor
@@ -83,6 +89,7 @@ class Batch:
     loss_mask: Tensor
     span_id: Tensor
     sample_ids: list[int]
+    annotations: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; the copies of a pinned one are only queued there."""
@@ -93,7 +100,12 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(self, **{name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)})
+        core = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **core, annotations={name: change(value) for name, value in self.annotations.items()})
+
+    def per_token(self, name: str) -> Tensor:
+        """An annotation of documents, [b, d], at each of their tokens, [b, s]; that of document 0 in padding."""
+        return self.annotations[name].gather(1, self.document_id.clamp(min=0).long())
 
     @property
     def real_tokens(self) -> int:
@@ -105,7 +117,14 @@ class Batch:
         return int((self.loss_mask & (self.span_id == span)).sum())
 
 
-def assemble(rows: Sequence[Sequence[Document]], *, seq_length: int, eod_id: int, sample_ids: Sequence[int]) -> Batch:
+def assemble(
+    rows: Sequence[Sequence[Document]],
+    *,
+    seq_length: int,
+    eod_id: int,
+    sample_ids: Sequence[int],
+    annotations: Sequence[Annotation] = (),
+) -> Batch:
     """Lay conversations out in rows.
 
     Args:
@@ -113,9 +132,10 @@ def assemble(rows: Sequence[Sequence[Document]], *, seq_length: int, eod_id: int
         seq_length: positions of a row (s).
         eod_id: the end-of-document token, which fills padding and the label after a conversation's last token.
         sample_ids: one per row.
+        annotations: those that every document has and the batch is to carry.
 
     Raises:
-        DataError: the conversations of a row take more than ``seq_length`` positions.
+        DataError: the conversations of a row take more than ``seq_length`` positions, or lack a declared annotation.
     """
     shape = (len(rows), seq_length)
     tokens, labels = np.full(shape, eod_id, np.int64), np.full(shape, eod_id, np.int64)
@@ -142,4 +162,9 @@ def assemble(rows: Sequence[Sequence[Document]], *, seq_length: int, eod_id: int
             span_id[row, start : end - 1] = document.span_id[:-1]
             start = end
     arrays = (tokens, labels, position_ids, document_id, loss_mask, span_id)
-    return Batch(*map(torch.from_numpy, arrays), sample_ids=list(sample_ids))
+    carried = laid_out(annotations, rows, seq_length, sample_ids)
+    return Batch(
+        *map(torch.from_numpy, arrays),
+        sample_ids=list(sample_ids),
+        annotations={name: torch.from_numpy(array) for name, array in carried.items()},
+    )

@@ -20,6 +20,7 @@ from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.data.mixture import Mixture, Weights
 from megatron_vpmoe.data.pairs import documents_of, grouped_lengths
 from megatron_vpmoe.errors import CheckpointError, DataError
+from megatron_vpmoe.manifest import Annotation
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -125,6 +126,12 @@ class Blend:
     def eod_id(self) -> int:
         """The end-of-document token."""
         return self.parts[0].dataset.eod_id
+
+    @property
+    def annotations(self) -> tuple[Annotation, ...]:
+        """Those that every dataset has, declared alike."""
+        first, *others = (part.dataset.manifest.annotations for part in self.parts)
+        return tuple(annotation for annotation in first if all(annotation in other for other in others))
 
     def documents(self, sample: int) -> list[Document]:
         """The conversations of row ``sample``, all of one dataset."""

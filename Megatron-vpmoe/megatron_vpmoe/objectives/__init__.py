@@ -7,32 +7,24 @@ the batch is split.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.errors import ConfigError, DataError
 from megatron_vpmoe.manifest import PREFERENCE, Manifest
-from megatron_vpmoe.objectives.interface import Objective, ObjectiveResult, TokenLosses
+from megatron_vpmoe.objectives.interface import Needs, Objective, ObjectiveResult
 from megatron_vpmoe.objectives.span_ce import SpanCE
 from megatron_vpmoe.objectives.token_ce import TokenCE
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
-__all__ = [
-    "OBJECTIVES",
-    "Objective",
-    "ObjectiveResult",
-    "SpanCE",
-    "TokenCE",
-    "TokenLosses",
-    "build_objective",
-    "check_kinds",
-]
+__all__ = ["OBJECTIVES", "Needs", "Objective", "ObjectiveResult", "SpanCE", "TokenCE", "build_objective", "check_kinds"]
 
-OBJECTIVES: dict[str, Callable[[RunConfig], Objective]] = {
-    "span_ce": SpanCE.from_config,
-    "token_ce": TokenCE.from_config,
+OBJECTIVES: dict[str, type[Objective]] = {
+    "span_ce": SpanCE,
+    "token_ce": TokenCE,
 }
 
 
@@ -43,8 +35,8 @@ def check_kinds(objective: Objective, cfg: RunConfig, manifests: Sequence[Manife
         DataError: names the dataset and its kind.
     """
     for manifest in manifests:
-        if (manifest.kind == PREFERENCE) != objective.of_pairs:
-            wanted = f"reads {PREFERENCE}" if objective.of_pairs else f"does not read {PREFERENCE}"
+        if (manifest.kind == PREFERENCE) != objective.needs.pairs:
+            wanted = f"reads {PREFERENCE}" if objective.needs.pairs else f"does not read {PREFERENCE}"
             raise DataError(
                 f"{cfg.training.objective} {wanted}, and the dataset is of kind {manifest.kind}",
                 source=str(manifest.path),
@@ -53,5 +45,36 @@ def check_kinds(objective: Objective, cfg: RunConfig, manifests: Sequence[Manife
 
 
 def build_objective(cfg: RunConfig) -> Objective:
-    """The objective that ``training.objective`` names."""
-    return OBJECTIVES[cfg.training.objective](cfg)
+    """The objective that ``training.objective`` names; refused if the model lacks what it needs.
+
+    Raises:
+        ConfigError: ``module:Class`` cannot be imported or is no objective; or the model lacks something.
+    """
+    name = cfg.training.objective
+    objective = (OBJECTIVES[name] if name in OBJECTIVES else _imported(name)).from_config(cfg)
+    if objective.needs.experts and cfg.moe.num_experts is None:
+        raise ConfigError(
+            f"the objective {name} needs a model with routed experts",
+            source="moe.num_experts = null",
+            remedy="train a model that has some, or choose another objective (training.objective)",
+        )
+    return objective
+
+
+def _imported(name: str) -> type[Objective]:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"the objective {name} cannot be imported: {error}",
+            source="training.objective",
+            remedy="name a class as module:Class, in a module that Python finds from here (PYTHONPATH)",
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise ConfigError(
+            f"{name} is no objective: {found!r}",
+            source="training.objective",
+            remedy="name a class that inherits from megatron_vpmoe.objectives.Objective",
+        )
+    return found

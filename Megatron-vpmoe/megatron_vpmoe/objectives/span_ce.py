@@ -7,22 +7,23 @@ tokens in the whole global batch, keep the answer from being drowned.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_vpmoe.data.batch import Batch, Span
 from megatron_vpmoe.errors import DataError
-from megatron_vpmoe.objectives.interface import ObjectiveResult, TokenLosses
+from megatron_vpmoe.objectives.interface import Objective, ObjectiveResult
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
+    from megatron_vpmoe.model.output import ModelOutput
 
 _SPANS = {"analysis": Span.ANALYSIS, "final": Span.FINAL}
 
 
 @dataclass(frozen=True)
-class SpanCE:
+class SpanCE(Objective):
     """The objective ``span_ce``.
 
     Metrics: ``loss/total``, and per span ``loss/{analysis,final}`` (mean CE in nats), ``tokens/{analysis,final}``
@@ -38,8 +39,6 @@ class SpanCE:
 
     weight_analysis: float
     weight_final: float
-
-    of_pairs: ClassVar[bool] = False
 
     @classmethod
     def from_config(cls, cfg: RunConfig) -> SpanCE:
@@ -61,7 +60,7 @@ class SpanCE:
                 )
         return {f"tokens/{name}": sum(batch.span_count(span) for batch in batches) for name, span in _SPANS.items()}
 
-    def __call__(self, output: TokenLosses, batch: Batch, totals: dict[str, float]) -> ObjectiveResult:
+    def __call__(self, output: ModelOutput, batch: Batch, totals: dict[str, float]) -> ObjectiveResult:
         """See ``Objective``; ``totals`` holds ``tokens/analysis`` and ``tokens/final``."""
         share = {name: 1.0 / max(totals[f"tokens/{name}"], 1.0) for name in _SPANS}
         of_span = torch.zeros(len(Span), device=batch.labels.device)

@@ -6,44 +6,33 @@ For text without spans (healing) and for mixes of it with conversations, where e
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_vpmoe.data.batch import Batch
-from megatron_vpmoe.objectives.interface import ObjectiveResult, TokenLosses
+from megatron_vpmoe.objectives.interface import Objective, ObjectiveResult
 
 if TYPE_CHECKING:
-    from megatron_vpmoe.config import RunConfig
+    from megatron_vpmoe.model.output import ModelOutput
 
 
 @dataclass(frozen=True)
-class TokenCE:
+class TokenCE(Objective):
     """The objective ``token_ce``.
 
     Metrics: ``loss/total`` (mean CE in nats) and ``tokens/supervised`` (supervised tokens of the global batch).
     A global batch without a supervised token has a loss of 0.
     """
 
-    of_pairs: ClassVar[bool] = False
-
-    @classmethod
-    def from_config(cls, cfg: RunConfig) -> TokenCE:
-        """It has no settings."""
-        return cls()
-
     def counts(self, batches: list[Batch]) -> dict[str, int]:
         """Supervised tokens in this rank's share of the global batch."""
         return {"tokens/supervised": sum(int(batch.loss_mask.sum()) for batch in batches)}
 
-    def __call__(self, output: TokenLosses, batch: Batch, totals: dict[str, float]) -> ObjectiveResult:
+    def __call__(self, output: ModelOutput, batch: Batch, totals: dict[str, float]) -> ObjectiveResult:
         """See ``Objective``; ``totals`` holds ``tokens/supervised``."""
         # The sum over no tokens is a zero that hangs on the graph, so every rank takes part in the gradient exchange.
         share = 1.0 / max(totals["tokens/supervised"], 1.0)
         weight = torch.full(batch.labels.shape, share, device=batch.labels.device)
         loss, _ = output.cross_entropy(batch.labels, batch.loss_mask, weight)
         return ObjectiveResult(loss, {"loss/total": loss.detach()})
-
-    def summary(self, totals: dict[str, float]) -> dict[str, float]:
-        """``tokens/supervised`` of the global batch."""
-        return {"tokens/supervised": totals["tokens/supervised"]}

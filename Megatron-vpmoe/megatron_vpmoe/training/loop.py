@@ -59,15 +59,18 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
     throughput.restart()
 
     while run.iteration < last and not stopping:
-        batches = run.source.next_step(run.consumed_samples)
+        batches, position, of_source = run.source.next_step()
+        run.objective.begin_step(run.iteration + 1)
         routers.reset()
         result = train_step(run.wrapped, run.optimizer, run.objective, batches)
-        if not result.updated:
+        if result.updated:
+            run.objective.end_step(result.metrics)
+        else:
             _skip_or_stop(run, result, batches)
         lr = run.scheduler.get_lr({"max_lr": cfg.optim.lr, "min_lr": cfg.optim.min_lr})
         run.scheduler.step(1)
         run.iteration += 1
-        run.consumed_samples += cfg.training.global_batch_size
+        run.position = position
         throughput.step(result.metrics["tokens/real"])
         stopping = stop.agreed()
         step = run.iteration
@@ -75,10 +78,7 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
         if _due(step, cfg.logging.log_interval, last):
             health = routers.metrics(result.metrics["tokens/real"])
             values = {**result.metrics, "grad_norm": result.grad_norm, "lr": lr, **throughput.report(), **health}
-            values["skipped_steps"] = float(run.skipped_steps)
-            for cursor in run.source.cursors(run.consumed_samples):
-                values[f"data/{cursor.name}/samples"] = float(cursor.samples)
-                values[f"data/{cursor.name}/epoch"] = float(cursor.epoch)
+            values |= {"skipped_steps": float(run.skipped_steps), **of_source}
             metrics.log(step, values)
             progress.step(step, values)
             for warning in check_thresholds(health, cfg):
@@ -115,7 +115,7 @@ def _skip_or_stop(run: Run, result: StepResult, batches: list[Batch]) -> None:
     numbers = {"loss": result.metrics["loss/total"], "grad_norm": result.grad_norm}
     report = {
         "iteration": run.iteration + 1,
-        "consumed_samples": run.consumed_samples,
+        "consumed_samples": run.position.consumed_samples,
         "rank": distributed.rank(),
         **{name: value if math.isfinite(value) else str(value) for name, value in numbers.items()},
         "sample_ids": [sample for batch in batches for sample in batch.sample_ids],

@@ -11,9 +11,8 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_vpmoe.config.parameters import is_trained, parameter_sizes
-from megatron_vpmoe.data.blend import as_stored, open_parts
+from megatron_vpmoe.data.blend import open_parts
 from megatron_vpmoe.data.kd_dataset import KDDataset
-from megatron_vpmoe.data.source import BatchSource, ValidSource
 from megatron_vpmoe.data.vocabulary_files import another_vocabulary, identity_of, vocabulary_files
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.files import write_atomically
@@ -35,6 +34,7 @@ from megatron_vpmoe.optim import (
 )
 from megatron_vpmoe.runtime import distributed, stages
 from megatron_vpmoe.runtime.device import current_device
+from megatron_vpmoe.sources import Position, Source, ValidSource, check_needs, open_source
 from megatron_vpmoe.training import checkpoint
 from megatron_vpmoe.training.checkpoint_files import Retention
 from megatron_vpmoe.training.initial_weights import load_initial_weights
@@ -54,7 +54,7 @@ class Run:
         valid_dataset: the first of them, whose prompts are answered.
         assignment: which parameter goes to which optimizer.
         iteration: finished optimizer steps.
-        consumed_samples: rows of the global order that went into them (skipped steps included): the data cursor.
+        position: of the source after them (skipped steps included).
         skipped_steps: steps dropped under ``nonfinite_policy: skip``.
         restored_from: the checkpoint that this run continues, if any.
         notes: lines about the restore, for the log.
@@ -68,13 +68,13 @@ class Run:
     optimizer: VpOptimizer
     scheduler: IterationScheduler
     objective: Objective
-    source: BatchSource
+    source: Source
     valid: dict[str, ValidSource]
     valid_dataset: KDDataset
     provenance: dict[str, Any]
     assignment: list[AssignmentRow]
     iteration: int = 0
-    consumed_samples: int = 0
+    position: Position = Position(0, [])  # noqa: RUF009
     skipped_steps: int = 0
     restored_from: Path | None = None
     notes: tuple[str, ...] = ()
@@ -98,9 +98,9 @@ class Run:
         """
         state = {
             "iteration": self.iteration,
-            "consumed_samples": self.consumed_samples,
+            **self.position._asdict(),
             "skipped_steps": self.skipped_steps,
-            "data": as_stored(self.source.cursors(self.consumed_samples)),
+            "objective": {"name": self.cfg.training.objective, "state": self.objective.state()},
             "world_size": distributed.world_size(),
             "config": self.cfg.model_dump(mode="json"),
             "provenance": self.provenance,
@@ -126,7 +126,16 @@ def open_run(cfg: RunConfig) -> Run:
     directory = cfg.run_directory
     found, notes = distributed.from_rank_0(lambda: continued(cfg))
     data_parallel = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    train, valid = (open_parts(cfg, split) for split in ("train", "valid"))
+    train, valid_parts = (open_parts(cfg, split) for split in ("train", "valid"))
+    source = open_source(train, cfg, *data_parallel)
+    valid = {
+        "valid" if len(valid_parts) == 1 else f"valid/{part.name}": ValidSource(part, cfg, *data_parallel)
+        for part in valid_parts
+    }
+    objective = build_objective(cfg)
+    check_kinds(objective, cfg, [part.dataset.manifest for part in (*train, *valid_parts)])
+    for name, gives in {"train": source, **valid}.items():
+        check_needs(cfg.training.objective, objective.needs, gives, source=name)
     model = build_model(cfg)
     started_from = found
     if found is None and cfg.checkpoint.load_weights is not None:
@@ -135,8 +144,6 @@ def open_run(cfg: RunConfig) -> Run:
         notes.append(f"weights from {started_from.path}")
     wrapped = wrap_for_training(model, cfg)
     optimizer = build_optimizer([wrapped], cfg)
-    objective = build_objective(cfg)
-    check_kinds(objective, cfg, [part.dataset.manifest for part in (*train, *valid)])
     run = Run(
         cfg=cfg,
         directory=directory,
@@ -145,12 +152,9 @@ def open_run(cfg: RunConfig) -> Run:
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, cfg),
         objective=objective,
-        source=BatchSource(train, cfg, *data_parallel),
-        valid={
-            "valid" if len(valid) == 1 else f"valid/{part.name}": ValidSource(part, cfg, *data_parallel)
-            for part in valid
-        },
-        valid_dataset=valid[0].dataset,
+        source=source,
+        valid=valid,
+        valid_dataset=valid_parts[0].dataset,
         provenance=collect_provenance(cfg, [part.dataset.manifest for part in train]),
         notes=(*notes, *implementation_notes(model, cfg)),
         carried=_carried(started_from, [part.dataset.manifest for part in train], cfg),
@@ -222,16 +226,18 @@ def implementation_notes(model: VPModel, cfg: RunConfig) -> list[str]:
 def _restore(run: Run, found: checkpoint.Found) -> None:
     checkpoint.load(found, run.model, run.optimizer, run.scheduler)
     run.iteration = found.iteration
-    run.consumed_samples = int(found.state["consumed_samples"])
+    run.position = Position(int(found.state["consumed_samples"]), found.state.get("data", []))
     run.skipped_steps = int(found.state["skipped_steps"])
     run.notes += tuple(
         run.source.resume(
-            run.consumed_samples,
-            found.state.get("data", []),
+            run.position,
             source=str(found.path / "run_state.json"),
             allow_change=run.cfg.checkpoint.allow_provenance_change,
         )
     )
+    kept = found.state.get("objective", {})
+    if kept.get("name") == run.cfg.training.objective:
+        run.objective.restore(kept["state"])
     if found.state["world_size"] != distributed.world_size():
         run.notes += (
             f"saved by {found.state['world_size']} processes, continued by {distributed.world_size()}: "

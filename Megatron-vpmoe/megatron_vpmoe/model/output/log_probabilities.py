@@ -26,10 +26,10 @@ def log_probabilities(
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(hidden · projectionᵀ)[label], and if asked for the entropy of the softmax in nats.
 
-    Memory beyond inputs and gradients: a chunk's logits and one fp32 buffer of that shape (two, where a gradient comes
-    from the entropy), together CHUNK_BYTES, and two or three numbers a token. The projection's gradient is summed in
-    fp32: in its ``main_grad`` where it has one, otherwise in 4 bytes an element during the backward pass, rounded once.
-    Under tensor parallelism as ``weighted_sum``.
+    Memory beyond inputs and gradients: a chunk's logits and one fp32 buffer of that shape (two for the entropy),
+    together CHUNK_BYTES, and two or three numbers a token. The projection's gradient is summed in fp32: in its
+    ``main_grad`` where it has one, otherwise in 4 bytes an element during the backward pass, rounded once. Under tensor
+    parallelism as ``weighted_sum``.
 
     Args:
         hidden_NH: hidden states, any floating dtype; the same on all tensor-parallel ranks.
@@ -53,10 +53,10 @@ class _LogProbabilities(torch.autograd.Function):
             q = Distribution.of(logits_nV, buffers[0], labels[rows].unsqueeze(-1), tp_group)
             log_p[rows], log_sum_exp[rows] = q.log_q_nK.squeeze(-1), q.log_sum_exp_n
             if with_entropy:
-                buffers[0].mul_(q.share_n.unsqueeze(-1))
-                entropy[rows] = torch.special.entr(buffers[0], out=buffers[0]).sum(-1)
+                log_q = buffers[1].copy_(logits_nV).sub_(q.log_sum_exp_n.unsqueeze(-1))
+                entropy[rows] = -log_q.mul_(q.buffer_nV).sum(-1) * q.share_n
 
-        over_chunks(hidden, projection, read, (False, False))
+        over_chunks(hidden, projection, read, (False, False), buffers=2 if with_entropy else 1)
         if with_entropy and tp_group is not None and tp_group.size() > 1:
             dist.all_reduce(entropy, group=tp_group)
         ctx.set_materialize_grads(False)
@@ -72,16 +72,17 @@ class _LogProbabilities(torch.autograd.Function):
         by_log_p = torch.zeros_like(log_p) if by_log_p is None else by_log_p
 
         def read(rows: slice, logits_nV: Tensor, buffers: list[Tensor]) -> Tensor:
-            gradient, g, at = buffers[-1], by_log_p[rows].unsqueeze(-1), log_p[rows].unsqueeze(-1)
-            gradient.copy_(logits_nV).sub_(log_sum_exp[rows].unsqueeze(-1)).exp_()
+            log_q, gradient = buffers[-1], buffers[0]
+            g, at = by_log_p[rows].unsqueeze(-1), log_p[rows].unsqueeze(-1)
+            log_q.copy_(logits_nV).sub_(log_sum_exp[rows].unsqueeze(-1))
+            torch.exp(log_q, out=gradient)
             # 1 - Q to full precision: of a token that is nearly certain little more than rounding would be left.
             at_label = -g * torch.expm1(at)
             if by_entropy is None:
                 gradient.mul_(-g)
             else:
                 g_H, h = by_entropy[rows].unsqueeze(-1), entropy[rows].unsqueeze(-1)
-                torch.special.entr(gradient, out=buffers[0])
-                gradient.mul_(-(g + g_H * h)).addcmul_(buffers[0], g_H)
+                gradient.mul_(log_q.add_(h).mul_(-g_H).sub_(g))
                 at_label -= g_H * at.exp() * (at + h)
             mine, own = owned(labels[rows].unsqueeze(-1), len(projection), ctx.tp_group)
             return scatter(gradient, own, mine, at_label)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vpmoe.data.blend import Part, as_stored, open_parts
+from megatron_vpmoe.data.blend import Part, open_parts
 from megatron_vpmoe.data.cursor import SampleOrder
 from megatron_vpmoe.data.mixture import Mixture
-from megatron_vpmoe.data.source import BatchSource, ValidSource, weights_of
 from megatron_vpmoe.errors import CheckpointError, DataError
+from megatron_vpmoe.sources import Position, StoredSource, ValidSource
+from megatron_vpmoe.sources.stored import weights_of
 from tests.conftest import fuzz_settings
 from tests.fixtures_dataset import rewrite_manifest, small_dataset
 from tests.tiny import tiny_config
@@ -37,10 +37,11 @@ def config(roots: list[Path], gbs: int = 12, mbs: int = 12, schedule: str = SCHE
     )  # fmt: skip
 
 
-def rows(source: BatchSource, consumed: int) -> dict[int, list[int]]:
+def rows(source: StoredSource, consumed: int) -> dict[int, list[int]]:
+    source.consumed_samples = consumed
     return {
         sample: batch.tokens[row].tolist()
-        for batch in source.next_step(consumed)
+        for batch in source.next_step().batches
         for row, sample in enumerate(batch.sample_ids)
     }
 
@@ -53,9 +54,8 @@ def test_any_cursor_and_any_number_of_ranks_continue_the_same_order(roots, consu
     cfg = config(roots, mbs=mbs)
     seen: dict[int, list[int]] = {}
     for rank in range(dp_size):
-        source = BatchSource(open_parts(cfg, "train"), cfg, rank, dp_size)
+        source = StoredSource(open_parts(cfg, "train"), cfg, rank, dp_size)
         seen |= rows(source, consumed)
-        source.close()
     assert seen == straight(roots, consumed)
 
 
@@ -63,10 +63,9 @@ def straight(roots: list[Path], consumed: int) -> dict[int, list[int]]:
     """The samples from ``consumed`` on of a run that starts at 0 in steps of one."""
     cfg = config(roots, gbs=1, mbs=1)
     if not STRAIGHT:
-        source = BatchSource(open_parts(cfg, "train"), cfg, 0, 1)
+        source = StoredSource(open_parts(cfg, "train"), cfg, 0, 1)
         for sample in range(220):
             STRAIGHT.update(rows(source, sample))
-        source.close()
     return {sample: STRAIGHT[sample] for sample in range(consumed, consumed + 12)}
 
 
@@ -77,32 +76,28 @@ STRAIGHT: dict[int, list[int]] = {}
 @given(consumed=st.integers(0, 400), gbs=st.sampled_from([1, 4, 12]))
 def test_a_stored_cursor_resumes_the_order_and_is_what_packing_again_finds(roots, consumed, gbs):
     cfg = config(roots, gbs=gbs, mbs=1)
-    first, again = (BatchSource(open_parts(cfg, "train"), cfg, 0, 1) for _ in range(2))
-    first.next_step(consumed)
-    position = consumed + gbs
-    stored = as_stored(first.cursors(position))
-    assert again.resume(position, stored, source="checkpoint") == []
-    assert as_stored(again.cursors(position)) == stored
+    first, again = (StoredSource(open_parts(cfg, "train"), cfg, 0, 1) for _ in range(2))
+    first.consumed_samples, position = consumed, consumed + gbs
+    stored = first.next_step().position.data
+    assert stored == first.position(position).data
+    assert again.resume(Position(position, stored), source="checkpoint") == []
+    assert again.position(position).data == stored
     for order, cursor in zip(again._rows.blend._orders, stored, strict=True):
         assert order._first_sample[0] == cursor["window_first_sample"]  # nothing before it was packed
-    recounted = BatchSource(open_parts(cfg, "train"), cfg, 0, 1)
-    assert as_stored(recounted.cursors(position)) == stored
+    recounted = StoredSource(open_parts(cfg, "train"), cfg, 0, 1)
+    assert recounted.position(position).data == stored
     assert rows(again, position) == rows(first, position) == rows(recounted, position)
-    for source in (first, again, recounted):
-        source.close()
 
 
 def test_a_dataset_keeps_the_order_that_it_has_alone(roots):
     cfg = config(roots, schedule="null")
     alone = tiny_config(data_path=roots[1], packing_window=16, global_batch_size=1, micro_batch_size=1)
-    blend = BatchSource(open_parts(cfg, "train"), cfg, 0, 1)
-    single = BatchSource(open_parts(alone, "train"), alone, 0, 1)
+    blend = StoredSource(open_parts(cfg, "train"), cfg, 0, 1)
+    single = StoredSource(open_parts(alone, "train"), alone, 0, 1)
     mixture = Mixture(weights_of(cfg))
     mine = [s for s in range(48) if mixture.place(s)[0] == 1]
     taken = {s: row for consumed in range(0, 48, 12) for s, row in rows(blend, consumed).items()}
     assert [taken[s] for s in mine] == [rows(single, own)[own] for own in range(len(mine))]
-    blend.close()
-    single.close()
 
 
 @fuzz_settings(6)
@@ -110,13 +105,13 @@ def test_a_dataset_keeps_the_order_that_it_has_alone(roots):
 def test_rows_passed_over_come_not_and_what_follows_is_the_same(roots, skips, consumed):
     """Also over the end of an epoch, and resumed."""
     whole, later, resumed = (
-        BatchSource(open_parts(cfg, "train"), cfg, 0, 1)
+        StoredSource(open_parts(cfg, "train"), cfg, 0, 1)
         for cfg in (config(roots), *[config(roots, skip_rows=list(skips))] * 2)
     )
     first, second = whole._rows.blend, later._rows.blend
     mixture = Mixture(weights_of(config(roots)))
-    stored = as_stored(later.cursors(consumed))
-    assert resumed.resume(consumed, stored, source="checkpoint") == []
+    stored = later.position(consumed).data
+    assert resumed.resume(Position(consumed, stored), source="checkpoint") == []
     for sample in range(consumed, consumed + 4):
         part, own = mixture.place(sample)
         indices = first._orders[part].documents(skips[part] + own)
@@ -124,8 +119,6 @@ def test_rows_passed_over_come_not_and_what_follows_is_the_same(roots, skips, co
         for blend in (second, resumed._rows.blend):
             assert [document.tokens.tolist() for document in blend.documents(sample)] == expected
     assert [cursor["samples"] for cursor in stored] == mixture.counts(consumed)
-    for source in (whole, later, resumed):
-        source.close()
     valid = [part.skip for part in open_parts(config(roots, skip_rows=list(skips)), "valid")]
     assert valid == [0, 0, 0], "every validation is of the same rows"
 
@@ -140,55 +133,46 @@ def test_each_dataset_gives_all_its_conversations_once_an_epoch(roots):
 
 def test_cursors_of_other_weights_are_refused_or_noted(roots):
     cfg, other = config(roots), config(roots, schedule="null")
-    source = BatchSource(open_parts(cfg, "train"), cfg, 0, 1)
-    stored = as_stored(source.cursors(60))
-    source.close()
-    changed = BatchSource(open_parts(other, "train"), other, 0, 1)
+    source = StoredSource(open_parts(cfg, "train"), cfg, 0, 1)
+    stored = source.position(60).data
+    changed = StoredSource(open_parts(other, "train"), other, 0, 1)
     with pytest.raises(CheckpointError, match=r"60 samples under these weights are sums 30, facts 18, prose 12"):
-        changed.resume(60, stored, source="checkpoint")
-    assert "the checkpoint has" in changed.resume(60, stored, source="checkpoint", allow_change=True)[0]
-    assert as_stored(changed.cursors(60))[0]["samples"] == 30
-    changed.close()
+        changed.resume(Position(60, stored), source="checkpoint")
+    assert "the checkpoint has" in changed.resume(Position(60, stored), source="checkpoint", allow_change=True)[0]
+    assert changed.position(60).data[0]["samples"] == 30
 
 
 def test_a_later_stage_may_change_while_the_past_stays(roots):
     cfg = config(roots)
     later = config(roots, schedule="[{from_sample: 30, weights: [1, 1, 2]}, {from_sample: 60, weights: [9, 1, 1]}]")
-    before = BatchSource(open_parts(cfg, "train"), cfg, 0, 1)
-    after = BatchSource(open_parts(later, "train"), later, 0, 1)
-    assert after.resume(48, as_stored(before.cursors(48)), source="checkpoint") == []
-    before.close()
-    after.close()
+    before = StoredSource(open_parts(cfg, "train"), cfg, 0, 1)
+    after = StoredSource(open_parts(later, "train"), later, 0, 1)
+    assert after.resume(Position(48, before.position(48).data), source="checkpoint") == []
 
 
 def test_a_cursor_that_contradicts_its_dataset_is_refused(roots):
     cfg = config(roots)
-    source = BatchSource(open_parts(cfg, "train"), cfg, 0, 1)
-    stored = as_stored(source.cursors(60))
+    source = StoredSource(open_parts(cfg, "train"), cfg, 0, 1)
+    stored = source.position(60).data
     stored[1]["window_first_sample"] -= 9
     with pytest.raises(CheckpointError, match="the cursor of facts contradicts its dataset"):
-        source.resume(60, stored, source="checkpoint")
-    source.close()
+        source.resume(Position(60, stored), source="checkpoint")
 
 
 @pytest.mark.parametrize("stored", [[1], {"facts": 3}, None, [{"name": "facts"}], [{"samples": [60]}]])
 def test_what_is_no_list_of_cursors_is_refused(roots, stored):
     cfg = config(roots)
-    with (
-        closing(BatchSource(open_parts(cfg, "train"), cfg, 0, 1)) as source,
-        pytest.raises(CheckpointError, match="these are no cursors"),
-    ):
-        source.resume(60, stored, source="checkpoint")
+    source = StoredSource(open_parts(cfg, "train"), cfg, 0, 1)
+    with pytest.raises(CheckpointError, match="these are no cursors"):
+        source.resume(Position(60, stored), source="checkpoint")
 
 
 def test_an_order_of_other_settings_is_packed_again(roots):
     cfg, other = config(roots), config(roots, data_seed=5)
-    source, changed = (BatchSource(open_parts(c, "train"), c, 0, 1) for c in (cfg, other))
-    notes = changed.resume(60, as_stored(source.cursors(60)), source="checkpoint")
+    source, changed = (StoredSource(open_parts(c, "train"), c, 0, 1) for c in (cfg, other))
+    notes = changed.resume(Position(60, source.position(60).data), source="checkpoint")
     assert len(notes) == 3 and all("packing the rows behind the cursor again" in note for note in notes)
-    assert sum(cursor.samples for cursor in changed.cursors(60)) == 60
-    source.close()
-    changed.close()
+    assert sum(cursor["samples"] for cursor in changed.position(60).data) == 60
 
 
 def test_datasets_of_two_vocabularies_are_refused_naming_both(tmp_path):

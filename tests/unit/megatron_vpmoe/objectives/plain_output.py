@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
-from torch.nn import functional
 
 from megatron_vpmoe.data.batch import Batch
+from megatron_vpmoe.model.output import ModelOutput
 
 VOCAB = 17
 
 
-class Logits:
-    """A model output that is nothing but logits [B, S, V]."""
-
-    def __init__(self, logits_BSV: Tensor) -> None:
-        self.logits_BSV = logits_BSV
-
-    def cross_entropy(self, labels_BS: Tensor, mask_BS: Tensor, weight_BS: Tensor) -> tuple[Tensor, Tensor]:
-        losses = functional.cross_entropy(self.logits_BSV[mask_BS].float(), labels_BS[mask_BS], reduction="none")
-        return (losses * weight_BS[mask_BS]).sum(), losses.detach()
+def logits_output(logits_BSV: Tensor) -> ModelOutput:
+    """Hidden states that are the logits, before a projection that changes nothing; process groups must exist."""
+    groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
+    model = SimpleNamespace(output_weight=lambda: torch.eye(VOCAB), pg_collection=groups)
+    return ModelOutput(logits_BSV.float(), model)  # type: ignore[arg-type]
 
 
 def logits_for(batch: Batch) -> Tensor:

@@ -6,14 +6,16 @@ from itertools import pairwise
 
 import pytest
 import torch
-from plain_output import VOCAB, Logits, logits_for
+from plain_output import VOCAB, logits_for, logits_output
 from torch import Tensor
 from torch.nn import functional
 
 from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.errors import DataError
-from megatron_vpmoe.objectives import OBJECTIVES, SpanCE, build_objective
+from megatron_vpmoe.objectives import SpanCE, build_objective
 from tests.tiny import random_batch, rows_of, tiny_config
+
+pytestmark = pytest.mark.usefixtures("single_process")
 
 
 def totals_of(objective: SpanCE, batches: list[Batch]) -> dict[str, float]:
@@ -36,7 +38,7 @@ def by_definition(logits_BSV: Tensor, batch: Batch, weights: tuple[float, float]
 def test_equals_the_definition_in_value_and_gradient():
     batch, objective = random_batch(3, 32, VOCAB, seed=0), SpanCE(0.7, 1.9)
     logits = logits_for(batch)
-    result = objective(Logits(logits), batch, totals_of(objective, [batch]))
+    result = objective(logits_output(logits), batch, totals_of(objective, [batch]))
     expected = by_definition(logits, batch, (0.7, 1.9))
     torch.testing.assert_close(result.loss, expected)
     (got,), (wanted,) = torch.autograd.grad(result.loss, logits), torch.autograd.grad(expected, logits)
@@ -57,7 +59,7 @@ def test_any_split_sums_to_the_same_loss_and_gradient(cuts):
     totals = totals_of(objective, parts)
     loss, metrics = torch.zeros(()), {"loss/total": 0.0, "loss/analysis": 0.0, "loss/final": 0.0}
     for part, begin, end in zip(parts, cuts, cuts[1:], strict=False):
-        result = objective(Logits(logits[begin:end]), part, totals)
+        result = objective(logits_output(logits[begin:end]), part, totals)
         loss = loss + result.loss
         metrics = {tag: metrics[tag] + float(result.metrics[tag]) for tag in metrics}
     torch.testing.assert_close(loss, expected)
@@ -72,7 +74,7 @@ def test_a_long_span_does_not_drown_a_short_one():
     for row, column in supervised[:2].tolist():
         batch.span_id[row, column] = 2
     logits = logits_for(batch)
-    result = objective(Logits(logits), batch, totals_of(objective, [batch]))
+    result = objective(logits_output(logits), batch, totals_of(objective, [batch]))
     (gradient,) = torch.autograd.grad(result.loss, logits)
     # Per span the probabilities' gradients at the labels weigh 1 / n: here 1/2 against 1/many.
     expected = (logits.float().softmax(-1) - functional.one_hot(batch.labels, VOCAB)).double()
@@ -84,7 +86,7 @@ def test_an_absent_span_contributes_nothing_and_is_reported():
     batch, objective = random_batch(2, 32, VOCAB, seed=4), SpanCE(1.0, 2.0)
     batch.loss_mask[batch.span_id == 2] = False
     totals = totals_of(objective, [batch])
-    result = objective(Logits(logits_for(batch)), batch, totals)
+    result = objective(logits_output(logits_for(batch)), batch, totals)
     assert result.loss.isfinite() and result.loss.item() == pytest.approx(float(result.metrics["loss/analysis"]))
     assert float(result.metrics["loss/final"]) == 0.0
     summary = objective.summary(totals)
@@ -96,7 +98,7 @@ def test_a_batch_of_padding_has_a_zero_loss_with_a_gradient():
     batch, objective = random_batch(2, 32, VOCAB, seed=5), SpanCE(1.0, 1.0)
     batch.loss_mask.zero_()
     logits = logits_for(batch)
-    result = objective(Logits(logits), batch, {"tokens/analysis": 100.0, "tokens/final": 50.0})
+    result = objective(logits_output(logits), batch, {"tokens/analysis": 100.0, "tokens/final": 50.0})
     result.loss.backward()
     assert result.loss.item() == 0.0
     assert logits.grad is not None and not logits.grad.any()
@@ -112,11 +114,3 @@ def test_supervised_context_is_refused():
 def test_built_from_the_configuration():
     objective = build_objective(tiny_config(kd_span_weight_reasoning=0.25, kd_span_weight_final=3.0))
     assert objective == SpanCE(0.25, 3.0)
-
-
-def test_every_objective_of_the_schema_is_registered():
-    from typing import get_args
-
-    from megatron_vpmoe.config.schema_run import TrainingSection
-
-    assert set(OBJECTIVES) == set(get_args(TrainingSection.model_fields["objective"].annotation))

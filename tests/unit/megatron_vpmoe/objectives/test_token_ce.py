@@ -6,12 +6,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from plain_output import VOCAB, Logits, logits_for
+from plain_output import VOCAB, logits_for, logits_output
 from torch import Tensor
 
 from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.objectives import TokenCE, build_objective
 from tests.tiny import random_batch, rows_of, tiny_config
+
+pytestmark = pytest.mark.usefixtures("single_process")
 
 
 def plain_text_batch(rows: int, seed: int) -> Batch:
@@ -39,7 +41,7 @@ def test_any_split_sums_to_the_mean_over_supervised_tokens(batch: Batch, cuts: l
     totals = {key: float(value) for key, value in objective.counts(parts).items()}
     assert totals == {"tokens/supervised": int(batch.loss_mask.sum())} == objective.summary(totals)
     results = [
-        objective(Logits(logits[begin:end]), part, totals)
+        objective(logits_output(logits[begin:end]), part, totals)
         for part, (begin, end) in zip(parts, pairwise(cuts), strict=True)
     ]
     loss = torch.stack([result.loss for result in results]).sum()
@@ -53,7 +55,7 @@ def test_a_batch_of_padding_has_a_zero_loss_with_a_gradient():
     batch = plain_text_batch(2, 5)
     batch.loss_mask.zero_()
     logits = logits_for(batch)
-    result = TokenCE()(Logits(logits), batch, {"tokens/supervised": 0.0})
+    result = TokenCE()(logits_output(logits), batch, {"tokens/supervised": 0.0})
     result.loss.backward()
     assert float(result.loss) == 0.0
     assert logits.grad is not None and not logits.grad.any()

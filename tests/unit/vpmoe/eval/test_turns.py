@@ -108,8 +108,8 @@ def test_a_trained_model_ends_every_turn_and_never_speaks_for_the_user(tmp_path:
     how = {"objective": "token_ce", "lr": 1e-2, "normuon_aux_lr": 1e-2, "lr_decay_style": "constant"}
     cfg = tiny_config(**dense, **sizes, **how, window_attn_skip_freq=2, data_path=data, run_dir=tmp_path / "run")
     run = open_run(cfg)
-    for step in range(80):
-        train_step(run.wrapped, run.optimizer, run.objective, run.source.next_step(step * 4))
+    for _ in range(80):
+        train_step(run.wrapped, run.optimizer, run.objective, run.source.next_step().batches)
         run.scheduler.step(1)
     run.source.close()
     tokenizer = load_tokenizer(data)

@@ -13,8 +13,8 @@ from megatron_vpmoe.data.batch import Batch, Document
 from megatron_vpmoe.data.blend import Part
 from megatron_vpmoe.data.cursor import SampleOrder
 from megatron_vpmoe.data.kd_dataset import KDDataset
-from megatron_vpmoe.data.source import BatchSource, ValidSource
 from megatron_vpmoe.errors import ConfigError, DataError
+from megatron_vpmoe.sources import Ahead, Position, StoredSource, ValidSource
 from tests.fixtures_dataset import PADDED_VOCAB, small_dataset
 from tests.tiny import tiny_config
 
@@ -54,9 +54,9 @@ def global_step(root: Path, consumed: int, gbs: int, mbs: int, dp_size: int) -> 
     """What all ranks together see in one step."""
     rows: dict[int, list[list[int]]] = {}
     for rank in range(dp_size):
-        source = BatchSource(parts(root), config(gbs, mbs), rank, dp_size)
-        batches = source.next_step(consumed)
-        source.close()
+        source = StoredSource(parts(root), config(gbs, mbs), rank, dp_size)
+        source.consumed_samples = consumed
+        batches = source.next_step().batches
         assert len(batches) == gbs // mbs // dp_size
         assert all(batch.tokens.shape == (mbs, SEQ_LENGTH) for batch in batches)
         mine = rows_by_sample(batches)
@@ -79,10 +79,10 @@ def test_any_split_from_any_cursor_gives_the_same_global_batch(dataset_root, con
 
 def test_a_run_resumed_at_another_size_goes_on_in_the_same_order(dataset_root):
     straight = {}
-    source = BatchSource(parts(dataset_root), config(6, 6), 0, 1)
+    source = StoredSource(parts(dataset_root), config(6, 6), 0, 1)
     for step in range(12):
-        straight |= rows_by_sample(source.next_step(6 * step))
-    source.close()
+        assert source.consumed_samples == 6 * step
+        straight |= rows_by_sample(source.next_step().batches)
     resumed = {}
     for step in range(5):
         resumed |= global_step(dataset_root, 6 * step, 6, 3, 2)
@@ -92,11 +92,14 @@ def test_a_run_resumed_at_another_size_goes_on_in_the_same_order(dataset_root):
 
 
 def test_preparing_ahead_changes_nothing(dataset_root):
-    source = BatchSource(parts(dataset_root), config(4, 2), 0, 1)
-    expected = [rows_by_sample(source.next_step(consumed)) for consumed in (0, 4, 8, 0, 40, 44)]
+    source = Ahead(StoredSource(parts(dataset_root), config(4, 2), 0, 1))
+    for begin, steps in ((0, 3), (0, 1), (40, 2)):
+        source.resume(Position(begin, []), source="test")
+        for consumed in range(begin, begin + 4 * steps, 4):
+            step = source.next_step()
+            assert step.position.consumed_samples == consumed + 4
+            assert rows_by_sample(step.batches) == global_step(dataset_root, consumed, 4, 2, 1)
     source.close()
-    for consumed, rows in zip((0, 4, 8, 0, 40, 44), expected, strict=True):
-        assert rows == global_step(dataset_root, consumed, 4, 2, 1)
 
 
 def test_a_fault_while_preparing_ahead_reaches_the_step_it_belongs_to(dataset_root, monkeypatch):
@@ -111,18 +114,18 @@ def test_a_fault_while_preparing_ahead_reaches_the_step_it_belongs_to(dataset_ro
         return reading(self, index)
 
     monkeypatch.setattr(KDDataset, "__getitem__", damaged)
-    source = BatchSource([Part("kd", dataset)], cfg, 0, 1)
-    assert source.next_step(0)[0].sample_ids == [0, 1]
+    source = Ahead(StoredSource([Part("kd", dataset)], cfg, 0, 1))
+    assert source.next_step().batches[0].sample_ids == [0, 1]
     with pytest.raises(DataError, match="unreadable"):
-        source.next_step(4)
+        source.next_step()
     broken.clear()
-    assert source.next_step(4)[0].sample_ids == [4, 5]
+    assert source.next_step().batches[0].sample_ids == [4, 5]
     source.close()
 
 
 def test_close_ends_the_thread(dataset_root):
-    source = BatchSource(parts(dataset_root), config(4, 2), 0, 1)
-    source.next_step(0)
+    source = Ahead(StoredSource(parts(dataset_root), config(4, 2), 0, 1))
+    source.next_step()
     source.close()
     source.close()
     assert not any(thread.is_alive() for thread in source._worker._threads)
@@ -132,15 +135,16 @@ def test_epoch_follows_the_cursor(dataset_root):
     dataset, cfg = opened(dataset_root, "train"), config(4, 2)
     order = SampleOrder(dataset.lengths, seq_length=SEQ_LENGTH, window=16, seed=cfg.data.data_seed)
     second = order.first_sample_of_epoch(1)
-    source = BatchSource([Part("kd", dataset)], cfg, 0, 1)
-    cursors = [source.cursors(consumed)[0] for consumed in (0, second - 1, second)]
-    assert [(cursor.samples, cursor.epoch) for cursor in cursors] == [(0, 0), (second - 1, 0), (second, 1)]
-    source.close()
+    source = StoredSource([Part("kd", dataset)], cfg, 0, 1)
+    cursors = [source.position(consumed).data[0] for consumed in (0, second - 1, second)]
+    assert [(cursor["samples"], cursor["epoch"]) for cursor in cursors] == [(0, 0), (second - 1, 0), (second, 1)]
+    source.consumed_samples = second - 4
+    assert source.next_step().metrics == {"data/kd/samples": second, "data/kd/epoch": 1}
 
 
 def test_a_batch_that_does_not_divide_is_refused(dataset_root):
     with pytest.raises(ConfigError, match="global_batch_size 10 is not a multiple of micro_batch_size 2 x 3"):
-        BatchSource(parts(dataset_root), config(10, 2), 0, 3)
+        StoredSource(parts(dataset_root), config(10, 2), 0, 3)
 
 
 @pytest.mark.parametrize(("mbs", "dp_size"), [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (2, 3), (16, 4)])
@@ -191,10 +195,9 @@ def test_batches_for_a_gpu_are_pinned_and_copied_without_waiting(dataset_root, m
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     source, valid = (
         cls(parts(dataset_root)[0] if cls is ValidSource else parts(dataset_root), config(4, 2), 0, 1)
-        for cls in (BatchSource, ValidSource)
+        for cls in (StoredSource, ValidSource)
     )
-    batches = source.next_step(0)
-    source.close()
+    batches = source.next_step().batches
     assert rows_by_sample(batches) == plain
     monkeypatch.setattr(torch.Tensor, "to", to)
     for batch in [*batches, *valid]:

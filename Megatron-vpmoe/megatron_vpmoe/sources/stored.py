@@ -1,4 +1,4 @@
-"""Batch sources: this rank's micro-batches of the next global batch, and of the validation split.
+"""Stored datasets as a source: this rank's micro-batches of the next global batch, and of the validation split.
 
 The global order does not know of ranks. A global batch is the samples [consumed, consumed + global_batch_size) of the
 order; micro-batch k of rank r holds the ``micro_batch_size`` samples from ``consumed + (k * dp_size + r) *
@@ -9,14 +9,15 @@ in every step, and a run may resume with another number.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from megatron_vpmoe.data.batch import PADDING, Batch, assemble
-from megatron_vpmoe.data.blend import Blend, Cursor, Part
+from megatron_vpmoe.data.blend import Blend, Part, as_stored
 from megatron_vpmoe.data.mixture import Weights
 from megatron_vpmoe.errors import ConfigError
+from megatron_vpmoe.manifest import Annotation
 from megatron_vpmoe.runtime.device import has_gpu
+from megatron_vpmoe.sources.interface import Position, Step
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -41,6 +42,7 @@ class _Rows:
         self.blend = Blend(
             parts, weights, seq_length=self.seq_length, window=cfg.data.packing_window, seed=cfg.data.data_seed
         )
+        self.annotations = self.blend.annotations
 
     @property
     def samples_at_once(self) -> int:
@@ -52,12 +54,32 @@ class _Rows:
         first = begin + self.dp_rank * self.micro_batch_size
         samples = [sample if sample < end else PADDING for sample in range(first, first + self.micro_batch_size)]
         rows = [[] if sample == PADDING else self.blend.documents(sample) for sample in samples]
-        batch = assemble(rows, seq_length=self.seq_length, eod_id=self.blend.eod_id, sample_ids=samples)
+        batch = assemble(
+            rows,
+            seq_length=self.seq_length,
+            eod_id=self.blend.eod_id,
+            sample_ids=samples,
+            annotations=self.annotations,
+        )
         return batch.pinned() if has_gpu() else batch
 
 
-class BatchSource:
-    """Training batches by cursor. The step after the one asked for is prepared by a thread meanwhile.
+class _Stored:
+    """What stored datasets give, to training and to validation."""
+
+    depends_on_weights = False
+
+    def __init__(self, rows: _Rows) -> None:
+        self._rows = rows
+
+    @property
+    def annotations(self) -> tuple[Annotation, ...]:
+        """Those that all datasets have."""
+        return self._rows.annotations
+
+
+class StoredSource(_Stored):
+    """Training batches of the datasets of a run, by cursor.
 
     Args:
         parts: the training splits, in the order of ``cfg.data.parts``.
@@ -65,12 +87,16 @@ class BatchSource:
         dp_rank: of this process among those that hold different data.
         dp_size: their number.
 
+    Attributes:
+        consumed_samples: rows of the global order that have been given; any value >= 0 may be set.
+
     Raises:
         ConfigError: ``global_batch_size`` is not a multiple of ``micro_batch_size * dp_size``.
     """
 
     def __init__(self, parts: Sequence[Part], cfg: RunConfig, dp_rank: int, dp_size: int) -> None:
-        self._rows = _Rows(parts, weights_of(cfg), cfg, dp_rank, dp_size)
+        super().__init__(_Rows(parts, weights_of(cfg), cfg, dp_rank, dp_size))
+        self.consumed_samples = 0
         self.global_batch_size = cfg.training.global_batch_size
         if self.global_batch_size % self._rows.samples_at_once:
             raise ConfigError(
@@ -79,57 +105,32 @@ class BatchSource:
                 source="training.global_batch_size",
                 remedy=f"take a multiple of {self._rows.samples_at_once}",
             )
-        # One thread does all the reading, so the order and the memory maps are never used by two at once.
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        self._ahead: tuple[int, Future[tuple[list[Batch], list[Cursor]]]] | None = None
-        self._behind: tuple[int, list[Cursor]] | None = None
 
-    def next_step(self, consumed_samples: int) -> list[Batch]:
-        """This rank's micro-batches of the global batch that begins at ``consumed_samples`` (any value >= 0).
+    def next_step(self) -> Step:
+        """See ``Source``; metrics ``data/<name>/{samples,epoch}``."""
+        begin, end = self.consumed_samples, self.consumed_samples + self.global_batch_size
+        batches = [self._rows.micro_batch(first, end) for first in range(begin, end, self._rows.samples_at_once)]
+        cursors = self._rows.blend.cursors(end)
+        samples = {f"data/{cursor.name}/samples": float(cursor.samples) for cursor in cursors}
+        epochs = {f"data/{cursor.name}/epoch": float(cursor.epoch) for cursor in cursors}
+        self.consumed_samples = end
+        return Step(batches, Position(end, as_stored(cursors)), {**samples, **epochs})
 
-        Raises:
-            DataError: a conversation that does not hold what its dataset promises.
-        """
-        if self._ahead is not None and self._ahead[0] == consumed_samples:
-            pending = self._ahead[1]
-        else:
-            pending = self._worker.submit(self._prepare, consumed_samples)
-        self._ahead = None
-        batches, cursors = pending.result()
-        following = consumed_samples + self.global_batch_size
-        self._behind = following, cursors
-        self._ahead = following, self._worker.submit(self._prepare, following)
-        return batches
+    def position(self, consumed_samples: int) -> Position:
+        """Of a run that has consumed so many."""
+        return Position(consumed_samples, as_stored(self._rows.blend.cursors(consumed_samples)))
 
-    def cursors(self, consumed_samples: int) -> list[Cursor]:
-        """How far each dataset has been read at ``consumed_samples``; at once for the end of the step given last."""
-        if self._behind is not None and self._behind[0] == consumed_samples:
-            return self._behind[1]
-        return self._worker.submit(self._rows.blend.cursors, consumed_samples).result()
-
-    def resume(self, consumed_samples: int, stored: object, *, source: str, allow_change: bool = False) -> list[str]:
-        """Go on from a checkpoint's cursors; see ``Blend.resume``."""
-        resume = self._rows.blend.resume
-        return self._worker.submit(resume, consumed_samples, stored, source=source, allow_change=allow_change).result()
+    def resume(self, position: Position, *, source: str, allow_change: bool = False) -> list[str]:
+        """See ``Source`` and ``Blend.resume``."""
+        notes = self._rows.blend.resume(*position, source=source, allow_change=allow_change)
+        self.consumed_samples = position.consumed_samples
+        return notes
 
     def close(self) -> None:
-        """End the thread; a step prepared in advance is dropped."""
-        self._ahead = None
-        self._worker.shutdown(wait=True, cancel_futures=True)
-
-    def prepare(self, consumed_samples: int) -> list[Batch]:
-        """What ``next_step`` gives, made in the calling thread; for a source that is used in no other way."""
-        end = consumed_samples + self.global_batch_size
-        return [
-            self._rows.micro_batch(begin, end) for begin in range(consumed_samples, end, self._rows.samples_at_once)
-        ]
-
-    def _prepare(self, consumed_samples: int) -> tuple[list[Batch], list[Cursor]]:
-        batches = self.prepare(consumed_samples)
-        return batches, self._rows.blend.cursors(consumed_samples + self.global_batch_size)
+        """Nothing is running."""
 
 
-class ValidSource:
+class ValidSource(_Stored):
     """The validation split of one dataset, once and always in the same order; iterate it as often as needed.
 
     It holds the first ``eval_iters * global_batch_size`` rows of the split, or all of them if there are fewer. The last
@@ -137,7 +138,7 @@ class ValidSource:
 
     Args:
         part: the validation split.
-        cfg: as for ``BatchSource``, and ``evaluation.eval_iters``.
+        cfg: as for ``StoredSource``, and ``evaluation.eval_iters``.
         dp_rank: of this process among those that hold different data.
         dp_size: their number.
 
@@ -146,7 +147,7 @@ class ValidSource:
     """
 
     def __init__(self, part: Part, cfg: RunConfig, dp_rank: int, dp_size: int) -> None:
-        self._rows = _Rows([part], [Weights(0, (1.0,))], cfg, dp_rank, dp_size)
+        super().__init__(_Rows([part], [Weights(0, (1.0,))], cfg, dp_rank, dp_size))
         wanted = cfg.evaluation.eval_iters * cfg.training.global_batch_size
         self.samples = min(wanted, self._rows.blend.rows_of_one_epoch())
 

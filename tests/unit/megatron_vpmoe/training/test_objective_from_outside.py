@@ -1,0 +1,169 @@
+"""An objective of another package: named in the configuration, it trains, keeps its state and is refused by name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vpmoe.errors import ConfigError, DataError
+from megatron_vpmoe.manifest import Annotation
+from megatron_vpmoe.objectives import OBJECTIVES, Needs, build_objective
+from megatron_vpmoe.runtime import distributed
+from megatron_vpmoe.sources import StoredSource, ahead, check_needs
+from megatron_vpmoe.training import run as run_module
+from megatron_vpmoe.training.loop import train
+from tests.fixtures_dataset import small_dataset
+from tests.tiny import tiny_config
+from tests.training_runs import losses
+
+TOY = '''
+"""Likelihood with a bonus on entropy that falls with the step, weighed by a running mean of the loss."""
+from megatron_vpmoe.objectives import Needs, Objective, ObjectiveResult
+
+EVENTS = []
+
+
+class Toy(Objective):
+    def __init__(self):
+        self.step, self.mean = 0, 0.0
+
+    def begin_step(self, step):
+        self.step = step
+        EVENTS.append(f"begin {step}")
+
+    def end_step(self, metrics):
+        self.mean = 0.5 * self.mean + 0.5 * metrics["loss/total"]
+        EVENTS.append(f"end {self.step}")
+
+    def state(self):
+        return {"mean": self.mean}
+
+    def restore(self, state):
+        self.mean = state["mean"]
+
+    def counts(self, batches):
+        return {"tokens/supervised": sum(int(batch.loss_mask.sum()) for batch in batches)}
+
+    def __call__(self, output, batch, totals):
+        log_p, entropy = output.log_probabilities(batch.labels, batch.loss_mask, entropy=True)
+        bonus = (0.01 + 0.1 * self.mean) / (1 + self.step)
+        loss = -(log_p + bonus * entropy).sum() / max(totals["tokens/supervised"], 1.0)
+        return ObjectiveResult(loss, {"loss/total": loss.detach()})
+
+
+class OfPairs(Toy):
+    needs = Needs(pairs=True)
+
+
+NOT_ONE = 3
+'''
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    (tmp_path / "toy_objective.py").write_text(TOY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "toy_objective", raising=False)
+    import toy_objective  # type: ignore[import-not-found]
+
+    return toy_objective
+
+
+def config(tmp_path: Path, run: str, **changes: object):
+    data = tmp_path / "set"
+    if not data.exists():
+        small_dataset(data)
+    fields = {"objective": "toy_objective:Toy", "train_iters": 4, "save_interval": 2, "num_layers": 2, **changes}
+    return tiny_config(data_path=data, run_dir=tmp_path / run, eval_interval=None, log_interval=1, **fields)
+
+
+def trained(cfg: Any) -> Any:
+    with distributed.single_process(seed=1234):
+        return train(cfg)
+
+
+@pytest.mark.slow
+def test_it_trains_and_goes_on_with_its_state(toy: Any, tmp_path: Path) -> None:
+    straight = trained(config(tmp_path, "straight"))
+    assert [f"{what} {step}" for step in range(1, 5) for what in ("begin", "end")] == toy.EVENTS
+    trained(config(tmp_path, "resumed", train_iters=2, lr_decay_iters=4))
+    resumed = trained(config(tmp_path, "resumed", resume=True, lr_decay_iters=4))
+    assert resumed.restored_from is not None
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
+    assert resumed.objective.state() == straight.objective.state() != {"mean": 0.0}
+
+
+@pytest.mark.usefixtures("single_process")
+def test_a_source_that_depends_on_the_weights_is_asked_after_each_update(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Rollouts(StoredSource):
+        depends_on_weights = True
+
+        def next_step(self):
+            toy.EVENTS.append("give")
+            return super().next_step()
+
+    def open_rollouts(*arguments: Any):
+        source = Rollouts(*arguments)
+        assert ahead(source) is source
+        return source
+
+    monkeypatch.setattr(run_module, "open_source", open_rollouts)
+    train(config(tmp_path, "rollouts"))
+    assert [event for step in range(1, 5) for event in ("give", f"begin {step}", f"end {step}")] == toy.EVENTS
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("toy_objective:Other", "cannot be imported.*Other"),
+        ("no_such_module:Toy", "cannot be imported.*no_such_module"),
+        ("toy_objective:NOT_ONE", "is no objective: 3"),
+    ],
+)
+def test_what_cannot_be_one_is_refused(toy: Any, tmp_path: Path, name: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        build_objective(config(tmp_path, "none", objective=name))
+
+
+@pytest.mark.parametrize("name", ["spam_ce", "toy_objective", "toy_objective:", "a b:c"])
+def test_a_name_that_is_none_is_refused_with_those_that_are(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"must be span_ce, token_ce or module:Class") as caught:
+        tiny_config(objective=name)
+    assert all(known in str(caught.value) for known in OBJECTIVES)
+
+
+@pytest.mark.usefixtures("single_process")
+def test_needs_are_checked_before_any_weight(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "build_model", lambda *_: pytest.fail("a model was built"))
+    with pytest.raises(DataError, match="OfPairs reads harmony_preference"):
+        train(config(tmp_path, "pairs", objective="toy_objective:OfPairs"))
+    toy.Toy.needs = Needs(experts=True)
+    with pytest.raises(ConfigError, match="needs a model with routed experts"):
+        build_objective(config(tmp_path, "dense", num_experts=None))
+
+
+def test_each_missing_need_is_named() -> None:
+    class Gives:
+        annotations = (
+            Annotation(name="teacher_ids", dtype="int32", width=8),
+            Annotation(name="reward", dtype="float32", per="document"),
+        )
+        depends_on_weights = False
+
+    wanted = (
+        Annotation(name="teacher_ids", dtype="int32"),
+        Annotation(name="reward", dtype="float32"),
+        Annotation(name="advantage", dtype="float32", per="document"),
+    )
+    check_needs("mine", Needs(annotations=wanted[:1]), Gives(), source="train")
+    with pytest.raises(ConfigError) as caught:
+        check_needs("mine", Needs(annotations=wanted, depends_on_weights=True), Gives(), source="train")
+    said = str(caught.value)
+    assert "the objective mine needs" in said and "train" in said
+    assert "'advantage'" in said and "'reward' as" in said and "teacher_ids" not in said
+    assert "samples of the model that is trained" in said
