@@ -80,6 +80,7 @@ def convert(
     typer.echo(
         f"{output_dir}: {manifest['rows']:,} conversations in {len(manifest['shards'])} shards, "
         f"{manifest['rejects']['count']} rejected"
+        + (f"; {repeated:,} have the synth_id of another" if (repeated := manifest.get("repeated_ids", 0)) else "")
     )
 
 

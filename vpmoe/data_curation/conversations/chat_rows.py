@@ -24,6 +24,7 @@ _BOOKKEEPING = re.compile(
     "id|uuid|idx|index|hash|timestamp|date|created|updated|source|dataset|split|license|language|lang|url|model|"
     "metadata|(?!tool_call).*_(id|at|hash)"
 )
+_NOTHING = (None, "", [], {})
 _THINK = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 _LETTERS = {
     ("system", None): "s",
@@ -101,7 +102,7 @@ def preference_pair(row: Mapping[str, Any]) -> Pair:
 
 def _check_keys(entry: Mapping[str, Any], understood: Sequence[str], where: str) -> None:
     for key, value in entry.items():
-        if key in understood or value is None or value in ("", [], {}) or _BOOKKEEPING.fullmatch(key):
+        if key in understood or value in _NOTHING or _BOOKKEEPING.fullmatch(key):
             continue
         # The name is a part of the reason: reasons are what is counted and shown.
         what = f"{where}{key[:40]} is not understood; --ignore-fields leaves a key unread"
@@ -197,7 +198,7 @@ def _check_said(row: Mapping[str, Any], fields: Sequence[str], messages: tuple[M
         if isinstance(said, str):
             agrees = not said or Message("user", said) in messages
         else:
-            begun = _messages(said or [], field)
+            begun = () if said in _NOTHING else _messages(said, field)
             agrees = messages[: len(begun)] == begun
         if not agrees:
             raise RowError("different_prompts", f"{field} is not what the messages say")

@@ -17,7 +17,7 @@ from megatron_vpmoe.files import file_entry, json_line
 from vpmoe import steps
 from vpmoe.data_curation.conversations.manifest import conversations_manifest, shard_entry
 from vpmoe.data_curation.conversations.parts import Parts
-from vpmoe.data_curation.conversations.store import SCHEMA_VERSION
+from vpmoe.data_curation.conversations.store import SCHEMA_VERSION, count_repeated_ids
 from vpmoe.data_curation.conversations.synth import open_synth, to_conversation
 from vpmoe.data_curation.manifest import CONVERSATIONS, read_manifest, write_manifest
 from vpmoe.data_curation.reject_limit import RejectLimit
@@ -105,6 +105,8 @@ class _Conversion:
         for shard in range(self._num_shards):
             shards.append(self._work.once(f"shard_{shard:02d}", partial(self._join, shard)))
             self._parts.remove(shard)
+        paths = [self._work.folder / shard["name"] for shard in shards]
+        repeated = self._work.once("repeated_ids", partial(count_repeated_ids, paths))
         rejects = {
             "count": self._rejects.total(),
             "reasons": dict(sorted(self._rejects.items())),
@@ -112,7 +114,7 @@ class _Conversion:
             **file_entry(path),
         }
         origin = {"source": self._source.as_manifest(), "prompts": self._prompts.as_manifest()}
-        manifest = conversations_manifest(shards, **origin, rejects=rejects)
+        manifest = conversations_manifest(shards, **origin, rejects=rejects, repeated_ids=repeated)
         others = (write_manifest(self._work.folder, manifest), path)
         listed = {shard["name"]: {"bytes": shard["bytes"], "sha256": shard["sha256"]} for shard in shards}
         return {"rejects": rejects, "files": listed | {file.name: file_entry(file) for file in others}}

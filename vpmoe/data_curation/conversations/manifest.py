@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vpmoe.files import file_entry, first_damage
-from vpmoe.data_curation.conversations.store import SCHEMA_VERSION, StoredConversation, open_shard, read_row_group
+from vpmoe.data_curation.conversations.store import (
+    SCHEMA_VERSION,
+    StoredConversation,
+    count_repeated_ids,
+    open_shard,
+    read_row_group,
+)
 from vpmoe.data_curation.manifest import CONVERSATIONS, FILE_NAME, read_manifest, write_manifest
 from vpmoe.errors import DataError
 from vpmoe.steps import RECEIPT, read_receipt
@@ -19,7 +25,12 @@ _REMEDY = "convert again (vpmoe data convert), or move the files that do not bel
 
 
 def conversations_manifest(
-    shards: Sequence[dict[str, Any]], *, source: dict[str, Any], prompts: dict[str, Any], rejects: dict[str, Any]
+    shards: Sequence[dict[str, Any]],
+    *,
+    source: dict[str, Any],
+    prompts: dict[str, Any],
+    rejects: dict[str, Any],
+    repeated_ids: int,
 ) -> dict[str, Any]:
     """A manifest of shards (:func:`shard_entry` of each)."""
     return {
@@ -29,6 +40,7 @@ def conversations_manifest(
         "prompts": prompts,
         "rows": sum(shard["rows"] for shard in shards),
         "bytes": sum(shard["bytes"] for shard in shards),
+        "repeated_ids": repeated_ids,
         "shards": list(shards),
         "rejects": rejects,
     }
@@ -76,4 +88,5 @@ def _of_foreign_shards(folder: Path, shards: Sequence[Path]) -> dict[str, Any]:
         source={"name": folder.resolve().name, "hub_id": None, "revision": None, "files": []},
         prompts={"options": None, "system": spoken.get("system"), "developer": spoken.get("developer")},
         rejects={"count": 0, "reasons": {}, "path": None},
+        repeated_ids=count_repeated_ids(shards),
     )

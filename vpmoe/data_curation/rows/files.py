@@ -152,10 +152,7 @@ def _parquet_rows(path: Path, name: str, columns: Columns) -> Placed:
 
 def _text_file(path: Path, name: str, columns: Columns) -> Placed:
     columns.of([TEXT_COLUMN], str(path))
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", source=str(path), remedy="name a readable file") from error
+    raw = path.read_bytes()
     try:
         row: Row | RowError = {TEXT_COLUMN: raw.decode()}
     except UnicodeDecodeError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,7 +97,7 @@ class RowSource:
         """What decides the rows: revision on the hub, or name, bytes and sha256 of each file."""
         if self.hub_id is not None:
             return {"hub_id": self.hub_id, "revision": self.revision, "config": self.config, "split": self.split}
-        with _reading(self.name), hashing("hashing the input", self.total_bytes) as tell:
+        with hashing("hashing the input", self.total_bytes) as tell:
             return {"files": [{"name": name, **file_entry(path, tell)} for name, path in self.files]}
 
     def as_manifest(self) -> dict[str, Any]:
@@ -154,14 +153,13 @@ def resolve(
     """
     path = Path(spelled)
     shown = ", ".join(f"*{suffix}" for suffix in suffixes)
-    with _reading(spelled):
-        if path.is_file() and path.name.endswith(suffixes):
-            return RowSource(((path.name, path),), path.name, path)
-        if path.is_dir():
-            if found := _files_below(path, suffixes):
-                named = tuple((str(file.relative_to(path)), file) for file in found)
-                return RowSource(named, path.resolve().name, path)
+    if path.is_file() and path.name.endswith(suffixes):
+        return RowSource(((path.name, path),), path.name, path)
+    if path.is_dir():
+        if not (found := _files_below(path, suffixes)):
             raise DataError("the folder holds no file to read", source=spelled, remedy=f"pass a folder of {shown}")
+        named = tuple((str(file.relative_to(path)), file) for file in found)
+        return RowSource(named, path.resolve().name, path)
     owner_and_name = spelled.split("/")
     if len(owner_and_name) != 2 or not all(owner_and_name) or spelled.startswith((".", "/")) or path.suffix:
         raise DataError(
@@ -190,13 +188,3 @@ def _files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
             )
         found += here
     return sorted(found)
-
-
-@contextmanager
-def _reading(source: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"cannot be read: {error.strerror}", source=str(error.filename or source), remedy="mend path or permissions"
-        ) from error

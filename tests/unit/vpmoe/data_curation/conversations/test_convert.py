@@ -82,6 +82,20 @@ def test_every_invalid_row_is_named_with_its_reason(tmp_path: Path) -> None:
     assert listed[0]["row"] == "rows.jsonl:2"
 
 
+def test_repeated_ids_are_counted_whatever_memory_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(store, "ROW_GROUP_ROWS", 8)
+    rows = [row(n, synth_id=f"id{min(n % 40, 30)}") for n in range(80)]
+    command = ["data", "convert", "--input", str(write(tmp_path / "rows.jsonl", rows)), "--num-shards", "3", "--quiet"]
+    for at_once in (1 << 24, 10):
+        monkeypatch.setattr(store, "_IDS_AT_ONCE", at_once)
+        out = tmp_path / str(at_once)
+        assert main([*command, "--output-dir", str(out)]) == 0
+        assert "49 have the synth_id of another" in capsys.readouterr().out
+        assert json.loads((out / "manifest.json").read_text())["repeated_ids"] == 49
+
+
 def test_a_refused_conversion_keeps_what_it_did_and_goes_on_with_another_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +184,7 @@ def test_the_manifest_of_shards_is_checked_or_written(tmp_path: Path) -> None:
     assert {**before, "manifest.json": (foreign / "manifest.json").read_bytes()} == contents(foreign)
     manifest, ours = (json.loads((folder / "manifest.json").read_text()) for folder in (foreign, out))
     assert manifest["shards"] == ours["shards"] and manifest["rows"] == 3
+    assert manifest["repeated_ids"] == ours["repeated_ids"] == 0
     assert manifest["prompts"]["system"] == ours["prompts"]["system"]
 
     for folder in (out, foreign):

@@ -83,10 +83,10 @@ def test_a_folder_of_synth_rows_is_read_in_one_format(tmp_path: Path) -> None:
 
 def test_only_the_columns_that_are_wanted_are_read(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", [{**SYNTH[0], "exercise": "x"}])
-    assert [dict(row) for _, row in open_synth(resolve_synth(str(tmp_path)))] == SYNTH[:1]
+    assert [row for _, row in open_synth(resolve_synth(str(tmp_path)))] == SYNTH[:1]
     without = {name: value for name, value in SYNTH[0].items() if name != "language"}
     write_parquet(tmp_path / "a.parquet", [without])
-    assert [dict(row) for _, row in open_synth(resolve_synth(str(tmp_path)))] == [without]
+    assert [row for _, row in open_synth(resolve_synth(str(tmp_path)))] == [without]
 
 
 def reasons(source: RowSource) -> list[tuple[str, str | None]]:
@@ -200,8 +200,6 @@ def test_what_hides_rows_in_a_folder_is_refused(tmp_path: Path) -> None:
         (folder / "b.parquet").unlink()
     (folder / "b.parquet").symlink_to(dataset / "part-0.parquet")
     assert len(list(resolve(str(folder)).rows())) == 6
-    with pytest.raises(DataError, match="File name too long"):
-        resolve("a" * 5000)
 
 
 def test_missing_columns_are_named(tmp_path: Path) -> None:
