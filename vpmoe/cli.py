@@ -5,6 +5,11 @@ A room is imported when one of its verbs is called, so that ``vpmoe --help`` ans
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupted import is no traceback
+
 import importlib
 import os
 import sys
@@ -14,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from vpmoe.errors import VpmoeError
+from vpmoe.errors import VpmoeError, of_the_system
 
 _HELP = """From nothing to a trained nano vpMoE, and what comes before and after any training.
 
@@ -97,11 +102,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise VpmoeError("not UTF-8", source=ascii(strange[0]), remedy="rename it: libraries open no such name")
         app(args=[word for word in words if word != "--debug"], prog_name="vpmoe", obj=debug)
     except (VpmoeError, OSError) as error:
+        shown = of_the_system(error) if isinstance(error, OSError) else error
         if debug:
             traceback.print_exc()
         else:
-            print(f"{type(error).__name__}: {_told(error)}", file=sys.stderr)
-        return _told(error).exit_code
+            print(f"{type(error).__name__}: {shown}", file=sys.stderr)
+        return shown.exit_code
     except SystemExit as end:
         return _exit_code(end)
     finally:
@@ -111,15 +117,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _is_utf8(word: str) -> bool:
     return word == word.encode(errors="replace").decode()
-
-
-def _told(error: VpmoeError | OSError) -> VpmoeError:
-    """A full disk, or a path that cannot be read or written, told as every other error of a user."""
-    if isinstance(error, VpmoeError):
-        return error
-    remedy = "make room or mend the path, then give the same command again; what was finished is as it was"
-    where = None if error.filename is None else str(error.filename)
-    return VpmoeError(error.strerror or str(error), source=where, remedy=remedy)
 
 
 def _exit_code(end: SystemExit) -> int:
@@ -137,4 +134,5 @@ def _flush() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_vpmoe.errors import BusyError, DataError, NotOursError, TokenizerError, VpmoeError
+from megatron_vpmoe.errors import BusyError, DataError, NotOursError, TokenizerError, VpmoeError, of_the_system
 
 __all__ = [
     "BusyError",
@@ -14,6 +14,7 @@ __all__ = [
     "UpcycleError",
     "VpmoeError",
     "WeightsError",
+    "of_the_system",
 ]
 
 

@@ -79,3 +79,13 @@ class BusyError(VpmoeError):
 
 class NotOursError(VpmoeError):
     """What was to be removed or replaced is not known to be made by the command, or is finished work."""
+
+
+def of_the_system(error: OSError) -> VpmoeError:
+    """What the system says of a path that cannot be read or written, as one message."""
+    what = f"a file or folder cannot be used: {error.strerror or error}"
+    source = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    remedy = "mend the path or make room, then give the same command again; what was finished before is as it was"
+    shown = VpmoeError(what, source=source or None, remedy=remedy)
+    shown.__cause__ = error
+    return shown

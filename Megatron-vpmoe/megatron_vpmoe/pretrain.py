@@ -5,25 +5,21 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
 import sys
-import traceback
-
-from megatron_vpmoe.config import check_world, load_config
-from megatron_vpmoe.errors import VpmoeError
-from megatron_vpmoe.runtime import distributed
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run(arguments: list[str]) -> None:
     """Load the configuration, join the other processes, train, leave them."""
+    from megatron_vpmoe.config import check_world, load_config
+    from megatron_vpmoe.runtime import distributed
     from megatron_vpmoe.training.loop import train
 
-    if "RANK" in os.environ:
-        _end_with_parent()
     cfg = load_config(arguments[0], arguments[1:])
     check_world(cfg, int(os.environ.get("WORLD_SIZE", "1")))
     parallel = cfg.parallel
@@ -42,26 +38,39 @@ def _end_with_parent() -> None:
     """Have the kernel end this process when its parent dies: nobody else would, after a kill -9 of the parent."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.environ.get("VPMOE_LAUNCHER", str(os.getppid())) != str(os.getppid()):
+        sys.exit(1)  # it was quicker
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run, and turn a user's error into one message (rank 0) and exit code 2."""
+    """Run, tell how it ended, and return the exit code: 2 for a user's error."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
+    from megatron_vpmoe.runtime import endings
+
     try:
         run(arguments)
-    except VpmoeError as error:
-        if debug:
-            traceback.print_exc()
-        elif int(os.environ.get("RANK", "0")) == 0:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+        ending = endings.ending_of(None)
+    except BaseException as error:  # SystemExit too: who leaves early has others waiting
+        ending = endings.ending_of(error, debug=debug)
+    return endings.tell(ending)
+
+
+def leave(code: int) -> None:
+    """End this process; after a failure without the teardown of libraries whose threads wait for lost peers."""
+    if code:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save; no traceback of an import
+    if "RANK" in os.environ:
+        _end_with_parent()
+    leave(main())

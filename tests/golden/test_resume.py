@@ -61,6 +61,20 @@ def test_terminated_and_resumed(tmp_path: Path, dataset: Path, straight: Path) -
     assert_same_run(tmp_path, straight)
 
 
+def test_terminated_in_the_middle_of_a_huge_batch(tmp_path: Path, dataset: Path) -> None:
+    """The step under way is given up and done again."""
+    huge = {"global_batch_size": 150, "micro_batch_size": 1, "train_iters": 2, "lr_warmup_iters": 1, "save_interval": 9}
+    assert training_runs.train(tmp_path / "straight", dataset, **huge).returncode == 0
+    assert training_runs.train_until(1, signal.SIGTERM, tmp_path / "run", dataset, **huge) == 0
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("iter_*")] == ["iter_0000001"]
+    assert training_runs.train(tmp_path / "run", dataset, resume=True, **huge).returncode == 0
+    ours, straight = (
+        training_runs.checkpoint_tensors(tmp_path / name / "checkpoints" / "iter_0000002")
+        for name in ("run", "straight")
+    )
+    assert not [key for key in straight if not torch.equal(ours[key], straight[key])]
+
+
 def test_killed_and_resumed(tmp_path: Path, dataset: Path, straight: Path) -> None:
     """kill -9 after step 12, with checkpoints at 5 and 10: steps 11 and 12 are done again, and logged once."""
     assert training_runs.train_until(12, signal.SIGKILL, tmp_path, dataset) == -signal.SIGKILL

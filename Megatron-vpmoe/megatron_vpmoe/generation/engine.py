@@ -50,6 +50,7 @@ def generate(
     grammar: TokenGrammar | None = None,
     weight_version: int = 0,
     watch: Callable[[Completion], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> list[Completion]:
     """Continue each prompt until a stop token or the limit.
 
@@ -62,6 +63,7 @@ def generate(
         grammar: sample only what it accepts; it then says where a completion ends, and stop ids do not.
         weight_version: of the model, noted in the completions.
         watch: called after each new token, with the completion that got it, of this rank's share of the prompts.
+        stop: asked before each token; once a rank's says so, what is unfinished is given up.
 
     Returns:
         the completions of the first prompt, of the second, ...
@@ -80,7 +82,7 @@ def generate(
     model.eval()
     try:
         with whole_sequences(model):
-            engine = _Engine(model, prompts, budgets, options, rows, grammar, weight_version, watch)
+            engine = _Engine(model, prompts, budgets, options, rows, grammar, weight_version, watch, stop)
             completions = engine.run()
     finally:
         model.train(was_training)
@@ -119,6 +121,7 @@ class _Engine:
         grammar: TokenGrammar | None,
         weight_version: int,
         watch: Callable[[Completion], None] | None,
+        stop: Callable[[], bool] | None,
     ) -> None:
         from megatron.core import parallel_state
 
@@ -126,7 +129,8 @@ class _Engine:
         self._grammar, self._version, self._watch = grammar, weight_version, watch
         self._allowed = None if grammar is None else AllowedTokens(grammar, model.vocab_size, model.device)
         self._group = cast(dist.ProcessGroup, parallel_state.get_data_parallel_group())
-        self._together = model.pg_collection.ep.size() > 1
+        self._together, self._stop = model.pg_collection.ep.size() > 1, stop
+        self._model_group = cast(dist.ProcessGroup, parallel_state.get_model_parallel_group())
         mine = range(self._group.rank(), len(prompts), self._group.size())
         self._waiting = deque((place, sample) for place in mine for sample in range(options.samples))
         self._capacity = min(rows, -(-len(prompts) // self._group.size()) * options.samples)
@@ -140,6 +144,8 @@ class _Engine:
         while True:
             pack = self._admit()
             width, rows = self._agreed(sum(len(one.past) for one in pack), len(self._rows))
+            if self._is_stopped():
+                break
             if width:
                 self._prefill(pack, width)
             elif rows:
@@ -159,6 +165,16 @@ class _Engine:
         largest = torch.tensor(sizes, device=self._model.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
         return largest.tolist()
+
+    def _is_stopped(self) -> bool:
+        """Whether a rank that computes together with this one was asked to stop."""
+        if self._stop is None:
+            return False
+        asked = torch.tensor(self._stop(), dtype=torch.int32, device=self._model.device)
+        for group in (self._model_group, *([self._group] if self._together else [])):
+            if group.size() > 1:
+                dist.all_reduce(asked, dist.ReduceOp.MAX, group=group)
+        return bool(asked)
 
     def _admit(self) -> list[_Prefill]:
         """Let those who wait into free rows, and say which prompts have to be computed for it."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_vpmoe.config import load_config
 from megatron_vpmoe.config.memory import describe_geometry
-from megatron_vpmoe.errors import ConfigError, DeviceError, VpmoeError
+from megatron_vpmoe.errors import ConfigError, DeviceError, VpmoeError, of_the_system
 from megatron_vpmoe.launch import preflight
 from megatron_vpmoe.launch.reference import help_text
 from megatron_vpmoe.launch.workers import Nodes, run_workers, share_cores
@@ -60,11 +60,12 @@ def main(arguments: list[str] | None = None) -> int:
         return launch(arguments, debug=debug)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except VpmoeError as error:
+    except (VpmoeError, OSError) as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        shown = of_the_system(error) if isinstance(error, OSError) else error
+        print(f"error: {shown}", file=sys.stderr)
+        return shown.exit_code
 
 
 if __name__ == "__main__":

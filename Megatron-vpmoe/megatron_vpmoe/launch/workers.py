@@ -1,4 +1,4 @@
-"""Worker processes: started by torchrun's own engine, told of signals, and their end turned into one exit code.
+"""Worker processes: started by torchrun's own engine, watched, and their end turned into one exit code.
 
 On several nodes the environment says where they meet: NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
 """
@@ -8,15 +8,17 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
 import sys
+import tempfile
 import uuid
 from dataclasses import dataclass
-from types import FrameType
+from pathlib import Path
 
 from megatron_vpmoe.config import RunConfig
 from megatron_vpmoe.config.settings_file import shown
-from megatron_vpmoe.errors import ConfigError, VpmoeError
+from megatron_vpmoe.errors import ConfigError
+from megatron_vpmoe.launch.watch import Watch
+from megatron_vpmoe.runtime import endings
 
 _FAILURE_GRACE_SECONDS = 5  # what the other workers get once one has failed
 
@@ -63,54 +65,11 @@ def _environment_number(name: str, default: int, largest: int) -> int:
     return int(text) if text else default
 
 
-class SignalRelay:
-    """Hands SIGTERM, SIGINT and SIGHUP on to the workers, which finish their step, save and exit by themselves.
-
-    The first signal is handed on once; after it only SIGINT is, by which workers abort at once. SIGHUP reaches them as
-    SIGTERM. With no worker started yet the launcher just exits.
-    """
-
-    def __init__(self, module: str) -> None:
-        self._module = module
-        self.received: signal.Signals | None = None
-
-    def install(self) -> None:
-        """Take over the three signals of this process (main thread only)."""
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(signum, self._handle)
-
-    def _handle(self, signum: int, _frame: FrameType | None) -> None:
-        again, received = self.received is not None, signal.Signals(signum)
-        workers = self._workers()
-        self.received = received
-        if not workers:
-            raise SystemExit(128 + signum)
-        if again and received != signal.SIGINT:
-            return
-        action = "stopping without a checkpoint" if again else "finishing the step, saving, then exiting"
-        print(f"{received.name}: {action}", file=sys.stderr, flush=True)
-        for pid in workers:
-            os.kill(pid, signal.SIGTERM if received == signal.SIGHUP else received)
-
-    def _workers(self) -> list[int]:
-        import psutil
-
-        workers = []
-        for child in psutil.Process().children():
-            try:
-                if self._module in child.cmdline():
-                    workers.append(child.pid)
-            except psutil.NoSuchProcess:
-                continue  # ended between the listing and the question
-        return workers
-
-
 def run_workers(cfg: RunConfig, nodes: Nodes, module: str, arguments: list[str], *, debug: bool = False) -> int:
     """Start ``python -m module arguments`` once per process of this node and wait for all of them.
 
     Returns:
-        0 if all ended well; 2 if a worker reported a user's error; else the first failed worker's code (128 + n when
-        signal n ended it).
+        0 if all ended well; else that of the first cause: 2 for a user's error, 128 + n where signal n ended a worker.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -131,31 +90,18 @@ def run_workers(cfg: RunConfig, nodes: Nodes, module: str, arguments: list[str],
         shutdown_timeout=_FAILURE_GRACE_SECONDS,
         signals_to_handle="SIGQUIT",  # the others are relayed, not turned into an early end
     )
-    relay = SignalRelay(module)
-    relay.install()
-    try:
-        elastic_launch(launch_config, sys.executable)("-u", "-m", module, *arguments)
-    except ChildFailedError as error:
-        return _exit_code(error, relay)
+    watch = Watch(module, cfg.parallel.nproc_per_node)
+    watch.start()
+    with tempfile.TemporaryDirectory(prefix="vpmoe-") as folder:
+        os.environ |= {endings.FOLDER: folder, endings.LAUNCHER: str(os.getpid())}
+        try:
+            elastic_launch(launch_config, sys.executable)("-u", "-m", module, *arguments)
+        except ChildFailedError as error:
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            return watch.verdict(endings.told(Path(folder)), codes)
+        finally:
+            del os.environ[endings.FOLDER], os.environ[endings.LAUNCHER]
     return 0
-
-
-def _exit_code(error: object, relay: SignalRelay) -> int:
-    failures = getattr(error, "failures", {})
-    codes = {rank: failure.exitcode for rank, failure in failures.items()}
-    if VpmoeError.exit_code in codes.values():
-        return VpmoeError.exit_code
-    rank, code = min(codes.items(), key=lambda item: failures[item[0]].timestamp)
-    if code >= 0:
-        print(f"worker {rank} failed with exit code {code}; its own message is above", file=sys.stderr)
-        return code
-    name = signal.Signals(-code).name
-    if relay.received is not None:
-        print(f"stopped by {relay.received.name} before the workers could save", file=sys.stderr)
-    else:
-        hint = " (often the kernel, when memory runs out)" if name == "SIGKILL" else ""
-        print(f"worker {rank} was ended by {name}{hint}", file=sys.stderr)
-    return 128 - code
 
 
 def share_cores(processes: int) -> None:

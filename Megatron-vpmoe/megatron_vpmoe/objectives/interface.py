@@ -68,7 +68,7 @@ class Objective(ABC):
         return cls()
 
     def begin_step(self, step: int) -> None:  # noqa: B027
-        """Before a training step, counted from 1; validation comes under the step before it."""
+        """Before a training step, from 1; again for one given up; validation comes under the step before it."""
 
     def end_step(self, metrics: dict[str, float]) -> None:  # noqa: B027
         """After a step that moved the weights, with its metrics over the global batch."""

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from megatron_vpmoe.errors import VpmoeError
+from megatron_vpmoe.errors import VpmoeError, of_the_system
 from megatron_vpmoe.runtime.device import distributed_backend, has_gpu, prepare
 
 T = TypeVar("T")
@@ -105,10 +105,7 @@ def from_rank_0(make: Callable[[], T]) -> T:
         except VpmoeError as error:
             failure = error
         except OSError as error:
-            remedy = "mend the path or make room, then give the same command again"
-            what = f"a file or folder cannot be used: {error.strerror or error}"
-            failure = VpmoeError(what, source=str(error.filename), remedy=remedy)
-            failure.__cause__ = error
+            failure = of_the_system(error)
     box = [result, failure]
     if world_size() > 1:
         dist.broadcast_object_list(box, src=0)

@@ -1,8 +1,11 @@
-"""A polite stop: SIGTERM and SIGINT ask the loop to finish its step, write a checkpoint and exit 0."""
+"""A polite stop: SIGTERM and SIGINT ask the loop to leave what it is at, write a checkpoint and exit 0."""
 
 from __future__ import annotations
 
+import os
 import signal
+import time
+from collections.abc import Callable
 from types import FrameType
 
 import torch
@@ -10,11 +13,17 @@ import torch.distributed as dist
 
 from megatron_vpmoe.runtime.device import current_device
 
+_SECONDS_BETWEEN_QUESTIONS = 1.0
+
+
+class Interrupted(Exception):
+    """All ranks leave what they are at, together, because one of them was asked to stop."""
+
 
 class StopRequest:
-    """Remembers that a stop was asked for, until the loop looks between two steps.
+    """Remembers that a stop was asked for, until all ranks have agreed on it.
 
-    A second SIGINT ends the process the usual way, for the impatient.
+    A second SIGINT ends the process at once, for the impatient.
     """
 
     def __init__(self) -> None:
@@ -28,12 +37,44 @@ class StopRequest:
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         if self._requested and signum == signal.SIGINT:
-            raise KeyboardInterrupt
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
         self._requested = signum
+
+    def is_requested(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self._requested > 0
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; a collective, so that all ranks stop after the same step."""
-        flag = torch.tensor([self._requested], device=current_device())
+        return self._of_all_ranks(0.0)[0] > 0
+
+    def check(self) -> Callable[[], None]:
+        """A function to call before each of many like pieces of work, as often on each rank; a collective.
+
+        It raises ``Interrupted`` on all ranks before the same piece, about a second after a rank was asked to stop:
+        the ranks ask each other every so many calls, which all of them know from the slowest one's time.
+        """
+        every = left = 1
+        since = time.monotonic()
+
+        def ask() -> None:
+            nonlocal every, left, since
+            left -= 1
+            if left > 0:
+                return
+            now = time.monotonic()
+            requested, seconds = self._of_all_ranks((now - since) / every)
+            if requested:
+                raise Interrupted
+            # No more than doubled: the first piece may have been an easy one.
+            every = left = max(1, min(2 * every, int(_SECONDS_BETWEEN_QUESTIONS / max(seconds, 1e-9))))
+            since = now
+
+        return ask
+
+    def _of_all_ranks(self, seconds: float) -> list[float]:
+        values = torch.tensor([self._requested, seconds], device=current_device())
         if dist.is_initialized():
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values.tolist()

@@ -36,8 +36,8 @@ class Ahead:
     def close(self) -> None:
         """See ``Source``."""
         self._next = None
-        self._worker.shutdown(wait=True, cancel_futures=True)
         self._source.close()
+        self._worker.shutdown(wait=True, cancel_futures=True)
 
 
 def ahead(source: Source) -> Source:

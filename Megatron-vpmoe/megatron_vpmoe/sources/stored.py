@@ -96,7 +96,7 @@ class StoredSource(_Stored):
 
     def __init__(self, parts: Sequence[Part], cfg: RunConfig, dp_rank: int, dp_size: int) -> None:
         super().__init__(_Rows(parts, weights_of(cfg), cfg, dp_rank, dp_size))
-        self.consumed_samples = 0
+        self.consumed_samples, self._closed = 0, False
         self.global_batch_size = cfg.training.global_batch_size
         if self.global_batch_size % self._rows.samples_at_once:
             raise ConfigError(
@@ -109,7 +109,11 @@ class StoredSource(_Stored):
     def next_step(self) -> Step:
         """See ``Source``; metrics ``data/<name>/{samples,epoch}``."""
         begin, end = self.consumed_samples, self.consumed_samples + self.global_batch_size
-        batches = [self._rows.micro_batch(first, end) for first in range(begin, end, self._rows.samples_at_once)]
+        batches = []
+        for first in range(begin, end, self._rows.samples_at_once):
+            if self._closed:  # by another thread, which waits for this one and for no batch
+                break
+            batches.append(self._rows.micro_batch(first, end))
         cursors = self._rows.blend.cursors(end)
         samples = {f"data/{cursor.name}/samples": float(cursor.samples) for cursor in cursors}
         epochs = {f"data/{cursor.name}/epoch": float(cursor.epoch) for cursor in cursors}
@@ -127,7 +131,8 @@ class StoredSource(_Stored):
         return notes
 
     def close(self) -> None:
-        """Nothing is running."""
+        """Give up a step that is being made in another thread."""
+        self._closed = True
 
 
 class ValidSource(_Stored):

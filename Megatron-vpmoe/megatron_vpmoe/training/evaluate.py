@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -13,18 +13,21 @@ from megatron_vpmoe.training.step import global_totals, run_micro_batches
 
 
 @torch.no_grad()
-def evaluate(model: VPModel, objective: Objective, batches: Iterable[Batch]) -> dict[str, float]:
+def evaluate(
+    model: VPModel, objective: Objective, batches: Iterable[Batch], check: Callable[[], None] = lambda: None
+) -> dict[str, float]:
     """The objective's metrics over ``batches`` of all data-parallel ranks.
 
     Args:
         model: the bare model; its training mode is restored afterwards.
         batches: this rank's share; every rank must pass equally many (expert-parallel ranks exchange tokens).
+        check: called before each forward pass; may raise.
     """
     batches = list(batches)
     totals = global_totals(objective, batches)
     was_training = model.training
     model.eval()
     try:
-        return run_micro_batches(model, objective, batches, totals, forward_only=True)
+        return run_micro_batches(model, objective, batches, totals, forward_only=True, check=check)
     finally:
         model.train(was_training)

@@ -12,7 +12,7 @@ from megatron_vpmoe.files import json_bytes, write_atomically
 from megatron_vpmoe.metrics import MetricStream, Sink, open_sinks
 from megatron_vpmoe.model.moe.router_health import check_thresholds
 from megatron_vpmoe.runtime import distributed, stages
-from megatron_vpmoe.runtime.signals import StopRequest
+from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
 from megatron_vpmoe.training.evaluate import evaluate
 from megatron_vpmoe.training.progress import Progress
 from megatron_vpmoe.training.router import RouterMonitor
@@ -32,7 +32,6 @@ def train(cfg: RunConfig) -> Run:
     Raises:
         BusyError: another process trains in the run directory.
     """
-    stop = StopRequest().install()
     is_main = distributed.rank() == 0
     with ExitStack() as held:
         former = distributed.from_rank_0(lambda: held.enter_context(ownership(cfg.run_directory)))
@@ -43,6 +42,8 @@ def train(cfg: RunConfig) -> Run:
         sinks: list[Sink] = []
         distributed.from_rank_0(lambda: sinks.extend(open_sinks(cfg, run.directory, resume_step=run.iteration)))
         metrics = held.enter_context(closing(MetricStream(sinks)))
+        # From here on there is something to save; a signal before ends the process as it would any other.
+        stop = StopRequest().install()
         _train(run, stop, metrics, Progress(cfg, start=run.iteration, enabled=is_main))
     return run
 
@@ -53,52 +54,62 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
     samples = SampleWriter(run.valid_dataset, cfg, run.directory / "samples.jsonl", resume_step=run.iteration)
     throughput = Throughput(cfg)
     progress.opened(run)
-    if cfg.evaluation.eval_at_start and run.iteration == 0:
-        _validate(run, metrics, progress)
     stopping = False
-    throughput.restart()
-
-    while run.iteration < last and not stopping:
-        batches, position, of_source = run.source.next_step()
-        run.objective.begin_step(run.iteration + 1)
-        routers.reset()
-        result = train_step(run.wrapped, run.optimizer, run.objective, batches)
-        if result.updated:
-            run.objective.end_step(result.metrics)
-        else:
-            _skip_or_stop(run, result, batches)
-        lr = run.scheduler.get_lr({"max_lr": cfg.optim.lr, "min_lr": cfg.optim.min_lr})
-        run.scheduler.step(1)
-        run.iteration += 1
-        run.position = position
-        throughput.step(result.metrics["tokens/real"])
-        stopping = stop.agreed()
-        step = run.iteration
-
-        if _due(step, cfg.logging.log_interval, last):
-            health = routers.metrics(result.metrics["tokens/real"])
-            values = {**result.metrics, "grad_norm": result.grad_norm, "lr": lr, **throughput.report(), **health}
-            values |= {"skipped_steps": float(run.skipped_steps), **of_source}
-            metrics.log(step, values)
-            progress.step(step, values)
-            for warning in check_thresholds(health, cfg):
-                progress.note(warning)
-        if _due(step, cfg.evaluation.eval_interval, last):
-            _validate(run, metrics, progress)
-        if _due(step, cfg.evaluation.sample_interval, last):
-            samples.write(run.model, step)
-        if _due(step, cfg.checkpoint.save_interval, last) or step == last or stopping:
-            metrics.sync()
-            progress.saved(step, run.save(progress.note))
+    try:
+        if cfg.evaluation.eval_at_start and run.iteration == 0:
+            _validate(run, metrics, progress, stop)
         throughput.restart()
+        check = stop.check()
+        while run.iteration < last and not stopping:
+            batches, position, of_source = run.source.next_step()
+            run.objective.begin_step(run.iteration + 1)
+            routers.reset()
+            result = train_step(run.wrapped, run.optimizer, run.objective, batches, check)
+            if result.updated:
+                run.objective.end_step(result.metrics)
+            else:
+                _skip_or_stop(run, result, batches)
+            lr = run.scheduler.get_lr({"max_lr": cfg.optim.lr, "min_lr": cfg.optim.min_lr})
+            run.scheduler.step(1)
+            run.iteration += 1
+            run.position = position
+            throughput.step(result.metrics["tokens/real"])
+            stopping = stop.agreed()
+            step = run.iteration
 
+            if _due(step, cfg.logging.log_interval, last):
+                health = routers.metrics(result.metrics["tokens/real"])
+                values = {**result.metrics, "grad_norm": result.grad_norm, "lr": lr, **throughput.report(), **health}
+                values |= {"skipped_steps": float(run.skipped_steps), **of_source}
+                metrics.log(step, values)
+                progress.step(step, values)
+                for warning in check_thresholds(health, cfg):
+                    progress.note(warning)
+            if _due(step, cfg.evaluation.eval_interval, last):
+                _validate(run, metrics, progress, stop)
+            if _due(step, cfg.evaluation.sample_interval, last):
+                samples.write(run.model, step, stop)
+            if _due(step, cfg.checkpoint.save_interval, last) or step == last or stopping:
+                _save(run, metrics, progress)
+            throughput.restart()
+    except Interrupted:
+        stopping = True
+        progress.note(f"asked to stop: what came after step {run.iteration} is left out")
+        if run.iteration > run.saved:
+            _save(run, metrics, progress)
     progress.finished(run.iteration, stopped=stopping and run.iteration < last)
 
 
-def _validate(run: Run, metrics: MetricStream, progress: Progress) -> None:
+def _save(run: Run, metrics: MetricStream, progress: Progress) -> None:
+    """A checkpoint at the run's step, before which its metrics are on disk; a collective."""
+    metrics.sync()
+    progress.saved(run.iteration, run.save(progress.note))
+
+
+def _validate(run: Run, metrics: MetricStream, progress: Progress, stop: StopRequest) -> None:
     """The objective over every validation split, at the run's step; a collective."""
     for prefix, source in run.valid.items():
-        valid = evaluate(run.model, run.objective, source)
+        valid = evaluate(run.model, run.objective, source, stop.check())
         metrics.log(run.iteration, {f"{prefix}/{tag}": value for tag, value in valid.items()})
         progress.evaluated(run.iteration, valid, prefix)
 

@@ -56,6 +56,7 @@ class Run:
         iteration: finished optimizer steps.
         position: of the source after them (skipped steps included).
         skipped_steps: steps dropped under ``nonfinite_policy: skip``.
+        saved: the iteration of the newest checkpoint; 0 where there is none.
         restored_from: the checkpoint that this run continues, if any.
         notes: lines about the restore, for the log.
         carried: what the weights brought along, for every checkpoint of the run.
@@ -76,6 +77,7 @@ class Run:
     iteration: int = 0
     position: Position = Position(0, [])  # noqa: RUF009
     skipped_steps: int = 0
+    saved: int = 0
     restored_from: Path | None = None
     notes: tuple[str, ...] = ()
     carried: checkpoint.Carried | None = None
@@ -108,6 +110,7 @@ class Run:
         path = checkpoint.save(
             self.directory / "checkpoints", state, self.model, self.optimizer, self.scheduler, carried=self.carried
         )
+        self.saved = self.iteration
         for note in distributed.from_rank_0(lambda: self.retention.prune(path)):
             say(note)
         return path
@@ -225,7 +228,7 @@ def implementation_notes(model: VPModel, cfg: RunConfig) -> list[str]:
 
 def _restore(run: Run, found: checkpoint.Found) -> None:
     checkpoint.load(found, run.model, run.optimizer, run.scheduler)
-    run.iteration = found.iteration
+    run.iteration = run.saved = found.iteration
     run.position = Position(int(found.state["consumed_samples"]), found.state.get("data", []))
     run.skipped_steps = int(found.state["skipped_steps"])
     run.notes += tuple(

@@ -14,6 +14,7 @@ from megatron_vpmoe.generation.prompts import Prompt
 from megatron_vpmoe.generation.sampling import SamplingOptions
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.runtime import distributed
+from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
 from megatron_vpmoe.turns import generation_ends
 
 if TYPE_CHECKING:
@@ -46,11 +47,17 @@ class SampleWriter:
         count = min(cfg.evaluation.sample_prompts, len(dataset))
         self._prompts = [Prompt(dataset[index].prompt.tolist()) for index in range(count)]
 
-    def write(self, model: VPModel, iteration: int) -> None:
-        """Generate for every prompt and append one JSON object each: step, prompt, completion (text and ids)."""
+    def write(self, model: VPModel, iteration: int, stop: StopRequest) -> None:
+        """Generate for every prompt and append one JSON object each: step, prompt, completion (text and ids).
+
+        Raises:
+            Interrupted: a rank was asked to stop; nothing is written.
+        """
         if not self._prompts:
             return
-        completions = generate(model, self._prompts, self._options)
+        completions = generate(model, self._prompts, self._options, stop=stop.is_requested)
+        if stop.agreed():
+            raise Interrupted
         if distributed.rank() != 0:
             return
         with self._path.open("a", encoding="utf-8") as stream:

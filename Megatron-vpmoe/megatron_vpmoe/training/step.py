@@ -53,7 +53,11 @@ def layout_of(batch: Batch) -> SequenceLayout:
 
 
 def train_step(
-    model: DistributedDataParallel, optimizer: VpOptimizer, objective: Objective, batches: list[Batch]
+    model: DistributedDataParallel,
+    optimizer: VpOptimizer,
+    objective: Objective,
+    batches: list[Batch],
+    check: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Run one step; neither parameters nor expert biases move when the loss or the gradient is not finite.
 
@@ -64,6 +68,7 @@ def train_step(
 
     Args:
         batches: this rank's micro-batches, on the CPU.
+        check: called before each micro-batch; what it raises leaves parameters and expert biases as they were.
     """
     totals = global_totals(objective, batches)
     biases = [
@@ -73,7 +78,7 @@ def train_step(
     ]
     model.zero_grad_buffer()
     optimizer.zero_grad()
-    metrics = run_micro_batches(model, objective, batches, totals, forward_only=False)
+    metrics = run_micro_batches(model, objective, batches, totals, forward_only=False, check=check)
     updated, grad_norm = False, math.nan
     if math.isfinite(metrics["loss/total"]):
         with annotated("optimizer"):
@@ -92,6 +97,7 @@ def run_micro_batches(
     totals: dict[str, float],
     *,
     forward_only: bool,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Run Megatron-Core's schedule over the micro-batches (1F1B where there are pipeline stages); a collective.
 
@@ -100,25 +106,29 @@ def run_micro_batches(
         batches: the same on every stage of a pipeline, on the CPU.
         totals: of ``global_totals``.
         forward_only: leave out the backward passes.
+        check: called before each micro-batch, but in a pipeline only before the first: its stages are never at one.
 
     Returns:
         the objective's metrics over the global batch, on every rank.
     """
     unwrapped: VPModel = model if isinstance(model, VPModel) else cast(VPModel, model.module)
+    is_pipeline = unwrapped.stage.count > 1
+    if is_pipeline:
+        check()
     collected = get_forward_backward_func()(
-        forward_step_func=_forward_step(objective, totals),
+        forward_step_func=_forward_step(objective, totals, (lambda: None) if is_pipeline else check),
         data_iterator=iter(batches),
         model=[model],
         num_microbatches=len(batches),
         seq_length=batches[0].tokens.shape[1],
         micro_batch_size=batches[0].tokens.shape[0],
         forward_only=forward_only,
-        adjust_tensor_shapes_fn=unwrapped.wire.adjust_shapes if unwrapped.stage.count > 1 else None,
+        adjust_tensor_shapes_fn=unwrapped.wire.adjust_shapes if is_pipeline else None,
     )
     return stages.from_last_stage(_global_metrics(objective, collected, totals) if unwrapped.stage.is_last else None)
 
 
-def _forward_step(objective: Objective, totals: dict[str, float]) -> Callable[..., Any]:
+def _forward_step(objective: Objective, totals: dict[str, float], check: Callable[[], None]) -> Callable[..., Any]:
     real_tokens = totals["tokens/real"]
 
     def loss_of(batch: Batch, output: ModelOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -129,6 +139,7 @@ def _forward_step(objective: Objective, totals: dict[str, float]) -> Callable[..
     def forward_step(
         data_iterator: Iterator[Batch], model: DistributedDataParallel | VPModel
     ) -> tuple[ModelOutput | Tensor, Any]:
+        check()
         batch = next(data_iterator).to(current_device())
         return model(batch.tokens, layout_of(batch)), partial(loss_of, batch)
 

@@ -186,3 +186,11 @@ def test_nothing_is_compiled_for_prompts(model: VPModel, monkeypatch: pytest.Mon
     assert not ran
     by_full_passes(model, [1, 2, 3], 1)
     assert ran, "training and evaluation keep the fast kernel"
+
+
+def test_a_stop_gives_up_what_is_unfinished(model: VPModel) -> None:
+    seen = []
+    options = SamplingOptions(40, ())
+    done = generate(model, asked(), options, watch=seen.append, stop=lambda: len(seen) >= len(PROMPTS))
+    assert done == [] and len(PROMPTS) <= len(seen) < 40
+    assert model.training

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vpmoe.launch.watch import Watch
+from megatron_vpmoe.runtime.endings import Ending
+
 pytestmark = pytest.mark.slow  # two processes under a launcher in each
 
 WORKER = """
@@ -29,17 +32,55 @@ if kind == "environment":
     (folder / f"environment{rank}").write_text(" ".join(os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     sys.exit(0)
 (folder / f"ready{rank}").touch()
+if kind == "deaf":
+    time.sleep(60)
 while not signals:
     time.sleep(0.02)
 if kind == "stop":
     time.sleep(2)  # a step and a checkpoint
     (folder / f"saved{rank}").write_text(" ".join(str(int(n)) for n in signals))
 """
+# As the trainer ends, with a collective in which the others wait.
+FAULTY = """
+import os, pathlib, signal, sys
+from datetime import timedelta
+import torch, torch.distributed as dist
+from megatron_vpmoe import pretrain
+from megatron_vpmoe.errors import CheckpointError
+
+def run(arguments):
+    kind, folder = arguments[0], pathlib.Path(arguments[1])
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", timeout=timedelta(seconds=6))
+    dist.barrier()
+    if kind == "same":
+        raise CheckpointError("the cause of all", source=str(folder))
+    if rank == 1:
+        if kind == "error":
+            raise CheckpointError("the cause of rank 1", source=str(folder))
+        if kind == "system":
+            (folder / "ready").mkdir()
+            (folder / "ready").write_text("x")
+        if kind == "bug":
+            raise ValueError("a bug of rank 1")
+        if kind == "left":
+            os._exit(0)
+        if kind == "leaves":
+            sys.exit(0)
+        if kind == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+    dist.all_reduce(torch.ones(1))
+
+pretrain.run = run
+pretrain.leave(pretrain.main())
+"""
 DRIVER = """
 import sys
 from megatron_vpmoe.config import load_config
 from megatron_vpmoe.launch.workers import Nodes, run_workers
-sys.exit(run_workers(load_config(sys.argv[1]), Nodes(1, 0, None), "standin_worker", sys.argv[2:]))
+sys.exit(run_workers(load_config(sys.argv[1]), Nodes(1, 0, None), sys.argv[2], sys.argv[3:]))
 """
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -48,11 +89,12 @@ Start = Callable[..., subprocess.Popen[str]]
 def start(run_yaml: Path, tmp_path: Path) -> Iterator[Start]:
     """Start the launcher in its own process over two stand-in workers; leftovers are ended after the test."""
     (tmp_path / "standin_worker.py").write_text(WORKER)
+    (tmp_path / "faulty_worker.py").write_text(FAULTY)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     started: list[subprocess.Popen[str]] = []
 
-    def run(*arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", DRIVER, str(run_yaml), arguments[0], str(tmp_path), *arguments[1:]]
+    def run(*arguments: str, module: str = "standin_worker") -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", DRIVER, str(run_yaml), module, arguments[0], str(tmp_path), *arguments[1:]]
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         started.append(process)
         return process
@@ -80,7 +122,7 @@ def test_workers_know_their_ranks(start: Start, tmp_path: Path) -> None:
     assert [(tmp_path / f"environment{rank}").read_text() for rank in (0, 1)] == ["0 2 0", "1 2 1"]
 
 
-@pytest.mark.parametrize(("code", "said"), [(2, ""), (3, "worker 0 failed with exit code 3")])
+@pytest.mark.parametrize(("code", "said"), [(2, ""), (3, "worker 0: it left with exit code 3")])
 def test_a_worker_s_exit_code_is_the_launcher_s(start: Start, code: int, said: str) -> None:
     result, error = finish(start("exit", str(code)))
     assert result == code
@@ -92,12 +134,12 @@ def test_a_worker_s_exit_code_is_the_launcher_s(start: Start, code: int, said: s
 def test_a_killed_worker_is_named(start: Start, tmp_path: Path) -> None:
     result, error = finish(start("kill"))
     assert result == 128 + signal.SIGKILL
-    assert "worker 1 was ended by SIGKILL" in error
+    assert "worker 1: it was ended by SIGKILL" in error
 
 
 @pytest.mark.parametrize(
     ("sent", "arrives"),
-    [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT), (signal.SIGHUP, signal.SIGTERM)],
+    [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM), (signal.SIGHUP, signal.SIGTERM)],
 )
 def test_a_signal_lets_the_workers_save_and_ends_with_zero(
     start: Start, tmp_path: Path, sent: signal.Signals, arrives: signal.Signals
@@ -112,3 +154,67 @@ def test_a_signal_lets_the_workers_save_and_ends_with_zero(
     assert result == 0, error
     assert sent.name in error
     assert [(tmp_path / f"saved{rank}").read_text() for rank in (0, 1)] == [str(int(arrives))] * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "first", "absent"),
+    [
+        ("error", 2, "worker 1: CheckpointError: the cause of rank 1", "Traceback"),
+        ("same", 2, "CheckpointError: the cause of all", "Traceback"),
+        ("system", 2, "worker 1: VpmoeError: a file or folder cannot be used: Is a directory", "Traceback"),
+        ("bug", 1, "worker 1: Traceback", "gloo"),
+        ("left", 1, "worker 1: it left with exit code 0 before the run was done", "gloo"),
+        ("leaves", 1, "worker 1: it left with exit code 0 before the run was done", "gloo"),
+        ("killed", 137, "worker 1: it was ended by SIGKILL", "gloo"),
+    ],
+)
+def test_the_first_cause_is_named_whichever_rank_it_came_from(
+    start: Start, kind: str, code: int, first: str, absent: str
+) -> None:
+    result, error = finish(start(kind, module="faulty_worker"))
+    said = [line for line in error.splitlines() if "warn" not in line.lower()]
+    assert result == code, error
+    assert first in said[0], error
+    assert absent not in error
+    assert error.count("the cause of") <= 1
+
+
+def test_a_second_interrupt_ends_the_workers_at_once(start: Start, tmp_path: Path) -> None:
+    process = start("deaf")
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    result, error = finish(process)
+    assert result == 128 + signal.SIGINT
+    assert "stopped by SIGINT before the workers could save" in error
+    assert "Traceback" not in error
+
+
+def test_a_stopped_worker_is_named_while_the_others_wait(start: Start) -> None:
+    process = start("stopped", module="faulty_worker")
+    assert process.stderr is not None
+    line = next(line for line in process.stderr if "worker" in line)
+    assert "worker 1 is stopped (SIGSTOP)" in line
+    os.kill(int(line.split()[-1]), signal.SIGCONT)
+    assert finish(process)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("gone", "codes", "stopped", "expected"),
+    [
+        ({0: 9.0, 1: 15.0}, {0: 1, 1: -9}, {1}, "worker 0: it waited in vain for worker 1, which is stopped"),
+        ({0: 9.0}, {0: 1}, set(), "worker 0: another process has left it (closed)"),
+        ({1: 9.0, 0: 9.1}, {0: 1, 1: -9}, set(), "worker 1: it was ended by SIGKILL"),
+        ({1: 3.0, 0: 9.0}, {0: 1}, set(), "worker 1: it left with exit code 0"),
+        ({0: 9.0, 1: 14.5}, {0: 1, 1: -9}, set(), "worker 0: another process has left it (closed)"),
+    ],
+)
+def test_who_is_blamed_where_one_lost_another(
+    gone: dict[int, float], codes: dict[int, int], stopped: set[int], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Worker 0 says at second 9 that a connection closed; the launcher ends what is left 5 seconds later."""
+    watch = Watch("nobody", 2)
+    watch.gone, watch.stopped = gone, stopped
+    watch.verdict({0: Ending("lost", "closed", 1, 9.0)}, codes)
+    assert expected in capsys.readouterr().err

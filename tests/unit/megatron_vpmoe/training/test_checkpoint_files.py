@@ -160,7 +160,7 @@ def test_a_folder_in_a_file_s_place_is_damage(tmp_path: Path, name: str) -> None
 def test_an_unreadable_file_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path, 1)
 
-    def refuse(_path: Path) -> str:
+    def refuse(*_: object) -> str:
         raise PermissionError(13, "Permission denied", DATA)
 
     monkeypatch.setattr("megatron_vpmoe.files.sha256_of_file", refuse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from megatron_vpmoe.model.builder import build_model, wrap_for_training
 from megatron_vpmoe.model.moe.router import VPMoERouter
 from megatron_vpmoe.objectives import build_objective
 from megatron_vpmoe.optim import build_optimizer
+from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
 from megatron_vpmoe.training.evaluate import evaluate
 from megatron_vpmoe.training.step import train_step
 from tests.tiny import TINY, random_batch, tiny_config
@@ -93,3 +95,34 @@ def test_evaluation_equals_the_training_loss_and_counts_nothing() -> None:
     result = train_step(setup.wrapped, setup.optimizer, setup.objective, [batch])
     for tag in ("loss/total", "loss/analysis", "loss/final", "tokens/real"):
         assert valid[tag] == pytest.approx(result.metrics[tag], rel=1e-6)
+
+
+def test_a_stop_in_the_middle_of_a_batch_leaves_all_as_it_was() -> None:
+    """Asked for during the first micro-batch of many; the step done again is the step that was never interrupted."""
+    batches = [random_batch(*BATCH, seed=seed) for seed in range(20)]
+    setups = []
+    for interrupted in (False, True):
+        torch.manual_seed(1)
+        setups.append(setup := Setup())
+        setup.step()
+        before, stop, passes = setup.weights(), StopRequest(), 0
+
+        def counted(*_: object, stop: StopRequest = stop) -> None:
+            nonlocal passes
+            passes += 1
+            if passes == 2:
+                stop._handle(signal.SIGTERM, None)
+
+        if interrupted:
+            hook = setup.model.register_forward_hook(counted)
+            with pytest.raises(Interrupted):
+                train_step(setup.wrapped, setup.optimizer, setup.objective, batches, stop.check())
+            assert 2 <= passes < 20
+            assert all(torch.equal(value, before[name]) for name, value in setup.weights().items())
+            with pytest.raises(Interrupted):
+                evaluate(setup.model, setup.objective, batches, stop.check())
+            assert setup.model.training and passes < 20
+            hook.remove()
+        train_step(setup.wrapped, setup.optimizer, setup.objective, batches[:2])
+    straight, again = (setup.weights() for setup in setups)
+    assert all(torch.equal(value, again[name]) for name, value in straight.items())
