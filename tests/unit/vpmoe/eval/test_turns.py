@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vpmoe.data.batch import Document, assemble
-from megatron_vpmoe.generation.engine import generate
-from megatron_vpmoe.generation.prompts import Prompt
 from megatron_vpmoe.generation.sampling import SamplingOptions
+from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.training.run import open_run
 from megatron_vpmoe.training.step import train_step
 from megatron_vpmoe.turns import MESSAGE_END, TURN_END, generation_ends
@@ -25,11 +25,15 @@ from vpmoe.data_curation.datasets.chat import ChatDataset, ChatEncoder
 from vpmoe.data_curation.datasets.plan import BuildOptions
 from vpmoe.data_curation.datasets.sequential import Pass, build_sequential
 from vpmoe.data_curation.rows.source import resolve
-from vpmoe.eval.asking import stop_ids
+from vpmoe.eval.asking import decode_in_batches, form_of, stop_ids
+from vpmoe.eval.open_model import open_model
+from vpmoe.eval.questions import Question
+from vpmoe.eval.scoring import score
 from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.parse import Parser
 from vpmoe.harmony.renderer import FastRenderer
-from vpmoe.tokenizer import CompactVocabulary, load_tokenizer
+from vpmoe.hf.convert import export_checkpoint
+from vpmoe.tokenizer import CompactVocabulary
 from vpmoe.tokenizer.o200k_harmony import VOCAB_SIZE, load_o200k_harmony
 
 FULL = load_o200k_harmony()
@@ -90,36 +94,66 @@ def echoes(draw: random.Random, turns: int) -> list[Message]:
     return [Message(role, letter, channel) for letter in letters for role, channel in form]
 
 
-def echo_dataset(folder: Path) -> Path:
-    draw = random.Random(0)
-    rows = [json.dumps(as_row(echoes(draw, 3))) + "\n" for _ in range(400)]
-    (folder / "rows.jsonl").write_text("".join(rows))
-    words = [int(FULL.encode_ordinary(word)[0]) for word in ("user", "assistant", "analysis", "final")]
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has learned to echo, in seconds; its conversations begin with messages of their own."""
+    folder, draw = tmp_path_factory.mktemp("echo"), random.Random(0)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(as_row(echoes(draw, 3))) + "\n" for _ in range(400)))
+    words = [int(FULL.encode_ordinary(word)[0]) for word in ("user", "assistant", "analysis", "final", "system")]
     CompactVocabulary.from_counts(FULL, np.bincount(words, minlength=VOCAB_SIZE)).save(folder / "map.npy")
     base = BuildOptions(seq_len=96, valid_fraction=0.1, compact_map=folder / "map.npy", padded_vocab_size=320)
-    build_sequential(resolve(str(folder / "rows.jsonl")), folder / "built", ChatDataset(base), Pass(), quiet=True)
-    return folder / "built"
-
-
-def test_a_trained_model_ends_every_turn_and_never_speaks_for_the_user(tmp_path: Path, single_process) -> None:
-    data = echo_dataset(tmp_path)
-    dense = {"num_experts": None, "moe_router_num_groups": None, "moe_router_group_topk": None, "num_layers": 2}
+    chats = ChatDataset(base, system_text="You echo.")
+    build_sequential(resolve(str(folder / "rows.jsonl")), folder / "built", chats, Pass(), quiet=True)
     sizes = {"hidden_size": 64, "ffn_hidden_size": 64, "window_size": 32, "seq_length": 128, "padded_vocab_size": 320}
-    how = {"objective": "token_ce", "lr": 1e-2, "normuon_aux_lr": 1e-2, "lr_decay_style": "constant"}
-    cfg = tiny_config(**dense, **sizes, **how, window_attn_skip_freq=2, data_path=data, run_dir=tmp_path / "run")
-    run = open_run(cfg)
-    for _ in range(80):
-        train_step(run.wrapped, run.optimizer, run.objective, run.source.next_step().batches)
-        run.scheduler.step(1)
-    run.source.close()
-    tokenizer = load_tokenizer(data)
-    renderer = FastRenderer(tokenizer)
+    sizes |= {"moe_ffn_hidden_size": 64, "moe_shared_expert_intermediate_size": 64}
+    how = {"objective": "token_ce", "lr": 1e-2, "normuon_aux_lr": 1e-2, "min_lr": 1e-3, "train_iters": 100}
+    cfg = tiny_config(**sizes, **how, data_path=folder / "built", run_dir=folder / "run")
+    with distributed.single_process(seed=1234):
+        run = open_run(cfg)
+        for _ in range(100):
+            train_step(run.wrapped, run.optimizer, run.objective, run.source.next_step().batches)
+            run.scheduler.step(1)
+        run.save()
+        run.source.close()
+    return folder / "run"
+
+
+SAID = "<|channel|>analysis<|message|>{0}<|end|><|start|>assistant<|channel|>final<|message|>{0}<|return|>"
+
+
+@pytest.mark.slow
+def test_a_trained_model_ends_every_turn_and_never_speaks_for_the_user(trained: Path) -> None:
     draw = random.Random(1)
     chats = [messages[: 3 * turn + 1] for messages in [echoes(draw, 3) for _ in range(8)] for turn in range(3)]
-    options = SamplingOptions(40, stop_ids(tokenizer))
-    prompts = [Prompt(renderer.generation_prompt(chat).tolist()) for chat in chats]
-    answers = [one.ids for one in generate(run.model, prompts, options)]
-    said = "<|channel|>analysis<|message|>{0}<|end|><|start|>assistant<|channel|>final<|message|>{0}<|return|>"
-    right = [tokenizer.decode(ids) == said.format(chat[-1].content) for chat, ids in zip(chats, answers, strict=True)]
-    assert all(tokenizer.decode(ids).endswith("<|return|>") for ids in answers)
-    assert sum(right) >= 22
+    with open_model(trained) as opened:
+        renderer, options = FastRenderer(opened.tokenizer), SamplingOptions(40, stop_ids(opened.tokenizer))
+        prompts = [renderer.generation_prompt([*opened.prompts, *chat]).tolist() for chat in chats]
+        answers = [
+            opened.tokenizer.decode(ids) for ids in decode_in_batches(opened.model, prompts, options, 8, progress=print)
+        ]
+    assert all(answer.endswith("<|return|>") for answer in answers)
+    assert sum(answer == SAID.format(chat[-1].content) for chat, answer in zip(chats, answers, strict=True)) >= 22
+
+
+@pytest.mark.slow
+def test_the_documented_chat_call_answers_as_our_evaluation_does(trained: Path, tmp_path: Path) -> None:
+    """Question by question, in transformers alone, which is told the user's message and nothing else."""
+    rows = [{"query": letter, "exercise": "echo", "synthetic_answer": letter} for letter in "abcdefgh"]
+    with open_model(trained) as opened:
+        form, tokenizer = form_of(opened, plain=False, system=None, developer=None, say=print), opened.tokenizer
+        prompts, options = [form.prompt(row["query"]) for row in rows], SamplingOptions(40, form.stop_ids)
+        ours = decode_in_batches(opened.model, prompts, options, 3, progress=print)
+    hf = str(export_checkpoint(trained, tmp_path / "hf").path)
+    pipeline = transformers.pipeline("text-generation", model=hf, trust_remote_code=True, device="cpu")
+    theirs, texts = [], []
+    for row in rows:
+        chat = [{"role": "user", "content": row["query"]}]
+        asked = pipeline.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+        made = pipeline.model.generate(**asked, max_new_tokens=40)[0, asked["input_ids"].shape[1] :]
+        theirs.append(made.tolist())
+        texts.append(pipeline(chat, max_new_tokens=40)[0]["generated_text"][-1])
+    assert theirs == ours
+    plain = [tokenizer.decode([token for token in ids if not tokenizer.is_special(token)]) for ids in ours]
+    assert texts == [{"role": "assistant", "content": text} for text in plain]
+    scored = score([Question(row) for row in rows], theirs, form, lambda text, row: text == row["synthetic_answer"])
+    assert sum(item.exact for item in scored) >= 7
