@@ -254,7 +254,7 @@ class _Engine:
         if self._grammar is None:
             ends = token in self._options.stop_ids
         else:
-            row.state = self._grammar.following(row.state, token)
+            row.state = int(self._grammar.following_SV[row.state, token])
             ends = row.state in self._grammar.accepting
         if ends or len(completion.ids) == row.budget:
             completion.finish = "stop" if ends else "length"

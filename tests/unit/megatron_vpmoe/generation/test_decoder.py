@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vpmoe.config import RunConfig, load_config
 from megatron_vpmoe.generation.decoder import Decoder
 from megatron_vpmoe.generation.kv_cache import BLOCK
+from megatron_vpmoe.generation.layer import linear
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.model.gpt import VPModel
@@ -107,3 +109,11 @@ def test_a_step_waits_for_nothing() -> None:
     waiting = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "repeat_interleave.Tensor")
     assert len(counted.names) > 100
     assert not [name for name in counted.names if any(word in name for word in waiting)]
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_large_linears_are_linears(rows: int) -> None:
+    """They go another way on a CPU, with and without a bias."""
+    x, weight, bias = torch.randn(rows, 512), torch.randn(1100, 512), torch.randn(1100)
+    for given in (None, bias):
+        torch.testing.assert_close(linear(x, weight, given), functional.linear(x, weight, given), rtol=1e-4, atol=1e-4)
