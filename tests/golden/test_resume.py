@@ -123,6 +123,23 @@ def test_sound_checkpoints_outlive_damaged_ones_and_damaged_ones_are_no_start(tm
     assert sorted(path.name for path in checkpoints.glob("iter_*")) == sorted(sound + aside)
 
 
+def test_a_full_disk_is_one_message_and_the_run_goes_on_with_room(tmp_path: Path, dataset: Path) -> None:
+    """A limit on the size of files stands for it; the checkpoint of step 5 is written, that of step 10 is not."""
+    assert training_runs.train(tmp_path, dataset, train_iters=5).returncode == 0
+    leftover = tmp_path / "checkpoints" / "iter_0000003.partial"
+    leftover.mkdir()
+    (leftover / "__0_0.distcp").write_bytes(bytes(1000))
+    command = ["bash", "-c", 'ulimit -f 200; exec "$@"', "bash"]
+    command += training_runs.command(tmp_path, dataset, train_iters=10, resume=True)
+    full = subprocess.run(command, env=training_runs.ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert full.returncode == 2
+    assert full.stderr.count("cannot be written: [Errno 27] File too large") == 1 and "Traceback" not in full.stderr
+    assert [path.name for path in (tmp_path / "checkpoints").glob("iter_*")] == ["iter_0000005"]
+    done = training_runs.train(tmp_path, dataset, train_iters=10, resume=True)
+    assert done.returncode == 0, done.stderr
+    assert "iter_0000005" in done.stdout
+
+
 def test_two_trainings_in_one_directory(tmp_path: Path, dataset: Path) -> None:
     """The second is refused and names the first, which is not disturbed; what a killed one left is no hindrance."""
     assert training_runs.train_until(6, signal.SIGKILL, tmp_path, dataset) == -signal.SIGKILL

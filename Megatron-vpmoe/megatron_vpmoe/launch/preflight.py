@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from megatron_vpmoe.config import RunConfig, check_fit, fit_report
 from megatron_vpmoe.config.memory import FitReport
+from megatron_vpmoe.config.parameters import parameter_sizes
 from megatron_vpmoe.config.yaml_source import extended_paths
 from megatron_vpmoe.data.blend import open_parts
 from megatron_vpmoe.errors import ConfigError, DeviceError
@@ -71,9 +74,10 @@ def check_dataset(cfg: RunConfig) -> None:
 
 
 def check_run_directory(cfg: RunConfig) -> None:
-    """Look at the checkpoints that the run would start from or must not overwrite, and whether another is at work.
+    """Look at the place, the checkpoints that the run would start from or must not overwrite, and who is at work there.
 
     Raises:
+        ConfigError: no folder can be made there, or written to, or it has no room for one checkpoint.
         BusyError: another process trains in the run directory.
         CheckpointError: they are of another model, vocabulary or dataset, ``resume`` is off and there is one, or there
             is none in ``load_weights``.
@@ -81,7 +85,29 @@ def check_run_directory(cfg: RunConfig) -> None:
     from megatron_vpmoe.training.checkpoint_files import open_checkpoint
     from megatron_vpmoe.training.run_directory import LOCK, restorable
 
+    _check_place(cfg)
     check_free(cfg.run_directory / LOCK, f"the run directory {cfg.run_directory}")
     found, _, _ = restorable(cfg, check_hashes=False)
     if found is None and cfg.checkpoint.load_weights is not None:
         open_checkpoint(Path(cfg.checkpoint.load_weights), check_hashes=False)
+
+
+def _check_place(cfg: RunConfig) -> None:
+    place = cfg.run_directory.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    reason = None
+    if not place.is_dir():
+        reason = f"{place} is no folder"
+    elif not os.access(place, os.W_OK | os.X_OK):
+        reason = f"{place} cannot be written to"
+    else:
+        needed, free = 4 * sum(parameter_sizes(cfg).values()), shutil.disk_usage(place).free
+        if free < needed:
+            reason = f"one checkpoint takes more than {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free"
+    if reason is not None:
+        raise ConfigError(
+            f"the run cannot be kept there: {reason}",
+            source=f"the run directory {cfg.run_directory}",
+            remedy="name another place by --run-dir, or make it a folder with room that this user may write to",
+        )

@@ -10,10 +10,11 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from megatron_vpmoe.errors import VpmoeError
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.runtime.device import has_gpu
 from megatron_vpmoe.training import torch_dist
-from megatron_vpmoe.training.checkpoint_files import ASSETS, Found, begin, find_newest, open_checkpoint, seal
+from megatron_vpmoe.training.checkpoint_files import ASSETS, Found, begin, find_newest, give_up, open_checkpoint, seal
 
 __all__ = [
     "ASSETS",
@@ -87,7 +88,6 @@ def save(
         "scheduler": scheduler.state_dict(),
         "rng": _rng_object(_rng_state()),
     }
-    torch_dist.write(partial, state, dict(METADATA))
 
     def finish() -> None:
         for name, content in carried.assets.items() if carried else ():
@@ -95,7 +95,13 @@ def save(
             (partial / ASSETS / name).write_bytes(content)
         seal(partial, final, {**run_state, **(carried.state if carried else {})})
 
-    distributed.from_rank_0(finish)
+    try:
+        torch_dist.write(partial, state, dict(METADATA))
+        distributed.from_rank_0(finish)
+    except VpmoeError:  # on every rank
+        if distributed.rank() == 0:
+            give_up(partial)
+        raise
     return final
 
 

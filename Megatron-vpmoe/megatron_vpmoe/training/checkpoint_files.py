@@ -154,12 +154,20 @@ def open_checkpoint(path: Path, *, check_hashes: bool = True) -> Found:
 
 
 def begin(final: Path) -> Path:
-    """The empty ``iter_NNNNNNN.partial`` beside ``final``, to be filled and sealed; the rest of a killed save goes."""
+    """The empty ``iter_NNNNNNN.partial`` beside ``final``, to be filled and sealed; what killed saves left goes."""
     partial = final.with_name(f"{final.name}.partial")
-    if os.path.lexists(partial) and not _remove(partial):
+    for name in filter(_REMOVABLE.fullmatch, _names(final.parent)):
+        give_up(final.parent / name)
+    if os.path.lexists(partial):
         set_aside(partial)
     partial.mkdir(parents=True)
     return partial
+
+
+def give_up(partial: Path, *, ignore_errors: bool = True) -> None:
+    """Remove what a save or a removal has left, as far as it is ours; it may fill the disk."""
+    if _is_ours(partial):
+        shutil.rmtree(partial, ignore_errors)
 
 
 def seal(partial: Path, final: Path, run_state: dict[str, Any]) -> None:
@@ -221,7 +229,7 @@ class Retention:
         for path in (*leftovers, *(paths if len(paths) > self._keep_last else [])):
             try:
                 if path in leftovers:
-                    _remove(path)
+                    give_up(path, ignore_errors=False)
                 elif kept < self._keep_last or not self._stays(path, written):
                     counts = kept < self._keep_last
                     reason = damage(path, check_hashes=counts and path not in self._sound)
@@ -276,11 +284,4 @@ def _discard(path: Path) -> bool:
         pruned = path.with_name(f"{path.name}.pruned")
         path.rename(pruned)  # From here on it is no checkpoint, whatever becomes of the removal.
         shutil.rmtree(pruned)
-    return is_ours
-
-
-def _remove(folder: Path) -> bool:
-    """Remove the rest of a save or of a removal; False: it holds something else, and stays."""
-    if is_ours := _is_ours(folder):
-        shutil.rmtree(folder)
     return is_ours

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_vpmoe.config import fit_report, load_config
-from megatron_vpmoe.errors import CheckpointError, DataError, DeviceError, TokenizerError
+from megatron_vpmoe.errors import CheckpointError, ConfigError, DataError, DeviceError, TokenizerError
 from megatron_vpmoe.files import write_record
 from megatron_vpmoe.launch import preflight
 from megatron_vpmoe.runtime import device
@@ -41,6 +42,22 @@ def test_both_splits_are_opened_for_the_model(run_yaml: Path, vocabulary: int, e
 def test_weights_to_start_from_are_looked_for(run_yaml: Path, tmp_path: Path) -> None:
     cfg = load_config(run_yaml, ["--load-weights", str(tmp_path / "nowhere")])
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        preflight.check_run_directory(cfg)
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "read-only", "full"])
+def test_a_place_where_no_run_can_be_kept(
+    run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    place = tmp_path / "place"
+    if "file" in kind:
+        place.write_text("")
+    if kind == "read-only":
+        monkeypatch.setattr("os.access", lambda *_: False)
+    if kind == "full":
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5000))
+    cfg = load_config(run_yaml, ["--run-dir", str(place / "run" if kind == "below a file" else place)])
+    with pytest.raises(ConfigError, match=r"cannot be kept there(.|\n)*place"):
         preflight.check_run_directory(cfg)
 
 

@@ -104,12 +104,12 @@ def test_one_that_lost_a_file_since_is_not_counted(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_removed_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> None:
+    def refuse(path: Path, *_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    written(tmp_path, 1).rename(tmp_path / "iter_0000001.pruned")
     keeping = Retention(tmp_path, keep_last=1, keep_every=None, restored_from=None)
-    keeping_all = [written(tmp_path, number) for number in (2, 3)]
+    keeping_all = [written(tmp_path, number) for number in (1, 2, 3)]
+    keeping_all[0].rename(tmp_path / "iter_0000001.pruned")
     monkeypatch.setattr(shutil, "rmtree", refuse)
     notes = keeping.prune(keeping_all[-1])
     assert len(notes) == 2 and all("Permission denied" in note for note in notes)
@@ -218,8 +218,10 @@ def test_a_sound_one_of_the_same_name_stays_beside_the_new_one(tmp_path: Path) -
 
 @pytest.mark.parametrize("removed", [[], ["files.json"], [DATA, "run_state.json"], [DATA, "files.json", "assets"]])
 def test_a_removal_that_was_killed_is_finished_by_the_next(tmp_path: Path, removed: list[str]) -> None:
-    pruned = written(tmp_path, 1).rename(tmp_path / "iter_0000001.pruned")
-    partial = written(tmp_path, 2).rename(tmp_path / "iter_0000002.partial")
+    paths = [written(tmp_path, number) for number in (1, 2)]
+    pruned, partial = (path.with_suffix(suffix) for path, suffix in zip(paths, (".pruned", ".partial"), strict=True))
+    for path, aside in zip(paths, (pruned, partial), strict=True):
+        path.rename(aside)
     for name in removed:
         path = pruned / name
         path.unlink() if path.is_file() else shutil.rmtree(path)
