@@ -63,7 +63,15 @@ def convert(
     )
 
     def make(work: steps.Work) -> dict[str, Any]:
-        return _Conversion(work, source, num_shards, prompts, limit).run(quiet)
+        try:
+            return _Conversion(work, source, num_shards, prompts, limit).run(quiet)
+        except OSError as error:
+            safe = work.results.get("read", {}).get("rows_read", 0)
+            raise DataError(
+                f"the conversion cannot go on: {error.strerror or error}; finished and safe: {safe:,} rows",
+                source=str(error.filename or work.folder),
+                remedy="make room or mend the path, then give the same command again: it goes on behind them",
+            ) from error
 
     steps.run(step, make, overwrite=overwrite, say=say)
     manifest = read_manifest(output_dir, CONVERSATIONS)
@@ -95,9 +103,8 @@ class _Conversion:
         if "shard_00" not in self._work.results:
             try:
                 self._read(path, quiet)
-            except BaseException:
+            finally:
                 self._parts.discard()
-                raise
         if self._rejects.total() == self._rows_read:
             raise DataError("no row became a conversation", source=self._source.name, remedy=f"see {path}")
         self._limit.check(self._rejects, self._rows_read, source=str(path), final=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -57,8 +58,9 @@ class ShardWriter:
         move_into_place(self._temporary, self._path)
 
     def discard(self) -> None:
-        """Throw the unfinished shard away."""
-        self._writer.close()
+        """Throw the unfinished shard away, of which a full disk may let nothing more be written."""
+        with suppress(OSError):
+            self._writer.close()
         self._temporary.unlink(missing_ok=True)
 
     def _write_group(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import resource
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,32 @@ def test_a_refused_conversion_keeps_what_it_did_and_goes_on_with_another_limit(
     with pytest.raises(DataError, match="2 of 50 rows were rejected"):
         convert(source, out, num_shards=2, prompts=Prompts(), limit=RejectLimit(0.02))
     assert not (tmp_path / "out.partial").exists() and out.exists()
+
+
+@pytest.mark.parametrize(("limit", "safe"), [(3000, 0), (8000, 192), (9000, 256)])
+def test_a_full_disk_ends_it_with_path_and_what_is_safe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], limit: int, safe: int
+) -> None:
+    """A limit of a file's length is noticed as a full disk is; the last part is longer than the one before."""
+    monkeypatch.setattr(store, "ROW_GROUP_ROWS", 16)
+    monkeypatch.setattr(parts, "ROW_GROUPS_PER_PART", 4)
+    rows = [row(n, query="q" + random.Random(n).randbytes(200 * (n >= 192)).hex()) for n in range(256)]
+    command = ["data", "convert", "--input", str(write(tmp_path / "rows.jsonl", rows)), "--num-shards", "3", "--quiet"]
+    assert main([*command, "--output-dir", str(tmp_path / "whole")]) == 0
+    capfd.readouterr()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        assert main([*command, "--output-dir", str(tmp_path / "out")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    told = capfd.readouterr().err
+    assert f"finished and safe: {safe} rows" in told and f"where:  {tmp_path / 'out.partial'}" in told
+    assert "Traceback" not in told and not list(tmp_path.rglob("*part_*.tmp"))
+    assert main([*command, "--output-dir", str(tmp_path / "out")]) == 0
+    assert contents(tmp_path / "out").keys() == contents(tmp_path / "whole").keys()
+    for name, content in contents(tmp_path / "whole").items():
+        assert name == "receipt.json" or (tmp_path / "out" / name).read_bytes() == content
 
 
 def test_the_embedded_source_is_not_wiped(tmp_path: Path) -> None:
