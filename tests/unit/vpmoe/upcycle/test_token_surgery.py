@@ -75,3 +75,11 @@ def test_finished_batches_are_not_computed_again(folders: tuple[Path, Path], tmp
 def test_a_k_that_determines_nothing_is_refused(folders: tuple[Path, Path], tmp_path: Path, k: int, what: str) -> None:
     with pytest.raises(UpcycleError, match=what):
         new_rows(surgery_of(folders, k=k), tmp_path, silent)
+
+
+@pytest.mark.parametrize("whose", ["source", "donor"])
+def test_ids_without_rows_are_refused(folders: tuple[Path, Path], tmp_path: Path, whose: str) -> None:
+    surgery = surgery_of(folders)
+    few = getattr(surgery, whose)[:300]
+    with pytest.raises(UpcycleError, match=r"the id 3\d\d, and its embedding has 300 rows"):
+        new_rows(surgery_of(folders, **{whose: few}), tmp_path, silent)
