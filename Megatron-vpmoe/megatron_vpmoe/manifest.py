@@ -37,7 +37,7 @@ def _of_a_file(name: str) -> str:
 
 Name = Annotated[str, AfterValidator(_of_a_file)]
 """Of a file, from the manifest's folder or its split's on; it does not lead out of it."""
-Count = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
 Ids = Annotated[int, Field(ge=1, le=2**24)]
 """A number of ids: tables of so many are made before anything else is looked at."""
 Kind = Literal["harmony_kd", "healing_text", "harmony_sft", "harmony_preference"]
