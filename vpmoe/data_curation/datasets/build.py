@@ -22,7 +22,7 @@ from vpmoe.data_curation.datasets.plan import BuildOptions, shard_name
 from vpmoe.data_curation.datasets.write import ShardWriter
 from vpmoe.data_curation.manifest import check_files, read_manifest
 from vpmoe.errors import DataError
-from vpmoe.progress import Progress
+from vpmoe.progress import Progress, hashing
 from vpmoe.steps import Step, Work, check_place, run
 
 _VERSION = 2
@@ -130,10 +130,13 @@ def _make(recipe: Recipe, quiet: bool, work: Work) -> dict[str, Any]:
 def _finished_shards(work: Work) -> list[dict[str, Any]]:
     """The records of shards that an earlier run finished, in order, if their files are still as that run left them."""
     records = list(work.results.values())
-    for record in records:
-        for split, counted in record["splits"].items():
-            remedy = f"a finished shard of the interrupted build changed: remove {work.folder} and build afresh"
-            check_files(work.folder / split, counted["files"], remedy=remedy)
+    remedy = f"a finished shard of the interrupted build changed: remove {work.folder} and build afresh"
+    listed = [(split, counted["files"]) for record in records for split, counted in record["splits"].items()]
+    with hashing(
+        "checking finished shards", sum(file["bytes"] for _, files in listed for file in files.values())
+    ) as tell:
+        for split, files in listed:
+            check_files(work.folder / split, files, remedy=remedy, tell=tell)
     return records
 
 

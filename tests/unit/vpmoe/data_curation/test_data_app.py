@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from vpmoe.cli import main
 from vpmoe.data_curation.app import app
 from vpmoe.data_curation.datasets.token_files import read_triple
 from vpmoe.data_curation.look.inspect import SPAN_STYLES, STYLES, inspect
@@ -63,3 +64,19 @@ def test_synth_mini_command(tmp_path: Path) -> None:
     command = ["synth-mini", "--output-dir", str(tmp_path), "--rows", "50", "--families", "sorting=1"]
     assert "50 rows" in CliRunner().invoke(app, command).output
     assert "done and valid" in CliRunner().invoke(app, command).output
+
+
+def test_a_place_that_cannot_be_written_is_one_message(
+    dataset_dir: Path, conversations_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    below = tmp_path / "file" / "below"
+    for words in (
+        ["inspect", str(dataset_dir), "--html", str(below)],
+        ["build", "--input-dir", str(conversations_dir), "--output-dir", str(below)],
+        ["convert", "--input", str(dataset_dir / "rejects.jsonl"), "--output-dir", str(below / "further")],
+        ["compact-map", "--input", str(dataset_dir / "rejects.jsonl"), "--output-dir", str(below), "--size", "300"],
+    ):
+        assert main(["data", *words]) == 2
+        told = capsys.readouterr().err
+        assert str(tmp_path / "file") in told and "remedy:" in told and "Traceback" not in told
