@@ -33,9 +33,9 @@ from megatron_vpmoe.data.blend import open_parts  # noqa: E402
 from megatron_vpmoe.data.cursor import SampleOrder  # noqa: E402
 from megatron_vpmoe.files import write_record  # noqa: E402
 from megatron_vpmoe.sources import StoredSource  # noqa: E402
+from megatron_vpmoe.token_files import TripleWriter, file_names  # noqa: E402
 from megatron_vpmoe.training.run import Run, open_run  # noqa: E402
 from megatron_vpmoe.training.step import train_step  # noqa: E402
-from vpmoe.data_curation.datasets.token_files import TripleWriter, file_names  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EOD = 1

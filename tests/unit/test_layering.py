@@ -22,6 +22,7 @@ TRAINER_FLOORS = {
     "files": -1,
     "software": -1,
     "manifest": 0,
+    "token_files": 0,
     "ownership": 0,
     "turns": 0,
     "config": 1,
@@ -69,7 +70,7 @@ SAME_FLOOR = {
 OLDER_NAMES = VPMOE / "data_curation" / "harmony"
 NO_MODEL = ("steps", "tokenizer", "harmony", "data_curation")
 # What both packages stand on; it knows no model.
-GROUND = tuple(f"megatron_vpmoe.{name}" for name in ("errors", "files", "manifest", "ownership", "software", "turns"))
+GROUND = tuple(f"megatron_vpmoe.{room}" for room, floor in TRAINER_FLOORS.items() if floor <= 0)
 
 
 def imports_of(path: Path) -> list[tuple[str, int]]:

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vpmoe.data.batch import Document
-from megatron_vpmoe.data.shard import REBUILD, Shard, check_files, check_ids
+from megatron_vpmoe.data.shard import Shard, check_files, check_ids
 from megatron_vpmoe.errors import DataError, TokenizerError
 from megatron_vpmoe.manifest import Manifest, read_manifest
+from megatron_vpmoe.token_files import REBUILD
 from megatron_vpmoe.turns import MESSAGE_END, TURN_END
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vpmoe.token_files import read_triple
 from vpmoe.data_curation.datasets.plan import SPLITS
-from vpmoe.data_curation.datasets.token_files import read_triple
 
 _TOGETHER = 1 << 22
 """Hashes that are looked for in one pass over the larger split: 32 MB of them. At the usual fractions one pass does."""

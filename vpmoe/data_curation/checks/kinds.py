@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vpmoe.manifest import PREFERENCE
+from megatron_vpmoe.token_files import Triple
 from vpmoe.data_curation.datasets.text import KIND as TEXT_KIND
-from vpmoe.data_curation.datasets.token_files import Triple
 from vpmoe.errors import DataError, HarmonyError
 from vpmoe.harmony.parse import Parser, spans_of
 from vpmoe.harmony.spans import SPAN_NAMES

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vpmoe.data_curation.datasets.token_files import read_triple
+from megatron_vpmoe.token_files import read_triple
 from vpmoe.errors import DataError
 from vpmoe.harmony.spans import SPAN_NAMES
 

@@ -17,12 +17,12 @@ import numpy as np
 
 from megatron_vpmoe.files import Tell, inside, read_json_lines, sha256_of_file
 from megatron_vpmoe.manifest import FILE_NAME, PAIR, PREFERENCE
+from megatron_vpmoe.token_files import Triple, file_names, read_triple
 from vpmoe.data_curation.checks.duplicates import across_splits
 from vpmoe.data_curation.checks.kinds import REBUILD, check_sample, signal_checks
 from vpmoe.data_curation.conversations.store import open_shard
 from vpmoe.data_curation.datasets.encode import Documents
 from vpmoe.data_curation.datasets.plan import SPLITS
-from vpmoe.data_curation.datasets.token_files import Triple, file_names, read_triple
 from vpmoe.data_curation.datasets.write import SplitStats, histogram_width
 from vpmoe.data_curation.manifest import CONVERSATIONS, check_files, read_manifest
 from vpmoe.errors import DataError, VpmoeError

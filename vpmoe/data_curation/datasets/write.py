@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from megatron_vpmoe.files import json_line, sync
+from megatron_vpmoe.token_files import TripleWriter
 from vpmoe.data_curation.datasets.encode import Block, Documents
 from vpmoe.data_curation.datasets.plan import SPLITS
-from vpmoe.data_curation.datasets.token_files import TripleWriter
 from vpmoe.harmony.spans import SPAN_NAMES
 
 HISTOGRAM_BINS = 64

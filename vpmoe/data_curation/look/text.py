@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vpmoe.errors import visible
-from vpmoe.data_curation.datasets.token_files import read_triple
+from megatron_vpmoe.token_files import read_triple
 from vpmoe.harmony.spans import SPAN_NAMES
 from vpmoe.tokenizer.interface import Tokenizer
 

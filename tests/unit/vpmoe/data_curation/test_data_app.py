@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from megatron_vpmoe.token_files import read_triple
 from vpmoe.cli import main
 from vpmoe.data_curation.app import app
-from vpmoe.data_curation.datasets.token_files import read_triple
 from vpmoe.data_curation.look.inspect import SPAN_STYLES, STYLES, inspect
 from vpmoe.data_curation.look.text import runs
 from vpmoe.errors import DataError

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_vpmoe.token_files import read_triple
 from vpmoe.cli import main
 from vpmoe.data_curation.checks import duplicates
 from vpmoe.data_curation.checks.sample import sample_split
@@ -19,7 +20,6 @@ from vpmoe.data_curation.datasets.encode import Block, Documents
 from vpmoe.data_curation.datasets.finish import finish
 from vpmoe.data_curation.datasets.kd import build
 from vpmoe.data_curation.datasets.plan import BuildOptions
-from vpmoe.data_curation.datasets.token_files import read_triple
 from vpmoe.data_curation.datasets.write import ShardWriter
 from vpmoe.data_curation.look.text import documents
 from vpmoe.data_curation.manifest import read_manifest
@@ -81,13 +81,13 @@ def test_memory_is_the_same_at_any_size_of_a_shard(tmp_path: Path) -> None:
     for name, (small, large) in found.items():
         assert large < small + 2 and large < 48, (name, found)
     triple = read_triple(tmp_path / "8" / "train", "shard_00")
-    assert isinstance(triple.starts, np.memmap) and isinstance(triple.lengths, np.memmap)
+    assert isinstance(triple.starts.base, np.memmap) and isinstance(triple.lengths.base, np.memmap)
 
 
 def test_parts_are_all_documents_in_their_order(dataset_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = read_triple(dataset_dir / "train", "shard_00")
     for tokens, group in ((1, 1), (300, 1), (300, 2), (1 << 20, 2)):
-        monkeypatch.setattr("vpmoe.data_curation.datasets.token_files._PART_TOKENS", tokens)
+        monkeypatch.setattr("megatron_vpmoe.token_files._PART_TOKENS", tokens)
         parts = list(whole.parts(group))
         assert all(part.documents % group == 0 for part in parts[:-1]) and all(part.starts[0] == 0 for part in parts)
         assert all(len(part.tokens) <= max(tokens, group * int(whole.lengths.max())) for part in parts)

@@ -9,6 +9,7 @@ import pytest
 from conftest_dataset import ROWS
 from typer.testing import CliRunner
 
+from megatron_vpmoe.token_files import read_triple
 from vpmoe.data_curation.app import app
 from vpmoe.data_curation.checks.sample import histogram, quantile, sample_split
 from vpmoe.data_curation.checks.stats import QUANTILES, compare, log_likelihood
@@ -16,7 +17,6 @@ from vpmoe.data_curation.conversations.convert import convert
 from vpmoe.data_curation.conversations.synth import resolve_synth
 from vpmoe.data_curation.datasets.kd import build
 from vpmoe.data_curation.datasets.plan import BuildOptions
-from vpmoe.data_curation.datasets.token_files import read_triple
 from vpmoe.data_curation.manifest import read_manifest
 from vpmoe.data_curation.tasks import synth_mini
 from vpmoe.errors import DataError

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_vpmoe.files import file_entry, read_record, write_record
+from megatron_vpmoe.token_files import read_triple
 from vpmoe.data_curation.checks.verify import verify
-from vpmoe.data_curation.datasets.token_files import read_triple
 from vpmoe.data_curation.manifest import write_manifest
 from vpmoe.errors import DataError
 

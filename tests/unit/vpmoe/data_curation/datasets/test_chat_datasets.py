@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vpmoe.files import file_entry
+from megatron_vpmoe.token_files import read_triple
 from vpmoe.cli import main
 from vpmoe.data_curation.checks.verify import verify
 from vpmoe.data_curation.datasets.chat import ChatDataset, ChatEncoder
 from vpmoe.data_curation.datasets.encode import Documents, Encoded
 from vpmoe.data_curation.datasets.plan import BuildOptions
 from vpmoe.data_curation.datasets.sequential import Pass, build_sequential
-from vpmoe.data_curation.datasets.token_files import read_triple
 from vpmoe.data_curation.manifest import read_manifest, write_manifest
 from vpmoe.data_curation.rows.source import resolve
 from vpmoe.errors import DataError

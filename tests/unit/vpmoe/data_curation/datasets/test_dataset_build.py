@@ -11,12 +11,12 @@ from conftest_dataset import OPTIONS, tree
 
 from megatron_vpmoe.files import file_entry, sha256_of_file
 from megatron_vpmoe.ownership import owned
+from megatron_vpmoe.token_files import read_triple
 from vpmoe.cli import main
 from vpmoe.data_curation.checks.verify import verify
 from vpmoe.data_curation.conversations.store import StoredConversation, open_shard, read_row_group
 from vpmoe.data_curation.datasets.kd import build
 from vpmoe.data_curation.datasets.plan import BuildOptions, split_of
-from vpmoe.data_curation.datasets.token_files import read_triple
 from vpmoe.data_curation.manifest import read_manifest, write_manifest
 from vpmoe.errors import BusyError, DataError, TokenizerError
 from vpmoe.harmony.renderer import FastRenderer

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from conftest_dataset import OPTIONS, tree
 
+from megatron_vpmoe.token_files import TripleWriter
 from vpmoe.data_curation.checks.verify import verify
 from vpmoe.data_curation.datasets import build as pipeline
 from vpmoe.data_curation.datasets.kd import build
 from vpmoe.data_curation.datasets.plan import BuildOptions
-from vpmoe.data_curation.datasets.token_files import TripleWriter
 from vpmoe.errors import DataError, NotOursError
 
 

@@ -22,13 +22,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vpmoe.files import file_entry, read_record
+from megatron_vpmoe.token_files import read_triple
 from vpmoe.cli import main
 from vpmoe.data_curation.checks.verify import verify
 from vpmoe.data_curation.datasets import build as pipeline
 from vpmoe.data_curation.datasets.plan import BuildOptions, split_of
 from vpmoe.data_curation.datasets.sequential import Pass, build_sequential
 from vpmoe.data_curation.datasets.text import HealingText, cut, text_hash
-from vpmoe.data_curation.datasets.token_files import read_triple
 from vpmoe.data_curation.manifest import write_manifest
 from vpmoe.data_curation.rows import hub as hub_rows
 from vpmoe.data_curation.rows.source import resolve

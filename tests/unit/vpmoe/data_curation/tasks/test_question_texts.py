@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vpmoe.token_files import read_triple
 from vpmoe.cli import main
 from vpmoe.data_curation.checks.verify import verify
-from vpmoe.data_curation.datasets.token_files import read_triple
 from vpmoe.data_curation.tasks.question_texts import answer_in, document, prompt
 from vpmoe.data_curation.tasks.synth_mini import generate
 from vpmoe.errors import DataError, NotOursError, TokenizerError

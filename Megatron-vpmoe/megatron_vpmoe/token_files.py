@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.files import file_entry, sync
-from vpmoe.errors import DataError
 
+REBUILD = "rebuild the dataset (--overwrite), or copy it again if it was copied"
 SIGNALS = {"tokens": np.int32, "lossmask": np.uint8, "span": np.uint8}
 _DTYPE_OF_CODE = {1: np.uint8, 4: np.int32}
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -150,7 +151,7 @@ def read_triple(folder: Path, shard: str) -> Triple:
 
 
 def _damaged(path: Path, what: str) -> DataError:
-    return DataError(what, source=str(path), remedy="rebuild the dataset with --overwrite")
+    return DataError(what, source=str(path), remedy=REBUILD)
 
 
 def _write_index(path: Path, lengths: NDArray[np.int32], dtype: type[np.integer]) -> None:
@@ -176,9 +177,10 @@ def _read_index(path: Path, dtype: type[np.integer]) -> tuple[NDArray[np.int32],
     if len(raw) < _HEADER.size:
         raise _damaged(path, f"the index has only {len(raw)} bytes")
     magic, version, code, sequences, documents = _HEADER.unpack_from(raw)
-    if magic != _MAGIC or version != 1 or _DTYPE_OF_CODE.get(code) is not dtype:
-        what = f"not an index of {dtype.__name__} (magic {magic!r}, version {version}, dtype code {code})"
-        raise _damaged(path, what)
+    if magic != _MAGIC or version != 1:
+        raise _damaged(path, f"not an index of token files (magic {magic!r}, version {version})")
+    if (found := _DTYPE_OF_CODE.get(code)) is not dtype:
+        raise _damaged(path, f"not an index of {dtype.__name__} but of {found.__name__ if found else f'dtype {code}'}")
     size, expected = path.stat().st_size, _HEADER.size + sequences * (4 + 8) + documents * 8
     if size != expected:
         raise _damaged(path, f"the index has {size} bytes, its header asks for {expected}")
@@ -209,4 +211,4 @@ def _read_values(path: Path, dtype: type[np.integer], count: int) -> NDArray[Any
 
 
 def _mapped(path: Path, dtype: type[np.integer], count: int, offset: int) -> NDArray[Any]:
-    return np.memmap(path, dtype, mode="r", offset=offset, shape=(count,)) if count else np.empty(0, dtype)
+    return np.asarray(np.memmap(path, dtype, mode="r", offset=offset, shape=(count,)) if count else np.empty(0, dtype))
