@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 import sys
 import tempfile
 import uuid
@@ -48,13 +49,29 @@ class Nodes:
         if count == 1:
             return Nodes(1, 0, None)
         address, port = os.environ.get("MASTER_ADDR"), _environment_number("MASTER_PORT", 0, 2**16 - 1)
-        if not address or not port:
+        if not port or not address or not re.fullmatch(r"[\w.:-]+", address, re.ASCII):
             raise ConfigError(
-                f"NNODES={count} without MASTER_ADDR and MASTER_PORT",
+                f"NNODES={count} without a MASTER_ADDR and MASTER_PORT: {shown(address)}, {port or None}",
                 source="environment",
                 remedy="export the address of node 0 and a free port there, the same on every node",
             )
         return Nodes(count, rank, f"{address}:{port}")
+
+    def check_address(self) -> None:
+        """Look the first node up: torch would wait for it deaf to signals, for as long as a collective may take.
+
+        Raises:
+            ConfigError: nobody here knows it.
+        """
+        host, _, port = (self.master or "").rpartition(":")
+        try:
+            socket.getaddrinfo(host.strip("[]"), port)
+        except OSError as error:
+            raise ConfigError(
+                f"MASTER_ADDR={host} is not known here: {error.strerror}",
+                source="environment",
+                remedy="export the address of node 0 as this machine knows it",
+            ) from error
 
 
 def _environment_number(name: str, default: int, largest: int) -> int:
@@ -77,6 +94,8 @@ def run_workers(cfg: RunConfig, nodes: Nodes, module: str, arguments: list[str],
     if not debug:
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     alone = nodes.master is None
+    if not alone:
+        nodes.check_address()
     launch_config = LaunchConfig(
         min_nodes=nodes.count,
         max_nodes=nodes.count,

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_vpmoe.config import load_config
 from megatron_vpmoe.config.schema import fields
 from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.launch.__main__ import main
 from megatron_vpmoe.launch.reference import help_text
-from megatron_vpmoe.launch.workers import Nodes, share_cores
+from megatron_vpmoe.launch.workers import Nodes, run_workers, share_cores
 
 
 def test_help_explains_every_field() -> None:
@@ -68,9 +70,12 @@ def test_train_sh_hands_on_arguments_and_exit_code(repository: Path) -> None:
     ("environment", "expected"),
     [
         ({"NNODES": "two"}, "NNODES='two' is not a number"),
-        ({"NNODES": "2"}, "without MASTER_ADDR"),
+        ({"NNODES": "2"}, "without a MASTER_ADDR"),
         ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2"),
         ({"NNODES": "0"}, "NNODES=0"),
+        ({"NNODES": "²"}, "NNODES='²' is not a number"),
+        ({"NNODES": "2", "MASTER_ADDR": "h", "MASTER_PORT": "65536"}, "MASTER_PORT='65536' is not a number from 0 to"),
+        ({"NNODES": "2", "MASTER_ADDR": "a b", "MASTER_PORT": "1"}, "MASTER_PORT: 'a b', 1"),
     ],
 )
 def test_wrong_node_environment(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: str) -> None:
@@ -86,6 +91,15 @@ def test_node_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     assert Nodes.from_environment() == Nodes(2, 1, "first:29500")
+
+
+def test_a_first_node_that_nobody_knows(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR=node0 is not known here: Name or service"):
+        run_workers(load_config(run_yaml), Nodes(2, 1, "node0:29500"), "nothing", [])
 
 
 def test_cores_are_shared_unless_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
