@@ -18,7 +18,7 @@ import numpy as np
 from megatron_vpmoe.files import Tell, inside, read_json_lines, sha256_of_file
 from megatron_vpmoe.manifest import FILE_NAME, PAIR, PREFERENCE
 from megatron_vpmoe.token_files import Triple, file_names, read_triple
-from vpmoe.data_curation.checks.duplicates import across_splits
+from vpmoe.data_curation.checks.duplicates import across_splits, bytes_to_read
 from vpmoe.data_curation.checks.kinds import REBUILD, check_sample, signal_checks
 from vpmoe.data_curation.conversations.store import open_shard
 from vpmoe.data_curation.datasets.encode import Documents
@@ -67,7 +67,8 @@ def _bytes_of(manifest: dict[str, Any]) -> int:
     if manifest["kind"] == CONVERSATIONS:
         return manifest["bytes"]
     shards = [shard for entry in manifest["splits"].values() for shard in entry["shards"]]
-    return sum(file["bytes"] for shard in shards for file in shard["files"].values())
+    listed = sum(file["bytes"] for shard in shards for file in shard["files"].values())
+    return listed + bytes_to_read(manifest)
 
 
 def summary(dataset_dir: Path) -> str:
@@ -169,7 +170,7 @@ def _token_faults(folder: Path, manifest: dict[str, Any], parsed: int, tell: Tel
         if all_sound:
             yield from _sum_faults(split, counted, manifest)
         shards_sound &= all_sound
-    if shards_sound and (found := across_splits(folder, manifest))[0]:
+    if shards_sound and (found := across_splits(folder, manifest, tell))[0]:
         yield DataError(
             f"{found[0]} documents of the smaller split are in the other one too; the first is {found[1]}",
             source=str(folder),

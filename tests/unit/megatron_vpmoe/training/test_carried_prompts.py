@@ -67,10 +67,10 @@ def test_weights_in_another_vocabulary_are_refused_whatever_files_tell_it(tmp_pa
 
 @pytest.mark.parametrize("of_pairs", [False, True])
 def test_an_objective_refuses_datasets_of_a_kind_that_it_does_not_read(of_pairs: bool, tmp_path: Path) -> None:
-    from megatron_vpmoe.objectives import TokenCE, check_kinds
+    from megatron_vpmoe.objectives import Needs, TokenCE, check_kinds
 
     class Preferring(TokenCE):
-        of_pairs = True
+        needs = Needs(pairs=True)
 
     cfg = tiny_config()
     kinds = ["harmony_kd", "healing_text", "harmony_sft", "harmony_preference"]

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_vpmoe.data.vocabulary_files import read_vocabulary
 from tests.unit.vpmoe.upcycle.tiny_vocabularies import compact_vocabulary, dataset_of, write_donor, write_model
 from vpmoe.errors import UpcycleError
 from vpmoe.upcycle import runner
@@ -106,6 +107,7 @@ def test_a_donor_with_a_compact_vocabulary(tmp_path: Path, repository: Path) -> 
     """The reference is then the dataset that has this vocabulary; another one's is refused."""
     write_model(tmp_path / "model_hf")
     write_donor(tmp_path / "donor_hf", vocabulary=compact_vocabulary(280))
+    (tmp_path / "donor_hf" / "vocabulary.json").unlink()  # as one that is not of ours
     for name, size in (("own", 280), ("other", 290)):
         dataset_of(tmp_path / name, compact_vocabulary(size))
     job = SETTINGS.replace("k = 5", f'k = 5\nlargest_norm_ratio = 1e9\nreference = "{tmp_path}/other"')
@@ -118,6 +120,8 @@ def test_a_donor_with_a_compact_vocabulary(tmp_path: Path, repository: Path) -> 
     after = AutoTokenizer.from_pretrained(tmp_path / "new" / "hf", trust_remote_code=True)
     text = "the ship was bound for 12345"
     assert after(text)["input_ids"] == compact_vocabulary(280).encode_ordinary(text).tolist()
+    # It is known by the name that datasets have for it.
+    assert read_vocabulary(tmp_path / "new" / "hf" / "vocabulary.json").identity() == compact_vocabulary(280).identity
 
 
 def test_what_cannot_be(tmp_path: Path, repository: Path) -> None:
