@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.tiny_qwen3 import write_qwen3
-from vpmoe.hf.convert import export_checkpoint, import_directory, open_directory
+from vpmoe.hf.convert import export_checkpoint, import_directory, open_directory, run_state
 from vpmoe.hf.parity import compare
 
 CASES = {
@@ -76,6 +76,6 @@ def test_the_comparison_sees_a_wrong_layout(tmp_path: Path) -> None:
     weights[name] = LazyTensor.of(
         torch.cat([mixed[:, :2].flatten(0, 2), mixed[:, 2].flatten(0, 1), mixed[:, 3].flatten(0, 1)])
     )
-    wrong, _ = write_checkpoint(tmp_path / "wrong", weights, model.run_state())
+    wrong, _ = write_checkpoint(tmp_path / "wrong", weights, run_state(model.cfg, model.carried))
     found = compare(folder, wrong, greedy_steps=4, prompt_lengths=(9,))
     assert found.logit_difference > 0.1

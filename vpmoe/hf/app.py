@@ -42,7 +42,7 @@ def import_(
     folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="a dense Qwen3 of any size, or an exported rung")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="made for it; gets iter_0000000")],
     padded_vocab_size: Annotated[
-        int | None, typer.Option(help="rows of the embedding (default: HF's); the rest hold the mean row")
+        int | None, typer.Option(min=1, help="rows of the embedding (default: HF's); the rest hold the mean row")
     ] = None,
     dtype: DtypeOption = Dtype.keep,
     overwrite: OverwriteOption = False,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,10 +69,6 @@ class Carried:
         size = int(state.get("vocab_size", cfg.model.padded_vocab_size))
         return cls(size, dict(state.get("hf_config", {})), state.get("prompts"))
 
-    def as_state(self) -> dict[str, Any]:
-        """Entries of ``run_state.json``; the inverse of ``of``."""
-        return {"vocab_size": self.vocab_size, "hf_config": self.hf_config, "prompts": self.prompts}
-
 
 @dataclass(frozen=True)
 class HFModel:
@@ -93,14 +89,10 @@ class HFModel:
     carried: Carried
     assets: list[Path]
 
-    def run_state(self) -> dict[str, Any]:
-        """What a checkpoint of these weights has to remember."""
-        return run_state(self.cfg, self.carried)
-
 
 def run_state(cfg: RunConfig, carried: Carried) -> dict[str, Any]:
     """``run_state.json`` of a checkpoint without training: geometry, and what is handed on."""
-    return {"kind": "weights", "config": geometry_of(cfg), **carried.as_state()}
+    return {"kind": "weights", "config": geometry_of(cfg), **asdict(carried)}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -195,7 +187,7 @@ def import_directory(
         decides={
             "files": {path.name: sha256_of_file(path) for path in files},
             "dtypes": sorted({str(tensor.dtype) for tensor in model.weights.values()}),
-            "state": model.run_state(),
+            "state": (state := run_state(model.cfg, model.carried)),
         },
         packages=_PACKAGES,
         inputs=(model.folder,),
@@ -204,7 +196,7 @@ def import_directory(
     def make(work: steps.Work) -> dict[str, Any]:
         shutil.rmtree(megatron_checkpoint.checkpoint_in(work.folder), ignore_errors=True)
         _, hashes = megatron_checkpoint.write_checkpoint(
-            work.folder, model.weights, model.run_state(), assets=model.assets, progress=progress
+            work.folder, model.weights, state, assets=model.assets, progress=progress
         )
         return {"weights_sha256": weights_sha256(hashes), "tensors": hashes}
 

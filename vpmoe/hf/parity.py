@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,6 @@ class Parity:
     greedy_steps: int
     greedy_identical: bool
     prompts: list[int]
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def fault(self, tolerance: float) -> str | None:
         """Why they are not the same model; None if they are.

@@ -11,7 +11,7 @@ Shapes: H heads, G groups, P heads a group, D head dim, h hidden, V rows of HF's
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -38,8 +38,6 @@ _RENAMED = (
 )
 _QKV = tuple(f"self_attn.{name}_proj.weight" for name in "qkv")
 _GATE_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
-# What a configuration must say for the model to be the one that we build; a key that is left out counts as met.
-_DEMANDS: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
 # Our fields that have one value in every Qwen3.
 _FIXED = {
     "add_bias_linear": False,
@@ -58,11 +56,15 @@ class _Rope(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
     rope_theta: float | None = None
-    rope_type: str | None = None
-    type: str | None = None
+    rope_type: Literal["default"] | None = None
+    type: Literal["default"] | None = None
 
 
 class _Config(HFConfig):
+    model_type: Literal["qwen3"]
+    hidden_act: Literal["silu"] = "silu"
+    attention_bias: Literal[False] = False
+    use_sliding_window: Literal[False] = False
     num_hidden_layers: int = Field(ge=1)
     hidden_size: int = Field(ge=1)
     intermediate_size: int = Field(ge=1)
@@ -84,25 +86,10 @@ def geometry(config: Mapping[str, Any], *, source: str, padded_vocab_size: int |
         padded_vocab_size: rows of our embedding; None takes HF's.
 
     Raises:
-        WeightsError: it is not a Qwen3, or one with a feature that ours has not.
+        WeightsError: it is not a Qwen3, or one with a feature that ours has not; names every key that says so.
     """
-    if config.get("model_type") != "qwen3":
-        raise WeightsError(
-            f"model_type {config.get('model_type')!r} is not offered",
-            source=source,
-            remedy="name a directory of a dense Qwen3 (model_type qwen3)",
-        )
     found = validated(_Config, config, source=source)
-    wrong = [f"{key}: {config[key]!r}" for key, value in _DEMANDS.items() if config.get(key, value) != value]
     rope = found.rope_parameters or found.rope_scaling or _Rope()
-    if (kind := rope.rope_type or rope.type) not in (None, "default"):
-        wrong.append(f"rope_type: {kind!r}")
-    if wrong:
-        raise WeightsError(
-            f"features that our Qwen3 has not: {', '.join(wrong)}",
-            source=source,
-            remedy="name a Qwen3 with silu, no attention biases, no sliding window and plain RoPE",
-        )
     model = {
         **_FIXED,
         "num_layers": found.num_hidden_layers,

@@ -47,9 +47,9 @@ def validated(form: type[Form], config: Mapping[str, Any], *, source: str) -> Fo
         return form.model_validate(config)
     except ValidationError as error:
         raise WeightsError(
-            "this configuration describes no model:\n    " + "\n    ".join(stored_faults(error)),
+            "this configuration describes no model that can be read:\n    " + "\n    ".join(stored_faults(error)),
             source=source,
-            remedy="correct config.json, or fetch or export the directory again",
+            remedy="name a dense Qwen3 (silu, no biases or windows, plain RoPE), or an export from here",
         ) from error
 
 

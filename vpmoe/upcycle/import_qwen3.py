@@ -6,13 +6,14 @@ both sides with a key-value cache, and whether importing the export gives the sa
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
 
 from vpmoe.errors import UpcycleError
-from vpmoe.hf.convert import open_directory
+from vpmoe.hf.convert import open_directory, run_state
 from vpmoe.hf.parity import compare
 from vpmoe.upcycle.inputs import checkpoint_of
 from vpmoe.upcycle.job import DrawingSettings, Job, Product, Task
@@ -44,7 +45,7 @@ class ImportQwen3(Job[ImportQwen3Settings]):
         model = open_directory(source.hf, cfg=task.cfg, dtype=DTYPES[task.settings.dtype])
         size = model.carried.vocab_size
         task.report.update(vocab_size=size, padding_rows=task.cfg.model.padded_vocab_size - size)
-        return Product(model.weights, model.run_state(), model.assets)
+        return Product(model.weights, run_state(model.cfg, model.carried), model.assets)
 
     def verify(self, task: Task[ImportQwen3Settings], folder: Path) -> dict[str, Any]:
         checkpoint = checkpoint_of(folder)
@@ -67,4 +68,4 @@ class ImportQwen3(Job[ImportQwen3Settings]):
                 source=task.spec.id,
                 remedy="the conversion is wrong, or the directory is no plain Qwen3",
             )
-        return {"parity": found.as_json(), "reimport_bit_identical": True}
+        return {"parity": asdict(found), "reimport_bit_identical": True}

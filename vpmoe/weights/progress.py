@@ -6,13 +6,7 @@ from vpmoe.progress import Progress
 
 
 class TensorProgress(Progress):
-    """Counts bytes of tensors; use as a context manager and call it with (name, bytes).
-
-    Args:
-        phase: what is being done.
-        total_bytes: how many there will be; None where nobody knows.
-        quiet: show nothing.
-    """
+    """Counts bytes of tensors (None: nobody knows how many); a context manager, called with (name, bytes)."""
 
     def __init__(self, phase: str, total_bytes: int | None, *, quiet: bool = False) -> None:
         super().__init__(phase, total_bytes, unit="MB", scale=1e6, quiet=quiet)
