@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,9 +11,17 @@ from vpmoe.errors import RowError
 ROLES = ("system", "developer", "user", "assistant")
 CHANNELS = ("analysis", "final")
 
-# The one order that a training conversation has; system and developer may be left out.
-_FULL_ORDER = (("system", None), ("developer", None), ("user", None), ("assistant", "analysis"), ("assistant", "final"))
-_ORDERS = frozenset(head + _FULL_ORDER[2:] for head in ((), _FULL_ORDER[:1], _FULL_ORDER[1:2], _FULL_ORDER[:2]))
+TRAINED = "[system] [developer] user analysis final"
+CHAT = "[system] [developer], then turns of: user [analysis] final"
+COMPLETION = "[analysis] final of the assistant"
+_LETTERS = {
+    ("system", None): "s",
+    ("developer", None): "d",
+    ("user", None): "u",
+    ("assistant", "analysis"): "a",
+    ("assistant", "final"): "f",
+}
+_FORMS = {TRAINED: re.compile("s?d?uaf"), CHAT: re.compile("s?d?(ua?f)+"), COMPLETION: re.compile("a?f")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +34,12 @@ class Message:
 
 
 def check_conversation(messages: Sequence[Message]) -> None:
-    """Hold ``messages`` against the form that is trained on: [system] [developer] user analysis final, all with text.
+    """Hold ``messages`` against the form that is trained on, :data:`TRAINED`, all with text.
 
     Raises:
-        RowError: with reason ``unknown_role``, ``unknown_channel``, ``role_order``, ``missing_field``, ``empty_field``,
-            ``invalid_utf8`` or ``nul``.
+        RowError: as :func:`check_order` and :func:`check_text`.
     """
-    order = tuple((message.role, message.channel) for message in messages)
-    if order not in _ORDERS:
-        _refuse_order(order)
+    check_order(messages, TRAINED)
     for message in messages:
         text = message.content
         if isinstance(text, str) and text.isascii() and text and not text.isspace() and "\0" not in text:
@@ -41,11 +47,29 @@ def check_conversation(messages: Sequence[Message]) -> None:
         check_text(text, f"{message.channel or message.role} message")
 
 
+def check_order(messages: Sequence[Message], form: str, name: str = "messages") -> None:
+    """Hold roles and channels against :data:`TRAINED`, :data:`CHAT` or :data:`COMPLETION`.
+
+    Raises:
+        RowError: with reason ``unknown_role``, ``unknown_channel`` or ``role_order``.
+    """
+    if _FORMS[form].fullmatch("".join(_LETTERS.get((message.role, message.channel), "?") for message in messages)):
+        return
+    for message in messages:
+        if message.role not in ROLES:
+            raise RowError("unknown_role", f"role {message.role!r} is none of {', '.join(ROLES)}")
+        if (message.role, message.channel) not in _LETTERS:
+            raise RowError("unknown_channel", f"channel {message.channel!r} on a message of role {message.role!r}")
+    spelled = " ".join(message.channel or message.role for message in messages) or "nothing"
+    raise RowError("role_order", f"{name} is {spelled}; expected {form}")
+
+
 def check_text(text: object, field: str) -> None:
     """Refuse a field that is no text: absent, blank, bytes, with NUL, or with a lone surrogate (no UTF-8 form).
 
     Raises:
-        RowError: with an excerpt of the text around the fault as its source.
+        RowError: with reason ``missing_field``, ``empty_field``, ``invalid_utf8`` or ``nul``, and an excerpt around the
+            fault as its source.
     """
     if text is None:
         raise RowError("missing_field", f"{field} is missing")
@@ -70,15 +94,3 @@ def check_text(text: object, field: str) -> None:
 def excerpt(text: str, place: int = 0) -> str:
     """At most 80 characters of ``text`` around ``place``, quoted, unprintable ones escaped."""
     return ascii(text[max(0, place - 40) : place + 40])
-
-
-def _refuse_order(order: Sequence[tuple[str, str | None]]) -> None:
-    for role, channel in order:
-        if role not in ROLES:
-            raise RowError("unknown_role", f"role {role!r} is none of {', '.join(ROLES)}")
-        if channel is not None and (channel not in CHANNELS or role != "assistant"):
-            raise RowError("unknown_channel", f"channel {channel!r} on a message of role {role!r}")
-        if channel is None and role == "assistant":
-            raise RowError("unknown_channel", "an assistant message without a channel")
-    spelled = " ".join(channel or role for role, channel in order) or "nothing"
-    raise RowError("role_order", f"messages are {spelled}; expected [system] [developer] user analysis final")

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vpmoe.errors import RowError
-from vpmoe.harmony.conversation import CHANNELS, ROLES, Message, check_text, excerpt
+from vpmoe.harmony.conversation import CHANNELS, CHAT, COMPLETION, ROLES, Message, check_order, check_text, excerpt
 
 _REASONING = ("thinking", "reasoning_content", "reasoning")
 _OF_MESSAGES = ("role", "content")
@@ -26,16 +26,6 @@ _BOOKKEEPING = re.compile(
 )
 _NOTHING = (None, "", [], {})
 _THINK = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
-_LETTERS = {
-    ("system", None): "s",
-    ("developer", None): "d",
-    ("user", None): "u",
-    ("assistant", "analysis"): "a",
-    ("assistant", "final"): "f",
-}
-_CONVERSATION = re.compile("s?d?(ua?f)+")
-_COMPLETION = re.compile("a?f")
-_EXPECTED = "[system] [developer], then turns of: user [analysis] final"
 
 
 class Pair(NamedTuple):
@@ -68,7 +58,8 @@ def chat_messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
         messages = _prompt(row["prompt"], "prompt") + _completion(row.get("completion"), "completion")
     else:
         raise RowError("missing_field", "neither messages nor prompt is there")
-    return _checked(messages)
+    check_order(messages, CHAT)
+    return messages
 
 
 def preference_pair(row: Mapping[str, Any]) -> Pair:
@@ -93,8 +84,9 @@ def preference_pair(row: Mapping[str, Any]) -> Pair:
         field = "prompt" if row.get("prompt") is not None else "messages"
         prompt = _prompt(row.get(field), field)
         chosen, rejected = (_completion(row.get(side), side) for side in ("chosen", "rejected"))
-    _check_said(row, ("prompt", "messages"), _checked(prompt + chosen))
-    _checked(prompt + rejected)
+    for side in (chosen, rejected):
+        check_order(prompt + side, CHAT)
+    _check_said(row, ("prompt", "messages"), prompt + chosen)
     if chosen == rejected:
         raise RowError("equal_pair", "chosen and rejected are the same")
     return Pair(prompt, chosen, rejected)
@@ -174,8 +166,7 @@ def _completion(value: object, field: str) -> tuple[Message, ...]:
     if value is None or isinstance(value, str):
         value = {"role": "assistant", "content": value}
     messages = _messages([value] if isinstance(value, Mapping) else value, field)
-    if not _COMPLETION.fullmatch(_spelled(messages)):
-        raise RowError("role_order", f"{field} is {_names(messages)}; expected [analysis] final of the assistant")
+    check_order(messages, COMPLETION, field)
     return messages
 
 
@@ -202,17 +193,3 @@ def _check_said(row: Mapping[str, Any], fields: Sequence[str], messages: tuple[M
             agrees = messages[: len(begun)] == begun
         if not agrees:
             raise RowError("different_prompts", f"{field} is not what the messages say")
-
-
-def _checked(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    if not _CONVERSATION.fullmatch(_spelled(messages)):
-        raise RowError("role_order", f"messages are {_names(messages)}; expected {_EXPECTED}")
-    return messages
-
-
-def _spelled(messages: Sequence[Message]) -> str:
-    return "".join(_LETTERS[message.role, message.channel] for message in messages)
-
-
-def _names(messages: Sequence[Message]) -> str:
-    return " ".join(message.channel or message.role for message in messages) or "nothing"

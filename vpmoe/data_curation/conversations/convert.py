@@ -145,7 +145,10 @@ class _Conversion:
                 self._rows_read += 1
                 self._rejects[error.reason] += 1
                 synth_id = None if isinstance(row, RowError) else row.get("synth_id")
-                rejects.write(json_line(_reject(place, synth_id, error)))
+                named = {"row": place, "synth_id": None if synth_id is None else str(synth_id)}
+                rejects.write(
+                    json_line(named | {"reason": error.reason, "detail": error.what, "excerpt": error.source or ""})
+                )
                 self._limit.check(self._rejects, self._rows_read, source=rejects.name, total=total)
             progress.add(1)
             if self._rows_read % self._parts.rows_per_part == 0:
@@ -170,13 +173,3 @@ class _Conversion:
         path = self._work.folder / f"shard_{shard:02d}.parquet"
         self._parts.join(shard, path)
         return shard_entry(path)
-
-
-def _reject(place: str, synth_id: object, error: RowError) -> dict[str, Any]:
-    return {
-        "row": place,
-        "synth_id": None if synth_id is None else str(synth_id),
-        "reason": error.reason,
-        "detail": error.what,
-        "excerpt": error.source or "",
-    }

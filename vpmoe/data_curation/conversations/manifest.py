@@ -24,25 +24,15 @@ from vpmoe.steps import RECEIPT, read_receipt
 _REMEDY = "convert again (vpmoe data convert), or move the files that do not belong here away"
 
 
-def conversations_manifest(
-    shards: Sequence[dict[str, Any]],
-    *,
-    source: dict[str, Any],
-    prompts: dict[str, Any],
-    rejects: dict[str, Any],
-    repeated_ids: int,
-) -> dict[str, Any]:
-    """A manifest of shards (:func:`shard_entry` of each)."""
+def conversations_manifest(shards: Sequence[dict[str, Any]], **others: Any) -> dict[str, Any]:
+    """A manifest of shards (:func:`shard_entry` of each); others: ``source, prompts, rejects, repeated_ids``."""
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": CONVERSATIONS,
-        "source": source,
-        "prompts": prompts,
         "rows": sum(shard["rows"] for shard in shards),
         "bytes": sum(shard["bytes"] for shard in shards),
-        "repeated_ids": repeated_ids,
         "shards": list(shards),
-        "rejects": rejects,
+        **others,
     }
 
 

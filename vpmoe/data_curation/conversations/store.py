@@ -6,16 +6,16 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_vpmoe.files import move_into_place
-from vpmoe.data_curation.rows.parquet import Parquet, strings
+from vpmoe.data_curation.rows.files import Row
+from vpmoe.data_curation.rows.parquet import Parquet, rows_of
 from vpmoe.errors import DataError, RowError
 from vpmoe.harmony.conversation import Message
 
@@ -121,31 +121,31 @@ def read_row_group(shard: Parquet, group: int) -> Iterator[StoredConversation | 
         DataError: the row group is damaged.
     """
     for batch in shard.batches(group):
-        ids, languages = (strings(batch.column(name)) for name in ("synth_id", "language"))
         listed = batch.column("messages")
         flat = listed.flatten()
         bounds = [0, *listed.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).cumsum().tolist()]
-        roles, channels, contents = (strings(flat.field(name)) for name in ("role", "channel", "content"))
-        whole = not any(bytes in map(type, column) for column in (ids, languages, roles, channels, contents))
-        messages: list[Any] = list(map(Message, roles, contents, channels)) if whole else []  # pyright: ignore[reportArgumentType]
+        try:
+            messages = list(map(Message, *(flat.field(name).to_pylist() for name in ("role", "content", "channel"))))
+            ids, languages = (batch.column(name).to_pylist() for name in ("synth_id", "language"))
+        except UnicodeDecodeError:
+            yield from map(_of_row, rows_of(batch))
+            continue
         for synth_id, language, (begin, end) in zip(ids, languages, pairwise(bounds), strict=True):
-            if whole and synth_id:
-                yield StoredConversation(synth_id, language, tuple(messages[begin:end]))  # pyright: ignore[reportArgumentType]
-            else:
-                yield _row(synth_id, language, roles[begin:end], channels[begin:end], contents[begin:end])
+            yield _stored(synth_id, language, messages[begin:end])
 
 
-def _row(
-    synth_id: str | bytes | None, language: str | bytes | None, roles: Sequence, channels: Sequence, contents: Sequence
-) -> StoredConversation | RowError:
-    values = (synth_id, language, *roles, *channels, *contents)
-    if bytes in map(type, values):
-        wrong = next(value for value in values if isinstance(value, bytes))
-        return RowError("invalid_utf8", f"the stored bytes are not UTF-8: {wrong[:80]!r}", source=repr(synth_id))
+def _of_row(row: Row | RowError) -> StoredConversation | RowError:
+    if isinstance(row, RowError):
+        return row
+    entries = [entry or {} for entry in row["messages"] or ()]
+    messages = [Message(*map(entry.get, ("role", "content", "channel"))) for entry in entries]
+    return _stored(row["synth_id"], row["language"], messages)
+
+
+def _stored(synth_id: str | None, language: str | None, messages: list[Message]) -> StoredConversation | RowError:
     if not synth_id:
         return RowError("missing_field", "synth_id is missing")
-    messages = tuple(map(Message, roles, contents, channels))
-    return StoredConversation(str(synth_id), language, messages)  # pyright: ignore[reportArgumentType]
+    return StoredConversation(synth_id, language, tuple(messages))
 
 
 def count_repeated_ids(paths: Sequence[Path]) -> int:
@@ -168,6 +168,5 @@ def count_repeated_ids(paths: Sequence[Path]) -> int:
 
 
 def _id_hashes(shard: Parquet, group: int) -> np.ndarray:
-    ids = [value for batch in shard.batches(group, ["synth_id"]) for value in strings(batch.column(0)) if value]
-    texts = (value if isinstance(value, bytes) else value.encode() for value in ids)
-    return np.frombuffer(b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts), dtype=np.uint64)
+    ids = chain(*(batch.column(0).cast(pa.binary()).to_pylist() for batch in shard.batches(group, ["synth_id"])))
+    return np.frombuffer(b"".join(hashlib.blake2b(i, digest_size=8).digest() for i in ids if i), dtype=np.uint64)

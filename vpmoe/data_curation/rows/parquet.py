@@ -49,12 +49,9 @@ class Parquet(pq.ParquetFile):
                 raise ValueError(f"{left} of its rows are missing")
 
     def rows(self, group: int, columns: Sequence[str]) -> Iterator[Mapping[str, Any] | RowError]:
-        """The rows of a group; one that holds what is no text or no value of Python comes as a :class:`RowError`."""
+        """:func:`rows_of` of a group."""
         for batch in self.batches(group, columns):
-            names = batch.schema.names
-            for cells in zip(*map(_values, names, batch.columns), strict=True):
-                fault = next((cell for cell in cells if isinstance(cell, RowError)), None)
-                yield dict(zip(names, cells, strict=True)) if fault is None else fault
+            yield from rows_of(batch)
 
     @contextmanager
     def _naming(self, what: str) -> Iterator[None]:
@@ -71,12 +68,12 @@ def row_count(path: Path) -> int:
     return Parquet(path).metadata.num_rows
 
 
-def strings(column: pa.ChunkedArray | pa.Array) -> list[str | bytes | None]:
-    """Values of a string column; where a value is not UTF-8, it comes as its bytes."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return decoded(column.cast(pa.binary()).to_pylist())
+def rows_of(batch: pa.RecordBatch) -> Iterator[Mapping[str, Any] | RowError]:
+    """Rows; one that holds what is no text or no value of Python comes as a :class:`RowError`."""
+    names = batch.schema.names
+    for cells in zip(*map(_values, names, batch.columns), strict=True):
+        fault = next((cell for cell in cells if isinstance(cell, RowError)), None)
+        yield dict(zip(names, cells, strict=True)) if fault is None else fault
 
 
 def decoded(value: Any) -> Any:
