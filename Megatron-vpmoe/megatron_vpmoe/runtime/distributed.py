@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import TypeVar, cast
 
@@ -114,12 +114,20 @@ def from_rank_0(make: Callable[[], T]) -> T:
     return cast(T, box[0])
 
 
-def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
-    """Sum each value over the data-parallel ranks, in fp64; every rank passes the same keys in the same order."""
+def sum_over_ranks(values: Mapping[str, float] | Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Sum each value over the data-parallel ranks, in fp64; every rank passes the same keys in the same order.
+
+    Args:
+        values: numbers, or 0-d tensors of the device, for which it is waited once.
+    """
     from megatron.core import parallel_state
 
     from megatron_vpmoe.runtime.device import current_device
 
-    packed = torch.tensor(list(values.values()), dtype=torch.float64, device=current_device())
+    device, listed = current_device(), list(values.values())
+    if any(isinstance(value, torch.Tensor) for value in listed):
+        packed = torch.stack([torch.as_tensor(value).to(device, torch.float64) for value in listed])
+    else:
+        packed = torch.tensor(listed, dtype=torch.float64, device=device)
     dist.all_reduce(packed, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     return dict(zip(values, packed.tolist(), strict=True))

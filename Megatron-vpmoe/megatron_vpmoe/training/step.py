@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, cast
 
 import torch
@@ -49,7 +50,7 @@ def global_totals(objective: Objective, batches: list[Batch]) -> dict[str, float
 
 def layout_of(batch: Batch) -> SequenceLayout:
     """What attention needs to know of a batch."""
-    return SequenceLayout(document_id=batch.document_id, position=batch.position_ids)
+    return SequenceLayout(document_id=batch.document_id, position=batch.position_ids, recurs=True)
 
 
 def train_step(
@@ -131,17 +132,19 @@ def run_micro_batches(
 def _forward_step(objective: Objective, totals: dict[str, float], check: Callable[[], None]) -> Callable[..., Any]:
     real_tokens = totals["tokens/real"]
 
-    def loss_of(batch: Batch, output: ModelOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def loss_of(batch: Batch, count: int, output: ModelOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         result = objective(output, batch, totals)
-        num_tokens = torch.tensor(batch.real_tokens, dtype=torch.int, device=result.loss.device)
+        # Filled there: a tensor made here is copied, and a copy waits for all that the device was given.
+        num_tokens = torch.full((), count, dtype=torch.int, device=result.loss.device)
         return result.loss * real_tokens, num_tokens, result.metrics
 
     def forward_step(
         data_iterator: Iterator[Batch], model: DistributedDataParallel | VPModel
     ) -> tuple[ModelOutput | Tensor, Any]:
         check()
-        batch = next(data_iterator).to(current_device())
-        return model(batch.tokens, layout_of(batch)), partial(loss_of, batch)
+        here = next(data_iterator)
+        batch = here.to(current_device())
+        return model(batch.tokens, layout_of(batch)), partial(loss_of, batch, here.real_tokens)
 
     return forward_step
 
@@ -150,5 +153,5 @@ def _global_metrics(
     objective: Objective, collected: list[dict[str, Tensor]], totals: dict[str, float]
 ) -> dict[str, float]:
     """Per-micro-batch metrics summed over micro-batches and data-parallel ranks, and what follows from the counts."""
-    local = {key: float(sum(float(metrics[key]) for metrics in collected)) for key in collected[0]}
+    local = {key: reduce(operator.add, (metrics[key].double() for metrics in collected)) for key in collected[0]}
     return {**distributed.sum_over_ranks(local), **objective.summary(totals), "tokens/real": totals["tokens/real"]}

@@ -28,10 +28,12 @@ class SequenceLayout:
     Attributes:
         document_id: int32 [B, S]; the rows of one document are contiguous.
         position: int64 [B, S]; counts from 0 in each document.
+        recurs: many batches have this shape, as in training: a kernel may be compiled for it.
     """
 
     document_id: Tensor
     position: Tensor
+    recurs: bool = False
     _shared: dict[object, object] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -167,11 +167,11 @@ class VPSelfAttention(MegatronModule):
         mixes = config.value_residual and self.layer_number > 1
         self.value_residual_scale = fp32_island(torch.ones(())) if mixes else None
 
-    def backend_name(self, device: torch.device, *, prompts: bool = False) -> str:
-        """What runs this layer's whole sequences on ``device``; of ``prompts``, ever new in length, not compiled."""
+    def backend_name(self, device: torch.device, *, recurs: bool = True) -> str:
+        """What runs this layer's whole sequences on ``device``; nothing is compiled for a shape that does not recur."""
         alibi = self.position_embedding == "grape_a"
         name = select_backend(self.config.attention_backend_name, window=self.window, device=device, alibi=alibi)
-        return "reference" if prompts and name == "flex" else name
+        return "reference" if name == "flex" and not recurs else name
 
     def forward(
         self,
@@ -210,7 +210,7 @@ class VPSelfAttention(MegatronModule):
             alibi_slopes_H=slopes,
             sink_H=self.sink,
             softmax_scale=self.softmax_scale,
-            backend=self.backend_name(query.device, prompts=computed is not None),
+            backend=self.backend_name(query.device, recurs=layout.recurs),
         )
         again = self.training and self.config.recomputation.recomputes("core_attn")
         out_BHSD = recomputed(attend, query, key, value) if again else attend(query, key, value)

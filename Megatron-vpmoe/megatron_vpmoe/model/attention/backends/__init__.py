@@ -7,8 +7,8 @@
 ``sdpa``
     global layers on the CPU: torch's fused kernel over a dense mask that the layers share.
 ``flex``
-    every layer on a GPU: FlexAttention, compiled, over the tiles that hold a visible pair. Prompts to continue, whose
-    lengths are always new, go by ``reference`` instead.
+    every layer on a GPU: FlexAttention, compiled, over the tiles that hold a visible pair. Prompts and scored texts,
+    whose lengths are always new, go by ``reference`` instead.
 
 Shapes: B batch, H query heads, G KV groups, Q queries, K keys, D head dim.
 """
