@@ -33,14 +33,15 @@ class Step:
 
     def __init__(self, position_B: Tensor, longest: int) -> None:
         self.position_B, self.longest = position_B, longest
-        self.row_B = torch.arange(len(position_B), device=position_B.device)
         self._made: dict[object, Any] = {}
 
-    def column(self, window: int | None) -> Tensor:
-        """int64 [B]: the column of the new token."""
-        key = ("column", window)
+    def place(self, window: int | None, groups: int, width: int) -> Tensor:
+        """int64 [B · G]: where the new token's keys go among rows of a cache layer [R, G, ``width``, D], flattened."""
+        key = ("place", window, width)
         if key not in self._made:
-            self._made[key] = 1 + (self.position_B if window is None else self.position_B % window)
+            column_B = 1 + (self.position_B if window is None else self.position_B % window)
+            row = torch.arange(len(column_B) * groups, device=column_B.device).view(-1, groups)
+            self._made[key] = (row * width + column_B.unsqueeze(1)).flatten()
         return self._made[key]
 
     def bias(self, window: int | None, slopes_H: Tensor | None, groups: int, heads: int, dtype: torch.dtype) -> Tensor:
@@ -111,6 +112,7 @@ class Layer:
         sink = attention.sink
         self._sink = -torch.inf if sink is None else sink.view(self._groups, self._per_group)
         self._reduce = tp if tp.size() > 1 else None
+        self._viewed: Any = None
 
     def run(self, hidden_BH: Tensor, first_BGD: Tensor | None, step: Step, cache: KVCache) -> Tensor:
         """Add the layer's output to ``hidden_BH``, in place; returns layer 1's values."""
@@ -144,19 +146,29 @@ class Layer:
             first, own = cast(Tensor, first_BGD).to(self._wide), own_BGD.to(self._wide)
             value_BGD = torch.lerp(first, own, attention.value_residual_scale.to(self._wide)).to(own_BGD.dtype)
 
-        keys, values = cache.layer(attention.layer_number)
-        place = (step.row_B, slice(None), step.column(window))
-        keys[place] = scored[:, :, per_group]
-        values[place] = value_BGD
         rows = len(x_BH)
         bias = step.bias(window, self._slopes, self._groups, self._heads, self._wide)
         bias[..., 0] = self._sink
-        columns = bias.shape[-1]
-        key, value = (x[:rows, :, :columns].flatten(0, 1).to(self._wide) for x in (keys, values))
+        width, stored = self._views(cache, rows, bias.shape[-1])
+        place = step.place(window, self._groups, width)
+        for flat, new in zip(stored[:2], (scored[:, :, per_group], value_BGD), strict=True):
+            flat.index_copy_(0, place, new.reshape(-1, new.shape[-1]))
+        key, value = (x.to(self._wide) for x in stored[2:])
         query = scored[:, :, :per_group].flatten(0, 1).to(self._wide)
-        score = torch.baddbmm(bias.flatten(0, 1), query, key.transpose(1, 2), alpha=attention.softmax_scale)
+        score = torch.baddbmm(bias.flatten(0, 1), query, key, alpha=attention.softmax_scale)
         out = torch.bmm(torch.softmax(score, -1), value)
         return out.to(x_BH.dtype).view(rows, -1), own_BGD
+
+    def _views(self, cache: KVCache, rows: int, columns: int) -> tuple[int, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Columns of a row in the cache; the layer's keys and values to write, [.., D], and to read, [B · G, D, C] and
+        [B · G, C, D]. Made again only where they change.
+        """
+        stored = cache.layer(self.attention.layer_number)
+        if self._viewed is None or self._viewed[0] is not stored or self._viewed[1:3] != (rows, columns):
+            key, value = (x[:rows, :, :columns].flatten(0, 1) for x in stored)
+            flat = tuple(x.flatten(0, 2) for x in stored)
+            self._viewed = stored, rows, columns, stored[0].shape[2], (*flat, key.transpose(1, 2), value)
+        return self._viewed[3:]
 
     def _projected(self, x_BH: Tensor) -> Tensor:
         """Megatron's mixed layout [B, G, P + 2, D]: of each group its queries, its key, its value."""
