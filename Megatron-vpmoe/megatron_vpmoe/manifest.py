@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.errors import DataError, TokenizerError
 from megatron_vpmoe.files import RECEIPT, first_damage, inside, read_json, read_record, sha256_of_json
 
@@ -119,36 +120,6 @@ class PromptsEntry(Entry):
 
     system: str | None = None
     developer: str | None = None
-
-
-class Annotation(Entry):
-    """The declaration of what every document carries beside its core, in a dataset and in batches.
-
-    Attributes:
-        name: in batches, file names and messages.
-        dtype: one that torch and Megatron-Core's indexed datasets both have.
-        per: "token": [L] of a document of L tokens, [b, s] of a batch; entry t describes token t+1, as the loss mask
-            has it, and what describes a token past the document is dropped. "document": one value, [b, d] of a batch
-            whose rows hold up to d documents; column n is the document of ``document_id`` n.
-        width: K, for [L, K] and [b, s, K]; None for one entry a token.
-    """
-
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    dtype: Literal["uint8", "int32", "int64", "float32"]
-    per: Literal["token", "document"] = "token"
-    width: Annotated[int, Field(ge=1, le=2**16)] | None = None
-
-    @model_validator(mode="after")
-    def _has_a_width_by_token_alone(self) -> Self:
-        if self.width is not None and self.per == "document":
-            raise ValueError("a width is for what is annotated token by token")
-        return self
-
-    def shape(self, length: int) -> tuple[int, ...]:
-        """Of the array of a document of ``length`` tokens."""
-        if self.per == "document":
-            return ()
-        return (length,) if self.width is None else (length, self.width)
 
 
 class Content(Entry):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.files import file_entry, sync
 
 REBUILD = "rebuild the dataset (--overwrite), or copy it again if it was copied"
 SIGNALS = {"tokens": np.int32, "lossmask": np.uint8, "span": np.uint8}
-_DTYPE_OF_CODE = {1: np.uint8, 4: np.int32}
+_DTYPE_OF_CODE = {1: np.uint8, 4: np.int32, 5: np.int64, 7: np.float32}
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _INDEX_CHUNK = 1 << 20  # documents; bounds the memory of writing and reading an index
 _PART_TOKENS, _PART_DOCUMENTS = 1 << 20, 1 << 18
 
 
-def file_names(shard: str) -> list[str]:
-    """Names of the six files of a shard."""
-    return [f"{shard}_{signal}.{suffix}" for signal in SIGNALS for suffix in ("bin", "idx")]
+def file_names(shard: str, annotations: Sequence[Annotation] = ()) -> list[str]:
+    """Names of the six files of a shard, and of two for each annotation."""
+    parts = [*SIGNALS, *(annotation.name for annotation in annotations)]
+    return [f"{shard}_{part}.{suffix}" for part in parts for suffix in ("bin", "idx")]
 
 
 class TripleWriter:
@@ -150,11 +152,78 @@ def read_triple(folder: Path, shard: str) -> Triple:
     return Triple(starts, lengths, **values)
 
 
+def write_annotation(
+    folder: Path, shard: str, annotation: Annotation, arrays: Iterable[NDArray[Any]]
+) -> dict[str, dict[str, Any]]:
+    """Write one annotation of a shard, in place of any that is there; memory: 4 bytes a document.
+
+    Args:
+        folder: of the split.
+        shard: its name.
+        annotation: the declaration.
+        arrays: of the documents in their order, as the declaration says.
+
+    Returns:
+        bytes and sha256 of both files by name, durable.
+    """
+    data, entries = folder / f"{shard}_{annotation.name}.bin", []
+    dtype = np.dtype(annotation.dtype).type
+    with data.open("wb") as stream:
+        for array in arrays:
+            content = np.ascontiguousarray(array, dtype)
+            stream.write(content.tobytes())
+            entries.append(content.size)
+    index = data.with_suffix(".idx")
+    _write_index(index, np.asarray(entries, np.int32), dtype)
+    for path in (data, index, folder):
+        sync(path)
+    return {path.name: file_entry(path) for path in (data, index)}
+
+
+def read_annotation(
+    folder: Path, shard: str, annotation: Annotation, lengths: NDArray[np.int32]
+) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Open an annotation of a shard, memory-mapped; its layout is held against the declaration.
+
+    Args:
+        folder: of the split.
+        shard: its name.
+        annotation: the declaration.
+        lengths: int32 [documents], tokens of each.
+
+    Returns:
+        int64 [documents], where each document's entries begin; the entries of all, one behind the other.
+
+    Raises:
+        DataError: a file is missing or damaged, of another dtype, or has not an array for each document as declared.
+    """
+    path, dtype = folder / f"{shard}_{annotation.name}.idx", np.dtype(annotation.dtype).type
+    own, offsets, total = _read_index(path, dtype)
+    if len(own) != len(lengths):
+        raise _damaged(path, f"{len(own)} documents are annotated with {annotation.name}, there are {len(lengths)}")
+    for begin in range(0, len(own), _INDEX_CHUNK):
+        chunk = slice(begin, begin + _INDEX_CHUNK)
+        if (other := np.flatnonzero(own[chunk] != annotation.entries(np.asarray(lengths[chunk])))).size:
+            number = begin + int(other[0])
+            what = f"{own[number]} entries of {annotation.name} for the {lengths[number]} tokens of document {number}"
+            raise _damaged(path, what)
+    return offsets // np.dtype(dtype).itemsize, _read_values(path.with_suffix(".bin"), dtype, total)
+
+
+def check_annotation(folder: Path, shard: str, annotation: Annotation, lengths: NDArray[np.int32]) -> None:
+    """What ``read_annotation`` refuses, and a number that is not finite; raises :class:`DataError`."""
+    _, values = read_annotation(folder, shard, annotation, lengths)
+    for begin in range(0, len(values), _PART_TOKENS):
+        if not np.isfinite(values[begin : begin + _PART_TOKENS]).all():
+            path = folder / f"{shard}_{annotation.name}.bin"
+            raise _damaged(path, f"{annotation.name} holds a number that is not finite")
+
+
 def _damaged(path: Path, what: str) -> DataError:
     return DataError(what, source=str(path), remedy=REBUILD)
 
 
-def _write_index(path: Path, lengths: NDArray[np.int32], dtype: type[np.integer]) -> None:
+def _write_index(path: Path, lengths: NDArray[np.int32], dtype: type[np.generic]) -> None:
     code = next(code for code, known in _DTYPE_OF_CODE.items() if known is dtype)
     with path.open("wb") as stream:
         stream.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(lengths) + 1))
@@ -168,7 +237,7 @@ def _write_index(path: Path, lengths: NDArray[np.int32], dtype: type[np.integer]
             stream.write(np.arange(begin, min(begin + _INDEX_CHUNK, len(lengths) + 1), dtype=np.int64).data)
 
 
-def _read_index(path: Path, dtype: type[np.integer]) -> tuple[NDArray[np.int32], NDArray[np.int64], int]:
+def _read_index(path: Path, dtype: type[np.generic]) -> tuple[NDArray[np.int32], NDArray[np.int64], int]:
     """Lengths and byte offsets of the documents, memory-mapped, and the tokens of all."""
     if not path.is_file():
         raise _damaged(path, "an index file is missing")
@@ -201,7 +270,7 @@ def _read_index(path: Path, dtype: type[np.integer]) -> tuple[NDArray[np.int32],
     return lengths, offsets, total
 
 
-def _read_values(path: Path, dtype: type[np.integer], count: int) -> NDArray[Any]:
+def _read_values(path: Path, dtype: type[np.generic], count: int) -> NDArray[Any]:
     if not path.is_file():
         raise _damaged(path, "a data file is missing")
     size, expected = path.stat().st_size, count * np.dtype(dtype).itemsize
@@ -210,5 +279,5 @@ def _read_values(path: Path, dtype: type[np.integer], count: int) -> NDArray[Any
     return _mapped(path, dtype, count, 0)
 
 
-def _mapped(path: Path, dtype: type[np.integer], count: int, offset: int) -> NDArray[Any]:
+def _mapped(path: Path, dtype: type[np.generic], count: int, offset: int) -> NDArray[Any]:
     return np.asarray(np.memmap(path, dtype, mode="r", offset=offset, shape=(count,)) if count else np.empty(0, dtype))

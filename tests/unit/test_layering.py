@@ -19,6 +19,7 @@ VPMOE = ROOT / "vpmoe"
 # Rooms from the ground up; a module may import its own room and any below.
 TRAINER_FLOORS = {
     "errors": -2,
+    "annotation": -2,
     "files": -1,
     "software": -1,
     "manifest": 0,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.errors import DataError
-from megatron_vpmoe.manifest import Annotation
 
 if TYPE_CHECKING:
     from megatron_vpmoe.data.batch import Document

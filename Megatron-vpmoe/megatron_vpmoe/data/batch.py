@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.data.annotations import laid_out
 from megatron_vpmoe.errors import DataError
-from megatron_vpmoe.manifest import Annotation
 
 PADDING = -1
 """``document_id`` of a position that holds no conversation; also the sample id of a row that exists only as filler."""

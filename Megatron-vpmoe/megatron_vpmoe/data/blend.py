@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.data.batch import Document
 from megatron_vpmoe.data.cursor import SampleOrder, WindowStart
 from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.data.mixture import Mixture, Weights
 from megatron_vpmoe.data.pairs import documents_of, grouped_lengths
 from megatron_vpmoe.errors import CheckpointError, DataError
-from megatron_vpmoe.manifest import Annotation
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig

@@ -1,4 +1,4 @@
-"""One split of a built dataset: Megatron-Core IndexedDatasets of tokens, loss mask and span, opened by the manifest.
+"""One split of a built dataset: shards of Megatron-Core IndexedDatasets, opened by the manifest.
 
 Opening checks everything that can be checked without reading the tokens of a corpus, so that a dataset that cannot be
 trained on stops the run in seconds. Whatever needs the tokens themselves is checked as they are read.
@@ -56,9 +56,9 @@ class KDDataset:
             )
         folder = manifest.root / split
         for shard in entry.shards:
-            check_files(folder, shard)
+            check_files(folder, shard, manifest.annotations)
         # The builder may leave a shard without rows; an empty file cannot be memory-mapped.
-        self._shards = [Shard(folder, shard) for shard in entry.shards if shard.rows]
+        self._shards = [Shard(folder, shard, manifest.annotations) for shard in entry.shards if shard.rows]
         self.lengths = np.concatenate([shard.lengths for shard in self._shards])
         self._first_row = np.cumsum([0, *(len(shard.lengths) for shard in self._shards)])
         if len(self.lengths) != entry.rows:

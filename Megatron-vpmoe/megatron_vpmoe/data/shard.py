@@ -1,24 +1,28 @@
-"""One shard on disk: tokens, loss mask and span of its conversations, checked against its manifest."""
+"""One shard on disk: tokens, loss mask, span and annotations of its conversations, checked against its manifest."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.data.batch import Document
 from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.manifest import FILE_NAME, ShardEntry
-from megatron_vpmoe.token_files import REBUILD, file_names, read_triple
+from megatron_vpmoe.token_files import REBUILD, file_names, read_annotation, read_triple
 
 
 class Shard:
-    """The three memory-mapped parts of one shard, found consistent with each other and with the manifest.
+    """The memory-mapped parts of one shard, found consistent with each other and with the manifest.
 
     Args:
         folder: of the split.
         entry: the manifest's; at least one row.
+        annotations: that it has.
 
     Attributes:
         source: the shard's path without endings, for messages.
@@ -28,10 +32,11 @@ class Shard:
         DataError: an index is damaged, or does not agree with its data, the other parts or the manifest.
     """
 
-    def __init__(self, folder: Path, entry: ShardEntry) -> None:
+    def __init__(self, folder: Path, entry: ShardEntry, annotations: Sequence[Annotation] = ()) -> None:
         self.source = str(folder / entry.name)
         self._triple = read_triple(folder, entry.name)
         self.lengths: NDArray[np.int32] = self._triple.lengths
+        self._annotations = [(a, read_annotation(folder, entry.name, a, self.lengths)) for a in annotations]
         found = (len(self.lengths), len(self._triple.tokens))
         if found != (entry.rows, entry.tokens):
             raise _damaged(
@@ -48,7 +53,13 @@ class Shard:
     def document(self, row: int) -> Document:
         """Conversation ``row`` of this shard, memory-mapped."""
         triple, place = self._triple, self._triple.place(row)
-        return Document(triple.tokens[place], triple.lossmask[place], triple.span[place])
+        length = place.stop - place.start
+        annotations = {}
+        for declared, (starts, values) in self._annotations:
+            first, shape = int(starts[row]), declared.shape(length)
+            annotations[declared.name] = values[first : first + math.prod(shape)].reshape(shape)
+        core = triple.tokens[place], triple.lossmask[place], triple.span[place]
+        return Document(*core, annotations=annotations)
 
     def first_tokens(self, count: int) -> NDArray[np.int32]:
         """The first tokens of the shard, ``count`` of them or all."""
@@ -59,13 +70,13 @@ def _damaged(what: str, source: Path | str) -> DataError:
     return DataError(what, source=str(source), remedy=REBUILD)
 
 
-def check_files(folder: Path, shard: ShardEntry) -> None:
+def check_files(folder: Path, shard: ShardEntry, annotations: Sequence[Annotation] = ()) -> None:
     """Refuse a shard whose files are not all there in the sizes that the manifest lists.
 
     Raises:
         DataError: one is missing, unlisted or of another size.
     """
-    for path in (folder / name for name in file_names(shard.name)):
+    for path in (folder / name for name in file_names(shard.name, annotations)):
         listed = shard.files.get(path.name)
         if listed is None:
             raise _damaged(f"{path.name} is not in the manifest", folder.parent / FILE_NAME)

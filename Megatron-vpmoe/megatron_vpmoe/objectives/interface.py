@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor
 
+from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.data.batch import Batch
-from megatron_vpmoe.manifest import Annotation
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
+from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.errors import ConfigError
-from megatron_vpmoe.manifest import Annotation
 from megatron_vpmoe.objectives import Needs
 
 

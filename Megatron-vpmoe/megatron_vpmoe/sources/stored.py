@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.data.batch import PADDING, Batch, assemble
 from megatron_vpmoe.data.blend import Blend, Part, as_stored
 from megatron_vpmoe.data.mixture import Weights
 from megatron_vpmoe.errors import ConfigError
-from megatron_vpmoe.manifest import Annotation
 from megatron_vpmoe.runtime.device import has_gpu
 from megatron_vpmoe.sources.interface import Position, Step
 

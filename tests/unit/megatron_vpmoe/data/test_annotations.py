@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,16 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.data.batch import PADDING, Document, assemble
+from megatron_vpmoe.data.blend import Part
+from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.errors import DataError
-from megatron_vpmoe.manifest import Annotation
-from tests.fixtures_dataset import EOD, conversation
+from megatron_vpmoe.manifest import read_manifest
+from megatron_vpmoe.sources import StoredSource
+from megatron_vpmoe.token_files import write_annotation
+from tests.fixtures_dataset import EOD, conversation, rewrite_manifest, small_dataset
+from tests.tiny import tiny_config
 
 LOG_P = Annotation(name="reference_log_p", dtype="float32")
 IDS = Annotation(name="teacher_ids", dtype="int32", width=3)
@@ -100,3 +107,58 @@ def test_what_is_not_as_declared_is_refused(change: Any, what: str) -> None:
 def test_what_cannot_be_declared(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Annotation(**{"name": "reward", "dtype": "float32", **wrong})
+
+
+def annotated_dataset(folder: Path, declared: Sequence[Annotation] = ALL) -> tuple[Path, list[Document]]:
+    """A dataset with sidecars, and the documents of its training split in the order of the files."""
+    root = small_dataset(folder, train=12, valid=4)
+    documents: list[Document] = []
+
+    def annotate(manifest: dict[str, Any]) -> None:
+        for split, entry in manifest["splits"].items():
+            dataset = KDDataset(read_manifest(root), split, seq_length=48)
+            row = 0
+            for shard in entry["shards"]:
+                own = [annotated(len(dataset[row + n].tokens), row + n, declared) for n in range(shard["rows"])]
+                for annotation in declared:
+                    arrays = [document.annotations[annotation.name] for document in own]
+                    shard["files"] |= write_annotation(root / split, shard["name"], annotation, arrays)
+                documents.extend(own if split == "train" else [])
+                row += len(own)
+        manifest["annotations"] = [annotation.model_dump() for annotation in declared]
+
+    rewrite_manifest(root, annotate)
+    return root, documents
+
+
+def test_sidecars_come_back_with_their_documents_and_in_batches(tmp_path: Path) -> None:
+    root, documents = annotated_dataset(tmp_path / "set")
+    plain = read_manifest(small_dataset(tmp_path / "plain", train=12, valid=4))
+    manifest = read_manifest(root)
+    assert manifest.annotations == ALL and plain.annotations == () and manifest.sha256 != plain.sha256
+    dataset = KDDataset(manifest, "train", seq_length=48)
+    for index, expected in enumerate(documents):
+        for annotation in ALL:
+            stored = dataset[index].annotations[annotation.name]
+            assert stored.dtype == annotation.dtype and np.array_equal(stored, expected.annotations[annotation.name])
+    cfg = tiny_config(global_batch_size=2, micro_batch_size=2)
+    source = StoredSource([Part("kd", dataset)], cfg, 0, 1)
+    assert source.annotations == ALL
+    (batch,) = source.next_step().batches
+    assert set(batch.annotations) == {annotation.name for annotation in ALL}
+    assert (batch.per_token("reward")[batch.document_id >= 0] >= 1).all()
+    mixed = StoredSource([Part("kd", dataset), Part("plain", KDDataset(plain, "train", seq_length=48))], cfg, 0, 1)
+    assert mixed.annotations == ()
+
+
+@pytest.mark.parametrize("declared", [{"dtype": "int64"}, {"width": 2}, {"width": None}, {"name": "others_ids"}])
+def test_a_sidecar_that_is_not_as_declared_is_refused_on_opening(tmp_path: Path, declared: dict[str, Any]) -> None:
+    root, _ = annotated_dataset(tmp_path / "set", [IDS])
+    rewrite_manifest(root, lambda manifest: manifest["annotations"][0].update(declared))
+    with pytest.raises(DataError, match=r"teacher_ids|others_ids"):
+        KDDataset(read_manifest(root), "train", seq_length=48)
+
+
+def test_a_shards_own_parts_are_no_annotations() -> None:
+    with pytest.raises(ValidationError):
+        Annotation(name="span", dtype="uint8")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.errors import ConfigError, DataError
-from megatron_vpmoe.manifest import Annotation
 from megatron_vpmoe.objectives import OBJECTIVES, Needs, build_objective
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.sources import StoredSource, ahead, check_needs

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.files import file_entry, read_record, write_record
-from megatron_vpmoe.token_files import read_triple
+from megatron_vpmoe.token_files import read_triple, write_annotation
 from vpmoe.data_curation.checks.verify import verify
 from vpmoe.data_curation.manifest import write_manifest
 from vpmoe.errors import DataError
@@ -219,3 +220,62 @@ def test_a_manifest_from_before_it_had_a_hash_is_read_where_its_receipt_vouches_
     (copy / "receipt.json").unlink()
     with pytest.raises(DataError, match=r"receipt\.json does not vouch for it"):
         verify(copy)
+
+
+SCORE = Annotation(name="reward", dtype="float32", per="document")
+TOP = Annotation(name="teacher_ids", dtype="int32", width=2)
+
+
+def annotate(folder: Path, spoil: Callable[[Annotation, list[np.ndarray]], None] = lambda *_: None) -> None:
+    """Sidecars for every shard; ``spoil`` changes what is written of the first."""
+
+    def change(manifest: dict) -> None:
+        for split, entry in manifest["splits"].items():
+            for shard in entry["shards"]:
+                lengths = read_triple(folder / split, shard["name"]).lengths
+                for declared in (SCORE, TOP):
+                    arrays = [np.ones(declared.shape(int(length)), declared.dtype) for length in lengths]
+                    if (split, shard["name"]) == ("train", "shard_00"):
+                        spoil(declared, arrays)
+                    shard["files"] |= write_annotation(folder / split, shard["name"], declared, arrays)
+        manifest["annotations"] = [SCORE.model_dump(), TOP.model_dump()]
+
+    edit_manifest(folder, change)
+
+
+def test_annotations_are_checked_by_their_declaration(copy: Path) -> None:
+    annotate(copy)
+    assert verify(copy) == []
+    flip(copy / "train" / "shard_00_reward.bin", 2)
+    assert any("shard_00_reward.bin" in fault and "sha256" in fault for fault in verify(copy))
+    (copy / "valid" / "shard_00_teacher_ids.idx").unlink()
+    assert any("shard_00_teacher_ids.idx" in fault for fault in verify(copy))
+
+
+def _not_a_number(declared: Annotation, arrays: list[np.ndarray]) -> None:
+    if declared is SCORE:
+        arrays[1] = np.array(np.nan, np.float32)
+
+
+def _a_document_short(declared: Annotation, arrays: list[np.ndarray]) -> None:
+    if declared is SCORE:
+        arrays.pop()
+
+
+def _another_length(declared: Annotation, arrays: list[np.ndarray]) -> None:
+    if declared is TOP:
+        arrays[1] = arrays[1][:-1]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (_not_a_number, "reward holds a number that is not finite"),
+        (_a_document_short, "documents are annotated with reward"),
+        (_another_length, "entries of teacher_ids for the"),
+    ],
+)
+def test_annotations_that_are_not_as_declared_are_found(copy: Path, spoil: Callable, fault: str) -> None:
+    annotate(copy, spoil)
+    (found,) = [line for line in verify(copy) if "shard_00" in line]
+    assert fault in found
