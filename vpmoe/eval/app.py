@@ -36,15 +36,22 @@ def sample(
     top_p: Annotated[float, typer.Option(help="draw among the most likely tokens of this total probability")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="stop after so many tokens")] = 256,
     seed: Annotated[int, typer.Option(help="of the draw, with a temperature")] = 0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="draw among so many most likely tokens")] = None,
+    min_p: Annotated[float, typer.Option(help="leave out tokens less likely than this times the likeliest")] = 0.0,
+    samples: Annotated[int, typer.Option(min=1, help="answers, each with a draw of its own")] = 1,
+    logprobs: Annotated[bool, typer.Option(help="print log p of each token: the model's own, and of the draw")] = False,
+    only_valid: Annotated[bool, typer.Option(help="let nothing but valid Harmony be chosen")] = False,
     system: SystemOption = None,
     developer: DeveloperOption = None,
     plain: PlainOption = False,
 ) -> None:
     """Ask a model one question; prints the conversation with each channel in its colour."""
-    from vpmoe.eval.sample import Draw, print_sample
+    from vpmoe.eval.sample import print_sample
 
-    draw = Draw(temperature, top_p, max_new_tokens, seed)
-    print_sample(where, question, draw, plain=plain, system=system, developer=developer)
+    draw = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
+    draw |= {"top_k": top_k, "min_p": min_p, "samples": samples}
+    messages = {"system": system, "developer": developer}
+    print_sample(where, question, draw, plain=plain, **messages, only_valid=only_valid, logprobs=logprobs)
 
 
 @app.callback()

@@ -11,11 +11,14 @@ from megatron_vpmoe.turns import generation_ends
 from vpmoe.data_curation.tasks import question_texts
 from vpmoe.errors import HarmonyError
 from vpmoe.harmony.conversation import Message
+from vpmoe.harmony.grammar import completion_automaton
 from vpmoe.harmony.parse import Judgement, Parser
 from vpmoe.harmony.renderer import FastRenderer
 from vpmoe.tokenizer.interface import Tokenizer
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from megatron_vpmoe.generation.sampling import SamplingOptions
     from megatron_vpmoe.model.gpt import VPModel
     from vpmoe.eval.open_model import Opened
@@ -55,6 +58,11 @@ class AsConversation:
         return Parser(self.tokenizer).judge_completion(ids)
 
     @property
+    def automaton(self) -> tuple[np.ndarray, frozenset[int]]:
+        """What `judge` calls valid, as :class:`megatron_vpmoe.generation.grammar.TokenGrammar` takes it."""
+        return completion_automaton(self.tokenizer)
+
+    @property
     def entry(self) -> dict[str, Any]:
         """For a report."""
         return {"form": "conversation"} | {message.role: message.content for message in self.context}
@@ -81,6 +89,13 @@ class AsText:
         answer = question_texts.answer_in(self.tokenizer.decode(known))
         reason = None if ids and ids[-1] in self.stop_ids else "unclosed"
         return Judgement(reason is None, reason, None, answer)
+
+    @property
+    def automaton(self) -> tuple[np.ndarray, frozenset[int]]:
+        """There is none: any text is a text."""
+        raise HarmonyError(
+            "plain text has no grammar", source="--only-valid", remedy="leave out --only-valid, or --plain where given"
+        )
 
     @property
     def entry(self) -> dict[str, Any]:

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from vpmoe.eval.asking import AsConversation, form_of
-from vpmoe.eval.display import harmony_text
+from vpmoe.eval.display import harmony_text, spell
 from vpmoe.eval.open_model import open_model
 
 
-class Draw(NamedTuple):
-    """How to choose tokens, as :class:`megatron_vpmoe.generation.sampling.SamplingOptions` says."""
-
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-    seed: int
-
-
 def print_sample(
-    where: Path, question: str, draw: Draw, *, plain: bool = False, system: str | None, developer: str | None
+    where: Path,
+    question: str,
+    draw: Mapping[str, Any],
+    *,
+    plain: bool = False,
+    system: str | None,
+    developer: str | None,
+    only_valid: bool = False,
+    logprobs: bool = False,
 ) -> None:
     """Print prompt and generation with colours, and below them whether the generation is valid.
 
     Args:
         where: as :func:`vpmoe.eval.open_model.open_model` takes it.
         question: what the user asks.
-        draw: how to choose tokens.
+        draw: fields of :class:`megatron_vpmoe.generation.sampling.SamplingOptions`, but for ``stop_ids``.
         plain: see :func:`vpmoe.eval.asking.form_of`, as for the messages.
+        only_valid: nothing but valid Harmony can be chosen.
+        logprobs: print each token's log-probabilities too, the model's own and that of the draw.
 
     Raises:
         CheckpointError, WeightsError, TokenizerError: no model there, or it lacks something.
@@ -36,6 +38,7 @@ def print_sample(
     from rich.console import Console
 
     from megatron_vpmoe.generation.engine import generate
+    from megatron_vpmoe.generation.grammar import TokenGrammar
     from megatron_vpmoe.generation.prompts import Prompt
     from megatron_vpmoe.generation.sampling import SamplingOptions
 
@@ -49,12 +52,15 @@ def print_sample(
             say=lambda line: notes.print(line, style="dim", markup=False, soft_wrap=True),
         )
         prompt = form.prompt(question)
-        options = SamplingOptions(draw.max_new_tokens, form.stop_ids, draw.temperature, draw.top_p, seed=draw.seed)
-        completion = generate(opened.model, [Prompt(prompt)], options)[0].ids
-        verdict = form.judge(completion)
-        console.print(harmony_text([*prompt, *completion], opened.tokenizer), soft_wrap=True)
-        name = "valid Harmony" if isinstance(form, AsConversation) else "ended by itself"
-        state = name if verdict.valid else f"not {name}: {verdict.reason}"
-        console.print(
-            f"\n{len(completion)} tokens, {state} ({opened.described})", style="dim", markup=False, soft_wrap=True
-        )
+        options = SamplingOptions(stop_ids=form.stop_ids, **draw)
+        grammar = TokenGrammar(*form.automaton) if only_valid else None
+        for completion in generate(opened.model, [Prompt(prompt)], options, grammar=grammar):
+            verdict = form.judge(completion.ids)
+            console.print(harmony_text([*prompt, *completion.ids], opened.tokenizer), soft_wrap=True)
+            for token, own, drawn in zip(completion.ids, completion.untempered, completion.as_sampled, strict=True):
+                if logprobs:
+                    console.print(f"{own:9.4f} {drawn:9.4f}  {spell([token], opened.tokenizer)!r}", markup=False)
+            name = "valid Harmony" if isinstance(form, AsConversation) else "ended by itself"
+            state = name if verdict.valid else f"not {name}: {verdict.reason}"
+            told = f"\n{len(completion.ids)} tokens, {state} ({opened.described})"
+            console.print(told, style="dim", markup=False, soft_wrap=True)

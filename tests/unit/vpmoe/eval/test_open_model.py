@@ -75,6 +75,13 @@ def test_sample_without_dataset_and_conversations(kind: str, models: dict[str, P
     assert "as stored with" in told.err
 
 
+def test_several_valid_samples_with_log_probabilities(models: dict[str, Path], capsys) -> None:
+    draw = ["--samples", "2", "--temperature", "1", "--top-k", "50", "--min-p", "0.001", "--max-new-tokens", "40"]
+    assert main(["sample", str(models["run"]), "What is 1 + 2?", *draw, "--logprobs", "--only-valid"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("tokens, valid Harmony") == 2 and "'<|return|>'" in told
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_without_dataset_and_conversations(kind: str, models: dict[str, Path], alone: Path, capsys) -> None:
     words = ["--questions", str(alone), "--per-family", "1", "--max-new-tokens", "2", "--output", "report.json"]
@@ -109,6 +116,8 @@ def test_a_qwen3_is_asked_in_plain_text(tmp_path: Path, capsys) -> None:
     assert main(["sample", str(tmp_path / "qwen"), "What is 1 + 2?", "--max-new-tokens", "3"]) == 0
     told = capsys.readouterr()
     assert "Question: What is 1 + 2?" in told.out and "no Harmony tokens" in told.err
+    assert main(["sample", str(tmp_path / "qwen"), "What is 1 + 2?", "--only-valid"]) == 2
+    assert "plain text has no grammar" in capsys.readouterr().err
 
 
 def changed(run: Path, folder: Path, change) -> Path:
