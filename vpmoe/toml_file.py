@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from megatron_vpmoe.config import stored_faults
 from megatron_vpmoe.config.settings_file import read_settings, shown
 from megatron_vpmoe.errors import VpmoeError
 
@@ -56,13 +57,6 @@ def validated(
     try:
         return schema.model_validate(values)
     except ValidationError as cause:
-        raise error("wrong settings:\n    " + "\n    ".join(findings(cause)), source=source, remedy=remedy) from cause
-
-
-def findings(error: ValidationError) -> list[str]:
-    """What a validation found, a line each: ``evaluation.documents = 0: must be at least 1``."""
-    lines = []
-    for detail in error.errors():
-        value = "" if detail["type"] in ("missing", "extra_forbidden") else f" = {shown(detail['input'])}"
-        lines.append(f"{'.'.join(map(str, detail['loc']))}{value}: {detail['msg']}")
-    return lines
+        raise error(
+            "wrong settings:\n    " + "\n    ".join(stored_faults(cause)), source=source, remedy=remedy
+        ) from cause

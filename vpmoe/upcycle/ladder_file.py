@@ -10,10 +10,10 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_vpmoe.config import RunConfig, load_config
+from megatron_vpmoe.config import RunConfig, load_config, stored_faults
 from megatron_vpmoe.config.schema_section import Count, Name, Size, Text
 from vpmoe.errors import UpcycleError
-from vpmoe.toml_file import findings, read_toml
+from vpmoe.toml_file import read_toml
 
 LADDER = Path("configs/upcycle/ladder.toml")
 _Form = TypeVar("_Form", bound=BaseModel)
@@ -177,7 +177,7 @@ def _validated(section: type[_Form], values: Any) -> tuple[_Form | None, list[st
     try:
         return section.model_validate(values), []
     except ValidationError as error:
-        return None, findings(error)
+        return None, stored_faults(error)
 
 
 def _faults(spec: ObjectSpec, objects: Mapping[str, ObjectSpec], named: Collection[str]) -> list[str]:

@@ -115,33 +115,25 @@ def expected(spec: FieldSpec) -> str:
 
 
 def _describe(detail: dict[str, Any], values: Values, path: Path) -> str:
-    """One pydantic finding as "source: section.key = value: what was expected"."""
-    section, name = str(detail["loc"][0]), str(detail["loc"][1])
-    spec = fields()[name]
-    if len(detail["loc"]) > 2:
-        return _describe_item(detail, spec, values[section][name].source)
+    """One pydantic finding as "source: section.key = value: what was expected", also inside a list."""
+    section, name, *inside = detail["loc"]
+    spec, given = fields()[name], values[section].get(name)
+    key = spec.key + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in inside)
+    if given is None:
+        return f"{path}: {key} is missing; it takes {expected(spec)}"
     if detail["type"] == "missing":
-        return f"{path}: {spec.key} is missing; it takes {expected(spec)}"
-    source = values[section][name].source
-    value = values[section][name].value
+        return f"{given.source}: {key} is missing"
+    if detail["type"] == "extra_forbidden":
+        return f"{given.source}: unknown key {key}; {spec.key} is {spec.info.description}"
+    value = detail["input"]
+    found = f"{given.source}: {key} = {shown(value)}"
     if detail["type"] == BOUND:
-        return f"{source}: {spec.key} = {shown(value)} {detail['msg']}"
-    if detail["type"] in _SAID_BY_PYDANTIC:
-        return f"{source}: {spec.key} = {shown(value)}: {detail['msg']}"
+        return f"{found} {detail['msg']}"
+    if inside or detail["type"] in _SAID_BY_PYDANTIC:
+        return f"{found}: {detail['msg']}"
     choices = sorted(entry for entry in accepted(spec) if isinstance(entry, str))
     hint = f"; nearest: {nearest(value, choices, 1)[0]!r}" if isinstance(value, str) and choices else ""
-    return f"{source}: {spec.key} = {shown(value)} ({type(value).__name__}), expected {expected(spec)}{hint}"
-
-
-def _describe_item(detail: dict[str, Any], spec: FieldSpec, source: str) -> str:
-    """A finding inside a list, such as "run.yaml:4: data.blend[0].weight = -1: Input should be ..."."""
-    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in detail["loc"][2:]]
-    key = spec.key + "".join(steps)
-    if detail["type"] == "missing":
-        return f"{source}: {key} is missing"
-    if detail["type"] == "extra_forbidden":
-        return f"{source}: unknown key {key}; {spec.key} is {spec.info.description}"
-    return f"{source}: {key} = {shown(detail['input'])}: {detail['msg']}"
+    return f"{found} ({type(value).__name__}), expected {expected(spec)}{hint}"
 
 
 def _locate(problem: Problem, values: Values) -> str:

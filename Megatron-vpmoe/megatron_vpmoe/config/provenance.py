@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from megatron_vpmoe.config.rules import idle_fields
 from megatron_vpmoe.config.schema import RETIRED, RunConfig
+from megatron_vpmoe.config.settings_file import shown
 
 _ABSENT = "(absent)"
 _WHOLE_SECTIONS = {
@@ -130,10 +131,10 @@ def _bound(name: str, value: Any) -> Any:
 
 
 def stored_faults(error: ValidationError) -> list[str]:
-    """What is wrong with a configuration that was stored: ``model.hidden_size is missing``."""
+    """What is wrong with stored values, a line each: ``model.hidden_size is missing``, ``steps = 0: must be ...``."""
     faults = []
     for detail in error.errors():
         name = ".".join(map(str, detail["loc"]))
-        is_missing = detail["type"] == "missing"
-        faults.append(f"{name} is missing" if is_missing else f"{name} = {detail['input']!r}: {detail['msg']}")
+        value = "" if detail["type"] == "extra_forbidden" else f" = {shown(detail['input'])}"
+        faults.append(f"{name} is missing" if detail["type"] == "missing" else f"{name}{value}: {detail['msg']}")
     return faults

@@ -40,7 +40,7 @@ def test_one_dataset_is_a_blend_of_one(small: Path) -> None:
         ("[{path: a/x, weight: 1}, {path: b/x, weight: 2}]", "null", "null", "two datasets are called x"),
         ("[{path: a, weight: 1}, {path: b, weight: 0}]", "null", "null", "the weight of b is never above 0"),
         ("[{path: a, weight: 0}]", "null", "null", "every weight is 0"),
-        ("[{path: a, weight: -1}]", "null", "null", "data.blend[0].weight = -1: "),
+        ("[{path: a, weight: -1}]", "null", "null", "data.blend[0].weight = -1 must be at least 0"),
         ("[{path: a}]", "null", "null", "data.blend[0].weight is missing"),
         ("[{path: a, weight: 1, wieght: 2}]", "null", "null", "unknown key data.blend[0].wieght"),
         ("[a, b]", "null", "null", "data.blend[0] = 'a'"),
