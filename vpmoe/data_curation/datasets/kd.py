@@ -8,7 +8,8 @@ the number of workers. Memory: the vocabulary and a few row groups for each work
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from functools import cached_property, lru_cache
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,11 +113,9 @@ class Distillation:
     def blocks(self, work: Work, done: list[dict[str, Any]]) -> Generator[Block, None, None]:
         """A block of each row group of the shards that are not done."""
         place_vocabulary(work.folder, self.base)
+        self._check_input()
         finished = {record["name"] for record in done}
         with make_crew(PartEncoder, (self.base, self._input_dir, work.folder, self._shards), self._workers) as crew:
-            with hashing("checking the input", sum(entry["bytes"] for entry in self._shards)) as tell:
-                for entry, _ in zip(self._shards, crew("check_input", range(len(self._shards))), strict=True):
-                    tell(entry["bytes"])
             if self.base.compact_vocab_size is not None and not (work.folder / COMPACT_MAP_NAME).exists():
                 self._count_vocabulary(work.folder, crew)
             waiting = [part for part in self._parts() if shard_name(part.shard) not in finished]
@@ -124,6 +123,23 @@ class Distillation:
                 if part.group == self._shards[part.shard]["row_groups"] - 1:
                     block.end = {}
                 yield block
+
+    def _check_input(self) -> None:
+        """Hold the input's shards against their manifest; raises :class:`DataError` for one that changed."""
+        # Threads: a hash is computed outside of the interpreter's lock, and can tell how far it is.
+        total, going = sum(entry["bytes"] for entry in self._shards), True
+        with hashing("checking the input", total) as tell, ThreadPoolExecutor(self._workers) as pool:
+
+            def told(count: int) -> None:
+                if not going:
+                    raise CancelledError
+                tell(count)
+
+            check = partial(check_files, self._input_dir, remedy=_INPUT_REMEDY, tell=told)
+            try:
+                list(pool.map(check, ({entry["name"]: entry} for entry in self._shards)))
+            finally:
+                going = False  # an interrupt waits for no shard
 
     def _parts(self) -> list[Part]:
         return [Part(shard, group) for shard, entry in enumerate(self._shards) for group in range(entry["row_groups"])]
@@ -166,11 +182,6 @@ class PartEncoder:
     @cached_property
     def _fit(self):
         return make_fit(self._tokenizer, self._options.seq_len)
-
-    def check_input(self, shard: int) -> None:
-        """Hold an input shard against its manifest; raises :class:`DataError` if it changed."""
-        entry = self._shards[shard]
-        check_files(self._input_dir, {entry["name"]: entry}, remedy=_INPUT_REMEDY)
 
     def count_ids(self, part: Part) -> tuple[int, np.ndarray, np.ndarray]:
         """How often the part's train rows use each id of the full vocabulary: ``(rows, ids, counts)``."""
