@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from vpmoe.data_curation.rows.files import Columns, Row
 from vpmoe.data_curation.rows.parquet import decoded
@@ -103,14 +103,14 @@ class HubRows:
         self._stream = None
         build = partial(datasets.load_dataset_builder, self._hub_id, self._config, revision=self._revision)
         builder = build()
-        stream = builder.as_streaming_dataset(split=self._split)
+        stream = cast("datasets.IterableDataset", builder.as_streaming_dataset(split=self._split))
         if stream.column_names:
             wanted = self._columns.of(stream.column_names, self._hub_id)
             if self._columns.needed is not None:
                 # Selecting alone drops columns that were fetched; parquet's reader is told not to fetch them.
                 if hasattr(builder.config, "columns"):
                     stream = build(columns=wanted).as_streaming_dataset(split=self._split)
-                stream = stream.select_columns(wanted)
+                stream = cast("datasets.IterableDataset", stream).select_columns(wanted)
         if self._state is not None:
             stream.load_state_dict(self._state)
         skipped = self._row - self._state_row
