@@ -11,6 +11,7 @@ import torch
 from tests.tiny import tiny_config
 from tests.workers import run_workers
 from vpmoe.hf.convert import Carried, export_checkpoint, run_state
+from vpmoe.tokenizer.bpe import save_bpe, train_bpe
 from vpmoe.weights.geometry import expected_shapes
 from vpmoe.weights.megatron_checkpoint import write_checkpoint
 from vpmoe.weights.tensors import LazyTensor
@@ -71,10 +72,9 @@ def test_same_directory(name: str, tmp_path: Path) -> None:
     weights = {
         key: LazyTensor.of(torch.randn(shape, generator=generator)) for key, shape in expected_shapes(cfg).items()
     }
-    vocabulary = tmp_path / "tokenizer.json"
-    vocabulary.write_text("{}")
+    save_bpe(train_bpe(["the ship"], 259), tmp_path / "bpe")
     state = run_state(cfg, Carried(64, {"eos_token_id": 5}))
-    source, _ = write_checkpoint(tmp_path / "source", weights, state, assets=[vocabulary])
+    source, _ = write_checkpoint(tmp_path / "source", weights, state, assets=[tmp_path / "bpe" / "tokenizer.json"])
     run_workers(2, save_again, name, str(source), str(tmp_path / "saved"), folder=tmp_path)
 
     one, two = (export_checkpoint(tmp_path / part, tmp_path / f"hf_{part}") for part in ("source", "saved"))

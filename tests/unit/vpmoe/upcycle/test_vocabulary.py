@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_vpmoe.data.vocabulary_files import read_vocabulary
+from megatron_vpmoe.errors import NonFiniteError
 from tests.unit.vpmoe.upcycle.tiny_vocabularies import compact_vocabulary, dataset_of, write_donor, write_model
 from vpmoe.errors import UpcycleError
 from vpmoe.upcycle import runner
@@ -140,3 +141,13 @@ def test_what_cannot_be(tmp_path: Path, repository: Path) -> None:
     with pytest.raises(UpcycleError, match="the declared geometry 264 rows"):
         climb(write_ladder(tmp_path, repository, padded=264))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_nan_ends_at_rung_1(tmp_path: Path, repository: Path) -> None:
+    folder = write_model(tmp_path / "model_hf")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][5] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError, match=r"model\.norm\.weight: 1 of 32 values are not finite"):
+        runner.run(runner.plan(write_ladder(tmp_path, repository), "old"), quiet=True)
+    assert not (tmp_path / "old").exists()
