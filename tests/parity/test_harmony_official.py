@@ -15,7 +15,7 @@ from vpmoe.harmony.official import OfficialRenderer, load_encoding
 from vpmoe.harmony.parse import Parser
 from vpmoe.harmony.prompts import Prompts
 from vpmoe.harmony.renderer import FastRenderer
-from vpmoe.harmony.spans import document
+from vpmoe.harmony.spans import documents
 from vpmoe.tokenizer.compact import CompactVocabulary
 from vpmoe.tokenizer.o200k_harmony import ALL_SPECIAL_TOKENS, VOCAB_SIZE, load_o200k_harmony
 
@@ -180,7 +180,7 @@ def test_real_rows_render_parse_and_label_the_same(fast: FastRenderer) -> None:
     official_renderer = OfficialRenderer(fast.tokenizer)
     for conversation in conversations:
         ours = fast.render(conversation.messages)
-        tokens, span = document(ours, fast.tokenizer.eod_id)
+        tokens, span, _ = documents((ours,), fast.tokenizer.eod_id)
         assert np.array_equal(tokens[:-1], official_renderer.render(conversation.messages).tokens())
         assert parser.messages(tokens[:-1]) == conversation.messages
         supervised = len(ours.messages[-2]) + len(ours.messages[-1])

@@ -65,12 +65,6 @@ def documents(
     return tokens, np.repeat(np.array(spans, dtype=np.uint8), repeats), np.array(lengths, dtype=np.int64)
 
 
-def document(conversation: RenderedConversation, eod_id: int) -> tuple[TokenArray, SpanArray]:
-    """:func:`documents` of one conversation: ``(tokens, span)``, both ``[len(conversation) + 1]``."""
-    tokens, span, _ = documents((conversation,), eod_id)
-    return tokens, span
-
-
 def aligned_to_labels(per_token: SpanArray, lengths: NDArray[np.int64]) -> SpanArray:
     """Shift a per-token signal to where it is used: entry t describes token t+1, a document's last entry is 0.
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_vpmoe.files import move_into_place
 from vpmoe.data_curation.conversations import store
-from vpmoe.data_curation.conversations.store import ShardWriter, StoredConversation, join_shards
+from vpmoe.data_curation.conversations.store import ShardWriter, StoredConversation, open_shard
 
 ROW_GROUPS_PER_PART = 16
 
@@ -48,8 +52,13 @@ class Parts:
         self._writers = []
 
     def join(self, shard: int, path: Path) -> None:
-        """Write a shard out of its parts."""
-        join_shards([self._path(shard, part) for part in range(self.finished)], path)
+        """Write a shard out of its parts: their row groups, in order."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        with pq.ParquetWriter(temporary, store.SCHEMA, compression="zstd") as writer:
+            for part in (open_shard(self._path(shard, number)) for number in range(self.finished)):
+                for group in range(part.num_row_groups):
+                    writer.write_table(pa.Table.from_batches(part.batches(group), store.SCHEMA).combine_chunks())
+        move_into_place(temporary, path)
 
     def remove(self, shard: int) -> None:
         """Remove the parts of a shard that is joined."""

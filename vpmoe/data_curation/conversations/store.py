@@ -85,16 +85,6 @@ class ShardWriter:
         self._waiting.clear()
 
 
-def join_shards(parts: Sequence[Path], path: Path) -> None:
-    """Write the row groups of ``parts``, in order, into the one shard ``path``."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
-        for part in map(open_shard, parts):
-            for group in range(part.num_row_groups):
-                writer.write_table(pa.Table.from_batches(part.batches(group), SCHEMA).combine_chunks())
-    move_into_place(temporary, path)
-
-
 def open_shard(path: Path) -> Parquet:
     """Open a conversation shard.
 

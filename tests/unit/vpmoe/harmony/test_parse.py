@@ -9,7 +9,7 @@ from vpmoe.errors import HarmonyError
 from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.parse import Parser, spans_of
 from vpmoe.harmony.renderer import FastRenderer
-from vpmoe.harmony.spans import document
+from vpmoe.harmony.spans import documents
 from vpmoe.tokenizer.interface import Tokenizer
 
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
@@ -38,7 +38,7 @@ def test_render_then_parse_gives_the_messages_and_their_spans(
     rendered = FastRenderer(tokenizer).render(messages)
     parser = Parser(tokenizer)
     assert parser.messages(rendered.tokens()) == messages
-    tokens, span = document(rendered, tokenizer.eod_id)
+    tokens, span, _ = documents((rendered,), tokenizer.eod_id)
     assert spans_of(parser.parse(tokens[:-1]), len(tokens)).tolist() == span.tolist()
 
 

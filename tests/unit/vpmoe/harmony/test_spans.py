@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from vpmoe.errors import HarmonyError
 from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.renderer import FastRenderer
-from vpmoe.harmony.spans import aligned_to_labels, document, loss_mask, span_of_message
+from vpmoe.harmony.spans import aligned_to_labels, documents, loss_mask, span_of_message
 from vpmoe.tokenizer.interface import Tokenizer
 
 MESSAGES = (
@@ -20,7 +20,7 @@ MESSAGES = (
 
 
 def test_wrapper_tokens_belong_to_their_message_and_the_separator_to_none(tokenizer: Tokenizer) -> None:
-    tokens, span = document(FastRenderer(tokenizer).render(MESSAGES), tokenizer.eod_id)
+    tokens, span, _ = documents((FastRenderer(tokenizer).render(MESSAGES),), tokenizer.eod_id)
     assert (tokens.dtype, span.dtype, len(tokens)) == (np.int32, np.uint8, len(span))
     of_span = {value: tokenizer.decode(tokens[span == value]) for value in (0, 1, 2)}
     assert (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -231,6 +232,36 @@ def test_the_manifest_of_shards_is_checked_or_written(tmp_path: Path) -> None:
     (out / "manifest.json").unlink()
     with pytest.raises(DataError, match="manifest of a finished conversion is gone"):
         check_or_write_manifest(out)
+
+
+def test_damage_inside_a_shard_is_named_by_file_and_row_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of shards that another program damaged before their manifest was written."""
+    monkeypatch.setattr(store, "ROW_GROUP_ROWS", 8)
+    rows = str(write(tmp_path / "rows.jsonl", [row(n, query=f"q{n}" * 100) for n in range(32)]))
+    assert main(["data", "convert", "--input", rows, "--output-dir", str(tmp_path / "out"), "--num-shards", "1"]) == 0
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    content = bytearray((tmp_path / "out" / "shard_00.parquet").read_bytes())
+    contents_of_messages = open_shard(tmp_path / "out" / "shard_00.parquet").metadata.row_group(2).column(4)
+    begin = contents_of_messages.dictionary_page_offset or contents_of_messages.data_page_offset
+    content[begin : begin + 50] = b"\xaa" * 50
+    (foreign / "shard_00.parquet").write_bytes(content)
+    assert write_synth_harmony_manifest.main(["--dataset-dir", str(foreign)]) == 0
+    build = ["data", "build", "--input-dir", str(foreign), "--output-dir", str(tmp_path / "built"), "--workers", "1"]
+    assert main([*build, "--valid-fraction", "0"]) == 2
+    told = capsys.readouterr().err
+    assert "row group 2 cannot be read" in told and f"where:  {foreign / 'shard_00.parquet'}" in told
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("/nowhere"), Path.touch])
+def test_what_is_no_parquet_in_a_folder_of_shards_is_named(
+    tmp_path: Path, make: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "a.parquet")
+    assert write_synth_harmony_manifest.main(["--dataset-dir", str(tmp_path)]) == 2
+    assert "not a readable parquet file: " in (told := capsys.readouterr().err) and "a.parquet" in told
 
 
 def test_the_command_names_the_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

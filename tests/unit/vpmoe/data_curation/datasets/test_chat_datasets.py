@@ -23,7 +23,7 @@ from vpmoe.errors import DataError
 from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.parse import Parser
 from vpmoe.harmony.renderer import FastRenderer
-from vpmoe.harmony.spans import aligned_to_labels, document, loss_mask
+from vpmoe.harmony.spans import aligned_to_labels, documents, loss_mask
 from vpmoe.harmony.truncation import make_fit
 from vpmoe.tokenizer.o200k_harmony import load_o200k_harmony
 
@@ -94,7 +94,7 @@ def test_a_conversation_of_one_turn_is_what_the_distillation_data_has(
     assert (not found) == (fitted is None)
     if fitted is None:
         return
-    tokens, span = document(fitted, FULL.eod_id)
+    tokens, span, _ = documents((fitted,), FULL.eod_id)
     aligned = aligned_to_labels(span, np.array([len(span)]))
     assert np.array_equal(found[0].tokens, tokens)
     assert np.array_equal(found[0].span, aligned)
@@ -112,6 +112,7 @@ def test_what_is_cut_still_parses_and_keeps_the_last_final(messages: tuple[Messa
     (stored,) = each(encoded)
     kept = Parser(FULL).messages(stored.tokens[:-1])
     assert len(stored.tokens) <= seq_len and kept[-1] == messages[-1]
+    assert all(message.content.strip() for message in kept), "an emptied analysis or question is no example"
     head = tuple(message for message in messages if message.role in ("system", "developer"))
     assert kept[: len(head)] == head
     if "whole" in encoded.truncation:  # beyond whole turns nothing was cut

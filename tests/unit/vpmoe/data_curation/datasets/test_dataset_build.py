@@ -20,7 +20,7 @@ from vpmoe.data_curation.datasets.plan import BuildOptions, split_of
 from vpmoe.data_curation.manifest import read_manifest, write_manifest
 from vpmoe.errors import BusyError, DataError, TokenizerError
 from vpmoe.harmony.renderer import FastRenderer
-from vpmoe.harmony.spans import document
+from vpmoe.harmony.spans import documents
 from vpmoe.tokenizer import load_tokenizer
 
 
@@ -43,7 +43,7 @@ def test_documents_are_the_conversations_with_labels_one_ahead(conversations_dir
             assert triple.documents == len(expected) == shard["rows"]
             for number, row in enumerate(expected):
                 place = triple.place(number)
-                tokens, span = document(renderer.render(row.messages), tokenizer.eod_id)
+                tokens, span, _ = documents((renderer.render(row.messages),), tokenizer.eod_id)
                 assert np.array_equal(triple.tokens[place], tokens)
                 assert triple.span[place].tolist() == [*span[1:], 0]
                 assert triple.lossmask[place].tolist() == [int(value > 0) for value in [*span[1:], 0]]
