@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.config import config_hash
-from megatron_vpmoe.errors import ConfigError, NotOursError, TokenizerError
+from megatron_vpmoe.errors import NotOursError, TokenizerError
 from megatron_vpmoe.files import sha256_of_file
 from vpmoe.data_curation.tasks.synth_mini import check
 from vpmoe.eval.asking import Form, decode_in_batches, form_of
@@ -56,12 +56,6 @@ class NanoOptions:
     max_new_tokens: int = 256
     batch_size: int = 64
     samples: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("per_family", "max_new_tokens", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}", source=f"--{name.replace('_', '-')}", remedy="use at least 1")
 
 
 def evaluate_and_plot(path: Path, options: NanoOptions, output: Path | None, *, progress: Progress) -> dict[str, Any]:

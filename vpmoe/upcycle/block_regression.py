@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from vpmoe.errors import UpcycleError
-from vpmoe.upcycle.ridge import Ridge
 
 _BETAS = (0.9, 0.99)
 _LAST_RATE = 0.01  # of the first
@@ -169,3 +168,43 @@ def _parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 def _copy(module: nn.Module) -> dict[str, Any]:
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in module.state_dict().items()}
+
+
+class Ridge:
+    """Linear least squares y = W x + b with a penalty on W, the intercept b free.
+
+    W minimises sum |y - W x - b|² + ``strength`` · m · N · |W|², where m is the mean variance of a feature: the
+    strength has no unit and does not depend on the number of rows. Sums are fp64; the solution is the closed form of
+    the centred normal equations. Memory holds one matrix of features by features: F features, T targets, N rows.
+    """
+
+    def __init__(self, features: int, targets: int) -> None:
+        self.rows = 0
+        self._x_F = torch.zeros(features, dtype=torch.float64)
+        self._y_T = torch.zeros(targets, dtype=torch.float64)
+        self._xx_FF = torch.zeros(features, features, dtype=torch.float64)
+        self._xy_FT = torch.zeros(features, targets, dtype=torch.float64)
+
+    def add(self, x_NF: Tensor, y_NT: Tensor) -> None:
+        """Count rows in."""
+        x, y = x_NF.double(), y_NT.double()
+        self.rows += len(x)
+        self._x_F += x.sum(0)
+        self._y_T += y.sum(0)
+        self._xx_FF.addmm_(x.t(), x)
+        self._xy_FT.addmm_(x.t(), y)
+
+    def solve(self, strength: float) -> tuple[Tensor, Tensor]:
+        """fp64 W [T, F] and b [T].
+
+        Features that never vary get the weight zero: with ``strength`` 0 they would have none that is determined.
+        """
+        mean_F, mean_T = self._x_F / self.rows, self._y_T / self.rows
+        xx = self._xx_FF - self.rows * torch.outer(mean_F, mean_F)
+        xy = self._xy_FT - self.rows * torch.outer(mean_F, mean_T)
+        diagonal = xx.diagonal().clone()
+        constant = diagonal <= torch.finfo(torch.float32).eps * diagonal.max()
+        xx[constant], xx[:, constant], xy[constant] = 0.0, 0.0, 0.0
+        xx.diagonal().add_(torch.where(constant, 1.0, strength * diagonal.mean()))
+        weight_TF = torch.linalg.solve(xx, xy).t()
+        return weight_TF, mean_T - weight_TF @ mean_F

@@ -8,14 +8,14 @@ learned from: neither the texts' next tokens nor the model's loss.
 Memory: one layer of each model, the embedding for a moment, and the streams: twice 4 bytes a token and hidden channel,
 and about as much again while a block is fitted.
 
-Shapes: S sequence, B passages of a batch, C hidden, N real tokens of a batch.
+Shapes: S sequence, B passages of a batch, C hidden, N real tokens of a batch, F feed-forward width.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.nn.functional import silu
 
 from megatron_vpmoe.config import RunConfig
 from megatron_vpmoe.files import write_atomically
 from vpmoe.upcycle.aligned_heads import merged_heads
 from vpmoe.upcycle.block_regression import Block, Regression, fit
-from vpmoe.upcycle.neurons import contributions, squared_relu_neurons
 from vpmoe.upcycle.plain_shapes import FC1, FC2, PROJ, QKV
 from vpmoe.upcycle.residual_streams import PARTS, Batch, added, embedded
 from vpmoe.weights import LazyTensor, Weights
@@ -200,3 +200,36 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
 def _read_tensor(path: Path, name: str) -> Tensor:
     with safe_open(path, "pt") as file:
         return file.get_tensor(name)
+
+
+def contributions(first: Tensor, second: Tensor, inputs: Iterable[Tensor]) -> Tensor:
+    """fp64 [F]: the power that each SwiGLU neuron adds to the output, the sum over tokens of |silu(g) u v|².
+
+    Args:
+        first: gate over up projection [2 F, C].
+        second: [C, F].
+        inputs: normed hidden states [N, C], batch by batch.
+    """
+    power = torch.zeros(second.shape[1], dtype=torch.float64)
+    for x in inputs:
+        gate, up = (x @ first.t()).chunk(2, -1)
+        power += (silu(gate) * up).double().square().sum(0)
+    return power * second.double().square().sum(0)
+
+
+def squared_relu_neurons(first: Tensor, second: Tensor, power: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The strongest neurons as squared-ReLU ones: first matrix [width, C], second [C, width].
+
+    Two for each of width / 2: relu((g + u) / 2)² - relu((g - u) / 2)² is relu(g) u wherever |u| <= |g|; of an odd width
+    the last has one.
+
+    Args:
+        first: gate over up projection [2 F, C].
+        second: [C, F].
+        power: of each neuron [F].
+        width: squared-ReLU neurons.
+    """
+    kept = power.topk(-(-width // 2)).indices.sort().values
+    gate, up = (half[kept] for half in first.chunk(2))
+    first, second = torch.cat([gate + up, gate - up]) / 2, torch.cat([second[:, kept], -second[:, kept]], 1)
+    return first[:width], second[:, :width]

@@ -8,6 +8,7 @@ to tell. Checking inputs, geometry, hashes, writing and exporting are the runner
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from megatron_vpmoe.config import RunConfig
 from megatron_vpmoe.config.schema_section import Seed
+from vpmoe.errors import UpcycleError
 from vpmoe.upcycle.inputs import Input
 from vpmoe.upcycle.ladder_file import ObjectSpec
 from vpmoe.weights import Weights
@@ -116,3 +118,23 @@ class Job(Generic[Settings]):
             UpcycleError: a promise is not kept; there will be no object.
         """
         raise NotImplementedError
+
+
+_JOBS = {
+    "vocabulary": "vpmoe.upcycle.vocabulary:Vocabulary",
+    "depth": "vpmoe.upcycle.depth:Depth",
+    "experts": "vpmoe.upcycle.experts:Experts",
+    "morph": "vpmoe.upcycle.morph:Morph",
+    "shape": "vpmoe.upcycle.shape:Shape",
+    "import_qwen3": "vpmoe.upcycle.import_qwen3:ImportQwen3",
+    "pretrain": "vpmoe.upcycle.training_jobs:Pretrain",
+    "heal": "vpmoe.upcycle.training_jobs:Heal",
+}
+
+
+def job_of(name: str, *, source: str) -> Job:
+    """The job of a name, whose module is imported now; raises ``UpcycleError`` where there is none."""
+    if name not in _JOBS:
+        raise UpcycleError(f"no job {name!r}", source=source, remedy=f"one of {', '.join(_JOBS)}")
+    module, attribute = _JOBS[name].split(":")
+    return getattr(importlib.import_module(module), attribute)()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from megatron_vpmoe.config import RunConfig, load_config, stored_faults
 from megatron_vpmoe.config.schema_section import Count, Name, Size, Text
@@ -85,8 +84,8 @@ class Evaluation(_Section):
     """Of the computation; the whole model is held in it."""
 
 
-class _File(_Section):
-    """The whole file."""
+class Ladder(_Section):
+    """The whole file, read and checked."""
 
     folder: Text = "models"
     """Of the objects that name no path."""
@@ -98,18 +97,12 @@ class _File(_Section):
     """Commands that ``vpmoe ladder`` gives first, such as those that build the datasets; each skips what is done."""
     evaluation: Evaluation | None = None
     objects: dict[Name, ObjectSpec] = Field(max_length=256)
+    _path: Path = PrivateAttr(LADDER)
 
-
-@dataclass(frozen=True)
-class Ladder:
-    """A ladder's file, read and checked; see the fields of ``_File``."""
-
-    path: Path
-    objects: dict[str, ObjectSpec]
-    target: str | None
-    reports: Path
-    prepare: list[str]
-    evaluation: Evaluation | None
+    @property
+    def path(self) -> Path:
+        """Of the file."""
+        return self._path
 
     def get(self, identifier: str) -> ObjectSpec:
         """The object of an id.
@@ -157,15 +150,16 @@ def read_ladder(path: Path = LADDER) -> Ladder:
         name: {"id": name, "path": f"{folder}/{name}", **entry} if isinstance(entry, dict) else entry
         for name, entry in named.items()
     }
-    file, faults = _validated(_File, {**table, "objects": entries} if named else table)
+    ladder, faults = _validated(Ladder, {**table, "objects": entries} if named else table)
     # What single entries got wrong does not hide what they say of each other.
     specs = {name: spec for name, entry in entries.items() if (spec := _validated(ObjectSpec, entry)[0])}
     faults += [f"objects.{spec.id}.{text}" for spec in specs.values() for text in _faults(spec, specs, named)]
     if (target := table.get("target")) not in (None, *named):
         faults.append(f"target: there is no object {target!r}")
-    if file is not None and not faults:
-        found = {name: _with_geometry(spec, specs) for name, spec in specs.items()}
-        return Ladder(path, found, file.target, file.reports, file.prepare, file.evaluation)
+    if ladder is not None and not faults:
+        ladder.objects.update({name: _with_geometry(spec, specs) for name, spec in specs.items()})
+        ladder._path = path
+        return ladder
     raise UpcycleError(
         f"{len(faults)} problems in the ladder:\n    " + "\n    ".join(faults),
         source=str(path),

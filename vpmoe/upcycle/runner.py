@@ -15,8 +15,7 @@ from vpmoe.errors import UpcycleError
 from vpmoe.hf.convert import write_hf_directory
 from vpmoe.toml_file import validated
 from vpmoe.upcycle.inputs import MEGATRON, Input, checkpoint_of, open_input
-from vpmoe.upcycle.job import Job, JobSettings, Task
-from vpmoe.upcycle.jobs import job_of
+from vpmoe.upcycle.job import Job, JobSettings, Task, job_of
 from vpmoe.upcycle.ladder_file import Ladder, ObjectSpec, geometry
 from vpmoe.weights import megatron_checkpoint, weights_sha256
 from vpmoe.weights.geometry import conform, geometry_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import silu
 
-from vpmoe.upcycle.neurons import contributions, squared_relu_neurons
+from vpmoe.upcycle.calibrated_layers import contributions, squared_relu_neurons
 
 HIDDEN, NEURONS, TOKENS = 6, 12, 200
 

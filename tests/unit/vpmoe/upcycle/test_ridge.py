@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vpmoe.upcycle.ridge import Ridge
+from vpmoe.upcycle.block_regression import Ridge
 
 ROWS, FEATURES, TARGETS, STRENGTH = 60, 7, 3, 0.05
 

@@ -14,7 +14,7 @@ from tests.unit.vpmoe.upcycle.tiny_vocabularies import write_tokenizer
 from vpmoe.hf.convert import Carried, run_state
 from vpmoe.upcycle import runner
 from vpmoe.upcycle.inputs import Input
-from vpmoe.upcycle.jobs import job_of
+from vpmoe.upcycle.job import job_of
 from vpmoe.upcycle.ladder_file import ObjectSpec
 from vpmoe.weights import megatron_checkpoint
 from vpmoe.weights.geometry import expected_shapes
