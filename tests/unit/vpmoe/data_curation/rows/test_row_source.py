@@ -260,6 +260,7 @@ def test_columns_that_are_not_needed_are_not_fetched(
         torn[column.data_page_offset : column.data_page_offset + 20] = b"\xff" * 20
         path.write_bytes(torn)
     build = datasets.load_dataset_builder
+    monkeypatch.setattr(hub_rows, "RETRY_SECONDS", ())
     monkeypatch.setattr(
         datasets, "load_dataset_builder", lambda *_, revision, **given: build(form, data_files=str(path), **given)
     )
