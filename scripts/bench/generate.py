@@ -3,7 +3,8 @@
 Prompts and answers have mixed lengths. Both sides are asked greedily for the same number of new tokens of each prompt:
 ours gets it as each prompt's limit, transformers as a stopping criterion of each row, in batches that pad prompts on
 the left and go on until the longest answer is done. Every round times both, one after the other, in turns which is
-first; the ratio is transformers' time over ours, within the round. How many answers are equal is told as well.
+first; the ratio is transformers' time over ours, within the round, by the wall and by the process's CPU time, which
+other jobs on the machine disturb less. How many answers are equal is told as well.
 
     python scripts/bench/generate.py --batch 1 16 --rounds 5
 
@@ -135,21 +136,26 @@ def measure(args: argparse.Namespace, name: str, folder: Path) -> None:
         first, second = (side() for side in sides)
         same = sum(one == other for one, other in zip(first, second, strict=True))
         tokens = sum(count for _, count in asked)
-        seconds: list[list[float]] = [[], []]
+        clocks = {"wall": time.perf_counter, "CPU": time.process_time}
+        seconds = {clock: ([], []) for clock in clocks}
         for turn in range(args.rounds):
             for side in (0, 1) if turn % 2 == 0 else (1, 0):
-                begin = time.perf_counter()
+                begin = {clock: now() for clock, now in clocks.items()}
                 sides[side]()
-                seconds[side].append(time.perf_counter() - begin)
-        ratios = sorted(other / one for one, other in zip(*seconds, strict=True))
-        speed = [tokens / statistics.median(side) for side in seconds]
+                for clock, now in clocks.items():
+                    seconds[clock][side].append(now() - begin[clock])
         print(
             f"{name} ({size / 1e6:.1f} M), batch {batch}: {len(asked)} prompts, {tokens} new tokens, "
-            f"{same} answers equal; ratio {ratios[0]:.2f} / {statistics.median(ratios):.2f} / {ratios[-1]:.2f} "
-            f"(min / median / max), {speed[0]:.0f} against {speed[1]:.0f} tokens a second, "
-            f"load {os.getloadavg()[0]:.1f}",
-            flush=True,
+            f"{same} answers equal, load {os.getloadavg()[0]:.1f}"
         )
+        for clock, (one, other) in seconds.items():
+            ratios = sorted(slow / fast for fast, slow in zip(one, other, strict=True))
+            print(
+                f"    {clock} time: ratio {ratios[0]:.2f} / {statistics.median(ratios):.2f} / {ratios[-1]:.2f} "
+                f"(min / median / max), {tokens / statistics.median(one):.0f} against "
+                f"{tokens / statistics.median(other):.0f} tokens a second",
+                flush=True,
+            )
 
 
 def main() -> None:

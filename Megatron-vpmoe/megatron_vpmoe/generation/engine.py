@@ -177,8 +177,13 @@ class _Engine:
         return bool(asked)
 
     def _admit(self) -> list[_Prefill]:
-        """Let those who wait into free rows, and say which prompts have to be computed for it."""
+        """Let those who wait into free rows, and say which prompts have to be computed for it.
+
+        They wait until a quarter of the rows is free: a pass over several prompts takes little longer than over one.
+        """
         pack: list[_Prefill] = []
+        if self._rows and len(self._rows) > self._capacity - max(1, self._capacity // 4):
+            return pack
         while self._waiting and len(self._rows) < self._capacity:
             place, sample = self._waiting[0]
             prompt, row = self._prompts[place], len(self._rows)

@@ -24,8 +24,11 @@ from megatron_vpmoe.model.norm import RMSNorm
 _ONEDNN_FROM = 1 << 19
 # A private operator of the pinned torch; a test holds its result to the model's own forward pass.
 _onednn = torch.ops.mkldnn._linear_pointwise.default
-_DENSE_ROWS, _GATHERED = 4, 0.25
+_DENSE_ROWS, _GATHERED = 4, 0.125
 """Rows times top-k up to so many times the experts: every expert computes every row; up to the second: only theirs."""
+
+
+_Linear = tuple[Tensor, Tensor | None]
 
 
 class Step:
@@ -112,19 +115,28 @@ class Layer:
         sink = attention.sink
         self._sink = -torch.inf if sink is None else sink.view(self._groups, self._per_group)
         self._reduce = tp if tp.size() > 1 else None
+        # Looked up once: a module's attribute takes as long as a small product.
+        self._out = _tensors(attention.linear_proj)
+        if attention.tpa is None:
+            self._qkv = _tensors(attention.linear_qkv)
+        else:
+            self._a, self._b = _tensors(attention.linear_tpa_a), attention.linear_tpa_b.weight
+        self._value_scale = attention.value_residual_scale
+        dense = layer.mlp.shared_experts if isinstance(layer.mlp, MoELayer) else layer.mlp
+        self._dense = None if dense is None else (_tensors(dense.linear_fc1), _tensors(dense.linear_fc2))
         self._viewed: Any = None
 
     def run(self, hidden_BH: Tensor, first_BGD: Tensor | None, step: Step, cache: KVCache) -> Tensor:
         """Add the layer's output to ``hidden_BH``, in place; returns layer 1's values."""
         out_BN, value_BGD = self._attend(self._input_norm(hidden_BH), first_BGD, step, cache)
-        self._add(hidden_BH, out_BN, self.attention.linear_proj)
+        self._add(hidden_BH, out_BN, *self._out)
         x_BH = self._mlp_norm(hidden_BH)
-        if not isinstance(self._mlp, MoELayer):
-            self._feed_forward(hidden_BH, x_BH, self._mlp)
-        elif self._lean_experts(len(x_BH)):
-            hidden_BH += self._experts(x_BH)
-            if self._mlp.shared_experts is not None:
-                self._feed_forward(hidden_BH, x_BH, self._mlp.shared_experts)
+        routed = isinstance(self._mlp, MoELayer)
+        if not routed or self._lean_experts(len(x_BH)):
+            if routed:
+                hidden_BH += self._experts(x_BH)
+            if self._dense is not None:
+                self._feed_forward(hidden_BH, x_BH, *self._dense)
         else:
             out, bias = self._mlp(x_BH.unsqueeze(0))
             hidden_BH += out[0] if bias is None else out[0] + bias
@@ -142,9 +154,9 @@ class Layer:
             turned = torch.addcmul(wide * cos, wide.roll(wide.shape[-1] // 2, -1), sin)
             scored = turned.to(scored.dtype)
         value_BGD = own_BGD
-        if attention.value_residual_scale is not None:
+        if self._value_scale is not None:
             first, own = cast(Tensor, first_BGD).to(self._wide), own_BGD.to(self._wide)
-            value_BGD = torch.lerp(first, own, attention.value_residual_scale.to(self._wide)).to(own_BGD.dtype)
+            value_BGD = torch.lerp(first, own, self._value_scale.to(self._wide)).to(own_BGD.dtype)
 
         rows = len(x_BH)
         bias = step.bias(window, self._slopes, self._groups, self._heads, self._wide)
@@ -174,30 +186,29 @@ class Layer:
         """Megatron's mixed layout [B, G, P + 2, D]: of each group its queries, its key, its value."""
         attention = self.attention
         if attention.tpa is None:
-            qkv = linear(x_BH, attention.linear_qkv.weight, attention.linear_qkv.bias)
+            qkv = linear(x_BH, *self._qkv)
             return qkv.view(len(x_BH), self._groups, self._per_group + 2, -1)
-        a = linear(x_BH, attention.linear_tpa_a.weight, attention.linear_tpa_a.bias)
-        b = linear(x_BH, attention.linear_tpa_b.weight)
+        a, b = linear(x_BH, *self._a), linear(x_BH, self._b)
         query, key, value = contract_factors(a[None], b[None], attention.tpa)
         query = query[0].unflatten(1, (self._groups, self._per_group))
         mixed = torch.cat([query, key[0].unsqueeze(2), value[0].unsqueeze(2)], 2)
         return mixed if attention.qkv_bias is None else mixed.add_(attention.qkv_bias.view(mixed.shape[1:]))
 
-    def _feed_forward(self, hidden_BH: Tensor, x_BH: Tensor, mlp: Any) -> None:
-        up = linear(x_BH, mlp.linear_fc1.weight, mlp.linear_fc1.bias)
+    def _feed_forward(self, hidden_BH: Tensor, x_BH: Tensor, first: _Linear, last: _Linear) -> None:
+        up = linear(x_BH, *first)
         activation = cast(Any, self._config.activation_func)
         if self._config.gated_linear_unit:
             gate, up = up.chunk(2, -1)
             up = activation(gate) * up
         else:
             up = activation(up)
-        self._add(hidden_BH, up, mlp.linear_fc2)
+        self._add(hidden_BH, up, *last)
 
-    def _add(self, hidden_BH: Tensor, x_BN: Tensor, last: Any) -> None:
+    def _add(self, hidden_BH: Tensor, x_BN: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """A row-parallel linear of ``x_BN`` added to the residual stream."""
-        if last.bias is not None:
-            hidden_BH += last.bias
-        out_BH = linear(x_BN, last.weight)
+        if bias is not None:
+            hidden_BH += bias
+        out_BH = linear(x_BN, weight)
         if self._reduce is not None:
             torch.distributed.all_reduce(out_BH, group=self._reduce)
         hidden_BH += out_BH
@@ -218,7 +229,8 @@ class Layer:
             probs_BK, chosen_BK = probs_BE.topk(topk)
             x, probs = x_BH.repeat_interleave(topk, 0).unsqueeze(1), probs_BK.view(-1, 1, 1)
             chosen = chosen_BK.flatten()
-            w1, b1, w2 = w1[chosen], None if b1 is None else b1[chosen], w2[chosen]
+            w1, w2 = w1.index_select(0, chosen), w2.index_select(0, chosen)
+            b1 = None if b1 is None else b1.index_select(0, chosen)
         else:
             x, probs = x_BH.expand(probs_BE.shape[1], -1, -1), probs_BE.t().unsqueeze(2)
         up = torch.bmm(x, w1.mT) if b1 is None else torch.baddbmm(b1.unsqueeze(1), x, w1.mT)
@@ -232,6 +244,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.dtype == torch.float32 and x.device.type == "cpu" and len(x) * weight.numel() >= _ONEDNN_FROM:
         return _onednn(x, weight, bias, "none", [], "")
     return functional.linear(x, weight, bias)
+
+
+def _tensors(module: Any) -> _Linear:
+    return module.weight, module.bias
 
 
 @functools.cache
