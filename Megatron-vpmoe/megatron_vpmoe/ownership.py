@@ -38,7 +38,7 @@ def owned(lock: Path, what: str) -> Iterator[dict[str, Any] | None]:
         NotOursError: a file of others lies there.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
-    path = lock.resolve()
+    path = Path(os.path.realpath(lock))
     if path in _HELD:  # opening the file to read it, and closing it, would give our own lock up
         raise _busy(what, lock, _here())
     with lock.open("a+b") as stream:
@@ -72,7 +72,7 @@ def check_free(lock: Path, what: str) -> None:
     Raises:
         BusyError: another process holds it.
     """
-    if lock.resolve() in _HELD:
+    if Path(os.path.realpath(lock)) in _HELD:
         raise _busy(what, lock, _here())
     with contextlib.suppress(OSError), lock.open("r+b") as stream:  # what else is wrong, `owned` will say
         try:

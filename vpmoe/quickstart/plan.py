@@ -78,7 +78,7 @@ class Plan:
         seeds = [] if seed is None else ["--seed", str(seed), "--data-seed", str(seed)]
         length = [] if train_iters is None else ["--train-iters", str(train_iters)]
         overrides = ("--run-name", name, *seeds, *length)
-        work = (work_dir or root).resolve()
+        work = Path(os.path.realpath(work_dir or root))
         reports = work / "reports" / "quickstart"
         return cls(
             root=root,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -131,11 +132,11 @@ def lock_of(step: Step) -> Path:
 
 
 def _check_apart(step: Step) -> None:
-    output = step.output.resolve()
+    output = Path(os.path.realpath(step.output))
     if step.output.name in ("", ".."):
         raise DataError("this cannot be made anew", source=str(step.output), remedy="name a folder of its own")
     for given in step.inputs:
-        path = given.resolve()
+        path = Path(os.path.realpath(given))
         if output.is_relative_to(path) or path.is_relative_to(output):
             raise DataError(
                 f"input and output lie in one another: {given}",

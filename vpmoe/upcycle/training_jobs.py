@@ -8,6 +8,7 @@ The object's ``training/`` keeps the run's metrics, configuration and assignment
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -95,7 +96,7 @@ def write_run(folder: Path, spec: ObjectSpec, settings: TrainingSettings) -> tup
     """The training as a user would start it: ``folder/run.yaml``, and the words of the command line after it."""
     assert spec.config is not None
     path = folder / "run.yaml"
-    parents = [str(Path(parent).resolve()) for parent in (spec.config, settings.config)]
+    parents = [os.path.realpath(parent) for parent in (spec.config, settings.config)]
     write_atomically(path, f"extends: {json.dumps(parents)}\n".encode())
     return path, flags({"run_name": spec.id, **spec.overrides, **settings.overrides})
 

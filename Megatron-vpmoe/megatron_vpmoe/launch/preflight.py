@@ -54,7 +54,7 @@ def nano_counterpart(config_path: Path) -> str | None:
             parents = extended_paths(candidate)
         except ConfigError:
             continue  # a hint on the way to another error; the file's own run will name what is wrong with it
-        if config_path.resolve() in [parent.resolve() for parent in parents]:
+        if os.path.realpath(config_path) in map(os.path.realpath, parents):
             return str(candidate)
     return None
 

@@ -140,3 +140,12 @@ def test_reader_that_leaves_early(words: list[str]) -> None:
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False, env=buffered)
     os.close(write)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("words", ["quickstart --work-dir LOOP", "data synth-mini --output-dir LOOP"])
+def test_a_link_to_itself_is_no_place(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert main(words.replace("LOOP", str(loop)).split()) == 2
+    error = capsys.readouterr().err
+    assert str(loop) in error and "remedy:" in error
