@@ -77,7 +77,7 @@ def preference_pair(row: Mapping[str, Any]) -> Pair:
     if len(whole) == 1:
         raise RowError("different_prompts", f"only {next(iter(whole))} is a whole conversation")
     if whole:
-        (prompt, chosen), (other, rejected) = (_split_last_turn(messages) for messages in whole.values())
+        (prompt, chosen), (other, rejected) = map(_split_last_turn, whole.values())
         if prompt != other:
             raise RowError("different_prompts", "chosen and rejected do not begin with the same messages")
     else:

@@ -42,12 +42,10 @@ class ShardWriter:
         self._path, self._temporary = path, path.with_name(f".{path.name}.tmp")
         self._writer = pq.ParquetWriter(self._temporary, SCHEMA, compression="zstd")
         self._waiting: list[StoredConversation] = []
-        self.rows = 0
 
     def add(self, conversation: StoredConversation) -> None:
         """Append a conversation; every 1,024 of them make a row group, the unit of parallel work later."""
         self._waiting.append(conversation)
-        self.rows += 1
         if len(self._waiting) == ROW_GROUP_ROWS:
             self._write_group()
 
