@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import os
 import signal
@@ -60,17 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
     return endings.tell(ending)
 
 
-def leave(code: int) -> None:
-    """End this process; after a failure without the teardown of libraries whose threads wait for lost peers."""
-    if code:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(0)
-
-
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save; no traceback of an import
     if "RANK" in os.environ:
         _end_with_parent()
-    leave(main())
+    code = main()
+    from megatron_vpmoe.runtime.endings import leave
+
+    leave(code)

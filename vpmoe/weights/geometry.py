@@ -35,7 +35,7 @@ def geometry_of(cfg: RunConfig) -> dict[str, Any]:
     return {"model": cfg.model.model_dump(mode="json"), "moe": cfg.moe.model_dump(mode="json")}
 
 
-def config_of(geometry: Mapping[str, Any], *, source: str, bf16: bool = False) -> RunConfig:
+def config_of(geometry: Mapping[str, Any] | None, *, source: str, bf16: bool = False) -> RunConfig:
     """A configuration for building the model of a geometry, one process, no training.
 
     Args:
@@ -46,7 +46,9 @@ def config_of(geometry: Mapping[str, Any], *, source: str, bf16: bool = False) -
     Raises:
         WeightsError: fields are missing, wrong or unknown, or contradict each other; names all of them.
     """
-    window = geometry.get("model", {}).get("window_size", 128)
+    if not isinstance(geometry, Mapping) or not isinstance(model := geometry.get("model", {}), Mapping):
+        raise WeightsError("it says no geometry", source=source, remedy="name weights with the sections model and moe")
+    window = model.get("window_size", 128)
     values = {
         **_NO_TRAINING,
         "data": {"data_path": "(none)", "seq_length": window or 128},
@@ -57,7 +59,7 @@ def config_of(geometry: Mapping[str, Any], *, source: str, bf16: bool = False) -
             "train_iters": 1,
             "bf16": bf16,
         },
-        "model": geometry.get("model", {}),
+        "model": model,
         "moe": geometry.get("moe", {}),
     }
     try:

@@ -45,7 +45,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def read_config(checkpoint: Path, *, bf16: bool = False) -> RunConfig:
     """The geometry of ``iter_NNNNNNN``, to build its model with; see ``config_of``."""
-    return config_of(read_state(checkpoint)["config"], source=str(checkpoint / RUN_STATE), bf16=bf16)
+    return config_of(read_state(checkpoint).get("config"), source=str(checkpoint / RUN_STATE), bf16=bf16)
 
 
 class _StreamingPlanner(DefaultSavePlanner):

@@ -126,7 +126,7 @@ _LATER_FIELDS = ("blend", "blend_schedule", "skip_rows", "train_only")
 def _bound(name: str, value: Any) -> Any:
     """What of a field's value binds: of a blend the weights, since its datasets are bound by their manifests."""
     if name == "blend" and isinstance(value, list):
-        return [part["weight"] for part in value]
+        return [part.get("weight") if isinstance(part, dict) else part for part in value]
     return None if name in _LATER_FIELDS and value == _ABSENT else value
 
 

@@ -85,8 +85,8 @@ def _environment_number(name: str, default: int, largest: int) -> int:
 def run_workers(cfg: RunConfig, nodes: Nodes, module: str, arguments: list[str], *, debug: bool = False) -> int:
     """Start ``python -m module arguments`` once per process of this node and wait for all of them.
 
-    Returns:
-        0 if all ended well; else that of the first cause: 2 for a user's error, 128 + n where signal n ended a worker.
+    Returns 0 if all ended well. Otherwise this process ends too, with the exit code of the first cause: 2 for a user's
+    error, 128 + n where signal n ended a worker.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -111,15 +111,18 @@ def run_workers(cfg: RunConfig, nodes: Nodes, module: str, arguments: list[str],
     )
     watch = Watch(module, cfg.parallel.nproc_per_node)
     watch.start()
+    code = 0
     with tempfile.TemporaryDirectory(prefix="vpmoe-") as folder:
         os.environ |= {endings.FOLDER: folder, endings.LAUNCHER: str(os.getpid())}
         try:
             elastic_launch(launch_config, sys.executable)("-u", "-m", module, *arguments)
         except ChildFailedError as error:
             codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            return watch.verdict(endings.told(Path(folder)), codes)
+            code = watch.verdict(endings.told(Path(folder)), codes)
         finally:
             del os.environ[endings.FOLDER], os.environ[endings.LAUNCHER]
+    if code:
+        endings.leave(code)
     return 0
 
 

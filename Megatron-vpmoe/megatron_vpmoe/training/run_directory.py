@@ -23,7 +23,22 @@ if TYPE_CHECKING:
 
 LOCK = ".lock"
 _SIGNS = (LOCK, "checkpoints", "metrics.jsonl")
-_RESUMED = {"consumed_samples": int, "skipped_steps": int, "config": dict, "provenance": dict}
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_config(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(section, dict) for section in value.values())
+
+
+_RESUMED = {
+    "consumed_samples": _is_count,
+    "skipped_steps": _is_count,
+    "config": _is_config,
+    "provenance": lambda value: isinstance(value, dict),
+}
 
 
 def ownership(directory: Path) -> AbstractContextManager[dict[str, Any] | None]:
@@ -71,7 +86,7 @@ def restorable(cfg: RunConfig, *, check_hashes: bool = True) -> tuple[Found | No
         )
     if found is None:
         return None, [], []
-    if lacking := [name for name, kind in _RESUMED.items() if not isinstance(found.state.get(name), kind)]:
+    if lacking := [name for name, is_sound in _RESUMED.items() if not is_sound(found.state.get(name))]:
         raise CheckpointError(
             f"no training run wrote this checkpoint: it does not say {', '.join(lacking)}",
             source=str(found.path / RUN_STATE),

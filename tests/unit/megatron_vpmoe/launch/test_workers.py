@@ -10,10 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_vpmoe.launch.watch import Watch
 from megatron_vpmoe.runtime.endings import Ending
+from tests import training_runs
+from tests.fixtures_dataset import small_dataset
 
 pytestmark = pytest.mark.slow  # two processes under a launcher in each
 
@@ -47,6 +50,7 @@ from datetime import timedelta
 import torch, torch.distributed as dist
 from megatron_vpmoe import pretrain
 from megatron_vpmoe.errors import CheckpointError
+from megatron_vpmoe.runtime import endings
 
 def run(arguments):
     kind, folder = arguments[0], pathlib.Path(arguments[1])
@@ -65,16 +69,12 @@ def run(arguments):
             raise ValueError("a bug of rank 1")
         if kind == "left":
             os._exit(0)
-        if kind == "leaves":
-            sys.exit(0)
-        if kind == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
         if kind == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
     dist.all_reduce(torch.ones(1))
 
 pretrain.run = run
-pretrain.leave(pretrain.main())
+endings.leave(pretrain.main())
 """
 DRIVER = """
 import sys
@@ -164,8 +164,6 @@ def test_a_signal_lets_the_workers_save_and_ends_with_zero(
         ("system", 2, "worker 1: VpmoeError: a file or folder cannot be used: Is a directory", "Traceback"),
         ("bug", 1, "worker 1: Traceback", "gloo"),
         ("left", 1, "worker 1: it left with exit code 0 before the run was done", "gloo"),
-        ("leaves", 1, "worker 1: it left with exit code 0 before the run was done", "gloo"),
-        ("killed", 137, "worker 1: it was ended by SIGKILL", "gloo"),
     ],
 )
 def test_the_first_cause_is_named_whichever_rank_it_came_from(
@@ -218,3 +216,31 @@ def test_who_is_blamed_where_one_lost_another(
     watch.gone, watch.stopped = gone, stopped
     watch.verdict({0: Ending("lost", "closed", 1, 9.0)}, codes)
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loaded", ["pydantic_core", "libtorch_cpu", "worker"])
+def test_an_early_interrupt_is_no_traceback(run_yaml: Path, tmp_path: Path, repository: Path, loaded: str) -> None:
+    """While the launcher imports, while it imports torch, and while its workers do."""
+    dataset = small_dataset(tmp_path / "set", seq_length=64)
+    command = [sys.executable, "-m", "vpmoe.cli", "train", str(run_yaml), "--data-path", str(dataset)]
+    process = subprocess.Popen(
+        [*command, "--padded-vocab-size", "64"], env=training_runs.ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not _has_loaded(process.pid, loaded):
+        assert process.poll() is None and time.monotonic() < deadline, finish(process)
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    result, error = finish(process)
+    assert result in (128 + signal.SIGINT, -signal.SIGINT, 1), error
+    assert "Traceback" not in error
+
+
+def _has_loaded(pid: int, what: str) -> bool:
+    try:
+        if what != "worker":
+            return what in Path(f"/proc/{pid}/maps").read_text()
+        children = psutil.Process(pid).children()
+        return any(_has_loaded(child.pid, "libtorch_cpu") for child in children if "RANK" in child.environ())
+    except (OSError, psutil.Error):
+        return False

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from megatron_vpmoe.errors import BusyError, CheckpointError, NotOursError
+from megatron_vpmoe.errors import BusyError, CheckpointError, NotOursError, VpmoeError
+from megatron_vpmoe.files import json_bytes, list_files
 from megatron_vpmoe.launch import preflight
 from megatron_vpmoe.manifest import read_manifest
 from megatron_vpmoe.training.checkpoint_files import begin, seal
 from megatron_vpmoe.training.provenance import collect_provenance
 from megatron_vpmoe.training.run_directory import continued, ownership, restorable
+from tests.any_json import changed_json
+from tests.conftest import fuzz_settings
 from tests.fixtures_dataset import small_dataset
 from tests.tiny import ROOT, tiny_config
 
@@ -141,3 +147,20 @@ def test_another_process_at_work_is_named_and_a_dead_one_is_no_hindrance(cfg) ->
         assert former is not None and former["pid"] == holder.pid
     with ownership(cfg.run_directory) as former:
         assert former is None
+
+
+@fuzz_settings(40)
+@given(data=st.data())
+def test_a_state_of_any_shape_is_refused_or_continued(cfg, data: st.DataObject) -> None:
+    path = cfg.run_directory / "checkpoints" / "iter_0000005"
+    if not path.exists():
+        written(cfg, 5, data=[])
+        path.with_name("state").write_bytes((path / "run_state.json").read_bytes())
+    state = json.loads(path.with_name("state").read_bytes())
+    (path / "run_state.json").write_text(json.dumps(data.draw(changed_json(state))))
+    (path / "files.json").write_bytes(json_bytes(list_files(path, leave_out=["files.json"])))
+    try:
+        found, _, _ = restorable(cfg)
+        assert found is not None and found.iteration == 5 and found.state["consumed_samples"] >= 0
+    except VpmoeError as error:
+        assert str(path) in str(error)

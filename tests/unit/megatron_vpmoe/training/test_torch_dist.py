@@ -19,6 +19,7 @@ from megatron_vpmoe.files import json_bytes, list_files
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.training import checkpoint, torch_dist
 from megatron_vpmoe.training.initial_weights import load_initial_weights
+from tests.any_json import changed_json
 from tests.conftest import fuzz_settings
 from tests.tiny import tiny_config
 from vpmoe.eval.open_model import open_model
@@ -115,26 +116,6 @@ def test_tensors_lie_in_the_checkpoint_s_own_files(tmp_path: Path) -> None:
         torch_dist.Reader(path).tensors()
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_subnormal=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-def _places(value: Any, at: tuple = ()) -> list[tuple]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [at, *(place for key, inner in items for place in _places(inner, (*at, key)))]
-
-
-def _with(value: Any, place: tuple, new: Any) -> Any:
-    if not place:
-        return new
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    replaced = [(key, _with(inner, place[1:], new) if key == place[0] else inner) for key, inner in items]
-    return dict(replaced) if isinstance(value, dict) else [inner for _, inner in replaced]
-
-
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_checkpoint(tmp_path_factory.mktemp("fuzzed"))
@@ -147,8 +128,7 @@ def test_json_of_any_shape_is_an_error_or_a_checkpoint(sound: Path, name: str, d
     original = {path: path.read_bytes() for path in (sound / name, sound / "files.json")}
     value = json.loads(original[sound / name])
     try:
-        place = data.draw(st.sampled_from(_places(value)))
-        (sound / name).write_text(json.dumps(_with(value, place, data.draw(JSON))))
+        (sound / name).write_text(json.dumps(data.draw(changed_json(value))))
         if name != "files.json":
             relist(sound)
         found = checkpoint.open_checkpoint(sound)
