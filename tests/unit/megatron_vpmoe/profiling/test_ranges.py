@@ -117,3 +117,5 @@ def test_the_environment_becomes_the_geometry() -> None:
     found = settings({"PROFILE_SEQ_LEN": "1024", "PROFILE_NPROC_PER_NODE": "2", "PROFILE_EP": "2"}, ["--bf16"])
     assert {"--seq-length=1024", "--global-batch-size=2", "--expert-model-parallel-size=2"} <= set(found.overrides)
     assert found.overrides[-1] == "--bf16" and (found.tool, found.run) == ("torch", "nano_stage1")
+    own = settings({"PROFILE_SEQ_LEN": "1024"}, ["--seq_length", "64"]).overrides  # a flag may be given once
+    assert own[-2:] == ["--seq_length", "64"] and not [word for word in own if word.startswith("--seq-length")]
