@@ -7,8 +7,9 @@
 "plain" projects every position and calculates with the fp32 logits of all. "plain, supervised" projects the supervised
 positions only. Both make the gradients of hidden states and projection.
 
-Every round runs each side once, in an order that rotates, and forms the ratios within the round. Memory is the peak
-over what was there before (peak_memory.py).
+Every round runs each side once, in an order that rotates, and forms the ratios within the round. With one thread on a
+CPU the seconds are the processor's, which other work on the machine disturbs less. Memory is the peak over what was
+there before (peak_memory.py).
 
     python scripts/bench/readings.py --hidden 1024 --supervised 60
     python scripts/bench/readings.py --reading divergence --hidden 128 --bf16
@@ -100,12 +101,13 @@ def run(side: Side, leaves: tuple[Tensor, ...]) -> tuple[float, float, float, li
         leaf.grad = None
     on_gpu = leaves[0].is_cuda
     memory = PeakMemory(leaves[0].device)
-    begin = time.perf_counter()
+    clock = time.perf_counter if on_gpu or torch.get_num_threads() > 1 else time.process_time
+    begin = clock()
     loss = side()
     loss.backward()
     if on_gpu:
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - begin
+    seconds = clock() - begin
     peak = memory.over_start()
     return seconds, peak / 2**30, float(loss.detach()), [x.grad for x in leaves if x.grad is not None]
 

@@ -111,7 +111,7 @@ def _loss(cfg: RunConfig, compute_bytes: int) -> int:
     tokens = cfg.training.micro_batch_size * cfg.data.seq_length
     chunk = min(tokens * vocab * (_FP32 + compute_bytes), _LOGITS_CHUNK_BYTES)
     projection = OUTPUT if cfg.model.untie_embeddings_and_output_weights else EMBEDDING
-    return chunk + is_trained(cfg, projection) * vocab * cfg.model.hidden_size * compute_bytes
+    return chunk + is_trained(cfg, projection) * vocab * cfg.model.hidden_size * _FP32
 
 
 def _batches(cfg: RunConfig) -> int:
@@ -155,7 +155,7 @@ def memory_estimate(cfg: RunConfig, *, on_cpu: bool = False) -> MemoryEstimate:
 
 
 def _stage_estimate(cfg: RunConfig, layers: range, under_way: int, on_cpu: bool) -> MemoryEstimate:
-    m, is_last = cfg.model, layers.stop == cfg.model.num_layers + 1
+    m, t, is_last = cfg.model, cfg.training, layers.stop == cfg.model.num_layers + 1
     held, trained = (_held(cfg, layers, trained_only=only) for only in (False, True))
     compute_bytes = 2 if cfg.training.bf16 else _FP32
     tokens = cfg.training.micro_batch_size * cfg.data.seq_length
@@ -165,6 +165,7 @@ def _stage_estimate(cfg: RunConfig, layers: range, under_way: int, on_cpu: bool)
     return MemoryEstimate(
         {
             "parameters": held.total * compute_bytes,
+            **({"reference": held.total * (2 if t.bf16 or t.reference_bf16 else _FP32)} if t.reference_weights else {}),
             "gradients": trained.total * _FP32,
             "optimizer state": _optimizer_state(cfg, trained),
             "activations": tokens * (under_way * kept + transient),

@@ -27,6 +27,7 @@ _SINGLE_FIELDS = {
             "train_only",
             "bf16",
             "objective",
+            "reference_weights",
             "kd_span_weight_reasoning",
             "kd_span_weight_final",
         }
@@ -120,7 +121,7 @@ def geometry_diff(old: RunConfig, new: RunConfig) -> list[FieldChange]:
 
 
 # Binding fields that checkpoints from before them lack, where null is what was done then.
-_LATER_FIELDS = ("blend", "blend_schedule", "skip_rows", "train_only")
+_LATER_FIELDS = ("blend", "blend_schedule", "skip_rows", "train_only", "reference_weights")
 
 
 def _bound(name: str, value: Any) -> Any:

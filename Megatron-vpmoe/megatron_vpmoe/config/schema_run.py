@@ -217,6 +217,11 @@ class TrainingSection(Section):
     objective: Annotated[Text, AfterValidator(_is_objective)] = "span_ce"
     """"span_ce": cross-entropy normalised per span; "token_ce": its mean over all supervised tokens (plain text);
     "module:Class": a class of your own that inherits from megatron_vpmoe.objectives.Objective."""
+    reference_weights: Text | None = None
+    """Checkpoint (or run) of a frozen second model of the same geometry and vocabulary; batches are annotated with its
+    log-probabilities of the labels, reference_log_p, before each update. null: none."""
+    reference_bf16: bool = False
+    """Keep that model in bfloat16 where the run is in fp32."""
     kd_span_weight_reasoning: Amount = 1.0
     """Weight of the mean loss over the reasoning span."""
     kd_span_weight_final: Amount = 1.0

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from megatron_vpmoe.data.blend import Part
 from megatron_vpmoe.sources.ahead import Ahead, ahead
-from megatron_vpmoe.sources.interface import Gives, Position, Source, Step, check_needs
+from megatron_vpmoe.sources.annotated import Annotated, AnnotatedBatches, Annotator
+from megatron_vpmoe.sources.interface import Batches, Gives, Position, Source, Step, check_needs
+from megatron_vpmoe.sources.reference import Reference
 from megatron_vpmoe.sources.stored import StoredSource, ValidSource
 
 if TYPE_CHECKING:
@@ -19,8 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Ahead",
+    "Annotated",
+    "AnnotatedBatches",
+    "Annotator",
+    "Batches",
     "Gives",
     "Position",
+    "Reference",
     "Source",
     "Step",
     "StoredSource",

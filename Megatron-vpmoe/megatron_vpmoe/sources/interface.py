@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 from megatron_vpmoe.annotation import Annotation
@@ -49,6 +50,10 @@ class Gives(Protocol):
     def annotations(self) -> tuple[Annotation, ...]: ...
     @property
     def depends_on_weights(self) -> bool: ...
+
+
+class Batches(Gives, Iterable[Batch], Protocol):
+    """Batches to validate on, the same each time that they are iterated."""
 
 
 class Source(Gives, Protocol):

@@ -1,4 +1,4 @@
-"""Weights to start a run from: those of another run, or of a conversion; never its optimizer or position."""
+"""Weights of another run, or of a conversion, to start from or to be held against; never its optimizer or position."""
 
 from __future__ import annotations
 
@@ -22,27 +22,50 @@ _SHOWN = 8
 
 
 def load_initial_weights(model: VPModel, cfg: RunConfig) -> checkpoint.Found:
-    """Fill ``model`` from ``cfg.checkpoint.load_weights``; a collective. Returns their checkpoint.
+    """Fill ``model`` from ``cfg.checkpoint.load_weights``; see ``find_weights`` and ``load_weights``."""
+    key = "checkpoint.load_weights"
+    found = find_weights(cfg, str(cfg.checkpoint.load_weights), key)
+    load_weights(model, found, key)
+    return found
+
+
+def find_weights(cfg: RunConfig, path: str, key: str) -> checkpoint.Found:
+    """The checkpoint of this run's geometry at ``path``; a collective. No weight is allocated.
+
+    Args:
+        path: a checkpoint, or a run whose newest is meant.
+        key: of the field that names it, for messages.
+
+    Raises:
+        CheckpointError: there is no usable checkpoint, or it is of a model that computes something else. Everything
+            that differs is named.
+    """
+    found = distributed.from_rank_0(lambda: checkpoint.open_checkpoint(Path(path)))
+    _refuse([str(change) for change in geometry_diff(_stored_config(found, cfg), cfg)], found, key)
+    return found
+
+
+def load_weights(model: VPModel, found: checkpoint.Found, key: str) -> None:
+    """Fill ``model`` from a checkpoint of ``find_weights``; a collective.
 
     Any tensor-, pipeline-, expert- and data-parallel size may have written it; dtypes are converted.
 
     Raises:
-        CheckpointError: there is no usable checkpoint, or it is of a model that computes something else: another
-            field, tensor or shape. Everything that differs is named.
+        CheckpointError: a tensor is absent or of another shape; all are named.
     """
-    found = distributed.from_rank_0(lambda: checkpoint.open_checkpoint(Path(str(cfg.checkpoint.load_weights))))
-    differing = [str(change) for change in geometry_diff(_stored_config(found, cfg), cfg)]
-    differing = differing or _tensor_differences(model, found)
+    _refuse(_tensor_differences(model, found), found, key)
+    checkpoint.load(found, model)
+
+
+def _refuse(differing: list[str], found: checkpoint.Found, key: str) -> None:
     if differing:
         more = [f"and {len(differing) - _SHOWN} more"] if len(differing) > _SHOWN else []
         raise CheckpointError(
-            "the weights to start from are of another model (checkpoint -> this run):\n    "
+            "the weights are of another model (checkpoint -> this run):\n    "
             + "\n    ".join([*differing[:_SHOWN], *more]),
-            source=f"checkpoint.load_weights = {found.path}",
+            source=f"{key} = {found.path}",
             remedy="set the fields back, or name weights of this model",
         )
-    checkpoint.load(found, model)
-    return found
 
 
 def _stored_config(found: checkpoint.Found, cfg: RunConfig) -> RunConfig:

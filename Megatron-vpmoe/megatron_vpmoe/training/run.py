@@ -34,10 +34,20 @@ from megatron_vpmoe.optim import (
 )
 from megatron_vpmoe.runtime import distributed, stages
 from megatron_vpmoe.runtime.device import current_device
-from megatron_vpmoe.sources import Position, Source, ValidSource, check_needs, open_source
+from megatron_vpmoe.sources import (
+    Annotated,
+    AnnotatedBatches,
+    Batches,
+    Position,
+    Reference,
+    Source,
+    ValidSource,
+    check_needs,
+    open_source,
+)
 from megatron_vpmoe.training import checkpoint
 from megatron_vpmoe.training.checkpoint_files import Retention
-from megatron_vpmoe.training.initial_weights import load_initial_weights
+from megatron_vpmoe.training.initial_weights import find_weights, load_initial_weights, load_weights
 from megatron_vpmoe.training.provenance import collect_provenance
 from megatron_vpmoe.training.run_directory import continued
 
@@ -70,7 +80,7 @@ class Run:
     scheduler: IterationScheduler
     objective: Objective
     source: Source
-    valid: dict[str, ValidSource]
+    valid: dict[str, Batches]
     valid_dataset: KDDataset
     provenance: dict[str, Any]
     assignment: list[AssignmentRow]
@@ -131,10 +141,14 @@ def open_run(cfg: RunConfig) -> Run:
     data_parallel = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     train, valid_parts = (open_parts(cfg, split) for split in ("train", "valid"))
     source = open_source(train, cfg, *data_parallel)
-    valid = {
+    valid: dict[str, Batches] = {
         "valid" if len(valid_parts) == 1 else f"valid/{part.name}": ValidSource(part, cfg, *data_parallel)
         for part in valid_parts
     }
+    reference, weights_of_reference = Reference(), _find_reference(cfg, train[0].dataset.manifest)
+    if weights_of_reference is not None:
+        source = Annotated(source, reference)
+        valid = {prefix: AnnotatedBatches(batches, reference) for prefix, batches in valid.items()}
     objective = build_objective(cfg)
     check_kinds(objective, cfg, [part.dataset.manifest for part in (*train, *valid_parts)])
     for name, gives in {"train": source, **valid}.items():
@@ -147,6 +161,10 @@ def open_run(cfg: RunConfig) -> Run:
         notes.append(f"weights from {started_from.path}")
     wrapped = wrap_for_training(model, cfg)
     optimizer = build_optimizer([wrapped], cfg)
+    if weights_of_reference is not None:
+        # After the model that is trained, whose first weights are drawn from the seed.
+        reference.open(_frozen(cfg, weights_of_reference))
+        notes.append(f"reference log-probabilities from {weights_of_reference.path}")
     run = Run(
         cfg=cfg,
         directory=directory,
@@ -173,6 +191,29 @@ def open_run(cfg: RunConfig) -> Run:
     if found is not None:
         _restore(run, found)
     return run
+
+
+def _find_reference(cfg: RunConfig, manifest: Manifest) -> checkpoint.Found | None:
+    """The checkpoint that ``training.reference_weights`` names, of this run's geometry and vocabulary.
+
+    Raises:
+        CheckpointError: there is none, or it is of another model or vocabulary.
+    """
+    key, path = "training.reference_weights", cfg.training.reference_weights
+    if path is None:
+        return None
+    found = find_weights(cfg, path, key)
+    if other := another_vocabulary(checkpoint.Carried.of(found).assets, manifest, str(found.path)):
+        raise CheckpointError(other, source=f"{key} = {found.path}", remedy="name a reference of this vocabulary")
+    return found
+
+
+def _frozen(cfg: RunConfig, found: checkpoint.Found) -> VPModel:
+    """A second model of the run's geometry, in bf16 where the run is or ``reference_bf16`` asks for it."""
+    bf16 = cfg.training.bf16 or cfg.training.reference_bf16
+    model = build_model(cfg.model_copy(update={"training": cfg.training.model_copy(update={"bf16": bf16})}))
+    load_weights(model, found, "training.reference_weights")
+    return model
 
 
 def _carried(started_from: checkpoint.Found | None, manifests: list[Manifest], cfg: RunConfig) -> checkpoint.Carried:

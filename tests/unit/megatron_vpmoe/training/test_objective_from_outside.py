@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_vpmoe.annotation import Annotation
-from megatron_vpmoe.errors import ConfigError, DataError
+from megatron_vpmoe.errors import CheckpointError, ConfigError, DataError
 from megatron_vpmoe.objectives import OBJECTIVES, Needs, build_objective
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.sources import StoredSource, ahead, check_needs
@@ -17,10 +17,11 @@ from megatron_vpmoe.training import run as run_module
 from megatron_vpmoe.training.loop import train
 from tests.fixtures_dataset import small_dataset
 from tests.tiny import tiny_config
-from tests.training_runs import losses
+from tests.training_runs import losses, records
 
 TOY = '''
 """Likelihood with a bonus on entropy that falls with the step, weighed by a running mean of the loss."""
+from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.objectives import Needs, Objective, ObjectiveResult
 
 EVENTS = []
@@ -54,6 +55,18 @@ class Toy(Objective):
         return ObjectiveResult(loss, {"loss/total": loss.detach()})
 
 
+class Anchored(Toy):
+    """Likelihood, held to a frozen model."""
+    needs = Needs(annotations=(Annotation(name="reference_log_p", dtype="float32"),))
+
+    def __call__(self, output, batch, totals):
+        log_p, _ = output.log_probabilities(batch.labels, batch.loss_mask)
+        apart = (log_p - batch.annotations["reference_log_p"][batch.loss_mask]).square().sum()
+        share = 1 / max(totals["tokens/supervised"], 1.0)
+        loss = (apart - log_p.sum()) * share
+        return ObjectiveResult(loss, {"loss/total": loss.detach(), "kl/apart": apart.detach() * share})
+
+
 class OfPairs(Toy):
     needs = Needs(pairs=True)
 
@@ -76,8 +89,18 @@ def config(tmp_path: Path, run: str, **changes: object):
     data = tmp_path / "set"
     if not data.exists():
         small_dataset(data)
-    fields = {"objective": "toy_objective:Toy", "train_iters": 4, "save_interval": 2, "num_layers": 2, **changes}
-    return tiny_config(data_path=data, run_dir=tmp_path / run, eval_interval=None, log_interval=1, **fields)
+    fields = {
+        "objective": "toy_objective:Toy",
+        "train_iters": 4,
+        "save_interval": 2,
+        "num_layers": 2,
+        "log_interval": 1,
+        "eval_interval": None,
+        **changes,
+    }
+    return tiny_config(
+        data_path=data, run_dir=tmp_path / run, **fields | {"log_interval": 1, "eval_interval": None} | changes
+    )
 
 
 def trained(cfg: Any) -> Any:
@@ -94,6 +117,26 @@ def test_it_trains_and_goes_on_with_its_state(toy: Any, tmp_path: Path) -> None:
     assert resumed.restored_from is not None
     assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
     assert resumed.objective.state() == straight.objective.state() != {"mean": 0.0}
+
+
+@pytest.mark.slow
+def test_a_frozen_model_annotates_batches_before_the_update(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = trained(config(tmp_path, "first", train_iters=1, lr_warmup_iters=0))
+    weights = str(first.directory)
+    how = {"objective": "toy_objective:Anchored", "train_iters": 3, "load_weights": weights}
+    held = trained(config(tmp_path, "held", reference_weights=weights, eval_interval=3, **how))
+    apart = {r["step"]: r["value"] for r in records(tmp_path / "held") if r["tag"] == "kl/apart"}
+    assert apart[1] < 1e-9 < 1e-7 < apart[3]  # the same weights at first; the reference stays where it was
+    assert any(r["tag"] == "valid/kl/apart" for r in records(tmp_path / "held"))
+    assert any("reference log-probabilities" in note for note in held.notes)
+    monkeypatch.setattr(run_module, "build_model", lambda *_: pytest.fail("a model was built"))
+    with pytest.raises(ConfigError, match="Anchored needs the annotation 'reference_log_p'"):
+        trained(config(tmp_path, "none", **how))
+    with pytest.raises(CheckpointError, match=r"model\.num_layers: 2 -> 4") as caught:
+        trained(config(tmp_path, "other", **how | {"load_weights": None}, reference_weights=weights, num_layers=4))
+    assert "training.reference_weights" in str(caught.value)
 
 
 @pytest.mark.usefixtures("single_process")
