@@ -77,7 +77,10 @@ def nano(
     samples: Annotated[int, typer.Option(min=0, help="decoded generations kept in the report")] = 8,
     output: Annotated[
         Path | None,
-        typer.Option(help="the report (default: evaluation.json in the run's directory, else reports/eval/NAME.json)"),
+        typer.Option(
+            help="the report (default: evaluation.json in the run's directory, else reports/eval/NAME.json); another "
+            "model's is not replaced"
+        ),
     ] = None,
 ) -> None:
     """Losses on the valid split, validity and exact answers of greedy generations; writes JSON and a PNG.
