@@ -80,7 +80,7 @@ def test_sidecars_that_disagree(dataset: Path, tmp_path: Path) -> None:
         manifest["splits"]["train"]["shards"][0]["files"] = describe_files(dataset / "train", "shard_00")
 
     rewrite_manifest(dataset, describe_again)
-    assert_refused(tiny_run(dataset, tmp_path), "shard_00", "row 3", "span")
+    assert_refused(tiny_run(dataset, tmp_path), "shard_00", "document 3", "span")
 
 
 def test_a_vocabulary_of_another_size(dataset: Path, tmp_path: Path) -> None:
