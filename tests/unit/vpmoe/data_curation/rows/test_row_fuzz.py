@@ -35,7 +35,7 @@ TEXTS = st.sampled_from(["q", "a", "", " ", "x\0", "\ud800", "<think>t</think>a"
 KEYS = st.sampled_from(
     [*COLUMNS, "role", "content", "channel", "thinking", "reasoning_content", "reasoning", "messages", "prompt", "text"]
 ) | st.sampled_from(["completion", "chosen", "rejected", "tools", "weight", "id", "source", "name", "created_at"])
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_subnormal=False) | TEXTS
 INNER = SCALARS | st.lists(SCALARS, max_size=2)
 VALUES = INNER | st.dictionaries(KEYS, INNER, max_size=3)
 SAID = st.sampled_from(["one", "two", "<think>\nthree\n</think>\n\nfour", "<think></think>five", "<think>six"])
