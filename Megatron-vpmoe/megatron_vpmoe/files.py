@@ -114,14 +114,13 @@ def read_json(path: Path, *, error: type[VpmoeError] = DataError, remedy: str = 
         raise error(f"{path.name} holds {type(value).__name__}, not an object", source=str(path), remedy=remedy)
     level: list[Any] = [value]
     for _ in range(_DEEPEST):
-        level = [item for held in level if isinstance(held, dict | list) for item in _items(held)]
+        branches = (
+            held.values() if isinstance(held, dict) else held for held in level if isinstance(held, dict | list)
+        )
+        level = [item for branch in branches for item in branch]
     if level:
         raise error(f"{path.name} is nested deeper than {_DEEPEST} levels", source=str(path), remedy=remedy)
     return value
-
-
-def _items(held: dict[str, Any] | list[Any]) -> Iterable[Any]:
-    return held.values() if isinstance(held, dict) else held
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:

@@ -165,7 +165,7 @@ def to_megatron(weights: Weights, cfg: RunConfig, *, source: str) -> dict[str, L
         ours[f"{prefix}self_attention.linear_qkv.weight"] = _joined(
             qkv, lambda *heads: join_heads(*(rows.unflatten(0, (-1, m.kv_channels)) for rows in heads)), source
         )
-        ours[f"{prefix}mlp.linear_fc1.weight"] = _joined(gate_up, _stack, source)
+        ours[f"{prefix}mlp.linear_fc1.weight"] = _joined(gate_up, lambda *both: torch.cat(both), source)
     return ours
 
 
@@ -204,7 +204,3 @@ def _joined(named: Mapping[str, LazyTensor], join: Callable[..., Tensor], source
         )
     rows = sum(tensor.shape[0] for tensor in parts)
     return LazyTensor((rows, *parts[0].shape[1:]), parts[0].dtype, lambda: join(*(tensor.read() for tensor in parts)))
-
-
-def _stack(*parts: Tensor) -> Tensor:
-    return torch.cat(parts)

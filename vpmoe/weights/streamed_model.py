@@ -36,12 +36,10 @@ def streamed_model(cfg: RunConfig, weights: Weights, *, source: str) -> VPModel:
     """
     model = _empty_model(cfg, weights, source)
     layers: Any = model.decoder.layers
-    for name, module in model.named_children():
-        if name != "decoder":
+    of_decoder = ((f"decoder.{name}", module) for name, module in model.decoder.named_children())
+    for name, module in (*model.named_children(), *of_decoder):
+        if name not in ("decoder", "decoder.layers"):
             _fill(module, f"{name}.", weights)
-    for name, module in model.decoder.named_children():
-        if name != "layers":
-            _fill(module, f"decoder.{name}.", weights)
     for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(functools.partial(_enter, _LAYER.format(index), weights))
         layer.register_forward_hook(_leave)
