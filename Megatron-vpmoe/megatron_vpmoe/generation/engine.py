@@ -170,10 +170,14 @@ class _Engine:
         """Whether a rank that computes together with this one was asked to stop."""
         if self._stop is None:
             return False
+        groups = [
+            group for group in (self._model_group, *([self._group] if self._together else [])) if group.size() > 1
+        ]
+        if not groups:
+            return self._stop()
         asked = torch.tensor(self._stop(), dtype=torch.int32, device=self._model.device)
-        for group in (self._model_group, *([self._group] if self._together else [])):
-            if group.size() > 1:
-                dist.all_reduce(asked, dist.ReduceOp.MAX, group=group)
+        for group in groups:
+            dist.all_reduce(asked, dist.ReduceOp.MAX, group=group)
         return bool(asked)
 
     def _admit(self) -> list[_Prefill]:
