@@ -98,9 +98,7 @@ def config(tmp_path: Path, run: str, **changes: object):
         "eval_interval": None,
         **changes,
     }
-    return tiny_config(
-        data_path=data, run_dir=tmp_path / run, **fields | {"log_interval": 1, "eval_interval": None} | changes
-    )
+    return tiny_config(data_path=data, run_dir=tmp_path / run, **fields)
 
 
 def trained(cfg: Any) -> Any:
