@@ -63,9 +63,10 @@ def initialize(
 
 
 def shutdown() -> None:
-    """Leave the process groups; safe to call twice."""
+    """Leave the process groups, and compute with small numbers as before; safe to call twice."""
     from megatron.core import parallel_state
 
+    torch.set_flush_denormal(False)
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

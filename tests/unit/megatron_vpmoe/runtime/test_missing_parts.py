@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from megatron_vpmoe.runtime import distributed
+
 # Torch itself is lent what a GPU answers about its device and its generator; upstream stays as a GPU machine has it.
 _ROUTER_AS_WITH_A_GPU = """
 import torch
@@ -55,3 +59,9 @@ def test_router_runs_with_a_gpu_and_no_transformer_engine(repository: Path) -> N
         check=False,
     )
     assert ran.stdout.strip().endswith("routed"), ran.stderr[-3000:]
+
+
+def test_the_smallest_numbers_are_whole_again_behind_the_process_groups() -> None:
+    with distributed.single_process(seed=1):
+        pass
+    assert torch.tensor(1e-40) / 2 > 0
