@@ -6,16 +6,15 @@ conversation and document 2i + 1 the rejected one of the same prompt; the manife
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from vpmoe.data_curation.conversations.chat_rows import KEYS, chat_messages, preference_pair, without_keys
 from vpmoe.data_curation.datasets.chat_fit import make_chat_fit, without_oldest_turn
 from vpmoe.data_curation.datasets.encode import Documents, Encoded, RowEncoder
-from vpmoe.data_curation.datasets.plan import BuildOptions, content_of, split_of, split_rule
+from vpmoe.data_curation.datasets.plan import BuildOptions, content_of, split_rule
 from vpmoe.data_curation.rows.files import Row
-from vpmoe.harmony.conversation import Message, check_text
+from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.renderer import RenderedConversation, make_renderer
 from vpmoe.harmony.spans import CONTEXT, aligned_to_labels, documents, loss_mask
 from vpmoe.tokenizer.interface import Tokenizer
@@ -88,9 +87,10 @@ class ChatDataset:
 
 
 class ChatEncoder(RowEncoder):
-    """Rows -> documents; nothing is remembered from row to row."""
+    """Rows -> documents; remembers the hash of every id."""
 
     def __init__(self, kind: ChatDataset, tokenizer: Tokenizer) -> None:
+        super().__init__(kind.id_field, kind.base.valid_fraction)
         self._kind, self._eod_id = kind, tokenizer.eod_id
         self._renderer = make_renderer(kind.base.renderer, tokenizer, kind.base.tokenizer_model)
         self._fit = make_chat_fit(tokenizer, kind.base.seq_len)
@@ -107,7 +107,7 @@ class ChatEncoder(RowEncoder):
 
     def _conversation(self, row: Row) -> Encoded:
         messages = self._with_system(chat_messages(without_keys(row, self._ignored)))
-        split = self._split(row, messages)
+        split, counted = self._split_of(row, content_of(messages))
         fitted, turns_dropped = self._fit(self._renderer.render(messages))
         truncation = {
             **_turns(turns_dropped),
@@ -116,24 +116,24 @@ class ChatEncoder(RowEncoder):
             "user_tokens_cut": fitted.user_tokens_cut,
         }
         if fitted.conversation is None:
-            return Encoded(split, None, truncation)
+            return Encoded(split, None, truncation, counted)
         stored = self._stored(fitted.conversation, last=self._kind.supervise == "last")
-        return Encoded(split, stored, truncation, {"conversations": 1})
+        return Encoded(split, stored, truncation, {**counted, "conversations": 1})
 
     def _pair(self, row: Row) -> Encoded:
         pair = preference_pair(without_keys(row, self._ignored))
         prompt = self._with_system(pair.prompt)
-        split = self._split(row, prompt)
+        split, counted = self._split_of(row, content_of(prompt))
         sides = [self._renderer.render(prompt + side) for side in (pair.chosen, pair.rejected)]
         turns_dropped = 0
         # Both lie in one row, and both keep the same prompt: only whole turns go, from both.
         while sum(len(side) + 1 for side in sides) > self._kind.base.seq_len:
             shorter = [without_oldest_turn(side) for side in sides]
             if None in shorter:
-                return Encoded(split, None, {"dropped_pair_too_long": 1})
+                return Encoded(split, None, {"dropped_pair_too_long": 1}, counted)
             sides, turns_dropped = [side for side in shorter if side is not None], turns_dropped + 1
         stored = Documents.joined([self._stored(side, last=True) for side in sides])
-        return Encoded(split, stored, _turns(turns_dropped) or {"whole": 1}, {"pairs": 1})
+        return Encoded(split, stored, _turns(turns_dropped) or {"whole": 1}, {**counted, "pairs": 1})
 
     def _stored(self, conversation: RenderedConversation, *, last: bool) -> Documents:
         tokens, span, lengths = documents((conversation,), self._eod_id)
@@ -147,14 +147,6 @@ class ChatEncoder(RowEncoder):
         if self._kind.system_text is None or messages[0].role == "system":
             return messages
         return (Message("system", self._kind.system_text), *messages)
-
-    def _split(self, row: Row, messages: Sequence[Message]) -> str:
-        if self._kind.id_field is None:
-            return split_of(content_of(messages), self._kind.base.valid_fraction)
-        value = row.get(self._kind.id_field)
-        key = str(value) if isinstance(value, int) else value
-        check_text(key, self._kind.id_field)
-        return split_of(str(key), self._kind.base.valid_fraction)
 
 
 def _turns(dropped: int) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,8 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from vpmoe.data_curation.datasets.plan import split_of
 from vpmoe.data_curation.rows.files import Row
 from vpmoe.errors import RowError, TokenizerError
+from vpmoe.harmony.conversation import check_text
 from vpmoe.tokenizer.interface import TokenArray
 
 
@@ -59,22 +62,55 @@ class Encoded:
 class RowEncoder:
     """What makes documents of rows; base of one for each kind of dataset.
 
+    It remembers hashes of what must not come twice: 8 bytes each, those of the shard in work about 60.
+
+    Args:
+        id_field: column of the row's id, which decides the split; None: its content does.
+        valid_fraction: share of the split valid.
+
     Attributes:
         columns: those it reads; None: all.
     """
 
     columns: tuple[str, ...] | None = None
 
+    def __init__(self, id_field: str | None, valid_fraction: float) -> None:
+        self._id_field, self._valid_fraction = id_field, valid_fraction
+        self._seen_before = np.empty(0, dtype=np.uint64)
+        self._seen_now: set[int] = set()
+
     def encode(self, row: Row) -> Encoded:
         """What becomes of the row; raises RowError or TokenizerError for one that is to be rejected."""
         raise NotImplementedError
 
     def take_state(self) -> bytes:
-        """What has to be remembered of the rows since the last call, for a build that goes on after them."""
-        return b""
+        """The hashes since the last call, sorted, uint64: for a build that goes on after them."""
+        new = np.sort(np.fromiter(self._seen_now, dtype=np.uint64, count=len(self._seen_now)))
+        self._seen_now.clear()
+        self._seen_before = np.union1d(self._seen_before, new)
+        return new.tobytes()
 
     def restore(self, state: bytes) -> None:
         """Remember what :meth:`take_state` gave for one shard."""
+        self._seen_before = np.union1d(self._seen_before, np.frombuffer(state, dtype=np.uint64))
+
+    def _is_known(self, key: int) -> bool:
+        place = int(np.searchsorted(self._seen_before, np.uint64(key)))
+        if key in self._seen_now or (place < len(self._seen_before) and int(self._seen_before[place]) == key):
+            return True
+        self._seen_now.add(key)
+        return False
+
+    def _split_of(self, row: Row, content: str) -> tuple[str, dict[str, int]]:
+        """The row's split, and the count of its id where a row before has the same; raises RowError for no id."""
+        if self._id_field is None:
+            return split_of(content, self._valid_fraction), {}
+        value = row.get(self._id_field)
+        key = str(value) if isinstance(value, int) else value
+        check_text(key, self._id_field)
+        digest = hashlib.blake2b(str(key).encode(), digest_size=8, person=b"id").digest()
+        repeated = self._is_known(int.from_bytes(digest, "big"))
+        return split_of(str(key), self._valid_fraction), {"repeated_ids": 1} if repeated else {}
 
 
 @dataclass

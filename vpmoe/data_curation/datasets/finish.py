@@ -75,7 +75,7 @@ def finish(
         "source": source,
         **entries,
     }
-    _check_splits(manifest, options)
+    _check_splits(folder, manifest, options)
     write_manifest(folder, manifest)
     files = {
         f"{split}/{name}": entry
@@ -101,13 +101,21 @@ def summary(folder: Path, manifest: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"  rejected: {manifest['rejects']['count']:,}"])
 
 
-def _check_splits(manifest: dict[str, Any], options: BuildOptions) -> None:
+def _check_splits(folder: Path, manifest: dict[str, Any], options: BuildOptions) -> None:
     """Refuse a dataset without rows to train on, and say on stderr that there are none to evaluate on."""
     train, valid = (manifest["splits"][split]["rows"] for split in SPLITS)
     fraction = options.valid_fraction
+    rows, rejected = manifest["documents"]["rows_read"], manifest["rejects"]["count"]
+    if rejected == rows:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in manifest["rejects"]["reasons"].items())
+        raise DataError(
+            f"all {rows} rows were rejected ({reasons})" if rows else "the input holds no rows",
+            source=str(folder / REJECTS_NAME),
+            remedy="look at the rows named there and mend the source, or name the columns that it has",
+        )
     if train == 0:
         raise DataError(
-            f"none of the {manifest['documents']['rows_read']} rows is in the split train",
+            f"none of the {rows} rows is in the split train ({valid} documents are in valid, {rejected} were rejected)",
             source=f"--valid-fraction {fraction}, --seq-len {options.seq_len}",
             remedy="use a smaller valid fraction, a larger token budget, or, if the rows were dropped as too long, a "
             "longer --seq-len",

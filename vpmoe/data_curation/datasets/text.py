@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vpmoe.data_curation.datasets.encode import Documents, Encoded, RowEncoder
-from vpmoe.data_curation.datasets.plan import BuildOptions, split_of, split_rule
+from vpmoe.data_curation.datasets.plan import BuildOptions, split_rule
 from vpmoe.data_curation.rows.files import Row
 from vpmoe.errors import DataError
 from vpmoe.harmony.conversation import check_text
@@ -94,13 +94,12 @@ class HealingText:
 
 
 class TextEncoder(RowEncoder):
-    """Rows -> documents; remembers the hash of every text (8 bytes each, those of the shard in work about 60)."""
+    """Rows -> documents; remembers the hash of every text and id."""
 
     def __init__(self, kind: HealingText, tokenizer: Tokenizer) -> None:
+        super().__init__(kind.id_field, kind.base.valid_fraction)
         self._kind, self._tokenizer = kind, tokenizer
         self.columns = tuple(dict.fromkeys(filter(None, (kind.text_field, kind.id_field, kind.language_field))))
-        self._seen_before = np.empty(0, dtype=np.uint64)
-        self._seen_now: set[int] = set()
 
     def encode(self, row: Row) -> Encoded:
         """The row's document, or its pieces; none for a duplicate, another language, or one too long to keep.
@@ -111,36 +110,19 @@ class TextEncoder(RowEncoder):
         """
         kind, seq_len = self._kind, self._kind.base.seq_len
         text = _text_in(row, kind.text_field)
-        split = split_of(text if kind.id_field is None else _id_in(row, kind.id_field), kind.base.valid_fraction)
+        split, counted = self._split_of(row, text)
         if kind.language_field is not None and _text_in(row, kind.language_field) not in kind.languages:
-            return Encoded(split, None, counted={"other_language": 1})
+            return Encoded(split, None, counted={**counted, "other_language": 1})
         if self._is_known(text_hash(text)):
-            return Encoded(split, None, counted={"duplicates_dropped": 1})
+            return Encoded(split, None, counted={**counted, "duplicates_dropped": 1})
         ids = np.append(self._tokenizer.encode_ordinary(text), np.int32(self._tokenizer.eod_id)).astype(np.int32)
         if len(ids) <= seq_len:
-            return Encoded(split, _supervised([ids]), {"whole": 1}, {"kept": 1})
+            return Encoded(split, _supervised([ids]), {"whole": 1}, {**counted, "kept": 1})
         if kind.drop_long:
-            return Encoded(split, None, {"dropped_too_long": 1})
+            return Encoded(split, None, {"dropped_too_long": 1}, counted)
         pieces = cut(ids, seq_len)
-        return Encoded(split, _supervised(pieces), {"cut_into_pieces": 1, "pieces": len(pieces)}, {"kept": 1})
-
-    def take_state(self) -> bytes:
-        """The hashes of the texts since the last call, sorted, uint64."""
-        new = np.sort(np.fromiter(self._seen_now, dtype=np.uint64, count=len(self._seen_now)))
-        self._seen_now.clear()
-        self._seen_before = np.union1d(self._seen_before, new)
-        return new.tobytes()
-
-    def restore(self, state: bytes) -> None:
-        """Remember the hashes of one shard."""
-        self._seen_before = np.union1d(self._seen_before, np.frombuffer(state, dtype=np.uint64))
-
-    def _is_known(self, key: int) -> bool:
-        place = int(np.searchsorted(self._seen_before, np.uint64(key)))
-        if key in self._seen_now or (place < len(self._seen_before) and int(self._seen_before[place]) == key):
-            return True
-        self._seen_now.add(key)
-        return False
+        truncation = {"cut_into_pieces": 1, "pieces": len(pieces)}
+        return Encoded(split, _supervised(pieces), truncation, {**counted, "kept": 1})
 
 
 def text_hash(text: str) -> int:
@@ -168,8 +150,3 @@ def _supervised(pieces: list[TokenArray]) -> Documents:
 def _text_in(row: Row, field: str) -> str:
     check_text(row.get(field), field)
     return str(row[field])
-
-
-def _id_in(row: Row, field: str) -> str:
-    value = row.get(field)
-    return str(value) if isinstance(value, int) else _text_in(row, field)

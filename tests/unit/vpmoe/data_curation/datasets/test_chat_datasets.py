@@ -1,6 +1,7 @@
 """Chat rows as token files: messages come back by parsing, masks are the distillation data's, pairs stay pairs."""
 
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from vpmoe.data_curation.datasets.chat import ChatDataset, ChatEncoder
 from vpmoe.data_curation.datasets.encode import Documents, Encoded
 from vpmoe.data_curation.datasets.plan import BuildOptions
 from vpmoe.data_curation.datasets.sequential import Pass, build_sequential
+from vpmoe.data_curation.datasets.text import HealingText
 from vpmoe.data_curation.manifest import read_manifest, write_manifest
 from vpmoe.data_curation.rows.source import resolve
 from vpmoe.errors import DataError
@@ -259,9 +261,34 @@ def test_the_training_side_opens_pairs_as_packing_units(tmp_path: Path) -> None:
     assert len(pairs) == len(dataset) // 2 and pairs.max() <= 96
 
 
-def test_rows_that_all_go_leave_no_dataset(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", [{"prompt": "q " * 100, "completion": "a " * 100}])
-    with pytest.raises(DataError, match="none of the 1 rows"):
-        build_sequential(
-            resolve(str(path)), tmp_path / "out", ChatDataset(BuildOptions(seq_len=32)), Pass(), quiet=True
-        )
+@pytest.mark.parametrize(
+    ("rows", "fault", "remedy"),
+    [
+        ([{"prompt": "q " * 100, "completion": "a " * 100}], "none of the 1 rows", "--seq-len"),
+        ([{"prompt": "q", "tools": ["t"]}] * 2, "all 2 rows were rejected .unknown_key:tools 2", "mend the source"),
+        ([], "the input holds no rows", "mend the source"),
+    ],
+)
+def test_rows_that_all_go_leave_no_dataset(tmp_path: Path, rows: list[dict], fault: str, remedy: str) -> None:
+    path = write(tmp_path / "rows.jsonl", rows)
+    kind = ChatDataset(BuildOptions(seq_len=32, strict=False))
+    with pytest.raises(DataError, match=fault) as refused:
+        build_sequential(resolve(str(path)), tmp_path / "out", kind, Pass(), quiet=True)
+    assert remedy in str(refused.value.remedy)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        (HealingText(BuildOptions(valid_fraction=0), id_field="id"), lambda i: {"text": f"text {i}"}),
+        (ChatDataset(BuildOptions(), id_field="id"), lambda i: {"prompt": f"q {i}", "completion": "a"}),
+        (ChatDataset(BuildOptions(), pairs=True, id_field="id"), lambda i: preference_rows(i + 1)[i]),
+    ],
+)
+def test_rows_with_the_id_of_another_are_counted(
+    tmp_path: Path, kind: HealingText | ChatDataset, row: Callable[[int], dict]
+) -> None:
+    ids = ["a", 1, "b", "a", "1", "c", "a"]
+    path = write(tmp_path / "rows.jsonl", [{"id": own, **row(i)} for i, own in enumerate(ids)])
+    manifest = build_sequential(resolve(str(path)), tmp_path / "out", kind, Pass(shard_tokens=1), quiet=True)
+    assert manifest["documents"]["repeated_ids"] == 3
