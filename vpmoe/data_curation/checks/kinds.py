@@ -47,6 +47,8 @@ def signal_checks(triple: Triple, manifest: dict[str, Any]) -> Iterator[Check]:
         return
     yield ~ends_in_eod, "conversations that do not end in <|endoftext|>"
     yield lossmask != (span > 0), "places where loss mask and span disagree"
+    opens, *closes = (manifest["tokenizer"]["special_tokens"].get(f"<|{n}|>", -1) for n in ("message", "end", "return"))
+    yield (tokens[:-1] == opens) & np.isin(tokens[1:], closes), "messages without text"
     if manifest["kind"] == PREFERENCE:
         yield from _pair_checks(triple, manifest)
 

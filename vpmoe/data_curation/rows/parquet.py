@@ -72,8 +72,10 @@ def rows_of(batch: pa.RecordBatch) -> Iterator[Mapping[str, Any] | RowError]:
     """Rows; one that holds what is no text or no value of Python comes as a :class:`RowError`."""
     names = batch.schema.names
     for cells in zip(*map(_values, names, batch.columns), strict=True):
-        fault = next((cell for cell in cells if isinstance(cell, RowError)), None)
-        yield dict(zip(names, cells, strict=True)) if fault is None else fault
+        if RowError in map(type, cells):
+            yield next(cell for cell in cells if isinstance(cell, RowError))
+        else:
+            yield dict(zip(names, cells, strict=True))
 
 
 def decoded(value: Any) -> Any:

@@ -14,6 +14,7 @@ from megatron_vpmoe.token_files import read_triple, write_annotation
 from vpmoe.data_curation.checks.verify import verify
 from vpmoe.data_curation.manifest import write_manifest
 from vpmoe.errors import DataError
+from vpmoe.tokenizer.from_dataset import load_tokenizer
 
 
 @pytest.fixture
@@ -123,6 +124,13 @@ def test_contents_that_contradict_themselves_are_found(copy: Path, fault: str, c
     for signal, values in change(triple).items():
         _set(copy, signal, values.astype(getattr(triple, signal).dtype))
     assert any(fault in found for found in verify(copy)), verify(copy)
+
+
+def test_messages_without_text_are_found_in_any_document(copy: Path) -> None:
+    special, tokens = load_tokenizer(copy).special_tokens, read_triple(copy / "train", "shard_00").tokens.copy()
+    tokens[np.flatnonzero(tokens == special["<|message|>"])[-2] + 1] = special["<|end|>"]
+    _set(copy, "tokens", tokens)
+    assert any("1 messages without text" in fault for fault in verify(copy, parsed_per_shard=0)), verify(copy)
 
 
 def test_wrong_sums_in_the_manifest_are_found(copy: Path) -> None:
