@@ -120,9 +120,9 @@ class _StockAttention:
 
     def __call__(
         self,
-        q_BHQD: Tensor,
-        k_BGKD: Tensor,
-        v_BGKD: Tensor,
+        q_BHSD: Tensor,
+        k_BGSD: Tensor,
+        v_BGSD: Tensor,
         *,
         layout: SequenceLayout,
         window: int | None,
@@ -132,12 +132,11 @@ class _StockAttention:
         backend: str,
     ) -> Tensor:
         del softmax_scale, backend  # upstream's own: 1/sqrt(D), unfused
-        queries = q_BHQD.shape[2]
-        self._bias = None if alibi_slopes_H is None else -alibi_slopes_H[:, None, None] * layout.distance(queries)
+        self._bias = None if alibi_slopes_H is None else -alibi_slopes_H[:, None, None] * layout.distance()
         self.attention.softmax_offset = sink_H
-        sequence_first = (x.permute(2, 0, 1, 3).contiguous() for x in (q_BHQD, k_BGKD, v_BGKD))
-        out_SBN = self.attention(*sequence_first, ~layout.visible(queries, window))
-        return out_SBN.unflatten(-1, (q_BHQD.shape[1], -1)).permute(1, 2, 0, 3)
+        sequence_first = (x.permute(2, 0, 1, 3).contiguous() for x in (q_BHSD, k_BGSD, v_BGSD))
+        out_SBN = self.attention(*sequence_first, ~layout.visible(window))
+        return out_SBN.unflatten(-1, (q_BHSD.shape[1], -1)).permute(1, 2, 0, 3)
 
 
 class _StockOutput(ModelOutput):

@@ -63,17 +63,16 @@ def calibrate_sinks(
 
 
 def log_sum_exp(attention: Any, hidden_SBH: Tensor, layout: Any) -> Tensor:
-    """Of one layer's scaled, biased and masked scores, without its sink: fp32 [B, H, Q]."""
+    """Of one layer's scaled, biased and masked scores, without its sink: fp32 [B, H, S]."""
     from megatron_vpmoe.model.attention.grape import alibi_slopes
 
     query, key, _ = attention.scored_qkv(hidden_SBH, layout)
     query, key = (x.permute(1, 2, 0, 3).float() for x in (query, key))
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     score = query @ key.transpose(-1, -2) * attention.softmax_scale
-    queries = query.shape[2]
     if attention.position_embedding == "grape_a":
-        score -= alibi_slopes(query.shape[1], score.device)[:, None, None] * layout.distance(queries)
-    return score.masked_fill(~layout.visible(queries, attention.window), -torch.inf).logsumexp(-1)
+        score -= alibi_slopes(query.shape[1], score.device)[:, None, None] * layout.distance()
+    return score.masked_fill(~layout.visible(attention.window), -torch.inf).logsumexp(-1)
 
 
 def sink_of_mass(lse_HN: Tensor, mass: float) -> Tensor:

@@ -1,6 +1,6 @@
 """Which key a query may see: packed documents, causality and the sliding window, as masks that layers share.
 
-Shapes: B batch, S rows of keys, Q queries (the last Q of the S rows), H heads, N blocks, W window.
+Shapes: B batch, S sequence, H heads, N blocks, W window.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ class SequenceLayout:
     """The documents packed into each row, and what follows from them.
 
     A query at row i sees a key at row j iff both have the same document id and j <= i, and, in a layer with a window,
-    i - j < window (the window counts the query itself). Padding has document id -1 and sees only padding. When
-    decoding there are fewer queries than keys: the queries are always the last rows.
+    i - j < window (the window counts the query itself). Padding has document id -1 and sees only padding.
 
     Masks are computed once and kept with the layout, so that the layers of one pass share them.
 
@@ -44,8 +43,8 @@ class SequenceLayout:
             )
 
     @property
-    def num_keys(self) -> int:
-        """S, the number of key rows."""
+    def length(self) -> int:
+        """S."""
         return self.document_id.shape[1]
 
     def shared(self, key: object, make: Callable[[], T]) -> T:
@@ -55,22 +54,22 @@ class SequenceLayout:
                 self._shared[key] = make()
         return self._shared[key]  # type: ignore[return-value]
 
-    def visible(self, num_queries: int, window: int | None) -> Tensor:
-        """Bool [B, 1, Q, S]: True where the query may see the key."""
-        return self.shared(("visible", num_queries, window), lambda: self._visible(num_queries, window))
+    def visible(self, window: int | None) -> Tensor:
+        """Bool [B, 1, S, S]: True where the query may see the key."""
+        return self.shared(("visible", window), lambda: self._visible(window))
 
-    def _visible(self, num_queries: int, window: int | None) -> Tensor:
-        distance = self.distance(num_queries)
+    def _visible(self, window: int | None) -> Tensor:
+        distance = self.distance()
         near = distance >= 0
         if window is not None:
             near &= distance < window
-        same = self.document_id[:, -num_queries:, None] == self.document_id[:, None, :]
+        same = self.document_id[:, :, None] == self.document_id[:, None, :]
         return (same & near).unsqueeze(1)
 
-    def distance(self, num_queries: int) -> Tensor:
-        """int64 [Q, S]: i - j, the query's row minus the key's; within one document, the distance in it."""
-        row = torch.arange(self.num_keys, device=self.document_id.device)
-        return row[-num_queries:, None] - row
+    def distance(self) -> Tensor:
+        """int64 [S, S]: i - j, the query's row minus the key's; within one document, the distance in it."""
+        row = torch.arange(self.length, device=self.document_id.device)
+        return row[:, None] - row
 
     def blocks_visible(self, window: int) -> Tensor:
         """Bool [B, N, W, 2W] for N = ceil(S / W) blocks of W queries against the W keys before and their own W keys.
@@ -80,7 +79,7 @@ class SequenceLayout:
         return self.shared(("blocks_visible", window), lambda: self._blocks_visible(window))
 
     def _blocks_visible(self, window: int) -> Tensor:
-        batch, filler = self.document_id.shape[0], -self.num_keys % window
+        batch, filler = self.document_id.shape[0], -self.length % window
         query = torch.nn.functional.pad(self.document_id, (0, filler), value=-2).view(batch, -1, window)
         before = torch.nn.functional.pad(query[:, :-1], (0, 0, 1, 0), value=-3)
         key = torch.cat([before, query], dim=-1)

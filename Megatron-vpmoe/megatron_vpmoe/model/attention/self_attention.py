@@ -194,8 +194,6 @@ class VPSelfAttention(MegatronModule):
         """
         query, key, own_value = self.scored_qkv(hidden_SBH, layout)
         value = self._mix_value(own_value, first_value)
-        queries = query.shape[0]
-
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if computed is not None:
             computed[self.layer_number] = key, value
@@ -214,7 +212,7 @@ class VPSelfAttention(MegatronModule):
         )
         again = self.training and self.config.recomputation.recomputes("core_attn")
         out_BHSD = recomputed(attend, query, key, value) if again else attend(query, key, value)
-        out_SBN = out_BHSD.permute(2, 0, 1, 3).reshape(queries, -1, self.num_heads * self.head_dim)
+        out_SBN = out_BHSD.permute(2, 0, 1, 3).flatten(2)
         return self.linear_proj(out_SBN), own_value
 
     def project_qkv(self, hidden_SBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,17 +242,16 @@ class VPSelfAttention(MegatronModule):
         return *self._rotate(query, key, layout), value
 
     def _rotate(self, query: Tensor, key: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
-        position_BS = layout.position[:, -query.shape[0] :]
         if self.grape_log_freq is not None:
             log_freq = copy_to_tensor_model_parallel_region(self.grape_log_freq, group=self.tp_group)
             frequency = torch.exp(log_freq / self.config.grapem_log_freq_scale)
-            angle = grape.rotation_angles(position_BS, frequency)
+            angle = grape.rotation_angles(layout.position, frequency)
         elif self.position_embedding == "rope":
             base = self.config.rotary_base
             angle = layout.shared(
-                ("rope", query.shape[0], self.head_dim, base),
+                ("rope", self.head_dim, base),
                 lambda: grape.rotation_angles(
-                    position_BS, grape.rope_frequencies(self.head_dim, base).to(query.device)
+                    layout.position, grape.rope_frequencies(self.head_dim, base).to(query.device)
                 ),
             )
         else:

@@ -10,7 +10,7 @@
     every layer on a GPU: FlexAttention, compiled, over the tiles that hold a visible pair. Prompts and scored texts,
     whose lengths are always new, go by ``reference`` instead.
 
-Shapes: B batch, H query heads, G KV groups, Q queries, K keys, D head dim.
+Shapes: B batch, H query heads, G KV groups, S sequence, D head dim.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def select_backend(requested: str, *, window: int | None, device: torch.device, 
 
 
 def core_attention(
-    q_BHQD: Tensor,
-    k_BGKD: Tensor,
-    v_BGKD: Tensor,
+    q_BHSD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
     *,
     layout: SequenceLayout,
     window: int | None,
@@ -71,27 +71,27 @@ def core_attention(
     softmax_scale: float,
     backend: str,
 ) -> Tensor:
-    """Causal softmax attention within documents; returns [B, H, Q, D] in the dtype of the queries.
+    """Causal softmax attention within documents; returns [B, H, S, D] in the dtype of the queries.
 
     Scores are ``softmax_scale · q·k - slope_h · (i - j)``; the softmax is fp32 or wider. Head h reads KV group
-    h // (H / G). With fewer queries than keys (decoding) the queries are the last rows and ``reference`` runs
-    whatever the backend: the others gain only on whole sequences.
+    h // (H / G).
 
     Args:
-        q_BHQD: queries.
-        k_BGKD: keys; as many as ``layout`` has rows.
-        v_BGKD: values.
-        layout: documents of the key rows.
+        q_BHSD: queries.
+        k_BGSD: keys.
+        v_BGSD: values.
+        layout: documents of the S rows.
         window: keys that a query sees, itself included; None: the whole document.
         alibi_slopes_H: fp32 [H], GRAPE-A's slopes; None: no bias on distance.
         sink_H: [H], the logit in each head's denominator; None: plain softmax.
         softmax_scale: factor on the dot products, usually 1/sqrt(D).
         backend: a name that `select_backend` returned.
     """
-    if k_BGKD.shape[2] != layout.num_keys:
-        raise ValueError(f"{k_BGKD.shape[2]} keys for a layout of {layout.num_keys} rows")
-    arguments = (q_BHQD, k_BGKD, v_BGKD, layout)
-    if backend == "reference" or q_BHQD.shape[2] < layout.num_keys:
+    queries, keys = q_BHSD.shape[2], k_BGSD.shape[2]
+    if not queries == keys == layout.length:
+        raise ValueError(f"{queries} queries and {keys} keys for a layout of {layout.length} rows")
+    arguments = (q_BHSD, k_BGSD, v_BGSD, layout)
+    if backend == "reference":
         return reference_attention(*arguments, window, alibi_slopes_H, sink_H, softmax_scale)
     if backend == "flex":
         return flex_attention(*arguments, window, alibi_slopes_H, sink_H, softmax_scale)

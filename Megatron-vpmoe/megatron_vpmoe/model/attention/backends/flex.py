@@ -36,7 +36,7 @@ def flex_attention(
     sink_H: Tensor | None,
     softmax_scale: float,
 ) -> Tensor:
-    """As `backends.core_attention` with as many queries as keys."""
+    """As `backends.core_attention`."""
     mask = layout.shared(("flex", window), lambda: block_mask(layout, window))
     dim, run = q_BHSD.shape[-1], _compiled() if q_BHSD.is_cuda else _attend
     if filler := max(0, _SMALLEST_DIM - dim):
@@ -89,7 +89,7 @@ def block_mask(layout: SequenceLayout, window: int | None) -> flex.BlockMask:
     tile of rows therefore visits a contiguous range of tiles that ends at its own.
     """
     first_key_BS, run_start_BS = _first_keys(layout.document_id, window)
-    length = layout.num_keys
+    length = layout.length
     filler = -length % TILE
     first_key_BN = _tiles(first_key_BS, filler, length).amin(-1) // TILE
     last_run_BN = _tiles(run_start_BS, filler, length)[..., -1]

@@ -86,32 +86,32 @@ class FusedSinkAttention(torch.autograd.Function):
 
 
 def sdpa_attention(
-    q_BHQD: Tensor,
-    k_BGKD: Tensor,
-    v_BGKD: Tensor,
+    q_BHSD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
     layout: SequenceLayout,
     window: int | None,
     alibi_slopes_H: Tensor | None,
     sink_H: Tensor | None,
     softmax_scale: float,
 ) -> Tensor:
-    """As `backends.core_attention` with as many queries as keys. The mask is O(H · K²), once a pass; scores are not."""
-    per_group = q_BHQD.shape[1] // k_BGKD.shape[1]
-    k, v = k_BGKD.repeat_interleave(per_group, dim=1), v_BGKD.repeat_interleave(per_group, dim=1)
-    bias = _bias(layout, window, alibi_slopes_H, torch.promote_types(q_BHQD.dtype, torch.float32))
+    """As `backends.core_attention`. The mask is O(H · S²), once a pass; scores are not."""
+    per_group = q_BHSD.shape[1] // k_BGSD.shape[1]
+    k, v = k_BGSD.repeat_interleave(per_group, dim=1), v_BGSD.repeat_interleave(per_group, dim=1)
+    bias = _bias(layout, window, alibi_slopes_H, torch.promote_types(q_BHSD.dtype, torch.float32))
     sink = None if sink_H is None else sink_H.view(1, -1, 1)
-    return FusedSinkAttention.apply(q_BHQD, k, v, bias, sink, softmax_scale, True)
+    return FusedSinkAttention.apply(q_BHSD, k, v, bias, sink, softmax_scale, True)
 
 
 def _bias(layout: SequenceLayout, window: int | None, slopes_H: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[B, 1 or H, K, K]: the mask and the distance bias in one tensor, kept with the layout."""
+    """[B, 1 or H, S, S]: the mask and the distance bias in one tensor, kept with the layout."""
 
     def make() -> tuple[Tensor, Tensor | None]:
-        visible = layout.visible(layout.num_keys, window)
+        visible = layout.visible(window)
         if slopes_H is None:
             return additive(visible).to(dtype), None
         # Infinitely far where masked: one product gives bias and mask, and only the result has a head dimension.
-        distance = torch.where(visible, layout.distance(layout.num_keys).to(dtype), torch.inf)
+        distance = torch.where(visible, layout.distance().to(dtype), torch.inf)
         return distance * -slopes_H.to(dtype)[:, None, None], slopes_H
 
     # The slopes are stored along, so that their id cannot be given to another tensor while the entry lives.

@@ -92,8 +92,8 @@ rows = st.lists(st.tuples(st.integers(1, 300), st.booleans()), min_size=1, max_s
 def test_tiles_hold_every_visible_pair_and_no_other(lengths: list[int], window: int | None) -> None:
     """Padding may stand anywhere, in several runs."""
     layout = packed_layout(lengths, [sum(map(abs, lengths))])
-    mask, length = flex.block_mask(layout, window), layout.num_keys
-    visible = layout.visible(length, window)[:, 0]
+    mask, length = flex.block_mask(layout, window), layout.length
+    visible = layout.visible(window)[:, 0]
     by_mod = dense(mask, length)
     assert torch.equal(by_mod, visible), "the rule within a tile"
     asked = tiles_of(mask.kv_num_blocks, mask.kv_indices, length)
