@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from pydantic import ValidationError
 
 from megatron_vpmoe.config import geometry_diff, stored_faults
-from megatron_vpmoe.errors import CheckpointError
+from megatron_vpmoe.errors import CheckpointError, NonFiniteError
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.training import checkpoint
@@ -52,9 +53,15 @@ def load_weights(model: VPModel, found: checkpoint.Found, key: str) -> None:
 
     Raises:
         CheckpointError: a tensor is absent or of another shape; all are named.
+        NonFiniteError: a value is nan or infinite, on the rank that holds it.
     """
     _refuse(_tensor_differences(model, found), found, key)
     checkpoint.load(found, model)
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor) and not bool(tensor.isfinite().all()):
+            what = f"{name}: {int((~tensor.isfinite()).sum())} of {tensor.numel()} values are not finite"
+            remedy = "name an earlier checkpoint, or other weights: a model that has diverged is of no use to anything"
+            raise NonFiniteError(what, source=f"{key} = {found.path}", remedy=remedy)
 
 
 def _refuse(differing: list[str], found: checkpoint.Found, key: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vpmoe.errors import CheckpointError
+from megatron_vpmoe.errors import CheckpointError, NonFiniteError
 from tests.tiny import tiny_config
 from vpmoe.weights.geometry import expected_shapes, geometry_of
 from vpmoe.weights.megatron_checkpoint import write_checkpoint
@@ -45,6 +45,11 @@ def test_weights_arrive_and_another_model_is_refused(single_process, tmp_path: P
     nowhere = tiny_config(**SMALL, load_weights=tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         load_initial_weights(model, nowhere)
+
+    state["decoder.final_layernorm.weight"][3] = torch.inf
+    path, _ = write_checkpoint(tmp_path / "diverged", weights, {"config": geometry_of(cfg)})
+    with pytest.raises(NonFiniteError, match=r"decoder\.final_layernorm\.weight: 1 of \d+ values are not finite"):
+        load_initial_weights(model, tiny_config(**SMALL, load_weights=path))
 
 
 def test_missing_tensors_are_named(single_process, tmp_path: Path) -> None:
