@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_vpmoe.errors import visible
 from vpmoe.tokenizer.interface import Tokenizer
 
 if TYPE_CHECKING:
@@ -29,7 +30,10 @@ def spell(ids: Sequence[int], tokenizer: Tokenizer) -> str:
 
 
 def harmony_text(ids: Sequence[int], tokenizer: Tokenizer) -> Text:
-    """Decode ``ids``, valid Harmony or not: special tokens and headers dimmed, contents coloured by channel."""
+    """Decode ``ids``, valid Harmony or not: special tokens and headers dimmed, contents coloured by channel.
+
+    Control, direction and invisible characters are shown as code points: what a model writes drives no terminal.
+    """
     from rich.text import Text
 
     text = Text()
@@ -41,12 +45,12 @@ def harmony_text(ids: Sequence[int], tokenizer: Tokenizer) -> Text:
             continue
         between = spell(waiting, tokenizer)
         waiting = []
-        text.append(between, style=style)
+        text.append(visible(between), style=style)
         special = tokenizer.decode([token_id])
         text.append(special, style=_STRUCTURE)
         style = _STRUCTURE
         if special == "<|message|>":
             style = STYLES.get(between, _OTHER) if last_special == "<|channel|>" else _OTHER
         last_special = special
-    text.append(spell(waiting, tokenizer), style=style)
+    text.append(visible(spell(waiting, tokenizer)), style=style)
     return text

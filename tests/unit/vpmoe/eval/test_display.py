@@ -28,6 +28,12 @@ def test_broken_text_is_shown_whole(ids, tokenizer) -> None:
     assert "bold green" not in styled(text).values()
 
 
+def test_what_hides_or_drives_a_terminal_is_shown(ids, tokenizer) -> None:
+    spelling = "<|start|>assistant<|message|>a\x1b[31m\u202eb\u200b<|end|>\x07"
+    shown = r"<|start|>assistant<|message|>a\x1b[31m\u202eb\u200b<|end|>\x07"
+    assert harmony_text(ids(spelling), tokenizer).plain == shown
+
+
 def test_padding_ids_are_named(ids, tokenizer) -> None:
     padding = tokenizer.padded_vocab_size - 1
     assert spell([*ids("ab"), padding, *ids("c")], tokenizer) == f"ab<|no token {padding}|>c"
