@@ -41,8 +41,8 @@ def test_same_model_and_the_way_back(name: str, tmp_path: Path) -> None:
     imported = import_directory(model, tmp_path / "megatron")
 
     found = compare(folder, imported.path, greedy_steps=64)
-    assert found.logit_scale > 1
-    assert found.logit_difference <= 1e-4
+    assert found.logits.scale > 1
+    assert found.logits.largest <= 1e-4
     assert found.greedy_identical
 
     exported = export_checkpoint(imported.path, tmp_path / "back")
@@ -78,4 +78,4 @@ def test_the_comparison_sees_a_wrong_layout(tmp_path: Path) -> None:
     )
     wrong, _ = write_checkpoint(tmp_path / "wrong", weights, run_state(model.cfg, model.carried))
     found = compare(folder, wrong, greedy_steps=4, prompt_lengths=(9,))
-    assert found.logit_difference > 0.1
+    assert found.logits.largest > 0.1

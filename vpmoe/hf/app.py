@@ -84,7 +84,7 @@ def compare(
     """Run both models in fp32 on the same tokens; exit code 1 where logits or greedy tokens are not the same."""
     found = compare_models(folder, checkpoint, greedy_steps=steps, trust_remote_code=trust_remote_code)
     typer.echo(
-        f"largest logit difference {found.logit_difference:.2e} (largest logit {found.logit_scale:.2f}); greedy tokens "
+        f"largest logit difference {found.logits.largest:.2e} (largest logit {found.logits.scale:.2f}); greedy tokens "
         f"over {found.greedy_steps} steps {'identical' if found.greedy_identical else 'DIFFER'}"
     )
     if fault := found.fault(tolerance):

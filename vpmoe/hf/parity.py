@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ import torch
 from vpmoe.errors import WeightsError
 from vpmoe.hf import convert
 from vpmoe.weights import megatron_checkpoint
-from vpmoe.weights.geometry import config_of, load_model, process_groups
-from vpmoe.weights.tensors import largest_difference
+from vpmoe.weights.geometry import load_model, process_groups
+from vpmoe.weights.tensors import LogitDifference
 
 
 @dataclass(frozen=True)
@@ -20,30 +22,27 @@ class Parity:
     """What was found.
 
     Attributes:
-        logit_difference: largest absolute one over all positions and HF's vocabulary, fp32.
-        logit_scale: largest absolute logit of HF's, for comparison.
+        logits: of ours from HF's, over HF's vocabulary.
         greedy_steps: tokens generated for each prompt on both sides, with a key-value cache.
         greedy_identical: whether all of them are equal.
-        prompts: lengths of the prompts, in tokens.
     """
 
-    logit_difference: float
-    logit_scale: float
+    logits: LogitDifference
     greedy_steps: int
     greedy_identical: bool
-    prompts: list[int]
 
     def fault(self, tolerance: float) -> str | None:
-        """Why they are not the same model; None if they are.
-
-        Args:
-            tolerance: largest allowed logit difference, relative to the largest logit where that is above 1.
-        """
-        bound = tolerance * max(1.0, self.logit_scale)
-        if self.logit_difference <= bound and self.greedy_identical:
+        """Why they are not the same model; None if they are. ``tolerance`` as for ``LogitDifference.fault``."""
+        fault = self.logits.fault(tolerance)
+        if fault is None and self.greedy_identical:
             return None
         agree = "agree" if self.greedy_identical else "differ"
-        return f"logits differ by {self.logit_difference:.2e} (allowed {bound:.2e}), greedy tokens {agree}"
+        return f"logits differ by {fault or f'{self.logits.largest:.2e}'}, greedy tokens {agree}"
+
+    def as_json(self) -> dict[str, Any]:
+        """For a receipt."""
+        greedy = {"greedy_steps": self.greedy_steps, "greedy_identical": self.greedy_identical}
+        return {**self.logits.as_json(), **greedy}
 
 
 def compare(
@@ -74,15 +73,17 @@ def compare(
     from megatron_vpmoe.training.checkpoint import open_checkpoint
 
     found = open_checkpoint(checkpoint)
-    cfg = config_of(found.state["config"], source=str(found.path))
+    cfg = megatron_checkpoint.read_config(found.path)
     opened = convert.open_directory(hf_folder, cfg=cfg)
     for tensor in opened.weights.values():
         tensor.read()  # a nan is found here, with its tensor's name
-    theirs = _open_hf(opened, trust_remote_code)
+    with _said_by_transformers(opened.folder):
+        theirs = _open_hf(opened, trust_remote_code)
     vocab = opened.carried.vocab_size
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(0, vocab, (length,), generator=generator).tolist() for length in prompt_lengths]
-    difference = scale = 0.0
+    before: list[torch.Tensor] = []
+    after: list[torch.Tensor] = []
     greedy: list[list[int]] = []
     with process_groups(), torch.no_grad():
         ours = load_model(
@@ -90,25 +91,24 @@ def compare(
         )
         for prompt in prompts:
             row = torch.tensor([prompt])
-            expected = theirs(row).logits
-            logits = ours(*left_padded([prompt], ours.device)).logits()[..., :vocab]
-            difference = max(difference, largest_difference(expected, logits))
-            scale = max(scale, float(expected.abs().max()))
-            continued = theirs.generate(
-                row,
-                attention_mask=torch.ones_like(row),
-                max_new_tokens=greedy_steps,
-                min_new_tokens=greedy_steps,
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=0,
-                eos_token_id=None,
-                repetition_penalty=1.0,
-            )
+            after.append(ours(*left_padded([prompt], ours.device)).logits()[0, :, :vocab])
+            with _said_by_transformers(opened.folder):
+                before.append(theirs(row).logits[0])
+                continued = theirs.generate(
+                    row,
+                    attention_mask=torch.ones_like(row),
+                    max_new_tokens=greedy_steps,
+                    min_new_tokens=greedy_steps,
+                    do_sample=False,
+                    use_cache=True,
+                    pad_token_id=0,
+                    eos_token_id=None,
+                    repetition_penalty=1.0,
+                )
             greedy.append(continued[0, len(prompt) :].tolist())
         options = SamplingOptions(max_new_tokens=greedy_steps, stop_ids=())
         answered = [one.ids for one in generate(ours, [Prompt(prompt) for prompt in prompts], options)]
-    return Parity(difference, scale, greedy_steps, answered == greedy, list(prompt_lengths))
+    return Parity(LogitDifference.between(before, after), greedy_steps, answered == greedy)
 
 
 def _open_hf(opened: convert.HFModel, trust_remote_code: bool) -> Any:
@@ -120,17 +120,22 @@ def _open_hf(opened: convert.HFModel, trust_remote_code: bool) -> Any:
     ours = opened.form is convert.student and not trust_remote_code
     model: Any = VpMoeForCausalLM if ours else AutoModelForCausalLM
     logging.disable_progress_bar()
+    return model.from_pretrained(
+        opened.folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
+    ).eval()
+
+
+@contextlib.contextmanager
+def _said_by_transformers(folder: Path) -> Iterator[None]:
     try:
-        return model.from_pretrained(
-            opened.folder,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-        ).eval()
-    except Exception as error:  # whatever transformers raises for what is wrong beyond geometry and weights
+        yield
+    except Exception as error:  # whatever it raises for what is wrong beyond geometry and weights
         raise WeightsError(
-            f"transformers cannot load it: {type(error).__name__}: {error}",
-            source=str(opened.folder),
+            f"transformers cannot load or run it: {type(error).__name__}: {error}",
+            source=str(folder),
             remedy="correct its config.json, or fetch or export the directory again",
         ) from error

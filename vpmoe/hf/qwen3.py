@@ -55,7 +55,7 @@ _FIXED = {
 class _Rope(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
-    rope_theta: float | None = None
+    rope_theta: float | None = Field(default=None, gt=0)
     rope_type: Literal["default"] | None = None
     type: Literal["default"] | None = None
 
@@ -72,7 +72,7 @@ class _Config(HFConfig):
     num_key_value_heads: int = Field(ge=1)
     head_dim: int | None = Field(default=None, ge=1)
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
+    rope_theta: float = Field(default=10_000.0, gt=0)
     rope_parameters: _Rope | None = None
     rope_scaling: _Rope | None = None
 

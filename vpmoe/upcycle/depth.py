@@ -19,7 +19,6 @@ from megatron_vpmoe.config import RunConfig
 from vpmoe.errors import UpcycleError
 from vpmoe.upcycle.job import DrawingSettings, Job, Product, Task
 from vpmoe.upcycle.rung_below import (
-    LogitDifference,
     RungBelow,
     below_and_written,
     in_layer,
@@ -28,8 +27,9 @@ from vpmoe.upcycle.rung_below import (
     random_prompts,
     refuse_changed,
     refuse_other_changes,
+    require_same_logits,
 )
-from vpmoe.weights.tensors import LazyTensor
+from vpmoe.weights.tensors import LazyTensor, LogitDifference
 
 VALUE_RESIDUAL = "self_attention.value_residual_scale"
 _ADDED_TO_THE_STREAM = tuple(
@@ -74,7 +74,7 @@ class Depth(Job[DepthSettings]):
             logits_of(below.cfg, before, prompts, source=task.inputs["model"].spec.id),
             logits_of(task.cfg, written, prompts, source=task.spec.id),
         )
-        found.require(0.0, "adding layers", source=task.spec.id)
+        require_same_logits(found, 0.0, "adding layers", source=task.spec.id)
         return {**found.as_json(), "old_tensors_bit_identical": True}
 
 

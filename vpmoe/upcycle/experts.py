@@ -35,7 +35,6 @@ from vpmoe.errors import UpcycleError
 from vpmoe.upcycle.expert_checks import experts_reached
 from vpmoe.upcycle.job import DrawingSettings, Job, Product, Task
 from vpmoe.upcycle.rung_below import (
-    LogitDifference,
     RungBelow,
     below_and_written,
     in_layer,
@@ -43,9 +42,10 @@ from vpmoe.upcycle.rung_below import (
     logits_of,
     random_prompts,
     refuse_other_changes,
+    require_same_logits,
 )
 from vpmoe.weights import Weights
-from vpmoe.weights.tensors import LazyTensor
+from vpmoe.weights.tensors import LazyTensor, LogitDifference
 
 _FEED_FORWARD = "mlp."
 _NOISE = {"zero_out": 0.02, "copy_plus_noise": 0.1}
@@ -118,7 +118,7 @@ class Experts(Job[ExpertsSettings]):
         on_disk = LogitDifference.between(before, logits_of(task.cfg, written, prompts, source=task.spec.id))
         exact = settings.init_experts != "copy_plus_noise"
         if exact:
-            in_fp32.require(settings.logit_tolerance, settings.init_experts, source=task.spec.id)
+            require_same_logits(in_fp32, settings.logit_tolerance, settings.init_experts, source=task.spec.id)
         return {
             "exact": exact,
             "in_fp32": in_fp32.as_json(),

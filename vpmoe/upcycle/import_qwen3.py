@@ -6,7 +6,6 @@ both sides with a key-value cache, and whether importing the export gives the sa
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -68,4 +67,4 @@ class ImportQwen3(Job[ImportQwen3Settings]):
                 source=task.spec.id,
                 remedy="the conversion is wrong, or the directory is no plain Qwen3",
             )
-        return {"parity": asdict(found), "reimport_bit_identical": True}
+        return {"parity": found.as_json(), "reimport_bit_identical": True}

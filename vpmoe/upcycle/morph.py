@@ -24,7 +24,6 @@ from vpmoe.upcycle.job import Product, Task
 from vpmoe.upcycle.passages import TextJob, TextSettings, calibration_passages, heldout_passages
 from vpmoe.upcycle.residual_streams import Batch, batches_of
 from vpmoe.upcycle.rung_below import (
-    LogitDifference,
     RungBelow,
     below_and_written,
     in_layer,
@@ -32,12 +31,14 @@ from vpmoe.upcycle.rung_below import (
     logits_of,
     random_prompts,
     refuse_other_changes,
+    require_same_logits,
     text_loss,
 )
 from vpmoe.upcycle.sinks import calibrate_sinks
 from vpmoe.weights import LazyTensor, Weights
 from vpmoe.weights.geometry import config_of, geometry_of
 from vpmoe.weights.heads import split_heads
+from vpmoe.weights.tensors import LogitDifference
 
 _QKV = "self_attention.linear_qkv."
 _SINK = "self_attention.sink"
@@ -117,7 +118,7 @@ class Ledger:
 
     def loss(self, cfg: RunConfig, weights: Weights) -> float:
         """On the held-out text, in nats a token."""
-        return text_loss(cfg, weights, self.heldout.tokens, scored=self.heldout.scored, source=self.source)
+        return text_loss(cfg, weights, self.heldout, source=self.source)
 
     def entry(self, cfg: RunConfig, *, exact: bool) -> dict[str, Any]:
         """Logit difference on short prompts and loss on the texts of the model below under ``cfg``.
@@ -130,7 +131,7 @@ class Ledger:
         found = LogitDifference.between(self.logits_before, logits)
         if exact:
             place = f"{self.task.spec.id}: {_features(cfg)}"
-            found.require(self.task.settings.logit_tolerance, "an exact switch", source=place)
+            require_same_logits(found, self.task.settings.logit_tolerance, "an exact switch", source=place)
         loss = self.loss(cfg, weights)
         return {"exact_on_short_prompts": exact, **found.as_json(), "loss": loss, "cost": loss - self.loss_before}
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,7 +19,10 @@ from vpmoe.upcycle.job import Product, Task
 from vpmoe.weights import Weights, megatron_checkpoint
 from vpmoe.weights.geometry import conform, process_groups
 from vpmoe.weights.streamed_model import streamed_model
-from vpmoe.weights.tensors import DTYPES, LazyTensor, largest_difference, require_finite, tensor_sha256
+from vpmoe.weights.tensors import DTYPES, LazyTensor, LogitDifference, require_finite, tensor_sha256
+
+if TYPE_CHECKING:
+    from vpmoe.upcycle.passages import Passages
 
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -137,62 +140,31 @@ def logits_of(cfg: RunConfig, weights: Weights, prompts: Sequence[Sequence[int]]
     return [row[-len(prompt) :].float() for row, prompt in zip(logits, prompts, strict=True)]
 
 
-@dataclass(frozen=True)
-class LogitDifference:
-    """How far two models' logits are apart.
-
-    Attributes:
-        largest: absolute, over all positions and words.
-        scale: largest absolute logit of the first model.
-        prompts: lengths, in tokens.
-    """
-
-    largest: float
-    scale: float
-    prompts: list[int]
-
-    @classmethod
-    def between(cls, before: Sequence[Tensor], after: Sequence[Tensor]) -> LogitDifference:
-        """Of two results of ``logits_of`` on the same prompts; raises :class:`NonFiniteError`."""
-        pairs = list(zip(before, after, strict=True))
-        return cls(
-            largest=max(largest_difference(old, new) for old, new in pairs),
-            scale=max(float(old.abs().max()) for old in before),
-            prompts=[len(old) for old in before],
+def require_same_logits(found: LogitDifference, tolerance: float, what: str, *, source: str) -> None:
+    """Raise :class:`UpcycleError`, beginning with ``what``, if logits differ by more than ``tolerance`` allows."""
+    if fault := found.fault(tolerance):
+        raise UpcycleError(
+            f"{what} moves the logits by {fault}", source=source, remedy="the conversion is wrong; report it"
         )
 
-    def require(self, tolerance: float, what: str, *, source: str) -> None:
-        """Bound the difference by ``tolerance``, relative to the largest logit where that is above 1.
 
-        Raises:
-            UpcycleError: it is larger; begins with ``what``.
-        """
-        bound = tolerance * max(1.0, self.scale)
-        if not self.largest <= bound:
-            raise UpcycleError(
-                f"{what} moves the logits by {self.largest:.2e} (allowed {bound:.2e})",
-                source=source,
-                remedy="the conversion is wrong; report it",
-            )
-
-    def as_json(self) -> dict[str, Any]:
-        return {"logit_difference": self.largest, "logit_scale": self.scale, "prompts": self.prompts}
-
-
-def text_loss(
+def text_losses(
     cfg: RunConfig,
     weights: Weights,
     texts: Sequence[Sequence[int]],
     *,
     source: str,
     scored: Sequence[Sequence[bool]] | None = None,
-) -> float:
-    """Mean cross-entropy of texts, given as tokens, in nats a token; the first token of each is not scored.
+) -> list[Tensor]:
+    """Cross-entropies of texts, given as tokens, in nats; the first token of each is not scored.
 
     One layer is in memory at a time, and logits of one chunk of positions.
 
     Args:
         scored: of each text as many entries as tokens; entry t says whether token t + 1 counts. None: all do.
+
+    Returns:
+        for each text fp32, one a token that counts.
     """
     from megatron_vpmoe.model.attention.masks import left_padded
 
@@ -204,5 +176,11 @@ def text_loss(
         for row, marks in zip(counts, scored or [], strict=scored is not None):
             row[-len(marks) :] = torch.tensor(marks)
         counts[:, -1] = False
-        total, terms = model(tokens, layout).cross_entropy(labels, counts, torch.ones(labels.shape))
-    return float(require_finite(total, "the loss", source=source)) / len(terms)
+        _, losses = model(tokens, layout).cross_entropy(labels, counts, torch.ones(labels.shape))
+    return list(require_finite(losses, "the loss", source=source).split(counts.sum(1).tolist()))
+
+
+def text_loss(cfg: RunConfig, weights: Weights, passages: Passages, *, source: str) -> float:
+    """Mean of ``text_losses`` over passages, in nats a token that counts."""
+    losses = text_losses(cfg, weights, passages.tokens, source=source, scored=passages.scored)
+    return float(torch.cat(losses).double().mean())

@@ -111,10 +111,7 @@ def measure(
 ) -> dict[str, Any]:
     """Losses of a model and its conversions on held-out text, in nats a token, and each conversion's block errors."""
     batches = batches_of(passages, batch_tokens)
-    losses = {
-        name: text_loss(*rung, passages.tokens, scored=passages.scored, source=source)
-        for name, rung in {"before": before, **rungs}.items()
-    }
+    losses = {name: text_loss(*rung, passages, source=source) for name, rung in {"before": before, **rungs}.items()}
     return {
         "heldout_tokens": passages.num_tokens,
         "scored_tokens": passages.num_scored,

@@ -9,10 +9,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from vpmoe.upcycle.rung_below import text_losses
 from vpmoe.weights import megatron_checkpoint
-from vpmoe.weights.geometry import load_model, process_groups
 
 
 def measure(checkpoints: tuple[Path, Path], tokenizers: tuple[Any, Any], texts: list[str]) -> list[dict[str, Any]]:
@@ -37,22 +35,15 @@ def measure(checkpoints: tuple[Path, Path], tokenizers: tuple[Any, Any], texts: 
 
 
 def _bits(checkpoint: Path, tokenizer: Any, texts: list[str]) -> list[tuple[int, float | None]]:
-    from megatron_vpmoe.model.attention.masks import left_padded
-
-    cfg = megatron_checkpoint.read_config(checkpoint)
-    found: list[tuple[int, float | None]] = []
-    with process_groups(), torch.no_grad():
-        model = load_model(
-            cfg, megatron_checkpoint.read_weights(checkpoint), source=str(checkpoint), device=torch.device("cpu")
-        )
-        for text in texts:
-            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            scored = len(text.encode()) - len(tokenizer.decode(ids[:1]).encode())
-            if len(ids) < 2 or scored <= 0:
-                found.append((len(ids), None))
-                continue
-            tokens, layout = left_padded([ids], model.device)
-            logits = model(tokens, layout).logits()[0, :-1].float()
-            loss = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum")
-            found.append((len(ids), round(float(loss) / math.log(2) / scored, 4)))
-    return found
+    ids = [tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in texts]
+    scored = [
+        len(text.encode()) - len(tokenizer.decode(tokens[:1]).encode()) if len(tokens) > 1 else 0
+        for text, tokens in zip(texts, ids, strict=True)
+    ]
+    cfg, weights = megatron_checkpoint.read_config(checkpoint), megatron_checkpoint.read_weights(checkpoint)
+    asked = [tokens for tokens, count in zip(ids, scored, strict=True) if count > 0]
+    losses = iter(text_losses(cfg, weights, asked, source=str(checkpoint)))
+    return [
+        (len(tokens), round(float(next(losses).sum()) / math.log(2) / count, 4) if count > 0 else None)
+        for tokens, count in zip(ids, scored, strict=True)
+    ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,11 +86,40 @@ def require_finite(tensor: Tensor, name: str, *, source: str | None = None) -> T
     return tensor
 
 
-def largest_difference(before: Tensor, after: Tensor) -> float:
-    """Largest absolute difference of two models' logits; raises :class:`NonFiniteError`."""
-    pairs = (("the logits before", before), ("the logits after", after))
-    old, new = (require_finite(logits, name) for name, logits in pairs)
-    return float((new - old).abs().max())
+@dataclass(frozen=True)
+class LogitDifference:
+    """How far two models' logits are apart.
+
+    Attributes:
+        largest: absolute, over all positions and words.
+        scale: largest absolute logit of the first model.
+        prompts: lengths, in tokens.
+    """
+
+    largest: float
+    scale: float
+    prompts: list[int]
+
+    @classmethod
+    def between(cls, before: Sequence[Tensor], after: Sequence[Tensor]) -> LogitDifference:
+        """Of two models' fp32 logits [length, vocabulary] of the same prompts; raises :class:`NonFiniteError`."""
+        for name, logits in (("before", before), ("after", after)):
+            for values in logits:
+                require_finite(values, f"the logits {name}")
+        return cls(
+            largest=max(float((new - old).abs().max()) for old, new in zip(before, after, strict=True)),
+            scale=max(float(old.abs().max()) for old in before),
+            prompts=[len(old) for old in before],
+        )
+
+    def fault(self, tolerance: float) -> str | None:
+        """How far, if more than ``tolerance``, which is relative to the largest logit where that is above 1."""
+        bound = tolerance * max(1.0, self.scale)
+        return None if self.largest <= bound else f"{self.largest:.2e} (allowed {bound:.2e})"
+
+    def as_json(self) -> dict[str, Any]:
+        """For a receipt."""
+        return {"logit_difference": self.largest, "logit_scale": self.scale, "prompts": self.prompts}
 
 
 def padded_with_mean(rows: Tensor, of: Tensor, count: int) -> Tensor:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_vpmoe.files import file_entry
 from tests.tiny_qwen3 import write_qwen3
 from tests.tiny_student import write_student
 from vpmoe.cli import main
@@ -79,6 +80,33 @@ def test_what_is_not_there_is_not_made_up(
     assert compare(other, pair[1]) == compare(pair[0], tmp_path / "nothing") == 2
     said = capsys.readouterr().err
     assert said.count("remedy") == 4 and "Traceback" not in said
+    silent = tmp_path / "silent"
+    shutil.copytree(pair[1], silent)
+    state = json.loads((silent / "run_state.json").read_text())
+    (silent / "run_state.json").write_text(json.dumps({**state, "config": None}))
+    files = json.loads((silent / "files.json").read_text())
+    files["run_state.json"] = file_entry(silent / "run_state.json")
+    (silent / "files.json").write_text(json.dumps(files))
+    assert compare(pair[0], silent) == 2
+    assert "it says no geometry" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"max_position_embeddings": "many"}, "transformers cannot load or run it: StrictDataclass"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_parameters.rope_theta = 0"),
+        ({"rope_parameters": None, "rope_theta": -1.0}, "rope_theta = -1.0"),
+    ],
+)
+def test_a_configuration_that_cannot_run_is_one_message(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], told: dict[str, object], said: str
+) -> None:
+    folder = changed(pair, tmp_path, lambda tensors: None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **told}))
+    assert compare(folder, pair[1]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_code_in_a_directory_is_run_on_the_users_word_alone(
@@ -100,4 +128,8 @@ def test_code_in_a_directory_is_run_on_the_users_word_alone(
     assert not (tmp_path / "was_run").exists()
     assert compare(exported, checkpoint, "--trust-remote-code") == 2
     assert (tmp_path / "was_run").exists()
-    assert "transformers cannot load it: ImportError" in capsys.readouterr().err
+    config = json.loads((exported / "config.json").read_text())
+    (exported / "config.json").write_text(json.dumps({**config, "max_position_embeddings": "many"}))
+    assert compare(exported, checkpoint) == 2
+    said = capsys.readouterr().err
+    assert "load or run it: ImportError" in said and "load or run it: TypeError: '>' not supported" in said

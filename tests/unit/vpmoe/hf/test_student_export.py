@@ -59,8 +59,8 @@ def test_same_model_and_the_way_back(name: str, tmp_path: Path) -> None:
     written = export_checkpoint(checkpoint, tmp_path / "hf")
     # Longer than the window, and decoded past it.
     found = compare(written.path, checkpoint, prompt_lengths=(3, 11), greedy_steps=6)
-    assert found.logit_scale > 0.5
-    assert found.logit_difference <= 1e-4
+    assert found.logits.scale > 0.5
+    assert found.logits.largest <= 1e-4
     assert found.greedy_identical
     again = import_directory(open_directory(written.path), tmp_path / "again")
     assert again.tensor_sha256.keys() == open_directory(written.path).weights.keys()
@@ -125,6 +125,6 @@ def test_padding_rows_stay_out_of_every_export(tmp_path: Path) -> None:
     written = export_checkpoint(checkpoint, tmp_path / "hf").path
     assert json.loads((written / "config.json").read_text())["vocab_size"] == 60
     found = compare(written, checkpoint, prompt_lengths=(3,), greedy_steps=2)
-    assert found.logit_difference <= 1e-4
+    assert found.logits.largest <= 1e-4
     for rows in (60, 64):
         assert open_directory(written, padded_vocab_size=rows).weights["output_layer.weight"].shape == (rows, 16)
