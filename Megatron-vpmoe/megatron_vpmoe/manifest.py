@@ -39,7 +39,10 @@ def _of_a_file(name: str) -> str:
 Name = Annotated[str, AfterValidator(_of_a_file)]
 """Of a file, from the manifest's folder or its split's on; it does not lead out of it."""
 Count = Annotated[int, Field(ge=0, lt=2**53)]
-Ids = Annotated[int, Field(ge=1, le=2**24)]
+MOST_IDS = 2**24
+LONGEST = 2**24
+"""Tokens of a document, at most."""
+Ids = Annotated[int, Field(ge=1, le=MOST_IDS)]
 """A number of ids: tables of so many are made before anything else is looked at."""
 Kind = Literal["harmony_kd", "healing_text", "harmony_sft", "harmony_preference"]
 PREFERENCE = "harmony_preference"
@@ -128,7 +131,7 @@ class Content(Entry):
     schema_version: Literal[1]
     kind: Kind
     pairs: bool = False
-    seq_length: Annotated[int, Field(ge=1, le=2**24)]
+    seq_length: Annotated[int, Field(ge=1, le=LONGEST)]
     tokenizer: TokenizerEntry
     splits: dict[str, SplitEntry]
     prompts: PromptsEntry | None = None

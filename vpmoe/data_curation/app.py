@@ -39,7 +39,9 @@ def verify(
     input_dir: Annotated[
         Path | None, typer.Option(help="the conversations it was built from: are they unchanged?")
     ] = None,
-    parsed_per_shard: Annotated[int, typer.Option(help="documents of each shard to parse")] = DEFAULT_PARSED_PER_SHARD,
+    parsed_per_shard: Annotated[
+        int, typer.Option(min=0, help="documents of each shard to parse")
+    ] = DEFAULT_PARSED_PER_SHARD,
 ) -> None:
     """Re-hash and re-check a dataset (token files or conversations); lists every fault, exit code 2 if there is one."""
     faults = find_faults(dataset_dir, input_dir=input_dir, parsed_per_shard=parsed_per_shard)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 
 from megatron_vpmoe.errors import DataError, NonFiniteError
-from megatron_vpmoe.files import json_bytes, read_json, read_json_lines, sha256_of_json
+from megatron_vpmoe.files import json_bytes, read_json, read_json_lines, sha256_of_json, write_atomically
 
 
 def test_lines_are_split_at_the_line_feed_alone(tmp_path: Path) -> None:
@@ -35,6 +36,16 @@ def test_a_name_that_is_not_utf8_goes_through_json_and_back(tmp_path: Path) -> N
     (tmp_path / "record").write_bytes(json_bytes(value))
     assert read_json(tmp_path / "record") == value
     assert sha256_of_json(value) != sha256_of_json({"name": "rows_.jsonl"})
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=str(tmp_path / "page.html")):
+        write_atomically(tmp_path / "page.html", b"page")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ from vpmoe.progress import Progress
 
 REJECTS_NAME = "rejects.jsonl"
 DEFAULT_LIMIT = RejectLimit(0.001)
+_MOST_SHARDS = 900
+"""Each is an open file, of which systems commonly allow a process 1,024."""
 
 
 def convert(
@@ -50,8 +52,8 @@ def convert(
         NotOursError, BusyError: see :func:`vpmoe.steps.run`.
         DataError: the source is empty, cannot be read to its end, or too many of its rows were rejected.
     """
-    if num_shards < 1:
-        raise DataError(f"{num_shards} shards", source="--num-shards", remedy="use at least 1")
+    if not 1 <= num_shards <= _MOST_SHARDS:
+        raise DataError(f"{num_shards} shards", source="--num-shards", remedy=f"use 1 to {_MOST_SHARDS}")
     steps.check_place(output_dir)
     step = steps.Step(
         "conversations",

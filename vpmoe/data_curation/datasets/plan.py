@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vpmoe.files import sha256_of_file
+from megatron_vpmoe.manifest import LONGEST, MOST_IDS
 from vpmoe.data_curation.reject_limit import RejectLimit
 from vpmoe.errors import DataError
 from vpmoe.harmony.conversation import Message
@@ -61,8 +62,10 @@ class BuildOptions:
             DataError: names each of them.
         """
         faults = []
-        if self.seq_len < 16:
-            faults.append(f"--seq-len {self.seq_len}: no conversation fits below 16 tokens")
+        if not 16 <= self.seq_len <= LONGEST:
+            faults.append(
+                f"--seq-len {self.seq_len}: no conversation fits below 16 tokens, none is read above {LONGEST}"
+            )
         for name, value in (("valid", self.valid_fraction), ("max-reject", self.max_reject_fraction)):
             if not 0 <= value < 1:
                 faults.append(f"--{name}-fraction {value}: must be at least 0 and below 1")
@@ -74,6 +77,10 @@ class BuildOptions:
             faults.append("--compact-vocab-size and --compact-map: give one of them")
         if self.tokenizer is not None and (self.compact_map is not None or self.tokenizer_model is not None):
             faults.append("--tokenizer is another vocabulary: give no --compact-map or --tokenizer-model beside it")
+        own = self.tokenizer or self.compact_map or self.compact_vocab_size
+        if self.padded_vocab_size is not None and (own is None or self.padded_vocab_size > MOST_IDS):
+            what = "o200k Harmony has its own rows" if own is None else f"no vocabulary has more than {MOST_IDS} rows"
+            faults.append(f"--padded-vocab-size {self.padded_vocab_size}: {what}")
         if self.compact_map is not None and not self.compact_map.is_file():
             faults.append(f"--compact-map {self.compact_map}: no such file; pass a dataset's compact_vocab.npy")
         if faults:

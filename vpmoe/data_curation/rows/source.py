@@ -143,7 +143,7 @@ def resolve(
 
     Args:
         spelled: what the user asked for.
-        revision: commit; needed for a hub dataset.
+        revision: commit; needed for a hub dataset, and of nothing else.
         hub_config, hub_split: of a hub dataset.
         suffixes: of the files that are read; of a folder, all that are below it.
 
@@ -152,6 +152,12 @@ def resolve(
             commit.
     """
     path = Path(spelled)
+    if path.exists() and (revision is not None or hub_config is not None):
+        raise DataError(
+            f"{spelled} is a local path, which has no revision or configuration",
+            source="--revision, --hub-config",
+            remedy="leave them out; or, if the hub's dataset is meant, run it where no such path is",
+        )
     shown = ", ".join(f"*{suffix}" for suffix in suffixes)
     if path.is_file() and path.name.endswith(suffixes):
         return RowSource(((path.name, path),), path.name, path)

@@ -27,6 +27,8 @@ def test_verify_reports_a_sound_dataset_and_raises_for_another(dataset_dir: Path
     assert result.exit_code == 0 and "sound" in result.output
     result = CliRunner().invoke(app, ["verify", str(tmp_path)])
     assert isinstance(result.exception, DataError) and result.exception.exit_code == 2
+    result = CliRunner().invoke(app, ["verify", str(dataset_dir), "--parsed-per-shard", "-3"])
+    assert result.exit_code == 2 and "--parsed-per-shard" in result.output
 
 
 def test_inspect_shows_figures_and_conversations(dataset_dir: Path) -> None:

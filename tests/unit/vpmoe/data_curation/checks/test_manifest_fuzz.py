@@ -59,7 +59,7 @@ def edits(draw: st.DrawFn) -> Callable[[dict[str, Any]], dict[str, Any]]:
             *above, last = ways[number % len(ways)]
             parent = at(manifest, tuple(above))
             if how == 0:
-                parent[last] = value
+                parent[last] = copy.deepcopy(value)
             elif how >= 4:  # of the same kind, so that the shape stays right
                 same = [way for way in ways if type(at(manifest, way)) is type(parent[last])]
                 parent[last] = copy.deepcopy(at(manifest, same[other % len(same)]))

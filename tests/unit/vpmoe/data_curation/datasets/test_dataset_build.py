@@ -146,6 +146,10 @@ def test_wrong_options_are_named_all_at_once(conversations_dir: Path, tmp_path: 
         build(conversations_dir, tmp_path, options, quiet=True)
     for named in ("--seq-len 4", "--valid-fraction 1.5", "--renderer quick"):
         assert named in str(caught.value)
+    compact = {"compact_vocab_size": 512, "padded_vocab_size": 2**24 + 1}
+    for options in ({"seq_len": 2**24 + 1}, {"padded_vocab_size": 2**18}, compact):
+        with pytest.raises(DataError, match=f"{list(options.values())[-1]}: "):  # not when all is built
+            BuildOptions(**options).check()
     with pytest.raises(TokenizerError, match="no rank file"):
         build(conversations_dir, tmp_path, BuildOptions(tokenizer_model=tmp_path / "none"), quiet=True)
 

@@ -230,6 +230,8 @@ def test_a_hub_id_needs_a_commit(revision: str | None, tmp_path: Path, monkeypat
         resolve("PleIAs/SYNTH", revision)
     source = resolve("PleIAs/SYNTH", COMMIT)
     assert (source.hub_id, source.revision, source.files) == ("PleIAs/SYNTH", COMMIT, ())
+    with pytest.raises(DataError, match="is a local path, which has no revision"):
+        resolve(str(tmp_path), revision or COMMIT)
 
 
 def test_an_unreachable_hub_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
