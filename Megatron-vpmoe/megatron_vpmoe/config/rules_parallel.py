@@ -118,6 +118,11 @@ REFUSED: tuple[Rule, ...] = (
         _unfilled,
     ),
     refuse(
+        f"reference_weights {_PP}",
+        "the frozen model is not cut into stages; use an objective without it, or one stage",
+        lambda c: c[_PP] > 1 and c.reference_weights is not None,
+    ),
+    refuse(
         f"num_layers {_PP} {_FIRST} {_LAST}",
         "{layers_left} layers cannot be shared out evenly over {stages_left} stages; "
         "give the first or the last stage a number of its own (--num-layers-in-last-pipeline-stage)",

@@ -41,8 +41,6 @@ _IMPORTED = (
     "transformer.moe.token_dispatcher",
     "dist_checkpointing",
     "dist_checkpointing.strategies.torch",
-    "dist_checkpointing.strategies.filesystem_async",
-    "dist_checkpointing.strategies.state_dict_saver",
     "datasets.indexed_dataset",
 )
 
@@ -81,17 +79,12 @@ class _CudaOnCpu(ModuleType):
     def current_stream(*_args: Any) -> _Inert:
         return _Inert()
 
-    default_stream = current_stream
-
     @staticmethod
     def stream(_stream: Any) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     @staticmethod
     def synchronize(*_args: Any) -> None: ...
-
-    @staticmethod
-    def empty_cache() -> None: ...
 
     @staticmethod
     def get_rng_state(*_args: Any, **_kwargs: Any) -> torch.Tensor:

@@ -62,6 +62,7 @@ class Run:
     Attributes:
         valid: the validation splits by the prefix of their metrics: "valid", or "valid/<name>" for each of a blend.
         valid_dataset: the first of them, whose prompts are answered.
+        reference: the frozen model that annotates both, if there is one.
         assignment: which parameter goes to which optimizer.
         iteration: finished optimizer steps.
         position: of the source after them (skipped steps included).
@@ -82,6 +83,7 @@ class Run:
     source: Source
     valid: dict[str, Batches]
     valid_dataset: KDDataset
+    reference: Reference
     provenance: dict[str, Any]
     assignment: list[AssignmentRow]
     iteration: int = 0
@@ -176,6 +178,7 @@ def open_run(cfg: RunConfig) -> Run:
         source=source,
         valid=valid,
         valid_dataset=valid_parts[0].dataset,
+        reference=reference,
         provenance=collect_provenance(cfg, [part.dataset.manifest for part in train]),
         notes=(*notes, *implementation_notes(model, cfg)),
         carried=_carried(started_from, [part.dataset.manifest for part in train], cfg),

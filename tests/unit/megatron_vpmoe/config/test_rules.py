@@ -74,6 +74,7 @@ from megatron_vpmoe.config.schema import fields
         ("--sequence-parallel", "sequence_parallel", "there is one"),
         ("--pipeline-model-parallel-size 3", "num_layers", "8 layers cannot be shared out evenly over 3 stages"),
         ("--pipeline-model-parallel-size 16", "num_layers", "do not fill 16 stages"),
+        ("--pipeline-model-parallel-size 2 --reference-weights x", "reference_weights", "not cut into stages"),
         (
             "--pipeline-model-parallel-size 2 --num-layers-in-first-pipeline-stage 8",
             "num_layers_in_first_pipeline_stage",

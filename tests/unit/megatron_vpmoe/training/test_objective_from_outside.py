@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.errors import CheckpointError, ConfigError, DataError
 from megatron_vpmoe.objectives import OBJECTIVES, Needs, build_objective
 from megatron_vpmoe.runtime import distributed
-from megatron_vpmoe.sources import StoredSource, ahead, check_needs
+from megatron_vpmoe.sources import Reference, StoredSource, ahead, check_needs
 from megatron_vpmoe.training import run as run_module
 from megatron_vpmoe.training.loop import train
 from tests.fixtures_dataset import small_dataset
@@ -129,6 +131,19 @@ def test_a_frozen_model_annotates_batches_before_the_update(
     assert apart[1] < 1e-9 < 1e-7 < apart[3]  # the same weights at first; the reference stays where it was
     assert any(r["tag"] == "valid/kl/apart" for r in records(tmp_path / "held"))
     assert any("reference log-probabilities" in note for note in held.notes)
+
+    passes, annotate = [], Reference.__call__
+
+    def asked_to_stop(self: Reference, batch: Any) -> Any:
+        passes.append(os.kill(os.getpid(), signal.SIGTERM))
+        return annotate(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reference, "__call__", asked_to_stop)
+        many = {"global_batch_size": 20, "micro_batch_size": 1, "eval_at_start": True}
+        stopped = trained(config(tmp_path, "stopped", reference_weights=weights, **how, **many))
+    assert (stopped.iteration, len(passes)) == (0, 1)
+
     monkeypatch.setattr(run_module, "build_model", lambda *_: pytest.fail("a model was built"))
     with pytest.raises(ConfigError, match="Anchored needs the annotation 'reference_log_p'"):
         trained(config(tmp_path, "none", **how))
