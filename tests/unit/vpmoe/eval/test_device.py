@@ -48,10 +48,23 @@ def test_evaluation_of_a_ladder(run_directory: Path, monkeypatch: pytest.MonkeyP
     assert found == pytest.approx(expected)
 
 
-def test_sampling(run_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with lend(monkeypatch) as card:
-        assert main(["sample", str(run_directory), "What is 1 + 2?", "--max-new-tokens", "3"]) == 0
-    assert card.met
+def test_sampling_and_evaluation(
+    data: Path, run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = ["--only-valid", "--logprobs", "--temperature", "1", "--top-k", "9", "--min-p", "0.01", "--samples", "2"]
+    asked = [
+        "--questions",
+        str(data / "rows" / "test.jsonl"),
+        "--per-family",
+        "1",
+        "--output",
+        str(tmp_path / "a.json"),
+    ]
+    run, question = str(run_directory), "What is 1 + 2?"
+    for words in (["sample", run, question], ["sample", run, question, *drawn], ["eval", "nano", run, *asked]):
+        with lend(monkeypatch) as card:
+            assert main([*words, "--max-new-tokens", "24"]) == 0, words
+        assert card.met
 
 
 def test_a_model_on_the_cpu_by_choice_is_asked_there(qwen: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
