@@ -67,7 +67,8 @@ class Carried:
     def of(cls, state: Mapping[str, Any], cfg: RunConfig) -> Carried:
         """What a checkpoint's ``run_state.json`` holds of it."""
         size = int(state.get("vocab_size", cfg.model.padded_vocab_size))
-        return cls(size, dict(state.get("hf_config", {})), state.get("prompts"))
+        kept = {key: value for key, value in state.get("hf_config", {}).items() if key not in _NOT_KEPT}
+        return cls(size, kept, state.get("prompts"))
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ def write_hf_directory(
         shutil.copyfile(code, folder / code.name)
     for name, content in made.items():
         (folder / name).write_bytes(content)
-    for asset in assets:
-        shutil.copyfile(asset, folder / asset.name)
+    for name, content in tokenizer_files.kept_of(assets).items():
+        (folder / name).write_bytes(content)
     tokenizer_files.give_harmony_template(folder, carried.prompts)
     return hashes

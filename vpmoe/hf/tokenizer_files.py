@@ -7,7 +7,7 @@ came from another directory, and are copied.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,28 @@ def made_from(assets: Iterable[Path]) -> tuple[dict[str, bytes], dict[str, Any]]
         GENERATION: json_bytes({**ids, "do_sample": False}),
     }
     return files, ids
+
+
+def kept_of(assets: Sequence[Path]) -> dict[str, bytes]:
+    """Contents of the files that an export has from the checkpoint; they come from others and bring no code along.
+
+    Raises:
+        WeightsError: one is no file of a tokenizer: it would replace code or weights.
+    """
+    if strange := [path for path in assets if path.name not in FILES]:
+        raise WeightsError(
+            f"{strange[0].name} is no file of a tokenizer, and would replace one of the export's",
+            source=str(strange[0]),
+            remedy="nothing of ours writes it there: use weights that you trust, or remove it",
+        )
+    ours = any(path.name == VOCABULARY for path in assets)  # all else is made anew
+    kept = {path.name: path.read_bytes() for path in assets if not ours or path.name in (*_OURS, GENERATION)}
+    if "tokenizer_config.json" in kept:
+        path = next(path for path in assets if path.name == "tokenizer_config.json")
+        config = read_json(path, error=TokenizerError, remedy="put the tokenizer's own there")
+        if config.pop("auto_map", None) is not None:  # names code, of another repository even
+            kept[path.name] = json_bytes(config)
+    return kept
 
 
 def _ids_told_by(files: Mapping[str, Path]) -> dict[str, int]:

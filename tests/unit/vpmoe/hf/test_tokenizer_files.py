@@ -12,9 +12,10 @@ from tests.tiny_student import write_student, write_vocabulary
 from vpmoe.errors import WeightsError
 from vpmoe.hf import tokenizer_files
 from vpmoe.hf.chat_template import chat_template
-from vpmoe.hf.convert import export_checkpoint, open_directory
+from vpmoe.hf.convert import Carried, export_checkpoint, open_directory
 from vpmoe.tokenizer.bpe import save_bpe, train_bpe
 from vpmoe.tokenizer.o200k_harmony import NAMED_SPECIAL_TOKENS
+from vpmoe.weights.megatron_checkpoint import read_config, read_state
 
 ROWS = 384
 SMALL = {"padded_vocab_size": ROWS, "num_layers": 2, "window_attn_skip_freq": 2, "num_experts": None}
@@ -26,7 +27,11 @@ def export(root: Path, assets: list[Path]) -> Path:
 
 def test_files_of_another_tokenizer_are_copied_and_name_its_end(tmp_path: Path) -> None:
     save_bpe(train_bpe(["the ship left the harbour"], 300), tmp_path / "bpe")
+    told = tmp_path / "bpe" / "tokenizer_config.json"
+    code = {"auto_map": {"AutoTokenizer": ["owner/repository--code.Tokenizer", None]}}
+    told.write_text(json.dumps(json.loads(told.read_text()) | code))
     exported = export(tmp_path, tokenizer_files.assets_of(tmp_path / "bpe"))
+    assert "auto_map" not in json.loads((exported / "tokenizer_config.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(exported, local_files_only=True)
     config = AutoConfig.from_pretrained(exported, trust_remote_code=True)
     assert config.eos_token_id == config.pad_token_id == tokenizer.convert_tokens_to_ids("<|endoftext|>")
@@ -35,6 +40,20 @@ def test_files_of_another_tokenizer_are_copied_and_name_its_end(tmp_path: Path) 
     assert {path.name for path in open_directory(exported).assets} == {"tokenizer.json", "tokenizer_config.json"}
     name = "tokenizer.json"
     assert (exported / name).read_bytes() == (tmp_path / "bpe" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["modeling_vpmoe.py", "config.json", "model.safetensors"])
+def test_a_checkpoint_of_others_replaces_no_code_of_an_export(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("raise SystemExit")
+    with pytest.raises(WeightsError, match=f"{name} is no file of a tokenizer"):
+        export(tmp_path, [tmp_path / name])
+
+
+def test_a_checkpoint_of_others_names_no_code_in_an_export(tmp_path: Path) -> None:
+    kept = {"auto_map": {"AutoModelForCausalLM": "owner/repository--code.Model"}, "max_position_embeddings": 96}
+    checkpoint = write_student(tmp_path / "megatron", kept=kept, **SMALL)
+    carried = Carried.of(read_state(checkpoint), read_config(checkpoint))
+    assert carried.hf_config == {"max_position_embeddings": 96}
 
 
 def test_whoever_has_harmonys_tokens_gets_our_template(tmp_path: Path) -> None:
