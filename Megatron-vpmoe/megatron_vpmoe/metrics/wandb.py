@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
+from time import monotonic
 from typing import Any, Literal
 
 from megatron_vpmoe.metrics.records import Record
@@ -79,14 +81,14 @@ class WandbSink:
 
     def close(self) -> None:
         """Let W&B finish, for half a minute at most."""
+        end = monotonic() + _PATIENCE_SECONDS
+        while self._thread.is_alive() and monotonic() < end:  # a thread that has failed empties no full queue
+            with suppress(Full):
+                self._queue.put(None, timeout=_PATIENCE_SECONDS / 100)
+                break
+        self._thread.join(max(0.0, end - monotonic()))
         if self._thread.is_alive():
-            try:
-                self._queue.put(None, timeout=_PATIENCE_SECONDS)
-            except Full:
-                self._report_once("it does not take records any more")
-            self._thread.join(_PATIENCE_SECONDS)
-            if self._thread.is_alive():
-                self._report_once(f"it has not finished within {_PATIENCE_SECONDS:.0f} s")
+            self._report_once(f"it has not finished within {_PATIENCE_SECONDS:.0f} s")
         if self._dropped:
             self._report_once(f"the records of {self._dropped} steps were dropped")
 

@@ -51,7 +51,7 @@ def test_frozen_parameters_take_no_gradients_and_no_state(small: Path) -> None:
     part, embedding = memory_estimate(cfg).parts, 512 * 128
     assert part["parameters"] == whole["parameters"]
     assert (part["gradients"], part["optimizer state"]) == (4 * embedding, 12 * embedding)
-    assert whole["loss"] - part["loss"] == 2 * embedding  # the gradient of the output projection
+    assert whole["loss"] - part["loss"] == 4 * embedding  # the gradient of the output projection, summed in fp32
 
 
 def test_a_run_is_bound_to_what_it_trains(small: Path) -> None:
