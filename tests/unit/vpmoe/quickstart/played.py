@@ -44,7 +44,7 @@ class Stage:
         self.root, self.work = root, work
         self.made: list[str] = []
         self.given: list[str] = []
-        self.accuracy, self.killed_in = 90, ""
+        self.accuracy, self.killed_in = 95, ""
         self.plan: Plan | None = None
         monkeypatch.setattr("vpmoe.quickstart.run.run_command", self.play)
 

@@ -51,7 +51,7 @@ def test_report_holds_what_was_measured(stage: Stage, capsys) -> None:
     report = json.loads((folder / "report.json").read_text())
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     assert report["training"]["tokens_per_second"] == 200.0
-    assert report["targets"]["met"] and report["evaluation"]["generations"]["exact"] == 90
+    assert report["targets"]["met"] and report["evaluation"]["generations"]["exact"] == 95
     assert list(report["seconds"]) == ["synth_mini", "conversations", "kd", "training", "evaluation"]
     shown = capsys.readouterr().out
     # The model's text is printed as it is, whatever markup it spells.
@@ -61,7 +61,7 @@ def test_report_holds_what_was_measured(stage: Stage, capsys) -> None:
 def test_missed_target_is_exit_code_1(stage: Stage, capsys) -> None:
     stage.accuracy = 79
     assert play(stage) == MISSED == 1
-    assert "TARGET MISSED: accuracy is 79.0 %, at least 90 % is the target" in capsys.readouterr().out
+    assert "TARGET MISSED: accuracy is 79.0 %, at least 92 % is the target" in capsys.readouterr().out
     assert not json.loads((stage.work / "reports" / "quickstart" / "report.json").read_text())["targets"]["met"]
 
 
