@@ -16,7 +16,7 @@ from megatron_vpmoe.files import list_files, sync, write_record
 from megatron_vpmoe.ownership import owned
 from megatron_vpmoe.software import git_state
 from vpmoe.steps.receipt import RECEIPT, UNFINISHED, read_own, read_receipt
-from vpmoe.steps.step import State, Step, changed, is_empty, some
+from vpmoe.steps.step import State, Step, changed, check_place, is_empty, some
 
 Say = Callable[[str], None]
 _SCRATCH = "scratch"
@@ -100,6 +100,7 @@ def run(
         DataError: an input contains the output or lies in it; disk full or unwritable.
     """
     _check_apart(step)
+    check_place(step.output)
     try:
         with owned(lock_of(step), str(step.output)) as former:
             if former is not None:

@@ -29,6 +29,7 @@ from vpmoe.data_curation.manifest import CONVERSATIONS, check_files, read_manife
 from vpmoe.errors import DataError, VpmoeError
 from vpmoe.harmony.spans import SPAN_NAMES
 from vpmoe.progress import hashing
+from vpmoe.steps import RECEIPT, read_receipt
 from vpmoe.tokenizer import Tokenizer
 from vpmoe.tokenizer.from_dataset import load_tokenizer
 
@@ -53,12 +54,13 @@ def verify(
     """
     manifest = read_manifest(dataset_dir)
     with hashing("verifying", _bytes_of(manifest)) as tell:
-        checks = [_reject_faults(dataset_dir, manifest), _conversation_faults(dataset_dir, manifest, tell)]
-        if manifest["kind"] != CONVERSATIONS:
-            checks = [
+        checks = [_receipt_faults(dataset_dir), _reject_faults(dataset_dir, manifest)]
+        if manifest["kind"] == CONVERSATIONS:
+            checks.append(_conversation_faults(dataset_dir, manifest, tell))
+        else:
+            checks += [
                 _input_faults(manifest, input_dir),
                 _named_file_faults(dataset_dir, manifest),
-                _reject_faults(dataset_dir, manifest),
                 _token_faults(dataset_dir, manifest, parsed_per_shard, tell),
             ]
         return [str(fault) for faults in checks for fault in faults]
@@ -116,6 +118,15 @@ def _named_file_faults(folder: Path, manifest: dict[str, Any]) -> Faults:
     for split in SPLITS:
         listed = {name for shard in manifest["splits"][split]["shards"] for name in shard["files"]}
         yield from _unlisted(folder / split, "*", listed, REBUILD)
+
+
+def _receipt_faults(folder: Path) -> Faults:
+    """One that is there is whole; what it lists, the manifest lists too."""
+    try:
+        if (folder / RECEIPT).exists():
+            read_receipt(folder)
+    except VpmoeError as error:
+        yield error
 
 
 def _reject_faults(folder: Path, manifest: dict[str, Any]) -> Faults:

@@ -54,6 +54,12 @@ def test_done_once_and_told_from_the_receipt(tmp_path: Path) -> None:
     assert steps.run(step, lambda work: pytest.fail("made twice")) == first
 
 
+def test_below_a_file_nothing_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"no folder, so nothing can be made below it(.|\n)*file\n"):
+        steps.run(step_at(tmp_path / "file" / "below"), write_numbers)
+
+
 def test_due_names_the_field(tmp_path: Path) -> None:
     steps.run(step_at(tmp_path / "out"), write_numbers)
     assert "up_to: 3 -> 4" in str(step_at(tmp_path / "out", decides={"up_to": 4}).state().due)

@@ -201,6 +201,13 @@ def test_any_edit_of_a_manifest_is_seen(copy: Path, conversations_dir: Path, cha
             verify(folder)
 
 
+def test_an_edited_receipt_is_seen(copy: Path, conversations_dir: Path) -> None:
+    for folder in (copy, Path(shutil.copytree(conversations_dir, copy / "input"))):
+        path = folder / "receipt.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": 0}))
+        assert [fault for fault in verify(folder) if "receipt.json was edited" in fault], folder
+
+
 def test_edited_rejects_are_seen(copy: Path, conversations_dir: Path, tmp_path: Path) -> None:
     for folder in (copy, Path(shutil.copytree(conversations_dir, tmp_path / "input"))):
         (folder / "rejects.jsonl").write_text("\n")
