@@ -46,6 +46,7 @@ VERBS = {
     "train": ("vpmoe.trainer:train", "Train the run that a YAML file describes; --help explains every field."),
     "profile": ("vpmoe.trainer:profile", "Profile training steps on mock data; --help lists the variables."),
     "sample": ("vpmoe.eval.app:sample_app", "Ask a model one question."),
+    "chat": ("vpmoe.eval.app:chat_app", "Talk with a model."),
     "eval": ("vpmoe.eval.app:app", "Evaluate a model on questions whose answers can be checked."),
     "model": ("vpmoe.describe.app:app", "Look at what a configuration builds."),
     "hf": ("vpmoe.hf.app:app", "To HF directories and back."),

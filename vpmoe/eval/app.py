@@ -1,4 +1,4 @@
-"""``vpmoe sample`` and ``vpmoe eval ...``."""
+"""``vpmoe sample``, ``vpmoe chat`` and ``vpmoe eval ...``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Annotated
 
 import typer
 
+from vpmoe.harmony.prompts import ReasoningEffort
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Evaluate a model.")
 sample_app = typer.Typer(add_completion=False)
+chat_app = typer.Typer(add_completion=False)
 
 WhereArgument = Annotated[
     Path,
@@ -23,6 +26,12 @@ SystemOption = Annotated[
 DeveloperOption = Annotated[
     str | None, typer.Option(help='developer message instead of the one stored with the model; "" for none')
 ]
+TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy")]
+TopPOption = Annotated[float, typer.Option(help="draw among the most likely tokens of this total probability")]
+SeedOption = Annotated[int, typer.Option(help="of the draw, with a temperature")]
+TopKOption = Annotated[int | None, typer.Option(min=1, help="draw among so many most likely tokens")]
+MinPOption = Annotated[float, typer.Option(help="leave out tokens less likely than this times the likeliest")]
+OnlyValidOption = Annotated[bool, typer.Option(help="let nothing but valid Harmony be chosen")]
 PlainOption = Annotated[
     bool, typer.Option("--plain", help="ask as plain text (Question: ... Answer:), not as a conversation")
 ]
@@ -32,15 +41,15 @@ PlainOption = Annotated[
 def sample(
     where: WhereArgument,
     question: Annotated[str, typer.Argument(help="what the user asks")],
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="draw among the most likely tokens of this total probability")] = 1.0,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="stop after so many tokens")] = 256,
-    seed: Annotated[int, typer.Option(help="of the draw, with a temperature")] = 0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="draw among so many most likely tokens")] = None,
-    min_p: Annotated[float, typer.Option(help="leave out tokens less likely than this times the likeliest")] = 0.0,
+    seed: SeedOption = 0,
+    top_k: TopKOption = None,
+    min_p: MinPOption = 0.0,
     samples: Annotated[int, typer.Option(min=1, help="answers, each with a draw of its own")] = 1,
     logprobs: Annotated[bool, typer.Option(help="print log p of each token: the model's own, and of the draw")] = False,
-    only_valid: Annotated[bool, typer.Option(help="let nothing but valid Harmony be chosen")] = False,
+    only_valid: OnlyValidOption = False,
     system: SystemOption = None,
     developer: DeveloperOption = None,
     plain: PlainOption = False,
@@ -52,6 +61,38 @@ def sample(
     draw |= {"top_k": top_k, "min_p": min_p, "samples": samples}
     messages = {"system": system, "developer": developer}
     print_sample(where, question, draw, plain=plain, **messages, only_valid=only_valid, logprobs=logprobs)
+
+
+@chat_app.command("chat")
+def talk(
+    where: WhereArgument,
+    reasoning: Annotated[
+        ReasoningEffort | None, typer.Option(help="effort that the system message asks for (default: as it says)")
+    ] = None,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="an answer is cut after so many tokens")] = 1024,
+    seed: SeedOption = 0,
+    top_k: TopKOption = None,
+    min_p: MinPOption = 0.0,
+    only_valid: OnlyValidOption = False,
+    system: SystemOption = None,
+    developer: DeveloperOption = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="tokens of the whole conversation (default: seq_length of the run; 2048 without one)"),
+    ] = None,
+) -> None:
+    """Talk with a model: each line is answered as it is written, analysis dim. Reads a pipe too, one line a turn.
+
+    /reset begins a new conversation, /quit or Ctrl-D ends, Ctrl-C ends an answer. A full context is told, not cut.
+    """
+    from vpmoe.eval.chat import chat
+
+    draw = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
+    draw |= {"top_k": top_k, "min_p": min_p}
+    messages = {"system": system, "developer": developer}
+    chat(where, draw, **messages, reasoning=reasoning, only_valid=only_valid, context=context)
 
 
 @app.callback()

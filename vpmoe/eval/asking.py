@@ -35,6 +35,11 @@ def stop_ids(tokenizer: Tokenizer, *, at_line_feed: bool = False) -> tuple[int, 
     return tuple(sorted({*ends, tokenizer.eod_id}))
 
 
+def knows_conversations(tokenizer: Tokenizer) -> bool:
+    """Whether the vocabulary has Harmony's tokens."""
+    return all(name in tokenizer.special_tokens for name in _HARMONY)
+
+
 @dataclass(frozen=True)
 class AsConversation:
     """A Harmony conversation, with ``context`` (system and developer messages) before the user's message."""
@@ -47,9 +52,10 @@ class AsConversation:
         """What ends a generation."""
         return stop_ids(self.tokenizer)
 
-    def prompt(self, query: str) -> list[int]:
-        """Token ids of the conversation up to and with ``<|start|>assistant``."""
-        return FastRenderer(self.tokenizer).generation_prompt([*self.context, Message("user", query)]).tolist()
+    def prompt(self, query: str, earlier: Sequence[Message] = ()) -> list[int]:
+        """Token ids of the conversation up to and with ``<|start|>assistant``; ``earlier``: the turns before."""
+        messages = [*self.context, *earlier, Message("user", query)]
+        return FastRenderer(self.tokenizer).generation_prompt(messages).tolist()
 
     def judge(self, ids: Sequence[int]) -> Judgement:
         """Valid is analysis, then final, closed with <|return|>, nothing else; no id outside of the vocabulary."""
@@ -122,7 +128,7 @@ def form_of(
         HarmonyError: messages for a vocabulary without conversations, or together with ``plain``.
     """
     given = {role: text for role, text in (("system", system), ("developer", developer)) if text is not None}
-    known = all(name in opened.tokenizer.special_tokens for name in _HARMONY)
+    known = knows_conversations(opened.tokenizer)
     if plain or not known:
         if given:
             raise HarmonyError(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from vpmoe.errors import HarmonyError
 from vpmoe.harmony.conversation import CHANNELS, Message
 
 DEFAULT_IDENTITY = "You are vpMoE, a small reasoning model."
@@ -65,3 +68,23 @@ class Prompts:
             "system": texts["system"],
             "developer": texts.get("developer"),
         }
+
+
+def with_reasoning_effort(messages: Sequence[Message], effort: str) -> tuple[Message, ...]:
+    """The messages, with another effort in the line ``Reasoning: EFFORT`` of the system message.
+
+    Raises:
+        HarmonyError: there is no such line.
+    """
+    line = re.compile(f"^Reasoning: ({'|'.join(REASONING_EFFORTS)})$", re.MULTILINE)
+    asking = [message.role == "system" and bool(line.search(message.content)) for message in messages]
+    if not any(asking):
+        raise HarmonyError(
+            "no system message with a line 'Reasoning: low', medium or high, so there is no effort to change",
+            source=f"reasoning effort {effort}",
+            remedy="leave out --reasoning, or give such a message with --system",
+        )
+    return tuple(
+        replace(message, content=line.sub(f"Reasoning: {effort}", message.content)) if asks else message
+        for message, asks in zip(messages, asking, strict=True)
+    )

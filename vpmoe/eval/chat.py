@@ -1,0 +1,226 @@
+"""A conversation with a model, turn by turn, for a person or a pipe; only answers go to stdout."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_vpmoe.errors import visible
+from vpmoe.errors import HarmonyError, VpmoeError
+from vpmoe.eval.asking import AsConversation, form_of, knows_conversations
+from vpmoe.eval.display import spell
+from vpmoe.eval.open_model import Opened, open_model
+from vpmoe.harmony.conversation import Message, check_text
+from vpmoe.harmony.prompts import with_reasoning_effort
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from megatron_vpmoe.generation.grammar import TokenGrammar
+    from megatron_vpmoe.generation.sampling import SamplingOptions
+
+COMMANDS = "/reset begins anew, /quit or Ctrl-D ends, Ctrl-C ends an answer"
+CONTEXT = 2048
+"""Tokens, where no run says what the model was trained on."""
+
+
+def chat(
+    where: Path,
+    draw: Mapping[str, Any],
+    *,
+    system: str | None,
+    developer: str | None,
+    reasoning: str | None = None,
+    only_valid: bool = False,
+    context: int | None = None,
+) -> None:
+    """Answer each line of stdin, in the light of those before it, until it ends.
+
+    Args:
+        where: as :func:`vpmoe.eval.open_model.open_model` takes it.
+        draw: fields of :class:`megatron_vpmoe.generation.sampling.SamplingOptions`, but for ``stop_ids``.
+        system: see :func:`vpmoe.eval.asking.form_of`, as for ``developer``.
+        reasoning: effort that the system message asks for; None: what it says already.
+        only_valid: nothing but valid Harmony can be chosen.
+        context: tokens of the conversation and its next answer together; None: ``seq_length`` of the run.
+
+    Raises:
+        CheckpointError, WeightsError, TokenizerError: no model there, or it lacks something.
+        HarmonyError: its vocabulary has no conversations, or its system message no effort to change.
+        DataError: unusable sampling options.
+    """
+    from rich.console import Console
+
+    from megatron_vpmoe.generation.grammar import TokenGrammar
+    from megatron_vpmoe.generation.sampling import SamplingOptions
+
+    notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, style="dim")
+    with open_model(where) as opened:
+        if not knows_conversations(opened.tokenizer):
+            raise HarmonyError(
+                f"the vocabulary of {opened.described} has no Harmony tokens",
+                source=str(where),
+                remedy="chat with a model that was taught conversations; vpmoe sample asks this one as plain text",
+            )
+        form = form_of(opened, plain=False, system=system, developer=developer, say=notes.print)
+        assert isinstance(form, AsConversation)
+        if reasoning is not None:
+            form = AsConversation(opened.tokenizer, with_reasoning_effort(form.context, reasoning))
+        options = SamplingOptions(stop_ids=form.stop_ids, **draw)
+        grammar = TokenGrammar(*form.automaton) if only_valid else None
+        if grammar is not None:
+            grammar.check(opened.model.vocab_size, options.max_new_tokens)
+        longest = context or (opened.trained.data.seq_length if opened.trained else CONTEXT)
+        conversation = _Conversation(opened, form, options, grammar, longest, notes)
+        notes.print(f"{opened.described}, {longest:,} tokens of context; {COMMANDS}")
+        for line in _lines(notes):
+            text = line.strip()
+            if text == "/quit":
+                break
+            if text == "/reset":
+                conversation.messages.clear()
+                notes.print("a new conversation")
+            elif text.startswith("/") and " " not in text:
+                notes.print(f"there is no command {visible(text)}; {COMMANDS}")
+            elif text:
+                try:
+                    conversation.ask(text)
+                except VpmoeError as error:
+                    notes.print(f"not asked: {error}")
+
+
+@dataclass
+class _Conversation:
+    """What was said, ``messages``: of each earlier turn the user's and the final one, as Harmony's rule has it.
+
+    The rule: analysis is for the answer that it leads to, and is not read again.
+    """
+
+    opened: Opened
+    form: AsConversation
+    options: SamplingOptions
+    grammar: TokenGrammar | None
+    context: int
+    notes: Console
+    messages: list[Message] = field(default_factory=list)
+
+    def ask(self, text: str) -> None:
+        """Print the answer to the user's next message; a turn without one, even in part, does not count."""
+        from megatron_vpmoe.generation.engine import generate
+        from megatron_vpmoe.generation.prompts import Prompt
+
+        check_text(text, "your message")
+        prompt = self.form.prompt(text, self.messages)
+        room = self.context - len(prompt)
+        if room < 1:
+            full = f"the context of {self.context:,} tokens is full: with this message there would be {len(prompt):,}"
+            self.notes.print(f"not asked: {full}. Nothing was dropped; /reset begins anew, --context widens it")
+            return
+        answer = _Answer(self.opened)
+        with _interrupts() as interrupted:
+            done = generate(
+                self.opened.model,
+                [Prompt(prompt, max_new_tokens=room)],
+                self.options,
+                grammar=self.grammar,
+                watch=lambda completion: answer.take(completion.ids[-1]),
+                stop=lambda: bool(interrupted),
+            )
+        answer.close()
+        limit = "--max-new-tokens" if self.options.max_new_tokens <= room else "--context: the conversation fills it"
+        if not done:
+            self.notes.print("interrupted")
+        elif done[0].finish == "length" and self.grammar is None:
+            self.notes.print(f"cut after {len(done[0].ids):,} tokens by {limit}")
+        elif not (verdict := self.form.judge(done[0].ids)).valid:
+            self.notes.print(f"not valid Harmony: {verdict.reason}")
+        if answer.final.strip():
+            self.messages += [Message("user", text), Message("assistant", answer.final, "final")]
+        else:
+            self.notes.print("no answer: the conversation goes on without this turn")
+
+
+class _Answer:
+    """Prints a completion token by token: each message behind the name of its channel, ``final`` plain."""
+
+    def __init__(self, opened: Opened) -> None:
+        from rich.console import Console
+
+        self.final = ""
+        self._tokenizer = opened.tokenizer
+        self._console = Console(highlight=False, markup=False, soft_wrap=True)
+        self._header: list[int] = []
+        self._channel: str | None = None
+        self._seen = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def take(self, token: int) -> None:
+        """The next token."""
+        if self._tokenizer.is_special(token):
+            if self._channel is not None:
+                self.close()
+            elif self._tokenizer.decode([token]) == "<|message|>":
+                self._channel = spell(self._header, self._tokenizer)
+                self._seen += self._channel == "final"
+                self._print(f"{self._channel}: ", "dim")
+            self._header = []
+        elif self._channel is None:
+            self._header.append(token)
+        elif token < self._tokenizer.vocab_size:
+            self._say(self._decoder.decode(self._tokenizer.decode_bytes([token])))
+        else:  # a padding row of the embedding
+            self._say(spell([token], self._tokenizer))
+
+    def close(self) -> None:
+        """The message that is being printed ends here."""
+        if self._channel is not None:
+            self._say(self._decoder.decode(b"", final=True))
+            self._decoder.reset()
+            self._print("\n", "")
+            self._channel = None
+
+    def _say(self, text: str) -> None:
+        if self._channel == "final" and self._seen == 1:
+            self.final += text
+        self._print(text, "" if self._channel == "final" else "dim")
+
+    def _print(self, text: str, style: str) -> None:
+        self._console.print(visible(text), end="", style=style)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that Ctrl-C puts something into, instead of ending the process."""
+    noted: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _lines(notes: Console) -> Iterator[str]:
+    """Lines of stdin; at a terminal with a prompt, and Ctrl-C there takes back what was typed."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        import readline  # noqa: F401 - input() then edits and remembers lines
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is refused as a message
+    while True:
+        try:
+            line = input("> " if terminal else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            notes.print(f"\n{COMMANDS}")
+            continue
+        yield line
