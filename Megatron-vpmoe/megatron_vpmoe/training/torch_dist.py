@@ -144,7 +144,7 @@ class Reader(FileSystemReader):
         try:
             with self.file.open("rb") as stream:
                 metadata = _Unpickler(stream).load()
-            reason = _fault(metadata)
+            reason = _fault(metadata, {path.name: path.stat().st_size for path in self.file.parent.iterdir()})
         except Exception as error:  # a pickle can be wrong in every way that its parts can be
             reason = error.strerror if isinstance(error, OSError) else str(error)
         if reason is not None:
@@ -180,15 +180,21 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint consists of")
 
 
-def _fault(metadata: Any) -> str | None:
-    """What keeps ``metadata`` from being read by: of another shape, or with tensors that lie nowhere or elsewhere."""
+def _fault(metadata: Any, sizes: dict[str, int]) -> str | None:
+    """What keeps ``metadata`` from being read by: of another shape, or with tensors that lie nowhere or elsewhere.
+
+    ``sizes``: bytes of the files that there are.
+    """
     if type(metadata) is not layout.Metadata or not isinstance(metadata.storage_data, dict):
         return "it holds no metadata"
     for index, place in metadata.storage_data.items():
         if not _FILE.fullmatch(place.relative_path) or min(place.offset, place.length) < 0:
             return f"{index.fqn} lies at {place.relative_path!r}, which no save writes"
+        if place.offset + place.length > sizes.get(place.relative_path, -1):
+            return f"{index.fqn} lies beyond the end of {place.relative_path}"
     for key, entry in metadata.state_dict_metadata.items():
         chunks: list[Any] = [None]
+        itemsize = 0
         if isinstance(entry, layout.TensorStorageMetadata):
             chunks = entry.chunks
             inside = all(
@@ -200,9 +206,13 @@ def _fault(metadata: Any) -> str | None:
                 return f"the parts of {key} are not the whole of it"
             if not isinstance(entry.properties.dtype, torch.dtype):
                 return f"{key} has no dtype"
+            itemsize = entry.properties.dtype.itemsize
         for chunk in chunks:
-            if layout.MetadataIndex(key, chunk and chunk.offsets) not in metadata.storage_data:
+            place = metadata.storage_data.get(layout.MetadataIndex(key, chunk and chunk.offsets))
+            if place is None:
                 return f"{key} lies in no file"
+            if chunk and place.length < chunk.sizes.numel() * itemsize:
+                return f"{key} has fewer bytes than its shape takes"
     return None
 
 
@@ -224,7 +234,9 @@ class _ReadTensors(upstream.TorchDistLoadShardedStrategy):
             flatten_sharded_tensors=False,
         )
         target: dict[str, Any] = upstream.mcore_to_pyt_state_dict(by_key, is_loading=True)  # type: ignore[assignment]
-        load(target, storage_reader=Reader(Path(checkpoint_dir)), planner=planner)
+        reader = Reader(Path(checkpoint_dir))
+        assert reader.metadata  # of an error inside `load` torch prints a traceback
+        load(target, storage_reader=reader, planner=planner)
         local = {key: upstream._unwrap_pyt_sharded_tensor(value) for key, value in target.items()}
         loaded = upstream._replace_sharded_keys_with_state_dict_keys(local, nesting, names)  # type: ignore[arg-type]
         upstream._restore_dict_types(loaded, sharded_state_dict)

@@ -185,7 +185,7 @@ def test_a_second_interrupt_ends_the_workers_at_once(start: Start, tmp_path: Pat
     process.send_signal(signal.SIGINT)
     result, error = finish(process)
     assert result == 128 + signal.SIGINT
-    assert "stopped by SIGINT before the workers could save" in error
+    assert "stopped by SIGINT before the workers had left" in error
     assert "Traceback" not in error
 
 

@@ -73,7 +73,7 @@ def test_no_pickle_runs(single_process, tmp_path: Path, use: Callable[[Path], ob
     content = pickle.dumps(Touch(touched))
     if name == "__0_0.distcp":  # at the offset where a tensor is looked for, in torch's own format
         stream = io.BytesIO()
-        torch.save(Touch(touched), stream)
+        torch.save([Touch(touched), torch.zeros(10_000)], stream)  # no shorter than the largest tensor
         content = stream.getvalue()
         metadata = torch_dist.Reader(path).metadata
         for place in metadata.storage_data.values():
@@ -106,14 +106,40 @@ def test_a_stored_object_is_data_too(single_process, tmp_path: Path) -> None:
     assert not touched.exists()
 
 
-def test_tensors_lie_in_the_checkpoint_s_own_files(tmp_path: Path) -> None:
-    path = small_checkpoint(tmp_path)
-    metadata = torch_dist.Reader(path).metadata
+def elsewhere(metadata: Any) -> None:
     for place in metadata.storage_data.values():
         place.relative_path = "../other/__0_0.distcp"
+
+
+def beyond_the_end(metadata: Any) -> None:
+    for place in metadata.storage_data.values():
+        place.offset = 2**50
+
+
+def huge(metadata: Any) -> None:
+    """More than any machine has, which would be allocated before a byte is read."""
+    key, entry = next(iter(metadata.state_dict_metadata.items()))
+    offsets = entry.chunks[0].offsets
+    entry.size = torch.Size([2**40, *[1] * (len(entry.size) - 1)])
+    entry.chunks = [torch_dist.layout.ChunkStorageMetadata(offsets, entry.size)]
+    assert torch_dist.layout.MetadataIndex(key, offsets) in metadata.storage_data
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [(elsewhere, r"\.\./other"), (beyond_the_end, "beyond the end"), (huge, "fewer bytes")]
+)
+def test_tensors_lie_in_the_checkpoint_s_own_files(
+    single_process, tmp_path: Path, capfd: pytest.CaptureFixture[str], change: Callable[[Any], None], said: str
+) -> None:
+    path = small_checkpoint(tmp_path)
+    metadata = torch_dist.Reader(path).metadata
+    change(metadata)
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(CheckpointError, match=r"\.\./other"):
-        torch_dist.Reader(path).tensors()
+    relist(path)
+    for use in (read_weights, read_into_a_model):
+        with pytest.raises(CheckpointError, match=said):
+            use(path)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.fixture(scope="module")
