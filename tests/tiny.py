@@ -38,12 +38,12 @@ TINY = {
 }
 
 
-def tiny_config(**changes: object) -> RunConfig:
-    """configs/nano/stage1.yaml at test size; keywords override fields."""
+def tiny_config(*, file: str = "stage1.yaml", **changes: object) -> RunConfig:
+    """A file of configs/nano at test size; keywords override fields."""
     flags: list[str] = []
     for name, value in {**TINY, **changes}.items():
         flags += [f"--{name.replace('_', '-')}", flag_text(value)]
-    return load_config(ROOT / "configs" / "nano" / "stage1.yaml", flags)
+    return load_config(ROOT / "configs" / "nano" / file, flags)
 
 
 def flag_text(value: object) -> str:

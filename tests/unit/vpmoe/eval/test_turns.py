@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import sys
 import tomllib
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from megatron_vpmoe.training.step import train_step
 from megatron_vpmoe.turns import MESSAGE_END, TURN_END, generation_ends
 from tests.conftest import fuzz_settings
 from tests.tiny import ROOT, tiny_config
+from vpmoe.cli import main
 from vpmoe.data_curation.datasets.chat import ChatDataset, ChatEncoder
 from vpmoe.data_curation.datasets.plan import BuildOptions
 from vpmoe.data_curation.datasets.sequential import Pass, build_sequential
@@ -106,8 +109,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_sequential(resolve(str(folder / "rows.jsonl")), folder / "built", chats, Pass(), quiet=True)
     sizes = {"hidden_size": 64, "ffn_hidden_size": 64, "window_size": 32, "seq_length": 128, "padded_vocab_size": 320}
     sizes |= {"moe_ffn_hidden_size": 64, "moe_shared_expert_intermediate_size": 64}
-    how = {"objective": "token_ce", "lr": 1e-2, "normuon_aux_lr": 1e-2, "min_lr": 1e-3, "train_iters": 100}
-    cfg = tiny_config(**sizes, **how, data_path=folder / "built", run_dir=folder / "run")
+    how = {"load_weights": None, "lr": 1e-2, "normuon_aux_lr": 1e-2, "min_lr": 1e-3, "train_iters": 100}
+    cfg = tiny_config(file="sft.yaml", **sizes, **how, data_path=folder / "built", run_dir=folder / "run")
     with distributed.single_process(seed=1234):
         run = open_run(cfg)
         for _ in range(100):
@@ -133,6 +136,13 @@ def test_a_trained_model_ends_every_turn_and_never_speaks_for_the_user(trained: 
         ]
     assert all(answer.endswith("<|return|>") for answer in answers)
     assert sum(answer == SAID.format(chat[-1].content) for chat, answer in zip(chats, answers, strict=True)) >= 22
+
+
+@pytest.mark.slow
+def test_it_chats(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\n/reset\nc\n"))
+    assert main(["chat", str(trained), "--max-new-tokens", "40"]) == 0
+    assert capsys.readouterr().out == "".join(f"analysis: {said}\nfinal: {said}\n" for said in "abc")
 
 
 @pytest.mark.slow
