@@ -9,6 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.config import config_hash, parameter_count
+from megatron_vpmoe.errors import visible
 from megatron_vpmoe.files import move_into_place
 from megatron_vpmoe.software import git_state
 from vpmoe.eval.nano import KIND as EVALUATION_KIND
@@ -150,6 +151,6 @@ def _share(count: int, total: int) -> str:
 def _print_sample(sample: Mapping[str, Any], console: Console) -> None:
     verdict = "exact" if sample["exact"] else "valid, not exact" if sample["valid"] else f"not valid: {sample['fault']}"
     # The texts are the model's: nothing in them is markup.
-    console.print(f"\n{sample['family']}: {sample['query']}", style="bold", markup=False, highlight=False)
-    console.print(sample["completion"], markup=False, highlight=False, soft_wrap=True)
+    console.print(visible(f"\n{sample['family']}: {sample['query']}"), style="bold", markup=False, highlight=False)
+    console.print(visible(sample["completion"]), markup=False, highlight=False, soft_wrap=True)
     console.print(f"-> {verdict}, expected {sample['expected']}", style="dim", markup=False, highlight=False)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
+from megatron_vpmoe.errors import visible
 from vpmoe.data_curation.rows.files import Columns, Row
 from vpmoe.data_curation.rows.parquet import decoded
 from vpmoe.errors import DataError
@@ -89,8 +90,8 @@ class HubRows:
                 if permanent or attempt >= len(RETRY_SECONDS):
                     raise self._gave_up(error) from error
                 print(
-                    f"{self._hub_id}: dropped at row {self._row:,} ({type(error).__name__}: {error}); "
-                    f"again in {RETRY_SECONDS[attempt]} s",
+                    visible(f"{self._hub_id}: dropped at row {self._row:,} ({type(error).__name__}: {error}); ")
+                    + f"again in {RETRY_SECONDS[attempt]} s",
                     file=sys.stderr,
                     flush=True,
                 )

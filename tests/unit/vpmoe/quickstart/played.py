@@ -111,7 +111,7 @@ class Stage:
             "family": next(iter(families)),
             "query": "[bold]?",
             "expected": "1",
-            "completion": "[red]x<|return|>",
+            "completion": "[red]x\x1b[2J<|return|>",
             "ids": [1],
         }
         report = {

@@ -54,8 +54,8 @@ def test_report_holds_what_was_measured(stage: Stage, capsys) -> None:
     assert report["targets"]["met"] and report["evaluation"]["generations"]["exact"] == 95
     assert list(report["seconds"]) == ["synth_mini", "conversations", "kd", "training", "evaluation"]
     shown = capsys.readouterr().out
-    # The model's text is printed as it is, whatever markup it spells.
-    assert "[red]x<|return|>" in shown and "[bold]?" in shown and "95.0 % (95 of 100)" in shown
+    # The model's text is printed as it is, whatever markup it spells, and drives no terminal.
+    assert r"[red]x\x1b[2J<|return|>" in shown and "[bold]?" in shown and "95.0 % (95 of 100)" in shown
 
 
 def test_missed_target_is_exit_code_1(stage: Stage, capsys) -> None:
