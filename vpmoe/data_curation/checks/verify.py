@@ -88,13 +88,20 @@ def _conversation_faults(folder: Path, manifest: dict[str, Any], tell: Tell) -> 
         path = inside(folder, entry["name"])
         try:
             check_files(folder, {entry["name"]: entry}, remedy=_RECONVERT, tell=tell)
-            rows = open_shard(path).metadata.num_rows
+            metadata = open_shard(path).metadata
         except DataError as error:
             yield error
             continue
-        if rows != entry["rows"]:
-            yield DataError(f"{rows} rows, the manifest says {entry['rows']}", source=str(path), remedy=_RECONVERT)
-    yield from _unlisted(folder, "*.parquet", {entry["name"] for entry in manifest["shards"]}, _RECONVERT)
+        for what, found in (("rows", metadata.num_rows), ("row_groups", metadata.num_row_groups)):
+            if found != entry[what]:
+                said = f"{found} {what}, the manifest says {entry[what]}"
+                yield DataError(said, source=str(path), remedy=_RECONVERT)
+    by_name = {entry["name"]: entry for entry in manifest["shards"]}
+    sums = [sum(entry[of] for entry in by_name.values()) for of in ("rows", "bytes")]
+    if len(by_name) < len(manifest["shards"]) or sums != [manifest["rows"], manifest["bytes"]]:
+        what = f"the shards do not add up to {manifest['rows']} rows and {manifest['bytes']} bytes, each shard once"
+        yield DataError(what, source=str(folder / FILE_NAME), remedy=_RECONVERT)
+    yield from _unlisted(folder, "*.parquet", set(by_name), _RECONVERT)
 
 
 def _input_faults(manifest: dict[str, Any], input_dir: Path | None) -> Faults:

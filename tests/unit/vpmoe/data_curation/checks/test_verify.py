@@ -157,6 +157,23 @@ def test_conversations_that_changed_are_found(conversations_dir: Path, tmp_path:
     assert len(faults) == 2 and "shard_01.parquet" in faults[0] and "shard_07.parquet" in faults[1]
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda m: m["shards"][0].update(row_groups=1), "3 row_groups, the manifest says 1"),
+        (lambda m: m["shards"].append(m["shards"][0]), "each shard once"),
+        (lambda m: m.update(rows=1), "do not add up to 1 rows"),
+    ],
+)
+def test_what_a_manifest_of_conversations_counts_is_counted_again(
+    conversations_dir: Path, tmp_path: Path, change: Callable, named: str
+) -> None:
+    folder = Path(shutil.copytree(conversations_dir, tmp_path / "conversations"))
+    edit_manifest(folder, change)
+    (fault,) = verify(folder)
+    assert named in fault
+
+
 def test_without_a_manifest_there_is_nothing_to_verify(copy: Path) -> None:
     (copy / "manifest.json").unlink()
     with pytest.raises(DataError, match=r"no manifest\.json"):
