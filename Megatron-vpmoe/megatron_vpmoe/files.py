@@ -6,6 +6,7 @@ in texts. A process that is killed can leave a last line without its end; it is 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -24,19 +25,26 @@ _DEEPEST = 100  # levels of a document; much deeper ones can be read, and then n
 _ESCAPED = "backslashreplace"  # what UTF-8 has no bytes for (a file's name that is not UTF-8): as JSON escapes it
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name ``path`` in what the system says of an open file: of a full disk it names none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` so that ``path`` holds either its former content or all of the new one, even after a kill."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as stream:
+        with naming(path), temporary.open("wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
-    except OSError as error:
-        error.filename = str(path)  # a full disk names none
-        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
@@ -54,7 +62,8 @@ def sync(path: Path) -> None:
     """Make a file's content durable, or the names in a folder: a rename is only on disk once its folder is."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

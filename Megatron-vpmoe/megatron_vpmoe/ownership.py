@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vpmoe.errors import BusyError, NotOursError
-from megatron_vpmoe.files import json_bytes
+from megatron_vpmoe.files import json_bytes, naming
 
 _HELD: set[Path] = set()
 """A process may take its own record lock twice; this says that it has it."""
@@ -59,7 +59,8 @@ def owned(lock: Path, what: str) -> Iterator[dict[str, Any] | None]:
             raise NotOursError("this file is no lock of ours", source=str(lock), remedy="move it away")
         _HELD.add(path)
         try:
-            _write(stream.fileno(), json_bytes({**_here(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}))
+            with naming(lock):
+                _write(stream.fileno(), json_bytes({**_here(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}))
             yield former
         finally:
             _HELD.discard(path)

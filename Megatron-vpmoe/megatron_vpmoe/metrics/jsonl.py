@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron_vpmoe.errors import DataError
-from megatron_vpmoe.files import json_line, read_json_lines, sync, write_atomically
+from megatron_vpmoe.files import json_line, naming, read_json_lines, sync, write_atomically
 from megatron_vpmoe.metrics.records import Record
 
 
@@ -31,21 +31,24 @@ class JsonlSink:
         if path.exists():
             kept = [record for record in read_records(path) if record.step <= resume_step]
             write_atomically(path, _lines(kept).encode())
+        self._path = path
         self._stream = path.open("a", encoding="utf-8")
         sync(path.parent)
 
     def write(self, records: Sequence[Record]) -> None:
         """Append the records and hand them to the operating system."""
-        self._stream.write(_lines(records))
-        self._stream.flush()
+        with naming(self._path):
+            self._stream.write(_lines(records))
+            self._stream.flush()
 
     def sync(self) -> None:
         """Have every record on disk."""
-        sync(Path(self._stream.name))
+        sync(self._path)
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
+        with naming(self._path):  # what could not be written is tried again
+            self._stream.close()
 
 
 def read_records(path: Path) -> list[Record]:

@@ -11,6 +11,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_vpmoe.errors import VpmoeError
+from megatron_vpmoe.files import write_atomically
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.runtime.device import has_gpu
 from megatron_vpmoe.training import torch_dist
@@ -91,8 +92,7 @@ def save(
 
     def finish() -> None:
         for name, content in carried.assets.items() if carried else ():
-            (partial / ASSETS).mkdir(exist_ok=True)
-            (partial / ASSETS / name).write_bytes(content)
+            write_atomically(partial / ASSETS / name, content)
         seal(partial, final, {**run_state, **(carried.state if carried else {})})
 
     try:

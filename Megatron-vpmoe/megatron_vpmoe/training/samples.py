@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.data.pieces import TokenPieces
 from megatron_vpmoe.errors import DataError
-from megatron_vpmoe.files import json_line, read_json_lines, write_atomically
+from megatron_vpmoe.files import json_line, naming, read_json_lines, write_atomically
 from megatron_vpmoe.generation.engine import generate
 from megatron_vpmoe.generation.prompts import Prompt
 from megatron_vpmoe.generation.sampling import SamplingOptions
@@ -60,7 +60,7 @@ class SampleWriter:
             raise Interrupted
         if distributed.rank() != 0:
             return
-        with self._path.open("a", encoding="utf-8") as stream:
+        with naming(self._path), self._path.open("a", encoding="utf-8") as stream:
             for prompt, completion in zip(self._prompts, completions, strict=True):
                 record = {
                     "step": iteration,

@@ -74,7 +74,12 @@ def write(folder: Path, state: dict[str, Any], content: dict[str, Any]) -> None:
     try:
         save(upstream.mcore_to_pyt_state_dict(by_key), storage_writer=writer, planner=planner)
     except CheckpointException as error:
-        _refuse(error, "the checkpoint cannot be written", folder, "make room, or mend the path; then --resume")
+        _refuse(
+            error,
+            "the checkpoint cannot be written",
+            folder,
+            "make room, or mend the path; the checkpoints before it stand: --resume",
+        )
 
 
 def write_common(folder: Path, common: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.errors import DataError, of_the_system
 from megatron_vpmoe.metrics import JsonlSink, MetricStream, Record, read_records
 from megatron_vpmoe.training import checkpoint
 from megatron_vpmoe.training.loop import train
@@ -34,6 +34,17 @@ def test_each_record_is_a_line_of_json(tmp_path: Path):
         {"step": 2, "tag": "loss/total", "value": 0.5},
         {"step": 2, "tag": "lr", "value": 2.0},
     ]
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "full.jsonl"
+    path.symlink_to("/dev/full")
+    sink = JsonlSink.__new__(JsonlSink)
+    sink._path, sink._stream = path, path.open("a")
+    for act in (lambda: sink.write([Record(1, "loss/total", 2.5)]), sink.close):
+        with pytest.raises(OSError, match="No space left") as caught:
+            act()
+        assert str(path) in str(of_the_system(caught.value))
 
 
 def test_a_step_is_on_disk_before_the_next_begins(tmp_path: Path):
