@@ -120,12 +120,8 @@ class Watch:
         for rank in of_kind["error"]:
             return endings[rank].text, endings[rank].code, rank
         if self.received is not None:
-            name = self.received.name
-            return (
-                f"stopped by {name} before the workers had left; what is saved stands",
-                128 + self.received,
-                None,
-            )
+            what = f"stopped by {self.received.name} before the workers had left; what is saved stands"
+            return what, 128 + self.received, None
         lost = of_kind["lost"]
         if lost and self.stopped:
             return f"it waited in vain for worker {min(self.stopped)}, which is stopped (SIGSTOP)", 1, lost[0]
