@@ -19,6 +19,7 @@ from vpmoe.eval.display import spell
 from vpmoe.eval.open_model import Opened, open_model
 from vpmoe.harmony.conversation import Message, check_text
 from vpmoe.harmony.prompts import with_reasoning_effort
+from vpmoe.tokenizer.interface import Tokenizer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,9 +27,8 @@ if TYPE_CHECKING:
     from megatron_vpmoe.generation.grammar import TokenGrammar
     from megatron_vpmoe.generation.sampling import SamplingOptions
 
-COMMANDS = "/reset begins anew, /quit or Ctrl-D ends, Ctrl-C ends an answer"
-CONTEXT = 2048
-"""Tokens, where no run says what the model was trained on."""
+_COMMANDS = "/reset begins anew, /quit or Ctrl-D ends, Ctrl-C ends an answer"
+_CONTEXT = 2048  # tokens, where no run says what the model was trained on
 
 
 def chat(
@@ -43,12 +43,8 @@ def chat(
 ) -> None:
     """Answer each line of stdin, in the light of those before it, until it ends.
 
-    Args:
-        where: as :func:`vpmoe.eval.open_model.open_model` takes it.
-        draw: fields of :class:`megatron_vpmoe.generation.sampling.SamplingOptions`, but for ``stop_ids``.
-        system: see :func:`vpmoe.eval.asking.form_of`, as for ``developer``.
+    Args are those of :func:`vpmoe.eval.sample.print_sample`, and:
         reasoning: effort that the system message asks for; None: what it says already.
-        only_valid: nothing but valid Harmony can be chosen.
         context: tokens of the conversation and its next answer together; None: ``seq_length`` of the run.
 
     Raises:
@@ -74,21 +70,21 @@ def chat(
         if reasoning is not None:
             form = AsConversation(opened.tokenizer, with_reasoning_effort(form.context, reasoning))
         options = SamplingOptions(stop_ids=form.stop_ids, **draw)
-        grammar = TokenGrammar(*form.automaton) if only_valid else None
-        if grammar is not None:
+        grammar = None
+        if only_valid:
+            grammar = TokenGrammar(*form.automaton)
             grammar.check(opened.model.vocab_size, options.max_new_tokens)
-        longest = context or (opened.trained.data.seq_length if opened.trained else CONTEXT)
+        longest = context or (opened.trained.data.seq_length if opened.trained else _CONTEXT)
         conversation = _Conversation(opened, form, options, grammar, longest, notes)
-        notes.print(f"{opened.described}, {longest:,} tokens of context; {COMMANDS}")
-        for line in _lines(notes):
-            text = line.strip()
+        notes.print(f"{opened.described}, {longest:,} tokens of context; {_COMMANDS}")
+        for text in map(str.strip, _lines(notes)):
             if text == "/quit":
                 break
             if text == "/reset":
                 conversation.messages.clear()
                 notes.print("a new conversation")
             elif text.startswith("/") and " " not in text:
-                notes.print(f"there is no command {visible(text)}; {COMMANDS}")
+                notes.print(f"there is no command {visible(text)}; {_COMMANDS}")
             elif text:
                 try:
                     conversation.ask(text)
@@ -113,6 +109,8 @@ class _Conversation:
 
     def ask(self, text: str) -> None:
         """Print the answer to the user's next message; a turn without one, even in part, does not count."""
+        from rich.console import Console
+
         from megatron_vpmoe.generation.engine import generate
         from megatron_vpmoe.generation.prompts import Prompt
 
@@ -123,7 +121,7 @@ class _Conversation:
             full = f"the context of {self.context:,} tokens is full: with this message there would be {len(prompt):,}"
             self.notes.print(f"not asked: {full}. Nothing was dropped; /reset begins anew, --context widens it")
             return
-        answer = _Answer(self.opened)
+        answer = _Answer(self.opened.tokenizer, Console(highlight=False, markup=False, soft_wrap=True))
         with _interrupts() as interrupted:
             done = generate(
                 self.opened.model,
@@ -150,49 +148,39 @@ class _Conversation:
 class _Answer:
     """Prints a completion token by token: each message behind the name of its channel, ``final`` plain."""
 
-    def __init__(self, opened: Opened) -> None:
-        from rich.console import Console
-
+    def __init__(self, tokenizer: Tokenizer, console: Console) -> None:
         self.final = ""
-        self._tokenizer = opened.tokenizer
-        self._console = Console(highlight=False, markup=False, soft_wrap=True)
+        self._tokenizer, self._console = tokenizer, console
         self._header: list[int] = []
         self._channel: str | None = None
-        self._seen = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def take(self, token: int) -> None:
         """The next token."""
         if self._tokenizer.is_special(token):
-            if self._channel is not None:
-                self.close()
-            elif self._tokenizer.decode([token]) == "<|message|>":
+            self.close()
+            if self._tokenizer.decode([token]) == "<|message|>":
                 self._channel = spell(self._header, self._tokenizer)
-                self._seen += self._channel == "final"
-                self._print(f"{self._channel}: ", "dim")
+                self._console.print(f"{visible(self._channel)}: ", end="", style="dim")
             self._header = []
         elif self._channel is None:
             self._header.append(token)
-        elif token < self._tokenizer.vocab_size:
-            self._say(self._decoder.decode(self._tokenizer.decode_bytes([token])))
-        else:  # a padding row of the embedding
-            self._say(spell([token], self._tokenizer))
+        else:  # an id outside of the vocabulary is a padding row of the embedding
+            known = token < self._tokenizer.vocab_size
+            piece = self._tokenizer.decode_bytes([token]) if known else spell([token], self._tokenizer).encode()
+            self._say(self._decoder.decode(piece))
 
     def close(self) -> None:
-        """The message that is being printed ends here."""
+        """The message that is being printed, if any, ends here."""
         if self._channel is not None:
             self._say(self._decoder.decode(b"", final=True))
-            self._decoder.reset()
-            self._print("\n", "")
+            self._console.print()
             self._channel = None
 
     def _say(self, text: str) -> None:
-        if self._channel == "final" and self._seen == 1:
-            self.final += text
-        self._print(text, "" if self._channel == "final" else "dim")
-
-    def _print(self, text: str, style: str) -> None:
-        self._console.print(visible(text), end="", style=style)
+        is_final = self._channel == "final"
+        self.final += text * is_final
+        self._console.print(visible(text), end="", style="" if is_final else "dim")
 
 
 @contextmanager
@@ -221,6 +209,6 @@ def _lines(notes: Console) -> Iterator[str]:
         except KeyboardInterrupt:
             if not terminal:
                 raise
-            notes.print(f"\n{COMMANDS}")
-            continue
+            line = ""
+            notes.print(f"\n{_COMMANDS}")
         yield line

@@ -83,8 +83,10 @@ def test_openai_harmony_drops_the_same_analysis() -> None:
 
 
 @pytest.mark.slow
-def test_a_full_context_is_told_and_nothing_is_dropped(run_directory: Path, talk, asked: list[str]) -> None:
-    code, out, err = talk(run_directory, b"Hi\nSay more\n" + b"long " * 200 + b"\nHi\n", *VALID, "--context", "150")
+def test_what_cannot_be_asked_is_told_and_nothing_is_dropped(run_directory: Path, talk, asked: list[str]) -> None:
+    typed = b"Hi\nSay more\n\xff\na\0b\n" + b"long " * 200 + b"\nHi\n"
+    code, out, err = talk(run_directory, typed, *VALID, "--context", "150")
+    assert "lone surrogate" in err and "NUL" in err
     assert code == 0 and len(asked) == 4 and "context of 150 tokens is full" in err and "Nothing was dropped" in err
     assert asked[3].startswith(asked[1].removesuffix("<|start|>assistant"))
     assert 1 <= out.count("final: ") <= 3
@@ -111,12 +113,6 @@ def test_ctrl_c_ends_the_answer_and_not_the_session(run_directory: Path, talk, a
     assert code == 0 and err.count("interrupted") == 1 and signal.getsignal(signal.SIGINT) is before
     kept = asked[1].split("<|channel|>final<|message|>")[1].split("<|end|>")[0]
     assert kept and shown.getvalue().split("final: ")[1].startswith(kept) and shown.getvalue().count("final: ") == 2
-
-
-@pytest.mark.slow
-def test_bad_lines_are_told_and_the_session_goes_on(run_directory: Path, talk, asked: list[str]) -> None:
-    code, _, err = talk(run_directory, b"\xff\na\0b\nHi\n", *VALID)
-    assert code == 0 and "lone surrogate" in err and "NUL" in err and len(asked) == 1
 
 
 @pytest.mark.slow
