@@ -8,7 +8,7 @@ under, and the tokenizer's files; so the export needs nothing else.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -64,11 +64,17 @@ class Carried:
     prompts: dict[str, str | None] | None = None
 
     @classmethod
-    def of(cls, state: Mapping[str, Any], cfg: RunConfig) -> Carried:
-        """What a checkpoint's ``run_state.json`` holds of it."""
-        size = int(state.get("vocab_size", cfg.model.padded_vocab_size))
-        kept = {key: value for key, value in state.get("hf_config", {}).items() if key not in _NOT_KEPT}
-        return cls(size, kept, state.get("prompts"))
+    def of(cls, checkpoint: Path, cfg: RunConfig) -> Carried:
+        """What the ``run_state.json`` of ``iter_NNNNNNN`` holds of it; ``WeightsError``: not what is written there."""
+        state, rows = megatron_checkpoint.read_state(checkpoint), cfg.model.padded_vocab_size
+        told = {"vocab_size": state.get("vocab_size", rows), "prompts": state.get("prompts")}
+        source = str(checkpoint / megatron_checkpoint.RUN_STATE)
+        size = source_checks.validated(source_checks.HFConfig, told, source=source).vocab_size
+        hf_config = state.get("hf_config", {})
+        if size > rows or not isinstance(hf_config, dict):
+            what = f"vocab_size is {size} of {rows} rows, and hf_config {type(hf_config).__name__}"
+            raise WeightsError(what, source=source, remedy="name a checkpoint that was written here")
+        return cls(size, {key: value for key, value in hf_config.items() if key not in _NOT_KEPT}, told["prompts"])
 
 
 @dataclass(frozen=True)
@@ -264,9 +270,8 @@ def write_hf_directory(
     """Write the files of an HF directory into ``folder``, which exists; returns HF's name -> ``tensor_sha256``."""
     from megatron_vpmoe.training.checkpoint import ASSETS as STORED_ASSETS
 
-    state = megatron_checkpoint.read_state(checkpoint)
     cfg = megatron_checkpoint.read_config(checkpoint)
-    carried = Carried.of(state, cfg)
+    carried = Carried.of(checkpoint, cfg)
     form = qwen3 if qwen3.is_qwen3(cfg) else student
     ours = conform(megatron_checkpoint.read_weights(checkpoint), cfg, dtype, source=str(checkpoint))
     theirs = form.from_megatron(ours, cfg, vocab_size=carried.vocab_size)
@@ -287,4 +292,5 @@ def write_hf_directory(
     for name, content in tokenizer_files.kept_of(assets).items():
         (folder / name).write_bytes(content)
     tokenizer_files.give_harmony_template(folder, carried.prompts)
+    source_checks.check_tokenizer(folder, carried.vocab_size)
     return hashes

@@ -49,7 +49,7 @@ def validated(form: type[Form], config: Mapping[str, Any], *, source: str) -> Fo
         raise WeightsError(
             "this configuration describes no model that can be read:\n    " + "\n    ".join(stored_faults(error)),
             source=source,
-            remedy="name a dense Qwen3 (silu, no biases or windows, plain RoPE), or an export from here",
+            remedy="name a dense Qwen3 (silu, no biases or windows, plain RoPE), or what was written or exported here",
         ) from error
 
 

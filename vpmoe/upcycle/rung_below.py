@@ -54,7 +54,7 @@ class RungBelow:
         """The model of a checkpoint directory (``iter_NNNNNNN``), also of a training run's."""
         from megatron_vpmoe.training.checkpoint import ASSETS
 
-        carried = Carried.of(megatron_checkpoint.read_state(path), cfg)
+        carried = Carried.of(path, cfg)
         return cls(cfg, megatron_checkpoint.read_weights(path), carried, sorted((path / ASSETS).glob("*")))
 
     def product(self, cfg: RunConfig, weights: Weights) -> Product:

@@ -69,9 +69,12 @@ class Vocabulary(Job[VocabularySettings]):
         source_tokenizer, donor_tokenizer = open_tokenizer(model.hf), open_tokenizer(donor.hf)
         weights = megatron_checkpoint.read_weights(model.checkpoint)
         assert model.cfg is not None
-        carried = Carried.of(megatron_checkpoint.read_state(model.checkpoint), model.cfg)
+        carried = Carried.of(model.checkpoint, model.cfg)
         padded = task.cfg.model.padded_vocab_size
         specials = _special_ids(donor_tokenizer, task.settings)
+        if task.settings.reference is not None:
+            texts = [*_ROUND_TRIPS, *task.settings.texts]
+            _check_reference(task.settings.reference, donor_tokenizer, specials, texts)
 
         for name in [EMBEDDING, OUTPUT] if OUTPUT in weights else [EMBEDDING]:
             source = weights[name].read()[: carried.vocab_size]
@@ -118,13 +121,6 @@ class Vocabulary(Job[VocabularySettings]):
                 raise UpcycleError(f"the new tokenizer does not give {text!r} back", source=str(folder / "hf"))
         texts = [*NUMBERS, *task.settings.texts]
         specials = _special_ids(tokenizers[1], task.settings)
-        if task.settings.reference is not None:
-            _check_reference(
-                task.settings.reference,
-                open_tokenizer(task.inputs["donor"].hf),
-                specials,
-                [*_ROUND_TRIPS, *task.settings.texts],
-            )
         return {
             "other_tensors_bit_identical": True,
             "tied": tied,

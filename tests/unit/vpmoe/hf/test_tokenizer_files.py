@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from tests.tiny_student import write_student, write_vocabulary
-from vpmoe.errors import WeightsError
+from vpmoe.errors import TokenizerError, WeightsError
 from vpmoe.hf import tokenizer_files
 from vpmoe.hf.chat_template import chat_template
 from vpmoe.hf.convert import Carried, export_checkpoint, open_directory
@@ -52,8 +52,23 @@ def test_a_checkpoint_of_others_replaces_no_code_of_an_export(tmp_path: Path, na
 def test_a_checkpoint_of_others_names_no_code_in_an_export(tmp_path: Path) -> None:
     kept = {"auto_map": {"AutoModelForCausalLM": "owner/repository--code.Model"}, "max_position_embeddings": 96}
     checkpoint = write_student(tmp_path / "megatron", kept=kept, **SMALL)
-    carried = Carried.of(read_state(checkpoint), read_config(checkpoint))
-    assert carried.hf_config == {"max_position_embeddings": 96}
+    cfg, written = read_config(checkpoint), read_state(checkpoint)
+    assert Carried.of(checkpoint, cfg).hf_config == {"max_position_embeddings": 96}
+    strange = {"vocab_size": ("x", -5, ROWS + 1), "prompts": (5, {"other": "text"}), "hf_config": ([1],)}
+    for key, value in [(key, value) for key, values in strange.items() for value in values]:
+        (checkpoint / "run_state.json").write_text(json.dumps({**written, key: value}))
+        with pytest.raises(WeightsError, match=key):
+            Carried.of(checkpoint, cfg)
+
+
+def test_an_export_has_a_row_for_every_id(tmp_path: Path) -> None:
+    save_bpe(train_bpe(["the ship left the harbour"], 300), tmp_path / "bpe")
+    assets = tokenizer_files.assets_of(tmp_path / "bpe")
+    small = SMALL.copy()
+    small["padded_vocab_size"] = 256
+    checkpoint = write_student(tmp_path / "megatron", assets=assets, **small)
+    with pytest.raises(TokenizerError, match=r"ids up to \d+, and the embedding 256 rows"):
+        export_checkpoint(checkpoint, tmp_path / "hf")
 
 
 def test_whoever_has_harmonys_tokens_gets_our_template(tmp_path: Path) -> None:
