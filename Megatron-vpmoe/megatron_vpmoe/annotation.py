@@ -41,3 +41,7 @@ class Annotation(BaseModel):
     def entries(self, lengths: Any) -> Any:
         """Stored for documents of so many tokens; an integer array like ``lengths``."""
         return lengths * 0 + 1 if self.per == "document" else lengths * (self.width or 1)
+
+
+REFERENCE_LOG_P = Annotation(name="reference_log_p", dtype="float32")
+"""log p(label) under a frozen reference model where the loss mask holds, else 0."""

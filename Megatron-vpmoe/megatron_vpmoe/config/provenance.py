@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from megatron_vpmoe.config.rules import idle_fields
-from megatron_vpmoe.config.schema import RETIRED, RunConfig
+from megatron_vpmoe.config.schema import RETIRED, RunConfig, fields
 from megatron_vpmoe.config.settings_file import shown
 
 _ABSENT = "(absent)"
+_DPO = tuple(name for name in fields() if name.startswith("dpo_"))
 _WHOLE_SECTIONS = {
     "model": frozenset({"attention_backend"}),
     "moe": frozenset({"moe_token_dispatcher_type", "moe_permute_fusion", "moe_router_fusion"}),
@@ -30,6 +31,7 @@ _SINGLE_FIELDS = {
             "reference_weights",
             "kd_span_weight_reasoning",
             "kd_span_weight_final",
+            *_DPO,
         }
     ),
 }
@@ -64,7 +66,8 @@ def provenance_diff(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any
     """Binding differences between two resolved configurations (``RunConfig.model_dump()``); empty: resuming is sound.
 
     A field that only one side has, such as after an update of the software, counts as a difference. A blend is bound by
-    its weights; what a checkpoint from before a field was there lacks, counts as null where that is what was done.
+    its weights; what a checkpoint from before a field was there lacks, counts as its default where
+    that is what was done.
     """
     changes = []
     for section in dict.fromkeys([*old, *new]):
@@ -97,7 +100,7 @@ def deciding_fields(cfg: RunConfig) -> dict[str, dict[str, Any]]:
     Paths, intervals, logging, the number of processes and the implementation are left out, and so is what has no
     effect beside the other fields; datasets are to be added by their manifests' hashes, initial weights by theirs.
     """
-    idle = idle_fields(cfg)
+    idle = {*idle_fields(cfg), *(_DPO if cfg.training.objective in ("span_ce", "token_ce") else ())}
     decides: dict[str, dict[str, Any]] = {}
     for section, values in cfg.model_dump(mode="json").items():
         free = _UNDECIDING.get(section, _WHOLE_SECTIONS.get(section, frozenset()))
@@ -120,15 +123,15 @@ def geometry_diff(old: RunConfig, new: RunConfig) -> list[FieldChange]:
     return [change for change in provenance_diff(*trees) if change.key.split(".")[1] not in idle]
 
 
-# Binding fields that checkpoints from before them lack, where null is what was done then.
-_LATER_FIELDS = ("blend", "blend_schedule", "skip_rows", "train_only", "reference_weights")
+# Binding fields that checkpoints from before them lack, where the default is what was done then.
+_LATER_FIELDS = ("blend", "blend_schedule", "skip_rows", "train_only", "reference_weights", *_DPO)
 
 
 def _bound(name: str, value: Any) -> Any:
     """What of a field's value binds: of a blend the weights, since its datasets are bound by their manifests."""
     if name == "blend" and isinstance(value, list):
         return [part.get("weight") if isinstance(part, dict) else part for part in value]
-    return None if name in _LATER_FIELDS and value == _ABSENT else value
+    return fields()[name].info.default if name in _LATER_FIELDS and value == _ABSENT else value
 
 
 def stored_faults(error: ValidationError) -> list[str]:

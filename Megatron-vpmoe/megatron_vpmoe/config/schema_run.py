@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import PurePath
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator
-from pydantic_core import PydanticCustomError
-
+from megatron_vpmoe.config.schema_objective import ObjectiveFields
 from megatron_vpmoe.config.schema_section import (
-    BOUND,
     Amount,
     Cardinal,
     Count,
@@ -30,13 +26,6 @@ from megatron_vpmoe.config.schema_section import (
 
 Share = Annotated[float, within(0, 1e12, "rows of the other datasets would never come")]
 RecomputeModule = Literal["core_attn", "mlp", "moe", "shared_experts"]
-OBJECTIVES = ("span_ce", "token_ce")
-
-
-def _is_objective(value: str) -> str:
-    if value not in OBJECTIVES and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
-        raise PydanticCustomError(BOUND, "must be {names} or module:Class", {"names": ", ".join(OBJECTIVES)})
-    return value
 
 
 class LrMultiplier(Section):
@@ -186,7 +175,7 @@ class DataSection(Section):
         return self.blend if self.blend else [BlendPart(path=self.data_path or "", weight=1.0)]
 
 
-class TrainingSection(Section):
+class TrainingSection(ObjectiveFields):
     """Length, batch, precision and objective of the run."""
 
     run_name: Name
@@ -214,18 +203,6 @@ class TrainingSection(Section):
     """Of "full": layers in a run whose input alone is kept, or layers recomputed in each stage; null: 1."""
     recompute_modules: Several[RecomputeModule] | None = None
     """Of "selective": any of core_attn, mlp (dense layers), moe, shared_experts; null: core_attn."""
-    objective: Annotated[Text, AfterValidator(_is_objective)] = "span_ce"
-    """"span_ce": cross-entropy normalised per span; "token_ce": its mean over all supervised tokens (plain text);
-    "module:Class": a class of your own that inherits from megatron_vpmoe.objectives.Objective."""
-    reference_weights: Text | None = None
-    """Checkpoint (or run) of a frozen second model of the same geometry and vocabulary; batches are annotated with its
-    log-probabilities of the labels, reference_log_p, before each update. null: none."""
-    reference_bf16: bool = False
-    """Keep that model in bfloat16 where the run is in fp32."""
-    kd_span_weight_reasoning: Amount = 1.0
-    """Weight of the mean loss over the reasoning span."""
-    kd_span_weight_final: Amount = 1.0
-    """Weight of the mean loss over the final-answer span."""
     nonfinite_policy: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: end the run, or drop the step."""
     nonfinite_max_skips: Cardinal = 0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_vpmoe.errors import ConfigError, DataError
 from megatron_vpmoe.manifest import PREFERENCE, Manifest
+from megatron_vpmoe.objectives.dpo import DPO
 from megatron_vpmoe.objectives.interface import Needs, Objective, ObjectiveResult
 from megatron_vpmoe.objectives.span_ce import SpanCE
 from megatron_vpmoe.objectives.token_ce import TokenCE
@@ -20,11 +21,22 @@ from megatron_vpmoe.objectives.token_ce import TokenCE
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
-__all__ = ["OBJECTIVES", "Needs", "Objective", "ObjectiveResult", "SpanCE", "TokenCE", "build_objective", "check_kinds"]
+__all__ = [
+    "DPO",
+    "OBJECTIVES",
+    "Needs",
+    "Objective",
+    "ObjectiveResult",
+    "SpanCE",
+    "TokenCE",
+    "build_objective",
+    "check_kinds",
+]
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "span_ce": SpanCE,
     "token_ce": TokenCE,
+    "dpo": DPO,
 }
 
 

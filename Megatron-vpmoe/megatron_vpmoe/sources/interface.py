@@ -114,5 +114,6 @@ def check_needs(objective: str, needs: Needs, gives: Gives, *, source: str) -> N
         raise ConfigError(
             f"the objective {objective} needs {'; '.join(missing)}",
             source=source,
-            remedy="choose another objective (training.objective), or data that has it",
+            remedy="choose another objective (training.objective), or data that has it; "
+            "training.reference_weights makes reference_log_p",
         )

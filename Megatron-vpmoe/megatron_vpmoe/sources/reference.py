@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_vpmoe.annotation import Annotation
+from megatron_vpmoe.annotation import REFERENCE_LOG_P
 from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.gpt import VPModel
@@ -22,7 +22,7 @@ class Reference:
         check: called before each forward pass; may raise.
     """
 
-    annotations = (Annotation(name="reference_log_p", dtype="float32"),)
+    annotations = (REFERENCE_LOG_P,)
 
     def __init__(self) -> None:
         self._model: VPModel | None = None
@@ -44,4 +44,4 @@ class Reference:
         log_p, _ = output.log_probabilities(here.labels, here.loss_mask)
         values = torch.zeros(here.labels.shape, device=here.labels.device)
         values[here.loss_mask] = log_p.float()
-        return {"reference_log_p": values.cpu()}
+        return {REFERENCE_LOG_P.name: values.cpu()}

@@ -75,6 +75,18 @@ def test_a_run_from_before_a_field_went_is_resumed_and_its_geometry_read(
         assert f"unknown key {retired.section}.{name}; it is gone: {retired.reason}" in str(caught.value)
 
 
+def test_settings_of_dpo_bind_and_concern_nothing_else(small: Path) -> None:
+    new, beta = load_config(small), load_config(small, ["--dpo-beta", "0.2"])
+    old = new.model_dump()
+    for name in [name for name in old["training"] if name.startswith("dpo_")]:
+        del old["training"][name]
+    assert provenance_diff(old, new.model_dump()) == []
+    assert [change.key for change in provenance_diff(old, beta.model_dump())] == ["training.dpo_beta"]
+    assert deciding_fields(new) == deciding_fields(beta)
+    of_dpo = [load_config(small, ["--objective", "dpo", *flags]) for flags in ([], ["--dpo-beta", "0.2"])]
+    assert deciding_fields(of_dpo[0]) != deciding_fields(of_dpo[1])
+
+
 def test_the_classification_names_fields_that_exist() -> None:
     undeciding = {section: names or frozenset() for section, names in _UNDECIDING.items()}
     for section, names in [*_WHOLE_SECTIONS.items(), *_SINGLE_FIELDS.items(), *undeciding.items()]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,30 +13,10 @@ from megatron_vpmoe.manifest import read_manifest
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.sources import Annotated, AnnotatedBatches, Position, Reference, StoredSource, ValidSource
-from megatron_vpmoe.sources.annotated import of_documents
-from megatron_vpmoe.token_files import write_annotation
-from tests.fixtures_dataset import rewrite_manifest, small_dataset
+from tests.fixtures_dataset import small_dataset, stored_ahead
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.usefixtures("single_process")
-
-
-def stored_ahead(root: Path, reference: Reference) -> None:
-    """The reference's annotation of every document, as sidecars of the dataset."""
-
-    def annotate(manifest: dict[str, Any]) -> None:
-        for split, entry in manifest["splits"].items():
-            dataset, row = KDDataset(read_manifest(root), split, seq_length=48), 0
-            for shard in entry["shards"]:
-                documents = [dataset[row + number] for number in range(shard["rows"])]
-                arrays = [
-                    found["reference_log_p"] for found in of_documents(documents, reference, eod_id=dataset.eod_id)
-                ]
-                shard["files"] |= write_annotation(root / split, shard["name"], reference.annotations[0], arrays)
-                row += len(documents)
-        manifest["annotations"] = [declared.model_dump() for declared in reference.annotations]
-
-    rewrite_manifest(root, annotate)
 
 
 def test_live_and_stored_are_the_same_numbers(tmp_path: Path) -> None:
@@ -46,7 +25,7 @@ def test_live_and_stored_are_the_same_numbers(tmp_path: Path) -> None:
     reference.open(model)
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     plain, ahead = (small_dataset(tmp_path / name, train=16, valid=6) for name in ("plain", "ahead"))
-    stored_ahead(ahead, reference)
+    stored_ahead(ahead, reference, seq_length=48)
     opened = [
         [Part("kd", KDDataset(read_manifest(root), split, seq_length=48)) for split in ("train", "valid")]
         for root in (plain, ahead)
