@@ -84,10 +84,7 @@ class HFDirectory(Tokenizer):
         self.eod_id = self.special_id(END_OF_DOCUMENT)
         self.padded_vocab_size = padded_size(self.vocab_size, padded_vocab_size)
         self._ordinary = ordinary
-        # Without what would read special tokens out of a text, cut it off, or fill it.
-        self._encoding = tokenizers.Tokenizer.from_str(
-            json.dumps({**content, "added_tokens": [], "truncation": None, "padding": None})
-        )
+        self._encoding = tokenizers.Tokenizer.from_str(json.dumps({**content, **_BARE}))
 
     @property
     def files(self) -> list[Path]:

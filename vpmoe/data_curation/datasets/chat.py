@@ -21,7 +21,6 @@ from vpmoe.tokenizer.interface import Tokenizer
 
 SFT_KIND = "harmony_sft"
 PREFERENCE_KIND = "harmony_preference"
-SUPERVISE = ("all", "last")
 
 
 @dataclass(frozen=True, slots=True)
