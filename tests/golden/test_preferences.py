@@ -66,7 +66,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(dataset: Path, **changes: object) -> dict[str, object]:
+def settings(dataset: Path, **changes: Any) -> dict[str, Any]:
     return {
         "objective": "dpo",
         "data_path": dataset,
@@ -85,7 +85,7 @@ def settings(dataset: Path, **changes: object) -> dict[str, object]:
     }
 
 
-def trained(run: Path, fields: dict[str, object]) -> Any:
+def trained(run: Path, fields: dict[str, Any]) -> Any:
     with distributed.single_process(seed=1234):
         return train(tiny_config(run_dir=run, **fields))
 
