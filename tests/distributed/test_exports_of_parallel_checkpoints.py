@@ -17,6 +17,7 @@ from vpmoe.weights.megatron_checkpoint import write_checkpoint
 from vpmoe.weights.tensors import LazyTensor
 
 pytestmark = pytest.mark.slow
+ROWS: dict[str, Any] = {"padded_vocab_size": 320}
 TWO = {"num_layers": 2, "window_attn_skip_freq": 2}
 QWEN3 = {
     "num_experts": None,
@@ -54,7 +55,7 @@ def save_again(name: str, source: str, target: str) -> None:
     from megatron_vpmoe.training.initial_weights import load_initial_weights
 
     # AdamW: NorMuon refuses matrices that ranks share.
-    cfg = tiny_config(**CASES[name], **SIZES[name], load_weights=source, optimizer="adam")
+    cfg = tiny_config(**CASES[name], **ROWS, **SIZES[name], load_weights=source, optimizer="adam")
     distributed.initialize(seed=1, **SIZES[name])
     model = build_model(cfg)
     found = load_initial_weights(model, cfg)
@@ -67,13 +68,13 @@ def save_again(name: str, source: str, target: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_same_directory(name: str, tmp_path: Path) -> None:
-    cfg = tiny_config(**CASES[name])
+    cfg = tiny_config(**CASES[name], **ROWS)
     generator = torch.Generator().manual_seed(1)
     weights = {
         key: LazyTensor.of(torch.randn(shape, generator=generator)) for key, shape in expected_shapes(cfg).items()
     }
     save_bpe(train_bpe(["the ship"], 259), tmp_path / "bpe")
-    state = run_state(cfg, Carried(64, {"eos_token_id": 5}))
+    state = run_state(cfg, Carried(300, {"eos_token_id": 5}))
     source, _ = write_checkpoint(tmp_path / "source", weights, state, assets=[tmp_path / "bpe" / "tokenizer.json"])
     run_workers(2, save_again, name, str(source), str(tmp_path / "saved"), folder=tmp_path)
 
