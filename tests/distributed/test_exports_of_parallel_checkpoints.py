@@ -38,7 +38,7 @@ CASES = {
     "pipeline parallel": {"num_layers": 4},
     "pipeline parallel, a tied Qwen3": QWEN3,
 }
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "tensor parallel": {"tensor_model_parallel_size": 2},
     "expert parallel": {"expert_model_parallel_size": 2},
     "pipeline parallel": {"pipeline_model_parallel_size": 2},

@@ -151,7 +151,8 @@ def _analysis(thoughts: Mapping[str, Any], where: str) -> tuple[Message, ...]:
         check_text(thought, f"{where}.{key}")
         found.setdefault(thought.strip(), thought)
     if len(found) > 1:
-        raise RowError("two_reasonings", f"{where} has reasonings that differ, in {', '.join(thoughts)}")
+        told = ", ".join(key for key, thought in thoughts.items() if thought.strip())
+        raise RowError("two_reasonings", f"{where} has reasonings that differ, in {told}")
     return tuple(Message("assistant", thought, "analysis") for thought in found.values())
 
 
