@@ -76,9 +76,11 @@ def _is_card(value: Any) -> bool:
 
 def lend(monkeypatch: pytest.MonkeyPatch) -> PretendedCard:
     """Make the pretended card the device that this process computes on; enter what is returned."""
+    # All that name it, or one that is first imported meanwhile would keep the card for good.
     from megatron_vpmoe.model import builder
     from megatron_vpmoe.model.attention import self_attention
-    from megatron_vpmoe.runtime import device
+    from megatron_vpmoe.runtime import device, signals
+    from megatron_vpmoe.training import progress, router, run, step
 
     card = PretendedCard()
 
@@ -90,7 +92,7 @@ def lend(monkeypatch: pytest.MonkeyPatch) -> PretendedCard:
     generator = torch.Generator
     monkeypatch.setattr(nn.Module, "to", to)
     monkeypatch.setattr(torch, "Generator", lambda **_: generator())
-    for room in (device, builder):
+    for room in (device, builder, signals, progress, router, run, step):
         monkeypatch.setattr(room, "current_device", lambda: CARD)
     monkeypatch.setattr(self_attention, "select_backend", lambda *_, **__: "reference")
     return card

@@ -73,22 +73,6 @@ def test_backends_equal_the_definition(backend: str, window: int | None, alibi: 
     check(ours, theirs, (q, k, v) if sink is None else (q, k, v, sink), 1e-6 if alibi else 1e-11)
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_decoding_equals_the_definition(window: int | None) -> None:
-    q, k, v, sink = draw(2, 4, 4), draw(7, 2, 4, seed=1), draw(7, 2, 4, seed=2), draw(4, seed=3)
-    documents = [-1, 0, 0, 0, 0, 0, 0]
-    ours = core_attention(
-        *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
-        layout=layout_of(documents),
-        window=window,
-        alibi_slopes_H=None,
-        sink_H=sink,
-        softmax_scale=0.5,
-        backend="banded" if window else "sdpa",
-    )[0].transpose(0, 1)
-    check(ours, naive.attention(q, k, v, document=documents, window=window, sink=sink, scale=0.5), (q, k, v, sink))
-
-
 def test_grape_m_equals_the_definition() -> None:
     scale, positions = 16.0, [0, 1, 2, 0, 1, 1999]
     log_frequency = (initial_log_frequencies(8, 1e6, scale).double() + draw(4).detach()).requires_grad_()

@@ -75,6 +75,9 @@ from megatron_vpmoe.config.schema import fields
         ("--pipeline-model-parallel-size 3", "num_layers", "8 layers cannot be shared out evenly over 3 stages"),
         ("--pipeline-model-parallel-size 16", "num_layers", "do not fill 16 stages"),
         ("--pipeline-model-parallel-size 2 --reference-weights x", "reference_weights", "not cut into stages"),
+        ("--objective token_ce --reference-weights x", "reference_weights", "held against no other model"),
+        ("--objective dpo --reference-bf16", "reference_bf16", "no second model"),
+        ("--dpo-beta 0.2", "dpo_beta", "does not read it"),
         (
             "--pipeline-model-parallel-size 2 --num-layers-in-first-pipeline-stage 8",
             "num_layers_in_first_pipeline_stage",

@@ -55,7 +55,7 @@ from megatron_vpmoe.runtime import endings
 def run(arguments):
     kind, folder = arguments[0], pathlib.Path(arguments[1])
     rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", timeout=timedelta(seconds=6))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=100 if kind == "stopped" else 6))
     dist.barrier()
     if kind == "same":
         raise CheckpointError("the cause of all", source=str(folder))
