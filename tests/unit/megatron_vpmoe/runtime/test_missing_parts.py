@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from megatron_vpmoe.runtime import distributed
@@ -47,6 +48,7 @@ print("routed")
 """
 
 
+@pytest.mark.slow
 def test_router_runs_with_a_gpu_and_no_transformer_engine(repository: Path) -> None:
     environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}  # what upstream compiles is not the question here
     ran = subprocess.run(

@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 
 _BUILDER = datasets.load_dataset_builder
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # local files too are counted there, and a name is looked up for it
 
 
 class Hub:

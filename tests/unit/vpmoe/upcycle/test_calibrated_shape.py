@@ -75,6 +75,7 @@ def _turned_copies(weights: dict[str, LazyTensor]) -> None:
             weights[f"{name}{norm}"] = LazyTensor.of(half.repeat(2))
 
 
+@pytest.mark.slow
 def test_groups_that_are_turned_copies_are_merged_without_loss(tmp_path: Path, dataset: Path) -> None:
     """The start alone is exact already: the plain means are not."""
     weights = random_weights(_old())
@@ -90,6 +91,7 @@ def test_groups_that_are_turned_copies_are_merged_without_loss(tmp_path: Path, d
     assert report["verification"]["relative_output_error"]["after"]["1"]["attention"] < 1e-4
 
 
+@pytest.mark.slow
 def test_it_beats_the_plain_conversion_on_held_out_text(tmp_path: Path, dataset: Path) -> None:
     weights = random_weights(_old())
     below = object_of(tmp_path, "below", _old(), weights)
@@ -110,6 +112,7 @@ def test_it_beats_the_plain_conversion_on_held_out_text(tmp_path: Path, dataset:
     assert torch.equal(written["output_layer.weight"].read(), weights["embedding.word_embeddings.weight"].read())
 
 
+@pytest.mark.slow
 def test_an_interrupted_conversion_goes_on_and_gives_the_same(tmp_path: Path, dataset: Path) -> None:
     weights = random_weights(_old())
     whole = _convert(tmp_path / "whole", weights, dataset)

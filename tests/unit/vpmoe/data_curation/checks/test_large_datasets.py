@@ -63,6 +63,7 @@ def peak(work: Callable[[], object]) -> float:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_memory_is_the_same_at_any_size_of_a_shard(tmp_path: Path) -> None:
     found: dict[str, list[float]] = {}
     for count in (2, 8):  # 4 and 16 M tokens; a mask of a whole shard alone would be 16 MB, its counts as int64 134 MB
