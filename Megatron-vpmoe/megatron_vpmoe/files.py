@@ -21,7 +21,8 @@ RECEIPT = "receipt.json"
 """In a folder that a keyed step made: a record (:func:`write_record`) of its files, with their hashes."""
 Tell = Callable[[int], object]
 _PIECE_BYTES = 1 << 20
-_DEEPEST = 100  # levels of a document; much deeper ones can be read, and then neither written nor hashed
+DEEPEST = 100
+"""Levels of a document: far below what Python can recurse into; deeper ones could be read, and then not walked."""
 _ESCAPED = "backslashreplace"  # what UTF-8 has no bytes for (a file's name that is not UTF-8): as JSON escapes it
 
 
@@ -124,15 +125,20 @@ def read_json(path: Path, *, error: type[VpmoeError] = DataError, remedy: str = 
         raise error(f"{path.name} cannot be read: {reason}", source=str(path), remedy=remedy) from cause
     if not isinstance(value, dict):
         raise error(f"{path.name} holds {type(value).__name__}, not an object", source=str(path), remedy=remedy)
-    level: list[Any] = [value]
-    for _ in range(_DEEPEST):
+    if at_depth(value):
+        raise error(f"{path.name} is nested deeper than {DEEPEST} levels", source=str(path), remedy=remedy)
+    return value
+
+
+def at_depth(value: Any) -> list[Any]:
+    """What lies ``DEEPEST`` levels of lists and objects below a JSON value; found without recursion."""
+    level = [value]
+    for _ in range(DEEPEST):
         branches = (
             held.values() if isinstance(held, dict) else held for held in level if isinstance(held, dict | list)
         )
         level = [item for branch in branches for item in branch]
-    if level:
-        raise error(f"{path.name} is nested deeper than {_DEEPEST} levels", source=str(path), remedy=remedy)
-    return value
+    return level
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -147,11 +153,27 @@ def read_record(path: Path, *, error: type[VpmoeError] = DataError, remedy: str 
     Raises:
         error: as :func:`read_json`; or it was edited: its hash is another, or missing.
     """
-    record = read_json(path, error=error, remedy=remedy)
+    return unsealed(read_json(path, error=error, remedy=remedy), path, error=error, remedy=remedy)
+
+
+def unsealed(
+    record: dict[str, Any], path: Path, *, error: type[VpmoeError] = DataError, remedy: str = "make it again"
+) -> dict[str, Any]:
+    """:func:`read_record` of what has been read from ``path`` already; takes ``sha256`` out of it."""
     if (stated := record.pop("sha256", None)) != sha256_of_json(record):
         fault = "has no hash of itself" if stated is None else "was edited: its hash is another"
         raise error(f"{path.name} {fault}", source=str(path), remedy=remedy)
     return record
+
+
+def place_of(path: Path) -> tuple[Path, str | None]:
+    """What is there at ``path`` or the nearest above it, and why nothing can be made in it; None: it can."""
+    place = path.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        return place, "is no folder"
+    return place, None if os.access(place, os.W_OK | os.X_OK) else "cannot be written to"
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.errors import DataError, TokenizerError
-from megatron_vpmoe.files import RECEIPT, first_damage, inside, read_json, read_record, sha256_of_json
+from megatron_vpmoe.files import RECEIPT, first_damage, inside, read_json, read_record, sha256_of_json, unsealed
 
 FILE_NAME = "manifest.json"
 SCHEMA_VERSION = 1
@@ -229,7 +229,7 @@ def read_sealed(folder: Path, remedy: str) -> dict[str, Any]:
         raise DataError(what, source=str(folder), remedy=remedy)
     manifest = read_json(path, remedy=remedy)
     if "sha256" in manifest:
-        manifest = read_record(path, remedy="make the dataset again, or restore the manifest from a copy")
+        manifest = unsealed(manifest, path, remedy="make the dataset again, or restore the manifest from a copy")
     else:
         _hold_against_receipt(folder)
     version = manifest.get("schema_version")

@@ -22,11 +22,10 @@ prepare()
 
 from megatron_vpmoe.config import RunConfig, load_config  # noqa: E402
 from vpmoe.upcycle.passages import Passages  # noqa: E402
-from vpmoe.upcycle.rung_below import random_prompts  # noqa: E402
 from vpmoe.upcycle.shape import convert_blocks  # noqa: E402
 from vpmoe.upcycle.shape_settings import ShapeSettings  # noqa: E402
 from vpmoe.weights.geometry import expected_shapes  # noqa: E402
-from vpmoe.weights.tensors import LazyTensor  # noqa: E402
+from vpmoe.weights.tensors import LazyTensor, random_prompts  # noqa: E402
 
 
 def main() -> None:

@@ -14,8 +14,9 @@ from tests.unit.vpmoe.upcycle.tiny_rungs import dense_config, random_weights
 from tests.workers import run_workers
 from vpmoe.hf.convert import Carried, run_state
 from vpmoe.upcycle.experts import Conversion, ExpertsSettings, converted
-from vpmoe.upcycle.rung_below import logits_of, random_prompts
+from vpmoe.upcycle.rung_below import logits_of
 from vpmoe.weights.megatron_checkpoint import write_checkpoint
+from vpmoe.weights.tensors import random_prompts
 
 pytestmark = pytest.mark.slow
 PROMPTS = random_prompts(32, [30], seed=0)

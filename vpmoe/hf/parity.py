@@ -14,7 +14,7 @@ from vpmoe.errors import WeightsError
 from vpmoe.hf import convert
 from vpmoe.weights import megatron_checkpoint
 from vpmoe.weights.geometry import load_model, process_groups
-from vpmoe.weights.tensors import LogitDifference
+from vpmoe.weights.tensors import LogitDifference, random_prompts
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,7 @@ def compare(
     with _said_by_transformers(opened.folder):
         theirs = _open_hf(opened, trust_remote_code)
     vocab = opened.carried.vocab_size
-    generator = torch.Generator().manual_seed(seed)
-    prompts = [torch.randint(0, vocab, (length,), generator=generator).tolist() for length in prompt_lengths]
+    prompts = random_prompts(vocab, prompt_lengths, seed)
     before: list[torch.Tensor] = []
     after: list[torch.Tensor] = []
     greedy: list[list[int]] = []

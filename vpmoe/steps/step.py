@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_vpmoe.errors import DataError, NotOursError
-from megatron_vpmoe.files import first_damage
+from megatron_vpmoe.files import first_damage, place_of
 from megatron_vpmoe.software import package_versions
 from vpmoe import __version__
 from vpmoe.steps.receipt import RECEIPT, UNFINISHED, changes, read_own, read_receipt
@@ -138,14 +137,13 @@ def check_place(output: Path) -> None:
     Raises:
         DataError: a file lies above it, or the folder that it would come into cannot be written.
     """
-    above = next(path for path in output.absolute().parents if _exists(path))
-    if not above.is_dir():
-        fault = "this is no folder, so nothing can be made below it"
-    elif not os.access(above, os.W_OK | os.X_OK):
-        fault = "this folder cannot be written"
-    else:
-        return
-    raise DataError(fault, source=str(above), remedy=f"name another output than {output}, or mend the path")
+    above, reason = place_of(output.absolute().parent)
+    if reason is not None:
+        raise DataError(
+            f"this {reason}, so nothing can be made below it",
+            source=str(above),
+            remedy=f"name another output than {output}, or mend the path",
+        )
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:

@@ -24,12 +24,11 @@ from vpmoe.upcycle.rung_below import (
     in_layer,
     layer_and_name,
     logits_of,
-    random_prompts,
     refuse_changed,
     refuse_other_changes,
     require_same_logits,
 )
-from vpmoe.weights.tensors import LazyTensor, LogitDifference
+from vpmoe.weights.tensors import LazyTensor, LogitDifference, random_prompts
 
 VALUE_RESIDUAL = "self_attention.value_residual_scale"
 _ADDED_TO_THE_STREAM = tuple(

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from megatron_vpmoe.config import RunConfig
-from vpmoe.upcycle.rung_below import random_prompts
 from vpmoe.weights import Weights
 from vpmoe.weights.geometry import process_groups
 from vpmoe.weights.streamed_model import streamed_model
+from vpmoe.weights.tensors import random_prompts
 
 _ROW = 128
 

@@ -40,12 +40,11 @@ from vpmoe.upcycle.rung_below import (
     in_layer,
     layer_and_name,
     logits_of,
-    random_prompts,
     refuse_other_changes,
     require_same_logits,
 )
 from vpmoe.weights import Weights
-from vpmoe.weights.tensors import LazyTensor, LogitDifference
+from vpmoe.weights.tensors import LazyTensor, LogitDifference, random_prompts
 
 _FEED_FORWARD = "mlp."
 _NOISE = {"zero_out": 0.02, "copy_plus_noise": 0.1}

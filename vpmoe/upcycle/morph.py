@@ -29,7 +29,6 @@ from vpmoe.upcycle.rung_below import (
     in_layer,
     layer_and_name,
     logits_of,
-    random_prompts,
     refuse_other_changes,
     require_same_logits,
     text_loss,
@@ -38,7 +37,7 @@ from vpmoe.upcycle.sinks import calibrate_sinks
 from vpmoe.weights import LazyTensor, Weights
 from vpmoe.weights.geometry import config_of, geometry_of
 from vpmoe.weights.heads import split_heads
-from vpmoe.weights.tensors import LogitDifference
+from vpmoe.weights.tensors import LogitDifference, random_prompts
 
 _QKV = "self_attention.linear_qkv."
 _SINK = "self_attention.sink"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_vpmoe.config import RunConfig, geometry_diff
+from megatron_vpmoe.runtime.finite import require_finite
 from vpmoe.errors import UpcycleError
 from vpmoe.hf.convert import Carried, run_state
 from vpmoe.upcycle.inputs import Input, checkpoint_of
@@ -19,7 +20,7 @@ from vpmoe.upcycle.job import Product, Task
 from vpmoe.weights import Weights, megatron_checkpoint
 from vpmoe.weights.geometry import conform, process_groups
 from vpmoe.weights.streamed_model import streamed_model
-from vpmoe.weights.tensors import DTYPES, LazyTensor, LogitDifference, require_finite, tensor_sha256
+from vpmoe.weights.tensors import DTYPES, LazyTensor, LogitDifference, tensor_sha256
 
 if TYPE_CHECKING:
     from vpmoe.upcycle.passages import Passages
@@ -122,12 +123,6 @@ def refuse_changed(task: Task, before: Weights, after: Weights, names: Mapping[s
             raise UpcycleError(
                 f"{old} changed{moved}: {what}", source=task.spec.id, remedy="the conversion is wrong; report it"
             )
-
-
-def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int) -> list[list[int]]:
-    """One prompt of random tokens of each length; a pure function of its arguments."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
 def logits_of(cfg: RunConfig, weights: Weights, prompts: Sequence[Sequence[int]], *, source: str) -> list[Tensor]:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vpmoe.errors import NonFiniteError
 from megatron_vpmoe.files import sha256_of_json
+from megatron_vpmoe.runtime.finite import require_finite
 from vpmoe.errors import WeightsError
 
 DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -70,22 +70,6 @@ class LazyTensor:
 Weights = Mapping[str, LazyTensor]
 
 
-def require_finite(tensor: Tensor, name: str, *, source: str | None = None) -> Tensor:
-    """``tensor`` itself, held to be finite: the maximum of differences, for one, does not see a nan.
-
-    Raises:
-        NonFiniteError: a value is nan or infinite; names the tensor and counts them.
-    """
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-        count = int((~tensor.isfinite()).sum())
-        raise NonFiniteError(
-            f"{name}: {count} of {tensor.numel()} values are not finite",
-            source=source,
-            remedy="fetch or make these weights again; a model that has diverged is of no use to anything",
-        )
-    return tensor
-
-
 @dataclass(frozen=True)
 class LogitDifference:
     """How far two models' logits are apart.
@@ -120,6 +104,12 @@ class LogitDifference:
     def as_json(self) -> dict[str, Any]:
         """For a receipt."""
         return {"logit_difference": self.largest, "logit_scale": self.scale, "prompts": self.prompts}
+
+
+def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int) -> list[list[int]]:
+    """One prompt of random tokens of each length; a pure function of its arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
 def padded_with_mean(rows: Tensor, of: Tensor, count: int) -> Tensor:

@@ -14,6 +14,7 @@ from megatron_vpmoe.config.parameters import parameter_sizes
 from megatron_vpmoe.config.yaml_source import extended_paths
 from megatron_vpmoe.data.blend import open_parts
 from megatron_vpmoe.errors import ConfigError, DeviceError
+from megatron_vpmoe.files import place_of
 from megatron_vpmoe.ownership import check_free
 
 
@@ -93,15 +94,9 @@ def check_run_directory(cfg: RunConfig) -> None:
 
 
 def _check_place(cfg: RunConfig) -> None:
-    place = cfg.run_directory.absolute()
-    while not os.path.lexists(place):
-        place = place.parent
-    reason = None
-    if not place.is_dir():
-        reason = f"{place} is no folder"
-    elif not os.access(place, os.W_OK | os.X_OK):
-        reason = f"{place} cannot be written to"
-    else:
+    place, fault = place_of(cfg.run_directory)
+    reason = fault and f"{place} {fault}"
+    if reason is None:
         needed, free = 4 * sum(parameter_sizes(cfg).values()), shutil.disk_usage(place).free
         if free < needed:
             reason = f"one checkpoint takes more than {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free"

@@ -68,7 +68,7 @@ class DPO(Objective):
         """
         pairs, tokens = 0, torch.zeros(2, dtype=torch.int64)
         for batch in batches:
-            count_BD2 = _of_answers(batch.loss_mask.long(), batch).unflatten(1, (-1, 2))
+            count_BD2 = _sums(batch.loss_mask.long(), _answers(batch)).unflatten(1, (-1, 2))
             documents = batch.document_id.max(dim=1).values + 1
             if not torch.equal((count_BD2 > 0).all(-1).sum(-1) * 2, documents.long()):
                 raise DataError(
@@ -85,11 +85,11 @@ class DPO(Objective):
         log_p, _ = output.log_probabilities(batch.labels, batch.loss_mask)
         apart = log_p - batch.annotations[REFERENCE_LOG_P.name][batch.loss_mask]
         # Also without any supervised token it hangs on the graph: its rank takes part in the gradient exchange.
-        empty_BS = log_p.new_zeros(batch.labels.shape)
-        count_BD = _of_answers(batch.loss_mask.to(log_p.dtype), batch)
+        empty_BS, answer_BDS = log_p.new_zeros(batch.labels.shape), _answers(batch)
+        count_BD = _sums(batch.loss_mask.to(log_p.dtype), answer_BDS)
         divisor_BD = count_BD.clamp(min=1) if self.length_normalised else torch.ones_like(count_BD)
         delta_P2, alone_P2 = (
-            (_of_answers(empty_BS.masked_scatter(batch.loss_mask, values), batch) / divisor_BD).view(-1, 2)
+            (_sums(empty_BS.masked_scatter(batch.loss_mask, values), answer_BDS) / divisor_BD).view(-1, 2)
             for values in (apart, log_p.detach())
         )
         share_P = (count_BD.view(-1, 2)[:, 0] > 0) / max(totals["pairs"], 1.0)
@@ -118,8 +118,13 @@ class DPO(Objective):
         return -logsigmoid(self.beta * margin_P)
 
 
-def _of_answers(values_BS: Tensor, batch: Batch) -> Tensor:
-    """Sums over each document of a row, [B, D], D even and at least 2; in one order, so that they are repeatable."""
+def _answers(batch: Batch) -> Tensor:
+    """Bool [B, D, S], which positions are each document's, D even and at least 2; waits for the device once."""
     most = max(int(batch.document_id.max()) + 1, 2)
-    document_D1 = torch.arange(most + most % 2, device=values_BS.device).unsqueeze(-1)
-    return torch.where(batch.document_id.unsqueeze(1) == document_D1, values_BS.unsqueeze(1), 0).sum(-1)
+    document_D1 = torch.arange(most + most % 2, device=batch.document_id.device).unsqueeze(-1)
+    return batch.document_id.unsqueeze(1) == document_D1
+
+
+def _sums(values_BS: Tensor, answer_BDS: Tensor) -> Tensor:
+    """Sums over each document of a row, [B, D]; in one order, so that they are repeatable."""
+    return torch.where(answer_BDS, values_BS.unsqueeze(1), 0).sum(-1)

@@ -10,9 +10,10 @@ import torch
 from pydantic import ValidationError
 
 from megatron_vpmoe.config import geometry_diff, stored_faults
-from megatron_vpmoe.errors import CheckpointError, NonFiniteError
+from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.runtime import distributed
+from megatron_vpmoe.runtime.finite import require_finite
 from megatron_vpmoe.training import checkpoint
 from megatron_vpmoe.training.torch_dist import Reader
 
@@ -58,10 +59,9 @@ def load_weights(model: VPModel, found: checkpoint.Found, key: str) -> None:
     _refuse(_tensor_differences(model, found), found, key)
     checkpoint.load(found, model)
     for name, tensor in model.state_dict().items():
-        if isinstance(tensor, torch.Tensor) and not bool(tensor.isfinite().all()):
-            what = f"{name}: {int((~tensor.isfinite()).sum())} of {tensor.numel()} values are not finite"
+        if isinstance(tensor, torch.Tensor):
             remedy = "name an earlier checkpoint, or other weights: a model that has diverged is of no use to anything"
-            raise NonFiniteError(what, source=f"{key} = {found.path}", remedy=remedy)
+            require_finite(tensor, name, source=f"{key} = {found.path}", remedy=remedy)
 
 
 def _refuse(differing: list[str], found: checkpoint.Found, key: str) -> None:

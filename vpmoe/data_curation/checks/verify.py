@@ -128,7 +128,7 @@ def _named_file_faults(folder: Path, manifest: dict[str, Any]) -> Faults:
 
 
 def _receipt_faults(folder: Path) -> Faults:
-    """One that is there is whole; what it lists, the manifest lists too."""
+    """A receipt that is there is sound in itself; the files are held against the manifest."""
     try:
         if (folder / RECEIPT).exists():
             read_receipt(folder)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from megatron_vpmoe.files import DEEPEST, at_depth
 from vpmoe.data_curation.rows.parquet import Parquet
 from vpmoe.errors import DataError, RowError
 
@@ -24,8 +25,6 @@ Placed = Iterator[tuple[str, Row | RowError, int]]
 """``(place, row or why it is none, bytes read)``; ``place`` names file and row for messages."""
 
 TEXT_COLUMN = "text"
-# Far below what Python can recurse into: whoever walks, shows or writes a row has no limit of its own to mind.
-_DEEPEST = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +110,9 @@ def _json_row(line: bytes) -> Row | RowError:
     if not isinstance(row, dict):
         return RowError("not_an_object", f"the line is {type(row).__name__}, not an object", source=shown)
     # As many brackets are needed for a depth: hardly a row has to be walked.
-    return _too_deep(shown) if line.count(b"[") + line.count(b"{") > _DEEPEST and _is_deep(row) else row
+    if line.count(b"[") + line.count(b"{") > DEEPEST and any(isinstance(held, list | dict) for held in at_depth(row)):
+        return _too_deep(shown)
+    return row
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -123,20 +124,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _is_deep(value: object) -> bool:
-    level = [value]
-    for _ in range(_DEEPEST):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, list | dict)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return any(isinstance(value, list | dict) for value in level)
-
-
 def _too_deep(shown: str) -> RowError:
-    return RowError("too_deep", f"values are nested more than {_DEEPEST} deep", source=shown)
+    return RowError("too_deep", f"values are nested more than {DEEPEST} deep", source=shown)
 
 
 def _parquet_rows(path: Path, name: str, columns: Columns) -> Placed:
