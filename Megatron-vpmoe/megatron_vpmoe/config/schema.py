@@ -12,6 +12,7 @@ from pydantic import model_validator
 from pydantic.fields import FieldInfo
 
 from megatron_vpmoe.config.schema_model import ModelSection, MoeSection
+from megatron_vpmoe.config.schema_rollouts import RolloutsSection
 from megatron_vpmoe.config.schema_run import (
     CheckpointSection,
     DataSection,
@@ -70,6 +71,8 @@ class RunConfig(Section):
     """Dataset and order."""
     training: TrainingSection
     """Length, batch, precision, objective."""
+    rollouts: RolloutsSection = RolloutsSection()
+    """Answers of the model itself, and their rewards."""
     evaluation: EvaluationSection
     """Validation and samples."""
     checkpoint: CheckpointSection

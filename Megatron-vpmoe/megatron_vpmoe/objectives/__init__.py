@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from megatron_vpmoe.errors import ConfigError, DataError
 from megatron_vpmoe.manifest import PREFERENCE, Manifest
 from megatron_vpmoe.objectives.dpo import DPO
+from megatron_vpmoe.objectives.grpo import GRPO
 from megatron_vpmoe.objectives.interface import Needs, Objective, ObjectiveResult
 from megatron_vpmoe.objectives.span_ce import SpanCE
 from megatron_vpmoe.objectives.token_ce import TokenCE
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DPO",
+    "GRPO",
     "OBJECTIVES",
     "Needs",
     "Objective",
@@ -37,6 +39,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "span_ce": SpanCE,
     "token_ce": TokenCE,
     "dpo": DPO,
+    "grpo": GRPO,
 }
 
 

@@ -14,7 +14,7 @@ Shapes: B rows, S positions, D documents of a row at most: 2i is chosen, 2i + 1 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -52,7 +52,10 @@ class DPO(Objective):
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
     length_normalised: bool = False
 
-    needs: ClassVar[Needs] = Needs(annotations=(REFERENCE_LOG_P,), pairs=True)
+    @property
+    def needs(self) -> Needs:
+        """Pairs, and the reference's log-probabilities of their answers."""
+        return Needs(annotations=(REFERENCE_LOG_P,), pairs=True)
 
     @classmethod
     def from_config(cls, cfg: RunConfig) -> DPO:

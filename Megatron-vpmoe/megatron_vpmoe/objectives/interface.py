@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
@@ -60,7 +60,10 @@ class Objective(ABC):
         needs: of model, batch and source.
     """
 
-    needs: ClassVar[Needs] = Needs()
+    @property
+    def needs(self) -> Needs:
+        """What of model, batch and source; known before there is any of them."""
+        return Needs()
 
     @classmethod
     def from_config(cls, cfg: RunConfig) -> Self:

@@ -65,7 +65,7 @@ class ModelOutput:
         return weighted_sum(self._hidden(mask_BS), self.model.output_weight(), chosen, self.model.pg_collection.tp)
 
     def log_probabilities(
-        self, labels_BS: Tensor, mask_BS: Tensor, *, entropy: bool = False
+        self, labels_BS: Tensor, mask_BS: Tensor, *, entropy: bool = False, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor | None]:
         """log p(label), and if asked for the entropy of p in nats, where the mask holds; differentiable once.
 
@@ -73,9 +73,13 @@ class ModelOutput:
             labels_BS: int64.
             mask_BS: bool.
             entropy: whether to calculate it.
+            temperature: that the logits are divided by first.
         """
         projection, tp_group = self.model.output_weight(), self.model.pg_collection.tp
-        return log_probabilities(self._hidden(mask_BS), projection, labels_BS[mask_BS], tp_group, entropy=entropy)
+        hidden = self._hidden(mask_BS)
+        if temperature != 1:
+            hidden = hidden / temperature  # logits are linear in it
+        return log_probabilities(hidden, projection, labels_BS[mask_BS], tp_group, entropy=entropy)
 
     def _hidden(self, mask_BS: Tensor) -> Tensor:
         # Each tensor-parallel rank makes the part of the hidden states' gradient that comes from its own words.

@@ -1,0 +1,62 @@
+"""The section of sampled answers: how they are made and scored."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
+
+from megatron_vpmoe.config.schema_section import (
+    BOUND,
+    Amount,
+    Few,
+    PositiveFloat,
+    Section,
+    Seed,
+    Several,
+    Size,
+    Text,
+    within,
+)
+
+
+def _is_function(value: str) -> str:
+    if not re.fullmatch(r"[a-z_]+|[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+        raise PydanticCustomError(BOUND, "must be the name of a reward, or module:function")
+    return value
+
+
+class RewardPart(Section):
+    """One reward function."""
+
+    function: Annotated[Text, AfterValidator(_is_function)]
+    """Name, or "module:function": takes a megatron_vpmoe.sources.rewards.Sample and returns a number."""
+    weight: Annotated[float, within(-1e6, 1e6, "it weighs quantities of order 1")] = 1.0
+    """What its number is multiplied by in the sum of rewards."""
+
+
+class RolloutsSection(Section):
+    """Sampling answers of the model that is trained, and scoring them."""
+
+    rewards: Several[RewardPart] | None = None
+    """Reward functions, as a list of {function, weight}; null: nothing is sampled."""
+    rollout_prompts: Text | None = None
+    """JSONL of {"ids": token ids, "row": what rewards read}; null: the prompts of the training dataset."""
+    rollout_groups: Size = 8
+    """Prompts of a sampling; each gives a group of answers."""
+    rollout_group_size: Annotated[int, within(2, 1024, "a group is sampled at once")] = 8
+    """Answers to each prompt; an advantage is relative to the others of the group."""
+    rollout_attempts: Few = 1
+    """Samplings at most until every group has answers of different rewards; 1: groups without variance stay."""
+    rollout_epochs: Few = 1
+    """How often the answers of a sampling are trained on; a step takes global_batch_size of them."""
+    rollout_max_new_tokens: Size = 256
+    """Longest answer, in tokens."""
+    rollout_temperature: PositiveFloat = 1.0
+    """Logits are divided by it, in sampling and in the update."""
+    rollout_seed: Seed = 1234
+    """Seed of the draws and of the order of prompts."""
+    mask_truncated: bool = False
+    """Do not train on answers that were cut off at rollout_max_new_tokens; their rewards count in the group."""
