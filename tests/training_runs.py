@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from megatron_vpmoe.sources.rewards import Sample
 from tests.tiny import ROOT, TINY, flag_text
 from tests.workers import run_workers
 
@@ -68,6 +69,11 @@ def train_until(step: int, how: signal.Signals, run_dir: Path, dataset: Path, **
             time.sleep(0.02)
         process.send_signal(how)
         return process.wait(timeout=60)
+
+
+def even_tokens(sample: Sample) -> float:
+    """A reward that differs from answer to answer: the share of even tokens."""
+    return sum(token % 2 == 0 for token in sample.ids) / len(sample.ids)
 
 
 def processes_with_environment(name: str, value: str) -> list[str]:

@@ -52,7 +52,7 @@ def laid_out(
     Raises:
         DataError: a document's array is absent or not as declared.
     """
-    most = max((len(documents) for documents in rows), default=0)
+    most = max((len(documents) for documents in rows), default=0) or 1  # of padding too a value can be asked for
     found = {}
     for annotation in declared:
         columns = (most,) if annotation.per == "document" else annotation.shape(seq_length)

@@ -7,13 +7,16 @@ batches come from the weights that are trained; if not, steps are prepared in ad
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vpmoe.data.blend import Part
 from megatron_vpmoe.sources.ahead import Ahead, ahead
 from megatron_vpmoe.sources.annotated import Annotated, AnnotatedBatches, Annotator
 from megatron_vpmoe.sources.interface import Batches, Gives, Position, Source, Step, check_needs
+from megatron_vpmoe.sources.prompts import StoredPrompts, read_prompts
 from megatron_vpmoe.sources.reference import Reference
+from megatron_vpmoe.sources.rollouts import Rollouts
 from megatron_vpmoe.sources.stored import StoredSource, ValidSource
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ __all__ = [
     "Gives",
     "Position",
     "Reference",
+    "Rollouts",
     "Source",
     "Step",
     "StoredSource",
@@ -39,5 +43,13 @@ __all__ = [
 
 
 def open_source(parts: Sequence[Part], cfg: RunConfig, dp_rank: int, dp_size: int) -> Source:
-    """The training source of a run; see ``StoredSource``."""
+    """The training source of a run: answers of its own model where ``rollouts.rewards`` names any, or stored datasets.
+
+    Answers are to the prompts of ``rollouts.rollout_prompts``, or of the first dataset.
+    """
+    if cfg.rollouts.rewards is not None:
+        dataset, path = parts[0].dataset, cfg.rollouts.rollout_prompts
+        size = dataset.manifest.tokenizer.vocab_size
+        prompts = StoredPrompts(dataset) if path is None else read_prompts(Path(path), vocab_size=size)
+        return Rollouts(prompts, dataset.manifest, cfg, dp_rank, dp_size)
     return ahead(StoredSource(parts, cfg, dp_rank, dp_size))

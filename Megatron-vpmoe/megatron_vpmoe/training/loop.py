@@ -55,7 +55,7 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
     throughput = Throughput(cfg)
     progress.opened(run)
     stopping = False
-    run.reference.check = stop.check()
+    run.heed(stop)
     try:
         if cfg.evaluation.eval_at_start and run.iteration == 0:
             _validate(run, metrics, progress, stop)

@@ -10,18 +10,14 @@ from typing import TYPE_CHECKING, Any
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
-from megatron_vpmoe.config.parameters import is_trained, parameter_sizes
 from megatron_vpmoe.data.blend import open_parts
 from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.data.vocabulary_files import another_vocabulary, identity_of, vocabulary_files
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.files import write_atomically
 from megatron_vpmoe.manifest import Manifest
-from megatron_vpmoe.model.attention.self_attention import VPSelfAttention
 from megatron_vpmoe.model.builder import build_model, wrap_for_training
 from megatron_vpmoe.model.gpt import VPModel
-from megatron_vpmoe.model.moe.expert_rows import layout_rule
-from megatron_vpmoe.model.transformer_config import token_dispatcher
 from megatron_vpmoe.objectives import Objective, build_objective, check_kinds
 from megatron_vpmoe.optim import (
     AssignmentRow,
@@ -33,13 +29,14 @@ from megatron_vpmoe.optim import (
     write_assignment_table,
 )
 from megatron_vpmoe.runtime import distributed, stages
-from megatron_vpmoe.runtime.device import current_device
+from megatron_vpmoe.runtime.signals import StopRequest
 from megatron_vpmoe.sources import (
     Annotated,
     AnnotatedBatches,
     Batches,
     Position,
     Reference,
+    Rollouts,
     Source,
     ValidSource,
     check_needs,
@@ -47,6 +44,7 @@ from megatron_vpmoe.sources import (
 )
 from megatron_vpmoe.training import checkpoint
 from megatron_vpmoe.training.checkpoint_files import Retention
+from megatron_vpmoe.training.implementation import implementation_notes
 from megatron_vpmoe.training.initial_weights import find_weights, load_initial_weights, load_weights
 from megatron_vpmoe.training.provenance import collect_provenance
 from megatron_vpmoe.training.run_directory import continued
@@ -63,6 +61,7 @@ class Run:
         valid: the validation splits by the prefix of their metrics: "valid", or "valid/<name>" for each of a blend.
         valid_dataset: the first of them, whose prompts are answered.
         reference: the frozen model that annotates both, if there is one.
+        rollouts: the source where answers of the model are trained on; nothing stored is then validated on.
         assignment: which parameter goes to which optimizer.
         iteration: finished optimizer steps.
         position: of the source after them (skipped steps included).
@@ -84,6 +83,7 @@ class Run:
     valid: dict[str, Batches]
     valid_dataset: KDDataset
     reference: Reference
+    rollouts: Rollouts | None
     provenance: dict[str, Any]
     assignment: list[AssignmentRow]
     iteration: int = 0
@@ -103,6 +103,12 @@ class Run:
             keep_every=keep.keep_every,
             restored_from=self.restored_from,
         )
+
+    def heed(self, stop: StopRequest) -> None:
+        """Let what runs a model between updates be stopped; a collective."""
+        self.reference.check = stop.check()
+        if self.rollouts is not None:
+            self.rollouts.stop, self.rollouts.check = stop, stop.check()
 
     def save(self, say: Callable[[str], None] = print) -> Path:
         """Write a checkpoint of this position and drop those no longer kept; a collective.
@@ -143,11 +149,14 @@ def open_run(cfg: RunConfig) -> Run:
     data_parallel = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     train, valid_parts = (open_parts(cfg, split) for split in ("train", "valid"))
     source = open_source(train, cfg, *data_parallel)
+    rollouts = source if isinstance(source, Rollouts) else None
     valid: dict[str, Batches] = {
         "valid" if len(valid_parts) == 1 else f"valid/{part.name}": ValidSource(part, cfg, *data_parallel)
         for part in valid_parts
+        if rollouts is None
     }
-    reference, weights_of_reference = Reference(), _find_reference(cfg, train[0].dataset.manifest)
+    temperature = 1.0 if rollouts is None else cfg.rollouts.rollout_temperature
+    reference, weights_of_reference = Reference(temperature), _find_reference(cfg, train[0].dataset.manifest)
     if weights_of_reference is not None:
         source = Annotated(source, reference)
         valid = {prefix: AnnotatedBatches(batches, reference) for prefix, batches in valid.items()}
@@ -161,6 +170,8 @@ def open_run(cfg: RunConfig) -> Run:
         # Before the optimizer, whose fp32 masters are copies of the weights.
         started_from = load_initial_weights(model, cfg)
         notes.append(f"weights from {started_from.path}")
+    if rollouts is not None:
+        rollouts.open(model)
     wrapped = wrap_for_training(model, cfg)
     optimizer = build_optimizer([wrapped], cfg)
     if weights_of_reference is not None:
@@ -179,6 +190,7 @@ def open_run(cfg: RunConfig) -> Run:
         valid=valid,
         valid_dataset=valid_parts[0].dataset,
         reference=reference,
+        rollouts=rollouts,
         provenance=collect_provenance(cfg, [part.dataset.manifest for part in train]),
         notes=(*notes, *implementation_notes(model, cfg)),
         carried=_carried(started_from, [part.dataset.manifest for part in train], cfg),
@@ -245,29 +257,6 @@ def _carried(started_from: checkpoint.Found | None, manifests: list[Manifest], c
             remedy="build the dataset with the weights' vocabulary; --allow-provenance-change trains on the dataset's",
         )
     return checkpoint.Carried(state, of_dataset)
-
-
-def implementation_notes(model: VPModel, cfg: RunConfig) -> list[str]:
-    """What "auto" came to: the attention backend of each kind of layer, and the dispatcher of the experts."""
-    chosen: dict[str, str] = {}
-    for attention in model.decoder.modules():
-        if isinstance(attention, VPSelfAttention):
-            kind = "global" if attention.window is None else f"local (window {attention.window})"
-            chosen[kind] = attention.backend_name(current_device())
-    told = stages.gather_stages((model.stage.layers, chosen))
-    chosen = {kind: backend for _, of_stage in told for kind, backend in of_stage.items()}
-    notes = ["attention: " + ", ".join(f"{kind} layers on {backend}" for kind, backend in chosen.items())]
-    if cfg.moe.num_experts is not None:
-        rule = layout_rule(model.config.params_dtype, current_device().type)
-        ranks = cfg.parallel.expert_model_parallel_size
-        notes.append(f"experts: {token_dispatcher(cfg)} dispatcher, {ranks} ranks; {rule}")
-    if cfg.training.train_only is not None:
-        sizes = parameter_sizes(cfg)
-        trained = sum(size for name, size in sizes.items() if is_trained(cfg, name))
-        notes.append(f"train_only: {trained:,} of {sum(sizes.values()):,} parameters")
-    if len(told) > 1:
-        notes.append("pipeline: layers " + ", ".join(f"{layers[0]}-{layers[-1]}" for layers, _ in told))
-    return notes
 
 
 def _restore(run: Run, found: checkpoint.Found) -> None:

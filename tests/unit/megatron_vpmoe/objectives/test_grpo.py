@@ -24,7 +24,7 @@ VOCAB = 17
 
 
 def sampled_batch(rows: int, seed: int) -> Batch:
-    """Up to three answers a row, with log-probabilities that are far enough apart to be clipped and clamped on both sides."""
+    """Up to three answers a row, with log-probabilities far enough apart to be clipped and clamped on both sides."""
     batch = random_batch(rows, 32, VOCAB, seed)
     generator = torch.Generator().manual_seed(seed)
     about = -torch.rand(3, rows, 32, generator=generator) * 4 - 1

@@ -1,0 +1,142 @@
+"""Sampled answers: how groups give advantages, how answers become documents in rows, how a checkpoint keeps them."""
+
+from __future__ import annotations
+
+import base64
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_vpmoe.annotation import Annotation
+from megatron_vpmoe.data.batch import Document, Span
+from megatron_vpmoe.generation.prompts import Completion
+from megatron_vpmoe.objectives.grpo import ADVANTAGE, OLD, SAMPLED
+
+ANNOTATIONS = (
+    SAMPLED,
+    Annotation(name="untempered_log_p", dtype="float32"),
+    OLD,
+    ADVANTAGE,
+    Annotation(name="reward", dtype="float32", per="document"),
+    Annotation(name="group", dtype="int64", per="document"),
+    Annotation(name="weight_version", dtype="int64", per="document"),
+)
+_DTYPES = {"prompt_ids": "<i4", "ids": "<i4", "sampled_log_p": "<f4", "untempered_log_p": "<f4", "old_log_p": "<f4"}
+Advantage = Literal["std", "mean"]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One answer of a group; arrays of n answer tokens but for the prompt's.
+
+    Attributes:
+        group: number of the prompt in the order of the run.
+        weight_version: steps after which its weights stood.
+        finished: it ended by itself, not at the limit.
+        reward: the weighted sum.
+        advantage: within its group.
+    """
+
+    group: int
+    weight_version: int
+    finished: bool
+    prompt_ids: NDArray[Any]
+    ids: NDArray[Any]
+    sampled_log_p: NDArray[Any]
+    untempered_log_p: NDArray[Any]
+    old_log_p: NDArray[Any]
+    reward: float = 0.0
+    advantage: float = 0.0
+
+    @classmethod
+    def of(cls, completion: Completion, prompt_ids: Sequence[int], group: int) -> Self:
+        """As sampled, before it is scored."""
+        return cls(
+            group=group,
+            weight_version=completion.weight_version,
+            finished=completion.finish == "stop",
+            prompt_ids=np.asarray(prompt_ids, np.int32),
+            ids=np.asarray(completion.ids, np.int32),
+            sampled_log_p=np.asarray(completion.as_sampled, np.float32),
+            untempered_log_p=np.asarray(completion.untempered, np.float32),
+            old_log_p=np.zeros(len(completion.ids), np.float32),
+        )
+
+    @property
+    def places(self) -> slice:
+        """Positions whose label is an answer's token: the entries of its document's annotations."""
+        return slice(len(self.prompt_ids) - 1, len(self.prompt_ids) - 1 + len(self.ids))
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.ids)
+
+    def document(self, *, trained: bool = True) -> Document:
+        """Prompt and answer, the answer supervised if it is to be trained on."""
+
+        def placed(values: Any, dtype: Any) -> NDArray[Any]:
+            array = np.zeros(len(self), dtype)
+            array[self.places] = values
+            return array
+
+        of_document = {
+            "advantage": np.asarray(self.advantage, np.float32),
+            "reward": np.asarray(self.reward, np.float32),
+            "group": np.asarray(self.group, np.int64),
+            "weight_version": np.asarray(self.weight_version, np.int64),
+        }
+        tokens = {name: placed(getattr(self, name), np.float32) for name in _DTYPES if name.endswith("log_p")}
+        return Document(
+            tokens=np.concatenate([self.prompt_ids, self.ids]),
+            loss_mask=placed(trained, np.uint8),
+            span_id=placed(Span.FINAL if trained else Span.CONTEXT, np.uint8),
+            annotations={**of_document, **tokens},
+        )
+
+    def as_stored(self) -> dict[str, Any]:
+        """JSON-ready, and exactly itself again by ``stored``."""
+        encoded = {
+            name: base64.b64encode(getattr(self, name).astype(dtype).tobytes()).decode()
+            for name, dtype in _DTYPES.items()
+        }
+        return {**vars(self), **encoded}
+
+    @classmethod
+    def stored(cls, entry: Mapping[str, Any]) -> Self:
+        """From what ``as_stored`` gave."""
+        arrays = {
+            name: np.frombuffer(base64.b64decode(entry[name], validate=True), dtype).astype(dtype[1:])
+            for name, dtype in _DTYPES.items()
+        }
+        return cls(**{**entry, **arrays})
+
+
+def with_advantages(group: Sequence[Rollout], kind: Advantage) -> list[Rollout]:
+    """A = r - mean [/ (std + 1e-6)], with the sample's standard deviation (n - 1), in fp64."""
+    rewards = [one.reward for one in group]
+    mean = statistics.fmean(rewards)
+    scale = 1.0 if kind == "mean" else statistics.stdev(rewards) + 1e-6
+    # Of equal rewards a mean may be off by rounding: nothing is better than the others.
+    return [replace(one, advantage=(one.reward - mean) / scale if varies(group) else 0.0) for one in group]
+
+
+def varies(group: Sequence[Rollout]) -> bool:
+    """Whether a group teaches anything."""
+    return len({one.reward for one in group}) > 1
+
+
+def packed(lengths: Sequence[int], seq_length: int) -> list[list[int]]:
+    """The places of answers by row: the longest first, each in the first row with room."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
+        row = next((row for row, left in enumerate(room) if left >= lengths[place]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(seq_length)
+        rows[row].append(place)
+        room[row] -= lengths[place]
+    return rows

@@ -1,0 +1,117 @@
+"""Rewards: functions of one sampled answer, by name or as ``module:function``; their weighted sum is what is learned.
+
+A reward runs on rank 0 alone. What it raises, or a number that is not finite, ends the run with the sample named.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_vpmoe.config.schema_rollouts import RewardPart
+from megatron_vpmoe.errors import ConfigError, DataError
+from megatron_vpmoe.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An answer to be scored.
+
+    Attributes:
+        prompt_ids: what was asked.
+        ids: the answer, with what ended it.
+        finished: whether it ended by itself and not at the limit.
+        row: what stands with the prompt: of a prompt file its "row", of a dataset {"answer_ids": the stored answer}.
+        manifest: of the dataset, for its vocabulary.
+    """
+
+    prompt_ids: Sequence[int]
+    ids: Sequence[int]
+    finished: bool
+    row: Mapping[str, Any]
+    manifest: Manifest
+
+
+Reward = Callable[[Sample], float]
+
+
+def finished(sample: Sample) -> float:
+    """1 where an answer ends by itself, else 0."""
+    return float(sample.finished)
+
+
+def stored_answer(sample: Sample) -> float:
+    """1 where an answer is the stored one, token by token, else 0."""
+    return float(list(sample.ids) == list(sample.row["answer_ids"]))
+
+
+REWARDS: dict[str, Reward] = {"finished": finished, "stored_answer": stored_answer}
+
+
+class Rewards:
+    """The rewards of a run.
+
+    Args:
+        parts: names with weights.
+
+    Attributes:
+        names: one each; metrics are called so.
+
+    Raises:
+        ConfigError: there is none, one is unknown or cannot be imported, or two have one name.
+    """
+
+    def __init__(self, parts: Sequence[RewardPart]) -> None:
+        self._parts = [(part.function.rpartition(":")[2], part.weight, _found(part.function)) for part in parts]
+        self.names = [name for name, _, _ in self._parts]
+        if not parts or len(set(self.names)) < len(parts):
+            raise ConfigError(
+                f"rewards {self.names}", source="rollouts.rewards", remedy="name at least one, and each but once"
+            )
+
+    def __call__(self, sample: Sample) -> dict[str, float]:
+        """The number of each reward by name.
+
+        Raises:
+            DataError: a reward raises, or returns what is no finite number.
+        """
+        return {name: self._one(name, reward, sample) for name, _, reward in self._parts}
+
+    def total(self, scores: Mapping[str, float]) -> float:
+        """The weighted sum."""
+        return math.fsum(weight * scores[name] for name, weight, _ in self._parts)
+
+    @staticmethod
+    def _one(name: str, reward: Reward, sample: Sample) -> float:
+        try:
+            value = reward(sample)
+            if math.isfinite(number := float(value)):
+                return number
+            what, cause = f"returned {value!r}", None
+        except Exception as error:  # of others' code: whatever it is, it is theirs to mend
+            what, cause = f"failed with {type(error).__name__}: {error}", error
+        raise DataError(
+            f"the reward {name} {what}",
+            source=f"the answer {list(sample.ids)} to {list(sample.prompt_ids)}, row {dict(sample.row)}",
+            remedy="a reward returns a finite number for every sample, whatever the model says",
+        ) from cause
+
+
+def _found(function: str) -> Reward:
+    if function in REWARDS:
+        return REWARDS[function]
+    module, _, attribute = function.partition(":")
+    try:
+        if attribute and callable(found := getattr(importlib.import_module(module), attribute)):
+            return found
+        why = "no such name" if not attribute else "it is no function"
+    except (ImportError, AttributeError) as error:
+        why = str(error)
+    raise ConfigError(
+        f"the reward {function} cannot be had: {why}",
+        source="rollouts.rewards",
+        remedy=f"name one of {', '.join(REWARDS)}, or module:function in a module that Python finds (PYTHONPATH)",
+    )

@@ -1,0 +1,268 @@
+"""Rollouts as a source: answers of the model that is trained, scored against the others of their group.
+
+A sampling draws prompts in the run's order, n answers to each, and their rewards; groups of equal rewards make way for
+further prompts' a few times, and fill up what is missing in the end. The answers are then trained on, epoch by epoch,
+in steps of ``global_batch_size`` answers, packed into rows.
+
+Every rank holds all answers; a step's rows are shared out. A draw depends on (seed, number of the prompt in the order,
+sample, position) and the weights, so a run that was killed samples the same again; between the steps of one sampling
+its answers are part of the position, since the weights that gave them are gone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_vpmoe.annotation import Annotation
+from megatron_vpmoe.data.batch import PADDING, Batch, assemble
+from megatron_vpmoe.data.cursor import shuffled
+from megatron_vpmoe.errors import CheckpointError, ConfigError, DataError
+from megatron_vpmoe.generation.engine import generate
+from megatron_vpmoe.generation.prompts import Prompt
+from megatron_vpmoe.generation.sampling import SamplingOptions
+from megatron_vpmoe.manifest import Manifest
+from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.runtime import distributed
+from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
+from megatron_vpmoe.sources.groups import ANNOTATIONS, Rollout, packed, varies, with_advantages
+from megatron_vpmoe.sources.interface import Position, Step
+from megatron_vpmoe.sources.prompts import Asked, Prompts, in_order
+from megatron_vpmoe.sources.reference import log_p_of_labels
+from megatron_vpmoe.sources.rewards import Rewards, Sample
+from megatron_vpmoe.turns import generation_ends
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.config import RunConfig
+
+
+class Rollouts:
+    """Steps of sampled answers.
+
+    Args:
+        prompts: to draw from.
+        manifest: of the training dataset: its vocabulary says what ends an answer.
+        cfg: ``rollouts``, ``grpo.grpo_advantage``, ``data.seq_length`` and ``training.{micro,global}_batch_size``.
+        dp_rank: of this process among those that hold different data.
+        dp_size: their number.
+
+    Attributes:
+        check: called before each forward pass; may raise.
+        stop: asked before each sampled token.
+
+    Raises:
+        ConfigError: the answers of a sampling are no whole number of steps.
+    """
+
+    annotations: tuple[Annotation, ...] = ANNOTATIONS
+    depends_on_weights = True
+
+    def __init__(self, prompts: Prompts, manifest: Manifest, cfg: RunConfig, dp_rank: int, dp_size: int) -> None:
+        self._prompts, self._manifest, self._cfg, self._of = prompts, manifest, cfg.rollouts, (dp_rank, dp_size)
+        self._rewards = Rewards(self._cfg.rewards or [])
+        self._advantage = cfg.grpo.grpo_advantage
+        self._seq_length, self._rows = cfg.data.seq_length, cfg.training.micro_batch_size
+        self._answers, self._size = cfg.training.global_batch_size, self._cfg.rollout_group_size
+        if self._cfg.rollout_groups * self._size % self._answers:
+            raise ConfigError(
+                f"{self._cfg.rollout_groups} groups of {self._size} answers are no whole number of steps of "
+                f"{self._answers}",
+                source="training.global_batch_size",
+                remedy="a step takes global_batch_size answers: let it divide rollout_groups * rollout_group_size",
+            )
+        ends = {*generation_ends(manifest.tokenizer.special_tokens).values(), manifest.tokenizer.eod_id}
+        self._options = SamplingOptions(
+            self._cfg.rollout_max_new_tokens,
+            tuple(sorted(ends)),
+            temperature=self._cfg.rollout_temperature,
+            seed=self._cfg.rollout_seed,
+            samples=self._size,
+        )
+        self._model: VPModel | None = None
+        self.check: Callable[[], None] = lambda: None
+        self.stop: StopRequest | None = None
+        self._drawn = self._samplings = self._steps = self._done = 0
+        self._rollouts: list[Rollout] = []
+
+    def open(self, model: VPModel) -> None:
+        """Take the model that is trained."""
+        self._model = model
+
+    def next_step(self) -> Step:
+        """See ``Source``; a collective. Metrics ``rollout/*`` of the sampling in its first step."""
+        metrics: dict[str, float] = {}
+        if not self._rollouts:
+            metrics = self._sample()
+        steps = len(self._rollouts) // self._answers
+        epoch, part = divmod(self._done, steps)
+        order = shuffled(len(self._rollouts), self._cfg.rollout_seed, self._samplings, epoch)
+        chosen = order[part * self._answers : (part + 1) * self._answers].tolist()
+        batches = [batch for batch, _ in self._laid_out([self._rollouts[place] for place in chosen])]
+        self._steps += 1
+        self._done = (self._done + 1) % (steps * self._cfg.rollout_epochs)
+        if not self._done:
+            self._rollouts = []
+        return Step(batches, self._position(), metrics)
+
+    def _position(self) -> Position:
+        kept = [one.as_stored() for one in self._rollouts]
+        counts = {"samplings": self._samplings, "steps": self._steps, "done": self._done}
+        return Position(self._drawn, {"rollouts": kept, **counts})
+
+    def resume(self, position: Position, *, source: str, allow_change: bool = False) -> list[str]:
+        """See ``Source``."""
+        data = position.data
+        if position.consumed_samples == 0 and not data:
+            return []
+        try:
+            self._samplings, self._steps, self._done = (int(data[name]) for name in ("samplings", "steps", "done"))
+            self._rollouts = [Rollout.stored(entry) for entry in data["rollouts"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the position is of no rollouts: {error!r}",
+                source=source,
+                remedy="resume with the objective that wrote it, or start from its weights (checkpoint.load_weights)",
+            ) from error
+        self._drawn = position.consumed_samples
+        return [f"{len(self._rollouts)} sampled answers go on to be trained on"] if self._rollouts else []
+
+    def close(self) -> None:
+        """See ``Source``."""
+
+    def _sample(self) -> dict[str, float]:
+        wanted, kept, spare, attempts = self._cfg.rollout_groups, [], [], 0
+        seconds = {"sampling": 0.0, "scoring": 0.0}
+        scores: list[dict[str, float]] = []
+        while len(kept) < wanted and attempts < self._cfg.rollout_attempts:
+            groups = self._draw(wanted - len(kept), seconds, scores)
+            attempts += 1
+            kept += [group for group in groups if varies(group)]
+            spare += [group for group in groups if not varies(group)]
+        # What teaches nothing keeps the step's size, with advantages of 0.
+        filler = spare[: wanted - len(kept)]
+        kept += filler
+        kept.sort(key=lambda group: group[0].group)
+        self._rollouts = self._with_old([one for group in kept for one in with_advantages(group, self._advantage)])
+        self._samplings, self._done = self._samplings + 1, 0
+        every = [one for group in (*kept, *spare[len(filler) :]) for one in group]
+        lengths, rewards = [len(one.ids) for one in every], [one.reward for one in every]
+        return {
+            "rollout/reward_mean": float(np.mean(rewards)),
+            "rollout/reward_std": float(np.std(rewards)),
+            **{f"rollout/reward/{name}": float(np.mean([s[name] for s in scores])) for name in self._rewards.names},
+            "rollout/groups_without_variance": len(spare) * self._size / len(every),
+            "rollout/attempts": float(attempts),
+            "rollout/length_mean": float(np.mean(lengths)),
+            "rollout/length_max": float(max(lengths)),
+            "rollout/truncated_share": float(np.mean([not one.finished for one in every])),
+            **{f"rollout/seconds_{name}": value for name, value in seconds.items()},
+        }
+
+    def _draw(self, count: int, seconds: dict[str, float], scores: list[dict[str, float]]) -> list[list[Rollout]]:
+        """Groups of the next prompts, scored; a collective. Adds to ``seconds`` and ``scores``."""
+        assert self._model is not None
+        asked = list(in_order(self._prompts, self._cfg.rollout_seed, self._drawn, count))
+        for number, one in asked:
+            self._check_length(number, one)
+        began = time.perf_counter()
+        completions = generate(
+            self._model,
+            [Prompt(one.ids, identity=number) for number, one in asked],
+            self._options,
+            weight_version=self._steps,
+            stop=None if self.stop is None else self.stop.is_requested,
+        )
+        if self.stop is not None and self.stop.agreed():
+            raise Interrupted
+        self._drawn += count
+        sampled = time.perf_counter()
+        rollouts = [Rollout.of(each, asked[each.place][1].ids, asked[each.place][0]) for each in completions]
+
+        def score() -> list[dict[str, float]]:
+            return [
+                self._rewards(
+                    Sample(
+                        one.prompt_ids.tolist(), one.ids.tolist(), one.finished, asked[c.place][1].row, self._manifest
+                    )
+                )
+                for one, c in zip(rollouts, completions, strict=True)
+            ]
+
+        found = distributed.from_rank_0(score)
+        scores += found
+        scored = [replace(one, reward=self._rewards.total(s)) for one, s in zip(rollouts, found, strict=True)]
+        seconds["sampling"] += sampled - began
+        seconds["scoring"] += time.perf_counter() - sampled
+        return [scored[first : first + self._size] for first in range(0, len(scored), self._size)]
+
+    def _check_length(self, number: int, asked: Asked) -> None:
+        longest = self._seq_length - self._cfg.rollout_max_new_tokens
+        if not 0 < len(asked.ids) <= longest:
+            raise DataError(
+                f"a prompt of {len(asked.ids)} tokens, and answers of up to {self._cfg.rollout_max_new_tokens}, in "
+                f"rows of {self._seq_length}",
+                source=f"prompt {number} of the run's order",
+                remedy=f"leave out prompts of more than {longest} tokens, or raise seq_length",
+            )
+
+    @torch.no_grad()
+    def _with_old(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """With what the trainer's forward pass makes of the weights that sampled; a collective."""
+        model = self._model
+        assert model is not None
+        from megatron.core import parallel_state
+
+        was_training = model.training
+        model.eval()
+        mine: dict[int, Any] = {}
+        try:
+            for batch, rows in self._laid_out(rollouts, every=True):
+                self.check()
+                log_p_BS = log_p_of_labels(model, batch, self._cfg.rollout_temperature).numpy()
+                for row, places in enumerate(rows):
+                    start = 0
+                    for place in places:
+                        span = rollouts[place].places
+                        mine[place] = log_p_BS[row, start + span.start : start + span.stop].copy()
+                        start += len(rollouts[place])
+        finally:
+            model.train(was_training)
+        gathered: list[dict[int, Any]] = [mine]
+        group = cast(dist.ProcessGroup, parallel_state.get_data_parallel_group())
+        if group.size() > 1:
+            gathered = [{} for _ in range(group.size())]
+            dist.all_gather_object(gathered, mine, group=group)
+        old = {place: values for part in gathered for place, values in part.items()}
+        return [replace(one, old_log_p=old[place]) for place, one in enumerate(rollouts)]
+
+    def _laid_out(self, rollouts: Sequence[Rollout], *, every: bool = False) -> list[tuple[Batch, list[list[int]]]]:
+        """This rank's micro-batches of packed answers, and the places of the answers in their rows.
+
+        Args:
+            every: answers that are not trained on are supervised as well.
+        """
+        rank, ranks = self._of
+        rows = packed([len(one) for one in rollouts], self._seq_length)
+        at_once = self._rows * ranks
+        batches = []
+        for first in range(0, len(rows), at_once):
+            numbers = range(first + rank * self._rows, first + (rank + 1) * self._rows)
+            mine = [rows[number] if number < len(rows) else [] for number in numbers]
+            batch = assemble(
+                [[self._document(rollouts[place], every) for place in places] for places in mine],
+                seq_length=self._seq_length,
+                eod_id=self._manifest.tokenizer.eod_id,
+                sample_ids=[number if number < len(rows) else PADDING for number in numbers],
+                annotations=self.annotations,
+            )
+            batches.append((batch, mine))
+        return batches
+
+    def _document(self, rollout: Rollout, every: bool) -> Any:
+        return rollout.document(trained=every or rollout.finished or not self._cfg.mask_truncated)

@@ -1,0 +1,39 @@
+"""What a configuration came to on this machine, for the log."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_vpmoe.config.parameters import is_trained, parameter_sizes
+from megatron_vpmoe.model.attention.self_attention import VPSelfAttention
+from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.model.moe.expert_rows import layout_rule
+from megatron_vpmoe.model.transformer_config import token_dispatcher
+from megatron_vpmoe.runtime import stages
+from megatron_vpmoe.runtime.device import current_device
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.config import RunConfig
+
+
+def implementation_notes(model: VPModel, cfg: RunConfig) -> list[str]:
+    """What "auto" came to: the attention backend of each kind of layer, and the dispatcher of the experts."""
+    chosen: dict[str, str] = {}
+    for attention in model.decoder.modules():
+        if isinstance(attention, VPSelfAttention):
+            kind = "global" if attention.window is None else f"local (window {attention.window})"
+            chosen[kind] = attention.backend_name(current_device())
+    told = stages.gather_stages((model.stage.layers, chosen))
+    chosen = {kind: backend for _, of_stage in told for kind, backend in of_stage.items()}
+    notes = ["attention: " + ", ".join(f"{kind} layers on {backend}" for kind, backend in chosen.items())]
+    if cfg.moe.num_experts is not None:
+        rule = layout_rule(model.config.params_dtype, current_device().type)
+        ranks = cfg.parallel.expert_model_parallel_size
+        notes.append(f"experts: {token_dispatcher(cfg)} dispatcher, {ranks} ranks; {rule}")
+    if cfg.training.train_only is not None:
+        sizes = parameter_sizes(cfg)
+        trained = sum(size for name, size in sizes.items() if is_trained(cfg, name))
+        notes.append(f"train_only: {trained:,} of {sum(sizes.values()):,} parameters")
+    if len(told) > 1:
+        notes.append("pipeline: layers " + ", ".join(f"{layers[0]}-{layers[-1]}" for layers, _ in told))
+    return notes

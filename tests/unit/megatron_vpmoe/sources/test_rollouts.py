@@ -1,0 +1,187 @@
+"""Rollouts: what a step holds follows from weights and position alone, also after a stop between two updates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vpmoe.data.kd_dataset import KDDataset
+from megatron_vpmoe.errors import CheckpointError, ConfigError, DataError
+from megatron_vpmoe.manifest import read_manifest
+from megatron_vpmoe.model.builder import build_model
+from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.sources import Position, Rollouts, Step
+from megatron_vpmoe.sources.groups import packed
+from megatron_vpmoe.sources.prompts import Asked, StoredPrompts, read_prompts
+from megatron_vpmoe.sources.rewards import Sample
+from tests.fixtures_dataset import small_dataset
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.usefixtures("single_process")
+HERE = "test_rollouts"
+
+
+def even(sample: Sample) -> float:
+    """The share of even tokens: it differs from answer to answer."""
+    return sum(token % 2 == 0 for token in sample.ids) / len(sample.ids)
+
+
+def of_odd_prompts(sample: Sample) -> float:
+    return even(sample) if sample.row["place"] % 2 else 0.5
+
+
+def broken(sample: Sample) -> float:
+    raise KeyError("answer")
+
+
+def not_a_number(sample: Sample) -> float:
+    return float("nan")
+
+
+@pytest.fixture
+def model() -> VPModel:
+    torch.manual_seed(3)
+    return build_model(tiny_config(num_layers=2))
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> KDDataset:
+    return KDDataset(read_manifest(small_dataset(tmp_path / "kd", train=6, valid=2)), "train", seq_length=48)
+
+
+def opened(
+    model: VPModel, dataset: KDDataset, *, prompts: Any = None, reward: str = "even", **changes: Any
+) -> Rollouts:
+    few = {"rollout_groups": 4, "rollout_group_size": 3, "global_batch_size": 6, "rollout_max_new_tokens": 10}
+    cfg = tiny_config(num_layers=2, rewards=[{"function": f"{HERE}:{reward}"}], **{**few, **changes})
+    asked = [Asked([5 + place, 9, 3], {"place": place}) for place in range(8)] if prompts is None else prompts
+    source = Rollouts(asked, dataset.manifest, cfg, 0, 1)
+    source.open(model)
+    return source
+
+
+def same(one: Step, other: Step) -> None:
+    assert one.position == other.position and len(one.batches) == len(other.batches)
+    for mine, theirs in zip(one.batches, other.batches, strict=True):
+        for name in ("tokens", "labels", "loss_mask", "document_id"):
+            assert torch.equal(getattr(mine, name), getattr(theirs, name))
+        assert all(torch.equal(mine.annotations[name], theirs.annotations[name]) for name in mine.annotations)
+
+
+def test_a_step_holds_answers_with_what_is_known_of_them(model: VPModel, dataset: KDDataset) -> None:
+    model.train()
+    step = opened(model, dataset, rollout_groups=2, rollout_temperature=0.8).next_step()
+    assert model.training
+    rewards: dict[int, list[float]] = {}
+    advantages: dict[int, list[float]] = {}
+    for batch in step.batches:
+        mask, given = batch.loss_mask, batch.annotations
+        # What was sampled from is what the trainer computes, up to rounding; untempered is another distribution.
+        torch.testing.assert_close(given["old_log_p"], given["sampled_log_p"], rtol=1e-4, atol=1e-4)
+        assert (given["sampled_log_p"][mask] < 0).all() and not given["sampled_log_p"][~mask].any()
+        assert not torch.allclose(given["sampled_log_p"][mask], given["untempered_log_p"][mask], atol=1e-3)
+        documents = [(row, n) for row in range(len(mask)) for n in range(int(batch.document_id[row].max()) + 1)]
+        for row, column in documents:
+            answer = batch.labels[row][mask[row] & (batch.document_id[row] == column)]
+            assert float(given["reward"][row, column]) == pytest.approx(float((answer % 2 == 0).double().mean()))
+            group = int(given["group"][row, column])
+            rewards.setdefault(group, []).append(float(given["reward"][row, column]))
+            advantages.setdefault(group, []).append(float(given["advantage"][row, column]))
+    assert {group: len(found) for group, found in rewards.items()} == {0: 3, 1: 3}
+    for group, found in rewards.items():
+        of_group = torch.tensor(found)
+        wanted = (of_group - of_group.mean()) / (of_group.std() + 1e-6)
+        torch.testing.assert_close(torch.tensor(advantages[group]), wanted, rtol=1e-4, atol=1e-5)
+    assert step.metrics["rollout/reward_mean"] == pytest.approx(sum(map(sum, rewards.values())) / 6)
+    assert step.metrics["rollout/attempts"] == 1 and step.metrics["rollout/reward/even"] > 0
+
+
+def test_resumed_between_two_updates_it_gives_the_same(model: VPModel, dataset: KDDataset) -> None:
+    """Also from other weights: what was sampled is kept, and only the next sampling is theirs."""
+    source = opened(model, dataset, rollout_epochs=2)
+    steps = [source.next_step() for _ in range(6)]
+    assert [bool(step.metrics) for step in steps] == [True, False, False, False, True, False]
+    assert not steps[3].position.data["rollouts"] and steps[2].position.data["rollouts"]
+    for stopped in range(1, 6):
+        again = opened(model, dataset, rollout_epochs=2)
+        position = Position(*json.loads(json.dumps(steps[stopped - 1].position)))
+        again.resume(position, source="test")
+        for step in steps[stopped:]:
+            same(again.next_step(), step)
+
+
+def test_groups_without_variance_make_way(model: VPModel, dataset: KDDataset) -> None:
+    step = opened(model, dataset, reward="of_odd_prompts", rollout_attempts=8, global_batch_size=12).next_step()
+    metrics = step.metrics
+    assert metrics["rollout/attempts"] > 1 and 0 < metrics["rollout/groups_without_variance"] < 1
+    assert advantages_of(step) == pytest.approx([1, 1, 1, 1], rel=1e-3)
+    # Past the limit they fill up the step, and teach nothing.
+    few = opened(model, dataset, reward="of_odd_prompts", rollout_attempts=1, global_batch_size=12).next_step()
+    idle = few.metrics["rollout/groups_without_variance"]
+    assert idle > 0 and advantages_of(few) == pytest.approx(
+        [0] * round(4 * idle) + [1] * round(4 * (1 - idle)), rel=1e-3
+    )
+
+
+def advantages_of(step: Step) -> list[float]:
+    """The standard deviation of each group's advantages, sorted."""
+    groups: dict[int, list[float]] = {}
+    for batch in step.batches:
+        for row, documents in enumerate(batch.document_id.max(1).values.tolist()):
+            for column in range(documents + 1):
+                group = int(batch.annotations["group"][row, column])
+                groups.setdefault(group, []).append(float(batch.annotations["advantage"][row, column]))
+    return sorted(float(torch.tensor(found).std()) for found in groups.values())
+
+
+def test_truncated_answers_are_left_out_where_asked(model: VPModel, dataset: KDDataset) -> None:
+    step = opened(model, dataset, rollout_max_new_tokens=2, mask_truncated=True).next_step()
+    assert step.metrics["rollout/truncated_share"] > 0.5
+    answers = sum(int(batch.loss_mask.sum()) for batch in step.batches)
+    everything = opened(model, dataset, rollout_max_new_tokens=2).next_step()
+    assert answers < sum(int(batch.loss_mask.sum()) for batch in everything.batches)
+
+
+@pytest.mark.parametrize(("reward", "told"), [("broken", "KeyError"), ("not_a_number", "nan")])
+def test_a_reward_that_fails_ends_the_run_with_the_sample(
+    model: VPModel, dataset: KDDataset, reward: str, told: str
+) -> None:
+    with pytest.raises(DataError, match=rf"(?s)reward {reward} .*{told}.*'place'"):
+        opened(model, dataset, reward=reward).next_step()
+
+
+def test_what_cannot_be_is_refused_by_name(model: VPModel, dataset: KDDataset) -> None:
+    with pytest.raises(ConfigError, match="nowhere"):
+        opened(model, dataset, reward="nowhere")
+    with pytest.raises(ConfigError, match="4 groups of 3 answers"):
+        opened(model, dataset, global_batch_size=8)
+    with pytest.raises(DataError, match="prompt of 40 tokens"):
+        opened(model, dataset, prompts=[Asked([5] * 40, {})]).next_step()
+    with pytest.raises(CheckpointError, match="no rollouts"):
+        opened(model, dataset).resume(Position(4, [{"name": "kd"}]), source="test")
+
+
+def test_prompts_of_a_dataset_come_with_the_stored_answer(dataset: KDDataset) -> None:
+    prompts = StoredPrompts(dataset)
+    for place in range(len(prompts)):
+        asked = prompts[place]
+        assert [*asked.ids, *asked.row["answer_ids"]] == dataset[place].tokens.tolist()
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"ids": []}', '{"ids": [99]}', '{"ids": [true]}', '{"ids": [1], "row": 2}'])
+def test_a_file_of_something_else_is_no_prompts(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"ids": [1, 2], "row": {"a": 1}}\n' + line + "\n")
+    with pytest.raises(DataError, match=r"prompts\.jsonl:2"):
+        read_prompts(path, vocab_size=64)
+
+
+def test_rows_are_packed_without_loss() -> None:
+    lengths = [5, 9, 2, 7, 7, 3]
+    rows = packed(lengths, 12)
+    assert sorted(place for row in rows for place in row) == list(range(6))
+    assert all(sum(lengths[place] for place in row) <= 12 for row in rows) and len(rows) == 3
