@@ -51,8 +51,8 @@ def read_prompts(path: Path, *, vocab_size: int) -> list[Asked]:
     prompts = []
     for number, line in read_json_lines(path, ours=False):
         ids, row = (line.get("ids"), line.get("row", {})) if isinstance(line, dict) else (None, None)
-        is_ids = isinstance(ids, list) and ids and all(type(one) is int and 0 <= one < vocab_size for one in ids)
-        if not is_ids or not isinstance(row, dict):
+        is_prompt = isinstance(ids, list) and all(type(one) is int and 0 <= one < vocab_size for one in ids)
+        if not ids or not is_prompt or not isinstance(row, dict):
             raise DataError(f"no prompt: {str(line)[:80]}", source=f"{path}:{number}", remedy=remedy)
         prompts.append(Asked(ids, row))
     if not prompts:

@@ -9,7 +9,7 @@ import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from megatron_vpmoe.config.schema_rollouts import RewardPart
 from megatron_vpmoe.errors import ConfigError, DataError
@@ -105,8 +105,9 @@ def _found(function: str) -> Reward:
         return REWARDS[function]
     module, _, attribute = function.partition(":")
     try:
-        if attribute and callable(found := getattr(importlib.import_module(module), attribute)):
-            return found
+        found: Any = getattr(importlib.import_module(module), attribute) if attribute else None
+        if callable(found):
+            return cast(Reward, found)
         why = "no such name" if not attribute else "it is no function"
     except (ImportError, AttributeError) as error:
         why = str(error)

@@ -31,7 +31,7 @@ from megatron_vpmoe.manifest import Manifest
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
-from megatron_vpmoe.sources.groups import ANNOTATIONS, Rollout, packed, varies, with_advantages
+from megatron_vpmoe.sources.groups import ANNOTATIONS, Advantage, Rollout, packed, varies, with_advantages
 from megatron_vpmoe.sources.interface import Position, Step
 from megatron_vpmoe.sources.prompts import Asked, Prompts, in_order
 from megatron_vpmoe.sources.reference import log_p_of_labels
@@ -66,7 +66,7 @@ class Rollouts:
     def __init__(self, prompts: Prompts, manifest: Manifest, cfg: RunConfig, dp_rank: int, dp_size: int) -> None:
         self._prompts, self._manifest, self._cfg, self._of = prompts, manifest, cfg.rollouts, (dp_rank, dp_size)
         self._rewards = Rewards(self._cfg.rewards or [])
-        self._advantage = cfg.grpo.grpo_advantage
+        self._advantage: Advantage = cfg.grpo.grpo_advantage
         self._seq_length, self._rows = cfg.data.seq_length, cfg.training.micro_batch_size
         self._answers, self._size = cfg.training.global_batch_size, self._cfg.rollout_group_size
         if self._cfg.rollout_groups * self._size % self._answers:

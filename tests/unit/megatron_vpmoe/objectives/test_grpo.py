@@ -21,6 +21,7 @@ from tests.tiny import random_batch, rows_of, tiny_config
 
 pytestmark = pytest.mark.usefixtures("single_process")
 VOCAB = 17
+REWARDS = [{"function": "finished"}]
 
 
 def sampled_batch(rows: int, seed: int) -> Batch:
@@ -175,13 +176,33 @@ def test_a_reference_is_needed_where_it_counts():
 
 
 def test_built_from_the_configuration():
-    cfg = tiny_config(objective="grpo", grpo_ratio="sequence", grpo_clip_high=0.5, rollout_max_new_tokens=20)
+    cfg = tiny_config(
+        objective="grpo",
+        rewards=REWARDS,
+        grpo_ratio="sequence",
+        grpo_clip_high=0.5,
+        rollout_max_new_tokens=20,
+        eval_interval=None,
+    )
     assert build_objective(cfg) == GRPO(ratio="sequence", clip_high=0.5, longest=20)
 
 
 @pytest.mark.parametrize(
-    "field", [{"grpo_clip_low": 1.5}, {"grpo_clip_high": -0.1}, {"grpo_kl": -1}, {"rollout_group_size": 1}], ids=str
+    "field",
+    [
+        {"grpo_clip_low": 1.5},
+        {"grpo_clip_high": -0.1},
+        {"grpo_kl": -1},
+        {"grpo_kl": 0.1},
+        {"rollout_group_size": 1},
+        {"rewards": None},
+        {"rollout_max_new_tokens": 48},
+        {"eval_interval": 5},
+    ],
+    ids=str,
 )
-def test_numbers_out_of_range_are_refused_by_name(field: dict[str, float]):
+def test_what_cannot_be_trained_is_refused_by_name(field: dict[str, Any]):
+    sampled = {"objective": "grpo", "rewards": REWARDS, "rollout_max_new_tokens": 20, "eval_interval": None}
+    tiny_config(**sampled)
     with pytest.raises(ConfigError, match=next(iter(field))):
-        tiny_config(objective="grpo", **field)
+        tiny_config(**{**sampled, **field})

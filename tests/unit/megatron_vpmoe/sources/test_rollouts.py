@@ -56,7 +56,13 @@ def dataset(tmp_path: Path) -> KDDataset:
 def opened(
     model: VPModel, dataset: KDDataset, *, prompts: Any = None, reward: str = "even", **changes: Any
 ) -> Rollouts:
-    few = {"rollout_groups": 4, "rollout_group_size": 3, "global_batch_size": 6, "rollout_max_new_tokens": 10}
+    few = {
+        "rollout_groups": 4,
+        "rollout_group_size": 3,
+        "global_batch_size": 6,
+        "rollout_max_new_tokens": 10,
+        "eval_interval": None,
+    }
     cfg = tiny_config(num_layers=2, rewards=[{"function": f"{HERE}:{reward}"}], **{**few, **changes})
     asked = [Asked([5 + place, 9, 3], {"place": place}) for place in range(8)] if prompts is None else prompts
     source = Rollouts(asked, dataset.manifest, cfg, 0, 1)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.fixtures_dataset import small_dataset
 from tests.training_runs import checkpoint_tensors, records, train, train_until
 
+pytestmark = pytest.mark.slow
 SAMPLED = {
     "objective": "grpo",
     "rewards": [{"function": "tests.training_runs:even_tokens"}],
@@ -22,6 +24,7 @@ SAMPLED = {
     "train_iters": 10,
     "save_interval": 3,  # four steps a sampling: within one and at its end
     "num_layers": 2,
+    "eval_interval": None,
     "keep_last": 9,
 }
 
