@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_vpmoe.config import rules_model, rules_objective, rules_parallel, rules_run
+from megatron_vpmoe.config import rules_model, rules_objective, rules_parallel, rules_rollouts, rules_run
 from megatron_vpmoe.config.rule import Problem, Rule, View
 from megatron_vpmoe.config.schema import RunConfig
 
 ARCHITECTURE = rules_model.REFUSED
 """Refused whatever runs the model."""
-RUN = (*rules_run.REFUSED, *rules_objective.REFUSED, *rules_parallel.REFUSED, *rules_parallel.OF_WORLD)
+RUN = (*rules_run.REFUSED, *rules_objective.REFUSED, *rules_rollouts.REFUSED, *rules_parallel.REFUSED, *rules_parallel.OF_WORLD)
 """Refused of a run."""
 IDLE = rules_model.IDLE
 """Fields of the architecture that change nothing."""

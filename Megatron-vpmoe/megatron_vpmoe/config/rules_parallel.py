@@ -123,11 +123,6 @@ REFUSED: tuple[Rule, ...] = (
         lambda c: c[_PP] > 1 and c.reference_weights is not None,
     ),
     refuse(
-        f"rewards {_PP}",
-        "log-probabilities of sampled answers are not computed over stages; use stored data, or one stage",
-        lambda c: c[_PP] > 1 and c.rewards is not None,
-    ),
-    refuse(
         f"num_layers {_PP} {_FIRST} {_LAST}",
         "{layers_left} layers cannot be shared out evenly over {stages_left} stages; "
         "give the first or the last stage a number of its own (--num-layers-in-last-pipeline-stage)",

@@ -120,26 +120,6 @@ _TRAINING = (
         "both are 0, so nothing would be learnt",
         lambda c: c.kd_span_weight_reasoning == c.kd_span_weight_final == 0,
     ),
-    refuse(
-        "objective rewards",
-        "grpo learns from rewards of the model's own answers; name some (rollouts.rewards)",
-        lambda c: c.objective == "grpo" and not c.rewards,
-    ),
-    refuse(
-        "grpo_kl reference_weights",
-        "a divergence of weight {grpo_kl:g} needs a reference; name one, or set the weight to 0",
-        lambda c: c.objective == "grpo" and c.grpo_kl > 0 and c.reference_weights is None,
-    ),
-    refuse(
-        "rollout_max_new_tokens seq_length",
-        "answers of {rollout_max_new_tokens} tokens leave no room for a prompt in rows of {seq_length}",
-        lambda c: c.rewards is not None and c.rollout_max_new_tokens >= c.seq_length,
-    ),
-    refuse(
-        "eval_interval eval_at_start rewards",
-        "answers of the model are no validation split; set eval_interval to null and eval_at_start to false",
-        lambda c: c.rewards is not None and (c.eval_interval is not None or c.eval_at_start),
-    ),
     refuse("train_only", "an empty list trains nothing; null trains everything", lambda c: c.train_only == []),
     refuse("train_only", "no parameter matches '{pattern}'; near: {near}", _unmatched),
     refuse(

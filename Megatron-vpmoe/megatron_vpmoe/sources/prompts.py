@@ -10,6 +10,7 @@ from megatron_vpmoe.data.cursor import shuffled
 from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.files import read_json_lines
+from megatron_vpmoe.turns import generation_ends
 
 
 class Asked(NamedTuple):
@@ -27,10 +28,12 @@ class Prompts(Protocol):
 
 
 class StoredPrompts:
-    """The prompts of a dataset's conversations; rows hold the ids of the stored answer, "answer_ids"."""
+    """The prompts of a dataset's conversations; rows hold the stored answer of the first turn, "answer_ids"."""
 
     def __init__(self, dataset: KDDataset) -> None:
         self._dataset = dataset
+        tokenizer = dataset.manifest.tokenizer
+        self._ends = {*generation_ends(tokenizer.special_tokens).values(), tokenizer.eod_id}
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -38,7 +41,9 @@ class StoredPrompts:
     def __getitem__(self, place: int, /) -> Asked:
         document = self._dataset[place]
         prompt = document.prompt.tolist()
-        return Asked(prompt, {"answer_ids": document.labels.tolist()[len(prompt) - 1 :]})
+        answer = document.labels.tolist()[len(prompt) - 1 :]
+        end = next((place for place, token in enumerate(answer) if token in self._ends), len(answer))
+        return Asked(prompt, {"answer_ids": answer[: end + 1]})
 
 
 def read_prompts(path: Path, *, vocab_size: int) -> list[Asked]:

@@ -18,11 +18,12 @@ from megatron_vpmoe.sources import Position, Rollouts, Step
 from megatron_vpmoe.sources.groups import packed
 from megatron_vpmoe.sources.prompts import Asked, StoredPrompts, read_prompts
 from megatron_vpmoe.sources.rewards import Sample
-from tests.fixtures_dataset import small_dataset
+from tests.fixtures_dataset import EOD, small_dataset
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.usefixtures("single_process")
 HERE = "test_rollouts"
+ENDS = {EOD, 2, 3}
 
 
 def even(sample: Sample) -> float:
@@ -175,7 +176,9 @@ def test_prompts_of_a_dataset_come_with_the_stored_answer(dataset: KDDataset) ->
     prompts = StoredPrompts(dataset)
     for place in range(len(prompts)):
         asked = prompts[place]
-        assert [*asked.ids, *asked.row["answer_ids"]] == dataset[place].tokens.tolist()
+        tokens, answer = dataset[place].tokens.tolist(), asked.row["answer_ids"]
+        assert [*asked.ids, *answer] == tokens[: len(asked.ids) + len(answer)]
+        assert answer[-1] in ENDS and not ENDS & set(answer[:-1])
 
 
 @pytest.mark.parametrize("line", ["[1]", '{"ids": []}', '{"ids": [99]}', '{"ids": [true]}', '{"ids": [1], "row": 2}'])
