@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
-from megatron_vpmoe.sources.rewards import Sample
 from tests.tiny import ROOT, TINY, flag_text
 from tests.workers import run_workers
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.sources.rewards import Sample
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'Megatron-vpmoe'}:{ROOT}"}
 
