@@ -89,16 +89,16 @@ class Rollouts:
         self.stop: StopRequest | None = None
         self._drawn = self._samplings = self._steps = self._done = 0
         self._rollouts: list[Rollout] = []
+        self._metrics: dict[str, float] = {}
 
     def open(self, model: VPModel) -> None:
         """Take the model that is trained."""
         self._model = model
 
     def next_step(self) -> Step:
-        """See ``Source``; a collective. Metrics ``rollout/*`` of the sampling in its first step."""
-        metrics: dict[str, float] = {}
+        """See ``Source``; a collective. Metrics ``rollout/*`` of the sampling in each of its steps."""
         if not self._rollouts:
-            metrics = self._sample()
+            self._metrics = self._sample()
         steps = len(self._rollouts) // self._answers
         epoch, part = divmod(self._done, steps)
         order = shuffled(len(self._rollouts), self._cfg.rollout_seed, self._samplings, epoch)
@@ -108,12 +108,14 @@ class Rollouts:
         self._done = (self._done + 1) % (steps * self._cfg.rollout_epochs)
         if not self._done:
             self._rollouts = []
-        return Step(batches, self._position(), metrics)
+        return Step(batches, self._position(), self._metrics)
 
     def _position(self) -> Position:
         kept = [one.as_stored() for one in self._rollouts]
         counts = {"samplings": self._samplings, "steps": self._steps, "done": self._done}
-        return Position(self._drawn, {"rollouts": kept, **counts})
+        # Not the seconds: a position is the same on every rank, and after a resume.
+        metrics = {tag: value for tag, value in self._metrics.items() if "seconds" not in tag and kept}
+        return Position(self._drawn, {"rollouts": kept, "metrics": metrics, **counts})
 
     def resume(self, position: Position, *, source: str, allow_change: bool = False) -> list[str]:
         """See ``Source``."""
@@ -123,7 +125,8 @@ class Rollouts:
         try:
             self._samplings, self._steps, self._done = (int(data[name]) for name in ("samplings", "steps", "done"))
             self._rollouts = [Rollout.stored(entry) for entry in data["rollouts"]]
-        except (KeyError, TypeError, ValueError) as error:
+            self._metrics = {tag: float(value) for tag, value in data["metrics"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"the position is of no rollouts: {error!r}",
                 source=source,
