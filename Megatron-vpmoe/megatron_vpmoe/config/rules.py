@@ -14,7 +14,13 @@ from megatron_vpmoe.config.schema import RunConfig
 
 ARCHITECTURE = rules_model.REFUSED
 """Refused whatever runs the model."""
-RUN = (*rules_run.REFUSED, *rules_objective.REFUSED, *rules_rollouts.REFUSED, *rules_parallel.REFUSED, *rules_parallel.OF_WORLD)
+RUN = (
+    *rules_run.REFUSED,
+    *rules_objective.REFUSED,
+    *rules_rollouts.REFUSED,
+    *rules_parallel.REFUSED,
+    *rules_parallel.OF_WORLD,
+)
 """Refused of a run."""
 IDLE = rules_model.IDLE
 """Fields of the architecture that change nothing."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from megatron_vpmoe.config.rule import Rule, View, refuse
-from megatron_vpmoe.config.schema_objective import ObjectiveFields
+from megatron_vpmoe.config.schema_objective import OBJECTIVES, ObjectiveFields
 
-_OF_DPO = [name for name in ObjectiveFields.model_fields if name.startswith("dpo_")]
+_OWNED = [(name, name.split("_")[0]) for name in ObjectiveFields.model_fields if name.startswith(("dpo_", "grpo_"))]
+_DEFAULT = {name: field.default for name, field in ObjectiveFields.model_fields.items()}
 
 
 def _is_cross_entropy(c: View) -> bool:
@@ -26,9 +27,11 @@ REFUSED: tuple[Rule, ...] = (
     *(
         refuse(
             f"{name} objective",
-            "cross-entropy does not read it; leave it out, or ask for dpo",
-            lambda c, name=name: _is_cross_entropy(c) and c[name] != ObjectiveFields.model_fields[name].default,
+            f"{{objective}} does not read it; leave it out, or ask for {owner}",
+            lambda c, name=name, owner=owner: (
+                c.objective in OBJECTIVES and c.objective != owner and c[name] != _DEFAULT[name]
+            ),
         )
-        for name in _OF_DPO
+        for name, owner in _OWNED
     ),
 )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from megatron_vpmoe.config.rule import Rule, refuse
+from megatron_vpmoe.config.schema_rollouts import RolloutsSection
+
+_DEFAULT = {name: field.default for name, field in RolloutsSection.model_fields.items() if name != "rewards"}
 
 REFUSED: tuple[Rule, ...] = (
     refuse(
@@ -29,5 +32,13 @@ REFUSED: tuple[Rule, ...] = (
         "rewards pipeline_model_parallel_size",
         "log-probabilities of sampled answers are not computed over stages; use stored data, or one stage",
         lambda c: c.pipeline_model_parallel_size > 1 and c.rewards is not None,
+    ),
+    *(
+        refuse(
+            f"{name} rewards",
+            "nothing is sampled; leave it out, or name rewards (rollouts.rewards)",
+            lambda c, name=name, default=default: c.rewards is None and c[name] != default,
+        )
+        for name, default in _DEFAULT.items()
     ),
 )

@@ -10,7 +10,6 @@ from pydantic_core import PydanticCustomError
 
 from megatron_vpmoe.config.schema_section import (
     BOUND,
-    Amount,
     Few,
     PositiveFloat,
     Section,

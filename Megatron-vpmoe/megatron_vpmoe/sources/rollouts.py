@@ -48,7 +48,7 @@ class Rollouts:
     Args:
         prompts: to draw from.
         manifest: of the training dataset: its vocabulary says what ends an answer.
-        cfg: ``rollouts``, ``grpo.grpo_advantage``, ``data.seq_length`` and ``training.{micro,global}_batch_size``.
+        cfg: ``rollouts``, ``training.grpo_advantage``, ``data.seq_length`` and ``training.{micro,global}_batch_size``.
         dp_rank: of this process among those that hold different data.
         dp_size: their number.
 
@@ -66,7 +66,7 @@ class Rollouts:
     def __init__(self, prompts: Prompts, manifest: Manifest, cfg: RunConfig, dp_rank: int, dp_size: int) -> None:
         self._prompts, self._manifest, self._cfg, self._of = prompts, manifest, cfg.rollouts, (dp_rank, dp_size)
         self._rewards = Rewards(self._cfg.rewards or [])
-        self._advantage: Advantage = cfg.grpo.grpo_advantage
+        self._advantage: Advantage = cfg.training.grpo_advantage
         self._seq_length, self._rows = cfg.data.seq_length, cfg.training.micro_batch_size
         self._answers, self._size = cfg.training.global_batch_size, self._cfg.rollout_group_size
         if self._cfg.rollout_groups * self._size % self._answers:

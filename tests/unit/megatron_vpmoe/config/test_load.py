@@ -74,6 +74,10 @@ values_of_list = {
         st.fixed_dictionaries({"from_sample": st.integers(1, 9), "weights": st.lists(st.integers(0, 3), max_size=3)}),
         max_size=2,
     ),
+    "rewards": st.lists(
+        st.fixed_dictionaries({"function": st.sampled_from(["finished", "a:b"]), "weight": st.integers(0, 3)}),
+        max_size=2,
+    ),
     "skip_rows": st.lists(st.integers(0, 3), max_size=2),
     "recompute_modules": st.lists(st.sampled_from(["core_attn", "mlp", "moe", "layernorm"]), max_size=3),
     "train_only": st.lists(st.sampled_from(["*", "embedding.*", "*.bias", "output"]), max_size=2),
