@@ -17,6 +17,7 @@ class Annotation(BaseModel):
             has it, and what describes a token past the document is dropped. "document": one value, [b, d] of a batch
             whose rows hold up to d documents; column n is the document of ``document_id`` n.
         width: K, for [L, K] and [b, s, K]; None for one entry a token.
+        temperature: of log-probabilities: that the logits were divided by.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -24,7 +25,8 @@ class Annotation(BaseModel):
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     dtype: Literal["uint8", "int32", "int64", "float32"]
     per: Literal["token", "document"] = "token"
-    width: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    width: Annotated[int, Field(ge=1, le=2**18)] | None = None
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False, exclude_if=lambda value: value == 1)] = 1.0
 
     @model_validator(mode="after")
     def _can_be(self) -> Self:
@@ -45,3 +47,13 @@ class Annotation(BaseModel):
 
 REFERENCE_LOG_P = Annotation(name="reference_log_p", dtype="float32")
 """log p(label) under a frozen reference model where the loss mask holds, else 0."""
+
+TEACHER_IDS = Annotation(name="teacher_ids", dtype="int32")
+"""The K likeliest successors of a token in a teacher's eyes, likeliest first and none twice, or K times NO_RECORD: it
+was not asked there. Of any width; with it come TEACHER_LOG_P of the same width and TEACHER_LABEL_LOG_P."""
+TEACHER_LOG_P = Annotation(name="teacher_log_p", dtype="float32")
+"""log p of each of TEACHER_IDS over the teacher's whole vocabulary, so that what they leave of 1 is the tail's; 0 where
+there is no record. Its temperature says that of the teacher's softmax."""
+TEACHER_LABEL_LOG_P = Annotation(name="teacher_label_log_p", dtype="float32")
+"""The same of the token that follows, whether or not it is among TEACHER_IDS."""
+NO_RECORD = -1

@@ -24,7 +24,7 @@ class Needs:
     """What an objective needs; a run that lacks some of it is refused at its start, by name.
 
     Attributes:
-        annotations: of every batch, as declared here; a width of None takes any.
+        annotations: of every batch, as declared here; of a width at least that, None takes any.
         pairs: datasets of preference pairs, and no others.
         depends_on_weights: batches have to come from the weights that are trained.
         experts: the model has to have routed experts.

@@ -106,7 +106,7 @@ def check_needs(objective: str, needs: Needs, gives: Gives, *, source: str) -> N
         found = given.get(wanted.name)
         if found is None:
             missing.append(f"the annotation {wanted.name!r}")
-        elif (found.dtype, found.per) != (wanted.dtype, wanted.per) or wanted.width not in (None, found.width):
+        elif wanted != found.model_copy(update={"width": wanted.width}) or (wanted.width or 0) > (found.width or 0):
             missing.append(f"the annotation {wanted.name!r} as {wanted}; it is {found}")
     if needs.depends_on_weights and not gives.depends_on_weights:
         missing.append("samples of the model that is trained; these are stored")

@@ -207,6 +207,7 @@ def test_each_missing_need_is_named() -> None:
     class Gives:
         annotations = (
             Annotation(name="teacher_ids", dtype="int32", width=8),
+            Annotation(name="teacher_log_p", dtype="float32", width=8, temperature=2.0),
             Annotation(name="reward", dtype="float32", per="document"),
         )
         depends_on_weights = False
@@ -217,6 +218,11 @@ def test_each_missing_need_is_named() -> None:
         Annotation(name="advantage", dtype="float32", per="document"),
     )
     check_needs("mine", Needs(annotations=wanted[:1]), Gives(), source="train")
+    log_p = Annotation(name="teacher_log_p", dtype="float32", width=8, temperature=2.0)
+    check_needs("mine", Needs(annotations=(log_p.model_copy(update={"width": 4}),)), Gives(), source="train")
+    for change in ({"width": 9}, {"temperature": 1.0}):
+        with pytest.raises(ConfigError, match=f"teacher_log_p' as .*{'='.join(map(str, *change.items()))}"):
+            check_needs("mine", Needs(annotations=(log_p.model_copy(update=change),)), Gives(), source="train")
     with pytest.raises(ConfigError) as caught:
         check_needs("mine", Needs(annotations=wanted, depends_on_weights=True), Gives(), source="train")
     said = str(caught.value)
