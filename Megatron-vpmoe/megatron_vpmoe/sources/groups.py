@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -25,7 +24,7 @@ ANNOTATIONS = (
     Annotation(name="group", dtype="int64", per="document"),
     Annotation(name="weight_version", dtype="int64", per="document"),
 )
-_DTYPES = {"prompt_ids": "<i4", "ids": "<i4", "sampled_log_p": "<f4", "untempered_log_p": "<f4", "old_log_p": "<f4"}
+_LOG_P = ("sampled_log_p", "untempered_log_p", "old_log_p")
 Advantage = Literal["std", "mean"]
 
 
@@ -88,7 +87,7 @@ class Rollout:
             "group": np.asarray(self.group, np.int64),
             "weight_version": np.asarray(self.weight_version, np.int64),
         }
-        tokens = {name: placed(getattr(self, name), np.float32) for name in _DTYPES if name.endswith("log_p")}
+        tokens = {name: placed(getattr(self, name), np.float32) for name in _LOG_P}
         return Document(
             tokens=np.concatenate([self.prompt_ids, self.ids]),
             loss_mask=placed(trained, np.uint8),
@@ -96,22 +95,26 @@ class Rollout:
             annotations={**of_document, **tokens},
         )
 
-    def as_stored(self) -> dict[str, Any]:
-        """JSON-ready, and exactly itself again by ``stored``."""
-        encoded = {
-            name: base64.b64encode(getattr(self, name).astype(dtype).tobytes()).decode()
-            for name, dtype in _DTYPES.items()
-        }
-        return {**vars(self), **encoded}
 
-    @classmethod
-    def stored(cls, entry: Mapping[str, Any]) -> Self:
-        """From what ``as_stored`` gave."""
-        arrays = {
-            name: np.frombuffer(base64.b64decode(entry[name], validate=True), dtype).astype(dtype[1:])
-            for name, dtype in _DTYPES.items()
-        }
-        return cls(**{**entry, **arrays})
+def columns(rollouts: Sequence[Rollout]) -> dict[str, NDArray[Any]]:
+    """One array of each attribute, which ``from_columns`` makes the same answers of: arrays are put end to end."""
+    found = {}
+    for field in fields(Rollout):
+        values = [getattr(one, field.name) for one in rollouts]
+        if isinstance(values[0], np.ndarray):
+            found[f"{field.name}.lengths"] = np.asarray([len(value) for value in values])
+            values = np.concatenate(values)
+        found[field.name] = np.asarray(values)
+    return found
+
+
+def from_columns(found: Mapping[str, NDArray[Any]]) -> list[Rollout]:
+    """The answers, whose arrays are stretches of those of ``found``."""
+    parts = {}
+    for field in fields(Rollout):
+        column, lengths = found[field.name], found.get(f"{field.name}.lengths")
+        parts[field.name] = column.tolist() if lengths is None else np.split(column, np.cumsum(lengths)[:-1])
+    return [Rollout(**dict(zip(parts, each, strict=True))) for each in zip(*parts.values(), strict=True)]
 
 
 def with_advantages(group: Sequence[Rollout], kind: Advantage) -> list[Rollout]:

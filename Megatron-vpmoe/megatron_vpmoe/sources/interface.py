@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
+
+from numpy.typing import NDArray
 
 from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.data.batch import Batch
@@ -17,10 +19,12 @@ class Position(NamedTuple):
     Attributes:
         consumed_samples: rows of data that have gone into steps.
         data: whatever else it needs to go on, JSON-ready.
+        arrays: what of it is large, by name; nothing changes them later.
     """
 
     consumed_samples: int
     data: Any
+    arrays: Mapping[str, NDArray[Any]] = {}
 
 
 class Step(NamedTuple):

@@ -31,7 +31,16 @@ from megatron_vpmoe.manifest import Manifest
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
-from megatron_vpmoe.sources.groups import ANNOTATIONS, Advantage, Rollout, packed, varies, with_advantages
+from megatron_vpmoe.sources.groups import (
+    ANNOTATIONS,
+    Advantage,
+    Rollout,
+    columns,
+    from_columns,
+    packed,
+    varies,
+    with_advantages,
+)
 from megatron_vpmoe.sources.interface import Position, Step
 from megatron_vpmoe.sources.prompts import Asked, Prompts, in_order
 from megatron_vpmoe.sources.reference import log_p_of_labels
@@ -89,6 +98,7 @@ class Rollouts:
         self.stop: StopRequest | None = None
         self._drawn = self._samplings = self._steps = self._done = 0
         self._rollouts: list[Rollout] = []
+        self._arrays: dict[str, Any] = {}
         self._metrics: dict[str, float] = {}
 
     def open(self, model: VPModel) -> None:
@@ -107,15 +117,14 @@ class Rollouts:
         self._steps += 1
         self._done = (self._done + 1) % (steps * self._cfg.rollout_epochs)
         if not self._done:
-            self._rollouts = []
+            self._rollouts, self._arrays = [], {}
         return Step(batches, self._position(), self._metrics)
 
     def _position(self) -> Position:
-        kept = [one.as_stored() for one in self._rollouts]
         counts = {"samplings": self._samplings, "steps": self._steps, "done": self._done}
         # Not the seconds: a position is the same on every rank, and after a resume.
-        metrics = {tag: value for tag, value in self._metrics.items() if "seconds" not in tag and kept}
-        return Position(self._drawn, {"rollouts": kept, "metrics": metrics, **counts})
+        metrics = {tag: value for tag, value in self._metrics.items() if "seconds" not in tag and self._arrays}
+        return Position(self._drawn, {"metrics": metrics, **counts}, self._arrays)
 
     def resume(self, position: Position, *, source: str, allow_change: bool = False) -> list[str]:
         """See ``Source``."""
@@ -124,7 +133,8 @@ class Rollouts:
             return []
         try:
             self._samplings, self._steps, self._done = (int(data[name]) for name in ("samplings", "steps", "done"))
-            self._rollouts = [Rollout.stored(entry) for entry in data["rollouts"]]
+            self._arrays = dict(position.arrays)
+            self._rollouts = from_columns(self._arrays) if self._arrays else []
             self._metrics = {tag: float(value) for tag, value in data["metrics"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
@@ -151,7 +161,9 @@ class Rollouts:
         filler = spare[: wanted - len(kept)]
         kept += filler
         kept.sort(key=lambda group: group[0].group)
-        self._rollouts = self._with_old([one for group in kept for one in with_advantages(group, self._advantage)])
+        whole = self._with_old([one for group in kept for one in with_advantages(group, self._advantage)])
+        self._arrays = columns(whole)
+        self._rollouts = from_columns(self._arrays)
         self._samplings, self._done = self._samplings + 1, 0
         every = [one for group in (*kept, *spare[len(filler) :]) for one in group]
         lengths, rewards = [len(one.ids) for one in every], [one.reward for one in every]

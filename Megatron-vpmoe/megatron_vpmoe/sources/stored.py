@@ -126,8 +126,9 @@ class StoredSource(_Stored):
 
     def resume(self, position: Position, *, source: str, allow_change: bool = False) -> list[str]:
         """See ``Source`` and ``Blend.resume``."""
-        notes = self._rows.blend.resume(*position, source=source, allow_change=allow_change)
-        self.consumed_samples = position.consumed_samples
+        consumed, data, _ = position
+        notes = self._rows.blend.resume(consumed, data, source=source, allow_change=allow_change)
+        self.consumed_samples = consumed
         return notes
 
     def close(self) -> None:

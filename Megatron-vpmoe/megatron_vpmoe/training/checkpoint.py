@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from numpy.typing import NDArray
 
 from megatron_vpmoe.errors import VpmoeError
 from megatron_vpmoe.files import write_atomically
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.runtime.device import has_gpu
 from megatron_vpmoe.training import torch_dist
-from megatron_vpmoe.training.checkpoint_files import ASSETS, Found, begin, find_newest, give_up, open_checkpoint, seal
+from megatron_vpmoe.training.checkpoint_files import (
+    ARRAYS,
+    ASSETS,
+    Found,
+    begin,
+    find_newest,
+    give_up,
+    open_checkpoint,
+    seal,
+)
 
 __all__ = [
     "ASSETS",
@@ -24,6 +36,7 @@ __all__ = [
     "begin",
     "find_newest",
     "load",
+    "load_arrays",
     "open_checkpoint",
     "save",
     "seal",
@@ -65,6 +78,7 @@ def save(
     optimizer: Any,
     scheduler: Any,
     *,
+    arrays: Mapping[str, NDArray[Any]] | None = None,
     carried: Carried | None = None,
 ) -> Path:
     """Write one checkpoint; a collective. Returns its directory.
@@ -78,6 +92,7 @@ def save(
         model: the bare model.
         optimizer: a MegatronOptimizer.
         scheduler: an OptimizerParamScheduler.
+        arrays: what of the state is too large for JSON, the same on every rank; rank 0 writes it.
         carried: from the checkpoint that the run started from.
     """
     final = directory / f"iter_{run_state['iteration']:07d}"
@@ -93,6 +108,8 @@ def save(
     def finish() -> None:
         for name, content in carried.assets.items() if carried else ():
             write_atomically(partial / ASSETS / name, content)
+        if arrays:
+            np.savez(partial / ARRAYS, **cast(Any, arrays))
         seal(partial, final, {**run_state, **(carried.state if carried else {})})
 
     try:
@@ -126,6 +143,14 @@ def load(found: Found, model: Any, optimizer: Any = None, scheduler: Any = None)
             _set_rng_state(loaded["rng"])
     if scheduler is not None:
         scheduler.load_state_dict(loaded["scheduler"])
+
+
+def load_arrays(found: Found) -> dict[str, NDArray[Any]]:
+    """The ``arrays`` that the checkpoint was written with; none where it has none."""
+    if not (found.path / ARRAYS).exists():
+        return {}
+    with np.load(found.path / ARRAYS, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def stored_tensors(model: Any) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -1,9 +1,10 @@
 """How checkpoints lie on disk: written whole or not at all, checked before they are trusted, removed only if ours.
 
 A run keeps them under ``<run_dir>/checkpoints``: ``iter_0000100/`` holds torch_dist's files, ``run_state.json`` (what
-the checkpoint is: iteration, cursor, configuration, provenance) and ``files.json`` (size and sha256 of every file,
-written last). A directory without a matching ``files.json`` is damaged, and passed over. Upstream's tracker file,
-``latest_checkpointed_iteration.txt``, moves last and is a hint only: resuming looks at the directories themselves.
+the checkpoint is: iteration, cursor, configuration, provenance), ``position.npz`` where the cursor has arrays, and
+``files.json`` (size and sha256 of every file, written last). A directory without a matching ``files.json`` is damaged,
+and passed over. Upstream's tracker file, ``latest_checkpointed_iteration.txt``, moves last and is a hint only: resuming
+looks at the directories themselves.
 
 ``iter_0000100.partial`` is being written and ``.pruned`` being removed; what a kill leaves of either goes with the next
 save. What is damaged, or no checkpoint at all, is renamed ``iter_0000100.damaged`` (``.damaged.2``, ...) by the run
@@ -29,11 +30,14 @@ ASSETS = "assets"
 TRACKER = "latest_checkpointed_iteration.txt"
 FILES = "files.json"
 RUN_STATE = "run_state.json"
+ARRAYS = "position.npz"
 _NAME = re.compile(r"iter_(\d{7,})")
 _SET_ASIDE = re.compile(r"iter_\d{7,}\.damaged(\.\d+)?")
 _REMOVABLE = re.compile(r"iter_\d{7,}\.(partial|pruned)")
 # Every file that a save writes: torch_dist's, ours, and the beginnings of ours.
-_WRITTEN = re.compile(r"__\d+_\d+\.distcp|\.metadata|common\.pt|(metadata|run_state|files)\.json|assets/.+|\..+\.tmp")
+_WRITTEN = re.compile(
+    r"__\d+_\d+\.distcp|\.metadata|common\.pt|(metadata|run_state|files)\.json|position\.npz|assets/.+|\..+\.tmp"
+)
 
 
 @dataclass(frozen=True)

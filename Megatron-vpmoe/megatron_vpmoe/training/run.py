@@ -118,7 +118,8 @@ class Run:
         """
         state = {
             "iteration": self.iteration,
-            **self.position._asdict(),
+            "consumed_samples": self.position.consumed_samples,
+            "data": self.position.data,
             "skipped_steps": self.skipped_steps,
             "objective": {"name": self.cfg.training.objective, "state": self.objective.state()},
             "world_size": distributed.world_size(),
@@ -126,7 +127,13 @@ class Run:
             "provenance": self.provenance,
         }
         path = checkpoint.save(
-            self.directory / "checkpoints", state, self.model, self.optimizer, self.scheduler, carried=self.carried
+            self.directory / "checkpoints",
+            state,
+            self.model,
+            self.optimizer,
+            self.scheduler,
+            arrays=self.position.arrays,
+            carried=self.carried,
         )
         self.saved = self.iteration
         for note in distributed.from_rank_0(lambda: self.retention.prune(path)):
@@ -262,7 +269,8 @@ def _carried(started_from: checkpoint.Found | None, manifests: list[Manifest], c
 def _restore(run: Run, found: checkpoint.Found) -> None:
     checkpoint.load(found, run.model, run.optimizer, run.scheduler)
     run.iteration = run.saved = found.iteration
-    run.position = Position(int(found.state["consumed_samples"]), found.state.get("data", []))
+    consumed, data = int(found.state["consumed_samples"]), found.state.get("data", [])
+    run.position = Position(consumed, data, checkpoint.load_arrays(found))
     run.skipped_steps = int(found.state["skipped_steps"])
     run.notes += tuple(
         run.source.resume(
