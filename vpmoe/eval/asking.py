@@ -57,6 +57,11 @@ class AsConversation:
         messages = [*self.context, *earlier, Message("user", query)]
         return FastRenderer(self.tokenizer).generation_prompt(messages).tolist()
 
+    @property
+    def opening(self) -> list[int]:
+        """Token ids of the <|start|>assistant that a prompt ends with and :meth:`judge` takes as said."""
+        return Parser(self.tokenizer).opening
+
     def judge(self, ids: Sequence[int]) -> Judgement:
         """Valid is analysis, then final, closed with <|return|>, nothing else; no id outside of the vocabulary."""
         if any(not 0 <= token_id < self.tokenizer.vocab_size for token_id in ids):

@@ -59,13 +59,14 @@ class _Reading:
 
 
 class Parser:
-    """Strict parser for one vocabulary."""
+    """Strict parser for one vocabulary; ``opening`` is what every assistant's message begins with."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         special = tokenizer.special_tokens
         self._start, self._channel, self._message = (special[f"<|{n}|>"] for n in ("start", "channel", "message"))
         self._end, self._return = special["<|end|>"], special["<|return|>"]
+        self.opening = [self._start, *tokenizer.encode_ordinary("assistant").tolist()]
         self._role_of = {self._ids(role): role for role in ROLES}
         self._channel_of = {self._ids(channel): channel for channel in CHANNELS}
 
@@ -98,9 +99,8 @@ class Parser:
         Args:
             ids: the generated ids up to and with the token that stopped the sampling.
         """
-        opening = [self._start, *self.tokenizer.encode_ordinary("assistant").tolist()]
         texts: dict[str | None, str] = {}
-        reading = self._reading([*opening, *ids])
+        reading = self._reading([*self.opening, *ids])
         end = len(reading.tokens)
         position, order, reason = 0, [], None
         try:

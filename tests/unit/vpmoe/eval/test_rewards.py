@@ -31,11 +31,18 @@ def of_the_tests(form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 @pytest.mark.parametrize("stored", [False, True])
-def test_valid_and_exact(ids: Any, said: str, valid: int, right: int, stored: bool) -> None:
-    row = {"answer_ids": ids(REASONING + "<|channel|>final<|message|> 5 <|return|>")} if stored else ROW
+@pytest.mark.parametrize("of_dataset", [False, True], ids=["for generation", "of a dataset"])
+def test_valid_and_exact(ids: Any, said: str, valid: int, right: int, stored: bool, of_dataset: bool) -> None:
+    prompt, opening = "<|start|>user<|message|>2 + 3?<|end|>", "<|start|>assistant"
+    in_prompt, in_answer = ("", opening) if of_dataset else (opening, "")
+    row = {"answer_ids": ids(in_answer + REASONING + "<|channel|>final<|message|> 5 <|return|>")} if stored else ROW
     manifest: Any = SimpleNamespace(root=Path("set"))
     weights = {"exact": 1.0, "harmony": 0.1}
     rewards = Rewards([RewardPart(function=f"vpmoe.eval.rewards:{name}", weight=w) for name, w in weights.items()])
-    scores = rewards(Sample([1], ids(said), finished=True, row=row, manifest=manifest))
+    asked, answered = ids(prompt + in_prompt), ids(in_answer + said)
+    scores = rewards(Sample(asked, answered, finished=True, row=row, manifest=manifest))
+    # An answer opens its message once, in the prompt or by itself.
+    ill_opened = Sample(asked, ids(said if of_dataset else opening + said), finished=True, row=row, manifest=manifest)
+    assert not any(rewards(ill_opened).values())
     assert scores == {"exact": right, "harmony": valid}
     assert rewards.total(scores) == pytest.approx(right + 0.1 * valid)
