@@ -38,6 +38,9 @@ def complete(counts: tuple[int, ...], changes: dict[str, object]) -> list[Told]:
     for count in counts:
         completions = generate(model, prompts[:count], options, rows=3)
         told.append([(c.place, c.sample, c.ids, c.untempered, c.finish) for c in completions])
+    given = [Prompt(ids, given=[[number, 3], [7] * number]) for number, ids in enumerate(PROMPTS, 1)]
+    scored = generate(model, given, SamplingOptions(1, ()), rows=3)
+    told.append([(c.place, c.sample, c.ids, c.untempered, c.finish) for c in scored])
     distributed.shutdown()
     return told
 

@@ -71,13 +71,21 @@ def generate(
     Raises:
         DataError: no prompts, an empty one, or limits with which nothing could be generated.
     """
-    budgets = [min(options.max_new_tokens, p.max_new_tokens or options.max_new_tokens) for p in prompts]
+    budgets = [
+        [min(options.max_new_tokens, p.max_new_tokens or options.max_new_tokens)] * options.samples
+        if not p.given
+        else [len(ids) for ids in p.given]
+        for p in prompts
+    ]
+    shortest = min((budget for each in budgets for budget in each), default=0)
     if not prompts or any(len(prompt.ids) == 0 for prompt in prompts):
         raise DataError("an empty prompt", source="the prompts to continue", remedy="give every prompt a token")
-    if min(*budgets, rows) < 1:
-        raise DataError(f"limits {min(budgets)} and {rows} rows", remedy="max_new_tokens and rows are at least 1")
+    if min(shortest, rows) < 1:
+        raise DataError(f"limits {shortest} and {rows} rows", remedy="max_new_tokens and rows are at least 1")
+    if len({bool(p.given) for p in prompts}) > 1 or (prompts[0].given and (options.temperature or options.stop_ids)):
+        raise DataError("given completions among drawn ones", remedy="give all or none, greedy, without stop_ids")
     if grammar is not None:
-        grammar.check(model.vocab_size, min(budgets))
+        grammar.check(model.vocab_size, shortest)
     was_training = model.training
     model.eval()
     try:
@@ -115,7 +123,7 @@ class _Engine:
         self,
         model: VPModel,
         prompts: Sequence[Prompt],
-        budgets: Sequence[int],
+        budgets: Sequence[Sequence[int]],
         options: SamplingOptions,
         rows: int,
         grammar: TokenGrammar | None,
@@ -132,8 +140,8 @@ class _Engine:
         self._together, self._stop = model.pg_collection.ep.size() > 1, stop
         self._model_group = cast(dist.ProcessGroup, parallel_state.get_model_parallel_group())
         mine = range(self._group.rank(), len(prompts), self._group.size())
-        self._waiting = deque((place, sample) for place in mine for sample in range(options.samples))
-        self._capacity = min(rows, -(-len(prompts) // self._group.size()) * options.samples)
+        self._waiting = deque((place, sample) for place in mine for sample in range(len(budgets[place])))
+        self._capacity = min(rows, -(-len(prompts) // self._group.size()) * max(map(len, budgets)))
         self._decoder = Decoder(model)
         self._cache = self._decoder.cache(self._capacity)
         self._rows: list[_Row] = []
@@ -202,7 +210,7 @@ class _Engine:
             self._waiting.popleft()
             key = draw_key(self._options.seed, prompt.identity_or_hash(), sample)
             completion = Completion(place, sample, self._version)
-            self._rows.append(_Row(completion, prompt.ids[-1], len(prompt.ids) - 1, key, self._budgets[place]))
+            self._rows.append(_Row(completion, prompt.ids[-1], len(prompt.ids) - 1, key, self._budgets[place][sample]))
         return pack
 
     def _prefill(self, pack: list[_Prefill], width: int) -> None:
@@ -236,10 +244,11 @@ class _Engine:
         """A token for each row; rows that fill up to ``size`` are computed and thrown away."""
         filler = [0] * (size - len(self._rows))
         table = [
-            [row.token, row.position, row.key, len(row.completion.ids), row.state, row.budget] for row in self._rows
+            [row.token, row.position, row.key, len(row.completion.ids), row.state, row.budget, self._given(row)]
+            for row in self._rows
         ]
-        columns = [[*column, *filler] for column in zip(*table, strict=True)] or [filler] * 6
-        token, position, key, count, state, budget = torch.tensor(columns, device=self._model.device)
+        columns = [[*column, *filler] for column in zip(*table, strict=True)] or [filler] * 7
+        token, position, key, count, state, budget, given = torch.tensor(columns, device=self._model.device)
         longest = 1 + max((row.position for row in self._rows), default=0)
         self._cache.reserve(longest)
         logits = self._decoder.step(token, position, self._cache, longest)
@@ -247,12 +256,19 @@ class _Engine:
         if logits is not None:
             allowed = None if self._allowed is None else self._allowed(state, budget - count)
             drawn = uniform(key, count) if self._options.temperature else count
-            torch.stack([x.double() for x in choose(logits, self._options, drawn, allowed)], out=result)
+            tokens_B = given if self._prompts[0].given else None
+            torch.stack([x.double() for x in choose(logits, self._options, drawn, allowed, tokens_B)], out=result)
         stages.tell_stages(result)
         tokens, *logprobs = result[:, : len(self._rows)].tolist()
         for row, chosen, as_sampled, untempered in zip(self._rows, map(int, tokens), *logprobs, strict=True):
             self._append(row, chosen, as_sampled, untempered)
         self._leave()
+
+    def _given(self, row: _Row) -> int:
+        """The row's next token, where it is given."""
+        completion = row.completion
+        given = self._prompts[completion.place].given
+        return given[completion.sample][len(completion.ids)] if given else 0
 
     def _append(self, row: _Row, token: int, as_sampled: float, untempered: float) -> None:
         completion = row.completion

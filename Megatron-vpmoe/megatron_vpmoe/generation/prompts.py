@@ -16,11 +16,14 @@ class Prompt:
         ids: token ids, at least one.
         identity: its draws come from this and the seed; None: a hash of the ids, so that equal prompts draw equally.
         max_new_tokens: at most so many, if fewer than the options allow.
+        given: instead of samples, completions whose tokens are given, to learn how likely they are; at least a token
+            each. The options must be greedy and without stop tokens, and all prompts have some or none.
     """
 
     ids: Sequence[int]
     identity: int | None = None
     max_new_tokens: int | None = None
+    given: Sequence[Sequence[int]] = ()
 
     def identity_or_hash(self) -> int:
         """64 bits that are the same in every process."""
@@ -40,9 +43,10 @@ class Completion:
         weight_version: as ``generate`` was told.
         ids: the new tokens, the stop token included where one was produced.
         as_sampled: of each token, log p in the distribution that was drawn from: after temperature, filters and
-            grammar; 0 where greedy.
+            grammar; 0 where greedy (-inf: greedily this given token would not have been chosen).
         untempered: of each token, the model's own log p.
-        finish: "stop" at a stop token or where a grammar is complete, "length" at the limit; None while it grows.
+        finish: "stop" at a stop token or where a grammar is complete, "length" at the limit or the end of the given;
+            None while it grows.
     """
 
     place: int

@@ -73,7 +73,13 @@ class Chosen(NamedTuple):
     untempered: Tensor
 
 
-def choose(logits_BV: Tensor, options: SamplingOptions, uniform_B: Tensor, allowed_BV: Tensor | None = None) -> Chosen:
+def choose(
+    logits_BV: Tensor,
+    options: SamplingOptions,
+    uniform_B: Tensor,
+    allowed_BV: Tensor | None = None,
+    given_B: Tensor | None = None,
+) -> Chosen:
     """The next token of each row.
 
     Args:
@@ -81,11 +87,13 @@ def choose(logits_BV: Tensor, options: SamplingOptions, uniform_B: Tensor, allow
         options: temperature and filters.
         uniform_B: fp64 in [0, 1); not read where greedy.
         allowed_BV: bool, which tokens may be chosen, at least one a row; None: all.
+        given_B: int64, the tokens, where nothing is to be chosen; only where greedy.
     """
     free_BV = logits_BV if allowed_BV is None else logits_BV.masked_fill(~allowed_BV, -torch.inf)
     if options.temperature == 0:
-        token_B = free_BV.argmax(-1)
-        as_sampled_B = torch.zeros_like(logits_BV[:, 0])
+        best_B = free_BV.argmax(-1)
+        token_B = best_B if given_B is None else given_B
+        as_sampled_B = torch.zeros_like(logits_BV[:, 0]).masked_fill(token_B != best_B, -torch.inf)
     else:
         cumulative_BV = torch.softmax(_filtered(free_BV / options.temperature, options), -1).double().cumsum(-1)
         total_B = cumulative_BV[:, -1]

@@ -197,3 +197,37 @@ def test_a_stop_gives_up_what_is_unfinished(model: VPModel) -> None:
     done = generate(model, asked(), options, watch=seen.append, stop=lambda: len(seen) >= len(PROMPTS))
     assert done == [] and len(PROMPTS) <= len(seen) < 40
     assert model.training
+
+
+@pytest.mark.parametrize("rows", [1, 3, 32])
+def test_given_completions_are_scored_as_by_full_passes(model: VPModel, rows: int) -> None:
+    """Completions of any length behind one prompt, longer than the window; -inf marks what greedy would not choose."""
+    likely = by_full_passes(model, PROMPTS[0], 3)
+    given = [[likely, [8]], [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [40], [41, 3]], [[STOP, 5]]]
+    prompts = [Prompt(ids, given=each) for ids, each in zip(PROMPTS, given, strict=False)]
+    scored = generate(model, prompts, SamplingOptions(1, ()), rows=rows)
+    assert [(one.place, one.sample) for one in scored] == [
+        (p, s) for p, each in enumerate(given) for s in range(len(each))
+    ]
+    for one in scored:
+        before, ids = PROMPTS[one.place], given[one.place][one.sample]
+        logits = logits_of(model, [*before, *ids])[len(before) - 1 : -1].log_softmax(-1)
+        assert one.ids == ids and one.finish == "length"
+        assert one.untempered == pytest.approx(logits[range(len(ids)), ids].tolist(), abs=1e-4)
+        greedy = [
+            0.0 if token == best else -torch.inf for token, best in zip(ids, logits.argmax(-1).tolist(), strict=True)
+        ]
+        assert one.as_sampled == greedy
+    assert scored[0].as_sampled == [0.0, 0.0, 0.0]
+
+
+def test_given_completions_are_not_mixed_with_drawn_ones(model: VPModel) -> None:
+    for prompts, options in (
+        ([Prompt([1], given=[[2]]), Prompt([1])], SamplingOptions(1, ())),
+        ([Prompt([1], given=[[2]])], SamplingOptions(1, (), temperature=1.0)),
+        ([Prompt([1], given=[[2]])], SamplingOptions(1, (2,))),
+    ):
+        with pytest.raises(DataError, match="given completions among drawn"):
+            generate(model, prompts, options)
+    with pytest.raises(DataError, match="limits 0"):
+        generate(model, [Prompt([1], given=[[2], []])], SamplingOptions(1, ()))
