@@ -13,6 +13,7 @@ from tests.workers import run_workers
 
 ROWS, SEQ, HIDDEN, VOCAB = 2, 12, 7, 22
 DIVERGENCES = [(0.0, "bucket", 2.0), (1.0, "bucket", 1.0), (0.4, "bucket", 1.0), (0.0, "drop", 1.0)]
+AMONG = [1, 2, 5, 9, 10, 12, 20]  # of the first rank more than of the second
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 
 
@@ -95,6 +96,7 @@ def split_readings(leaf: torch.Tensor, words: torch.Tensor, model: Any) -> dict[
         kd = Divergence(teacher_ids=ids, teacher_log_p=log_p, weight=weight, beta=beta, tail=tail, temperature=tau)
         value, _ = output.weighted_sum(mask, [CrossEntropy(labels=labels, weight=weight), kd])
         found[f"{beta} {tail} {tau}"] = [value.detach(), *torch.autograd.grad(value, (leaf, words))]
+    found["likeliest"] = list(output.likeliest(labels, mask, 4, among=torch.tensor(AMONG)))
     return found
 
 
@@ -113,10 +115,12 @@ def whole_readings(hidden: torch.Tensor, projection: torch.Tensor) -> dict[str, 
         how = {"beta": beta, "tail": tail, "temperature": tau}
         kd = [reference.divergence(row, i, p, **how) for row, i, p in zip(rows, ids, log_p, strict=True)]
         found[f"{beta} {tail} {tau}"] = (weight[mask] * (torch.stack(kd) - of_labels)).sum()
+    every = torch.stack(rows).log_softmax(-1)
+    of_ids, places = every[:, AMONG].topk(4)
     return {
         name: [value.detach(), *torch.autograd.grad(value, (hidden, projection), retain_graph=True)]
         for name, value in found.items()
-    }
+    } | {"likeliest": [torch.tensor(AMONG)[places], of_ids.detach(), of_labels.detach().repeat(2)]}  # each rank has all
 
 
 def test_two_tensor_parallel_ranks(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""What a forward pass gives an objective, and the three ways to read it; none holds [N, V] in fp32.
+"""What a forward pass gives an objective, and the ways to read it; none holds [N, V] in fp32.
 
 ``cross_entropy`` and ``weighted_sum``: losses against labels or a teacher's K ids, weighted beforehand (``terms``).
-``log_probabilities``: numbers a token to go on calculating with. Both run one loop over chunks of tokens (``chunks``).
+``log_probabilities``: numbers a token to go on calculating with. ``likeliest``: K ids a token, without a gradient. All
+run one loop over chunks of tokens (``chunks``).
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
+from megatron_vpmoe.model.output.likeliest import likeliest
 from megatron_vpmoe.model.output.log_probabilities import log_probabilities
 from megatron_vpmoe.model.output.terms import CrossEntropy, Divergence, Term, weighted_sum
 
 if TYPE_CHECKING:
     from megatron_vpmoe.model.gpt import VPModel
 
-__all__ = ["CrossEntropy", "Divergence", "ModelOutput", "Term", "log_probabilities", "weighted_sum"]
+__all__ = ["CrossEntropy", "Divergence", "ModelOutput", "Term", "likeliest", "log_probabilities", "weighted_sum"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,25 @@ class ModelOutput:
         if temperature != 1:
             hidden = hidden / temperature  # logits are linear in it
         return log_probabilities(hidden, projection, labels_BS[mask_BS], tp_group, entropy=entropy)
+
+    def likeliest(
+        self, labels_BS: Tensor, mask_BS: Tensor, count: int, *, temperature: float = 1.0, among: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The ``count`` likeliest ids where the mask holds, likeliest first, and log p of each and of the label.
+
+        Args:
+            labels_BS: int64.
+            mask_BS: bool.
+            count: K.
+            temperature: that the logits are divided by first.
+            among: int64, ascending: the only ids to choose from; None: all.
+
+        Returns:
+            int64 [mask.sum(), K], fp32 [mask.sum(), K] and [mask.sum()]; without gradient.
+        """
+        projection, tp_group = self.model.output_weight(), self.model.pg_collection.tp
+        hidden, labels = self.hidden_BSH[mask_BS], labels_BS[mask_BS]
+        return likeliest(hidden, projection, labels, count, tp_group, temperature=temperature, among=among)
 
     def _hidden(self, mask_BS: Tensor) -> Tensor:
         # Each tensor-parallel rank makes the part of the hidden states' gradient that comes from its own words.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_vpmoe.model.output import CrossEntropy, Divergence, chunks, log_probabilities, weighted_sum
+from megatron_vpmoe.model.output import CrossEntropy, Divergence, chunks, likeliest, log_probabilities, weighted_sum
 from ref import output as reference
 
 TAILS = ("bucket", "drop", "renormalise")
@@ -138,6 +138,34 @@ def test_readings_equal_their_definitions(
     for mine, (_, plain) in zip(got, pairs, strict=True):
         for ours, theirs in zip(mine, gradients(inputs, plain, torch.float64), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=12, derandomize=True)
+@given(
+    vocab=st.integers(1, 30),
+    percent=st.integers(0, 100),
+    kept=st.integers(0, 100),
+    rows_a_chunk=st.integers(1, 14),
+    temperature=st.sampled_from([0.5, 1.0, 2.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_the_likeliest_ids_are_those_of_whole_distributions(
+    vocab, percent, kept, rows_a_chunk, temperature, seed
+) -> None:
+    """Among all ids or some; what lies outside them keeps its probability."""
+    inputs = draw(9, 5, vocab, 1, seed=seed)
+    among = torch.randperm(vocab)[: max(1, vocab * kept // 100)].sort().values
+    count = max(1, len(among) * percent // 100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "CHUNK_BYTES", rows_a_chunk * 8 * vocab)
+        ids, log_p, of_label = likeliest(
+            inputs["hidden"], inputs["projection"], inputs["labels"], count, temperature=temperature, among=among
+        )
+    whole = (reference.logits(inputs["hidden"], inputs["projection"]) / temperature).log_softmax(-1)
+    values, places = whole[:, among].topk(count)
+    assert torch.equal(ids, among[places])
+    torch.testing.assert_close(log_p, values, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(of_label, whole.gather(-1, inputs["labels"].unsqueeze(-1)).squeeze(-1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
