@@ -12,12 +12,10 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron_vpmoe.annotation import Annotation
+from megatron_vpmoe.annotation_files import AnnotationWriter
 from megatron_vpmoe.data.batch import Document
-from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.files import read_record, write_record
-from megatron_vpmoe.manifest import read_manifest
-from megatron_vpmoe.sources.annotated import Annotator, of_documents
-from megatron_vpmoe.token_files import write_annotation
 
 VOCAB = 50
 PADDED_VOCAB = 64
@@ -87,21 +85,12 @@ def rewrite_manifest(root: Path, change) -> None:
     write_record(path, manifest)
 
 
-def stored_ahead(root: Path, annotator: Annotator, *, seq_length: int) -> None:
-    """The first annotation that ``annotator`` makes, of every document, as sidecars of the dataset."""
-    (declared,) = annotator.annotations
-
-    def annotate(manifest: dict[str, Any]) -> None:
-        for split, entry in manifest["splits"].items():
-            dataset, row = KDDataset(read_manifest(root), split, seq_length=seq_length), 0
-            for shard in entry["shards"]:
-                documents = [dataset[row + number] for number in range(shard["rows"])]
-                arrays = [found[declared.name] for found in of_documents(documents, annotator, eod_id=dataset.eod_id)]
-                shard["files"] |= write_annotation(root / split, shard["name"], declared, arrays)
-                row += len(documents)
-        manifest["annotations"] = [declared.model_dump()]
-
-    rewrite_manifest(root, annotate)
+def write_annotation(folder: Path, shard: str, annotation: Annotation, arrays: Sequence[np.ndarray]) -> dict[str, Any]:
+    """An annotation of a shard's documents; the manifest's entries of its files."""
+    writer = AnnotationWriter(folder, shard, annotation)
+    for array in arrays:
+        writer.add(array)
+    return writer.close()
 
 
 def write_part(folder: Path, shard: str, part: str, arrays: Sequence[np.ndarray], dtype: type | None = None) -> None:

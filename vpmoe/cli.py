@@ -38,7 +38,7 @@ Exit codes: 0 done; 1 done, but a stated target was missed; 2 a mistake that the
 
 VERBS = {
     "quickstart": ("vpmoe.quickstart.app:app", "Make data, train a nano vpMoE on it, evaluate it, write a report."),
-    "data": ("vpmoe.data_curation.app:app", "Make, check and look at datasets."),
+    "data": ("vpmoe.teacher.app:app", "Make, check, look at and annotate datasets."),
     "tokenizer": (
         "vpmoe.data_curation.datasets.app:tokenizer_app",
         "The o200k rank file, and your own vocabularies.",

@@ -94,7 +94,9 @@ class Progress:
         whole = f"/{self._total / self._scale:,.{digits}f}" if self._total else ""
         rate = (self.done - self._done_before) / self._scale / seconds
         counted = f"{self.done / self._scale:,.{digits}f}{whole} {self._unit}  {rate:,.{digits}f} {self._unit}/s"
-        tokens = f"  {self.tokens / seconds / 1e6:.2f} M tokens/s" if self.tokens else ""
+        per_second = self.tokens / seconds
+        short = f"{per_second / 1e6:.2f} M" if per_second >= 1e5 else f"{per_second:,.0f}"  # data side; models
+        tokens = f"  {short} tokens/s" if self.tokens else ""
         return f"{counted}{tokens}{'  ' * bool(doing)}{doing}"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ SIGNALS = {"tokens": np.int32, "lossmask": np.uint8, "span": np.uint8}
 _DTYPE_OF_CODE = {1: np.uint8, 4: np.int32, 5: np.int64, 7: np.float32}
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_INDEX_CHUNK = 1 << 20  # documents; bounds the memory of writing and reading an index
-_PART_TOKENS, _PART_DOCUMENTS = 1 << 20, 1 << 18
+INDEX_CHUNK = 1 << 20  # documents; bounds the memory of writing and reading an index
+PART_TOKENS, _PART_DOCUMENTS = 1 << 20, 1 << 18
 
 
 def file_names(shard: str, annotations: Sequence[Annotation] = ()) -> list[str]:
@@ -75,7 +75,7 @@ class TripleWriter:
         for signal, stream in self._streams.items():
             stream.close()
             data, index = self._path(signal, "bin"), self._path(signal, "idx")
-            _write_index(index, lengths, SIGNALS[signal])
+            write_index(index, lengths, SIGNALS[signal])
             files[data.name] = {"bytes": data.stat().st_size, "sha256": self._hashes[signal].hexdigest()}
             files[index.name] = file_entry(index)
             sync(data)
@@ -121,7 +121,7 @@ class Triple:
         first = 0
         while first < self.documents:
             starts = np.asarray(self.starts[first : first + _PART_DOCUMENTS])
-            whole = int(np.searchsorted(starts, starts[0] + _PART_TOKENS, side="right")) - 1
+            whole = int(np.searchsorted(starts, starts[0] + PART_TOKENS, side="right")) - 1
             end = min(first + max(whole // group, 1) * group, self.documents)
             flat = slice(int(starts[0]), self.place(end - 1).stop)
             own = starts[: end - first] - starts[0], np.asarray(self.lengths[first:end])
@@ -138,127 +138,62 @@ def read_triple(folder: Path, shard: str) -> Triple:
     values: dict[str, NDArray[Any]] = {}
     lengths, starts = np.empty(0, np.int32), np.empty(0, np.int64)
     for signal, dtype in SIGNALS.items():
-        own, starts, total = _read_index(folder / f"{shard}_{signal}.idx", dtype)
+        own, starts, total = read_index(folder / f"{shard}_{signal}.idx", dtype)
         lengths = lengths if values else own
         if len(own) != len(lengths):
-            raise _damaged(folder / shard, f"{signal} and tokens disagree: another number of documents")
-        for begin in range(0, len(own), _INDEX_CHUNK):
-            chunk = slice(begin, begin + _INDEX_CHUNK)
+            raise damaged(folder / shard, f"{signal} and tokens disagree: another number of documents")
+        for begin in range(0, len(own), INDEX_CHUNK):
+            chunk = slice(begin, begin + INDEX_CHUNK)
             if (other := np.flatnonzero(own[chunk] != lengths[chunk])).size:
                 what = f"{signal} and tokens disagree: another length of document {begin + int(other[0])}"
-                raise _damaged(folder / shard, what)
-        values[signal] = _read_values(folder / f"{shard}_{signal}.bin", dtype, total)
+                raise damaged(folder / shard, what)
+        values[signal] = read_values(folder / f"{shard}_{signal}.bin", dtype, total)
     # The offsets of a signal of one byte are counted in tokens.
     return Triple(starts, lengths, **values)
 
 
-def write_annotation(
-    folder: Path, shard: str, annotation: Annotation, arrays: Iterable[NDArray[Any]]
-) -> dict[str, dict[str, Any]]:
-    """Write one annotation of a shard, in place of any that is there; memory: 4 bytes a document.
-
-    Args:
-        folder: of the split.
-        shard: its name.
-        annotation: the declaration.
-        arrays: of the documents in their order, as the declaration says.
-
-    Returns:
-        bytes and sha256 of both files by name, durable.
-    """
-    data, entries = folder / f"{shard}_{annotation.name}.bin", []
-    dtype = np.dtype(annotation.dtype).type
-    with data.open("wb") as stream:
-        for array in arrays:
-            content = np.ascontiguousarray(array, dtype)
-            stream.write(content.tobytes())
-            entries.append(content.size)
-    index = data.with_suffix(".idx")
-    _write_index(index, np.asarray(entries, np.int32), dtype)
-    for path in (data, index, folder):
-        sync(path)
-    return {path.name: file_entry(path) for path in (data, index)}
-
-
-def read_annotation(
-    folder: Path, shard: str, annotation: Annotation, lengths: NDArray[np.int32]
-) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """Open an annotation of a shard, memory-mapped; its layout is held against the declaration.
-
-    Args:
-        folder: of the split.
-        shard: its name.
-        annotation: the declaration.
-        lengths: int32 [documents], tokens of each.
-
-    Returns:
-        int64 [documents], where each document's entries begin; the entries of all, one behind the other.
-
-    Raises:
-        DataError: a file is missing or damaged, of another dtype, or has not an array for each document as declared.
-    """
-    path, dtype = folder / f"{shard}_{annotation.name}.idx", np.dtype(annotation.dtype).type
-    own, offsets, total = _read_index(path, dtype)
-    if len(own) != len(lengths):
-        raise _damaged(path, f"{len(own)} documents are annotated with {annotation.name}, there are {len(lengths)}")
-    for begin in range(0, len(own), _INDEX_CHUNK):
-        chunk = slice(begin, begin + _INDEX_CHUNK)
-        if (other := np.flatnonzero(own[chunk] != annotation.entries(np.asarray(lengths[chunk])))).size:
-            number = begin + int(other[0])
-            what = f"{own[number]} entries of {annotation.name} for the {lengths[number]} tokens of document {number}"
-            raise _damaged(path, what)
-    return offsets // np.dtype(dtype).itemsize, _read_values(path.with_suffix(".bin"), dtype, total)
-
-
-def check_annotation(folder: Path, shard: str, annotation: Annotation, lengths: NDArray[np.int32]) -> None:
-    """What ``read_annotation`` refuses, and a number that is not finite; raises :class:`DataError`."""
-    _, values = read_annotation(folder, shard, annotation, lengths)
-    for begin in range(0, len(values), _PART_TOKENS):
-        if not np.isfinite(values[begin : begin + _PART_TOKENS]).all():
-            path = folder / f"{shard}_{annotation.name}.bin"
-            raise _damaged(path, f"{annotation.name} holds a number that is not finite")
-
-
-def _damaged(path: Path, what: str) -> DataError:
+def damaged(path: Path, what: str) -> DataError:
+    """The error for a file that does not hold what it has to."""
     return DataError(what, source=str(path), remedy=REBUILD)
 
 
-def _write_index(path: Path, lengths: NDArray[np.int32], dtype: type[np.generic]) -> None:
+def write_index(path: Path, lengths: NDArray[np.int32], dtype: type[np.generic]) -> None:
+    """Write the index of arrays of so many entries that lie one behind the other."""
     code = next(code for code, known in _DTYPE_OF_CODE.items() if known is dtype)
     with path.open("wb") as stream:
         stream.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(lengths) + 1))
         stream.write(lengths.data)
         offset = 0
-        for begin in range(0, len(lengths), _INDEX_CHUNK):
-            ends = offset + np.cumsum(lengths[begin : begin + _INDEX_CHUNK], dtype=np.int64) * np.dtype(dtype).itemsize
+        for begin in range(0, len(lengths), INDEX_CHUNK):
+            ends = offset + np.cumsum(lengths[begin : begin + INDEX_CHUNK], dtype=np.int64) * np.dtype(dtype).itemsize
             stream.write(np.concatenate([[offset], ends[:-1]]).astype(np.int64).data)
             offset = int(ends[-1])
-        for begin in range(0, len(lengths) + 1, _INDEX_CHUNK):
-            stream.write(np.arange(begin, min(begin + _INDEX_CHUNK, len(lengths) + 1), dtype=np.int64).data)
+        for begin in range(0, len(lengths) + 1, INDEX_CHUNK):
+            stream.write(np.arange(begin, min(begin + INDEX_CHUNK, len(lengths) + 1), dtype=np.int64).data)
 
 
-def _read_index(path: Path, dtype: type[np.generic]) -> tuple[NDArray[np.int32], NDArray[np.int64], int]:
+def read_index(path: Path, dtype: type[np.generic]) -> tuple[NDArray[np.int32], NDArray[np.int64], int]:
     """Lengths and byte offsets of the documents, memory-mapped, and the tokens of all."""
     if not path.is_file():
-        raise _damaged(path, "an index file is missing")
+        raise damaged(path, "an index file is missing")
     with path.open("rb") as stream:
         raw = stream.read(_HEADER.size)
     if len(raw) < _HEADER.size:
-        raise _damaged(path, f"the index has only {len(raw)} bytes")
+        raise damaged(path, f"the index has only {len(raw)} bytes")
     magic, version, code, sequences, documents = _HEADER.unpack_from(raw)
     if magic != _MAGIC or version != 1:
-        raise _damaged(path, f"not an index of token files (magic {magic!r}, version {version})")
+        raise damaged(path, f"not an index of token files (magic {magic!r}, version {version})")
     if (found := _DTYPE_OF_CODE.get(code)) is not dtype:
-        raise _damaged(path, f"not an index of {dtype.__name__} but of {found.__name__ if found else f'dtype {code}'}")
+        raise damaged(path, f"not an index of {dtype.__name__} but of {found.__name__ if found else f'dtype {code}'}")
     size, expected = path.stat().st_size, _HEADER.size + sequences * (4 + 8) + documents * 8
     if size != expected:
-        raise _damaged(path, f"the index has {size} bytes, its header asks for {expected}")
+        raise damaged(path, f"the index has {size} bytes, its header asks for {expected}")
     lengths = _mapped(path, np.int32, sequences, _HEADER.size)
     offsets = _mapped(path, np.int64, sequences, _HEADER.size + 4 * sequences)
     boundaries = _mapped(path, np.int64, documents, _HEADER.size + 12 * sequences)
     sound, total = documents == sequences + 1 and boundaries[-1] == sequences, 0
-    for begin in range(0, sequences if sound else 0, _INDEX_CHUNK):
-        chunk = slice(begin, begin + _INDEX_CHUNK)
+    for begin in range(0, sequences if sound else 0, INDEX_CHUNK):
+        chunk = slice(begin, begin + INDEX_CHUNK)
         ends = total + np.cumsum(lengths[chunk], dtype=np.int64)
         packed = np.concatenate([[total], ends[:-1]]) * np.dtype(dtype).itemsize
         numbers = np.arange(begin, begin + len(ends))
@@ -266,16 +201,17 @@ def _read_index(path: Path, dtype: type[np.generic]) -> tuple[NDArray[np.int32],
         sound &= np.array_equal(boundaries[:-1][chunk], numbers)
         total = int(ends[-1])
     if not sound:
-        raise _damaged(path, "the index does not describe one document a conversation")
+        raise damaged(path, "the index does not describe one document a conversation")
     return lengths, offsets, total
 
 
-def _read_values(path: Path, dtype: type[np.generic], count: int) -> NDArray[Any]:
+def read_values(path: Path, dtype: type[np.generic], count: int) -> NDArray[Any]:
+    """The ``count`` entries of a data file, memory-mapped; raises :class:`DataError` where it is not as long."""
     if not path.is_file():
-        raise _damaged(path, "a data file is missing")
+        raise damaged(path, "a data file is missing")
     size, expected = path.stat().st_size, count * np.dtype(dtype).itemsize
     if size != expected:
-        raise _damaged(path, f"the file has {size} bytes, its index asks for {expected}")
+        raise damaged(path, f"the file has {size} bytes, its index asks for {expected}")
     return _mapped(path, dtype, count, 0)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,9 @@ import numpy as np
 import pytest
 
 from megatron_vpmoe.errors import ConfigError, DataError
-from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.runtime import distributed
-from megatron_vpmoe.sources import Reference
 from megatron_vpmoe.training import run as run_module
-from megatron_vpmoe.training.initial_weights import find_weights, load_weights
 from megatron_vpmoe.training.loop import train
-from tests.fixtures_dataset import stored_ahead
 from tests.tiny import tiny_config
 from tests.training_runs import records, train_in_workers
 from vpmoe.cli import main
@@ -122,14 +117,9 @@ def test_stored_or_live_in_any_split_it_is_the_same_run(datasets: Path, start: P
     trained(tmp_path / "accumulated", {**live, "micro_batch_size": 1})
     train_in_workers(2, tmp_path / "ranks", datasets / "pairs", **{**live, "micro_batch_size": 2})
 
-    stored, reference = tmp_path / "stored_ahead", Reference()
-    shutil.copytree(datasets / "pairs", stored)
-    with distributed.single_process(seed=1234):
-        cfg = tiny_config(**live)
-        model = build_model(cfg)
-        load_weights(model, find_weights(cfg, str(start), "reference"), "reference")
-        reference.open(model)
-        stored_ahead(stored, reference, seq_length=SEQ)
+    stored = tmp_path / "stored_ahead"
+    of_start = ["--reference", str(start), "--output-dir", str(stored), "--quiet"]
+    assert main(["data", "annotate", str(datasets / "pairs"), *of_start]) == 0
     trained(tmp_path / "stored", {**fields, "data_path": stored})
 
     for tag in (*METRICS, "grad_norm", "pairs", "valid/loss/total", "valid/rewards/margin"):

@@ -24,6 +24,7 @@ TRAINER_FLOORS = {
     "software": -1,
     "manifest": 0,
     "token_files": 0,
+    "annotation_files": 0,
     "ownership": 0,
     "turns": 0,
     "config": 1,
@@ -54,14 +55,16 @@ SIDECAR_FLOORS = {
     "describe": 2,
     "hf": 2,
     "eval": 2,
+    "teacher": 3,
     "upcycle": 3,
     "ladder": 4,
     "quickstart": 4,
     "cli": 5,
 }
-# On one floor only these cross: profiling runs steps; vocabularies
+# On one floor only these cross: annotations are laid out as token files are; profiling runs steps; vocabularies
 # are found in Harmony's specials, questions are asked of what the data side generates.
 SAME_FLOOR = {
+    ("annotation_files", "token_files"),
     ("profiling", "training"),
     ("harmony", "tokenizer"),
     ("eval", "data_curation"),

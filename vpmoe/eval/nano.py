@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.config import config_hash
-from megatron_vpmoe.errors import NotOursError, TokenizerError
+from megatron_vpmoe.errors import NotOursError
 from megatron_vpmoe.files import sha256_of_file
 from vpmoe.data_curation.tasks.synth_mini import check
 from vpmoe.eval.asking import Form, decode_in_batches, form_of
@@ -191,13 +191,7 @@ def _dataset_for(opened: Opened, data_path: Path | None, progress: Progress) -> 
             progress(f"no losses are measured: there is no dataset at {folder or '--data-path'}")
             return None
     manifest = read_manifest(folder)
-    if manifest.tokenizer.identity() != opened.tokenizer.identity:
-        raise TokenizerError(
-            f"the model was trained on the vocabulary {opened.tokenizer.name} of {opened.tokenizer.vocab_size} tokens, "
-            f"the dataset has {manifest.tokenizer.name} of {manifest.tokenizer.vocab_size}, and they differ",
-            source=str(manifest.path),
-            remedy="pass --data-path with the dataset that the model was trained on",
-        )
+    opened.require_vocabulary(manifest)
     return manifest
 
 

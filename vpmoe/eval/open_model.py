@@ -9,6 +9,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,11 @@ from pydantic import ValidationError
 
 from megatron_vpmoe.config import RunConfig, stored_faults
 from megatron_vpmoe.config.schema_run import ParallelSection
+from megatron_vpmoe.data.kd_dataset import check_vocabulary
 from megatron_vpmoe.data.vocabulary_files import VOCABULARY, read_vocabulary
 from megatron_vpmoe.errors import CheckpointError, TokenizerError
 from megatron_vpmoe.files import sha256_of_file, sha256_of_json
+from megatron_vpmoe.manifest import Manifest
 from vpmoe.harmony.conversation import Message
 from vpmoe.hf import convert
 from vpmoe.hf.tokenization_vpmoe import RANK_FILE
@@ -38,7 +41,7 @@ _REMEDY = "name a run (runs/NAME), a checkpoint in it (iter_NNNNNNN), an object 
 
 @dataclass(frozen=True)
 class Opened:
-    """A model in memory.
+    """A model, found; its weights are read when it is first used, inside of ``open_model``.
 
     Attributes:
         path: ``iter_NNNNNNN`` or the HF directory that the weights are of.
@@ -47,7 +50,7 @@ class Opened:
         weights_files: the files that hold the weights, or list their hashes.
         cfg: the run's whole configuration, or for other models a geometry; for one process.
         trained: what the run was configured with; None for other models.
-        model: bare, in evaluation mode.
+        weights: every tensor, to be read.
         tokenizer: the vocabulary.
         prompts: the system and developer messages that it was trained with; None where none are on record.
         run_directory: of a run; None for other models.
@@ -59,10 +62,15 @@ class Opened:
     weights_files: tuple[Path, ...]
     cfg: RunConfig
     trained: RunConfig | None
-    model: VPModel
+    weights: Weights
     tokenizer: Tokenizer
     prompts: tuple[Message, ...] | None
     run_directory: Path | None
+
+    @cached_property
+    def model(self) -> VPModel:
+        """Bare, in evaluation mode; raises :class:`WeightsError` for weights of another geometry."""
+        return load_model(self.cfg, self.weights, source=str(self.path))
 
     @property
     def described(self) -> str:
@@ -79,10 +87,22 @@ class Opened:
             "weights_sha256": sha256_of_json([sha256_of_file(file) for file in self.weights_files]),
         }
 
+    def require_vocabulary(self, manifest: Manifest) -> None:
+        """Refuse a dataset whose ids mean something else than the model's; raises :class:`TokenizerError`."""
+        ours, theirs = self.tokenizer, manifest.tokenizer
+        if ours.identity != theirs.identity():
+            raise TokenizerError(
+                f"the model has the vocabulary {ours.name} of {ours.vocab_size} tokens, the dataset "
+                f"{theirs.name} of {theirs.vocab_size}, and they differ",
+                source=f"{self.path} and {manifest.path}",
+                remedy="name a dataset and a model of one vocabulary",
+            )
+        check_vocabulary(manifest, self.cfg.model.padded_vocab_size)
+
 
 @contextlib.contextmanager
 def open_model(path: Path, *, bf16: bool | None = None) -> Iterator[Opened]:
-    """Load the model at ``path`` into this process alone; process groups that it starts end with the context.
+    """Find the model at ``path``, for this process alone; process groups that it starts end with the context.
 
     Args:
         path: a run or checkpoints directory (its newest complete checkpoint), one checkpoint, an object of a ladder
@@ -98,9 +118,8 @@ def open_model(path: Path, *, bf16: bool | None = None) -> Iterator[Opened]:
         parts = _of_hf_directory(path, bf16)
     else:
         parts = _of_checkpoint(path / "megatron" if (path / "megatron").is_dir() else path, bf16)
-    weights: Weights = parts.pop("weights")
     with process_groups(parts["cfg"].training.seed):
-        yield Opened(model=load_model(parts["cfg"], weights, source=str(parts["path"])), **parts)
+        yield Opened(**parts)
 
 
 def require_folder(path: Path) -> None:

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vpmoe.annotation import Annotation
+from megatron_vpmoe.annotation_files import read_annotation
 from megatron_vpmoe.data.batch import Document
 from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.manifest import FILE_NAME, ShardEntry
-from megatron_vpmoe.token_files import REBUILD, file_names, read_annotation, read_triple
+from megatron_vpmoe.token_files import REBUILD, file_names, read_triple
 
 
 class Shard:

@@ -1,7 +1,7 @@
 """A source with annotations added: what a frozen second model says of each batch, before the update that uses it.
 
-The same annotation may be made ahead of time, document by document, and stored in a dataset's sidecars
-(``of_documents``, ``token_files.write_annotation``); an objective does not know which it is.
+The same annotation may be made ahead of time and stored in a dataset's sidecars (``of_documents``, by the command
+``vpmoe data annotate``); an objective does not know which it is.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.data.batch import Batch, Document, assemble
-from megatron_vpmoe.sources.interface import Batches, Position, Source, Step
+from megatron_vpmoe.errors import ConfigError
+from megatron_vpmoe.sources.interface import Batches, Gives, Position, Source, Step
 
 
 class Annotator(Protocol):
@@ -37,12 +39,23 @@ def _annotated(batch: Batch, annotator: Annotator) -> Batch:
     return replace(batch, annotations={**batch.annotations, **annotator(batch)})
 
 
+def _together(gives: Gives, annotator: Annotator) -> tuple[Annotation, ...]:
+    """What both declare; raises :class:`ConfigError` where they declare the same."""
+    if twice := {one.name for one in gives.annotations} & {one.name for one in annotator.annotations}:
+        raise ConfigError(
+            f"the data bring {', '.join(sorted(twice))} already, made ahead of time",
+            source="training.reference_weights",
+            remedy="leave it null, or name the dataset that the annotated one was made of",
+        )
+    return (*gives.annotations, *annotator.annotations)
+
+
 class Annotated:
     """Another source's steps, annotated by the thread that trains when they are asked for."""
 
     def __init__(self, source: Source, annotator: Annotator) -> None:
         self._source, self._annotator = source, annotator
-        self.annotations = (*source.annotations, *annotator.annotations)
+        self.annotations = _together(source, annotator)
         self.depends_on_weights = source.depends_on_weights
 
     def next_step(self) -> Step:
@@ -64,7 +77,7 @@ class AnnotatedBatches:
 
     def __init__(self, batches: Batches, annotator: Annotator) -> None:
         self._batches, self._annotator = batches, annotator
-        self.annotations = (*batches.annotations, *annotator.annotations)
+        self.annotations = _together(batches, annotator)
         self.depends_on_weights = batches.depends_on_weights
 
     def __iter__(self) -> Iterator[Batch]:
@@ -72,11 +85,45 @@ class AnnotatedBatches:
 
 
 def of_documents(
-    documents: Iterable[Document], annotator: Annotator, *, eod_id: int
-) -> Iterator[dict[str, NDArray[Any]]]:
-    """The annotations of documents one by one, each in a row of its own, as a dataset stores them."""
+    documents: Iterable[Document], annotator: Annotator, *, eod_id: int, seq_length: int, rows: int
+) -> Iterator[list[dict[str, NDArray[Any]]]]:
+    """The annotations of documents, as a dataset stores them: lists of one batch's documents, in their order.
+
+    A row is filled as long as the next document fits. Which documents share a batch follows from where the first one
+    begins: gone on with behind a list, the lists are the same.
+
+    Args:
+        documents: none longer than ``seq_length``.
+        annotator: makes them.
+        eod_id: the end-of-document token.
+        seq_length: positions of a row.
+        rows: of a batch, at most.
+    """
+    for batch_rows in _in_rows(documents, seq_length, rows):
+        batch = assemble(batch_rows, seq_length=seq_length, eod_id=eod_id, sample_ids=range(len(batch_rows)))
+        found = {name: values.numpy() for name, values in annotator(batch).items()}
+        batch_documents = []
+        for row, held in enumerate(batch_rows):
+            ends = np.cumsum([len(document.tokens) for document in held]).tolist()
+            for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+                place = {"document": number, "token": slice(start, end)}
+                own = {
+                    declared.name: found[declared.name][row, place[declared.per]] for declared in annotator.annotations
+                }
+                batch_documents.append(own)
+        yield batch_documents
+
+
+def _in_rows(documents: Iterable[Document], seq_length: int, rows: int) -> Iterator[list[list[Document]]]:
+    batch, room = [], 0
     for document in documents:
-        batch = assemble([[document]], seq_length=len(document.tokens), eod_id=eod_id, sample_ids=[0])
-        # Of a document the batch has [1, L], [1, L, K] or [1, 1].
-        whole = {declared.name: declared.shape(len(document.tokens)) for declared in annotator.annotations}
-        yield {name: values.numpy().reshape(whole[name]) for name, values in annotator(batch).items()}
+        if len(document.tokens) > room:
+            if len(batch) == rows:
+                yield batch
+                batch = []
+            batch.append([])
+            room = seq_length
+        batch[-1].append(document)
+        room -= len(document.tokens)
+    if batch:
+        yield batch

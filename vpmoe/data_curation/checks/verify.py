@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from megatron_vpmoe.annotation import Annotation
+from megatron_vpmoe.annotation_files import check_annotation
 from megatron_vpmoe.files import Tell, inside, read_json_lines, sha256_of_file
 from megatron_vpmoe.manifest import FILE_NAME, PAIR, PREFERENCE
-from megatron_vpmoe.token_files import Triple, check_annotation, file_names, read_triple
+from megatron_vpmoe.token_files import Triple, file_names, read_triple
 from vpmoe.data_curation.checks.duplicates import across_splits, bytes_to_read
 from vpmoe.data_curation.checks.kinds import REBUILD, check_sample, signal_checks
 from vpmoe.data_curation.conversations.store import open_shard

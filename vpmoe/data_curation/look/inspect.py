@@ -92,7 +92,10 @@ def _figures(manifest: dict[str, Any]) -> Table:
         longest = str(manifest["length_histogram"][split]["longest"])
         table.add_row(split, f"{entry['rows']:,}", f"{entry['tokens']:,}", *shares, mean, longest)
     cut = ", ".join(f"{name} {number:,}" for name, number in manifest["truncation"].items() if number)
-    table.caption = Text(visible(f"truncation: {cut or 'none'}; rejects: {manifest['rejects']['count']:,}"))
+    told = [f"truncation: {cut or 'none'}; rejects: {manifest['rejects']['count']:,}"]
+    for made in manifest.get("annotated", []):
+        told.append(f"annotated with {', '.join(made['names'])} by {made['by']['name']}")
+    table.caption = Text(visible("\n".join(told)))
     table.caption_justify = "left"
     return table
 

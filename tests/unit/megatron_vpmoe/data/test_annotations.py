@@ -20,8 +20,7 @@ from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.manifest import read_manifest
 from megatron_vpmoe.sources import StoredSource
-from megatron_vpmoe.token_files import write_annotation
-from tests.fixtures_dataset import EOD, conversation, rewrite_manifest, small_dataset
+from tests.fixtures_dataset import EOD, conversation, rewrite_manifest, small_dataset, write_annotation
 from tests.tiny import tiny_config
 
 LOG_P = Annotation(name="reference_log_p", dtype="float32")

@@ -10,7 +10,8 @@ import pytest
 
 from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.files import file_entry, read_record, write_record
-from megatron_vpmoe.token_files import read_triple, write_annotation
+from megatron_vpmoe.token_files import read_triple
+from tests.fixtures_dataset import write_annotation
 from vpmoe.data_curation.checks.verify import verify
 from vpmoe.data_curation.manifest import write_manifest
 from vpmoe.errors import DataError
