@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from megatron_vpmoe.config.rule import Rule, refuse
+from collections import Counter
+
+from megatron_vpmoe.config.rule import Rule, View, refuse
 from megatron_vpmoe.config.schema_rollouts import RolloutsSection
 
 _DEFAULT = {name: field.default for name, field in RolloutsSection.model_fields.items() if name != "rewards"}
+
+
+def _validates(c: View) -> bool:
+    return c.eval_interval is not None or c.eval_at_start
+
 
 REFUSED: tuple[Rule, ...] = (
     refuse(
@@ -24,9 +31,27 @@ REFUSED: tuple[Rule, ...] = (
         lambda c: c.rewards is not None and c.rollout_max_new_tokens >= c.seq_length,
     ),
     refuse(
-        "eval_interval eval_at_start rewards",
-        "answers of the model are no validation split; set eval_interval to null and eval_at_start to false",
-        lambda c: c.rewards is not None and (c.eval_interval is not None or c.eval_at_start),
+        "rollout_prompts rollout_valid_prompts eval_interval eval_at_start",
+        "prompts of a file need held-out ones to validate on; name some, or set eval_interval to null",
+        lambda c: c.rollout_prompts is not None and c.rollout_valid_prompts is None and _validates(c),
+    ),
+    refuse(
+        "rollout_valid_prompts eval_interval eval_at_start",
+        "nothing is asked of held-out prompts; set eval_interval or eval_at_start, or leave them out",
+        lambda c: c.rollout_valid_prompts is not None and not _validates(c),
+    ),
+    refuse("rewards", "names none; null samples nothing", lambda c: c.rewards == []),
+    refuse(
+        "rewards",
+        "two are called {reward} in metrics; give one function another name",
+        lambda c: [
+            {"reward": name} for name, count in Counter(part.label for part in c.rewards or ()).items() if count > 1
+        ],
+    ),
+    refuse(
+        "global_batch_size rollout_groups rollout_group_size",
+        "{rollout_groups} x {rollout_group_size} answers are no whole number of steps of {global_batch_size}",
+        lambda c: c.rewards is not None and c.rollout_groups * c.rollout_group_size % c.global_batch_size,
     ),
     refuse(
         "rewards pipeline_model_parallel_size",

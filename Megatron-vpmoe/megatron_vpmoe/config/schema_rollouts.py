@@ -35,6 +35,11 @@ class RewardPart(Section):
     weight: Annotated[float, within(-1e6, 1e6, "it weighs quantities of order 1")] = 1.0
     """What its number is multiplied by in the sum of rewards."""
 
+    @property
+    def label(self) -> str:
+        """What metrics call it."""
+        return self.function.rpartition(":")[2]
+
 
 class RolloutsSection(Section):
     """Sampling answers of the model that is trained, and scoring them."""
@@ -42,7 +47,10 @@ class RolloutsSection(Section):
     rewards: Several[RewardPart] | None = None
     """Reward functions, as a list of {function, weight}; null: nothing is sampled."""
     rollout_prompts: Text | None = None
-    """JSONL of {"ids": token ids, "row": what rewards read}; null: the prompts of the training dataset."""
+    """JSONL of {"ids": token ids, "row": what rewards read}, its first line may be {"vocabulary": identity}; null: the
+    prompts of the training dataset."""
+    rollout_valid_prompts: Text | None = None
+    """The same of held-out prompts, whose rewards are validation; null: the prompts of the validation split."""
     rollout_groups: Size = 8
     """Prompts of a sampling; each gives a group of answers."""
     rollout_group_size: Annotated[int, within(2, 1024, "a group is sampled at once")] = 8

@@ -103,6 +103,15 @@ class KDDataset:
         check_ids(document.tokens, self.manifest.tokenizer.vocab_size, f"{shard.source}, row {row}")
         return replace(document, ends=self._ends)
 
+    def longer_prompts(self, count: int) -> list[int]:
+        """Conversations whose prompt has more than ``count`` tokens; only of those that are longer is any byte read."""
+        return [
+            int(first + row)
+            for shard, first in zip(self._shards, self._first_row, strict=False)
+            for row in np.flatnonzero(shard.lengths > count)
+            if not shard.answers_within(int(row), count)
+        ]
+
     @property
     def eod_id(self) -> int:
         """The end-of-document token."""

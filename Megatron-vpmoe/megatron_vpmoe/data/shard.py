@@ -62,6 +62,10 @@ class Shard:
         core = triple.tokens[place], triple.lossmask[place], triple.span[place]
         return Document(*core, annotations=annotations)
 
+    def answers_within(self, row: int, count: int) -> bool:
+        """Whether an assistant's span of conversation ``row`` begins within its first ``count`` tokens."""
+        return bool(self._triple.span[self._triple.place(row)][:count].any())
+
     def first_tokens(self, count: int) -> NDArray[np.int32]:
         """The first tokens of the shard, ``count`` of them or all."""
         return self._triple.tokens[:count]

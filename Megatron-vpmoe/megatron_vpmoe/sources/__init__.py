@@ -7,14 +7,14 @@ batches come from the weights that are trained; if not, steps are prepared in ad
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vpmoe.data.blend import Part
 from megatron_vpmoe.sources.ahead import Ahead, ahead
 from megatron_vpmoe.sources.annotated import Annotated, AnnotatedBatches, Annotator
+from megatron_vpmoe.sources.held_out import HeldOut
 from megatron_vpmoe.sources.interface import Batches, Gives, Position, Source, Step, check_needs
-from megatron_vpmoe.sources.prompts import StoredPrompts, read_prompts
+from megatron_vpmoe.sources.prompts import Prompts, open_prompts
 from megatron_vpmoe.sources.reference import Reference
 from megatron_vpmoe.sources.rollouts import Rollouts
 from megatron_vpmoe.sources.stored import StoredSource, ValidSource
@@ -29,6 +29,7 @@ __all__ = [
     "Annotator",
     "Batches",
     "Gives",
+    "HeldOut",
     "Position",
     "Reference",
     "Rollouts",
@@ -38,6 +39,7 @@ __all__ = [
     "ValidSource",
     "ahead",
     "check_needs",
+    "open_held_out",
     "open_source",
 ]
 
@@ -48,8 +50,20 @@ def open_source(parts: Sequence[Part], cfg: RunConfig, dp_rank: int, dp_size: in
     Answers are to the prompts of ``rollouts.rollout_prompts``, or of the first dataset.
     """
     if cfg.rollouts.rewards is not None:
-        dataset, path = parts[0].dataset, cfg.rollouts.rollout_prompts
-        size = dataset.manifest.tokenizer.vocab_size
-        prompts = StoredPrompts(dataset) if path is None else read_prompts(Path(path), vocab_size=size)
-        return Rollouts(prompts, dataset.manifest, cfg, dp_rank, dp_size)
+        prompts = _prompts(parts[0], cfg.rollouts.rollout_prompts, cfg)
+        return Rollouts(prompts, parts[0].dataset.manifest, cfg, dp_rank, dp_size)
     return ahead(StoredSource(parts, cfg, dp_rank, dp_size))
+
+
+def open_held_out(parts: Sequence[Part], cfg: RunConfig) -> HeldOut | None:
+    """What measures rewards on prompts of ``rollouts.rollout_valid_prompts``, or of the first validation split.
+
+    None where no answers are trained on, or validation is not asked for.
+    """
+    if cfg.rollouts.rewards is None or (cfg.evaluation.eval_interval is None and not cfg.evaluation.eval_at_start):
+        return None
+    return HeldOut(_prompts(parts[0], cfg.rollouts.rollout_valid_prompts, cfg), parts[0].dataset.manifest, cfg)
+
+
+def _prompts(part: Part, path: str | None, cfg: RunConfig) -> Prompts:
+    return open_prompts(part.dataset, path, cfg.data.seq_length - cfg.rollouts.rollout_max_new_tokens)

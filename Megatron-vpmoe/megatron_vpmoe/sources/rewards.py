@@ -55,22 +55,14 @@ class Rewards:
     """The rewards of a run.
 
     Args:
-        parts: names with weights.
-
-    Attributes:
-        names: one each; metrics are called so.
+        parts: at least one, no two of one name.
 
     Raises:
-        ConfigError: there is none, one is unknown or cannot be imported, or two have one name.
+        ConfigError: one is unknown or cannot be imported.
     """
 
     def __init__(self, parts: Sequence[RewardPart]) -> None:
-        self._parts = [(part.function.rpartition(":")[2], part.weight, _found(part.function)) for part in parts]
-        self.names = [name for name, _, _ in self._parts]
-        if not parts or len(set(self.names)) < len(parts):
-            raise ConfigError(
-                f"rewards {self.names}", source="rollouts.rewards", remedy="name at least one, and each but once"
-            )
+        self._parts = [(part.label, part.weight, _found(part.function)) for part in parts]
 
     def __call__(self, sample: Sample) -> dict[str, float]:
         """The number of each reward by name.
@@ -91,7 +83,7 @@ class Rewards:
             if math.isfinite(number := float(value)):
                 return number
             what, cause = f"returned {value!r}", None
-        except Exception as error:  # of others' code: whatever it is, it is theirs to mend
+        except (Exception, SystemExit) as error:  # of others' code: whatever it is, it is theirs to mend
             what, cause = f"failed with {type(error).__name__}: {error}", error
         raise DataError(
             f"the reward {name} {what}",

@@ -11,26 +11,21 @@ its answers are part of the position, since the weights that gave them are gone.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.data.batch import PADDING, Batch, assemble
 from megatron_vpmoe.data.cursor import shuffled
-from megatron_vpmoe.errors import CheckpointError, ConfigError, DataError
-from megatron_vpmoe.generation.engine import generate
-from megatron_vpmoe.generation.prompts import Prompt
-from megatron_vpmoe.generation.sampling import SamplingOptions
+from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.manifest import Manifest
 from megatron_vpmoe.model.gpt import VPModel
-from megatron_vpmoe.runtime import distributed
-from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
+from megatron_vpmoe.runtime.signals import StopRequest
+from megatron_vpmoe.sources.answers import Answering, Answers
 from megatron_vpmoe.sources.groups import (
     ANNOTATIONS,
     Advantage,
@@ -42,10 +37,8 @@ from megatron_vpmoe.sources.groups import (
     with_advantages,
 )
 from megatron_vpmoe.sources.interface import Position, Step
-from megatron_vpmoe.sources.prompts import Asked, Prompts, in_order
+from megatron_vpmoe.sources.prompts import Prompts, in_order
 from megatron_vpmoe.sources.reference import log_p_of_labels
-from megatron_vpmoe.sources.rewards import Rewards, Sample
-from megatron_vpmoe.turns import generation_ends
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -66,7 +59,7 @@ class Rollouts:
         stop: asked before each sampled token.
 
     Raises:
-        ConfigError: the answers of a sampling are no whole number of steps.
+        ConfigError: a reward cannot be had.
     """
 
     annotations: tuple[Annotation, ...] = ANNOTATIONS
@@ -74,25 +67,10 @@ class Rollouts:
 
     def __init__(self, prompts: Prompts, manifest: Manifest, cfg: RunConfig, dp_rank: int, dp_size: int) -> None:
         self._prompts, self._manifest, self._cfg, self._of = prompts, manifest, cfg.rollouts, (dp_rank, dp_size)
-        self._rewards = Rewards(self._cfg.rewards or [])
+        self._answering = Answering(manifest, self._cfg, samples=self._cfg.rollout_group_size)
         self._advantage: Advantage = cfg.training.grpo_advantage
         self._seq_length, self._rows = cfg.data.seq_length, cfg.training.micro_batch_size
         self._answers, self._size = cfg.training.global_batch_size, self._cfg.rollout_group_size
-        if self._cfg.rollout_groups * self._size % self._answers:
-            raise ConfigError(
-                f"{self._cfg.rollout_groups} groups of {self._size} answers are no whole number of steps of "
-                f"{self._answers}",
-                source="training.global_batch_size",
-                remedy="a step takes global_batch_size answers: let it divide rollout_groups * rollout_group_size",
-            )
-        ends = {*generation_ends(manifest.tokenizer.special_tokens).values(), manifest.tokenizer.eod_id}
-        self._options = SamplingOptions(
-            self._cfg.rollout_max_new_tokens,
-            tuple(sorted(ends)),
-            temperature=self._cfg.rollout_temperature,
-            seed=self._cfg.rollout_seed,
-            samples=self._size,
-        )
         self._model: VPModel | None = None
         self.check: Callable[[], None] = lambda: None
         self.stop: StopRequest | None = None
@@ -149,82 +127,32 @@ class Rollouts:
         """See ``Source``."""
 
     def _sample(self) -> dict[str, float]:
+        """Fill ``_rollouts``; a collective. Returns metrics of everything that was sampled."""
+        assert self._model is not None
         wanted, kept, spare, attempts = self._cfg.rollout_groups, [], [], 0
-        seconds = {"sampling": 0.0, "scoring": 0.0}
-        scores: list[dict[str, float]] = []
+        every = Answers([], [])
         while len(kept) < wanted and attempts < self._cfg.rollout_attempts:
-            groups = self._draw(wanted - len(kept), seconds, scores)
+            asked = list(in_order(self._prompts, self._cfg.rollout_seed, self._drawn, wanted - len(kept)))
+            answers = self._answering(self._model, asked, version=self._steps, stop=self.stop)
+            self._drawn += len(asked)
             attempts += 1
-            kept += [group for group in groups if varies(group)]
-            spare += [group for group in groups if not varies(group)]
+            every.add(answers)
+            for first in range(0, len(answers.rollouts), self._size):
+                group = answers.rollouts[first : first + self._size]
+                (kept if varies(group) else spare).append(group)
         # What teaches nothing keeps the step's size, with advantages of 0.
-        filler = spare[: wanted - len(kept)]
-        kept += filler
+        kept += spare[: wanted - len(kept)]
         kept.sort(key=lambda group: group[0].group)
         whole = self._with_old([one for group in kept for one in with_advantages(group, self._advantage)])
         self._arrays = columns(whole)
         self._rollouts = from_columns(self._arrays)
         self._samplings, self._done = self._samplings + 1, 0
-        every = [one for group in (*kept, *spare[len(filler) :]) for one in group]
-        lengths, rewards = [len(one.ids) for one in every], [one.reward for one in every]
-        return {
-            "rollout/reward_mean": float(np.mean(rewards)),
-            "rollout/reward_std": float(np.std(rewards)),
-            **{f"rollout/reward/{name}": float(np.mean([s[name] for s in scores])) for name in self._rewards.names},
-            "rollout/groups_without_variance": len(spare) * self._size / len(every),
-            "rollout/attempts": float(attempts),
-            "rollout/length_mean": float(np.mean(lengths)),
-            "rollout/length_max": float(max(lengths)),
-            "rollout/truncated_share": float(np.mean([not one.finished for one in every])),
-            **{f"rollout/seconds_{name}": value for name, value in seconds.items()},
+        metrics = {
+            **every.metrics(),
+            "groups_without_variance": len(spare) * self._size / len(every.rollouts),
+            "attempts": float(attempts),
         }
-
-    def _draw(self, count: int, seconds: dict[str, float], scores: list[dict[str, float]]) -> list[list[Rollout]]:
-        """Groups of the next prompts, scored; a collective. Adds to ``seconds`` and ``scores``."""
-        assert self._model is not None
-        asked = list(in_order(self._prompts, self._cfg.rollout_seed, self._drawn, count))
-        for number, one in asked:
-            self._check_length(number, one)
-        began = time.perf_counter()
-        completions = generate(
-            self._model,
-            [Prompt(one.ids, identity=number) for number, one in asked],
-            self._options,
-            weight_version=self._steps,
-            stop=None if self.stop is None else self.stop.is_requested,
-        )
-        if self.stop is not None and self.stop.agreed():
-            raise Interrupted
-        self._drawn += count
-        sampled = time.perf_counter()
-        rollouts = [Rollout.of(each, asked[each.place][1].ids, asked[each.place][0]) for each in completions]
-
-        def score() -> list[dict[str, float]]:
-            return [
-                self._rewards(
-                    Sample(
-                        one.prompt_ids.tolist(), one.ids.tolist(), one.finished, asked[c.place][1].row, self._manifest
-                    )
-                )
-                for one, c in zip(rollouts, completions, strict=True)
-            ]
-
-        found = distributed.from_rank_0(score)
-        scores += found
-        scored = [replace(one, reward=self._rewards.total(s)) for one, s in zip(rollouts, found, strict=True)]
-        seconds["sampling"] += sampled - began
-        seconds["scoring"] += time.perf_counter() - sampled
-        return [scored[first : first + self._size] for first in range(0, len(scored), self._size)]
-
-    def _check_length(self, number: int, asked: Asked) -> None:
-        longest = self._seq_length - self._cfg.rollout_max_new_tokens
-        if not 0 < len(asked.ids) <= longest:
-            raise DataError(
-                f"a prompt of {len(asked.ids)} tokens, and answers of up to {self._cfg.rollout_max_new_tokens}, in "
-                f"rows of {self._seq_length}",
-                source=f"prompt {number} of the run's order",
-                remedy=f"leave out prompts of more than {longest} tokens, or raise seq_length",
-            )
+        return {f"rollout/{tag}": value for tag, value in metrics.items()}
 
     @torch.no_grad()
     def _with_old(self, rollouts: list[Rollout]) -> list[Rollout]:

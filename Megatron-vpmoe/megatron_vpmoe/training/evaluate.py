@@ -9,7 +9,16 @@ import torch
 from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.objectives import Objective
+from megatron_vpmoe.runtime.signals import StopRequest
 from megatron_vpmoe.training.step import global_totals, run_micro_batches
+
+Validation = Callable[[StopRequest], dict[str, float]]
+"""What gives the metrics of one validation pass; a collective, which ends in ``Interrupted`` where a stop is asked."""
+
+
+def validation(model: VPModel, objective: Objective, batches: Iterable[Batch]) -> Validation:
+    """``evaluate`` over the same batches each time."""
+    return lambda stop: evaluate(model, objective, batches, stop.check())
 
 
 @torch.no_grad()

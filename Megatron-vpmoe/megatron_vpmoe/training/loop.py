@@ -13,7 +13,6 @@ from megatron_vpmoe.metrics import MetricStream, Sink, open_sinks
 from megatron_vpmoe.model.moe.router_health import check_thresholds
 from megatron_vpmoe.runtime import distributed, stages
 from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
-from megatron_vpmoe.training.evaluate import evaluate
 from megatron_vpmoe.training.progress import Progress
 from megatron_vpmoe.training.router import RouterMonitor
 from megatron_vpmoe.training.run import Run, open_run
@@ -63,6 +62,7 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
         check = stop.check()
         while run.iteration < last and not stopping:
             batches, position, of_source = run.source.next_step()
+            throughput.updating()
             run.objective.begin_step(run.iteration + 1)
             routers.reset()
             result = train_step(run.wrapped, run.optimizer, run.objective, batches, check)
@@ -108,9 +108,9 @@ def _save(run: Run, metrics: MetricStream, progress: Progress) -> None:
 
 
 def _validate(run: Run, metrics: MetricStream, progress: Progress, stop: StopRequest) -> None:
-    """The objective over every validation split, at the run's step; a collective."""
-    for prefix, source in run.valid.items():
-        valid = evaluate(run.model, run.objective, source, stop.check())
+    """Every validation pass, at the run's step; a collective."""
+    for prefix, measure in run.valid.items():
+        valid = measure(stop)
         metrics.log(run.iteration, {f"{prefix}/{tag}": value for tag, value in valid.items()})
         progress.evaluated(run.iteration, valid, prefix)
 

@@ -93,7 +93,8 @@ class Progress:
     def evaluated(self, step: int, values: dict[str, float], prefix: str = "valid") -> None:
         """The validation pass at ``step`` gave ``values``; ``prefix`` is "valid" or "valid/<dataset>"."""
         dataset = prefix.removeprefix("valid").replace("/", " of ", 1)
-        self.note(f"step {step}: validation{dataset} {losses(values)}")
+        rewards = ", ".join(f"{tag} {value:.4f}" for tag, value in values.items() if tag.startswith("reward"))
+        self.note(f"step {step}: validation{dataset} {losses(values) or rewards}")
 
     def saved(self, step: int, path: Path) -> None:
         """The state at ``step`` is in ``path``."""
@@ -118,6 +119,7 @@ def step_line(step: int, total: int, values: dict[str, float], remaining_seconds
     formats = {
         "throughput/tokens_per_second": lambda value: f"{_thousands(value)} tok/s",
         "throughput/mfu_pct": lambda value: f"mfu {value:.1f}%",
+        "rollout/reward_mean": lambda value: f"reward {value:.4f}",
         "lr": lambda value: f"lr {value:.2e}",
         "grad_norm": lambda value: f"grad {value:.3g}",
         "moe/router_agg/mean_cv_pct": lambda value: f"router cv {value:.0f}%",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +41,12 @@ from megatron_vpmoe.sources import (
     Source,
     ValidSource,
     check_needs,
+    open_held_out,
     open_source,
 )
 from megatron_vpmoe.training import checkpoint
 from megatron_vpmoe.training.checkpoint_files import Retention
+from megatron_vpmoe.training.evaluate import Validation, validation
 from megatron_vpmoe.training.implementation import implementation_notes
 from megatron_vpmoe.training.initial_weights import find_weights, load_initial_weights, load_weights
 from megatron_vpmoe.training.provenance import collect_provenance
@@ -58,10 +61,11 @@ class Run:
     """The parts of a run and its position.
 
     Attributes:
-        valid: the validation splits by the prefix of their metrics: "valid", or "valid/<name>" for each of a blend.
+        valid: what gives the metrics of a validation pass, a collective, by their prefix: "valid", or "valid/<name>"
+            for each dataset of a blend.
         valid_dataset: the first of them, whose prompts are answered.
         reference: the frozen model that annotates both, if there is one.
-        rollouts: the source where answers of the model are trained on; nothing stored is then validated on.
+        rollouts: the source where answers of the model are trained on; validation is then of rewards.
         assignment: which parameter goes to which optimizer.
         iteration: finished optimizer steps.
         position: of the source after them (skipped steps included).
@@ -80,7 +84,7 @@ class Run:
     scheduler: IterationScheduler
     objective: Objective
     source: Source
-    valid: dict[str, Batches]
+    valid: dict[str, Validation]
     valid_dataset: KDDataset
     reference: Reference
     rollouts: Rollouts | None
@@ -157,19 +161,20 @@ def open_run(cfg: RunConfig) -> Run:
     train, valid_parts = (open_parts(cfg, split) for split in ("train", "valid"))
     source = open_source(train, cfg, *data_parallel)
     rollouts = source if isinstance(source, Rollouts) else None
-    valid: dict[str, Batches] = {
+    stored: dict[str, Batches] = {
         "valid" if len(valid_parts) == 1 else f"valid/{part.name}": ValidSource(part, cfg, *data_parallel)
         for part in valid_parts
         if rollouts is None
     }
+    held_out = open_held_out(valid_parts, cfg)
     temperature = 1.0 if rollouts is None else cfg.rollouts.rollout_temperature
     reference, weights_of_reference = Reference(temperature), _find_reference(cfg, train[0].dataset.manifest)
     if weights_of_reference is not None:
         source = Annotated(source, reference)
-        valid = {prefix: AnnotatedBatches(batches, reference) for prefix, batches in valid.items()}
+        stored = {prefix: AnnotatedBatches(batches, reference) for prefix, batches in stored.items()}
     objective = build_objective(cfg)
     check_kinds(objective, cfg, [part.dataset.manifest for part in (*train, *valid_parts)])
-    for name, gives in {"train": source, **valid}.items():
+    for name, gives in {"train": source, **stored}.items():
         check_needs(cfg.training.objective, objective.needs, gives, source=name)
     model = build_model(cfg)
     started_from = found
@@ -194,7 +199,10 @@ def open_run(cfg: RunConfig) -> Run:
         scheduler=build_scheduler(optimizer, cfg),
         objective=objective,
         source=source,
-        valid=valid,
+        valid={
+            **{prefix: validation(model, objective, batches) for prefix, batches in stored.items()},
+            **({"valid": partial(held_out.measure, model)} if held_out else {}),
+        },
         valid_dataset=valid_parts[0].dataset,
         reference=reference,
         rollouts=rollouts,

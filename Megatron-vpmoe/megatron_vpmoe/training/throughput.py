@@ -23,11 +23,16 @@ class Throughput:
         peak = device.peak_flops(bf16=cfg.training.bf16)
         self._peak = None if peak is None else peak * distributed.world_size()
         self._tokens, self._seconds, self._since = 0.0, 0.0, time.perf_counter()
+        self._update_began = self._update_seconds = 0.0
 
     def restart(self) -> None:
         """What happened since the last step was not training."""
         device.finish()
         self._since = time.perf_counter()
+
+    def updating(self) -> None:
+        """The step's batches are there; what follows is its update."""
+        self._update_began = time.perf_counter()
 
     def step(self, real_tokens: float) -> None:
         """A step over ``real_tokens`` (of all ranks, padding left out) is done."""
@@ -35,13 +40,15 @@ class Throughput:
         now = time.perf_counter()
         self._tokens += real_tokens
         self._seconds += now - self._since
-        self._since = now
+        self._since, self._update_seconds = now, now - self._update_began
 
     def report(self) -> dict[str, float]:
-        """Tokens per second since the last report, and MFU in percent where the device's peak is known."""
+        """Tokens per second since the last report, seconds of the last update (beside them, a step waits for its
+        batches), and MFU in percent where the device's peak is known.
+        """
         rate = self._tokens / max(self._seconds, 1e-9)
         self._tokens = self._seconds = 0.0
-        values = {"throughput/tokens_per_second": rate}
+        values = {"throughput/tokens_per_second": rate, "throughput/seconds_updating": self._update_seconds}
         if self._peak is not None:
             values["throughput/mfu_pct"] = 100.0 * rate * self._flops_per_token / self._peak
         return values

@@ -15,9 +15,10 @@ from megatron_vpmoe.errors import CheckpointError, ConfigError, DataError
 from megatron_vpmoe.manifest import read_manifest
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.model.gpt import VPModel
-from megatron_vpmoe.sources import Position, Rollouts, Step
+from megatron_vpmoe.sources import HeldOut, Position, Rollouts, Step
+from megatron_vpmoe.sources.answers import Answering
 from megatron_vpmoe.sources.groups import packed
-from megatron_vpmoe.sources.prompts import Asked, StoredPrompts, read_prompts
+from megatron_vpmoe.sources.prompts import Asked, StoredPrompts, open_prompts, read_prompts
 from megatron_vpmoe.sources.rewards import Sample
 from tests.fixtures_dataset import EOD, small_dataset
 from tests.tiny import tiny_config
@@ -25,6 +26,7 @@ from tests.tiny import tiny_config
 pytestmark = pytest.mark.usefixtures("single_process")
 HERE = "test_rollouts"
 ENDS = {EOD, 2, 3}
+FEW = {"rollout_groups": 4, "rollout_group_size": 3, "global_batch_size": 6, "rollout_max_new_tokens": 10}
 
 
 def even(sample: Sample) -> float:
@@ -58,14 +60,9 @@ def dataset(tmp_path: Path) -> KDDataset:
 def opened(
     model: VPModel, dataset: KDDataset, *, prompts: Any = None, reward: str = "even", **changes: Any
 ) -> Rollouts:
-    few = {
-        "rollout_groups": 4,
-        "rollout_group_size": 3,
-        "global_batch_size": 6,
-        "rollout_max_new_tokens": 10,
-        "eval_interval": None,
-    }
-    cfg = tiny_config(num_layers=2, rewards=[{"function": f"{HERE}:{reward}"}], **{**few, **changes})
+    cfg = tiny_config(
+        num_layers=2, rewards=[{"function": f"{HERE}:{reward}"}], **{**FEW, "eval_interval": None, **changes}
+    )
     asked = [Asked([5 + place, 9, 3], {"place": place}) for place in range(8)] if prompts is None else prompts
     source = Rollouts(asked, dataset.manifest, cfg, 0, 1)
     source.open(model)
@@ -168,12 +165,51 @@ def test_a_reward_that_fails_ends_the_run_with_the_sample(
 def test_what_cannot_be_is_refused_by_name(model: VPModel, dataset: KDDataset) -> None:
     with pytest.raises(ConfigError, match="nowhere"):
         opened(model, dataset, reward="nowhere")
-    with pytest.raises(ConfigError, match="4 groups of 3 answers"):
+    with pytest.raises(ConfigError, match="4 x 3 answers are no whole number of steps of 8"):
         opened(model, dataset, global_batch_size=8)
-    with pytest.raises(DataError, match="prompt of 40 tokens"):
-        opened(model, dataset, prompts=[Asked([5] * 40, {})]).next_step()
     with pytest.raises(CheckpointError, match="no rollouts"):
         opened(model, dataset).resume(Position(4, [{"name": "kd"}]), source="test")
+
+
+def test_every_prompt_has_to_leave_room_for_the_longest_answer(dataset: KDDataset, tmp_path: Path) -> None:
+    lengths = [len(dataset[place].prompt) for place in range(len(dataset))]
+    longest = max(lengths)
+    assert len(open_prompts(dataset, None, longest)) == len(dataset)
+    first = next(place for place, length in enumerate(lengths) if length == longest)
+    with pytest.raises(DataError, match=f"{lengths.count(longest)} prompts .* {longest - 1} tokens.* {first}\n"):
+        open_prompts(dataset, None, longest - 1)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"ids": [5, 9]}\n{"ids": [5, 9, 3]}\n')
+    assert [list(one.ids) for one in open_prompts(dataset, str(path), 3)] == [[5, 9], [5, 9, 3]]
+    with pytest.raises(DataError, match=r"(?s)prompt of 3 tokens.*prompts\.jsonl:2"):
+        open_prompts(dataset, str(path), 2)
+
+
+def test_a_file_says_which_vocabulary_it_is_in(dataset: KDDataset, tmp_path: Path) -> None:
+    path, identity = tmp_path / "prompts.jsonl", dataset.manifest.tokenizer.identity()
+    path.write_text(json.dumps({"vocabulary": identity}) + '\n{"ids": [5, 9]}\n')
+    assert len(open_prompts(dataset, str(path), 3)) == 1
+    path.write_text(json.dumps({"vocabulary": {**identity, "rank_file_sha256": "0"}}) + '\n{"ids": [5, 9]}\n')
+    with pytest.raises(DataError, match="vocabulary"):
+        open_prompts(dataset, str(path), 3)
+
+
+def test_held_out_rewards_are_those_of_training_and_disturb_nothing(model: VPModel, dataset: KDDataset) -> None:
+    cfg = tiny_config(num_layers=2, rewards=[{"function": f"{HERE}:even"}], **FEW, eval_interval=2, eval_iters=1)
+    held_out = HeldOut([Asked([7 + place, 3], {}) for place in range(20)], dataset.manifest, cfg)
+    source, undisturbed = (opened(model, dataset) for _ in range(2))
+    state = torch.get_rng_state()
+    found = held_out.measure(model)
+    same(source.next_step(), undisturbed.next_step())
+    again = held_out.measure(model)
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    for name in found.keys() - {"seconds_sampling", "seconds_scoring"}:
+        assert found[name] == again[name]
+    assert found["reward_mean"] == found["reward/even"] > 0 and found["length_max"] <= 10
+    # As many prompts as a global batch has answers, and the same answers as if they were trained on.
+    prompts = [Asked([7 + place, 3], {}) for place in range(6)]
+    asked = Answering(dataset.manifest, cfg.rollouts, samples=1)(model, list(enumerate(prompts)), version=0, stop=None)
+    assert asked.metrics()["reward_mean"] == found["reward_mean"]
 
 
 def test_prompts_of_a_dataset_come_with_the_stored_answer(dataset: KDDataset) -> None:
@@ -186,11 +222,11 @@ def test_prompts_of_a_dataset_come_with_the_stored_answer(dataset: KDDataset) ->
 
 
 @pytest.mark.parametrize("line", ["[1]", '{"ids": []}', '{"ids": [99]}', '{"ids": [true]}', '{"ids": [1], "row": 2}'])
-def test_a_file_of_something_else_is_no_prompts(tmp_path: Path, line: str) -> None:
+def test_a_file_of_something_else_is_no_prompts(dataset: KDDataset, tmp_path: Path, line: str) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"ids": [1, 2], "row": {"a": 1}}\n' + line + "\n")
     with pytest.raises(DataError, match=r"prompts\.jsonl:2"):
-        read_prompts(path, vocab_size=64)
+        read_prompts(path, dataset.manifest.tokenizer, 9)
 
 
 def test_rows_are_packed_without_loss() -> None:

@@ -1,0 +1,125 @@
+"""Answers of a model to prompts, sampled and scored: what rollouts are, and what is measured on held-out prompts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from megatron_vpmoe.config.schema_rollouts import RolloutsSection
+from megatron_vpmoe.generation.engine import generate
+from megatron_vpmoe.generation.prompts import Prompt
+from megatron_vpmoe.generation.sampling import SamplingOptions
+from megatron_vpmoe.manifest import Manifest
+from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.runtime import distributed
+from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
+from megatron_vpmoe.sources.groups import Rollout
+from megatron_vpmoe.sources.prompts import Asked
+from megatron_vpmoe.sources.rewards import Rewards, Sample
+from megatron_vpmoe.turns import generation_ends
+
+
+@dataclass
+class Answers:
+    """Some answers, and what they cost.
+
+    Attributes:
+        rollouts: those to the first prompt, to the second, ...; without advantages.
+        scores: the numbers of each by the names of the rewards.
+        sampling: seconds.
+        scoring: seconds.
+    """
+
+    rollouts: list[Rollout]
+    scores: list[dict[str, float]]
+    sampling: float = 0.0
+    scoring: float = 0.0
+
+    def add(self, other: Answers) -> None:
+        """Take in those of ``other``."""
+        self.rollouts += other.rollouts
+        self.scores += other.scores
+        self.sampling += other.sampling
+        self.scoring += other.scoring
+
+    def metrics(self) -> dict[str, float]:
+        """Of all of them: rewards, lengths in tokens, the share that was cut off, seconds."""
+        lengths, rewards = [len(one.ids) for one in self.rollouts], [one.reward for one in self.rollouts]
+        return {
+            "reward_mean": float(np.mean(rewards)),
+            "reward_std": float(np.std(rewards)),
+            **{f"reward/{name}": float(np.mean([each[name] for each in self.scores])) for name in self.scores[0]},
+            "length_mean": float(np.mean(lengths)),
+            "length_max": float(max(lengths)),
+            "truncated_share": float(np.mean([not one.finished for one in self.rollouts])),
+            "seconds_sampling": self.sampling,
+            "seconds_scoring": self.scoring,
+        }
+
+
+class Answering:
+    """Asks a model.
+
+    Args:
+        manifest: of the training dataset: its vocabulary says what ends an answer.
+        cfg: rewards, and how to sample.
+        samples: answers to each prompt.
+
+    Raises:
+        ConfigError: a reward cannot be had.
+    """
+
+    def __init__(self, manifest: Manifest, cfg: RolloutsSection, *, samples: int) -> None:
+        self._manifest, self._rewards = manifest, Rewards(cfg.rewards or [])
+        ends = {*generation_ends(manifest.tokenizer.special_tokens).values(), manifest.tokenizer.eod_id}
+        self._options = SamplingOptions(
+            cfg.rollout_max_new_tokens,
+            tuple(sorted(ends)),
+            temperature=cfg.rollout_temperature,
+            seed=cfg.rollout_seed,
+            samples=samples,
+        )
+
+    def __call__(
+        self, model: VPModel, asked: Sequence[tuple[int, Asked]], *, version: int, stop: StopRequest | None
+    ) -> Answers:
+        """A collective.
+
+        Args:
+            model: the bare model.
+            asked: the number of each prompt, which its draws come from, and the prompt.
+            version: of the weights.
+            stop: asked before each token.
+
+        Raises:
+            Interrupted: a rank was asked to stop.
+            DataError: a reward fails; on every rank.
+        """
+        began = time.perf_counter()
+        completions = generate(
+            model,
+            [Prompt(one.ids, identity=number) for number, one in asked],
+            self._options,
+            weight_version=version,
+            stop=None if stop is None else stop.is_requested,
+        )
+        if stop is not None and stop.agreed():
+            raise Interrupted
+        sampled = time.perf_counter()
+        rollouts = [Rollout.of(each, asked[each.place][1].ids, asked[each.place][0]) for each in completions]
+
+        def score() -> list[dict[str, float]]:
+            rows = [asked[each.place][1].row for each in completions]
+            return [self._rewards(self._sample(one, row)) for one, row in zip(rollouts, rows, strict=True)]
+
+        scores = distributed.from_rank_0(score)
+        rewards = [self._rewards.total(each) for each in scores]
+        scored = [replace(one, reward=reward) for one, reward in zip(rollouts, rewards, strict=True)]
+        return Answers(scored, scores, sampled - began, time.perf_counter() - sampled)
+
+    def _sample(self, one: Rollout, row: Mapping[str, Any]) -> Sample:
+        return Sample(one.prompt_ids.tolist(), one.ids.tolist(), one.finished, row, self._manifest)
