@@ -81,9 +81,5 @@ def random_batch(rows: int, seq_length: int, vocab: int, seed: int) -> Batch:
 
 def rows_of(batch: Batch, begin: int, end: int) -> Batch:
     """Some rows of a batch, as a batch."""
-    return Batch(
-        **{
-            name: getattr(batch, name)[begin:end]
-            for name in ("tokens", "labels", "position_ids", "document_id", "loss_mask", "span_id", "sample_ids")
-        }
-    )
+    core = {name: value[begin:end] for name, value in vars(batch).items() if name != "annotations"}
+    return Batch(**core, annotations={name: values[begin:end] for name, values in batch.annotations.items()})

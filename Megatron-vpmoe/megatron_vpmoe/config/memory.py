@@ -109,7 +109,8 @@ def _loss(cfg: RunConfig, compute_bytes: int) -> int:
     """Bytes that the loss takes: a chunk's logits and probabilities, and the trained output projection's gradient."""
     vocab = cfg.model.padded_vocab_size // cfg.parallel.tensor_model_parallel_size
     tokens = cfg.training.micro_batch_size * cfg.data.seq_length
-    chunk = min(tokens * vocab * (_FP32 + compute_bytes), _LOGITS_CHUNK_BYTES)
+    softmaxes = 2 if cfg.training.objective == "topk_kd" and cfg.training.kd_temperature != 1 else 1
+    chunk = min(tokens * vocab * (softmaxes * _FP32 + compute_bytes), _LOGITS_CHUNK_BYTES)
     projection = OUTPUT if cfg.model.untie_embeddings_and_output_weights else EMBEDDING
     return chunk + is_trained(cfg, projection) * vocab * cfg.model.hidden_size * _FP32
 
@@ -118,7 +119,8 @@ def _batches(cfg: RunConfig) -> int:
     """Bytes of a process's rows of a step, and of the next one's that are made meanwhile (see ``data.batch``)."""
     p = cfg.parallel
     replicas = max(1, p.nproc_per_node // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size))
-    return 2 * cfg.training.global_batch_size * cfg.data.seq_length * _POSITION_BYTES // replicas
+    of_teacher = (2 * cfg.training.kd_top_k + 1) * _FP32 if cfg.training.objective == "topk_kd" else 0
+    return 2 * cfg.training.global_batch_size * cfg.data.seq_length * (_POSITION_BYTES + of_teacher) // replicas
 
 
 def _optimizer_state(cfg: RunConfig, trained: _Held) -> int:

@@ -8,10 +8,11 @@ from pydantic import ValidationError
 
 from megatron_vpmoe.config.rules import idle_fields
 from megatron_vpmoe.config.schema import RETIRED, RunConfig, fields
+from megatron_vpmoe.config.schema_objective import OBJECTIVES, OWNED
 from megatron_vpmoe.config.settings_file import shown
 
 _ABSENT = "(absent)"
-_DPO = tuple(name for name in fields() if name.startswith("dpo_"))
+_OF_LOSS = tuple(name for name, owner in OWNED.items() if owner in ("dpo", "topk_kd"))
 _WHOLE_SECTIONS = {
     "model": frozenset({"attention_backend"}),
     "moe": frozenset({"moe_token_dispatcher_type", "moe_permute_fusion", "moe_router_fusion"}),
@@ -31,7 +32,7 @@ _SINGLE_FIELDS = {
             "reference_weights",
             "kd_span_weight_reasoning",
             "kd_span_weight_final",
-            *_DPO,
+            *_OF_LOSS,
         }
     ),
 }
@@ -100,7 +101,9 @@ def deciding_fields(cfg: RunConfig) -> dict[str, dict[str, Any]]:
     Paths, intervals, logging, the number of processes and the implementation are left out, and so is what has no
     effect beside the other fields; datasets are to be added by their manifests' hashes, initial weights by theirs.
     """
-    idle = {*idle_fields(cfg), *(_DPO if cfg.training.objective in ("span_ce", "token_ce") else ())}
+    objective = cfg.training.objective
+    of_others = {name for name, owner in OWNED.items() if objective in OBJECTIVES and objective != owner}
+    idle = {*idle_fields(cfg), *of_others}
     decides: dict[str, dict[str, Any]] = {}
     for section, values in cfg.model_dump(mode="json").items():
         free = _UNDECIDING.get(section, _WHOLE_SECTIONS.get(section, frozenset()))
@@ -124,7 +127,7 @@ def geometry_diff(old: RunConfig, new: RunConfig) -> list[FieldChange]:
 
 
 # Binding fields that checkpoints from before them lack, where the default is what was done then.
-_LATER_FIELDS = ("blend", "blend_schedule", "skip_rows", "train_only", "reference_weights", *_DPO)
+_LATER_FIELDS = ("blend", "blend_schedule", "skip_rows", "train_only", "reference_weights", *_OF_LOSS)
 
 
 def _bound(name: str, value: Any) -> Any:

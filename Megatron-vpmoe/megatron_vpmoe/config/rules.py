@@ -14,6 +14,8 @@ from megatron_vpmoe.config.schema import RunConfig
 
 ARCHITECTURE = rules_model.REFUSED
 """Refused whatever runs the model."""
+OF_MODEL = (*ARCHITECTURE, *rules_parallel.REFUSED)
+"""Refused of a model that the processes of a run hold, whatever is done with it."""
 RUN = (
     *rules_run.REFUSED,
     *rules_objective.REFUSED,
@@ -27,15 +29,23 @@ IDLE = rules_model.IDLE
 RULES: tuple[Rule, ...] = (*ARCHITECTURE, *RUN, *IDLE)
 
 
-def find_problems(cfg: RunConfig, world_size: int | None = None) -> list[Problem]:
+def find_problems(
+    cfg: RunConfig, world_size: int | None = None, *, rules: Sequence[Rule] | None = None
+) -> list[Problem]:
     """Every broken rule of ``cfg``.
 
     Args:
         cfg: a configuration whose single fields are valid.
         world_size: processes over all nodes; None leaves out the rules that depend on it.
+        rules: to look at, instead of all.
     """
     view = View(cfg, world_size)
-    return [problem for rule in RULES if rule.kind == "refused" for problem in rule.problems(view)]
+    return [
+        problem
+        for rule in (RULES if rules is None else rules)
+        if rule.kind == "refused"
+        for problem in rule.problems(view)
+    ]
 
 
 def _idle(cfg: RunConfig) -> list[Rule]:

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from megatron_vpmoe.config.rule import Rule, View, refuse
-from megatron_vpmoe.config.schema_objective import OBJECTIVES, ObjectiveFields
+from megatron_vpmoe.config.rule import Rule, refuse
+from megatron_vpmoe.config.schema_objective import OBJECTIVES, OWNED, ObjectiveFields
 
-_OWNED = [(name, name.split("_")[0]) for name in ObjectiveFields.model_fields if name.startswith(("dpo_", "grpo_"))]
 _DEFAULT = {name: field.default for name, field in ObjectiveFields.model_fields.items()}
-
-
-def _is_cross_entropy(c: View) -> bool:
-    return c.objective in ("span_ce", "token_ce")
 
 
 REFUSED: tuple[Rule, ...] = (
     refuse(
         "reference_weights objective",
-        "cross-entropy is held against no other model, which would be computed for nothing; set it to null",
-        lambda c: _is_cross_entropy(c) and c.reference_weights is not None,
+        "{objective} is held against no reference, which would be computed for nothing; set it to null",
+        lambda c: c.objective in ("span_ce", "token_ce", "topk_kd") and c.reference_weights is not None,
     ),
     refuse(
-        "reference_bf16 reference_weights",
+        "reference_bf16 reference_weights teacher_weights",
         "there is no second model to keep in bfloat16; name its weights",
-        lambda c: c.reference_bf16 and c.reference_weights is None,
+        lambda c: c.reference_bf16 and c.reference_weights is c.teacher_weights is None,
+    ),
+    refuse(
+        "kd_beta kd_divergence",
+        "{kd_divergence} does not read it; leave it out, or ask for jsd",
+        lambda c: c.kd_divergence != "jsd" and c.kd_beta != _DEFAULT["kd_beta"],
+    ),
+    refuse(
+        "kd_top_k padded_vocab_size",
+        "{kd_top_k} ids a token of a vocabulary of {padded_vocab_size}",
+        lambda c: (c.objective == "topk_kd" or c.teacher_weights) and c.kd_top_k > c.padded_vocab_size,
     ),
     *(
         refuse(
@@ -32,6 +37,6 @@ REFUSED: tuple[Rule, ...] = (
                 c.objective in OBJECTIVES and c.objective != owner and c[name] != _DEFAULT[name]
             ),
         )
-        for name, owner in _OWNED
+        for name, owner in OWNED.items()
     ),
 )

@@ -117,10 +117,13 @@ REFUSED: tuple[Rule, ...] = (
         f"{{num_layers}} layers do not fill {{{_PP}}} stages with {{first}} in the first and {{last}} in the last",
         _unfilled,
     ),
-    refuse(
-        f"reference_weights {_PP}",
-        "the frozen model is not cut into stages; use an objective without it, or one stage",
-        lambda c: c[_PP] > 1 and c.reference_weights is not None,
+    *(
+        refuse(
+            f"{name} {_PP}",
+            "the frozen model is not cut into stages; store ahead what it says (vpmoe data), or take one stage",
+            lambda c, name=name: c[_PP] > 1 and c[name] is not None,
+        )
+        for name in ("reference_weights", "teacher_weights")
     ),
     refuse(
         f"num_layers {_PP} {_FIRST} {_LAST}",

@@ -10,7 +10,10 @@ from pydantic_core import PydanticCustomError
 
 from megatron_vpmoe.config.schema_section import BOUND, Amount, PositiveFloat, Section, Text, within
 
-OBJECTIVES = ("span_ce", "token_ce", "dpo", "grpo")
+OBJECTIVES = ("span_ce", "token_ce", "dpo", "grpo", "topk_kd")
+
+
+_OWNERS = {"dpo_": "dpo", "grpo_": "grpo", "kd_": "topk_kd", "teacher_": "topk_kd"}
 
 
 def _is_objective(value: str) -> str:
@@ -20,17 +23,38 @@ def _is_objective(value: str) -> str:
 
 
 class ObjectiveFields(Section):
-    """The objective, its settings and the frozen model that it is held against."""
+    """The objective, its settings and the frozen models that it is held against."""
 
     objective: Annotated[Text, AfterValidator(_is_objective)] = "span_ce"
     """"span_ce": cross-entropy normalised per span; "token_ce": its mean over all supervised tokens (plain text);
     "dpo": preference pairs against reference_log_p; "grpo": sampled answers by their rewards (section rollouts);
+    "topk_kd": cross-entropy as span_ce, mixed with the divergence from a teacher's top K, stored or teacher_weights';
     "module:Class": a class of your own that inherits from megatron_vpmoe.objectives.Objective."""
     reference_weights: Text | None = None
     """Checkpoint (or run) of a frozen second model of the same geometry and vocabulary; batches are annotated with its
     log-probabilities of the labels, reference_log_p, before each update. null: none."""
     reference_bf16: bool = False
-    """Keep that model in bfloat16 where the run is in fp32."""
+    """Keep that model, or teacher_weights', in bfloat16 where the run is in fp32."""
+    teacher_weights: Text | None = None
+    """Of topk_kd: checkpoint (or run) of a frozen teacher of the same vocabulary, of any geometry; batches are
+    annotated with its kd_top_k likeliest tokens before each update. A dry run's estimate of memory does not count it.
+    null: the dataset's store says them."""
+    kd_alpha: Annotated[float, within(0, 1, "cross-entropy would count negatively")] = 0.5
+    """Of topk_kd: weight of the divergence at a position with a record; cross-entropy has the rest of it, and all of a
+    position without."""
+    kd_divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """Of topk_kd: KL(teacher, student), KL(student, teacher), or what lies between ("jsd", generalised Jensen-Shannon).
+    """
+    kd_beta: Annotated[float, within(1e-3, 0.999, "it would be reverse_kl")] = 0.5
+    """Of topk_kd with jsd: the teacher's share of the mixture; near 0 it is forward_kl, near 1 reverse_kl."""
+    kd_temperature: Annotated[float, within(0.05, 100, "all tokens would be as likely")] = 1.0
+    """Of topk_kd: that both softmaxes are taken at; the divergence is multiplied by its square. A store serves the one
+    that it was made at."""
+    kd_tail: Literal["bucket", "drop", "renormalise"] = "bucket"
+    """Of topk_kd: what becomes of the probability outside the top K: one more outcome, left out of the sum, or shared
+    out among the teacher's top K."""
+    kd_top_k: Annotated[int, within(1, 2**18, "no vocabulary has that many")] = 64
+    """Of topk_kd: ids a token; of a store with more the likeliest, a store with fewer is refused."""
     kd_span_weight_reasoning: Amount = 1.0
     """Weight of the mean loss over the reasoning span."""
     kd_span_weight_final: Amount = 1.0
@@ -60,3 +84,12 @@ class ObjectiveFields(Section):
     """Of grpo: weight of the divergence (k3) from reference_weights; 0: none."""
     grpo_mismatch_clamp: PositiveFloat | None = 2.0
     """Of grpo: largest importance weight between trainer and sampler (TIS); null: the mismatch is not corrected."""
+
+
+OWNED = {
+    name: owner
+    for name in ObjectiveFields.model_fields
+    for prefix, owner in _OWNERS.items()
+    if name.startswith(prefix) and not name.startswith("kd_span_")
+}
+"""Field -> the one objective of ours that reads it; kd_span_weight_* are of every loss by span."""

@@ -18,6 +18,7 @@ from megatron_vpmoe.objectives.grpo import GRPO
 from megatron_vpmoe.objectives.interface import Needs, Objective, ObjectiveResult
 from megatron_vpmoe.objectives.span_ce import SpanCE
 from megatron_vpmoe.objectives.token_ce import TokenCE
+from megatron_vpmoe.objectives.topk_kd import TopKKD
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -31,6 +32,7 @@ __all__ = [
     "ObjectiveResult",
     "SpanCE",
     "TokenCE",
+    "TopKKD",
     "build_objective",
     "check_kinds",
 ]
@@ -40,6 +42,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "token_ce": TokenCE,
     "dpo": DPO,
     "grpo": GRPO,
+    "topk_kd": TopKKD,
 }
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from megatron_vpmoe.data.batch import Batch, Span
 from megatron_vpmoe.errors import DataError
@@ -20,6 +21,22 @@ if TYPE_CHECKING:
     from megatron_vpmoe.model.output import ModelOutput
 
 _SPANS = {"analysis": Span.ANALYSIS, "final": Span.FINAL}
+
+
+def means_by_span(
+    name: str, values_N: Tensor, batch: Batch, totals: dict[str, float], counts: str = "tokens"
+) -> dict[str, Tensor]:
+    """``<name>/{analysis,final}``: a micro-batch's part of the mean over each span's tokens of the global batch.
+
+    Args:
+        values_N: of the supervised positions, in row-major order.
+        totals: holds ``<counts>/{analysis,final}``, what the sums are divided by.
+    """
+    spans = batch.span_id[batch.loss_mask]
+    return {
+        f"{name}/{of}": torch.where(spans == span, values_N, 0).sum() / max(totals[f"{counts}/{of}"], 1.0)
+        for of, span in _SPANS.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -54,23 +71,25 @@ class SpanCE(Objective):
         for batch in batches:
             if stray := batch.span_count(Span.CONTEXT):
                 raise DataError(
-                    f"{stray} supervised tokens in span 0 (context), which span_ce gives no weight",
+                    f"{stray} supervised tokens in span 0 (context), which no term trains on",
                     source=f"samples {batch.sample_ids}",
                     remedy="rebuild the dataset, or train plain text with an objective for plain text",
                 )
         return {f"tokens/{name}": sum(batch.span_count(span) for batch in batches) for name, span in _SPANS.items()}
 
+    def weight_of_each(self, batch: Batch, totals: dict[str, float]) -> Tensor:
+        """Of each position in the loss: its span's weight over the span's supervised tokens, fp32 [b, s]."""
+        of_span = torch.zeros(len(Span), device=batch.labels.device)
+        for span, weight in ((Span.ANALYSIS, self.weight_analysis), (Span.FINAL, self.weight_final)):
+            of_span[span] = weight / max(totals[f"tokens/{span.name.lower()}"], 1.0)
+        return of_span[batch.span_id.long()]
+
     def __call__(self, output: ModelOutput, batch: Batch, totals: dict[str, float]) -> ObjectiveResult:
         """See ``Objective``; ``totals`` holds ``tokens/analysis`` and ``tokens/final``."""
-        share = {name: 1.0 / max(totals[f"tokens/{name}"], 1.0) for name in _SPANS}
-        of_span = torch.zeros(len(Span), device=batch.labels.device)
-        of_span[Span.ANALYSIS] = self.weight_analysis * share["analysis"]
-        of_span[Span.FINAL] = self.weight_final * share["final"]
         # The sum over no tokens is a zero that hangs on the graph: a micro-batch without supervised tokens still has a
         # gradient (of zero), and its rank takes part in the gradient exchange.
-        loss, losses = output.cross_entropy(batch.labels, batch.loss_mask, of_span[batch.span_id.long()])
-        spans = batch.span_id[batch.loss_mask]
-        metrics = {f"loss/{name}": losses[spans == span].sum() * share[name] for name, span in _SPANS.items()}
+        loss, losses = output.cross_entropy(batch.labels, batch.loss_mask, self.weight_of_each(batch, totals))
+        metrics = means_by_span("loss", losses, batch, totals)
         return ObjectiveResult(loss, {"loss/total": loss.detach(), **metrics})
 
     def summary(self, totals: dict[str, float]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from megatron_vpmoe.sources.annotated import Annotated, AnnotatedBatches, Annota
 from megatron_vpmoe.sources.held_out import HeldOut
 from megatron_vpmoe.sources.interface import Batches, Gives, Position, Source, Step, check_needs
 from megatron_vpmoe.sources.prompts import Prompts, open_prompts
-from megatron_vpmoe.sources.reference import Reference
+from megatron_vpmoe.sources.reference import FrozenModel, Reference, Teacher
 from megatron_vpmoe.sources.rollouts import Rollouts
 from megatron_vpmoe.sources.stored import StoredSource, ValidSource
 
@@ -28,6 +28,7 @@ __all__ = [
     "AnnotatedBatches",
     "Annotator",
     "Batches",
+    "FrozenModel",
     "Gives",
     "HeldOut",
     "Position",
@@ -36,6 +37,7 @@ __all__ = [
     "Source",
     "Step",
     "StoredSource",
+    "Teacher",
     "ValidSource",
     "ahead",
     "check_needs",

@@ -44,7 +44,7 @@ def _together(gives: Gives, annotator: Annotator) -> tuple[Annotation, ...]:
     if twice := {one.name for one in gives.annotations} & {one.name for one in annotator.annotations}:
         raise ConfigError(
             f"the data bring {', '.join(sorted(twice))} already, made ahead of time",
-            source="training.reference_weights",
+            source="training.reference_weights or training.teacher_weights",
             remedy="leave it null, or name the dataset that the annotated one was made of",
         )
     return (*gives.annotations, *annotator.annotations)

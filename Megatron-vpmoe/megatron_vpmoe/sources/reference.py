@@ -1,35 +1,40 @@
-"""Log-probabilities of a frozen model, as an annotation: what DPO and KL penalties hold the trained model against."""
+"""What a frozen second model says of each batch, as annotations: a reference's log p of labels, a teacher's top K."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from megatron_vpmoe.annotation import REFERENCE_LOG_P
+from megatron_vpmoe.annotation import (
+    NO_RECORD,
+    REFERENCE_LOG_P,
+    TEACHER_IDS,
+    TEACHER_LABEL_LOG_P,
+    TEACHER_LOG_P,
+    Annotation,
+)
 from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.model.output import ModelOutput
 
 
-class Reference:
-    """Annotates batches with ``reference_log_p``: log p(label) under a frozen model where the loss mask holds, else 0.
+class FrozenModel(ABC):
+    """Annotates batches where the loss mask holds.
 
     The model is given later than what is declared, so that needs are checked before any weight is allocated.
-
-    Args:
-        temperature: that its logits are divided by.
 
     Attributes:
         check: called before each forward pass; may raise.
     """
 
-    annotations = (REFERENCE_LOG_P,)
+    annotations: tuple[Annotation, ...]
 
-    def __init__(self, temperature: float = 1.0) -> None:
+    def __init__(self) -> None:
         self._model: VPModel | None = None
-        self._temperature = temperature
         self.check: Callable[[], None] = lambda: None
 
     def open(self, model: VPModel) -> None:
@@ -39,9 +44,59 @@ class Reference:
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """See ``Annotator``; a collective where the model is spread over ranks."""
         if self._model is None:
-            raise RuntimeError("the reference has no model yet: open() it before the first batch")
+            raise RuntimeError(f"the {type(self).__name__.lower()} has no model yet: open() it before the first batch")
         self.check()
-        return {REFERENCE_LOG_P.name: log_p_of_labels(self._model, batch, self._temperature)}
+        return self._of(self._model, batch)
+
+    @abstractmethod
+    def _of(self, model: VPModel, batch: Batch) -> dict[str, Tensor]: ...
+
+
+class Reference(FrozenModel):
+    """Annotates with ``reference_log_p``: log p(label) where the loss mask holds, else 0.
+
+    Args:
+        temperature: that its logits are divided by.
+    """
+
+    annotations = (REFERENCE_LOG_P,)
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        self._temperature = temperature
+
+    def _of(self, model: VPModel, batch: Batch) -> dict[str, Tensor]:
+        return {REFERENCE_LOG_P.name: log_p_of_labels(model, batch, self._temperature)}
+
+
+class Teacher(FrozenModel):
+    """Annotates with what ``teacher_ids`` and its companions declare; NO_RECORD where the loss mask does not hold.
+
+    Args:
+        top_k: ids a token.
+        temperature: that its logits are divided by.
+    """
+
+    def __init__(self, top_k: int, temperature: float = 1.0) -> None:
+        super().__init__()
+        self._top_k, self._temperature = top_k, temperature
+        self.annotations = (
+            TEACHER_IDS.model_copy(update={"width": top_k}),
+            TEACHER_LOG_P.model_copy(update={"width": top_k, "temperature": temperature}),
+            TEACHER_LABEL_LOG_P.model_copy(update={"temperature": temperature}),
+        )
+
+    @torch.no_grad()
+    def _of(self, model: VPModel, batch: Batch) -> dict[str, Tensor]:
+        output, here = _output(model, batch)
+        found = output.likeliest(here.labels, here.loss_mask, self._top_k, temperature=self._temperature)
+        places = {}
+        for declared, values, fill in zip(self.annotations, found, (NO_RECORD, 0.0, 0.0), strict=True):
+            dtype = getattr(torch, declared.dtype)
+            whole = torch.full((*here.labels.shape, *values.shape[1:]), fill, dtype=dtype, device=values.device)
+            whole[here.loss_mask] = values.to(dtype)
+            places[declared.name] = whole.cpu()
+        return places
 
 
 @torch.no_grad()
@@ -55,10 +110,17 @@ def log_p_of_labels(model: VPModel, batch: Batch, temperature: float = 1.0) -> T
         batch: on the CPU.
         temperature: that the logits are divided by.
     """
-    here = batch.to(model.device)
-    layout = SequenceLayout(document_id=here.document_id, position=here.position_ids, recurs=True)
-    output = model(here.tokens, layout)
+    output, here = _output(model, batch)
     log_p, _ = output.log_probabilities(here.labels, here.loss_mask, temperature=temperature)
     values = torch.zeros(here.labels.shape, device=here.labels.device)
     values[here.loss_mask] = log_p.float()
     return values.cpu()
+
+
+def _output(model: VPModel, batch: Batch) -> tuple[ModelOutput, Batch]:
+    """A forward pass, and the batch on the model's device; whoever reads the output does so without gradients."""
+    here = batch.to(model.device)
+    layout = SequenceLayout(document_id=here.document_id, position=here.position_ids, recurs=True)
+    output = model(here.tokens, layout)
+    assert isinstance(output, ModelOutput), "a frozen model is not cut into stages"
+    return output, here

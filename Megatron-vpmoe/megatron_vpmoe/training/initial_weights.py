@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from megatron_vpmoe.config import geometry_diff, stored_faults
+from megatron_vpmoe.config.rules import OF_MODEL, find_problems
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.runtime import distributed
@@ -45,6 +46,31 @@ def find_weights(cfg: RunConfig, path: str, key: str) -> checkpoint.Found:
     found = distributed.from_rank_0(lambda: checkpoint.open_checkpoint(Path(path)))
     _refuse([str(change) for change in geometry_diff(_stored_config(found, cfg), cfg)], found, key)
     return found
+
+
+def geometry_of(cfg: RunConfig, path: str, key: str) -> tuple[checkpoint.Found, RunConfig]:
+    """The checkpoint of any geometry at ``path``, and ``cfg`` with it, for a model that is not trained; a collective.
+
+    Raises:
+        CheckpointError: there is no usable checkpoint; its vocabulary is padded to another size; or the processes of
+            this run cannot hold it. Everything that is wrong is named.
+    """
+    found = distributed.from_rank_0(lambda: checkpoint.open_checkpoint(Path(path)))
+    stored = _stored_config(found, cfg)
+    sizes = [stored.model.padded_vocab_size, cfg.model.padded_vocab_size]
+    _refuse([f"padded_vocab_size: {sizes[0]} -> {sizes[1]}"] if sizes[0] != sizes[1] else [], found, key)
+    untrained = {"train_only": None, "recompute_granularity": None, "recompute_method": None}
+    untrained |= {"recompute_num_layers": None, "recompute_modules": None}
+    # Experts are spread over the run's groups; a model without any is held whole by each of their ranks.
+    ranks = {} if stored.moe.num_experts is not None else {"expert_model_parallel_size": 1}
+    stored = stored.model_copy(
+        update={
+            "training": stored.training.model_copy(update=untrained),
+            "parallel": stored.parallel.model_copy(update=ranks),
+        }
+    )
+    _refuse([problem.text for problem in find_problems(stored, rules=OF_MODEL)], found, key)
+    return found, stored
 
 
 def load_weights(model: VPModel, found: checkpoint.Found, key: str) -> None:

@@ -35,8 +35,8 @@ from megatron_vpmoe.sources import (
     Annotated,
     AnnotatedBatches,
     Batches,
+    FrozenModel,
     Position,
-    Reference,
     Rollouts,
     Source,
     ValidSource,
@@ -47,8 +47,9 @@ from megatron_vpmoe.sources import (
 from megatron_vpmoe.training import checkpoint
 from megatron_vpmoe.training.checkpoint_files import Retention
 from megatron_vpmoe.training.evaluate import Validation, validation
+from megatron_vpmoe.training.frozen import find_frozen
 from megatron_vpmoe.training.implementation import implementation_notes
-from megatron_vpmoe.training.initial_weights import find_weights, load_initial_weights, load_weights
+from megatron_vpmoe.training.initial_weights import load_initial_weights
 from megatron_vpmoe.training.provenance import collect_provenance
 from megatron_vpmoe.training.run_directory import continued
 
@@ -64,7 +65,7 @@ class Run:
         valid: what gives the metrics of a validation pass, a collective, by their prefix: "valid", or "valid/<name>"
             for each dataset of a blend.
         valid_dataset: the first of them, whose prompts are answered.
-        reference: the frozen model that annotates both, if there is one.
+        frozen: models that annotate batches.
         rollouts: the source where answers of the model are trained on; validation is then of rewards.
         assignment: which parameter goes to which optimizer.
         iteration: finished optimizer steps.
@@ -86,7 +87,7 @@ class Run:
     source: Source
     valid: dict[str, Validation]
     valid_dataset: KDDataset
-    reference: Reference
+    frozen: list[FrozenModel]
     rollouts: Rollouts | None
     provenance: dict[str, Any]
     assignment: list[AssignmentRow]
@@ -110,7 +111,8 @@ class Run:
 
     def heed(self, stop: StopRequest) -> None:
         """Let what runs a model between updates be stopped; a collective."""
-        self.reference.check = stop.check()
+        for model in self.frozen:
+            model.check = stop.check()
         if self.rollouts is not None:
             self.rollouts.stop, self.rollouts.check = stop, stop.check()
 
@@ -167,11 +169,10 @@ def open_run(cfg: RunConfig) -> Run:
         if rollouts is None
     }
     held_out = open_held_out(valid_parts, cfg)
-    temperature = 1.0 if rollouts is None else cfg.rollouts.rollout_temperature
-    reference, weights_of_reference = Reference(temperature), _find_reference(cfg, train[0].dataset.manifest)
-    if weights_of_reference is not None:
-        source = Annotated(source, reference)
-        stored = {prefix: AnnotatedBatches(batches, reference) for prefix, batches in stored.items()}
+    frozen = find_frozen(cfg, train[0].dataset.manifest)
+    for each in frozen:
+        source = Annotated(source, each.annotator)
+        stored = {prefix: AnnotatedBatches(batches, each.annotator) for prefix, batches in stored.items()}
     objective = build_objective(cfg)
     check_kinds(objective, cfg, [part.dataset.manifest for part in (*train, *valid_parts)])
     for name, gives in {"train": source, **stored}.items():
@@ -186,10 +187,8 @@ def open_run(cfg: RunConfig) -> Run:
         rollouts.open(model)
     wrapped = wrap_for_training(model, cfg)
     optimizer = build_optimizer([wrapped], cfg)
-    if weights_of_reference is not None:
-        # After the model that is trained, whose first weights are drawn from the seed.
-        reference.open(_frozen(cfg, weights_of_reference))
-        notes.append(f"reference log-probabilities from {weights_of_reference.path}")
+    # After the model that is trained, whose first weights are drawn from the seed.
+    notes += [each.open() for each in frozen]
     run = Run(
         cfg=cfg,
         directory=directory,
@@ -204,7 +203,7 @@ def open_run(cfg: RunConfig) -> Run:
             **({"valid": partial(held_out.measure, model)} if held_out else {}),
         },
         valid_dataset=valid_parts[0].dataset,
-        reference=reference,
+        frozen=[each.annotator for each in frozen],
         rollouts=rollouts,
         provenance=collect_provenance(cfg, [part.dataset.manifest for part in train]),
         notes=(*notes, *implementation_notes(model, cfg)),
@@ -221,29 +220,6 @@ def open_run(cfg: RunConfig) -> Run:
     if found is not None:
         _restore(run, found)
     return run
-
-
-def _find_reference(cfg: RunConfig, manifest: Manifest) -> checkpoint.Found | None:
-    """The checkpoint that ``training.reference_weights`` names, of this run's geometry and vocabulary.
-
-    Raises:
-        CheckpointError: there is none, or it is of another model or vocabulary.
-    """
-    key, path = "training.reference_weights", cfg.training.reference_weights
-    if path is None:
-        return None
-    found = find_weights(cfg, path, key)
-    if other := another_vocabulary(checkpoint.Carried.of(found).assets, manifest, str(found.path)):
-        raise CheckpointError(other, source=f"{key} = {found.path}", remedy="name a reference of this vocabulary")
-    return found
-
-
-def _frozen(cfg: RunConfig, found: checkpoint.Found) -> VPModel:
-    """A second model of the run's geometry, in bf16 where the run is or ``reference_bf16`` asks for it."""
-    bf16 = cfg.training.bf16 or cfg.training.reference_bf16
-    model = build_model(cfg.model_copy(update={"training": cfg.training.model_copy(update={"bf16": bf16})}))
-    load_weights(model, found, "training.reference_weights")
-    return model
 
 
 def _carried(started_from: checkpoint.Found | None, manifests: list[Manifest], cfg: RunConfig) -> checkpoint.Carried:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megatron_vpmoe.model.output.likeliest import likeliest
 from megatron_vpmoe.model.output.log_probabilities import log_probabilities
-from megatron_vpmoe.model.output.terms import CrossEntropy, Divergence, Term, weighted_sum
+from megatron_vpmoe.model.output.terms import CrossEntropy, Divergence, Term
+from megatron_vpmoe.model.output.weighted_sum import weighted_sum
 
 if TYPE_CHECKING:
     from megatron_vpmoe.model.gpt import VPModel
@@ -50,18 +51,19 @@ class ModelOutput:
         Returns:
             fp32 0-d, differentiable once; fp32 [mask.sum()] without gradient.
         """
-        total, (losses,) = self.weighted_sum(mask_BS, [CrossEntropy(labels=labels_BS, weight=weight_BS)])
-        return total, losses
+        total, (told,) = self.weighted_sum(mask_BS, [CrossEntropy(labels=labels_BS, weight=weight_BS)])
+        return total, told[0]
 
     def weighted_sum(self, mask_BS: Tensor, terms: Sequence[Term]) -> tuple[Tensor, list[Tensor]]:
-        """The sum of weighted losses over the positions where the mask holds, and each term's losses without weights.
+        """The sum of weighted losses over the positions where the mask holds, and what each term tells of them.
 
         Args:
             mask_BS: bool.
             terms: over [B, S]; such as a ``Divergence`` from a teacher beside a ``CrossEntropy``.
 
         Returns:
-            fp32 0-d, differentiable once; for each term fp32 [mask.sum()] without gradient.
+            fp32 0-d, differentiable once; for each term fp32 [``tells``, mask.sum()] without gradient, its losses
+            without weights first.
         """
         chosen = [term.where(mask_BS) for term in terms]
         return weighted_sum(self._hidden(mask_BS), self.model.output_weight(), chosen, self.model.pg_collection.tp)

@@ -112,7 +112,8 @@ class Distribution:
         share_n: see there.
         log_sum_exp_n: of the logits over temperature, over the whole vocabulary.
         log_q_nK: log-probabilities of the ids.
-        log_tail_n: log of the probability of all that is not an id; None if nothing is, or it is not asked for.
+        gap_nK: by how much the largest logit of all exceeds theirs, over temperature; 0 of an id that has it.
+        log_tail_n: log of the probability of all that is not an id; None if it is not asked for.
         ids_nK: columns of this rank's ids; those of other ranks repeat one of them, or are 0 where it owns none.
         mine_nK: which ids are this rank's.
     """
@@ -121,6 +122,7 @@ class Distribution:
     share_n: Tensor
     log_sum_exp_n: Tensor
     log_q_nK: Tensor
+    gap_nK: Tensor
     log_tail_n: Tensor | None
     ids_nK: Tensor
     mine_nK: Tensor
@@ -138,7 +140,6 @@ class Distribution:
     ) -> Distribution:
         """Overwrites ``buffer_nV``, which may be the logits' own."""
         ranks = 1 if tp_group is None else tp_group.size()
-        tail = tail and ids_nK.shape[-1] < logits_nV.shape[-1] * ranks
         mine, own = owned(ids_nK, logits_nV.shape[-1], tp_group)
         largest = logits_nV.amax(-1).to(buffer_nV.dtype)
         at_ids = logits_nV.gather(-1, own).to(largest.dtype)
@@ -171,7 +172,7 @@ class Distribution:
             log_tail = (parts[1].squeeze(-1) / total).clamp(min=least).log()
         log_q = -(parts[0].log() + gap)
         # Of one process and temperature 1 the quotient is 1.0 exactly: the buffer holds the probabilities.
-        return cls(buffer_nV, held_sum / total, largest / temperature + total.log(), log_q, log_tail, own, mine)
+        return cls(buffer_nV, held_sum / total, largest / temperature + total.log(), log_q, gap, log_tail, own, mine)
 
     def gradient(self, outside_n: Tensor, at_ids_nK: Tensor) -> Tensor:
         """``outside`` times the probability in every column but the ids', which get ``at_ids``; in the buffer."""

@@ -1,9 +1,4 @@
-"""Weighted sums over tokens of what is compared with a target: labels, or a teacher's probabilities of K ids.
-
-The target is there before the logits are, so the gradients are made while a chunk's logits exist: nothing is kept for
-the backward pass but the gradients of hidden states and projection, and nothing is computed twice: three matrix
-products, as without chunks. It takes the weight of each token beforehand, since the projection's gradient sums over
-tokens; the backward pass then only multiplies by the gradient of the one number that came out.
+"""What is compared with a target, token by token: labels, or a teacher's probabilities of K ids.
 
 Q = softmax(logits / temperature). Every loss here is a sum over buckets b, which are the K ids and perhaps the tail, of
 a function of Q_b; with e_b = Q_b dL/dQ_b its gradient by a logit in bucket b is (e_b / Q_b - Σ e) Q_v / temperature.
@@ -15,21 +10,30 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-
-from megatron_vpmoe.model.output.chunks import Distribution, main_grad, over_chunks, wide_dtype
 
 Tail = Literal["bucket", "drop", "renormalise"]
 LEAST_TAIL = 1e-12
 """A teacher's tail below this counts as this much: as none, and still a number that a student's can be held to."""
 _LEAST_LOG = -100.0
+
+
+class OfIds(NamedTuple):
+    """What a term sees of Q in a chunk.
+
+    Attributes:
+        log_q_nK: log-probabilities of its ids.
+        gap_nK: by how much the largest logit of all exceeds theirs, over temperature.
+        log_tail_n: log-probability of all other ids together; None where there is none, or it is not asked for.
+    """
+
+    log_q_nK: Tensor
+    gap_nK: Tensor
+    log_tail_n: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,8 @@ class Term(ABC):
 
     weight: Tensor
     temperature: float = 1.0
+    tells: ClassVar[int] = 1
+    """Numbers a token, the loss first."""
 
     @property
     def has_tail(self) -> bool:
@@ -54,8 +60,8 @@ class Term(ABC):
         """int64 [n, K] of the whole vocabulary, no id twice in a row: those with a probability of their own."""
 
     @abstractmethod
-    def read(self, rows: slice, q: Distribution) -> tuple[Tensor, Tensor, Tensor]:
-        """The losses [n]; the gradient of their weighted sum by the logits, for ``Distribution.gradient``."""
+    def read(self, rows: slice, q: OfIds) -> tuple[Tensor, Tensor, Tensor]:
+        """What it tells, [``tells``, n]; the gradient of the weighted sum, for ``Distribution.gradient``."""
 
     def where(self, mask: Tensor) -> Self:
         """The same for the tokens where the mask holds."""
@@ -76,13 +82,13 @@ class CrossEntropy(Term):
     def ids(self, rows: slice) -> Tensor:
         return self.labels[rows].unsqueeze(-1)
 
-    def read(self, rows: slice, q: Distribution) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, rows: slice, q: OfIds) -> tuple[Tensor, Tensor, Tensor]:
         """At the label the gradient is weight · (exp(-loss) - 1) to full precision.
 
         Of a token that is nearly certain little more than rounding would be left otherwise.
         """
         loss, weight = -q.log_q_nK.squeeze(-1), self.weight[rows].to(q.log_q_nK.dtype)
-        return loss, weight, (weight * torch.expm1(-loss)).unsqueeze(-1)
+        return loss.unsqueeze(0), weight, (weight * torch.expm1(-loss)).unsqueeze(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +97,11 @@ class Divergence(Term):
 
     beta = 0: KL(P, Q); 1: KL(Q, P); between: beta KL(P, M) + (1 - beta) KL(Q, M), M = beta P + (1 - beta) Q
     (generalised Jensen-Shannon, arXiv 2306.13649, beta as TRL has it). Multiplied by temperature² as gradients of
-    softmax(z / tau) shrink by it (arXiv 1503.02531).
+    softmax(z / tau) shrink by it (arXiv 1503.02531). Beside the losses it tells log Q of the first id, and 1 where no
+    other token is likelier, else 0.
 
     Attributes:
-        teacher_ids: int64 [..., K], no id twice for one token.
+        teacher_ids: int32 or int64 [..., K], no id twice for one token.
         teacher_log_p: [..., K], log P of the ids, at the same temperature.
         beta: in [0, 1].
         tail: what becomes of the mass outside the ids. "bucket": one more outcome, all of it together; "drop": it is
@@ -105,6 +112,7 @@ class Divergence(Term):
     teacher_log_p: Tensor
     beta: float = 0.0
     tail: Tail = "bucket"
+    tells: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         if not (0 <= self.beta <= 1 and self.temperature > 0 and self.tail in ("bucket", "drop", "renormalise")):
@@ -115,9 +123,9 @@ class Divergence(Term):
         return self.tail == "bucket"
 
     def ids(self, rows: slice) -> Tensor:
-        return self.teacher_ids[rows]
+        return self.teacher_ids[rows].long()
 
-    def read(self, rows: slice, q: Distribution) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, rows: slice, q: OfIds) -> tuple[Tensor, Tensor, Tensor]:
         log_q = q.log_q_nK
         log_p = self.teacher_log_p[rows].to(log_q.dtype).clamp(min=_LEAST_LOG)
         captured = log_p.logsumexp(-1, keepdim=True)
@@ -136,7 +144,8 @@ class Divergence(Term):
         outside = -e_sum
         if q.log_tail_n is not None:
             outside = outside + e[:, count:] / log_q[:, count:].exp()
-        return tau**2 * each.sum(-1), (scale * outside).squeeze(-1), scale * at_ids
+        told = torch.stack([tau**2 * each.sum(-1), log_q[:, 0], (q.gap_nK[:, 0] == 0).to(log_q.dtype)])
+        return told, (scale * outside).squeeze(-1), scale * at_ids
 
 
 def _terms(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -150,68 +159,3 @@ def _terms(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     of_q = (1 - beta) * q * (log_q - log_m)
     return beta * p * (log_p - log_m) + of_q, of_q
-
-
-def weighted_sum(
-    hidden_NH: Tensor, projection_VH: Tensor, terms: Sequence[Term], tp_group: dist.ProcessGroup | None = None
-) -> tuple[Tensor, list[Tensor]]:
-    """The sum over terms and tokens of weight · loss, and each term's losses without weights.
-
-    Memory beyond inputs and gradients: the logits of a chunk in the dtype of the hidden states and, for each term,
-    their probabilities in fp32, together CHUNK_BYTES. The projection's gradient takes 4 bytes an element from here to
-    the backward pass and is rounded once, or where the projection has a ``main_grad`` not at all. Under tensor
-    parallelism the gradient of the hidden states is this rank's part of a sum over ranks; the caller places the
-    operation that sums it.
-
-    Args:
-        hidden_NH: hidden states, any floating dtype; the same on all tensor-parallel ranks.
-        projection_VH: the output projection, or this rank's rows of it (rank r has r·V to (r + 1)·V - 1).
-        terms: over the N tokens.
-        tp_group: the ranks that split the vocabulary.
-
-    Returns:
-        the weighted sum, 0-d and differentiable once, and each term's losses [N] without gradient; fp32 or wider.
-    """
-    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden_NH, projection_VH))
-    total, *losses = _WeightedSum.apply(hidden_NH, projection_VH, terms, tp_group, wanted)
-    return total, losses
-
-
-class _WeightedSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, projection, terms, tp_group, wanted):  # type: ignore[override]
-        wide = wide_dtype(hidden)
-        losses = [hidden.new_empty(len(hidden), dtype=wide) for _ in terms]
-
-        def read(rows: slice, logits_nV: Tensor, buffers: list[Tensor]) -> Tensor | None:
-            summed = None
-            for term, loss, buffer in zip(terms, losses, buffers, strict=True):
-                ids, tau = term.ids(rows), term.temperature
-                q = Distribution.of(logits_nV, buffer, ids, tp_group, temperature=tau, tail=term.has_tail)
-                loss[rows], *gradient = term.read(rows, q)
-                if any(wanted):
-                    made = q.gradient(*gradient)
-                    summed = made if summed is None else summed.add_(made)
-            return summed
-
-        ctx.gradients = over_chunks(hidden, projection, read, wanted, buffers=len(terms))
-        ctx.projection = projection
-        ctx.mark_non_differentiable(*losses)
-        sums = [(loss * term.weight.to(wide)).sum() for term, loss in zip(terms, losses, strict=True)]
-        return (sums[0] if len(sums) == 1 else torch.stack(sums).sum(), *losses)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_):  # type: ignore[override]
-        if ctx.gradients is None:
-            raise RuntimeError("the gradient of weighted_sum can be taken once: it has been handed out")
-        (grad_hidden, grad_projection), ctx.gradients = ctx.gradients, None
-        if grad_hidden is not None:
-            grad_hidden.mul_(grad)
-        if grad_projection is not None:
-            grad_projection.mul_(grad)
-            if (buffer := main_grad(ctx.projection)) is not None:
-                buffer.add_(grad_projection)
-                grad_projection = torch.zeros_like(ctx.projection)
-            grad_projection = grad_projection.to(ctx.projection.dtype)
-        return grad_hidden, grad_projection, None, None, None

@@ -14,11 +14,11 @@ from megatron_vpmoe.model.output import ModelOutput
 VOCAB = 17
 
 
-def logits_output(logits_BSV: Tensor) -> ModelOutput:
+def logits_output(logits_BSV: Tensor, dtype: torch.dtype = torch.float32) -> ModelOutput:
     """Hidden states that are the logits, before a projection that changes nothing; process groups must exist."""
     groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
-    model = SimpleNamespace(output_weight=lambda: torch.eye(VOCAB), pg_collection=groups)
-    return ModelOutput(logits_BSV.float(), model)  # type: ignore[arg-type]
+    model = SimpleNamespace(output_weight=lambda: torch.eye(VOCAB, dtype=dtype), pg_collection=groups)
+    return ModelOutput(logits_BSV.to(dtype), model)  # type: ignore[arg-type]
 
 
 def logits_for(batch: Batch) -> Tensor:

@@ -35,11 +35,6 @@ def sampled_batch(rows: int, seed: int) -> Batch:
     return replace(batch, annotations=annotations)
 
 
-def some_rows(batch: Batch, begin: int, end: int) -> Batch:
-    values = {name: value[begin:end] for name, value in batch.annotations.items()}
-    return replace(rows_of(batch, begin, end), annotations=values)
-
-
 def output_of(logits_BSV: Tensor) -> ModelOutput:
     groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
     projection = torch.eye(VOCAB, dtype=logits_BSV.dtype)
@@ -105,7 +100,7 @@ def test_equals_the_formula_in_value_and_gradient(variant: dict[str, Any], cuts:
     batch, objective = sampled_batch(4, 0), GRPO(**variant)
     logits = logits_for(batch)
     expected = by_definition(logits, batch, objective)
-    parts = [some_rows(batch, begin, end) for begin, end in pairwise(cuts)]
+    parts = [rows_of(batch, begin, end) for begin, end in pairwise(cuts)]
     totals = totals_of(objective, parts)
     results = [
         objective(output_of(logits[begin:end]), part, totals)

@@ -130,7 +130,7 @@ def test_a_frozen_model_annotates_batches_before_the_update(
     apart = {r["step"]: r["value"] for r in records(tmp_path / "held") if r["tag"] == "kl/apart"}
     assert apart[1] < 1e-9 < 1e-7 < apart[3]  # the same weights at first; the reference stays where it was
     assert any(r["tag"] == "valid/kl/apart" for r in records(tmp_path / "held"))
-    assert any("reference log-probabilities" in note for note in held.notes)
+    assert any("reference_log_p from" in note for note in held.notes)
 
     passes, annotate = [], Reference.__call__
 

@@ -29,8 +29,8 @@ def draw(tokens: int, hidden: int, vocab: int, *, seed: int = 0, sharp: float = 
 
 
 def weighted_cross_entropy(hidden: Tensor, projection: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    total, (losses,) = weighted_sum(hidden, projection, [CrossEntropy(labels=labels, weight=weight)])
-    return total, losses
+    total, (told,) = weighted_sum(hidden, projection, [CrossEntropy(labels=labels, weight=weight)])
+    return total, told[0]
 
 
 def plain(hidden: Tensor, projection: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

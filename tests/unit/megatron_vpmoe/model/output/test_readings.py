@@ -93,8 +93,12 @@ def of_divergence(
             temperature=temperature,
         )
         beside = [CrossEntropy(labels=inputs["labels"], weight=inputs["other_weight"])] if mixed else []
-        total, losses = weighted_sum(hidden, projection, [*beside, teacher])
-        assert all(loss.shape == inputs["labels"].shape and not loss.requires_grad for loss in losses)
+        total, told = weighted_sum(hidden, projection, [*beside, teacher])
+        assert all(values.shape[1:] == inputs["labels"].shape and not values.requires_grad for values in told)
+        log_q = ((hidden @ projection.T).to(told[-1].dtype) / temperature).log_softmax(-1).detach()
+        of_first = log_q.gather(-1, inputs["ids"][:, :1]).squeeze(-1)
+        torch.testing.assert_close(told[-1][1].exp(), of_first.exp(), rtol=1e-5, atol=1e-5)
+        assert torch.equal(told[-1][2].bool(), of_first == log_q.amax(-1))
         return total
 
     def plain(hidden: Tensor, projection: Tensor) -> Tensor:

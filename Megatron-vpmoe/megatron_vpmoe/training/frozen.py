@@ -1,0 +1,65 @@
+"""Frozen models beside the one that is trained: a reference of its geometry, a teacher of its vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_vpmoe.data.vocabulary_files import another_vocabulary
+from megatron_vpmoe.errors import CheckpointError
+from megatron_vpmoe.manifest import Manifest
+from megatron_vpmoe.model.builder import build_model
+from megatron_vpmoe.sources import FrozenModel, Reference, Teacher
+from megatron_vpmoe.training import checkpoint
+from megatron_vpmoe.training.initial_weights import find_weights, geometry_of, load_weights
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A model that annotates, found and not yet loaded.
+
+    Attributes:
+        annotator: of batches; may be asked once ``open`` has given it the model.
+        found: the checkpoint of its weights.
+        cfg: what to build it by.
+        key: of the field that names it.
+    """
+
+    annotator: FrozenModel
+    found: checkpoint.Found
+    cfg: RunConfig
+    key: str
+
+    def open(self) -> str:
+        """Load it, in bf16 where the run is or ``reference_bf16`` asks for it; returns a line for the log."""
+        model = build_model(self.cfg)
+        load_weights(model, self.found, self.key)
+        self.annotator.open(model)
+        names = ", ".join(annotation.name for annotation in self.annotator.annotations)
+        return f"{names} from {self.found.path}"
+
+
+def find_frozen(cfg: RunConfig, manifest: Manifest) -> list[Frozen]:
+    """Those that ``training.{reference,teacher}_weights`` name; a collective. No weight is allocated.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is of another vocabulary or of a geometry that does not do.
+    """
+    t, found = cfg.training, []
+    bf16 = cfg.model_copy(update={"training": t.model_copy(update={"bf16": t.bf16 or t.reference_bf16})})
+    if t.reference_weights is not None:
+        temperature = 1.0 if cfg.rollouts.rewards is None else cfg.rollouts.rollout_temperature
+        key = "training.reference_weights"
+        found.append(Frozen(Reference(temperature), find_weights(cfg, t.reference_weights, key), bf16, key))
+    if t.teacher_weights is not None:
+        key = "training.teacher_weights"
+        weights, teacher = geometry_of(bf16, t.teacher_weights, key)
+        found.append(Frozen(Teacher(t.kd_top_k, t.kd_temperature), weights, teacher, key))
+    for each in found:
+        path = each.found.path
+        if other := another_vocabulary(checkpoint.Carried.of(each.found).assets, manifest, str(path)):
+            raise CheckpointError(other, source=f"{each.key} = {path}", remedy="name a model of this vocabulary")
+    return found
