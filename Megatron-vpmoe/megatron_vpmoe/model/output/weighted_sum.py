@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import reduce
 
 import torch
 import torch.distributed as dist
@@ -61,13 +62,12 @@ class _WeightedSum(torch.autograd.Function):
         def read(rows: slice, logits_nV: Tensor, buffers: list[Tensor]) -> Tensor | None:
             summed = None
             for numbers, buffer in zip(shared, buffers, strict=True):
-                outside, at_ids = 0, 0
                 group = _Group([terms[number] for number in numbers], rows, logits_nV, buffer, tp_group)
-                for number, (values, *gradient) in zip(numbers, group.readings(), strict=True):
-                    told[number][:, rows] = values
-                    outside, at_ids = outside + gradient[0], at_ids + gradient[1]
+                values, *gradients = zip(*group.readings(), strict=True)
+                for number, of_term in zip(numbers, values, strict=True):
+                    told[number][:, rows] = of_term
                 if any(wanted):
-                    made = group.q.gradient(outside, at_ids)
+                    made = group.q.gradient(*(reduce(torch.add, of_terms) for of_terms in gradients))
                     summed = made if summed is None else summed.add_(made)
             return summed
 
