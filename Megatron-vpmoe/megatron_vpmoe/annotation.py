@@ -23,7 +23,7 @@ class Annotation(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    dtype: Literal["uint8", "int32", "int64", "float32"]
+    dtype: Literal["uint8", "int16", "int32", "int64", "float32"]
     per: Literal["token", "document"] = "token"
     width: Annotated[int, Field(ge=1, le=2**18)] | None = None
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False, exclude_if=lambda value: value == 1)] = 1.0

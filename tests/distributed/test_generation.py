@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from tests.workers import run_workers
 LIMITS = (20, 2, 17, 3, 25)
 PROMPTS = ([5, 9, 3], [7] * 19, [11], [60, 1, 33, 33, 8, 21], [4, 4])
 
-Told = list[tuple[int, int, list[int], list[float], str | None]]
+Told = list[tuple[int, int, list[int], list[float], str | None, list[list[int]]]]
 
 
 def complete(counts: tuple[int, ...], changes: dict[str, object]) -> list[Told]:
@@ -36,13 +37,14 @@ def complete(counts: tuple[int, ...], changes: dict[str, object]) -> list[Told]:
     prompts = [Prompt(ids, max_new_tokens=limit) for ids, limit in zip(PROMPTS, LIMITS, strict=True)]
     told = []
     for count in counts:
-        completions = generate(model, prompts[:count], options, rows=3)
-        told.append([(c.place, c.sample, c.ids, c.untempered, c.finish) for c in completions])
+        told.append(generate(model, prompts[:count], options, rows=3, record_routing=True))
     given = [Prompt(ids, given=[[number, 3], [7] * number]) for number, ids in enumerate(PROMPTS, 1)]
-    scored = generate(model, given, SamplingOptions(1, ()), rows=3)
-    told.append([(c.place, c.sample, c.ids, c.untempered, c.finish) for c in scored])
+    told.append(generate(model, given, SamplingOptions(1, ()), rows=3, record_routing=True))
     distributed.shutdown()
-    return told
+    return [
+        [(c.place, c.sample, c.ids, c.untempered, c.finish, np.concatenate(c.routing).tolist()) for c in completions]
+        for completions in told
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from tests.training_runs import train, train_in_workers
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("experts", [1, 2])
-def test_two_ranks_sample_and_learn_what_one_does(tmp_path: Path, experts: int) -> None:
+@pytest.mark.parametrize(("experts", "replay"), [(1, "off"), (2, "replay")])
+def test_two_ranks_sample_and_learn_what_one_does(tmp_path: Path, experts: int, replay: str) -> None:
     dataset = small_dataset(tmp_path / "kd", train=12, valid=4)
-    fields = {**SAMPLED, "train_iters": 5, "global_batch_size": 8}
+    fields = {**SAMPLED, "train_iters": 5, "global_batch_size": 8, "router_replay": replay}
     alone = train(tmp_path / "one", dataset, **fields)
     assert alone.returncode == 0, alone.stdout + alone.stderr
     train_in_workers(2, tmp_path / "two", dataset, expert_model_parallel_size=experts, **fields)

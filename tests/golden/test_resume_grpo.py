@@ -19,6 +19,7 @@ SAMPLED = {
     "rollout_group_size": 4,
     "rollout_epochs": 2,
     "rollout_max_new_tokens": 12,
+    "router_replay": "replay",
     "global_batch_size": 8,
     "micro_batch_size": 2,
     "train_iters": 10,

@@ -35,6 +35,7 @@ _SINGLE_FIELDS = {
             *_OF_LOSS,
         }
     ),
+    "rollouts": frozenset({"router_replay"}),
 }
 """Section -> its binding fields; everything else, and every section not named here, is operational."""
 
@@ -127,7 +128,7 @@ def geometry_diff(old: RunConfig, new: RunConfig) -> list[FieldChange]:
 
 
 # Binding fields that checkpoints from before them lack, where the default is what was done then.
-_LATER_FIELDS = ("blend", "blend_schedule", "skip_rows", "train_only", "reference_weights", *_OF_LOSS)
+_LATER_FIELDS = ("blend", "blend_schedule", "skip_rows", "train_only", "reference_weights", "router_replay", *_OF_LOSS)
 
 
 def _bound(name: str, value: Any) -> Any:

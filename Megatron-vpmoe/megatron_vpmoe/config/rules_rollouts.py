@@ -58,6 +58,16 @@ REFUSED: tuple[Rule, ...] = (
         "log-probabilities of sampled answers are not computed over stages; use stored data, or one stage",
         lambda c: c.pipeline_model_parallel_size > 1 and c.rewards is not None,
     ),
+    refuse(
+        "router_replay num_experts",
+        "no layer has experts whose choice could be replayed; set router_replay to off",
+        lambda c: c.router_replay == "replay" and not any(c.sparse),
+    ),
+    refuse(
+        "router_replay moe_router_fusion num_experts",
+        "the fused router chooses by itself and cannot replay; set moe_router_fusion to false, or router_replay to off",
+        lambda c: c.router_replay == "replay" and any(c.sparse) and c.moe_router_fusion,
+    ),
     *(
         refuse(
             f"{name} rewards",

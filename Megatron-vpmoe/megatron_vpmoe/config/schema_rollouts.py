@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
@@ -67,3 +67,6 @@ class RolloutsSection(Section):
     """Seed of the draws and of the order of prompts."""
     mask_truncated: bool = False
     """Do not train on answers that were cut off at rollout_max_new_tokens; their rewards count in the group."""
+    router_replay: Literal["off", "replay"] = "off"
+    """Experts in the update: "replay" sends each token where it went when it was sampled, "off" where the router now
+    would."""

@@ -16,20 +16,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.generation.decoder import Decoder, received
 from megatron_vpmoe.generation.grammar import AllowedTokens, TokenGrammar
 from megatron_vpmoe.generation.kv_cache import Past
-from megatron_vpmoe.generation.prompts import Completion, Prompt
+from megatron_vpmoe.generation.prompts import Completion, Prompt, budgets_of
 from megatron_vpmoe.generation.sampling import SamplingOptions, choose, draw_key, uniform
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.model.moe.replay import recording
 from megatron_vpmoe.model.tensor_parallel import whole_sequences
 from megatron_vpmoe.runtime import stages
 
@@ -51,6 +52,7 @@ def generate(
     weight_version: int = 0,
     watch: Callable[[Completion], None] | None = None,
     stop: Callable[[], bool] | None = None,
+    record_routing: bool = False,
 ) -> list[Completion]:
     """Continue each prompt until a stop token or the limit.
 
@@ -64,6 +66,7 @@ def generate(
         weight_version: of the model, noted in the completions.
         watch: called after each new token, with the completion that got it, of this rank's share of the prompts.
         stop: asked before each token; once a rank's says so, what is unfinished is given up.
+        record_routing: completions tell which experts their tokens went to; one pipeline stage.
 
     Returns:
         the completions of the first prompt, of the second, ...
@@ -71,26 +74,14 @@ def generate(
     Raises:
         DataError: no prompts, an empty one, or limits with which nothing could be generated.
     """
-    budgets = [
-        [min(options.max_new_tokens, p.max_new_tokens or options.max_new_tokens)] * options.samples
-        if not p.given
-        else [len(ids) for ids in p.given]
-        for p in prompts
-    ]
-    shortest = min((budget for each in budgets for budget in each), default=0)
-    if not prompts or any(len(prompt.ids) == 0 for prompt in prompts):
-        raise DataError("an empty prompt", source="the prompts to continue", remedy="give every prompt a token")
-    if min(shortest, rows) < 1:
-        raise DataError(f"limits {shortest} and {rows} rows", remedy="max_new_tokens and rows are at least 1")
-    if len({bool(p.given) for p in prompts}) > 1 or (prompts[0].given and (options.temperature or options.stop_ids)):
-        raise DataError("given completions among drawn ones", remedy="give all or none, greedy, without stop_ids")
+    budgets = budgets_of(prompts, options, rows)
     if grammar is not None:
-        grammar.check(model.vocab_size, shortest)
+        grammar.check(model.vocab_size, min(map(min, budgets)))
     was_training = model.training
     model.eval()
     try:
-        with whole_sequences(model):
-            engine = _Engine(model, prompts, budgets, options, rows, grammar, weight_version, watch, stop)
+        with whole_sequences(model), recording(model, record_routing) as routing:
+            engine = _Engine(model, prompts, budgets, options, rows, grammar, weight_version, watch, stop, routing)
             completions = engine.run()
     finally:
         model.train(was_training)
@@ -130,6 +121,7 @@ class _Engine:
         weight_version: int,
         watch: Callable[[Completion], None] | None,
         stop: Callable[[], bool] | None,
+        routing: Callable[[], Tensor] | None,
     ) -> None:
         from megatron.core import parallel_state
 
@@ -146,7 +138,8 @@ class _Engine:
         self._cache = self._decoder.cache(self._capacity)
         self._rows: list[_Row] = []
         self._done: list[Completion] = []
-        self._held: tuple[int, Past] | None = None
+        self._held: tuple[int, Past, list[NDArray[Any]]] | None = None
+        self._routing = routing
 
     def run(self) -> list[Completion]:
         while True:
@@ -199,8 +192,10 @@ class _Engine:
         while self._waiting and len(self._rows) < self._capacity:
             place, sample = self._waiting[0]
             prompt, row = self._prompts[place], len(self._rows)
+            completion = Completion(place, sample, self._version)
             if self._held is not None and self._held[0] == place:
                 self._cache.fill(row, self._held[1])
+                completion.routing += self._held[2]
             elif pack and pack[-1].place == place:
                 pack[-1].rows.append(row)
             elif len(prompt.ids) > 1:
@@ -209,7 +204,6 @@ class _Engine:
                 pack.append(_Prefill(place, prompt.ids[:-1], [row]))
             self._waiting.popleft()
             key = draw_key(self._options.seed, prompt.identity_or_hash(), sample)
-            completion = Completion(place, sample, self._version)
             self._rows.append(_Row(completion, prompt.ids[-1], len(prompt.ids) - 1, key, self._budgets[place][sample]))
         return pack
 
@@ -233,12 +227,15 @@ class _Engine:
             stages.send_to_next_stage(output)
         self._cache.reserve(max((len(one.past) for one in pack), default=0))
         self._held = None
+        chosen = None if self._routing is None else self._routing().cpu().numpy()
         for one, span in zip(pack, spans, strict=True):
             past = {number: (k[0, :, span], v[0, :, span]) for number, (k, v) in computed.items()}
+            routing = [] if chosen is None else [chosen[span]]
             for row in one.rows:
                 self._cache.fill(row, past)
+                self._rows[row].completion.routing += routing
             if self._waiting and self._waiting[0][0] == one.place:
-                self._held = one.place, past
+                self._held = one.place, past, routing
 
     def _step(self, size: int) -> None:
         """A token for each row; rows that fill up to ``size`` are computed and thrown away."""
@@ -260,6 +257,9 @@ class _Engine:
             torch.stack([x.double() for x in choose(logits, self._options, drawn, allowed, tokens_B)], out=result)
         stages.tell_stages(result)
         tokens, *logprobs = result[:, : len(self._rows)].tolist()
+        if self._routing is not None:
+            for row, chosen in zip(self._rows, self._routing().cpu().numpy(), strict=False):  # what follows fills up
+                row.completion.routing.append(chosen[None])
         for row, chosen, as_sampled, untempered in zip(self._rows, map(int, tokens), *logprobs, strict=True):
             self._append(row, chosen, as_sampled, untempered)
         self._leave()

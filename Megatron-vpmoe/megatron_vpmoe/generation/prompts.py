@@ -5,7 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from numpy.typing import NDArray
+
+from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.generation.sampling import SamplingOptions
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Completion:
         untempered: of each token, the model's own log p.
         finish: "stop" at a stop token or where a grammar is complete, "length" at the limit or the end of the given;
             None while it grows.
+        routing: where asked for, pieces [n, layers with experts * K] that together say to which experts the tokens of
+            prompt and answer went, as ``replay.recording`` gives them; the last token is never computed.
     """
 
     place: int
@@ -56,3 +63,28 @@ class Completion:
     as_sampled: list[float] = field(default_factory=list)
     untempered: list[float] = field(default_factory=list)
     finish: Literal["stop", "length"] | None = None
+    routing: list[NDArray[Any]] = field(default_factory=list)
+
+
+def budgets_of(prompts: Sequence[Prompt], options: SamplingOptions, rows: int) -> list[list[int]]:
+    """Of each prompt the tokens that each of its completions may have.
+
+    Args:
+        rows: completions that a rank decodes at once.
+
+    Raises:
+        DataError: no prompts, an empty one, limits with which nothing could be generated, or given completions of some.
+    """
+    if not prompts or any(len(prompt.ids) == 0 for prompt in prompts):
+        raise DataError("an empty prompt", source="the prompts to continue", remedy="give every prompt a token")
+    if len({bool(p.given) for p in prompts}) > 1 or (prompts[0].given and (options.temperature or options.stop_ids)):
+        raise DataError("given completions among drawn ones", remedy="give all or none, greedy, without stop_ids")
+    limit = options.max_new_tokens
+    budgets = [
+        [len(ids) for ids in p.given] if p.given else [min(limit, p.max_new_tokens or limit)] * options.samples
+        for p in prompts
+    ]
+    shortest = min(map(min, budgets))
+    if min(shortest, rows) < 1:
+        raise DataError(f"limits {shortest} and {rows} rows", remedy="max_new_tokens and rows are at least 1")
+    return budgets

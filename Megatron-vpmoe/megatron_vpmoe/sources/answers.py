@@ -68,13 +68,14 @@ class Answering:
         manifest: of the training dataset: its vocabulary says what ends an answer.
         cfg: rewards, and how to sample.
         samples: answers to each prompt.
+        record_routing: note which experts their tokens went to.
 
     Raises:
         ConfigError: a reward cannot be had.
     """
 
-    def __init__(self, manifest: Manifest, cfg: RolloutsSection, *, samples: int) -> None:
-        self._manifest, self._rewards = manifest, Rewards(cfg.rewards or [])
+    def __init__(self, manifest: Manifest, cfg: RolloutsSection, *, samples: int, record_routing: bool = False) -> None:
+        self._manifest, self._rewards, self._record_routing = manifest, Rewards(cfg.rewards or []), record_routing
         ends = {*generation_ends(manifest.tokenizer.special_tokens).values(), manifest.tokenizer.eod_id}
         self._options = SamplingOptions(
             cfg.rollout_max_new_tokens,
@@ -106,6 +107,7 @@ class Answering:
             self._options,
             weight_version=version,
             stop=None if stop is None else stop.is_requested,
+            record_routing=self._record_routing,
         )
         if stop is not None and stop.agreed():
             raise Interrupted

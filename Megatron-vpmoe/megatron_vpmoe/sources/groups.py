@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,11 @@ from numpy.typing import NDArray
 from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.data.batch import Document, Span
 from megatron_vpmoe.generation.prompts import Completion
+from megatron_vpmoe.model.moe.replay import ROUTING, id_dtype
 from megatron_vpmoe.objectives.grpo import ADVANTAGE, OLD, SAMPLED
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.config import RunConfig
 
 ANNOTATIONS = (
     SAMPLED,
@@ -38,6 +42,8 @@ class Rollout:
         finished: it ended by itself, not at the limit.
         reward: the weighted sum.
         advantage: within its group.
+        routing: where it was recorded, of each token of prompt and answer but the last one [tokens - 1, layers with
+            experts * K], as ``Completion`` has it; otherwise empty.
     """
 
     group: int
@@ -48,6 +54,7 @@ class Rollout:
     sampled_log_p: NDArray[Any]
     untempered_log_p: NDArray[Any]
     old_log_p: NDArray[Any]
+    routing: NDArray[Any]
     reward: float = 0.0
     advantage: float = 0.0
 
@@ -63,6 +70,7 @@ class Rollout:
             sampled_log_p=np.asarray(completion.as_sampled, np.float32),
             untempered_log_p=np.asarray(completion.untempered, np.float32),
             old_log_p=np.zeros(len(completion.ids), np.float32),
+            routing=np.concatenate(completion.routing or [np.zeros((0, 0), np.uint8)]),
         )
 
     @property
@@ -88,6 +96,8 @@ class Rollout:
             "weight_version": np.asarray(self.weight_version, np.int64),
         }
         tokens = {name: placed(getattr(self, name), np.float32) for name in _LOG_P}
+        if len(self.routing):
+            tokens[ROUTING] = np.pad(self.routing, ((0, 1), (0, 0)))
         return Document(
             tokens=np.concatenate([self.prompt_ids, self.ids]),
             loss_mask=placed(trained, np.uint8),
@@ -115,6 +125,15 @@ def from_columns(found: Mapping[str, NDArray[Any]]) -> list[Rollout]:
         column, lengths = found[field.name], found.get(f"{field.name}.lengths")
         parts[field.name] = column.tolist() if lengths is None else np.split(column, np.cumsum(lengths)[:-1])
     return [Rollout(**dict(zip(parts, each, strict=True))) for each in zip(*parts.values(), strict=True)]
+
+
+def annotations_of(cfg: RunConfig) -> tuple[Annotation, ...]:
+    """What an answer's document carries: with ``rollouts.router_replay`` also which experts its tokens went to."""
+    if cfg.rollouts.router_replay == "off":
+        return ANNOTATIONS
+    layers = sum(cfg.is_moe_layer(number) for number in range(1, cfg.model.num_layers + 1))
+    dtype, width = id_dtype(cfg.moe.num_experts or 0), layers * cfg.moe.moe_router_topk
+    return (*ANNOTATIONS, Annotation(name=ROUTING, dtype=dtype, width=width))
 
 
 def with_advantages(group: Sequence[Rollout], kind: Advantage) -> list[Rollout]:

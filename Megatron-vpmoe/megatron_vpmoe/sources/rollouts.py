@@ -24,12 +24,13 @@ from megatron_vpmoe.data.cursor import shuffled
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.manifest import Manifest
 from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.model.moe.replay import ROUTING, replaying
 from megatron_vpmoe.runtime.signals import StopRequest
 from megatron_vpmoe.sources.answers import Answering, Answers
 from megatron_vpmoe.sources.groups import (
-    ANNOTATIONS,
     Advantage,
     Rollout,
+    annotations_of,
     columns,
     from_columns,
     packed,
@@ -62,12 +63,14 @@ class Rollouts:
         ConfigError: a reward cannot be had.
     """
 
-    annotations: tuple[Annotation, ...] = ANNOTATIONS
+    annotations: tuple[Annotation, ...]
     depends_on_weights = True
 
     def __init__(self, prompts: Prompts, manifest: Manifest, cfg: RunConfig, dp_rank: int, dp_size: int) -> None:
         self._prompts, self._manifest, self._cfg, self._of = prompts, manifest, cfg.rollouts, (dp_rank, dp_size)
-        self._answering = Answering(manifest, self._cfg, samples=self._cfg.rollout_group_size)
+        self.annotations = annotations_of(cfg)
+        replays = self._cfg.router_replay == "replay"
+        self._answering = Answering(manifest, self._cfg, samples=self._cfg.rollout_group_size, record_routing=replays)
         self._advantage: Advantage = cfg.training.grpo_advantage
         self._seq_length, self._rows = cfg.data.seq_length, cfg.training.micro_batch_size
         self._answers, self._size = cfg.training.global_batch_size, self._cfg.rollout_group_size
@@ -167,7 +170,8 @@ class Rollouts:
         try:
             for batch, rows in self._laid_out(rollouts, every=True):
                 self.check()
-                log_p_BS = log_p_of_labels(model, batch, self._cfg.rollout_temperature).numpy()
+                with replaying(model, batch.annotations.get(ROUTING), batch.document_id):
+                    log_p_BS = log_p_of_labels(model, batch, self._cfg.rollout_temperature).numpy()
                 for row, places in enumerate(rows):
                     start = 0
                     for place in places:

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.gpt import ModelOutput, VPModel
+from megatron_vpmoe.model.moe.replay import ROUTING, replaying
 from megatron_vpmoe.model.moe.router import VPMoERouter
 from megatron_vpmoe.objectives import Objective
 from megatron_vpmoe.optim import VpOptimizer
@@ -144,7 +145,9 @@ def _forward_step(objective: Objective, totals: dict[str, float], check: Callabl
         check()
         here = next(data_iterator)
         batch = here.to(current_device())
-        return model(batch.tokens, layout_of(batch)), partial(loss_of, batch, here.real_tokens)
+        with replaying(model, batch.annotations.get(ROUTING), batch.document_id):
+            output = model(batch.tokens, layout_of(batch))
+        return output, partial(loss_of, batch, here.real_tokens)
 
     return forward_step
 

@@ -65,7 +65,8 @@ def sequence_balance_loss(
 
 
 class _Replay:
-    """Upstream's hook around the top-k: a recomputed pass sends every token where the first pass sent it.
+    """Upstream's hook around the top-k: a recomputed pass sends every token where the first pass sent it, and where
+    routing is replayed, both send it where it was sent then.
 
     Upstream's fused kernel (``moe_router_fusion``) chooses by itself and does not ask.
     """
@@ -82,9 +83,18 @@ class _Replay:
         choose: Callable[[Tensor, int, int | None, int | None], tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
         """Scores and int64 experts [N, topk]."""
-        chosen = chosen_once(
-            self._router, lambda: choose(scores_NE.detach(), topk, num_groups, group_topk)[1].to(torch.int16)
-        ).long()
+
+        def choice() -> Tensor:
+            chosen = choose(scores_NE.detach(), topk, num_groups, group_topk)[1]
+            if router.replayed is not None:
+                before, known = router.replayed
+                chosen = torch.where(known, before.long(), chosen)
+            return chosen.to(torch.int16)
+
+        router = self._router
+        chosen = chosen_once(router, choice).long()
+        if router.recorded is not None:
+            router.recorded.append(chosen)
         return scores_NE.gather(1, chosen), chosen
 
 
@@ -93,11 +103,16 @@ class VPMoERouter(TopKRouter):
 
     Buffers besides upstream's ``expert_bias``: ``tokens_per_expert`` [E] and ``balance_loss_sum`` [], both fp32 and not
     saved, accumulate over the micro-batches of a step until the loop reads and resets them. The router has no bias.
+
+    Set by ``replay`` for the passes of a block: ``replayed``, experts [N, K] and whether they are known [N, 1], and
+    ``recorded``, which receives those of each pass, int64 [N, K].
     """
 
     config: VPTransformerConfig
     tokens_per_expert: Tensor
     balance_loss_sum: Tensor
+    replayed: tuple[Tensor, Tensor] | None = None
+    recorded: list[Tensor] | None = None
 
     def __init__(self, config: VPTransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
         super().__init__(config=config, pg_collection=pg_collection)

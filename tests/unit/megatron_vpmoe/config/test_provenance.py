@@ -32,6 +32,16 @@ def test_binding_fields(small: Path, flags: str, changed: str) -> None:
     assert [str(change) for change in provenance_diff(old.model_dump(), new.model_dump())] == [changed]
 
 
+def test_replayed_routing_binds(small: Path) -> None:
+    sampled = ["--objective", "grpo", "--eval-interval", "null", "--rewards", "[{function: finished}]"]
+    old, new = load_config(small, sampled), load_config(small, [*sampled, "--router-replay", "replay"])
+    changes = provenance_diff(old.model_dump(), new.model_dump())
+    assert [str(change) for change in changes] == ["rollouts.router_replay: 'off' -> 'replay'"]
+    earlier = old.model_dump()
+    del earlier["rollouts"]["router_replay"]
+    assert provenance_diff(earlier, load_config(small, [*sampled, "--router-replay", "off"]).model_dump()) == []
+
+
 @pytest.mark.parametrize(
     "flags",
     [

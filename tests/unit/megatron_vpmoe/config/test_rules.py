@@ -10,6 +10,8 @@ from megatron_vpmoe.config import RunConfig, load_config
 from megatron_vpmoe.config.rules import find_problems
 from megatron_vpmoe.config.schema import fields
 
+SAMPLED = '--router-replay replay --objective grpo --eval-interval null --rewards [{"function":"finished"}]'
+
 
 @pytest.mark.parametrize(
     ("flags", "named", "text"),
@@ -25,6 +27,9 @@ from megatron_vpmoe.config.schema import fields
             "moe_router_score_function",
             "learn nothing",
         ),
+        ("--router-replay replay", "rewards", "nothing is sampled"),
+        (f"{SAMPLED} --num-experts null --router-dead-experts-warn null", "router_replay", "no layer has experts"),
+        (f"{SAMPLED} --moe-router-fusion", "moe_router_fusion", "cannot replay"),
         ("--seq-length 16", "window_size", "never ends"),
         ("--attention-backend banded", "attention_backend", "global layers"),
         (

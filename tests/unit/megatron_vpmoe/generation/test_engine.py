@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from megatron_vpmoe.model.attention import backends, self_attention
 from megatron_vpmoe.model.attention.masks import SequenceLayout, left_padded
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.model.moe.replay import recording
 from tests.tiny import tiny_config
 
 PROMPTS = [[5, 9, 3], [7] * 17 + [2, 40], [11], [60, 1, 33, 33, 8, 21], [4, 4], [50] * 30, [11], [9, 8, 7, 6]]
@@ -104,6 +106,19 @@ def test_log_probabilities_are_those_of_a_full_pass(model: VPModel) -> None:
         drawn = (kept / 1.7).log_softmax(-1)[rows, one.ids]
         torch.testing.assert_close(torch.tensor(one.as_sampled), drawn, rtol=1e-4, atol=2e-4)
         assert one.weight_version == 7
+
+
+def test_a_completion_tells_where_its_tokens_went(model: VPModel) -> None:
+    """Those of its prompt as well, whoever it shared their pass with; the last token was never computed."""
+    options = SamplingOptions(5, (STOP,), temperature=1.7, samples=3)
+    for one in generate(model, asked(PROMPTS[1:4]), options, rows=4, record_routing=True):
+        tokens = [*PROMPTS[1 + one.place], *one.ids]
+        with recording(model) as take:
+            logits_of(model, tokens)
+            wanted = take()  # type: ignore[misc]
+        told = torch.from_numpy(np.concatenate(one.routing))
+        assert torch.equal(told, wanted[:-1]), (one.place, one.sample)
+    assert all(not one.routing for one in generate(model, asked(PROMPTS[:2]), options))
 
 
 def test_samples_share_their_prompt_s_forward_pass(model: VPModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,14 +12,18 @@ import torch
 
 from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.errors import CheckpointError, ConfigError, DataError
+from megatron_vpmoe.generation.engine import generate
 from megatron_vpmoe.manifest import read_manifest
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.model.moe.router import VPMoERouter
+from megatron_vpmoe.objectives.grpo import GRPO
 from megatron_vpmoe.sources import HeldOut, Position, Rollouts, Step
 from megatron_vpmoe.sources.answers import Answering
 from megatron_vpmoe.sources.groups import packed
 from megatron_vpmoe.sources.prompts import Asked, StoredPrompts, open_prompts, read_prompts
 from megatron_vpmoe.sources.rewards import Sample
+from megatron_vpmoe.training.step import run_micro_batches
 from tests.fixtures_dataset import EOD, small_dataset
 from tests.tiny import tiny_config
 
@@ -107,19 +111,53 @@ def test_a_step_holds_answers_with_what_is_known_of_them(model: VPModel, dataset
     assert step.metrics["rollout/attempts"] == 1 and step.metrics["rollout/reward/even"] > 0
 
 
-def test_resumed_between_two_updates_it_gives_the_same(model: VPModel, dataset: KDDataset) -> None:
+@pytest.mark.parametrize("replay", ["off", "replay"])
+def test_resumed_between_two_updates_it_gives_the_same(model: VPModel, dataset: KDDataset, replay: str) -> None:
     """Also from other weights: what was sampled is kept, and only the next sampling is theirs."""
-    source = opened(model, dataset, rollout_epochs=2)
+    source = opened(model, dataset, rollout_epochs=2, router_replay=replay)
     steps = [source.next_step() for _ in range(6)]
     assert steps[0].metrics == steps[3].metrics != steps[4].metrics
     assert not steps[3].position.arrays and steps[2].position.arrays
     for stopped in range(1, 6):
-        again = opened(model, dataset, rollout_epochs=2)
+        again = opened(model, dataset, rollout_epochs=2, router_replay=replay)
         consumed, data, arrays = steps[stopped - 1].position
         position = Position(consumed, json.loads(json.dumps(data)), arrays)
         again.resume(position, source="test")
         for step in steps[stopped:]:
             same(again.next_step(), step)
+
+
+@pytest.mark.parametrize("replay", ["off", "replay"])
+def test_routing_that_flips_is_replayed(
+    model: VPModel, dataset: KDDataset, replay: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sampler that sends most tokens elsewhere: another bias decides on experts there, and on nothing else."""
+    biases: list[Any] = [router.expert_bias for router in model.modules() if isinstance(router, VPMoERouter)]
+
+    def elsewhere(*arguments: Any, **keywords: Any) -> Any:
+        for number, bias in enumerate(biases):
+            bias.copy_(torch.rand(8, generator=torch.Generator().manual_seed(number)))
+        completions = generate(*arguments, **keywords)
+        for bias in biases:
+            bias.zero_()
+        return completions
+
+    monkeypatch.setattr("megatron_vpmoe.sources.answers.generate", elsewhere)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter *= 4
+    source = opened(model, dataset, router_replay=replay, objective="grpo")
+    step, objective = source.next_step(), GRPO(mismatch_clamp=1.1)
+    totals = {name: float(value) for name, value in objective.counts(step.batches).items()}
+    totals["tokens/real"] = float(sum(batch.real_tokens for batch in step.batches))
+    told = run_micro_batches(model, objective, step.batches, totals, forward_only=True)
+    # Either way the update begins at the old log-probabilities: both are of the same pass.
+    assert told["policy/kl_old"] < 1e-10
+    if replay == "replay":
+        assert told["policy/sampler_gap"] < 1e-5 and told["policy/clamped_share"] == 0
+    else:
+        assert told["policy/sampler_gap"] > 0.05 and told["policy/clamped_share"] > 0.05
 
 
 def test_groups_without_variance_make_way(model: VPModel, dataset: KDDataset) -> None:
