@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -9,8 +10,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -74,6 +76,39 @@ def train_until(step: int, how: signal.Signals, run_dir: Path, dataset: Path, **
         return process.wait(timeout=60)
 
 
+def train_signalled(
+    place: str, count: int, how: signal.Signals, run_dir: Path, dataset: Path, **changes: object
+) -> subprocess.CompletedProcess[str]:
+    """Start a run that sends itself ``how`` as it calls ``place`` (module:Class.method) for the ``count``-th time."""
+    script = f"from tests.training_runs import signalled; signalled({place!r}, {count}, {int(how)})"
+    arguments = [sys.executable, "-c", script, *command(run_dir, dataset, **changes)[3:]]
+    return subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def signalled(place: str, count: int, how: int) -> None:
+    """What the process of ``train_signalled`` does."""
+    from megatron_vpmoe import pretrain
+
+    module, _, name = place.partition(":")
+    owner = getattr(importlib.import_module(module), name.split(".")[0])
+    method, left = getattr(owner, name.split(".")[1]), count
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), how)
+        return method(*arguments, **named)
+
+    setattr(owner, name.split(".")[1], counted)
+    sys.exit(pretrain.main())
+
+
+def fails(sample: Sample) -> float:
+    """A reward with a fault."""
+    raise KeyError("answer")
+
+
 def even_tokens(sample: Sample) -> float:
     """A reward that differs from answer to answer: the share of even tokens."""
     return sum(token % 2 == 0 for token in sample.ids) / len(sample.ids)
@@ -103,6 +138,12 @@ def records(run_dir: Path) -> list[dict]:
 def losses(run_dir: Path) -> dict[int, float]:
     """Step -> training loss, as logged (exact: JSON keeps every digit of a double)."""
     return {record["step"]: record["value"] for record in records(run_dir) if record["tag"] == "loss/total"}
+
+
+def sampled(checkpoint: Path) -> dict[str, np.ndarray]:
+    """The answers that a checkpoint within a sampling keeps, as columns."""
+    with np.load(checkpoint / "position.npz") as arrays:
+        return dict(arrays)
 
 
 def checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:

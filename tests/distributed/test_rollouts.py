@@ -1,26 +1,96 @@
-"""A run on its own answers over several ranks, with their data or their experts shared out, is the run of one."""
+"""A run on its own answers over several ranks, with data, experts or matrices shared out, is the run of one."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from tests.fixtures_dataset import small_dataset
 from tests.golden.test_resume_grpo import SAMPLED, told
-from tests.training_runs import train, train_in_workers
+from tests.training_runs import (
+    checkpoint_tensors,
+    command,
+    records,
+    sampled,
+    train,
+    train_in_workers,
+    worker,
+)
+from tests.workers import run_workers
 
 pytestmark = pytest.mark.slow
+# A large eps: Adam turns the sign of a rounding error into a full update otherwise. Held-out rewards at the end.
+FIELDS = {**SAMPLED, "train_iters": 5, "adam_eps": 1e-3, "save_interval": 1, "eval_interval": 5, "eval_iters": 1}
 
 
-@pytest.mark.parametrize(("experts", "replay"), [(1, "off"), (2, "replay")])
-def test_two_ranks_sample_and_learn_what_one_does(tmp_path: Path, experts: int, replay: str) -> None:
-    dataset = small_dataset(tmp_path / "kd", train=12, valid=4)
-    fields = {**SAMPLED, "train_iters": 5, "global_batch_size": 8, "router_replay": replay}
-    alone = train(tmp_path / "one", dataset, **fields)
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_dataset(tmp_path_factory.mktemp("data") / "kd", train=12, valid=4)
+
+
+@pytest.fixture(scope="module")
+def on_one(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    alone = train(run_dir, dataset, **FIELDS)
     assert alone.returncode == 0, alone.stdout + alone.stderr
-    train_in_workers(2, tmp_path / "two", dataset, expert_model_parallel_size=experts, **fields)
-    one, two = told(tmp_path / "one"), told(tmp_path / "two")
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        {},
+        {"expert_model_parallel_size": 2},
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"grpo_normalisation": "sequence", "rollout_epochs": 1, "router_replay": "off"},
+    ],
+    ids=["data", "experts", "matrices", "sequence"],
+)
+def test_two_ranks_sample_and_learn_what_one_does(
+    tmp_path: Path, dataset: Path, on_one: Path, split: dict[str, object]
+) -> None:
+    fields = {**FIELDS, **split}
+    if "grpo_normalisation" in split:
+        on_one = tmp_path / "one"
+        assert train(on_one, dataset, **fields).returncode == 0
+    train_in_workers(2, tmp_path / "two", dataset, **fields)
+    one, two = told(on_one), told(tmp_path / "two")
     assert [entry[:2] for entry in one] == [entry[:2] for entry in two]
     for (step, tag, value), (_, _, other) in zip(one, two, strict=True):
         assert other == pytest.approx(value, rel=1e-3, abs=1e-5), (step, tag)
+    held_out = [
+        {r["tag"]: r["value"] for r in records(run) if r["tag"].startswith("valid/re")}
+        for run in (on_one, tmp_path / "two")
+    ]
+    assert held_out[0] and held_out[0] == pytest.approx(held_out[1], abs=1e-6)
+    for iteration in (1, 3, 5):
+        there, here = (run / "checkpoints" / f"iter_{iteration:07d}" for run in (on_one, tmp_path / "two"))
+        if (there / "position.npz").exists():
+            same_answers(sampled(there), sampled(here))
+        alone, apart = (
+            {k: v for k, v in checkpoint_tensors(p).items() if not k.startswith("optim")} for p in (there, here)
+        )
+        assert alone.keys() == apart.keys()
+        for key, weights in alone.items():
+            torch.testing.assert_close(apart[key], weights, rtol=1e-4, atol=5e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def same_answers(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    """Up to fp32's rounding in what is no token and no count."""
+    assert one.keys() == other.keys()
+    for name, column in one.items():
+        if column.dtype.kind == "f":
+            np.testing.assert_allclose(other[name], column, rtol=1e-4, atol=1e-4, err_msg=name)
+        else:
+            np.testing.assert_array_equal(other[name], column, err_msg=name)
+
+
+def test_a_reward_that_fails_ends_every_rank_with_the_sample(
+    tmp_path: Path, dataset: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fields = {**FIELDS, "rewards": [{"function": "tests.training_runs:fails"}], "nproc_per_node": 2}
+    assert run_workers(2, worker, command(tmp_path / "run", dataset, **fields)[3:], folder=tmp_path) == [2, 2]
+    assert "the reward fails failed with KeyError" in capfd.readouterr().err

@@ -1,15 +1,16 @@
-"""A run on its own answers: killed while it samples or updates, it goes on to the same answers and weights."""
+"""A run on its own answers: stopped while it samples or updates, it goes on to the same answers and weights."""
 
 from __future__ import annotations
 
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.fixtures_dataset import small_dataset
-from tests.training_runs import checkpoint_tensors, records, train, train_until
+from tests.training_runs import checkpoint_tensors, records, sampled, train, train_signalled
 
 pytestmark = pytest.mark.slow
 SAMPLED = {
@@ -28,6 +29,8 @@ SAMPLED = {
     "eval_interval": None,
     "keep_last": 9,
 }
+A_TOKEN = "megatron_vpmoe.generation.engine:_Engine._step"
+A_MICRO_BATCH = "megatron_vpmoe.objectives.grpo:GRPO.__call__"
 
 
 def told(run_dir: Path) -> list[tuple[int, str, float]]:
@@ -40,15 +43,36 @@ def told(run_dir: Path) -> list[tuple[int, str, float]]:
     return sorted((step, tag, value) for (step, tag), value in kept.items())
 
 
-def test_killed_and_resumed_it_is_the_same_run(tmp_path: Path) -> None:
+def saved(run_dir: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("iter_")) for path in (run_dir / "checkpoints").glob("iter_*"))
+
+
+def test_stopped_anywhere_and_resumed_it_is_the_same_run(tmp_path: Path) -> None:
+    """Also where rewards of held-out prompts are measured on the way."""
     dataset = small_dataset(tmp_path / "kd", train=12, valid=4)
     whole = train(tmp_path / "whole", dataset, **SAMPLED)
     assert whole.returncode == 0, whole.stdout + whole.stderr
-    for step in (4, 7):  # a checkpoint within a sampling comes before; then one that is at its second epoch
-        assert train_until(step, signal.SIGKILL, tmp_path / "killed", dataset, resume=True, **SAMPLED) == -9
-    resumed = train(tmp_path / "killed", dataset, resume=True, **SAMPLED)
+
+    run_dir = tmp_path / "stopped"
+    fields = {**SAMPLED, "resume": True}
+    # A sampling takes at most 12 tokens: this is within the second, after step 4.
+    assert train_signalled(A_TOKEN, 18, signal.SIGKILL, run_dir, dataset, **fields).returncode == -9
+    assert saved(run_dir) == [3] and max(record["step"] for record in records(run_dir)) == 4
+    # Between the micro-batches of a step within the second sampling.
+    assert train_signalled(A_MICRO_BATCH, 8, signal.SIGKILL, run_dir, dataset, **fields).returncode == -9
+    assert saved(run_dir) == [3, 6]
+    # Asked politely within the third, it leaves it at once and saves what came before.
+    asked = train_signalled(A_TOKEN, 5, signal.SIGTERM, run_dir, dataset, **fields)
+    assert asked.returncode == 0 and "asked to stop: what came after step 8" in asked.stdout, asked.stderr
+    assert saved(run_dir) == [3, 6, 8]
+    resumed = train(run_dir, dataset, **{**fields, "eval_interval": 1, "eval_iters": 1})
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert told(tmp_path / "whole") == told(tmp_path / "killed")
-    last = [tmp_path / name / "checkpoints" / "iter_0000010" for name in ("whole", "killed")]
-    one, other = (checkpoint_tensors(path) for path in last)
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert {record["step"] for record in records(run_dir) if record["tag"] == "valid/reward/even_tokens"} == {9, 10}
+
+    assert told(tmp_path / "whole") == told(run_dir)
+    for iteration in (3, 6, 9, 10):
+        here, there = (folder / "checkpoints" / f"iter_{iteration:07d}" for folder in (run_dir, tmp_path / "whole"))
+        one, other = sampled(here), sampled(there)
+        assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+        mine, theirs = checkpoint_tensors(here), checkpoint_tensors(there)
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
