@@ -12,10 +12,11 @@ from megatron_vpmoe.config.schema_objective import OBJECTIVES, OWNED
 from megatron_vpmoe.config.settings_file import shown
 
 _ABSENT = "(absent)"
-_OF_LOSS = tuple(name for name, owner in OWNED.items() if owner in ("dpo", "topk_kd"))
+_ROLLOUTS = tuple(name for name, field in fields().items() if field.section == "rollouts")
 _WHOLE_SECTIONS = {
     "model": frozenset({"attention_backend"}),
     "moe": frozenset({"moe_token_dispatcher_type", "moe_permute_fusion", "moe_router_fusion"}),
+    "rollouts": frozenset({"rollout_prompts", "rollout_valid_prompts"}),
 }
 """Section -> its operational fields; all its other fields bind."""
 
@@ -32,10 +33,9 @@ _SINGLE_FIELDS = {
             "reference_weights",
             "kd_span_weight_reasoning",
             "kd_span_weight_final",
-            *_OF_LOSS,
+            *OWNED,
         }
     ),
-    "rollouts": frozenset({"router_replay"}),
 }
 """Section -> its binding fields; everything else, and every section not named here, is operational."""
 
@@ -54,7 +54,7 @@ class FieldChange(NamedTuple):
 def is_binding(section: str, name: str) -> bool:
     """Whether a run may not be resumed with another value of this field.
 
-    The dataset itself is bound by its manifest's hash, not by its path; learning rates, intervals, paths, logging and
+    Datasets and prompts are bound by their hashes, not by their paths; learning rates, intervals, paths, logging and
     the number of processes are free.
     """
     if name in RETIRED:
@@ -108,7 +108,8 @@ def deciding_fields(cfg: RunConfig) -> dict[str, dict[str, Any]]:
     decides: dict[str, dict[str, Any]] = {}
     for section, values in cfg.model_dump(mode="json").items():
         free = _UNDECIDING.get(section, _WHOLE_SECTIONS.get(section, frozenset()))
-        if free is not None:
+        is_read = section != "rollouts" or cfg.rollouts.rewards is not None
+        if free is not None and is_read:
             decides[section] = {name: value for name, value in values.items() if name not in {*free, *idle}}
     decides["data"]["blend_weights"] = [part.weight for part in cfg.data.parts]
     return decides
@@ -128,7 +129,7 @@ def geometry_diff(old: RunConfig, new: RunConfig) -> list[FieldChange]:
 
 
 # Binding fields that checkpoints from before them lack, where the default is what was done then.
-_LATER_FIELDS = ("blend", "blend_schedule", "skip_rows", "train_only", "reference_weights", "router_replay", *_OF_LOSS)
+_LATER_FIELDS = ("blend", "blend_schedule", "skip_rows", "train_only", "reference_weights", *OWNED, *_ROLLOUTS)
 
 
 def _bound(name: str, value: Any) -> Any:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 
 from megatron_vpmoe.config.rule import Rule, View, refuse
+from megatron_vpmoe.config.schema_objective import ObjectiveFields
 from megatron_vpmoe.config.schema_rollouts import RolloutsSection
 
+_CLIP_LOW = ObjectiveFields.model_fields["grpo_clip_low"].default
 _DEFAULT = {name: field.default for name, field in RolloutsSection.model_fields.items() if name != "rewards"}
 
 
@@ -24,6 +26,11 @@ REFUSED: tuple[Rule, ...] = (
         "grpo_kl reference_weights",
         "a divergence of weight {grpo_kl:g} needs a reference; name one, or set the weight to 0",
         lambda c: c.objective == "grpo" and c.grpo_kl > 0 and c.reference_weights is None,
+    ),
+    refuse(
+        "grpo_clip_low grpo_surrogate",
+        "cispo has no lower bound; leave it out",
+        lambda c: c.grpo_surrogate == "cispo" and c.grpo_clip_low != _CLIP_LOW,
     ),
     refuse(
         "rollout_max_new_tokens seq_length",

@@ -42,8 +42,8 @@ class GRPO(Objective):
     Metrics, means over the supervised tokens of the global batch: ``loss/total`` (normalised as asked),
     ``policy/entropy`` (nats), ``policy/clip_share_{low,high}`` (tokens whose ratio is beyond a bound in the direction
     of their advantage), ``policy/kl_old`` (k3 to the weights that sampled), ``policy/sampler_gap`` (|log p_old -
-    log p_sampled|), ``policy/clamped_share`` (tokens whose importance weight is clamped) and, where it counts,
-    ``policy/kl_reference``; ``tokens/supervised`` and ``answers``.
+    log p_sampled|), ``policy/clamped_share`` (tokens whose importance weight is clamped) and, with a
+    reference, ``policy/kl_reference``; ``tokens/supervised`` and ``answers``.
 
     Attributes:
         normalisation: what the sum over tokens is divided by.
@@ -51,7 +51,7 @@ class GRPO(Objective):
         surrogate: "clip" or "cispo".
         clip_low: how far a ratio may fall below 1.
         clip_high: how far it may rise above.
-        kl: beta, the weight of k3 to a reference; 0: no reference is asked for.
+        kl: beta, the weight of k3 to a reference; 0: no reference is asked for, and one that is there only measured.
         mismatch_clamp: the largest importance weight; None: no such weight.
         longest: tokens that an answer may have.
         temperature: of sampling.
@@ -124,7 +124,7 @@ class GRPO(Objective):
             "policy/sampler_gap": (old - given["sampled_log_p"]).abs(),
             "policy/clamped_share": importance > (self.mismatch_clamp or torch.inf),
         }
-        if self.kl:
+        if REFERENCE_LOG_P.name in given:
             to_reference = _k3(given["reference_log_p"] - log_p)
             losses = losses + self.kl * to_reference
             sums["policy/kl_reference"] = to_reference.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -146,8 +147,9 @@ def with_advantages(group: Sequence[Rollout], kind: Advantage) -> list[Rollout]:
 
 
 def varies(group: Sequence[Rollout]) -> bool:
-    """Whether a group teaches anything."""
-    return len({one.reward for one in group}) > 1
+    """Whether a group teaches anything: its rewards differ by more than the rounding of a weighted sum."""
+    rewards = [one.reward for one in group]
+    return not math.isclose(min(rewards), max(rewards), rel_tol=1e-9, abs_tol=1e-12)
 
 
 def packed(lengths: Sequence[int], seq_length: int) -> list[list[int]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from megatron_vpmoe.config.schema_rollouts import RewardPart
+from megatron_vpmoe.data.pieces import TokenPieces
 from megatron_vpmoe.errors import ConfigError, DataError
 from megatron_vpmoe.manifest import Manifest
 
@@ -36,6 +37,8 @@ class Sample:
 
 
 Reward = Callable[[Sample], float]
+_SHOWN = 600
+"""Characters of each part of a sample in a message."""
 
 
 def finished(sample: Sample) -> float:
@@ -87,9 +90,19 @@ class Rewards:
             what, cause = f"failed with {type(error).__name__}: {error}", error
         raise DataError(
             f"the reward {name} {what}",
-            source=f"the answer {list(sample.ids)} to {list(sample.prompt_ids)}, row {dict(sample.row)}",
+            source=f"the answer {_shown(sample.ids, sample)} to {_shown(sample.prompt_ids, sample)}, "
+            f"row {_cut(repr(dict(sample.row)))}",
             remedy="a reward returns a finite number for every sample, whatever the model says",
         ) from cause
+
+
+def _shown(ids: Sequence[int], sample: Sample) -> str:
+    """Text and the ids that it came of; of a long one the beginning."""
+    return f"{_cut(repr(TokenPieces.load(sample.manifest).decode(ids)))} = {len(ids)} ids {_cut(str(list(ids)))}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
 
 
 def _found(function: str) -> Reward:
@@ -101,8 +114,8 @@ def _found(function: str) -> Reward:
         if callable(found):
             return cast(Reward, found)
         why = "no such name" if not attribute else "it is no function"
-    except (ImportError, AttributeError) as error:
-        why = str(error)
+    except Exception as error:  # of others' code, which runs as it is imported
+        why = f"{type(error).__name__}: {error}"
     raise ConfigError(
         f"the reward {function} cannot be had: {why}",
         source="rollouts.rewards",

@@ -123,7 +123,10 @@ class Rollouts:
                 source=source,
                 remedy="resume with the objective that wrote it, or start from its weights (checkpoint.load_weights)",
             ) from error
-        self._drawn = position.consumed_samples
+        self._drawn, steps = position.consumed_samples, len(self._rollouts) // self._answers
+        if len(self._rollouts) % self._answers or self._done >= steps * self._cfg.rollout_epochs:
+            rest, self._rollouts, self._arrays = len(self._rollouts), [], {}
+            return [f"{rest} sampled answers are no whole number of steps now: sampled anew"] * bool(rest)
         return [f"{len(self._rollouts)} sampled answers go on to be trained on"] if self._rollouts else []
 
     def close(self) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.config import config_hash
 from megatron_vpmoe.config.provenance import FieldChange, provenance_diff
 from megatron_vpmoe.errors import CheckpointError
+from megatron_vpmoe.files import sha256_of_file
 from megatron_vpmoe.manifest import Manifest, read_manifest
 from megatron_vpmoe.software import git_state, package_versions
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
 _PACKAGES = ("torch", "megatron-core", "numpy", "transformer-engine")
-_BINDING = ("tokenizer", "dataset_manifest_sha256")
+_BINDING = ("tokenizer", "dataset_manifest_sha256", "rollout_prompts_sha256")
 
 
 def collect_provenance(cfg: RunConfig, manifests: Sequence[Manifest]) -> dict[str, Any]:
@@ -26,14 +28,16 @@ def collect_provenance(cfg: RunConfig, manifests: Sequence[Manifest]) -> dict[st
 
     Returns:
         ``git`` {sha, dirty} (both None outside a repository), ``config_hash``, ``tokenizer`` (its identity),
-        ``dataset_manifest_sha256`` (of a blend a list) and ``packages`` (name -> version, "python" included).
+        ``dataset_manifest_sha256`` (of a blend a list), ``rollout_prompts_sha256`` where there is such a file, and
+        ``packages`` (name -> version, "python" included).
     """
-    hashes = [manifest.sha256 for manifest in manifests]
+    hashes, prompts = [manifest.sha256 for manifest in manifests], cfg.rollouts.rollout_prompts
     return {
         "git": git_state(),
         "config_hash": config_hash(cfg),
         "tokenizer": manifests[0].tokenizer.identity(),
         "dataset_manifest_sha256": hashes[0] if len(hashes) == 1 else hashes,
+        **({} if prompts is None else {"rollout_prompts_sha256": sha256_of_file(Path(prompts))}),
         "packages": package_versions(_PACKAGES),
     }
 

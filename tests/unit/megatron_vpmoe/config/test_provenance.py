@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,25 @@ def test_settings_of_dpo_bind_and_concern_nothing_else(small: Path) -> None:
     assert [change.key for change in provenance_diff(old, beta.model_dump())] == ["training.dpo_beta"]
     assert deciding_fields(new) != deciding_fields(beta)
     assert "dpo" not in str(deciding_fields(load_config(small)))
+
+
+def test_what_answers_are_sampled_by_binds_and_concerns_nothing_else(small: Path) -> None:
+    sampled = ["--objective", "grpo", "--rewards", "[{function: finished}]", "--eval-interval", "null"]
+    changes = {
+        "rollouts.rollout_temperature": ["--rollout-temperature", "0.7"],
+        "training.grpo_clip_high": ["--grpo-clip-high", "0.2"],
+    }
+    new = load_config(small, sampled)
+    old = {section: dict(values) for section, values in new.model_dump().items()}
+    for name in [name for name in old["training"] if name.startswith("grpo_")]:
+        del old["training"][name]
+    old["rollouts"] = {"rewards": old["rollouts"]["rewards"]}
+    assert provenance_diff(old, new.model_dump()) == []
+    for key, flags in changes.items():
+        other = load_config(small, [*sampled, *flags])
+        assert [change.key for change in provenance_diff(old, other.model_dump())] == [key]
+        assert deciding_fields(new) != deciding_fields(other)
+    assert not {"rollouts", "grpo"} & set(re.findall(r"[a-z]+", str(deciding_fields(load_config(small)))))
 
 
 def test_the_classification_names_fields_that_exist() -> None:

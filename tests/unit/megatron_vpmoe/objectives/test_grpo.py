@@ -153,13 +153,15 @@ def test_without_a_step_between_the_gradient_is_the_policy_gradient():
         torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], wanted)
 
 
-def test_a_batch_of_padding_has_a_zero_loss_with_a_gradient():
+@pytest.mark.parametrize("elsewhere", [100.0, 0.0])
+def test_a_batch_of_padding_has_a_zero_loss_with_a_gradient(elsewhere: float):
+    """Also where no rank has an answer to train on."""
     batch, objective = sampled_batch(2, 5), GRPO(ratio="sequence", normalisation="sequence", kl=0.1)
     batch.loss_mask.zero_()
     logits = logits_for(batch)
-    result = objective(output_of(logits), batch, {"tokens/supervised": 100.0, "answers": 4.0})
+    result = objective(output_of(logits), batch, {"tokens/supervised": elsewhere, "answers": elsewhere / 25})
     result.loss.backward()
-    assert float(result.loss.detach()) == 0.0
+    assert float(result.loss.detach()) == 0.0 and not any(float(value) for value in result.metrics.values())
     assert logits.grad is not None and not logits.grad.any()
 
 
@@ -168,6 +170,13 @@ def test_a_reference_is_needed_where_it_counts():
         "reference_log_p"
     }
     assert GRPO().needs.depends_on_weights
+    # With a weight of 0 one that is there is measured, and changes nothing.
+    batch = sampled_batch(2, 3)
+    logits, totals = logits_for(batch), totals_of(GRPO(), [batch])
+    without = {name: value for name, value in batch.annotations.items() if name != "reference_log_p"}
+    measured = GRPO()(output_of(logits), batch, totals)
+    assert float(measured.metrics["policy/kl_reference"]) > 0
+    assert torch.equal(measured.loss, GRPO()(output_of(logits), replace(batch, annotations=without), totals).loss)
 
 
 def test_built_from_the_configuration():
@@ -192,7 +201,12 @@ def test_built_from_the_configuration():
         {"rollout_group_size": 1},
         {"rewards": None},
         {"rollout_max_new_tokens": 48},
-        {"eval_interval": 5},
+        {"rewards": []},
+        {"rewards": [*REWARDS, {"function": "some.module:finished"}]},
+        {"global_batch_size": 3},
+        {"rollout_prompts": "some.jsonl", "eval_interval": 5},
+        {"rollout_valid_prompts": "some.jsonl"},
+        {"grpo_clip_low": 0.3, "grpo_surrogate": "cispo"},
     ],
     ids=str,
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +16,24 @@ from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.errors import CheckpointError, ConfigError, DataError
 from megatron_vpmoe.generation.engine import generate
 from megatron_vpmoe.manifest import read_manifest
-from megatron_vpmoe.model.builder import build_model
+from megatron_vpmoe.model.builder import build_model, wrap_for_training
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.model.moe.router import VPMoERouter
+from megatron_vpmoe.objectives import build_objective
 from megatron_vpmoe.objectives.grpo import GRPO
+from megatron_vpmoe.optim import build_optimizer
 from megatron_vpmoe.sources import HeldOut, Position, Rollouts, Step
 from megatron_vpmoe.sources.answers import Answering
-from megatron_vpmoe.sources.groups import packed
+from megatron_vpmoe.sources.groups import packed, varies
 from megatron_vpmoe.sources.prompts import Asked, StoredPrompts, open_prompts, read_prompts
 from megatron_vpmoe.sources.rewards import Sample
-from megatron_vpmoe.training.step import run_micro_batches
+from megatron_vpmoe.training.step import run_micro_batches, train_step
 from tests.fixtures_dataset import EOD, small_dataset
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.usefixtures("single_process")
 HERE = "test_rollouts"
+REWARDS = [{"function": f"{HERE}:even"}]
 ENDS = {EOD, 2, 3}
 FEW = {"rollout_groups": 4, "rollout_group_size": 3, "global_batch_size": 6, "rollout_max_new_tokens": 10}
 
@@ -200,6 +205,40 @@ def test_a_reward_that_fails_ends_the_run_with_the_sample(
         opened(model, dataset, reward=reward).next_step()
 
 
+def hostile(sample: Sample) -> float:
+    raise ValueError("\x1b[2J\u202e")
+
+
+def test_a_message_shows_what_is_hidden_and_the_beginning_of_what_is_long(model: VPModel, dataset: KDDataset) -> None:
+    row = {"place": "\u202e" * 9, "much": "x" * 100_000}
+    with pytest.raises(DataError) as caught:
+        opened(model, dataset, reward="hostile", prompts=[Asked([5, 9], row)] * 4).next_step()
+    assert str(caught.value).isprintable() or not {"\x1b", "\u202e"} & set(str(caught.value))
+    assert "2 ids [5, 9]" in str(caught.value) and len(str(caught.value)) < 4000
+
+
+def test_rewards_that_differ_by_rounding_alone_teach_nothing(model: VPModel, dataset: KDDataset) -> None:
+    one = Answering(dataset.manifest, tiny_config(rewards=REWARDS, **FEW, eval_interval=None).rollouts, samples=1)(
+        model, [(0, Asked([5, 9], {}))], version=0, stop=None
+    ).rollouts[0]
+    assert not varies([replace(one, reward=0.1 + 0.2), replace(one, reward=0.3)])
+    assert not varies([replace(one, reward=0.0), replace(one, reward=-0.0)])
+    assert varies([replace(one, reward=0.3), replace(one, reward=0.3001)])
+
+
+@pytest.mark.slow
+def test_with_nothing_left_to_train_on_a_step_is_finite(dataset: KDDataset) -> None:
+    cfg = tiny_config(num_layers=2, objective="grpo", rewards=REWARDS, **FEW, eval_interval=None)
+    model = build_model(cfg)
+    wrapped = wrap_for_training(model, cfg)
+    step = opened(model, dataset, rollout_max_new_tokens=1, mask_truncated=True, rollout_groups=2).next_step()
+    kept = [batch for batch in step.batches if not batch.loss_mask.any()]
+    assert kept
+    result = train_step(wrapped, build_optimizer([wrapped], cfg), build_objective(cfg), kept)
+    assert result.updated and result.metrics["loss/total"] == 0 and math.isfinite(result.grad_norm)
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
 def test_what_cannot_be_is_refused_by_name(model: VPModel, dataset: KDDataset) -> None:
     with pytest.raises(ConfigError, match="nowhere"):
         opened(model, dataset, reward="nowhere")
@@ -207,6 +246,15 @@ def test_what_cannot_be_is_refused_by_name(model: VPModel, dataset: KDDataset) -
         opened(model, dataset, global_batch_size=8)
     with pytest.raises(CheckpointError, match="no rollouts"):
         opened(model, dataset).resume(Position(4, [{"name": "kd"}]), source="test")
+
+
+def test_a_rest_that_fits_no_more_is_sampled_anew(model: VPModel, dataset: KDDataset) -> None:
+    position = opened(model, dataset).next_step().position
+    other = opened(model, dataset, global_batch_size=24, rollout_groups=8)
+    assert other.resume(position, source="test") == [
+        "12 sampled answers are no whole number of steps now: sampled anew"
+    ]
+    assert set(other.next_step().position.arrays) == set() and other.next_step().position.consumed_samples == 20
 
 
 def test_every_prompt_has_to_leave_room_for_the_longest_answer(dataset: KDDataset, tmp_path: Path) -> None:

@@ -49,6 +49,18 @@ def test_model_and_order_bind_and_every_difference_is_listed(root: Path):
     assert "runs/x/checkpoints/7" in text
 
 
+def test_other_prompts_bind_but_another_place_does_not(root: Path, tmp_path: Path):
+    prompts = {name: tmp_path / name for name in ("first", "moved", "other")}
+    for name, path in prompts.items():
+        path.write_text("[9]" if name == "other" else "[5]")
+    fields = {"data_path": root, "rewards": [{"function": "finished"}], "eval_interval": None, "seq_length": 512}
+    first, moved, other = (tiny_config(**fields, rollout_prompts=path) for path in prompts.values())
+    state = state_of(first, root)
+    assert check_provenance(state, moved, source="c") == []
+    with pytest.raises(CheckpointError, match="rollout_prompts_sha256"):
+        check_provenance(state, other, source="c")
+
+
 def test_another_dataset_binds_but_another_place_does_not(root: Path, tmp_path: Path):
     state = state_of(tiny_config(data_path=root), root)
     moved = tmp_path / "moved"
