@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_vpmoe.annotation import Annotation
+from megatron_vpmoe.annotation import NO_RECORD, Annotation
 from megatron_vpmoe.annotation_files import AnnotationWriter
 from megatron_vpmoe.data.batch import Document
+from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.files import read_record, write_record
+from megatron_vpmoe.manifest import read_manifest
+from megatron_vpmoe.sources import Teacher
 
 VOCAB = 50
 PADDED_VOCAB = 64
@@ -91,6 +94,47 @@ def write_annotation(folder: Path, shard: str, annotation: Annotation, arrays: S
     for array in arrays:
         writer.add(array)
     return writer.close()
+
+
+def stored_ahead(
+    root: Path,
+    declared: Sequence[Annotation],
+    annotate: Callable[[Iterator[Document]], Iterable[Mapping[str, np.ndarray]]],
+    *,
+    seq_length: int = 48,
+) -> Path:
+    """The dataset, from here on with what ``annotate`` says of the documents of each shard in sidecars."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        for split, entry in manifest["splits"].items():
+            dataset, row = KDDataset(read_manifest(root), split, seq_length=seq_length), 0
+            for shard in entry["shards"]:
+                found = list(annotate(dataset[row + number] for number in range(shard["rows"])))
+                for each in declared:
+                    arrays = [values[each.name] for values in found]
+                    shard["files"] |= write_annotation(root / split, shard["name"], each, arrays)
+                row += shard["rows"]
+        manifest["annotations"] = [each.model_dump() for each in declared]
+
+    rewrite_manifest(root, change)
+    return root
+
+
+def with_records(root: Path, width: int, *, temperature: float = 1.0, unscored: float = 0.2) -> Path:
+    """The dataset with what a random teacher says of most supervised tokens."""
+    declared = Teacher(width, temperature).annotations
+
+    def annotate(documents: Iterator[Document]) -> Iterator[Mapping[str, np.ndarray]]:
+        for document in documents:
+            random = np.random.default_rng(len(document.tokens))
+            logits = torch.from_numpy(2 * random.standard_normal((len(document.tokens), PADDED_VOCAB)))
+            log_p, ids = (logits / temperature).log_softmax(-1).topk(width)
+            none = torch.from_numpy((random.random(len(document.tokens)) < unscored) | (document.loss_mask == 0))
+            ids, log_p = ids.masked_fill(none[:, None], NO_RECORD), log_p.masked_fill(none[:, None], 0)
+            values = (ids.int(), log_p.float(), log_p[:, 0].float())
+            yield {each.name: found.numpy() for each, found in zip(declared, values, strict=True)}
+
+    return stored_ahead(root, declared, annotate)
 
 
 def write_part(folder: Path, shard: str, part: str, arrays: Sequence[np.ndarray], dtype: type | None = None) -> None:

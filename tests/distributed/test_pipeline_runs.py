@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests import training_runs
-from tests.fixtures_dataset import small_dataset
+from tests.fixtures_dataset import small_dataset, with_records
 from tests.workers import run_workers
 
 HALF, LAST = 3, 6
@@ -24,6 +24,8 @@ FIELDS = {
     "sample_prompts": 2,
     "sample_max_new_tokens": 5,
     "moe_per_layer_logging": True,
+    "objective": "topk_kd",
+    "kd_top_k": 4,
 }
 
 
@@ -55,7 +57,7 @@ def assert_same_run(run_dir: Path, straight: Path) -> None:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_dataset(tmp_path_factory.mktemp("data") / "set", train=200)
+    return with_records(small_dataset(tmp_path_factory.mktemp("data") / "set", train=200), 5)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import training_runs
-from tests.fixtures_dataset import small_dataset
+from tests.fixtures_dataset import small_dataset, with_records
 
 HALF, LAST = 2, 4
 FIELDS: dict[str, object] = {
@@ -23,6 +23,10 @@ FIELDS: dict[str, object] = {
     "sample_interval": LAST,
     "sample_prompts": 2,
     "sample_max_new_tokens": 6,
+    "objective": "topk_kd",
+    "kd_top_k": 6,
+    "kd_temperature": 2.0,
+    "kd_divergence": "jsd",
 }
 SPLIT: dict[str, object] = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 
@@ -38,7 +42,7 @@ def train_on_one(run_dir: Path, dataset: Path, **changes: object) -> None:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_dataset(tmp_path_factory.mktemp("data") / "set")
+    return with_records(small_dataset(tmp_path_factory.mktemp("data") / "set"), 6, temperature=2.0)
 
 
 @pytest.fixture(scope="module")

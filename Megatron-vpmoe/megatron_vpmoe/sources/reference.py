@@ -75,11 +75,13 @@ class Teacher(FrozenModel):
     Args:
         top_k: ids a token.
         temperature: that its logits are divided by.
+        vocab_size: of the ids that mean something, which alone are named; None: all that it has.
     """
 
-    def __init__(self, top_k: int, temperature: float = 1.0) -> None:
+    def __init__(self, top_k: int, temperature: float = 1.0, vocab_size: int | None = None) -> None:
         super().__init__()
         self._top_k, self._temperature = top_k, temperature
+        self._among = None if vocab_size is None else torch.arange(vocab_size)
         self.annotations = (
             TEACHER_IDS.model_copy(update={"width": top_k}),
             TEACHER_LOG_P.model_copy(update={"width": top_k, "temperature": temperature}),
@@ -89,7 +91,9 @@ class Teacher(FrozenModel):
     @torch.no_grad()
     def _of(self, model: VPModel, batch: Batch) -> dict[str, Tensor]:
         output, here = _output(model, batch)
-        found = output.likeliest(here.labels, here.loss_mask, self._top_k, temperature=self._temperature)
+        among = None if self._among is None else self._among.to(model.device)
+        how = {"temperature": self._temperature, "among": among}
+        found = output.likeliest(here.labels, here.loss_mask, self._top_k, **how)
         places = {}
         for declared, values, fill in zip(self.annotations, found, (NO_RECORD, 0.0, 0.0), strict=True):
             dtype = getattr(torch, declared.dtype)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_vpmoe.data.vocabulary_files import another_vocabulary
-from megatron_vpmoe.errors import CheckpointError
+from megatron_vpmoe.errors import CheckpointError, ConfigError
 from megatron_vpmoe.manifest import Manifest
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.sources import FrozenModel, Reference, Teacher
@@ -47,6 +47,7 @@ def find_frozen(cfg: RunConfig, manifest: Manifest) -> list[Frozen]:
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is of another vocabulary or of a geometry that does not do.
+        ConfigError: the vocabulary has fewer than ``kd_top_k`` ids.
     """
     t, found = cfg.training, []
     bf16 = cfg.model_copy(update={"training": t.model_copy(update={"bf16": t.bf16 or t.reference_bf16})})
@@ -55,9 +56,15 @@ def find_frozen(cfg: RunConfig, manifest: Manifest) -> list[Frozen]:
         key = "training.reference_weights"
         found.append(Frozen(Reference(temperature), find_weights(cfg, t.reference_weights, key), bf16, key))
     if t.teacher_weights is not None:
-        key = "training.teacher_weights"
+        key, size = "training.teacher_weights", manifest.tokenizer.vocab_size
+        if t.kd_top_k > size:
+            raise ConfigError(
+                f"{t.kd_top_k} ids a token of the {size} that the dataset's vocabulary has",
+                source="training.kd_top_k",
+                remedy=f"ask for at most {size}",
+            )
         weights, teacher = geometry_of(bf16, t.teacher_weights, key)
-        found.append(Frozen(Teacher(t.kd_top_k, t.kd_temperature), weights, teacher, key))
+        found.append(Frozen(Teacher(t.kd_top_k, t.kd_temperature, size), weights, teacher, key))
     for each in found:
         path = each.found.path
         if other := another_vocabulary(checkpoint.Carried.of(each.found).assets, manifest, str(path)):
