@@ -1,12 +1,12 @@
 """The Harmony chat template of an export: ``tokenizer.apply_chat_template`` gives the renderer's ids.
 
 Messages are ``{"role", "content"}``, of the assistant with a ``channel`` (``final`` where none is given), or with
-``thinking``, which becomes a message of its own on the channel ``analysis``. A conversation that begins with the user's
-message gets the system and developer messages of ``vpmoe.harmony.prompts``; keyword arguments named as that class's
-fields change them, and ``default_prompts=False`` leaves them out. An export of a model that was taught under other
-texts begins with those instead, as long as no keyword argument asks for something else. What the format has no place
-for is refused: tools, other roles and channels, and contents that spell a special token, which a template cannot keep
-from becoming one.
+``thinking``, which becomes a message of its own on the channel ``analysis``; before the user's last message there is
+none of that any more, as in training and in ``vpmoe chat``. A conversation that begins with the user's message gets the
+system and developer messages of ``vpmoe.harmony.prompts``; keyword arguments named as that class's fields change them,
+and ``default_prompts=False`` leaves them out. An export of a model that was taught under other texts begins with those
+instead, as long as no keyword argument asks for something else. What the format has no place for is refused: tools,
+other roles and channels, and contents that spell a special token, which a template cannot keep from becoming one.
 """
 
 from __future__ import annotations
@@ -78,8 +78,14 @@ _TEMPLATE = r"""
     {%- endif -%}
 {%- endif -%}
 
+{%- set asked = namespace(last=0) -%}
+{%- for message in messages if message["role"] == "user" -%}
+    {%- set asked.last = asked.last + 1 -%}
+{%- endfor -%}
+{%- set turn = namespace(now=0) -%}
 {%- for message in messages -%}
     {%- set role = message["role"] -%}
+    {%- set turn.now = turn.now + (1 if role == "user" else 0) -%}
     {%- if role not in @ROLES@ -%}
         {{- raise_exception("role " ~ role ~ " is none of " ~ @ROLES@ | join(", ")) -}}
     {%- endif -%}
@@ -100,9 +106,13 @@ _TEMPLATE = r"""
             {%- if channel != "final" -%}
                 {{- raise_exception("thinking beside a message on the channel " ~ channel) -}}
             {%- endif -%}
-            {{- write(role, "analysis", message["thinking"], "<|end|>") -}}
+            {%- if turn.now == asked.last -%}
+                {{- write(role, "analysis", message["thinking"], "<|end|>") -}}
+            {%- endif -%}
         {%- endif -%}
-        {{- write(role, channel, message["content"], "<|return|>" if loop.last and channel == "final" else "<|end|>") -}}
+        {%- if channel == "final" or turn.now == asked.last -%}
+            {{- write(role, channel, message["content"], "<|return|>" if loop.last and channel == "final" else "<|end|>") -}}
+        {%- endif -%}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}

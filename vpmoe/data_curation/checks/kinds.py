@@ -13,7 +13,7 @@ from megatron_vpmoe.token_files import Triple
 from vpmoe.data_curation.datasets.text import KIND as TEXT_KIND
 from vpmoe.errors import DataError, HarmonyError
 from vpmoe.harmony.parse import Parser, spans_of
-from vpmoe.harmony.spans import SPAN_NAMES
+from vpmoe.harmony.spans import ANALYSIS, SPAN_NAMES
 from vpmoe.tokenizer.interface import Tokenizer
 
 REBUILD = "build the dataset again with --overwrite"
@@ -61,12 +61,13 @@ def check_sample(triple: Triple, tokenizer: Tokenizer, manifest: dict[str, Any],
     """
     # A vocabulary of plain text need not have what conversations are parsed by.
     parser = None if manifest["kind"] == TEXT_KIND else Parser(tokenizer)
-    only_last = manifest["config"].get("supervise") == "last"
+    config = manifest["config"]
+    only_last, as_read = config.get("supervise") == "last", config.get("earlier_analysis") == "dropped"
     for document in np.unique(np.linspace(0, triple.documents - 1, min(count, triple.documents), dtype=np.int64)):
         if parser is None:
             _check_text(triple, tokenizer, int(document), where)
         else:
-            _check_conversation(triple, parser, int(document), where, only_last)
+            _check_conversation(triple, parser, int(document), where, only_last=only_last, as_read=as_read)
 
 
 def _pair_checks(triple: Triple, manifest: dict[str, Any]) -> Iterator[Check]:
@@ -88,7 +89,9 @@ def _same_prompt(triple: Triple, document: int) -> bool:
     return prompts[0] is not None and prompts[1] is not None and np.array_equal(*prompts)
 
 
-def _check_conversation(triple: Triple, parser: Parser, document: int, where: str, only_last: bool) -> None:
+def _check_conversation(
+    triple: Triple, parser: Parser, document: int, where: str, *, only_last: bool, as_read: bool
+) -> None:
     place = triple.place(document)
     tokens, stored = triple.tokens[place], triple.span[place]
     try:
@@ -96,8 +99,12 @@ def _check_conversation(triple: Triple, parser: Parser, document: int, where: st
     except HarmonyError as error:
         raise DataError(f"conversation {document}: {error.what}", source=where, remedy=REBUILD) from error
     spans = spans_of(parsed, len(tokens))
-    if only_last:
-        spans[: max((item.stop for item in parsed if item.message.role == "user"), default=0)] = 0
+    turns = [item.stop for item in parsed if item.message.role == "user"] or [0]
+    if as_read and (spans[: turns[-1]] == ANALYSIS).any():
+        raise DataError(f"conversation {document}: analysis of an earlier turn", source=where, remedy=REBUILD)
+    if only_last or as_read:  # of all turns, those that an earlier document has taught are read alone
+        first = int(np.argmax(stored != 0)) + 1
+        spans[: turns[-1] if only_last else max((turn for turn in turns if turn <= first), default=0)] = 0
     expected = np.append(spans[1:], 0)
     if not np.array_equal(expected, stored):
         at = int(np.flatnonzero(expected != stored)[0])

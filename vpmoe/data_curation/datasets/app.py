@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from megatron_vpmoe.manifest import PromptsEntry, read_manifest
 from vpmoe.data_curation.datasets import kd, vocabularies
 from vpmoe.data_curation.datasets.chat import ChatDataset
 from vpmoe.data_curation.datasets.finish import summary
@@ -22,6 +23,7 @@ from vpmoe.data_curation.datasets.sequential import Pass, RowKind, build_sequent
 from vpmoe.data_curation.datasets.text import HealingText
 from vpmoe.data_curation.rows.files import TEXT_COLUMN
 from vpmoe.data_curation.rows.source import SUFFIXES, resolve
+from vpmoe.errors import DataError
 from vpmoe.harmony.prompts import Prompts
 from vpmoe.tokenizer.app import app as tokenizer_app
 
@@ -84,6 +86,9 @@ class Chat:
     add_system: Annotated[
         bool, typer.Option("--add-system", help="give rows without a system message the distillation data's")
     ] = False
+    prompts_of: Annotated[
+        Path | None, typer.Option(help="give rows without a system message this dataset's, and its developer message")
+    ] = None
     renderer: Renderer = "fast"
 
 
@@ -233,13 +238,18 @@ def train_tokenizer(
 
 
 def _chat(common: Common, chat: Chat, *, supervise: Literal["all", "last"], pairs: bool = False) -> ChatDataset:
-    system = Prompts().system_text() if chat.add_system else None
+    given = PromptsEntry(system=Prompts().system_text() if chat.add_system else None)
+    if chat.prompts_of is not None:
+        if chat.add_system:
+            raise DataError("two system messages", source="--add-system and --prompts-of", remedy="give one of them")
+        given = read_manifest(chat.prompts_of).prompts or given
     return ChatDataset(
         BuildOptions(**asdict(common), renderer=chat.renderer),
         pairs=pairs,
         supervise=supervise,
         id_field=chat.id_field,
-        system_text=system,
+        system_text=given.system,
+        developer_text=given.developer,
         ignore_fields=_names(chat.ignore_fields),
     )
 

@@ -1,16 +1,19 @@
 """Chat rows as datasets: conversations to imitate (``harmony_sft``), and pairs to prefer from (``harmony_preference``).
 
-The files and signals are those of the distillation data. In a preference dataset, document 2i of a shard is a chosen
-conversation and document 2i + 1 the rejected one of the same prompt; the manifest says so by ``"pairs": true``.
+The files and signals are those of the distillation data. A conversation is as many documents as it has to be read anew
+(:func:`~vpmoe.data_curation.datasets.chat_fit.as_read`); each turn is supervised in one of them. In a preference
+dataset, document 2i of a shard is a chosen conversation and document 2i + 1 the rejected one of the same prompt; the
+manifest says so by ``"pairs": true``.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from vpmoe.data_curation.conversations.chat_rows import KEYS, chat_messages, preference_pair, without_keys
-from vpmoe.data_curation.datasets.chat_fit import make_chat_fit, without_oldest_turn
+from vpmoe.data_curation.datasets.chat_fit import AsRead, as_read, make_chat_fit, without_oldest_turn
 from vpmoe.data_curation.datasets.encode import Documents, Encoded, RowEncoder
 from vpmoe.data_curation.datasets.plan import BuildOptions, content_of, split_rule
 from vpmoe.data_curation.rows.files import Row
@@ -32,7 +35,8 @@ class ChatDataset:
         pairs: rows are chosen against rejected; False: conversations.
         supervise: ``all`` assistant messages, or those of the ``last`` turn; of pairs it is always the last.
         id_field: column of the row's id, which then decides the split; None: the conversation (or the prompt) does.
-        system_text: content of the system message of rows that have none; None: they stay without.
+        system_text, developer_text: of the messages that rows without a system message get, the latter where they have
+            no developer message either; None: they stay without.
         ignore_fields: keys of rows and messages that are left unread.
     """
 
@@ -41,6 +45,7 @@ class ChatDataset:
     supervise: Literal["all", "last"] = "all"
     id_field: str | None = None
     system_text: str | None = None
+    developer_text: str | None = None
     ignore_fields: tuple[str, ...] = ()
 
     @property
@@ -64,6 +69,8 @@ class ChatDataset:
             "id_field": self.id_field,
             "split_by": "id" if self.id_field else "content",
             "system_text": self.system_text,
+            "developer_text": self.developer_text,
+            "earlier_analysis": "dropped",
             "ignore_fields": sorted(set(self.ignore_fields)),
         }
 
@@ -77,7 +84,7 @@ class ChatDataset:
                 "valid_fraction": self.base.valid_fraction,
             },
             "pairs": self.pairs,
-            "prompts": {"system": self.system_text, "developer": None},
+            "prompts": {"system": self.system_text, "developer": self.developer_text},
         }
 
     def encoder(self, tokenizer: Tokenizer) -> ChatEncoder:
@@ -107,23 +114,30 @@ class ChatEncoder(RowEncoder):
     def _conversation(self, row: Row) -> Encoded:
         messages = self._with_system(chat_messages(without_keys(row, self._ignored)))
         split, counted = self._split_of(row, content_of(messages))
-        fitted, turns_dropped = self._fit(self._renderer.render(messages))
-        truncation = {
-            **_turns(turns_dropped),
-            fitted.branch: 1,
-            "analysis_tokens_cut": fitted.analysis_tokens_cut,
-            "user_tokens_cut": fitted.user_tokens_cut,
-        }
-        if fitted.conversation is None:
-            return Encoded(split, None, truncation, counted)
-        stored = self._stored(fitted.conversation, last=self._kind.supervise == "last")
-        return Encoded(split, stored, truncation, {**counted, "conversations": 1})
+        truncation, stored = Counter[str](), list[Documents]()
+        read = as_read(self._renderer.render(messages))
+        if self._kind.supervise == "last":
+            read = [AsRead(read[-1].conversation, 1)]
+        for conversation, turns in read:
+            fitted, turns_dropped = self._fit(conversation)
+            truncation.update(_turns(turns_dropped))
+            truncation[fitted.branch] += 1
+            truncation["analysis_tokens_cut"] += fitted.analysis_tokens_cut
+            truncation["user_tokens_cut"] += fitted.user_tokens_cut
+            if fitted.conversation is not None:
+                stored.append(self._stored(fitted.conversation, turns))
+        if not stored:
+            return Encoded(split, None, dict(truncation), counted)
+        counted = {**counted, "conversations": 1, "read_anew": len(stored) - 1}
+        return Encoded(split, Documents.joined(stored), dict(truncation), counted)
 
     def _pair(self, row: Row) -> Encoded:
         pair = preference_pair(without_keys(row, self._ignored))
         prompt = self._with_system(pair.prompt)
         split, counted = self._split_of(row, content_of(prompt))
-        sides = [self._renderer.render(prompt + side) for side in (pair.chosen, pair.rejected)]
+        sides = [
+            as_read(self._renderer.render(prompt + side))[-1].conversation for side in (pair.chosen, pair.rejected)
+        ]
         turns_dropped = 0
         # Both lie in one row, and both keep the same prompt: only whole turns go, from both.
         while sum(len(side) + 1 for side in sides) > self._kind.base.seq_len:
@@ -131,21 +145,23 @@ class ChatEncoder(RowEncoder):
             if None in shorter:
                 return Encoded(split, None, {"dropped_pair_too_long": 1}, counted)
             sides, turns_dropped = [side for side in shorter if side is not None], turns_dropped + 1
-        stored = Documents.joined([self._stored(side, last=True) for side in sides])
+        stored = Documents.joined([self._stored(side, 1) for side in sides])
         return Encoded(split, stored, _turns(turns_dropped) or {"whole": 1}, {**counted, "pairs": 1})
 
-    def _stored(self, conversation: RenderedConversation, *, last: bool) -> Documents:
+    def _stored(self, conversation: RenderedConversation, turns: int) -> Documents:
+        """With its last ``turns`` turns supervised."""
         tokens, span, lengths = documents((conversation,), self._eod_id)
-        if last:
-            users = [index for index, message in enumerate(conversation.messages) if message.role == "user"]
-            span[: sum(len(message) for message in conversation.messages[: users[-1] + 1])] = CONTEXT
+        users = [index for index, message in enumerate(conversation.messages) if message.role == "user"]
+        span[: sum(len(message) for message in conversation.messages[: users[-turns:][0]])] = CONTEXT
         aligned = aligned_to_labels(span, lengths)
         return Documents(tokens, loss_mask(aligned), aligned, lengths)
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        if self._kind.system_text is None or messages[0].role == "system":
+        if messages[0].role == "system":
             return messages
-        return (Message("system", self._kind.system_text), *messages)
+        given = {"system": self._kind.system_text, "developer": self._kind.developer_text}
+        own = {messages[0].role}
+        return (*(Message(role, text) for role, text in given.items() if text and role not in own), *messages)
 
 
 def _turns(dropped: int) -> dict[str, int]:

@@ -1,15 +1,47 @@
-"""Cutting conversations of several turns to a length: oldest turns first, then the rules of a single turn."""
+"""Conversations of several turns: what of them is read together, and cutting that to a length."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
-from vpmoe.harmony.renderer import RenderedConversation
+from vpmoe.harmony.renderer import RenderedConversation, RenderedMessage
 from vpmoe.harmony.truncation import Fitted, make_fit
 from vpmoe.tokenizer.interface import Tokenizer
 
 _SEPARATOR_TOKENS = 1
+
+
+class AsRead(NamedTuple):
+    """A conversation as a model reads it when it gives the last answer, and how many of its last turns are new."""
+
+    conversation: RenderedConversation
+    turns: int
+
+
+def as_read(conversation: RenderedConversation) -> list[AsRead]:
+    """What has to be read for each turn to be answered once as in a chat, where no earlier analysis is there any more.
+
+    Harmony's rule: analysis is for the answer that it leads to, and goes once that is given. So a turn with an analysis
+    is the last of what is read, and turns without one are read together with the next that has one.
+
+    Args:
+        conversation: ``[system] [developer] (user [analysis] final)+``.
+    """
+    found: list[AsRead] = []
+    earlier: list[RenderedMessage] = []
+    new: list[RenderedMessage] = []
+    last = conversation.messages[-1]
+    for message in conversation.messages:
+        new.append(message)
+        if message.channel == "final" and (message is last or any(one.channel == "analysis" for one in new)):
+            ended = replace(message, terminator=last.terminator)
+            turns = sum(one.role == "user" for one in new)
+            found.append(AsRead(RenderedConversation((*earlier, *new[:-1], ended)), turns))
+            earlier += [one for one in new if one.channel != "analysis"]
+            new = []
+    return found
 
 
 class FittedChat(NamedTuple):

@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import openai_harmony
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from vpmoe.data_curation.manifest import read_manifest, write_manifest
 from vpmoe.data_curation.rows.source import resolve
 from vpmoe.errors import DataError
 from vpmoe.harmony.conversation import Message
+from vpmoe.harmony.official import as_official, load_encoding
 from vpmoe.harmony.parse import Parser
 from vpmoe.harmony.renderer import FastRenderer
 from vpmoe.harmony.spans import aligned_to_labels, documents, loss_mask
@@ -72,18 +74,50 @@ def each(encoded: Encoded) -> list[Documents]:
     ]
 
 
+def in_a_chat(messages: tuple[Message, ...], turn: int) -> tuple[Message, ...]:
+    """The messages up to the end of a turn, as they stand when it is answered: earlier analysis is gone."""
+    users = [at for at, message in enumerate(messages) if message.role == "user"] + [len(messages)]
+    earlier = tuple(message for message in messages[: users[turn]] if message.channel != "analysis")
+    return earlier + messages[users[turn] : users[turn + 1]]
+
+
 @given(chats())
 @settings(max_examples=60)
-def test_messages_come_back_by_parsing(messages: tuple[Message, ...]) -> None:
-    (stored,) = encoded(ChatDataset(LONG), as_row(messages))
-    assert stored.tokens[-1] == FULL.eod_id
-    assert Parser(FULL).messages(stored.tokens[:-1]) == messages
-    described = np.append(0, stored.span[:-1])  # of the token itself
-    parsed = Parser(FULL).parse(stored.tokens[:-1])
-    for item in parsed:
-        expected = {None: 0, "analysis": 1, "final": 2}[item.message.channel]
-        assert (described[item.start : item.stop] == expected).all()
-    assert np.array_equal(stored.lossmask, stored.span > 0)
+def test_each_turn_is_learnt_once_in_the_context_that_a_chat_gives_it(messages: tuple[Message, ...]) -> None:
+    learnt = 0
+    for stored in encoded(ChatDataset(LONG), as_row(messages)):
+        assert stored.tokens[-1] == FULL.eod_id and np.array_equal(stored.lossmask, stored.span > 0)
+        described = np.append(0, stored.span[:-1])  # of the token itself
+        parsed = Parser(FULL).parse(stored.tokens[:-1])
+        users = [at for at, item in enumerate(parsed) if item.message.role == "user"]
+        assert tuple(item.message for item in parsed) == in_a_chat(messages, len(users) - 1)
+        for turn, at in enumerate(users):
+            end = users[turn + 1] if turn + 1 < len(users) else len(parsed)
+            asked = FastRenderer(FULL).generation_prompt(in_a_chat(messages, turn)[: at + 1])
+            answer = described[parsed[at].stop : parsed[end - 1].stop]
+            if answer.any():
+                assert turn == learnt and np.array_equal(stored.tokens[: len(asked)], asked)
+                learnt += 1
+                spans = [{"analysis": 1, "final": 2}[item.message.channel or ""] for item in parsed[at + 1 : end]]
+                lengths = [item.stop - item.start for item in parsed[at + 1 : end]]
+                assert np.array_equal(answer, np.repeat(spans, lengths))
+        assert learnt == len(users)
+    assert learnt == sum(message.role == "user" for message in messages)
+
+
+def test_two_turns_are_read_as_openai_harmony_renders_them() -> None:
+    """Of three it drops, as installed, only the first one's analysis; the rule it documents is of all earlier ones."""
+    dropping = openai_harmony.RenderConversationConfig(auto_drop_analysis=True)
+    turns = [
+        (Message("user", f"q{n}"), Message("assistant", f"t{n}", "analysis"), Message("assistant", f"a{n}", "final"))
+        for n in range(2)
+    ]
+    _, stored = encoded(ChatDataset(LONG), as_row(turns[0] + turns[1]))
+    official = load_encoding().render_conversation_for_training(as_official(turns[0] + turns[1]), dropping)
+    assert stored.tokens[:-1].tolist() == official
+    asked = as_official(turns[0] + turns[1][:1]), openai_harmony.Role.ASSISTANT, dropping
+    prompt = load_encoding().render_conversation_for_completion(*asked)
+    assert official[: len(prompt)] == prompt and not stored.lossmask[: len(prompt) - 3].any()
 
 
 @given(chats(analysis=True, turns=1), st.integers(40, 200))
@@ -111,20 +145,23 @@ def test_what_is_cut_still_parses_and_keeps_the_last_final(messages: tuple[Messa
     if encoded.documents is None:
         assert {"dropped_final_too_long", "dropped_context_too_long"} & encoded.truncation.keys()
         return
-    (stored,) = each(encoded)
-    kept = Parser(FULL).messages(stored.tokens[:-1])
-    assert len(stored.tokens) <= seq_len and kept[-1] == messages[-1]
+    assert all(len(stored.tokens) <= seq_len for stored in each(encoded))
+    kept = Parser(FULL).messages(each(encoded)[-1].tokens[:-1])
+    if kept[-1] != messages[-1]:
+        assert {"dropped_final_too_long", "dropped_context_too_long"} & encoded.truncation.keys()
+        return
+    messages = in_a_chat(messages, sum(message.role == "user" for message in messages) - 1)
     assert all(message.content.strip() for message in kept), "an emptied analysis or question is no example"
     head = tuple(message for message in messages if message.role in ("system", "developer"))
     assert kept[: len(head)] == head
-    if "whole" in encoded.truncation:  # beyond whole turns nothing was cut
+    if not {"analysis_cut", "user_cut"} & encoded.truncation.keys():  # beyond whole turns nothing was cut
         assert kept[len(head) :] == messages[len(messages) - len(kept) + len(head) :]
 
 
 @given(chats())
 @settings(max_examples=40)
 def test_only_the_last_turn_may_be_supervised(messages: tuple[Message, ...]) -> None:
-    (every,) = encoded(ChatDataset(LONG), as_row(messages))
+    every = encoded(ChatDataset(LONG), as_row(messages))[-1]
     (last,) = encoded(ChatDataset(LONG, supervise="last"), as_row(messages))
     assert np.array_equal(every.tokens, last.tokens)
     user = [item for item in Parser(FULL).parse(every.tokens[:-1]) if item.message.role == "user"][-1]
@@ -144,7 +181,8 @@ def test_pairs_share_their_prompt_and_supervise_their_completions(
     sides = encoded(ChatDataset(LONG, pairs=True), row)
     assert len(sides) == 2
     for stored, text in zip(sides, (chosen, rejected), strict=True):
-        expected = (*prompt, Message("assistant", text, "final"))
+        whole = (*prompt, Message("assistant", text, "final"))
+        expected = in_a_chat(whole, sum(message.role == "user" for message in prompt) - 1)
         parsed = Parser(FULL).parse(stored.tokens[:-1])
         assert tuple(item.message for item in parsed) == expected
         supervised = np.flatnonzero(stored.lossmask) + 1
