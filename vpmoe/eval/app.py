@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -142,3 +143,51 @@ def nano(
         samples=samples,
     )
     evaluate_and_plot(where, chosen, output, progress=lambda line: typer.echo(line, err=True))
+
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a finished report")]
+Precision = Annotated[
+    bool | None, typer.Option("--bf16/--fp32", help="compute so (default: as the run did, other models in fp32)")
+]
+
+
+@app.command()
+def core8(
+    where: WhereArgument,
+    config: Annotated[Path, typer.Option(help="settings of the suite")] = Path("configs/eval/core8.toml"),
+    size: Annotated[str, typer.Option(help="items of each task: smoke (50), full (500), all")] = "smoke",
+    tasks: Annotated[
+        str | None, typer.Option(help="names with commas between, any task of the bundle (default: those of CORE-8)")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="folder of the CORE bundle (default: the public one, fetched once)")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="continuations that a process scores at once (default: of the settings)")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=2, help="longer prompts lose their beginning (default: as the model was trained; else never)"),
+    ] = None,
+    bf16: Precision = None,
+    output: Annotated[
+        Path | None, typer.Option(help="the report (default: reports/eval/core8/CHECKPOINT.json)")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Eight tasks of the CORE benchmark by its rules: accuracy, centered accuracy, their mean, 95 % intervals.
+
+    Under torchrun the processes share the items out (scripts/eval/run_core8.sh with NPROC does it).
+    """
+    from vpmoe.eval.suites.core8 import Chosen, Settings, evaluate, summary_lines
+
+    names = tuple(name.strip() for name in tasks.split(",")) if tasks is not None else ()
+    chosen = Chosen(size, names, bundle, batch_size, context, bf16, output, overwrite)
+    report = evaluate(where, Settings.read(config), chosen, say=say_once)
+    say_once(summary_lines(report), err=False)
+
+
+def say_once(line: str, *, err: bool = True) -> None:
+    """Print a line, of several processes by the first alone."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(line, err=err)

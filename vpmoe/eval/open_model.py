@@ -54,6 +54,7 @@ class Opened:
         tokenizer: the vocabulary.
         prompts: the system and developer messages that it was trained with; None where none are on record.
         run_directory: of a run; None for other models.
+        context: tokens of a sequence that it was trained on, as its run or its config.json says; None: nobody does.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class Opened:
     tokenizer: Tokenizer
     prompts: tuple[Message, ...] | None
     run_directory: Path | None
+    context: int | None
 
     @cached_property
     def model(self) -> VPModel:
@@ -130,7 +132,7 @@ def require_folder(path: Path) -> None:
 
 def _of_hf_directory(folder: Path, bf16: bool | None) -> dict[str, Any]:
     opened = convert.open_directory(folder)
-    cfg = opened.cfg
+    cfg, config = opened.cfg, convert.read_config(folder)
     cfg = cfg.model_copy(update={"training": cfg.training.model_copy(update={"bf16": bool(bf16)})})
     return {
         "path": folder,
@@ -141,8 +143,9 @@ def _of_hf_directory(folder: Path, bf16: bool | None) -> dict[str, Any]:
         "trained": None,
         "weights": opened.weights,
         "tokenizer": read_tokenizer(folder, cfg.model.padded_vocab_size),
-        "prompts": read_prompts(convert.read_config(folder).get("prompts"), source=str(folder / "config.json")),
+        "prompts": read_prompts(config.get("prompts"), source=str(folder / "config.json")),
         "run_directory": None,
+        "context": config.get("max_position_embeddings"),
     }
 
 
@@ -172,6 +175,7 @@ def _of_checkpoint(path: Path, bf16: bool | None) -> dict[str, Any]:
         "tokenizer": read_tokenizer(found.path / ASSETS, cfg.model.padded_vocab_size),
         "prompts": read_prompts(found.state.get("prompts"), source=source),
         "run_directory": run_directory,
+        "context": trained.data.seq_length if trained else None,
     }
 
 

@@ -1,0 +1,230 @@
+"""CORE-8, and any other task of the CORE bundle, by the rules of CORE.
+
+A multiple choice is decided by the mean log-likelihood of each option's tokens, a schema by that of what its contexts
+have in common at the end, language modelling by whether greedy decoding would give the whole continuation. Accuracy is
+centered so that chance is 0 and perfection 1.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from megatron_vpmoe.errors import ConfigError
+from megatron_vpmoe.files import sha256_of_file
+from megatron_vpmoe.runtime import distributed
+from vpmoe.eval.open_model import Opened, open_model, require_folder
+from vpmoe.eval.suites import suite_report
+from vpmoe.eval.suites.bundle import Bundle, Item, Task, drawn, examples
+from vpmoe.eval.suites.fetch import Published, bundle_folder
+from vpmoe.eval.suites.likelihoods import Likelihood, likelihoods
+from vpmoe.eval.suites.prompts import Asked, ask
+from vpmoe.progress import Progress
+from vpmoe.toml_file import read_toml, validated
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.model.gpt import VPModel
+    from vpmoe.tokenizer import Tokenizer
+
+SUITE, SETTINGS, ALL = "core8", Path("configs/eval/core8.toml"), "all"
+Say = Callable[[str], None]
+
+
+class Settings(BaseModel):
+    """The file of the suite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    seed: int
+    shot_seed: int
+    batch_size: int = Field(ge=1)
+    items: dict[str, int]
+    """Items of each task by the name of a size."""
+    bundle: Published
+
+    @classmethod
+    def read(cls, path: Path) -> Settings:
+        """Raises :class:`ConfigError` naming what is wrong in the file."""
+        values = read_toml(path, error=ConfigError)
+        return validated(cls, values, error=ConfigError, source=str(path), remedy="correct the settings named above")
+
+    def limit(self, size: str) -> int | None:
+        """Items of each task; None: all."""
+        if size != ALL and size not in self.items:
+            known = ", ".join([*self.items, ALL])
+            raise ConfigError(f"there is no size {size!r}", source="--size", remedy=f"choose among {known}")
+        return self.items.get(size)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the command line chooses.
+
+    Attributes:
+        size: of the settings' sizes, or "all".
+        tasks: instead of the settings'; empty: those.
+        bundle: a folder instead of the published bundle.
+        batch_size: instead of the settings'.
+        context: tokens that a sequence is cut to; None: as the model was trained.
+        bf16: compute in bfloat16 or not; None: as the run did.
+        output: the report; None: ``reports/eval/core8/<checkpoint>.json``.
+        overwrite: replace a finished report.
+    """
+
+    size: str = "smoke"
+    tasks: tuple[str, ...] = ()
+    bundle: Path | None = None
+    batch_size: int | None = None
+    context: int | None = None
+    bf16: bool | None = None
+    output: Path | None = None
+    overwrite: bool = False
+
+
+def evaluate(path: Path, settings: Settings, chosen: Chosen, *, say: Say) -> dict[str, Any]:
+    """Evaluate the model at ``path``, write report and items, and return the report; a collective of all ranks.
+
+    Args:
+        path: as :func:`vpmoe.eval.open_model.open_model` takes it.
+        settings: of the suite.
+        chosen: of the command line.
+        say: takes a line about what is going on.
+
+    Raises:
+        CheckpointError, DataError, TokenizerError, ConfigError: something named does not exist or does not fit.
+        NotOursError: something else lies where the report belongs.
+    """
+    started = time.perf_counter()
+    require_folder(path)
+    bundle = Bundle(chosen.bundle or bundle_folder(settings.bundle, say=say))
+    tasks = tuple(dict.fromkeys(chosen.tasks or settings.tasks))
+    limit = settings.limit(chosen.size)
+    items = {name: drawn(bundle.read(name), limit, settings.seed) for name in tasks}
+    with open_model(path, bf16=chosen.bf16) as opened:
+        output = chosen.output or suite_report.default_output(SUITE, opened)
+        distributed.from_rank_0(lambda: suite_report.check_writable(output, overwrite=chosen.overwrite))
+        context = chosen.context or opened.context
+        rows = chosen.batch_size or settings.batch_size
+        entries: dict[str, dict[str, Any]] = {}
+        records: list[dict[str, Any]] = []
+        for name in tasks:
+            began, task = time.perf_counter(), bundle.tasks[name]
+            asked = ask_all(task, [item for _, item in items[name]], opened.tokenizer, context, settings.shot_seed)
+            found = [
+                {"task": name, "item": place, **record}
+                for (place, _), record in zip(items[name], score(opened.model, asked, rows, name), strict=True)
+            ]
+            records += found
+            entries[name] = {**entry_of(task, found), "seconds": round(time.perf_counter() - began, 2)}
+        report = {
+            **suite_report.head(SUITE, opened, _settings_entry(settings, chosen, context, opened)),
+            "bundle": {name: {"file": bundle.tasks[name].uri, "sha256": _sha256(bundle, name)} for name in tasks},
+            "tasks": entries,
+            "core8_centered_mean": _mean(entries, settings.tasks),
+            "centered_mean": _mean(entries, tasks),
+            "wall_seconds": round(time.perf_counter() - started, 2),
+        }
+        suite_report.write(output, report, records)
+    say(f"{output} written")
+    return report
+
+
+def ask_all(
+    task: Task, items: Sequence[Item], tokenizer: Tokenizer, context: int | None, shot_seed: int
+) -> list[Asked]:
+    """The items of a task as token ids; each item's examples are drawn among the others."""
+    return [
+        ask(task, item, examples(items, place, task.shots[0], shot_seed), tokenizer, context)
+        for place, item in enumerate(items)
+    ]
+
+
+def score(model: VPModel, asked: Sequence[Asked], rows: int, label: str) -> list[dict[str, Any]]:
+    """Of each item what was chosen, whether that is right, and the likelihoods that decided."""
+    from megatron.core import parallel_state
+
+    requests = [request for one in asked for request in one.requests]
+    mine = -(-len(requests) // parallel_state.get_data_parallel_world_size())
+    with Progress(label, mine, unit="continuations", quiet=distributed.rank() != 0) as progress:
+        scored = iter(likelihoods(model, requests, rows=rows, watch=lambda _: progress.add(1)))
+    return [_judged(one, [next(scored) for _ in one.requests]) for one in asked]
+
+
+def _judged(asked: Asked, options: Sequence[Likelihood]) -> dict[str, Any]:
+    means = [option.mean for option in options]
+    chosen = None if asked.gold is None else means.index(max(means))
+    return {
+        "gold": asked.gold,
+        "chosen": chosen,
+        "correct": options[0].greedy if asked.gold is None else chosen == asked.gold,
+        "log_likelihoods": means,
+        "tokens": [option.tokens for option in options],
+        "cut": asked.cut,
+    }
+
+
+def entry_of(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A task's numbers: accuracy, centered, n, their 95 % intervals, and how many items were cut."""
+    n, right = len(records), sum(record["correct"] for record in records)
+
+    def centered(accuracy: float) -> float:
+        return (accuracy - task.chance) / (1 - task.chance)
+
+    interval = suite_report.wilson(right, n)
+    return {
+        "accuracy": right / n,
+        "centered": centered(right / n),
+        "n": n,
+        "interval": interval,
+        "centered_interval": [centered(bound) for bound in interval],
+        "chance": task.chance,
+        "kind": task.kind,
+        "shots": task.shots[0],
+        "cut": sum(record["cut"] for record in records),
+    }
+
+
+def line_of(name: str, entry: Mapping[str, Any]) -> str:
+    """A task's numbers for a person."""
+    low, high = entry["interval"]
+    cut = f", {entry['cut']} cut to the context" if entry["cut"] else ""
+    numbers = f"{entry['accuracy']:.4f} [{low:.3f}, {high:.3f}], centered {entry['centered']:+.4f}"
+    return f"{name:<24}{numbers}, n {entry['n']}, {entry['seconds']:.1f} s{cut}"
+
+
+def summary_lines(report: Mapping[str, Any]) -> str:
+    """The report as a few lines."""
+    lines = [line_of(name, entry) for name, entry in report["tasks"].items()]
+    mean = report["core8_centered_mean"]
+    name, value = ("core8_centered_mean", mean) if mean is not None else ("centered_mean", report["centered_mean"])
+    return "\n".join(
+        [*lines, f"{name:<24}{value:.4f} of {report['checkpoint']['run']}, {report['wall_seconds']:.1f} s"]
+    )
+
+
+def _mean(entries: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> float | None:
+    """Of the centered accuracies; None where one was not evaluated."""
+    if not set(names) <= entries.keys():
+        return None
+    return sum(entries[name]["centered"] for name in names) / len(names)
+
+
+def _settings_entry(settings: Settings, chosen: Chosen, context: int | None, opened: Opened) -> dict[str, Any]:
+    return {
+        "size": chosen.size,
+        "seed": settings.seed,
+        "shot_seed": settings.shot_seed,
+        "context": context,
+        "bf16": opened.cfg.training.bf16,
+        "batch_size": chosen.batch_size or settings.batch_size,
+    }
+
+
+def _sha256(bundle: Bundle, name: str) -> str:
+    return sha256_of_file(bundle.file_of(name))
