@@ -15,7 +15,8 @@ class Annotation(BaseModel):
         dtype: one that torch and Megatron-Core's indexed datasets both have.
         per: "token": [L] of a document of L tokens, [b, s] of a batch; entry t describes token t+1, as the loss mask
             has it, and what describes a token past the document is dropped. "document": one value, [b, d] of a batch
-            whose rows hold up to d documents; column n is the document of ``document_id`` n.
+            whose rows hold up to d documents; column n is the document of ``document_id`` n. "record": of files alone,
+            a record of ``width`` entries a supervised position, or none of the whole document.
         width: K, for [L, K] and [b, s, K]; None for one entry a token.
         temperature: of log-probabilities: that the logits were divided by.
     """
@@ -24,8 +25,8 @@ class Annotation(BaseModel):
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     dtype: Literal["uint8", "int16", "int32", "int64", "float32"]
-    per: Literal["token", "document"] = "token"
-    width: Annotated[int, Field(ge=1, le=2**18)] | None = None
+    per: Literal["token", "document", "record"] = "token"
+    width: Annotated[int, Field(ge=1, le=2**22)] | None = None
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False, exclude_if=lambda value: value == 1)] = 1.0
 
     @model_validator(mode="after")
@@ -40,9 +41,11 @@ class Annotation(BaseModel):
             return ()
         return (length,) if self.width is None else (length, self.width)
 
-    def entries(self, lengths: Any) -> Any:
-        """Stored for documents of so many tokens; an integer array like ``lengths``."""
-        return lengths * 0 + 1 if self.per == "document" else lengths * (self.width or 1)
+    def may_have(self, entries: Any, lengths: Any) -> Any:
+        """Whether documents of so many tokens may have so many entries stored; a bool array like ``lengths``."""
+        if self.per == "record":
+            return (entries % (self.width or 1) == 0) & (entries <= lengths * (self.width or 1))
+        return entries == (lengths * 0 + 1 if self.per == "document" else lengths * (self.width or 1))
 
 
 REFERENCE_LOG_P = Annotation(name="reference_log_p", dtype="float32")

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.errors import DataError, TokenizerError
 from megatron_vpmoe.files import RECEIPT, first_damage, inside, read_json, read_record, sha256_of_json, unsealed
+from megatron_vpmoe.teacher_records import TeacherRecords
 
 FILE_NAME = "manifest.json"
 SCHEMA_VERSION = 1
@@ -136,11 +137,19 @@ class Content(Entry):
     splits: dict[str, SplitEntry]
     prompts: PromptsEntry | None = None
     annotations: list[Annotation] = []
+    teacher: TeacherRecords | None = None
 
     @property
     def hash(self) -> str:
         """Without annotations that of a manifest from before there were any."""
-        return sha256_of_json(self.model_dump(exclude=None if self.annotations else {"annotations"}))
+        return sha256_of_json(
+            self.model_dump(exclude={name for name in ("annotations", "teacher") if not getattr(self, name)})
+        )
+
+    @property
+    def stored(self) -> tuple[Annotation, ...]:
+        """What lies in files beside each shard."""
+        return (*self.annotations, *([self.teacher.stored] if self.teacher else []))
 
 
 _Form = TypeVar("_Form", bound=BaseModel)
@@ -161,6 +170,8 @@ class Manifest:
         group_size: neighbouring documents that have to share a row: 2 for preference pairs, else 1.
         prompts: its system and developer messages; None for plain text.
         annotations: that every document carries.
+        stored: those that lie in files.
+        teacher: the records that the others are read of, if there are any.
     """
 
     root: Path
@@ -172,6 +183,8 @@ class Manifest:
     group_size: int = 1
     prompts: PromptsEntry | None = None
     annotations: tuple[Annotation, ...] = ()
+    stored: tuple[Annotation, ...] = ()
+    teacher: TeacherRecords | None = None
 
     @property
     def path(self) -> Path:
@@ -213,7 +226,9 @@ def read_manifest(data_path: Path | str) -> Manifest:
         content.splits,
         PAIR if content.pairs else 1,
         content.prompts,
-        tuple(content.annotations),
+        (*content.annotations, *(content.teacher.annotations if content.teacher else ())),
+        content.stored,
+        content.teacher,
     )
 
 

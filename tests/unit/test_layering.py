@@ -25,6 +25,7 @@ TRAINER_FLOORS = {
     "manifest": 0,
     "token_files": 0,
     "annotation_files": 0,
+    "teacher_records": -1,
     "ownership": 0,
     "turns": 0,
     "config": 1,

@@ -1,15 +1,16 @@
-"""``vpmoe data annotate``: the verbs of ``vpmoe data`` that need a model, beside those that need none."""
+"""``vpmoe data annotate`` and ``vpmoe data score``: the verbs of ``vpmoe data`` that need a model."""
 
 from __future__ import annotations
 
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from vpmoe.data_curation.app import app
+from vpmoe.harmony.prompts import ReasoningEffort
 
 
 @app.command()
@@ -41,3 +42,64 @@ def annotate(
     )
     names = ", ".join(one.name for one in made.annotations)
     typer.echo(f"{output_dir}: {sum(entry.rows for entry in made.splits.values()):,} documents with {names}")
+
+
+@app.command()
+def score(
+    dataset: Annotated[Path, typer.Argument(help="of token files, such as vpmoe data build makes")],
+    teacher: Annotated[
+        str, typer.Option(help="a run, checkpoint, object of a ladder or HF directory; or the address of a server")
+    ],
+    output_dir: Annotated[Path, typer.Option(help="folder of the scored dataset")],
+    by: Annotated[
+        Literal["megatron", "hf", "server"] | None,
+        typer.Option(help="megatron: a model of ours; hf: any AutoModelForCausalLM directory; server: http(s)://..."),
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="ids of each position")] = 64,
+    temperature: Annotated[float, typer.Option(help="that the teacher's logits are divided by")] = 1.0,
+    coding: Annotated[
+        Literal["exact", "compact"], typer.Option(help="fp32, or 199 bytes of a position at K = 64")
+    ] = "compact",
+    reasoning: Annotated[
+        ReasoningEffort | None, typer.Option(help="effort that the teacher's system message asks for (default: stored)")
+    ] = None,
+    fraction: Annotated[float | None, typer.Option(min=0, max=1, help="score this share of conversations")] = None,
+    token_budget: Annotated[int | None, typer.Option(min=1, help="score at most so many supervised tokens")] = None,
+    selection: Annotated[Path | None, typer.Option(help="score the documents of this list (lines: train 17)")] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="tokens that a model scores together")] = 16384,
+    bf16: Annotated[
+        bool | None, typer.Option("--bf16/--no-bf16", help="precision (default: as it was trained or saved)")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace what was made of other input or options")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
+) -> None:
+    """Have a teacher say its likeliest next tokens at every supervised position: a dataset that topk_kd trains on.
+
+    The dataset stays as it is; the scored one shares its token files. A killed command goes on where it was.
+    """
+    from vpmoe.data_curation.manifest import read_manifest
+    from vpmoe.teacher.megatron import MegatronTeacher
+    from vpmoe.teacher.selection import Selection
+    from vpmoe.teacher.store import score_dataset
+
+    asked = MegatronTeacher(Path(teacher), bf16=bf16, tokens=batch_tokens)
+    score_dataset(
+        dataset,
+        asked,
+        output_dir,
+        count=top_k,
+        temperature=temperature,
+        coding=coding,
+        reasoning=reasoning,
+        selection=Selection(fraction, token_budget, selection),
+        overwrite=overwrite,
+        quiet=quiet,
+        say=partial(print, file=sys.stderr, flush=True),
+    )
+    told = read_manifest(output_dir)["annotated"][-1]
+    typer.echo(
+        f"{output_dir}: {told['positions']:,} positions of {told['documents']:,} documents, {told['bytes_a_position']} "
+        f"bytes each; captured mass {told['mean_captured_mass']:.4f}, KL of the coding {told['mean_coding_kl']:.1e}"
+    )

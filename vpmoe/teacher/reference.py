@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -45,11 +46,11 @@ def annotate_with_reference(
     with open_model(reference, bf16=bf16) as opened:
         opened.require_vocabulary(manifest)
 
-        def open_scorer() -> Score:
+        def open_scorer() -> AbstractContextManager[Score]:
             annotator = Reference()
             annotator.open(opened.model)
             sizes = {"eod_id": manifest.tokenizer.eod_id, "seq_length": manifest.seq_length, "rows": rows}
-            return partial(of_documents, annotator=annotator, **sizes)
+            return nullcontext(partial(of_documents, annotator=annotator, **sizes))
 
         by = {
             "weights_sha256": opened.entry["weights_sha256"],

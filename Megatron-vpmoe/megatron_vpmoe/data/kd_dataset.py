@@ -56,9 +56,10 @@ class KDDataset:
             )
         folder = manifest.root / split
         for shard in entry.shards:
-            check_files(folder, shard, manifest.annotations)
+            check_files(folder, shard, manifest.stored)
         # The builder may leave a shard without rows; an empty file cannot be memory-mapped.
-        self._shards = [Shard(folder, shard, manifest.annotations) for shard in entry.shards if shard.rows]
+        kept = (manifest.stored, manifest.teacher)
+        self._shards = [Shard(folder, shard, *kept) for shard in entry.shards if shard.rows]
         self.lengths = np.concatenate([shard.lengths for shard in self._shards])
         self._first_row = np.cumsum([0, *(len(shard.lengths) for shard in self._shards)])
         if len(self.lengths) != entry.rows:

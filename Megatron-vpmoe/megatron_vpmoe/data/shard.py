@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vpmoe.annotation import Annotation
-from megatron_vpmoe.annotation_files import read_annotation
+from megatron_vpmoe.annotation_files import read_annotation, read_records
 from megatron_vpmoe.data.batch import Document
 from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.manifest import FILE_NAME, ShardEntry
+from megatron_vpmoe.teacher_records import TeacherRecords
 from megatron_vpmoe.token_files import REBUILD, file_names, read_triple
 
 
@@ -23,7 +24,8 @@ class Shard:
     Args:
         folder: of the split.
         entry: the manifest's; at least one row.
-        annotations: that it has.
+        annotations: that it has in files.
+        teacher: how the records among them are read.
 
     Attributes:
         source: the shard's path without endings, for messages.
@@ -33,11 +35,19 @@ class Shard:
         DataError: an index is damaged, or does not agree with its data, the other parts or the manifest.
     """
 
-    def __init__(self, folder: Path, entry: ShardEntry, annotations: Sequence[Annotation] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        entry: ShardEntry,
+        annotations: Sequence[Annotation] = (),
+        teacher: TeacherRecords | None = None,
+    ) -> None:
         self.source = str(folder / entry.name)
         self._triple = read_triple(folder, entry.name)
         self.lengths: NDArray[np.int32] = self._triple.lengths
-        self._annotations = [(a, read_annotation(folder, entry.name, a, self.lengths)) for a in annotations]
+        plain = [annotation for annotation in annotations if annotation.per != "record"]
+        self._annotations = [(a, read_annotation(folder, entry.name, a, self.lengths)) for a in plain]
+        self._records = None if teacher is None else read_records(folder, entry.name, teacher, self._triple)
         found = (len(self.lengths), len(self._triple.tokens))
         if found != (entry.rows, entry.tokens):
             raise _damaged(
@@ -55,7 +65,7 @@ class Shard:
         """Conversation ``row`` of this shard, memory-mapped."""
         triple, place = self._triple, self._triple.place(row)
         length = place.stop - place.start
-        annotations = {}
+        annotations = {} if self._records is None else self._records(row)
         for declared, (starts, values) in self._annotations:
             first, shape = int(starts[row]), declared.shape(length)
             annotations[declared.name] = values[first : first + math.prod(shape)].reshape(shape)

@@ -1,9 +1,9 @@
 """Re-checking a dataset against its manifest and against itself; every fault is listed, not only the first.
 
 Of token files: hash of each file, lengths of the three signals, ids within the vocabulary, <|endoftext|> at each end,
-loss mask and span in agreement, annotations as declared, all sums of the manifest, no document in both splits; and for
-a sample of conversations, spans worked out a second time by the parser. Of conversation shards: hash, rows, and that no
-file was added.
+loss mask and span in agreement, annotations as declared, a teacher's records readable, all sums of the manifest, no
+document in both splits; and for a sample of conversations, spans worked out a second time by the parser. Of
+conversation shards: hash, rows, and that no file was added.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vpmoe.annotation import Annotation
-from megatron_vpmoe.annotation_files import check_annotation
+from megatron_vpmoe.annotation_files import check_annotation, read_records
 from megatron_vpmoe.files import Tell, inside, read_json_lines, sha256_of_file
-from megatron_vpmoe.manifest import FILE_NAME, PAIR, PREFERENCE
+from megatron_vpmoe.manifest import FILE_NAME, PAIR, PREFERENCE, Content
 from megatron_vpmoe.token_files import Triple, file_names, read_triple
 from vpmoe.data_curation.checks.duplicates import across_splits, bytes_to_read
 from vpmoe.data_curation.checks.kinds import REBUILD, check_sample, signal_checks
@@ -168,22 +167,26 @@ def _token_faults(folder: Path, manifest: dict[str, Any], parsed: int, tell: Tel
         yield from _vocabulary_faults(folder, manifest["tokenizer"], tokenizer)
     except VpmoeError as error:
         yield error
-    declared = [Annotation.model_validate(entry) for entry in manifest.get("annotations", [])]
+    content = Content.model_validate(manifest)
     shards_sound = True
     for split, entry in manifest["splits"].items():
         counted, all_sound = SplitStats(), True
         for shard in entry["shards"]:
             where = f"{split}/{shard['name']}"
             try:
-                if sorted(shard["files"]) != sorted(file_names(shard["name"], declared)):
+                if sorted(shard["files"]) != sorted(file_names(shard["name"], content.stored)):
                     raise DataError(
                         f"its files are listed as {', '.join(shard['files'])}", source=where, remedy=REBUILD
                     )
                 check_files(folder / split, shard["files"], remedy=REBUILD, tell=tell)
                 triple = read_triple(folder / split, shard["name"])
                 _check_signals(triple, manifest, shard, where, counted)
-                for annotation in declared:
+                for annotation in content.stored:
                     check_annotation(folder / split, shard["name"], annotation, triple.lengths)
+                if content.teacher is not None:
+                    records = read_records(folder / split, shard["name"], content.teacher, triple)
+                    for document in range(triple.documents):
+                        records(document)
                 if tokenizer is not None:
                     check_sample(triple, tokenizer, manifest, parsed, where)
             except VpmoeError as error:

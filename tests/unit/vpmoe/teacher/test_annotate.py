@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ def scorer(stop_after: int | None = None, spoilt: float = 0.0) -> Any:
 
 
 def annotating(dataset: Path, score: Any, by: str = "one") -> Annotating:
-    return Annotating(read_manifest(dataset), (IDS, SCORE), {"weights": by}, {"name": "test"}, lambda: score)
+    return Annotating(
+        read_manifest(dataset), (IDS, SCORE), {"weights": by}, {"name": "test"}, lambda: nullcontext(score)
+    )
 
 
 def tree(folder: Path) -> dict[str, bytes]:
