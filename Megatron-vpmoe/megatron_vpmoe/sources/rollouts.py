@@ -124,9 +124,11 @@ class Rollouts:
                 remedy="resume with the objective that wrote it, or start from its weights (checkpoint.load_weights)",
             ) from error
         self._drawn, steps = position.consumed_samples, len(self._rollouts) // self._answers
-        if len(self._rollouts) % self._answers or self._done >= steps * self._cfg.rollout_epochs:
+        unrecorded = self._cfg.router_replay == "replay" and any(len(one.routing) == 0 for one in self._rollouts)
+        if unrecorded or len(self._rollouts) % self._answers or self._done >= steps * self._cfg.rollout_epochs:
             rest, self._rollouts, self._arrays = len(self._rollouts), [], {}
-            return [f"{rest} sampled answers are no whole number of steps now: sampled anew"] * bool(rest)
+            why = "went to experts unknown" if unrecorded else "are no whole number of steps now"
+            return [f"{rest} sampled answers {why}: sampled anew"] * bool(rest)
         return [f"{len(self._rollouts)} sampled answers go on to be trained on"] if self._rollouts else []
 
     def close(self) -> None:

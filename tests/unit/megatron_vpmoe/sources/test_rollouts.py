@@ -130,6 +130,10 @@ def test_resumed_between_two_updates_it_gives_the_same(model: VPModel, dataset: 
         again.resume(position, source="test")
         for step in steps[stopped:]:
             same(again.next_step(), step)
+    replaying = opened(model, dataset, rollout_epochs=2, router_replay="replay")
+    told = replaying.resume(steps[0].position, source="test")
+    assert len(told) == 1 and ("experts unknown" in told[0]) == (replay == "off")
+    assert replaying.next_step().batches[0].annotations["routing"].any()
 
 
 @pytest.mark.parametrize("replay", ["off", "replay"])
