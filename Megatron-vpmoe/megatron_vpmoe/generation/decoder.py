@@ -1,26 +1,35 @@
 """One token of each row through the weights of the training model, without its modules' way for whole sequences.
 
 At a token a row what a step costs is the number of operations, not their size: so keys and queries are normed and
-rotated together, a bias carries mask, distance and sink, and masks and angles are made once a step. No weight is
-copied. A test holds every design's logits to those of the model's own forward pass.
+rotated together, a bias carries mask, distance and sink, and what follows from positions is made for all layers at
+once. A test holds every design's logits to those of the model's own forward pass.
 
-Host synchronisations: none. Shapes follow from the number of rows and from ``longest`` rounded up.
+Weights copied, all in all: a tensor-product layer's factor projections, and where a CPU decodes in fp32 for long enough
+(``packed``) every large weight but the experts' and the embedding, laid out for oneDNN.
+
+Host synchronisations: none. Shapes follow from the number of rows and from ``longest`` rounded up, and tensors made in
+a step are its own; CUDA graphs (one for each such shape) would need inputs and cache at fixed addresses, which growing
+and moving rows do not give yet.
 
 Shapes: B rows, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
+from torch.nn import functional
 
 from megatron_vpmoe.generation.kv_cache import KVCache
-from megatron_vpmoe.generation.layer import Layer, Norm, Step, linear
+from megatron_vpmoe.generation.layer import Layer
+from megatron_vpmoe.generation.linear import Linear, Norm
+from megatron_vpmoe.generation.positions import Here, Kind, kind_of
+from megatron_vpmoe.model.attention.self_attention import VPSelfAttention
 from megatron_vpmoe.model.gpt import VPModel
-from megatron_vpmoe.model.norm import RMSNorm
 from megatron_vpmoe.runtime import stages
 
 _ROUND = 32
@@ -32,24 +41,33 @@ class Decoder:
 
     Args:
         model: in evaluation mode, with whole sequences; its weights must not change while this lives.
+        packed: so many steps will follow that large weights are worth a copy in a faster layout (`linear`).
     """
 
-    def __init__(self, model: VPModel) -> None:
+    def __init__(self, model: VPModel, *, packed: bool = False) -> None:
         self._model = model
-        self._layers = [Layer(layer) for layer in cast(Any, model.decoder.layers)]
-        final = model.decoder.final_layernorm
-        self._final_norm = None if final is None else Norm(cast(RMSNorm, final))
+        layers = cast(Any, model.decoder.layers)
+        self._layers = [Layer(layer, packed=packed) for layer in layers]
+        self._attentions: list[VPSelfAttention] = [layer.self_attention for layer in layers]
+        self._dtype = self._attentions[0].linear_proj.weight.dtype
+        wide = torch.promote_types(self._dtype, torch.float32)
+        self._kind_of = [kind_of(attention) for attention in self._attentions]
+        self._kinds = {
+            kind: Kind([one for one in self._attentions if kind_of(one) == kind], wide) for kind in {*self._kind_of}
+        }
+        if model.stage.is_last:
+            self._final_norm = Norm(model.decoder.final_layernorm)
+            self._output = Linear(model.output_weight(), packed=packed)
 
     def cache(self, rows: int) -> KVCache:
         """An empty cache for so many rows."""
-        first = self._layers[0].attention
-        dtype = first.linear_proj.weight.dtype
+        first = self._attentions[0]
         return KVCache(
-            {layer.attention.layer_number: layer.attention.window for layer in self._layers},
+            {attention.layer_number: attention.window for attention in self._attentions},
             rows=rows,
             groups=first.num_groups,
             head_dim=first.head_dim,
-            dtype=dtype,
+            dtype=self._dtype,
             device=self._model.device,
         )
 
@@ -67,20 +85,38 @@ class Decoder:
         """
         model = self._model
         if model.stage.is_first:
-            hidden_BH, first = model.embedding(input_ids=token_B.unsqueeze(1), position_ids=None)[0], None
+            hidden_BH, first = self._embedded(token_B), None
         else:
             hidden, value = model.wire.unpack(received(model, 1, len(token_B)))
-            hidden_BH, first = hidden[0], None if value is None else value[0]
-        step = Step(position_B, -(-longest // _ROUND) * _ROUND)
-        hidden_BH = hidden_BH.clone()
-        for layer in self._layers:
-            first = layer.run(hidden_BH, first, step, cache)
+            hidden_BH, first = hidden[0].clone(), None if value is None else value[0]
+        for layer, here in zip(self._layers, self._here(position_B, cache, longest), strict=True):
+            first = layer.run(hidden_BH, first, here, cache)
         if not model.stage.is_last:
             stages.send_to_next_stage(model.wire.pack(hidden_BH[None], None if first is None else first[None]))
             return None
-        assert self._final_norm is not None
-        logits = linear(self._final_norm(hidden_BH), model.output_weight())
-        return gather_from_tensor_model_parallel_region(logits, group=model.pg_collection.tp).float()
+        logits = self._output(self._final_norm(hidden_BH))
+        if model.pg_collection.tp.size() > 1:
+            logits = gather_from_tensor_model_parallel_region(logits, group=model.pg_collection.tp)
+        return logits.float()
+
+    def _here(self, position_B: Tensor, cache: KVCache, longest: int) -> Iterator[Here]:
+        """For each layer, in order."""
+        columns = -(-longest // _ROUND) * _ROUND
+        width = {kind: cache.width(kind[0]) for kind in self._kinds}
+        made = {kind: iter(self._kinds[kind].here(position_B, columns, width[kind])) for kind in self._kinds}
+        return (next(made[kind]) for kind in self._kind_of)
+
+    def _embedded(self, token_B: Tensor) -> Tensor:
+        """Upstream's module asks the host which tokens another rank has."""
+        words = self._model.embedding.word_embeddings
+        tp = self._model.pg_collection.tp
+        if tp.size() == 1:
+            return functional.embedding(token_B, words.weight)
+        own_B = token_B - words.vocab_start_index
+        inside_B = (own_B >= 0) & (own_B < len(words.weight))
+        hidden_BH = functional.embedding(own_B.where(inside_B, 0), words.weight) * inside_B.unsqueeze(1)
+        torch.distributed.all_reduce(hidden_BH, group=tp)
+        return hidden_BH
 
 
 def received(model: VPModel, positions: int, rows: int) -> Tensor:

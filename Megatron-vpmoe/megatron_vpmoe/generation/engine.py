@@ -8,7 +8,8 @@ Prompts are shared out over data-parallel ranks, and every rank gets all complet
 forward pass is a collective: the ranks then agree on what comes next, fill up to the largest, and end together.
 
 Host synchronisations: one a step for the chosen tokens, and one more for that agreement with experts spread over ranks.
-Memory beside the weights: the cache (`kv_cache`), the keys and values of one pack of prompts, [rows, V] logits in fp32.
+Memory beside the weights: the cache (`kv_cache`), the keys and values of one pack of prompts, [rows, V] logits in fp32,
+and on a CPU a second copy of large fp32 weights while many tokens are generated (`linear`).
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ ROWS = 32
 
 _PACKED = 512
 """Tokens of prompts that share a forward pass; a longer prompt has one of its own. Attention there is quadratic."""
+
+_PACKED_FROM = 64
+"""Steps, if no row stops early, from which a second layout of the weights saves more time than making it takes."""
 
 
 @torch.no_grad()
@@ -134,7 +138,8 @@ class _Engine:
         mine = range(self._group.rank(), len(prompts), self._group.size())
         self._waiting = deque((place, sample) for place in mine for sample in range(len(budgets[place])))
         self._capacity = min(rows, -(-len(prompts) // self._group.size()) * max(map(len, budgets)))
-        self._decoder = Decoder(model)
+        tokens = sum(sum(budgets[place]) for place in mine)
+        self._decoder = Decoder(model, packed=tokens >= _PACKED_FROM * max(1, self._capacity))
         self._cache = self._decoder.cache(self._capacity)
         self._rows: list[_Row] = []
         self._done: list[Completion] = []

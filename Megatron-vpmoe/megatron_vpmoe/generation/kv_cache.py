@@ -51,13 +51,13 @@ class KVCache:
     ) -> None:
         self._windows = windows
         self._capacity = 0
-        empty = torch.zeros(rows, groups, 1, head_dim, dtype=dtype, device=device)
-        self._stored = {number: (empty, empty) for number in windows}
+        empty = torch.zeros(rows, groups, 2, 1, head_dim, dtype=dtype, device=device)
+        self._stored = dict.fromkeys(windows, empty)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all layers."""
-        return sum(x.nbytes for pair in self._stored.values() for x in pair)
+        return sum(x.nbytes for x in self._stored.values())
 
     def reserve(self, positions: int) -> None:
         """Make room for positions 0 to ``positions - 1`` of every row."""
@@ -66,27 +66,29 @@ class KVCache:
         self._capacity = -(-positions // BLOCK) * BLOCK
         for number, window in self._windows.items():
             columns = columns_of(self._capacity, window)
-            self._stored[number] = tuple(_grown(x, 1 + columns) for x in self._stored[number])  # type: ignore[assignment]
+            self._stored[number] = _grown(self._stored[number], 1 + columns)
 
-    def layer(self, number: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [R, G, 1 + C, D] of a layer, to be read and written; what is before the first is zero."""
+    def layer(self, number: int) -> Tensor:
+        """Keys and values [R, G, 2, 1 + C, D] of a layer, to be read and written; what is before the first is zero."""
         return self._stored[number]
+
+    def width(self, window: int | None) -> int:
+        """1 + C of the layers with that window."""
+        return 1 + columns_of(self._capacity, window)
 
     def fill(self, row: int, past: Past) -> None:
         """Begin a row with the keys and values of its first positions, or with as many of the last as a window sees."""
         for number, pair in past.items():
             window = self._windows[number]
-            for stored, x_GSD in zip(self._stored[number], pair, strict=True):
-                length = x_GSD.shape[1]
-                begin = 0 if window is None else max(0, length - window)
-                column = 1 + torch.arange(begin, length, device=stored.device) % (window or length)
-                stored[row].index_copy_(1, column, x_GSD[:, begin:])
+            stored, length = self._stored[number][row], pair[0].shape[1]
+            begin = 0 if window is None else max(0, length - window)
+            column = 1 + torch.arange(begin, length, device=stored.device) % (window or length)
+            stored.index_copy_(2, column, torch.stack([x_GSD[:, begin:] for x_GSD in pair], 1))
 
     def move(self, source: int, target: int) -> None:
         """Let row ``target`` go on as row ``source`` has come so far."""
-        for pair in self._stored.values():
-            for stored in pair:
-                stored[target] = stored[source]
+        for stored in self._stored.values():
+            stored[target] = stored[source]
 
 
 def columns_of(positions: int, window: int | None) -> int:
@@ -95,8 +97,8 @@ def columns_of(positions: int, window: int | None) -> int:
 
 
 def _grown(x: Tensor, columns: int) -> Tensor:
-    if x.shape[2] == columns:
+    if x.shape[3] == columns:
         return x
-    grown = x.new_zeros(*x.shape[:2], columns, x.shape[3])
-    grown[:, :, : x.shape[2]] = x
+    grown = x.new_zeros(*x.shape[:3], columns, x.shape[4])
+    grown[:, :, :, : x.shape[3]] = x
     return grown

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_vpmoe.config import RunConfig, load_config
 from megatron_vpmoe.generation.decoder import Decoder
 from megatron_vpmoe.generation.kv_cache import BLOCK
-from megatron_vpmoe.generation.layer import linear
+from megatron_vpmoe.generation.linear import Linear
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.model.gpt import VPModel
@@ -111,9 +111,14 @@ def test_a_step_waits_for_nothing() -> None:
     assert not [name for name in counted.names if any(word in name for word in waiting)]
 
 
-@pytest.mark.parametrize("rows", [1, 7])
-def test_large_linears_are_linears(rows: int) -> None:
-    """They go another way on a CPU, with and without a bias."""
-    x, weight, bias = torch.randn(rows, 512), torch.randn(1100, 512), torch.randn(1100)
+@pytest.mark.parametrize("rows", [1, 7, 40])
+@pytest.mark.parametrize("packed", [False, True])
+def test_large_linears_are_linears(rows: int, packed: bool) -> None:
+    """They go another way on a CPU, with and without a bias; in another layout where they are asked to."""
+    x, weight, bias, hidden = (torch.randn(size) for size in ((rows, 512), (1100, 512), (1100,), (rows, 1100)))
     for given in (None, bias):
-        torch.testing.assert_close(linear(x, weight, given), functional.linear(x, weight, given), rtol=1e-4, atol=1e-4)
+        linear, expected = Linear(weight, given, packed=packed), functional.linear(x, weight, given)
+        torch.testing.assert_close(linear(x), expected, rtol=1e-4, atol=1e-4)
+        sums = hidden.clone()
+        linear.add(sums, x)
+        torch.testing.assert_close(sums, hidden + expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,91 @@
+"""A layer's routed experts for one new token a row.
+
+Few rows: the weights of their experts are gathered. More: every expert computes every row, without sorting rows by
+experts. Still more, or experts spread over ranks: the training model's own module.
+
+Shapes: B rows, H hidden, E experts, K experts a token, F expert FFN width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from torch import Tensor
+
+from megatron_vpmoe.generation.linear import Linear
+
+_ALL, _GATHERED = 4, 0.125
+"""Rows times K up to so many times E: every expert computes every row; up to the second: only theirs."""
+
+
+class Experts:
+    """Routed experts, all of them whole on this rank."""
+
+    def __init__(self, layer: MoELayer) -> None:
+        experts: Any = layer.experts
+        self._router: Any = layer.router
+        self._w1, self._b1 = experts.fc1_weight.detach(), experts.fc1_bias
+        self._w2T, self._b2 = experts.fc2_weight.detach().mT, experts.fc2_bias
+        bias = None if self._b1 is None else self._b1.flatten()
+        self._up = Linear(self._w1.flatten(0, 1), bias, packed=False)
+        wide = {"fp32": torch.float32, "fp64": torch.float64, None: self._w1.dtype}[layer.config.moe_router_dtype]
+        self._gate = self._router.weight.detach().to(wide).t()
+
+    def suit(self, rows: int) -> bool:
+        """Whether rows are few enough to compute more than is asked for."""
+        return rows * self._router.topk <= _ALL * len(self._w1)
+
+    def add(self, hidden_BH: Tensor, x_BH: Tensor) -> None:
+        """Add the experts' output for ``x_BH`` to ``hidden_BH``, in place."""
+        weight_BK, chosen_BK = self._route(x_BH)
+        rows, (experts, width, _) = len(x_BH), self._w1.shape
+        if chosen_BK.numel() <= _GATHERED * experts:
+            chosen, each = chosen_BK.flatten(), weight_BK.view(-1, 1, 1)
+            x = x_BH.repeat_interleave(chosen_BK.shape[1], 0).unsqueeze(1)
+            w1T, w2T = self._w1.index_select(0, chosen).mT, self._w2T.index_select(0, chosen)
+            up = torch.bmm(x, w1T)
+            if self._b1 is not None:
+                up += self._b1.index_select(0, chosen).unsqueeze(1)
+            out = torch.bmm(_activated(up, each), w2T)
+            if self._b2 is not None:
+                out = torch.addcmul(out, self._b2.index_select(0, chosen).unsqueeze(1), each.to(out.dtype))
+            hidden_BH += out.view(rows, -1, out.shape[-1]).sum(1)
+            return
+        weight_BE = weight_BK.new_zeros(rows, experts).scatter_(1, chosen_BK, weight_BK)
+        up = _activated(self._up(x_BH).view(rows, experts, width), weight_BE.unsqueeze(2))
+        hidden_BH += torch.bmm(up.transpose(0, 1), self._w2T).sum(0)
+        if self._b2 is not None:
+            hidden_BH.addmm_(weight_BE.to(hidden_BH.dtype), self._b2)
+
+    def _route(self, x_BH: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and experts [B, K]: ``VPMoERouter.routing`` in a third of its operations."""
+        router = self._router
+        config, bias = router.config, router.expert_bias
+        sigmoid = router.score_function == "sigmoid"
+        score_BE = torch.mm(x_BH.to(self._gate.dtype), self._gate)
+        if sigmoid:
+            score_BE = score_BE.sigmoid_()
+        ranked_BE = score_BE if bias is None else score_BE + bias
+        if config.moe_router_group_topk:
+            grouped = ranked_BE.view(len(x_BH), config.moe_router_num_groups, -1)
+            best = grouped.topk(router.topk // config.moe_router_group_topk).values.sum(-1)
+            kept = best.topk(config.moe_router_group_topk).indices
+            closed = torch.full_like(best, -torch.inf).scatter_(1, kept, 0.0)
+            ranked_BE = (grouped + closed.unsqueeze(2)).view_as(score_BE)
+        chosen_BK = ranked_BE.topk(router.topk).indices
+        weight_BK = score_BE.gather(1, chosen_BK)
+        if not sigmoid:
+            weight_BK = weight_BK.softmax(-1)
+        elif router.topk > 1:
+            weight_BK.div_(weight_BK.sum(-1, keepdim=True).add_(1e-20))
+        if config.moe_router_topk_scaling_factor:
+            weight_BK *= config.moe_router_topk_scaling_factor
+        return weight_BK, chosen_BK
+
+
+def _activated(up: Tensor, weight: Tensor) -> Tensor:
+    """ReLU² of an expert's rows, weighted; ``up`` is used up."""
+    up = up.relu_().square_()
+    return up.mul_(weight) if weight.dtype == up.dtype else (up * weight).to(up.dtype)
