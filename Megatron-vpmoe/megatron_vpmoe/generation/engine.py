@@ -130,7 +130,7 @@ class _Engine:
         from megatron.core import parallel_state
 
         self._model, self._prompts, self._budgets, self._options = model, prompts, budgets, options
-        self._grammar, self._version, self._watch = grammar, weight_version, watch
+        self._grammar, self._version, self._watch, self._routing = grammar, weight_version, watch, routing
         self._allowed = None if grammar is None else AllowedTokens(grammar, model.vocab_size, model.device)
         self._group = cast(dist.ProcessGroup, parallel_state.get_data_parallel_group())
         self._together, self._stop = model.pg_collection.ep.size() > 1, stop
@@ -138,13 +138,12 @@ class _Engine:
         mine = range(self._group.rank(), len(prompts), self._group.size())
         self._waiting = deque((place, sample) for place in mine for sample in range(len(budgets[place])))
         self._capacity = min(rows, -(-len(prompts) // self._group.size()) * max(map(len, budgets)))
-        tokens = sum(sum(budgets[place]) for place in mine)
-        self._decoder = Decoder(model, packed=tokens >= _PACKED_FROM * max(1, self._capacity))
+        steps = sum(map(sum, budgets)) / (self._capacity * self._group.size())
+        self._decoder = Decoder(model, packed=steps >= _PACKED_FROM)
         self._cache = self._decoder.cache(self._capacity)
         self._rows: list[_Row] = []
         self._done: list[Completion] = []
         self._held: tuple[int, Past, list[NDArray[Any]]] | None = None
-        self._routing = routing
 
     def run(self) -> list[Completion]:
         while True:
@@ -160,7 +159,7 @@ class _Engine:
                 break
         if self._group.size() == 1:
             return self._done
-        gathered: list[list[Completion]] = [[] for _ in range(self._group.size())]
+        gathered: list[Any] = [None] * self._group.size()
         dist.all_gather_object(gathered, self._done, group=self._group)
         return [completion for part in gathered for completion in part]
 
@@ -176,9 +175,8 @@ class _Engine:
         """Whether a rank that computes together with this one was asked to stop."""
         if self._stop is None:
             return False
-        groups = [
-            group for group in (self._model_group, *([self._group] if self._together else [])) if group.size() > 1
-        ]
+        asking = (self._model_group, self._group) if self._together else (self._model_group,)
+        groups = [group for group in asking if group.size() > 1]
         if not groups:
             return self._stop()
         asked = torch.tensor(self._stop(), dtype=torch.int32, device=self._model.device)
@@ -208,8 +206,8 @@ class _Engine:
                     break
                 pack.append(_Prefill(place, prompt.ids[:-1], [row]))
             self._waiting.popleft()
-            key = draw_key(self._options.seed, prompt.identity_or_hash(), sample)
-            self._rows.append(_Row(completion, prompt.ids[-1], len(prompt.ids) - 1, key, self._budgets[place][sample]))
+            key, budget = draw_key(self._options.seed, prompt.identity_or_hash(), sample), self._budgets[place][sample]
+            self._rows.append(_Row(completion, prompt.ids[-1], len(prompt.ids) - 1, key, budget))
         return pack
 
     def _prefill(self, pack: list[_Prefill], width: int) -> None:
@@ -246,8 +244,7 @@ class _Engine:
         """A token for each row; rows that fill up to ``size`` are computed and thrown away."""
         filler = [0] * (size - len(self._rows))
         table = [
-            [row.token, row.position, row.key, len(row.completion.ids), row.state, row.budget, self._given(row)]
-            for row in self._rows
+            (r.token, r.position, r.key, len(r.completion.ids), r.state, r.budget, self._given(r)) for r in self._rows
         ]
         columns = [[*column, *filler] for column in zip(*table, strict=True)] or [filler] * 7
         token, position, key, count, state, budget, given = torch.tensor(columns, device=self._model.device)
@@ -261,12 +258,12 @@ class _Engine:
             tokens_B = given if self._prompts[0].given else None
             torch.stack([x.double() for x in choose(logits, self._options, drawn, allowed, tokens_B)], out=result)
         stages.tell_stages(result)
-        tokens, *logprobs = result[:, : len(self._rows)].tolist()
+        told = result[:, : len(self._rows)].tolist()
         if self._routing is not None:
             for row, chosen in zip(self._rows, self._routing().cpu().numpy(), strict=False):  # what follows fills up
                 row.completion.routing.append(chosen[None])
-        for row, chosen, as_sampled, untempered in zip(self._rows, map(int, tokens), *logprobs, strict=True):
-            self._append(row, chosen, as_sampled, untempered)
+        for row, chosen, as_sampled, untempered in zip(self._rows, *told, strict=True):
+            self._append(row, int(chosen), as_sampled, untempered)
         self._leave()
 
     def _given(self, row: _Row) -> int:

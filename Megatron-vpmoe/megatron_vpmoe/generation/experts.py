@@ -75,6 +75,8 @@ class Experts:
             closed = torch.full_like(best, -torch.inf).scatter_(1, kept, 0.0)
             ranked_BE = (grouped + closed.unsqueeze(2)).view_as(score_BE)
         chosen_BK = ranked_BE.topk(router.topk).indices
+        if router.recorded is not None:
+            router.recorded.append(chosen_BK)
         weight_BK = score_BE.gather(1, chosen_BK)
         if not sigmoid:
             weight_BK = weight_BK.softmax(-1)

@@ -93,7 +93,7 @@ def choose(
     if options.temperature == 0:
         best_B = free_BV.argmax(-1)
         token_B = best_B if given_B is None else given_B
-        as_sampled_B = torch.zeros_like(logits_BV[:, 0]).masked_fill(token_B != best_B, -torch.inf)
+        as_sampled_B = torch.where(token_B == best_B, 0.0, -torch.inf)
     else:
         cumulative_BV = torch.softmax(_filtered(free_BV / options.temperature, options), -1).double().cumsum(-1)
         total_B = cumulative_BV[:, -1]
@@ -102,7 +102,7 @@ def choose(
         token_B = torch.searchsorted(cumulative_BV, point_B.unsqueeze(1), right=True).squeeze(1)
         upper_B, lower_B = _at(cumulative_BV, token_B), _at(cumulative_BV, (token_B - 1).clamp(min=0))
         as_sampled_B = (torch.where(token_B > 0, upper_B - lower_B, upper_B) / total_B).log().float()
-    return Chosen(token_B, as_sampled_B, _at(logits_BV, token_B) - logits_BV.logsumexp(-1))
+    return Chosen(token_B, as_sampled_B, _at(logits_BV.log_softmax(-1), token_B))
 
 
 def _filtered(scaled_BV: Tensor, options: SamplingOptions) -> Tensor:
