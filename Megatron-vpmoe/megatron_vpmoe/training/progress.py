@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 _SMOOTHING = 0.2
 """Weight of the newest interval in the running mean of seconds per step."""
+_PREFERENCES: dict[str, Callable[[float], str]] = {
+    "rewards/margin": lambda value: f"margin {value:.3f}",
+    "accuracy/relative": lambda value: f"preferred {value:.0%}",
+}
 
 
 class Progress:
@@ -94,7 +98,8 @@ class Progress:
         """The validation pass at ``step`` gave ``values``; ``prefix`` is "valid" or "valid/<dataset>"."""
         dataset = prefix.removeprefix("valid").replace("/", " of ", 1)
         rewards = ", ".join(f"{tag} {value:.4f}" for tag, value in values.items() if tag.startswith("reward"))
-        self.note(f"step {step}: validation{dataset} {losses(values) or rewards}")
+        told = "  ".join(part for part in (losses(values) or rewards, *_formatted(_PREFERENCES, values)) if part)
+        self.note(f"step {step}: validation{dataset} {told}")
 
     def saved(self, step: int, path: Path) -> None:
         """The state at ``step`` is in ``path``."""
@@ -117,6 +122,7 @@ def step_line(step: int, total: int, values: dict[str, float], remaining_seconds
     """
     parts = [f"step {step:>{len(str(total))}}/{total}", losses(values)]
     formats = {
+        **_PREFERENCES,
         "throughput/tokens_per_second": lambda value: f"{_thousands(value)} tok/s",
         "throughput/mfu_pct": lambda value: f"mfu {value:.1f}%",
         "rollout/reward_mean": lambda value: f"reward {value:.4f}",
@@ -124,10 +130,14 @@ def step_line(step: int, total: int, values: dict[str, float], remaining_seconds
         "grad_norm": lambda value: f"grad {value:.3g}",
         "moe/router_agg/mean_cv_pct": lambda value: f"router cv {value:.0f}%",
     }
-    parts += [render(values[tag]) for tag, render in formats.items() if tag in values]
+    parts += _formatted(formats, values)
     if remaining_seconds is not None:
         parts.append(f"eta {duration(remaining_seconds)}")
     return "  ".join(part for part in parts if part)
+
+
+def _formatted(formats: dict[str, Callable[[float], str]], values: dict[str, float]) -> list[str]:
+    return [render(values[tag]) for tag, render in formats.items() if tag in values]
 
 
 def losses(values: dict[str, float]) -> str:

@@ -19,6 +19,7 @@ from vpmoe.data_curation.datasets import kd, vocabularies
 from vpmoe.data_curation.datasets.chat import ChatDataset
 from vpmoe.data_curation.datasets.finish import summary
 from vpmoe.data_curation.datasets.plan import BuildOptions
+from vpmoe.data_curation.datasets.rollout_prompts import write_prompts
 from vpmoe.data_curation.datasets.sequential import Pass, RowKind, build_sequential
 from vpmoe.data_curation.datasets.text import HealingText
 from vpmoe.data_curation.rows.files import TEXT_COLUMN
@@ -205,6 +206,17 @@ def build_chat(
 def build_pairs(output: Output, source: Source, common: Common, chat: Chat) -> None:
     """Build preference data: rows of chosen against rejected -> token files of pairs and a manifest."""
     _build_rows(output, source, _chat(common, chat, pairs=True, supervise="last"))
+
+
+@app.command()
+def prompts(
+    questions: Annotated[str, typer.Option("--input", help=f"rows: a file or folder ({', '.join(SUFFIXES)})")],
+    dataset: Annotated[Path, typer.Option(help="whose vocabulary, system and developer messages the model was taught")],
+    output: Annotated[Path, typer.Option(help="file to write; another such file is replaced")],
+    field: Annotated[str, typer.Option(help="of what the user says")] = "query",
+) -> None:
+    """Write prompts for rollouts (rollouts.rollout_prompts): questions rendered, each with its row for the rewards."""
+    typer.echo(f"{output}: {write_prompts(resolve(questions), field, dataset, output):,} prompts")
 
 
 @app.command()

@@ -47,13 +47,13 @@ def test_a_log_gets_plain_lines_with_a_running_estimate():
     now[0] = 20.0
     progress.step(20, VALUES)  # 2 s a step, 80 to go
     progress.note("router: [bold]2 experts[/bold]")
-    progress.evaluated(20, {"loss/total": 2.0})
+    progress.evaluated(20, {"loss/total": 2.0, "rewards/margin": 0.25, "accuracy/relative": 0.75})
     progress.saved(20, Path("runs/x"))
     progress.finished(20, stopped=True)
     lines = stream.getvalue().splitlines()
     assert lines[0].startswith("step  20/100  loss 2.5000") and lines[0].endswith("eta 2m40s")
     assert lines[1] == "router: [bold]2 experts[/bold]"
-    assert lines[2] == "step 20: validation loss 2.0000"
+    assert lines[2] == "step 20: validation loss 2.0000  margin 0.250  preferred 75%"
     assert lines[3] == "step 20: saved runs/x"
     assert "stopped at step 20; --resume continues" in lines[4]
     assert "\x1b" not in stream.getvalue()

@@ -1,0 +1,51 @@
+"""Prompts for rollouts: questions as a model is asked them, each with its row, which rewards read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_vpmoe.files import json_line, write_atomically
+from megatron_vpmoe.manifest import PromptsEntry, read_manifest
+from vpmoe.data_curation.rows.source import RowSource
+from vpmoe.errors import DataError, RowError
+from vpmoe.harmony.conversation import Message, check_text
+from vpmoe.harmony.renderer import FastRenderer
+from vpmoe.steps import check_replaceable
+from vpmoe.tokenizer.from_dataset import load_tokenizer
+
+_FIRST = "vocabulary"
+
+
+def write_prompts(questions: RowSource, field: str, dataset: Path, output: Path) -> int:
+    """Write the JSONL file that ``rollouts.rollout_prompts`` names; returns how many prompts are in it.
+
+    Its first line says what the ids mean, ``{"vocabulary": identity}``; then come ``{"ids": [...], "row": {...}}``.
+
+    Args:
+        questions: rows.
+        field: of the row's text that the user says.
+        dataset: whose vocabulary, and system and developer messages, the model was taught.
+        output: replaced where it is such a file.
+
+    Raises:
+        DataError: a row has no such text or cannot be JSON; or there is no row.
+        TokenizerError: the vocabulary has no Harmony tokens.
+        NotOursError: something else lies at ``output``.
+    """
+    check_replaceable(output, f'{{"{_FIRST}": {{')
+    manifest = read_manifest(dataset)
+    renderer, given = FastRenderer(load_tokenizer(dataset)), manifest.prompts or PromptsEntry()
+    context = [Message(role, text) for role, text in given.model_dump().items() if text]
+    lines = [json_line({_FIRST: manifest.tokenizer.identity()})]
+    for place, row in questions.rows():
+        try:
+            check_text(row.get(field), field)
+            ids = renderer.generation_prompt([*context, Message("user", row[field])]).tolist()
+            lines.append(json_line({"ids": ids, "row": row}))
+        except (RowError, TypeError) as error:
+            what = error.what if isinstance(error, RowError) else f"the row is no JSON: {error}"
+            raise DataError(what, source=place, remedy="mend the row, or name the field (--field)") from error
+    if len(lines) == 1:
+        raise DataError("there are no rows", source=questions.name, remedy="name a file that has some")
+    write_atomically(output, "".join(lines).encode())
+    return len(lines) - 1
