@@ -3,6 +3,7 @@
     cross_entropy        weighted cross-entropy
     log_probabilities    of labels, and entropies, with a gradient from upstream
     divergence           forward KL to a teacher's 64 ids with a bucket for the tail, mixed with cross-entropy
+    topk_kd              the last one, in chunks, against cross-entropy in chunks
 
 "plain" projects every position and calculates with the fp32 logits of all. "plain, supervised" projects the supervised
 positions only. Both make the gradients of hidden states and projection.
@@ -30,7 +31,7 @@ from torch.nn import functional
 from megatron_vpmoe.model.output import CrossEntropy, Divergence, Term, log_probabilities, weighted_sum
 from megatron_vpmoe.runtime.device import current_device
 
-READINGS = ("cross_entropy", "log_probabilities", "divergence")
+READINGS = ("cross_entropy", "log_probabilities", "divergence", "topk_kd")
 TEACHER_IDS = 64
 Side = Callable[[], Tensor]
 
@@ -79,7 +80,7 @@ def sides(reading: str, args: argparse.Namespace) -> tuple[dict[str, Side], tupl
         kl = (p * (log_p[kept] - of_ids)).sum(-1) + p_tail * (p_tail / q_tail).log()
         return (w * (kl - of_labels)).sum()
 
-    def chunked() -> Tensor:
+    def chunked(reading: str = reading) -> Tensor:
         h, w = hidden[mask], weight[mask]
         if reading == "log_probabilities":
             log_q, entropy = log_probabilities(h, projection, labels[mask], entropy=True)
@@ -90,6 +91,9 @@ def sides(reading: str, args: argparse.Namespace) -> tuple[dict[str, Side], tupl
             terms.append(Divergence(teacher_ids=ids[mask], teacher_log_p=log_p[mask], weight=w))
         return weighted_sum(h, projection, terms)[0]
 
+    if reading == "topk_kd":
+        both = {"cross_entropy": lambda: chunked("cross_entropy"), "topk_kd": lambda: chunked("divergence")}
+        return both, (hidden, projection)
     both = {"chunked": chunked, "plain": lambda: of_logits(everywhere)}
     supervised = {} if args.supervised == 100 else {"plain, supervised": lambda: of_logits(mask)}
     return {**both, **supervised}, (hidden, projection)
@@ -127,7 +131,7 @@ def compare(reading: str, args: argparse.Namespace) -> None:
                 taken[name].append((seconds, peak))
             elif not results:
                 results[name] = loss, gradients
-            else:
+            elif reading != "topk_kd":  # whose sides are two losses
                 (other_loss, other_gradients), *_ = results.values()
                 apart = [float((a - b).norm() / b.norm()) for a, b in zip(gradients, other_gradients, strict=True)]
                 print(
@@ -140,9 +144,10 @@ def compare(reading: str, args: argparse.Namespace) -> None:
         f"{reading}: {args.tokens} tokens x {args.vocab}, hidden {args.hidden}, {args.supervised:g} % supervised, "
         f"{leaves[0].dtype}, {leaves[0].device}, {args.threads} threads, {args.rounds} rounds"
     )
-    print(f"{'forward + backward':20s} {'median s':>9s} {'peak GiB':>9s}   time over chunked: min / median / max")
+    first = next(iter(taken))
+    print(f"{'forward + backward':20s} {'median s':>9s} {'peak GiB':>9s}   time over {first}: min / median / max")
     for name, runs in taken.items():
-        ratios = sorted(other[0] / mine[0] for other, mine in zip(runs, taken["chunked"], strict=True))
+        ratios = sorted(other[0] / mine[0] for other, mine in zip(runs, taken[first], strict=True))
         summary = f"{ratios[0]:.2f} / {statistics.median(ratios):.2f} / {ratios[-1]:.2f}"
         seconds, peak = (statistics.median(column) for column in zip(*runs, strict=True))
         print(f"{name:20s} {seconds:9.2f} {peak:9.2f}   {summary}")
