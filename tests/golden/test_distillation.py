@@ -33,7 +33,7 @@ DENSE = {"num_experts": None, "num_layers": 2, "hidden_size": 48, "value_residua
 def trained(run: Path, data: Path, **fields: object) -> Any:
     fields = {"log_interval": 1, "eval_interval": None, "num_layers": 2, "train_iters": 3, **fields}
     with distributed.single_process(seed=1234):
-        return train(tiny_config(data_path=data, run_dir=run, **fields))
+        return train(tiny_config(data_path=data, run_dir=run, **fields))  # type: ignore[arg-type]
 
 
 def values(run: Path, tag: str) -> list[float]:
@@ -113,4 +113,4 @@ def test_what_no_teacher_can_say_is_refused_before_any_weight(
         ),
     ):
         with pytest.raises(CheckpointError, match=named):
-            geometry_of(tiny_config(nproc_per_node=4, **fields), str(teacher), "training.teacher_weights")
+            geometry_of(tiny_config(nproc_per_node=4, **fields), str(teacher), "training.teacher_weights")  # type: ignore[arg-type]

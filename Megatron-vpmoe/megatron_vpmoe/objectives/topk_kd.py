@@ -91,7 +91,7 @@ class TopKKD(Objective):
         of_kd = self.alpha * recorded
         divergence = Divergence(
             # Where there is no record any ids will do, as long as they differ: they weigh nothing.
-            teacher_ids=torch.where(recorded.unsqueeze(-1), ids, torch.arange(self.top_k, device=ids.device)),
+            teacher_ids=torch.where(recorded.unsqueeze(-1), ids, torch.arange(self.top_k).to(ids)),
             teacher_log_p=log_p,
             weight=weight * of_kd,
             temperature=self.temperature,

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from megatron_vpmoe.config import RunConfig, deciding_fields, load_config, provenance_diff
 from megatron_vpmoe.config.provenance import _SINGLE_FIELDS, _UNDECIDING, _WHOLE_SECTIONS, is_binding
 from megatron_vpmoe.config.schema import RETIRED, fields, section_types
+from megatron_vpmoe.config.schema_objective import OWNED
 from megatron_vpmoe.errors import ConfigError
 
 
@@ -86,15 +87,23 @@ def test_a_run_from_before_a_field_went_is_resumed_and_its_geometry_read(
         assert f"unknown key {retired.section}.{name}; it is gone: {retired.reason}" in str(caught.value)
 
 
-def test_settings_of_dpo_bind_and_concern_nothing_else(small: Path) -> None:
-    new, beta = (load_config(small, ["--objective", "dpo", *flags]) for flags in ([], ["--dpo-beta", "0.2"]))
+@pytest.mark.parametrize(
+    ("objective", "flags", "key"),
+    [
+        ("dpo", "--dpo-beta 0.2", "training.dpo_beta"),
+        ("topk_kd", "--kd-alpha 0.2", "training.kd_alpha"),
+        ("topk_kd", "--teacher-weights a", "training.teacher_weights"),
+    ],
+)
+def test_settings_of_an_objective_bind_and_concern_no_other(small: Path, objective: str, flags: str, key: str) -> None:
+    new, other = (load_config(small, ["--objective", objective, *words]) for words in ([], flags.split()))
     old = new.model_dump()
-    for name in [name for name in old["training"] if name.startswith("dpo_")]:
+    for name in [name for name, owner in OWNED.items() if owner == objective]:
         del old["training"][name]
     assert provenance_diff(old, new.model_dump()) == []
-    assert [change.key for change in provenance_diff(old, beta.model_dump())] == ["training.dpo_beta"]
-    assert deciding_fields(new) != deciding_fields(beta)
-    assert "dpo" not in str(deciding_fields(load_config(small)))
+    assert [change.key for change in provenance_diff(old, other.model_dump())] == [key]
+    assert deciding_fields(new) != deciding_fields(other)
+    assert not OWNED.keys() & deciding_fields(load_config(small))["training"].keys()
 
 
 def test_what_answers_are_sampled_by_binds_and_concerns_nothing_else(small: Path) -> None:
