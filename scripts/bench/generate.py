@@ -6,7 +6,7 @@ the left and go on until the longest answer is done. Every round times both, one
 first; the ratio is transformers' time over ours, within the round, by the wall and by the process's CPU time, which
 other jobs on the machine disturb less. How many answers are equal is told as well.
 
-    python scripts/bench/generate.py --batch 1 16 --rounds 5
+    python scripts/bench/generate.py
 
 `nano` is configs/nano/stage1.yaml, `dense` a Qwen3 of 50 M parameters, 16 layers of 512; both untrained.
 """
@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=4, help="prompts are so many times the batch")
     parser.add_argument("--prompt", type=int, nargs=2, default=(16, 160), help="shortest and longest, in tokens")
     parser.add_argument("--answer", type=int, nargs=2, default=(8, 256), help="shortest and longest, in tokens")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 

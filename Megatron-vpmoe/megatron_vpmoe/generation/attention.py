@@ -65,16 +65,7 @@ class Attention:
         stored, key, value = self._views(cache, rows, here.bias.shape[-1])
         stored.index_copy_(0, here.place, flat[:, per_group:].reshape(-1, flat.shape[-1]))
         query = flat[:, :per_group]
-        if query.dtype == self._wide:
-            score = torch.baddbmm(here.bias, query, key, alpha=self._scale)
-            return torch.bmm(torch.softmax(score, -1), value).view(rows, -1), own_BGD
-        if not query.is_cuda:
-            score = torch.baddbmm(here.bias, query.to(self._wide), key.to(self._wide), alpha=self._scale)
-            out = torch.bmm(torch.softmax(score, -1), value.to(self._wide)).to(query.dtype)
-        else:
-            score = torch.baddbmm(here.bias, query, key, alpha=self._scale, out_dtype=self._wide)
-            out = torch.bmm(torch.softmax(score, -1).to(query.dtype), value)
-        return out.view(rows, -1), own_BGD
+        return attended(query, key, value, here.bias, self._scale).view(rows, -1), own_BGD
 
     def _projected(self, x_BH: Tensor) -> Tensor:
         """Megatron's mixed layout [B, G, P + 2, D]: of each group its queries, its key, its value."""
@@ -106,6 +97,28 @@ class Attention:
             key, value = stored[:rows, :, :, :columns].flatten(0, 1).unbind(1)
             self._viewed = stored, rows, columns, (stored.flatten(0, 3), key.transpose(1, 2), value)
         return self._viewed[3]
+
+
+def attended(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """softmax(scale · query key + bias) value, with scores and softmax in the dtype of the bias.
+
+    Args:
+        query: [N, P, D].
+        key: [N, D, C].
+        value: [N, C, D].
+        bias: fp32 or wider [N, P, C].
+
+    Returns:
+        [N, P, D] in the dtype of the values.
+    """
+    dtype, wide = value.dtype, bias.dtype
+    if dtype != wide and query.is_cuda:
+        score = torch.add(bias, torch.bmm(query, key, out_dtype=wide), alpha=scale)
+        return torch.bmm(torch.softmax(score, -1).to(dtype), value)
+    if dtype != wide:
+        query, key, value = query.to(wide), key.to(wide), value.to(wide)
+    out = torch.bmm(torch.softmax(torch.baddbmm(bias, query, key, alpha=scale), -1), value)
+    return out if out.dtype == dtype else out.to(dtype)
 
 
 def _spread_factors(attention: VPSelfAttention) -> tuple[Tensor, Tensor | None]:

@@ -7,9 +7,9 @@ of it; the last token is a row's first step.
 Prompts are shared out over data-parallel ranks, and every rank gets all completions. With experts spread over ranks a
 forward pass is a collective: the ranks then agree on what comes next, fill up to the largest, and end together.
 
-Host synchronisations: one a step for the chosen tokens, and one more for that agreement with experts spread over ranks.
-Memory beside the weights: the cache (`kv_cache`), the keys and values of one pack of prompts, [rows, V] logits in fp32,
-and on a CPU a second copy of large fp32 weights while many tokens are generated (`linear`).
+Host synchronisations in a step: for the chosen tokens, where routing is recorded, and for that agreement. Memory beside
+the weights: the cache (`kv_cache`), keys and values of one pack of prompts, [rows, V] logits in fp32, and on a CPU a
+second copy of large fp32 weights while many tokens are generated (`linear`).
 """
 
 from __future__ import annotations

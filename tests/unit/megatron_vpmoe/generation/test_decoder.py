@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vpmoe.config import RunConfig, load_config
+from megatron_vpmoe.generation import linear
+from megatron_vpmoe.generation.attention import attended
 from megatron_vpmoe.generation.decoder import Decoder
 from megatron_vpmoe.generation.kv_cache import BLOCK
 from megatron_vpmoe.generation.linear import Linear
@@ -21,6 +24,18 @@ from tests.tiny import tiny_config
 pytestmark = pytest.mark.usefixtures("single_process")
 LENGTH = 44  # past every window here, and past the ring's first turn
 DESIGNS = ("stage1", "vpdense_8", "vpdense0_5_8", "qwen3", "qwen3_o200k")
+
+
+class Counting(TorchDispatchMode):
+    """Notes the name of every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def lively(cfg: RunConfig) -> VPModel:
@@ -78,6 +93,39 @@ def test_bf16() -> None:
     assert differences(build_model(tiny_config(bf16=True)).eval(), 2).median() < 1e-2
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_attention_reads_keys_and_values_in_their_own_dtype(dtype: torch.dtype, tolerance: float) -> None:
+    """On a GPU, of which this knows shapes and dtypes alone, no copy of them is made; on a CPU bf16 is widened."""
+    query, key, value, bias = (torch.randn(size) for size in ((6, 2, 8), (6, 8, 33), (6, 33, 8), (6, 2, 33)))
+    given = [x.to(dtype) for x in (query, key, value)]
+    exact = [x.double() for x in given]
+    expected = (exact[0] @ exact[1] * 0.3 + bias).softmax(-1) @ exact[2]
+    found = attended(given[0], given[1], given[2], bias, 0.3)
+    assert found.dtype == dtype and (found - expected).abs().max() < tolerance
+    with FakeTensorMode(), Counting() as counted:
+        q, k, v, b = (torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in (*given, bias))
+        counted.names.clear()
+        assert attended(q, k, v, b, 0.3).dtype == dtype
+    widened = [name for name in counted.names if "_to_copy" in name]
+    assert len(widened) == (dtype == torch.bfloat16), "the probabilities alone are converted, and not in fp32"
+
+
+@pytest.mark.parametrize("name", ["stage1", "qwen3"])
+def test_packed_weights_give_the_same_logits(repository: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load_config(repository / "configs" / "nano" / f"{name}.yaml", ["--num-layers", "4"])
+    torch.manual_seed(0)
+    model, token = build_model(cfg).eval(), torch.tensor([5, 9])
+    monkeypatch.setattr(linear, "_ONEDNN_FROM", 1)
+    steps = []
+    for dtype in (torch.float64, torch.float32):
+        decoder = Decoder(model.to(dtype), packed=dtype == torch.float32)
+        cache = decoder.cache(2)
+        cache.reserve(1)
+        with torch.no_grad():
+            steps.append(decoder.step(token, torch.zeros_like(token), cache, 1))
+    torch.testing.assert_close(steps[1], steps[0], rtol=1e-4, atol=1e-4)
+
+
 def test_the_cache_takes_what_is_said_of_it() -> None:
     """Windows are rings; what no window bounds grows by blocks."""
     cache = Decoder(lively(tiny_config(window_size=8))).cache(3)
@@ -85,18 +133,6 @@ def test_the_cache_takes_what_is_said_of_it() -> None:
     for positions, blocks in ((5, 1), (BLOCK, 1), (BLOCK + 1, 2), (3, 2)):
         cache.reserve(positions)
         assert cache.nbytes == one_column * (3 * (1 + 8) + 1 + blocks * BLOCK)
-
-
-class Counting(TorchDispatchMode):
-    """Notes the name of every operation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_step_waits_for_nothing() -> None:
@@ -117,8 +153,8 @@ def test_large_linears_are_linears(rows: int, packed: bool) -> None:
     """They go another way on a CPU, with and without a bias; in another layout where they are asked to."""
     x, weight, bias, hidden = (torch.randn(size) for size in ((rows, 512), (1100, 512), (1100,), (rows, 1100)))
     for given in (None, bias):
-        linear, expected = Linear(weight, given, packed=packed), functional.linear(x, weight, given)
-        torch.testing.assert_close(linear(x), expected, rtol=1e-4, atol=1e-4)
+        large, expected = Linear(weight, given, packed=packed), functional.linear(x, weight, given)
+        torch.testing.assert_close(large(x), expected, rtol=1e-4, atol=1e-4)
         sums = hidden.clone()
-        linear.add(sums, x)
+        large.add(sums, x)
         torch.testing.assert_close(sums, hidden + expected, rtol=1e-4, atol=1e-4)
