@@ -80,7 +80,7 @@ def lend(monkeypatch: pytest.MonkeyPatch) -> PretendedCard:
     from megatron_vpmoe.model import builder
     from megatron_vpmoe.model.attention import self_attention
     from megatron_vpmoe.runtime import device, signals
-    from megatron_vpmoe.training import progress, router, run, step
+    from megatron_vpmoe.training import implementation, progress, router, step
 
     card = PretendedCard()
 
@@ -92,7 +92,7 @@ def lend(monkeypatch: pytest.MonkeyPatch) -> PretendedCard:
     generator = torch.Generator
     monkeypatch.setattr(nn.Module, "to", to)
     monkeypatch.setattr(torch, "Generator", lambda **_: generator())
-    for room in (device, builder, signals, progress, router, run, step):
+    for room in (device, builder, signals, implementation, progress, router, step):
         monkeypatch.setattr(room, "current_device", lambda: CARD)
     monkeypatch.setattr(self_attention, "select_backend", lambda *_, **__: "reference")
     return card

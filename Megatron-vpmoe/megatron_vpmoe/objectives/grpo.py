@@ -109,7 +109,7 @@ class GRPO(Objective):
         log_ratio = log_p - old
         if self.ratio == "sequence":
             means = torch.segment_reduce(log_ratio, "sum", lengths=lengths) / lengths.clamp(min=1)
-            log_ratio = means.repeat_interleave(lengths)
+            log_ratio = means.repeat_interleave(lengths, output_size=len(log_p))
         ratio = log_ratio.exp()
         importance = (old - given["sampled_log_p"]).exp()
         correction = importance.clamp(max=self.mismatch_clamp) if self.mismatch_clamp else torch.ones_like(importance)
@@ -144,7 +144,8 @@ class GRPO(Objective):
         """[n]; of each token in the loss."""
         answers = max(totals["answers"], 1.0)
         if self.normalisation == "sequence":
-            return (1.0 / (answers * lengths.clamp(min=1).to(like.dtype))).repeat_interleave(lengths)
+            of_answer = 1.0 / (answers * lengths.clamp(min=1).to(like.dtype))
+            return of_answer.repeat_interleave(lengths, output_size=len(like))
         whole = answers * self.longest if self.normalisation == "constant" else max(totals["tokens/supervised"], 1.0)
         return torch.full_like(like, 1.0 / whole)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,7 @@ class Answering:
             model: the bare model.
             asked: the number of each prompt, which its draws come from, and the prompt.
             version: of the weights.
-            stop: asked before each token.
+            stop: asked before each token and each reward.
 
         Raises:
             Interrupted: a rank was asked to stop.
@@ -115,13 +116,19 @@ class Answering:
         rollouts = [Rollout.of(each, asked[each.place][1].ids, asked[each.place][0]) for each in completions]
 
         def score() -> list[dict[str, float]]:
-            rows = [asked[each.place][1].row for each in completions]
-            return [self._rewards(self._sample(one, row)) for one, row in zip(rollouts, rows, strict=True)]
+            found = []
+            for one, each in zip(rollouts, completions, strict=True):
+                if stop is not None and stop.is_requested():
+                    break
+                found.append(self._rewards(self._sample(one, asked[each.place][1].row)))
+            return found
 
         scores = distributed.from_rank_0(score)
+        if len(scores) < len(rollouts):
+            raise Interrupted
         rewards = [self._rewards.total(each) for each in scores]
         scored = [replace(one, reward=reward) for one, reward in zip(rollouts, rewards, strict=True)]
         return Answers(scored, scores, sampled - began, time.perf_counter() - sampled)
 
-    def _sample(self, one: Rollout, row: Mapping[str, Any]) -> Sample:
-        return Sample(one.prompt_ids.tolist(), one.ids.tolist(), one.finished, row, self._manifest)
+    def _sample(self, one: Rollout, row: dict[str, Any]) -> Sample:
+        return Sample(one.prompt_ids.tolist(), one.ids.tolist(), one.finished, MappingProxyType(row), self._manifest)

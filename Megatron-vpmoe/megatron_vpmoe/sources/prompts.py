@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +19,7 @@ class Asked(NamedTuple):
     """A prompt, and what stands with it for rewards."""
 
     ids: Sequence[int]
-    row: Mapping[str, Any]
+    row: dict[str, Any]
 
 
 class Prompts(Protocol):

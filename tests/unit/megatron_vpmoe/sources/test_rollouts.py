@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from megatron_vpmoe.model.moe.router import VPMoERouter
 from megatron_vpmoe.objectives import build_objective
 from megatron_vpmoe.objectives.grpo import GRPO
 from megatron_vpmoe.optim import build_optimizer
+from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
 from megatron_vpmoe.sources import HeldOut, Position, Rollouts, Step
 from megatron_vpmoe.sources.answers import Answering
 from megatron_vpmoe.sources.groups import packed, varies
@@ -207,6 +209,24 @@ def test_a_reward_that_fails_ends_the_run_with_the_sample(
 ) -> None:
     with pytest.raises(DataError, match=rf"(?s)reward {reward} .*{told}.*'place'"):
         opened(model, dataset, reward=reward).next_step()
+
+
+STOP = StopRequest()
+
+
+def stopping(sample: Sample) -> float:
+    """Asked to stop while it scores; and what a reward does to its sample stays with it."""
+    STOP._handle(signal.SIGTERM, None)
+    return even(sample)
+
+
+def test_asked_to_stop_while_it_scores_it_leaves_the_sampling(model: VPModel, dataset: KDDataset) -> None:
+    source, undisturbed = (opened(model, dataset, reward=reward) for reward in ("stopping", "even"))
+    source.stop = STOP
+    with pytest.raises(Interrupted):
+        source.next_step()
+    source.stop = None
+    assert source.next_step().position.consumed_samples == undisturbed.next_step().position.consumed_samples
 
 
 def hostile(sample: Sample) -> float:

@@ -31,6 +31,7 @@ def test_the_line_of_a_step():
 
 def test_what_is_not_there_is_not_shown():
     assert step_line(7, 9, {"loss/total": 1.0}, None) == "step 7/9  loss 1.0000"
+    assert step_line(7, 9, {"loss/total": 1.0, "rollout/reward_mean": 0.5}, None).endswith("  reward 0.5000")
     assert losses({}) == ""
 
 
@@ -48,14 +49,16 @@ def test_a_log_gets_plain_lines_with_a_running_estimate():
     progress.step(20, VALUES)  # 2 s a step, 80 to go
     progress.note("router: [bold]2 experts[/bold]")
     progress.evaluated(20, {"loss/total": 2.0, "rewards/margin": 0.25, "accuracy/relative": 0.75})
+    progress.evaluated(20, {"reward_mean": 0.25, "reward/exact": 0.25, "length_mean": 9.0})
     progress.saved(20, Path("runs/x"))
     progress.finished(20, stopped=True)
     lines = stream.getvalue().splitlines()
     assert lines[0].startswith("step  20/100  loss 2.5000") and lines[0].endswith("eta 2m40s")
     assert lines[1] == "router: [bold]2 experts[/bold]"
     assert lines[2] == "step 20: validation loss 2.0000  margin 0.250  preferred 75%"
-    assert lines[3] == "step 20: saved runs/x"
-    assert "stopped at step 20; --resume continues" in lines[4]
+    assert lines[3] == "step 20: validation reward_mean 0.2500, reward/exact 0.2500"
+    assert lines[4] == "step 20: saved runs/x"
+    assert "stopped at step 20; --resume continues" in lines[5]
     assert "\x1b" not in stream.getvalue()
 
 
