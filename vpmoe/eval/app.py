@@ -187,6 +187,30 @@ def core8(
     say_once(summary_lines(report), err=False)
 
 
+@app.command()
+def text(
+    where: WhereArgument,
+    texts: Annotated[Path | None, typer.Option(help="file or folder of .txt, .jsonl, .jsonl.zst or .parquet")] = None,
+    data_path: Annotated[Path | None, typer.Option(help="instead: a dataset of conversations, span by span")] = None,
+    split: Annotated[str, typer.Option(help="of the dataset")] = "valid",
+    text_field: Annotated[str, typer.Option(help="column of the text")] = "text",
+    documents: Annotated[int | None, typer.Option(min=1, help="so many of the first (default: all)")] = None,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="tokens of a text read at once (default: as trained, else 2048)")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="tokens between windows (default: half of one)")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="windows that a process reads at once")] = 8,
+    bf16: Precision = None,
+    output: Annotated[Path | None, typer.Option(help="the report (default: reports/eval/text/CHECKPOINT.json)")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Nats a token, perplexity and bits per byte, by position, of texts or of a dataset's conversations."""
+    from vpmoe.eval.suites.text import Asked, evaluate, summary_lines
+
+    asked = Asked(texts, data_path, split, text_field, documents, window, stride, batch_size, bf16, output, overwrite)
+    say_once(summary_lines(evaluate(where, asked, say=say_once)), err=False)
+
+
 def say_once(line: str, *, err: bool = True) -> None:
     """Print a line, of several processes by the first alone."""
     if int(os.environ.get("RANK", "0")) == 0:

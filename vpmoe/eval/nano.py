@@ -131,7 +131,7 @@ def evaluate_model(
         permitted(opened)
         form = form_of(opened, plain=options.plain, system=options.system, developer=options.developer, say=progress)
         loaded = time.perf_counter()
-        dataset = _dataset_for(opened, options.data_path, progress)
+        dataset = dataset_for(opened, options.data_path, progress)
         losses = {} if dataset is None else valid_losses(opened, dataset)
         measured = time.perf_counter()
         if losses:
@@ -175,7 +175,7 @@ def summary_lines(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _dataset_for(opened: Opened, data_path: Path | None, progress: Progress) -> Manifest | None:
+def dataset_for(opened: Opened, data_path: Path | None, progress: Progress) -> Manifest | None:
     """The dataset to measure losses on; None, and a word on it, where the model has none any more.
 
     Raises:

@@ -1,28 +1,25 @@
 """What every rung is asked: how likely it finds held-out texts, and whether it answers held-out questions.
 
-The same texts and questions at every rung, whatever the vocabulary. Losses of different vocabularies compare per byte
-of text, not per token. A text's first token is not scored, as nothing stands before it; its bytes are not counted
-either. A question is asked as the texts ask it (``data_curation.tasks.question_texts``) and answered greedily with a
+The same texts and questions at every rung, whatever the vocabulary; losses as ``eval.suites.likelihood`` has them. A
+question is asked as the texts ask it (``data_curation.tasks.question_texts``) and answered greedily with a
 key-value cache; the answer is the first line, and has to be the expected one, blanks around it apart.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_vpmoe.files import sha256_of_file, sha256_of_json
-from vpmoe.data_curation.rows.source import resolve
-from vpmoe.errors import DataError
 from vpmoe.eval.asking import AsText, decode_in_batches
 from vpmoe.eval.open_model import open_model
 from vpmoe.eval.questions import Question, read_questions
+from vpmoe.eval.suites.likelihood import score_texts
+from vpmoe.eval.suites.text import read_texts
 from vpmoe.tokenizer.interface import Tokenizer
 from vpmoe.upcycle.ladder_file import Evaluation
 
@@ -54,14 +51,8 @@ class HeldOut:
         Raises:
             DataError: a file is missing, is of another form, or holds nothing.
         """
-        rows = resolve(str(settings.texts)).rows((settings.text_field,))
-        texts = []
-        for place, row in islice(rows, settings.documents):
-            if not isinstance(row.get(settings.text_field), str):
-                raise DataError(f"the row has no text in {settings.text_field!r}", source=place, remedy="text_field")
-            texts.append(row[settings.text_field][: settings.characters])
-        if not texts:
-            raise DataError("no text to evaluate on", source=str(settings.texts), remedy="name texts")
+        texts = read_texts(settings.texts, settings.text_field, settings.documents)
+        texts = [text[: settings.characters] for text in texts]
         questions = read_questions(settings.questions, per_family=settings.per_family)
         decides = {
             "texts": sha256_of_json(texts),
@@ -94,36 +85,6 @@ def evaluate(folder: Path, held_out: HeldOut, settings: Evaluation, *, progress:
         questions = ask(opened.model, opened.tokenizer, held_out.questions, settings)
         progress(f"{questions['exact']} of {questions['n']} questions answered exactly")
     return {"texts": texts, "questions": questions}
-
-
-def score_texts(model: VPModel, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int) -> dict[str, Any]:
-    """How likely the model finds texts.
-
-    Returns:
-        ``documents``, ``bytes`` and ``tokens`` that were scored, ``nats_per_token``, ``bits_per_byte``.
-    """
-    from megatron_vpmoe.model.attention.masks import left_padded
-
-    encoded = [tokenizer.encode_ordinary(text).tolist() for text in texts]
-    order = sorted((ids for ids in encoded if len(ids) > 1), key=len)
-    scored_bytes = sum(len(tokenizer.decode_bytes(ids[1:])) for ids in order)
-    if not order or scored_bytes <= 0:
-        raise DataError("no text of two tokens", source="the texts to score", remedy="name longer texts")
-    nats, tokens = 0.0, 0
-    for begin in range(0, len(order), batch_size):
-        ids, layout = left_padded(order[begin : begin + batch_size], model.device)
-        scored = layout.document_id >= 0
-        scored[:, -1] = False
-        labels = ids.roll(-1, dims=1)
-        total, terms = model(ids, layout).cross_entropy(labels, scored, torch.ones(labels.shape, device=ids.device))
-        nats, tokens = nats + float(total), tokens + len(terms)
-    return {
-        "documents": len(order),
-        "bytes": scored_bytes,
-        "tokens": tokens,
-        "nats_per_token": nats / tokens,
-        "bits_per_byte": nats / math.log(2) / scored_bytes,
-    }
 
 
 def ask(model: VPModel, tokenizer: Tokenizer, questions: Sequence[Question], settings: Evaluation) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable
 from http.client import HTTPException
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -148,7 +148,8 @@ def _unpack(archive: Path, folder: Path, published: Published) -> None:
     try:
         with zipfile.ZipFile(archive) as packed:
             names = [name for name in packed.namelist() if not name.endswith("/")]
-            top = next((name.removesuffix(TASKS) for name in sorted(names, key=len) if name.endswith(TASKS)), None)
+            found = sorted((name for name in names if PurePosixPath(name).name == TASKS), key=len)
+            top = found[0].removesuffix(TASKS) if found else None
             if top is None:
                 raise DataError(f"there is no {TASKS} in it", source=str(archive), remedy="name another bundle")
             for name in (name for name in names if name.startswith(top)):

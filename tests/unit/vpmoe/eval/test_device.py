@@ -11,9 +11,9 @@ from tests.pretended_device import lend
 from tests.tiny_qwen3 import write_qwen3
 from vpmoe.cli import main
 from vpmoe.eval.open_model import open_model
+from vpmoe.eval.suites.likelihood import score_texts
 from vpmoe.hf.convert import import_directory, open_directory
 from vpmoe.hf.parity import compare
-from vpmoe.ladder.evaluation import score_texts
 from vpmoe.upcycle.vocabulary_report import measure
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,150 @@
+"""The suite of likelihoods: any texts, or the conversations of a dataset's split, as a report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from megatron_vpmoe.data.batch import Span
+from megatron_vpmoe.errors import ConfigError
+from megatron_vpmoe.files import sha256_of_json
+from megatron_vpmoe.runtime import distributed
+from vpmoe.data_curation.rows.source import resolve
+from vpmoe.errors import DataError
+from vpmoe.eval.open_model import Opened, open_model, require_folder
+from vpmoe.eval.suites import suite_report
+from vpmoe.eval.suites.likelihood import Passage, Sums, dataset_passages, measure, text_passages
+from vpmoe.progress import Progress
+
+SUITE, WINDOW = "text", 2048
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to measure, and how.
+
+    Attributes:
+        texts: a file or folder of texts; None: ``data_path`` is given instead.
+        data_path: a dataset of conversations.
+        split: of it.
+        text_field: column of the text.
+        documents: so many of the first; None: all.
+        window: tokens that the model reads at once; None: as it was trained, else 2048. Conversations are not cut.
+        stride: tokens from one window to the next; None: half a window.
+        batch_size: passages that a process reads at once.
+        bf16: compute in bfloat16 or not; None: as the run did.
+        output: the report; None: ``reports/eval/text/<checkpoint>.json``.
+        overwrite: replace a finished report.
+    """
+
+    texts: Path | None = None
+    data_path: Path | None = None
+    split: str = "valid"
+    text_field: str = "text"
+    documents: int | None = None
+    window: int | None = None
+    stride: int | None = None
+    batch_size: int = 8
+    bf16: bool | None = None
+    output: Path | None = None
+    overwrite: bool = False
+
+
+def evaluate(path: Path, asked: Asked, *, say: Say) -> dict[str, Any]:
+    """Measure the model at ``path``, write report and documents, return the report; a collective of all ranks.
+
+    Raises:
+        CheckpointError, DataError, TokenizerError, ConfigError: something named does not exist or does not fit.
+        NotOursError: something else lies where the report belongs.
+    """
+    started = time.perf_counter()
+    require_folder(path)
+    if (asked.texts is None) == (asked.data_path is None):
+        raise ConfigError("what to measure is not one thing", source="--texts, --data-path", remedy="give one of them")
+    texts = None if asked.texts is None else read_texts(asked.texts, asked.text_field, asked.documents)
+    with open_model(path, bf16=asked.bf16) as opened:
+        output = asked.output or suite_report.default_output(SUITE, opened)
+        distributed.from_rank_0(lambda: suite_report.check_writable(output, overwrite=asked.overwrite))
+        window = asked.window or opened.context or WINDOW
+        if texts is not None:
+            passages, spans = text_passages(opened.tokenizer, texts, window, asked.stride), {"text": slice(None)}
+            source = {"texts": str(asked.texts), "sha256": sha256_of_json(texts)}
+            source |= {"window": window, "stride": asked.stride or max(1, window // 2)}
+        else:
+            passages, source = _of_dataset(opened, asked)
+            spans = {span.name.lower(): int(span) for span in Span} | {"all": slice(None)}
+        with Progress(SUITE, len(passages), unit="passages", quiet=distributed.rank() != 0) as progress:
+            ranks = distributed.world_size()
+            sums = measure(
+                opened.model,
+                passages,
+                batch_size=asked.batch_size,
+                spans=len(Span),
+                watch=lambda count: progress.add(count * ranks),
+            )
+        documents = _documents(sums)
+        report = {
+            **suite_report.head(SUITE, opened, {**source, "bf16": opened.cfg.training.bf16}),
+            "tasks": {
+                name: {"n": len(documents), **sums.entry(span)}
+                for name, span in spans.items()
+                if sums.cells[1, span].any()
+            },
+            "wall_seconds": round(time.perf_counter() - started, 2),
+        }
+        suite_report.write(output, report, documents)
+    say(f"{output} written")
+    return report
+
+
+def read_texts(path: Path, field: str, limit: int | None) -> list[str]:
+    """The texts of a file or folder, or the first of them.
+
+    Raises:
+        DataError: nothing to read there, or a row without text.
+    """
+    texts = []
+    for place, row in islice(resolve(str(path)).rows((field,)), limit):
+        if not isinstance(row.get(field), str):
+            raise DataError(f"the row has no text in {field!r}", source=place, remedy="name its column")
+        texts.append(row[field])
+    if not texts:
+        raise DataError("no text to evaluate on", source=str(path), remedy="name texts")
+    return texts
+
+
+def _of_dataset(opened: Opened, asked: Asked) -> tuple[list[Passage], dict[str, Any]]:
+    from megatron_vpmoe.data.kd_dataset import KDDataset
+    from vpmoe.eval.nano import dataset_for
+
+    manifest = dataset_for(opened, asked.data_path, lambda line: None)
+    assert manifest is not None
+    dataset = KDDataset(manifest, asked.split, seq_length=manifest.seq_length)
+    passages = list(islice(dataset_passages(dataset, opened.tokenizer), asked.documents))
+    if not passages:
+        raise DataError("nothing is supervised in it", source=f"{manifest.root / asked.split}", remedy="name another")
+    return passages, {"dataset": str(manifest.root), "manifest_sha256": manifest.sha256, "split": asked.split}
+
+
+def _documents(sums: Sums) -> list[dict[str, Any]]:
+    """A line each, to compare models document by document."""
+    return [
+        {"task": SUITE, "item": number, "nats": float(nats), "tokens": int(tokens), "bytes": int(size)}
+        for number, (nats, tokens, size) in enumerate(sums.documents.T)
+        if tokens
+    ]
+
+
+def summary_lines(report: dict[str, Any]) -> str:
+    """The report as a few lines."""
+    lines = []
+    for name, entry in report["tasks"].items():
+        bits = "" if entry["bits_per_byte"] is None else f"{entry['bits_per_byte']:.4f} bits per byte, "
+        numbers = f"{entry['nats_per_token']:.4f} nats per token, perplexity {entry['perplexity']:.2f}"
+        lines.append(f"{name:<10}{bits}{numbers}; {entry['tokens']:,} tokens of {entry['n']:,} documents")
+    return "\n".join(lines)
