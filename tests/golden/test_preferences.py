@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_vpmoe.errors import ConfigError, DataError
 from megatron_vpmoe.runtime import distributed
+from megatron_vpmoe.training import loop
 from megatron_vpmoe.training import run as run_module
-from megatron_vpmoe.training.loop import train
 from tests.tiny import tiny_config
-from tests.training_runs import records, train_in_workers
+from tests.training_runs import checkpoint_tensors, records, train, train_in_workers, train_signalled
 from vpmoe.cli import main
 from vpmoe.data_curation.tasks.synth_mini import make_row
 
@@ -82,7 +84,7 @@ def settings(dataset: Path, **changes: Any) -> dict[str, Any]:
 
 def trained(run: Path, fields: dict[str, Any]) -> Any:
     with distributed.single_process(seed=1234):
-        return train(tiny_config(run_dir=run, **fields))
+        return loop.train(tiny_config(run_dir=run, **fields))
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +114,8 @@ def test_it_learns_what_is_preferred(datasets: Path, start: Path, tmp_path: Path
 @pytest.mark.slow
 def test_stored_or_live_in_any_split_it_is_the_same_run(datasets: Path, start: Path, tmp_path: Path) -> None:
     fields = settings(datasets / "pairs", load_weights=start, train_iters=4, eval_interval=4, optimizer="adam")
-    live = {**fields, "reference_weights": start}
-    trained(tmp_path / "live", live)
+    live = {**fields, "reference_weights": start, "save_interval": 2}
+    assert train(tmp_path / "live", datasets / "pairs", **live).returncode == 0
     trained(tmp_path / "accumulated", {**live, "micro_batch_size": 1})
     train_in_workers(2, tmp_path / "ranks", datasets / "pairs", **{**live, "micro_batch_size": 2})
 
@@ -121,6 +123,16 @@ def test_stored_or_live_in_any_split_it_is_the_same_run(datasets: Path, start: P
     of_start = ["--reference", str(start), "--output-dir", str(stored), "--quiet"]
     assert main(["data", "annotate", str(datasets / "pairs"), *of_start]) == 0
     trained(tmp_path / "stored", {**fields, "data_path": stored})
+
+    # Killed in the second micro-batch of step 3, and resumed: the same bits.
+    signalled = ("megatron_vpmoe.objectives.dpo:DPO.__call__", 6, signal.SIGKILL, tmp_path / "killed")
+    assert train_signalled(*signalled, datasets / "pairs", **live).returncode == -signal.SIGKILL
+    assert train(tmp_path / "killed", datasets / "pairs", **live, resume=True).returncode == 0
+    ours, straight = (
+        checkpoint_tensors(tmp_path / name / "checkpoints" / "iter_0000004") for name in ("killed", "live")
+    )
+    assert ours.keys() == straight.keys() and all(torch.equal(ours[key], straight[key]) for key in straight)
+    assert values(tmp_path / "killed", "loss/total") == values(tmp_path / "live", "loss/total")
 
     for tag in (*METRICS, "grad_norm", "pairs", "valid/loss/total", "valid/rewards/margin"):
         expected = values(tmp_path / "live", tag)

@@ -16,7 +16,7 @@ from megatron_vpmoe.errors import visible
 from vpmoe.errors import HarmonyError, VpmoeError
 from vpmoe.eval.asking import AsConversation, form_of, knows_conversations
 from vpmoe.eval.display import spell
-from vpmoe.eval.open_model import Opened, open_model
+from vpmoe.eval.open_model import open_model
 from vpmoe.harmony.conversation import Message, check_text
 from vpmoe.harmony.prompts import with_reasoning_effort
 from vpmoe.tokenizer.interface import Tokenizer
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from megatron_vpmoe.generation.grammar import TokenGrammar
     from megatron_vpmoe.generation.sampling import SamplingOptions
+    from megatron_vpmoe.model.gpt import VPModel
 
 _COMMANDS = "/reset begins anew, /quit or Ctrl-D ends, Ctrl-C ends an answer"
 _CONTEXT = 2048  # tokens, where no run says what the model was trained on
@@ -75,7 +76,7 @@ def chat(
             grammar = TokenGrammar(*form.automaton)
             grammar.check(opened.model.vocab_size, options.max_new_tokens)
         longest = context or (opened.trained.data.seq_length if opened.trained else _CONTEXT)
-        conversation = _Conversation(opened, form, options, grammar, longest, notes)
+        conversation = _Conversation(opened.model, form, options, grammar, longest, notes)
         notes.print(f"{opened.described}, {longest:,} tokens of context; {_COMMANDS}")
         for text in map(str.strip, _lines(notes)):
             if text == "/quit":
@@ -99,7 +100,7 @@ class _Conversation:
     The rule: analysis is for the answer that it leads to, and is not read again.
     """
 
-    opened: Opened
+    model: VPModel
     form: AsConversation
     options: SamplingOptions
     grammar: TokenGrammar | None
@@ -121,10 +122,10 @@ class _Conversation:
             full = f"the context of {self.context:,} tokens is full: with this message there would be {len(prompt):,}"
             self.notes.print(f"not asked: {full}. Nothing was dropped; /reset begins anew, --context widens it")
             return
-        answer = _Answer(self.opened.tokenizer, Console(highlight=False, markup=False, soft_wrap=True))
+        answer = _Answer(self.form.tokenizer, Console(highlight=False, markup=False, soft_wrap=True))
         with _interrupts() as interrupted:
             done = generate(
-                self.opened.model,
+                self.model,
                 [Prompt(prompt, max_new_tokens=room)],
                 self.options,
                 grammar=self.grammar,
@@ -142,6 +143,8 @@ class _Conversation:
         if answer.final.strip():
             self.messages += [Message("user", text), Message("assistant", answer.final, "final")]
         else:
+            if done and not answer.shown:
+                self.notes.print(f"it wrote, outside of any message: {visible(spell(done[0].ids, answer.tokenizer))}")
             self.notes.print("no answer: the conversation goes on without this turn")
 
 
@@ -149,25 +152,26 @@ class _Answer:
     """Prints a completion token by token: each message behind the name of its channel, ``final`` plain."""
 
     def __init__(self, tokenizer: Tokenizer, console: Console) -> None:
-        self.final = ""
-        self._tokenizer, self._console = tokenizer, console
+        self.final, self.shown = "", False
+        self.tokenizer, self._console = tokenizer, console
         self._header: list[int] = []
         self._channel: str | None = None
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def take(self, token: int) -> None:
         """The next token."""
-        if self._tokenizer.is_special(token):
+        if self.tokenizer.is_special(token):
             self.close()
-            if self._tokenizer.decode([token]) == "<|message|>":
-                self._channel = spell(self._header, self._tokenizer)
+            if self.tokenizer.decode([token]) == "<|message|>":
+                self.shown = True
+                self._channel = spell(self._header, self.tokenizer)
                 self._console.print(f"{visible(self._channel)}: ", end="", style="dim")
             self._header = []
         elif self._channel is None:
             self._header.append(token)
         else:  # an id outside of the vocabulary is a padding row of the embedding
-            known = token < self._tokenizer.vocab_size
-            piece = self._tokenizer.decode_bytes([token]) if known else spell([token], self._tokenizer).encode()
+            known = token < self.tokenizer.vocab_size
+            piece = self.tokenizer.decode_bytes([token]) if known else spell([token], self.tokenizer).encode()
             self._say(self._decoder.decode(piece))
 
     def close(self) -> None:
@@ -205,6 +209,8 @@ def _lines(notes: Console) -> Iterator[str]:
         try:
             line = input("> " if terminal else "")
         except EOFError:
+            if terminal:
+                notes.print()  # the shell's prompt begins a line
             return
         except KeyboardInterrupt:
             if not terminal:

@@ -90,7 +90,8 @@ def test_what_cannot_be_asked_is_told_and_nothing_is_dropped(run_directory: Path
     assert code == 0 and len(asked) == 4 and "context of 150 tokens is full" in err and "Nothing was dropped" in err
     assert asked[3].startswith(asked[1].removesuffix("<|start|>assistant"))
     assert 1 <= out.count("final: ") <= 3
-    assert "cut after 5 tokens by --max-new-tokens" in talk(run_directory, b"Hi\n", "--max-new-tokens", "5")[2]
+    err = talk(run_directory, b"Hi\n", "--max-new-tokens", "5", "--temperature", "99")[2]
+    assert "cut after 5 tokens by --max-new-tokens" in err and "it wrote, outside of any message: " in err
 
 
 class _Interrupting(io.StringIO):
