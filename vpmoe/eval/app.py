@@ -215,3 +215,46 @@ def say_once(line: str, *, err: bool = True) -> None:
     """Print a line, of several processes by the first alone."""
     if int(os.environ.get("RANK", "0")) == 0:
         typer.echo(line, err=err)
+
+
+@app.command()
+def pairs(
+    where: WhereArgument,
+    output_dir: Annotated[Path, typer.Option(help="folder for pairs.jsonl")],
+    rows: Annotated[Path, typer.Option(help="folder of vpmoe data synth-mini")] = Path("data/synth_mini"),
+    train: Annotated[int, typer.Option(min=1, help="questions of the split train to ask")] = 1500,
+    valid: Annotated[int, typer.Option(min=0, help="questions of the split valid to ask")] = 500,
+    valid_fraction: Annotated[float, typer.Option(help="as the model's dataset was built with")] = 0.05,
+    system: SystemOption = None,
+    developer: DeveloperOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="a longer answer is cut, and gives no pair")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="prompts decoded together")] = 64,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace what was made of another model or other questions")
+    ] = False,
+) -> None:
+    """Preference pairs of a model's own making: right answers against the wrong ones that it gives greedily.
+
+    Make a dataset of them with vpmoe data build-pairs --id-field synth_id and the same --valid-fraction.
+    """
+    from vpmoe.eval.nano import NanoOptions
+    from vpmoe.eval.pairs import make_pairs
+
+    options = NanoOptions(
+        rows, system=system, developer=developer, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    counts = {"train": train, "valid": valid}
+    made = make_pairs(
+        where,
+        rows,
+        output_dir,
+        counts=counts,
+        valid_fraction=valid_fraction,
+        options=options,
+        overwrite=overwrite,
+        say=lambda line: typer.echo(line, err=True),
+    )
+    typer.echo(
+        f"{output_dir}: {made['pairs']} pairs of {made['questions']} questions; {made['right']} were answered rightly, "
+        f"{made['invalid']} in no valid form"
+    )

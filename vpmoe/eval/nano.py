@@ -182,7 +182,7 @@ def dataset_for(opened: Opened, data_path: Path | None, progress: Progress) -> M
         DataError: the one asked for is not there.
         TokenizerError: its ids mean something else than the model's.
     """
-    from megatron_vpmoe.manifest import read_manifest
+    from megatron_vpmoe.manifest import PREFERENCE, read_manifest
 
     folder = data_path
     if folder is None:
@@ -191,6 +191,9 @@ def dataset_for(opened: Opened, data_path: Path | None, progress: Progress) -> M
             progress(f"no losses are measured: there is no dataset at {folder or '--data-path'}")
             return None
     manifest = read_manifest(folder)
+    if data_path is None and manifest.kind == PREFERENCE:
+        progress(f"no losses are measured: {folder} holds pairs; --data-path names conversations")
+        return None
     opened.require_vocabulary(manifest)
     return manifest
 
@@ -205,8 +208,11 @@ def valid_losses(opened: Opened, manifest: Manifest) -> dict[str, float]:
 
     data = {"data_path": str(manifest.root), "blend": None, "blend_schedule": None}
     training: dict[str, Any] = {}
+    # Stored conversations hold nothing of what preferences and rewards are learned from.
+    imitates = opened.trained is not None and not build_objective(opened.trained).needs.annotations
     if opened.trained is None:
         data["seq_length"] = manifest.seq_length
+    if not imitates:
         training["objective"] = "token_ce" if manifest.kind == "healing_text" else "span_ce"  # text has no spans
     changes = {
         name: getattr(opened.cfg, name).model_copy(update=new) for name, new in (("data", data), ("training", training))
@@ -220,7 +226,7 @@ def valid_losses(opened: Opened, manifest: Manifest) -> dict[str, float]:
     check_kinds(objective, cfg, [manifest])
     metrics = evaluate(opened.model, objective, ValidSource(Part("valid", dataset), cfg, 0, 1))
     # How spans are weighted in the total is the run's affair; of other models nobody knows it.
-    unknown = () if opened.trained or cfg.training.objective == "token_ce" else ("loss/total",)
+    unknown = () if imitates or cfg.training.objective == "token_ce" else ("loss/total",)
     return {tag: value for tag, value in metrics.items() if tag.startswith("loss/") and tag not in unknown}
 
 

@@ -1,4 +1,4 @@
-"""``vpmoe quickstart``."""
+"""``vpmoe quickstart`` and ``vpmoe rl-nano``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ import typer
 
 ROOT = Path(__file__).resolve().parents[2]
 app = typer.Typer(add_completion=False)
+rl_app = typer.Typer(add_completion=False)
+
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="replace what was made of other settings, data or code")
+]
+WorkOption = Annotated[Path | None, typer.Option(help="put data/, runs/ and reports/ here (default: the checkout)")]
 
 
 @app.command()
@@ -20,12 +26,8 @@ def quickstart(
         list[str] | None,
         typer.Option(metavar="STEP", help="do this step again even if it is done: tokenizer, data, train or evaluate"),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace what was made of other settings, data or code")
-    ] = False,
-    work_dir: Annotated[
-        Path | None, typer.Option(help="put data/, runs/ and reports/ here (default: the checkout)")
-    ] = None,
+    overwrite: OverwriteOption = False,
+    work_dir: WorkOption = None,
     settings: Annotated[
         Path | None, typer.Option(help="another settings file (default: configs/nano/quickstart.toml)")
     ] = None,
@@ -48,3 +50,31 @@ def quickstart(
         settings=settings,
     )
     raise typer.Exit(run_quickstart(plan))
+
+
+@rl_app.command()
+def rl_nano(
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(help="of all three trainings; may be given several times (default: the config's)"),
+    ] = None,
+    force: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STEP", help="do this step again: tokenizer, data, sft, grpo, pairs or dpo"),
+    ] = None,
+    overwrite: OverwriteOption = False,
+    work_dir: WorkOption = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="another settings file (default: configs/nano/rl_nano.toml)")
+    ] = None,
+) -> None:
+    """Train a nano vpMoE short of mastery, then from its weights by rewards and by preferences; write reports/rl_nano.
+
+    Steps that are done and still valid are skipped; after an interruption the same command goes on where it stopped.
+    """
+    from vpmoe.quickstart.rl import RlPlan, run_rl_nano
+
+    plan = RlPlan.of(
+        ROOT, seeds=seed or (), force=force or (), overwrite=overwrite, work_dir=work_dir, settings=settings
+    )
+    raise typer.Exit(run_rl_nano(plan))

@@ -101,7 +101,7 @@ def held_against(targets: Targets, generations: Mapping[str, Any]) -> dict[str, 
 def missed_line(targets: Mapping[str, Any]) -> str:
     """What was missed, in one line."""
     missed = [
-        f"{name} is {100 * entry['measured']:.1f} %, at least {100 * entry['target']:.0f} % is the target"
+        f"{name} is {100 * entry['measured']:.1f} %, at least {100 * entry['target']:g} % is the target"
         for name, entry in targets["entries"].items()
         if not entry["met"]
     ]

@@ -1,8 +1,9 @@
-"""``configs/nano/quickstart.toml``, typed: every number of the quickstart that is not the training configuration's."""
+"""The settings files of this room, typed: every number that is not in a training configuration."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -58,12 +59,40 @@ class Settings(_Section):
     targets: Targets
 
 
-def read_settings(path: Path) -> Settings:
+class Stage(_Section):
+    """A training of ``vpmoe rl-nano``: its configuration, relative to the checkout, and its length if not that's."""
+
+    config: Text
+    train_iters: Count | None = None
+
+
+class RlTargets(_Section):
+    """What ``vpmoe rl-nano`` promises of each seed."""
+
+    exact_gain: float = Field(ge=-1, le=1)
+    validity_change: float = Field(ge=-1, le=1)
+    pair_accuracy: float = Field(ge=0, le=1)
+
+
+class RlSettings(_Section):
+    """``configs/nano/rl_nano.toml``; ``pairs`` are options of ``vpmoe eval pairs``."""
+
+    sft: Stage
+    grpo: Stage
+    dpo: Stage
+    pairs: Options
+    targets: RlTargets
+
+
+Schema = TypeVar("Schema", bound=_Section)
+
+
+def read_settings(path: Path, schema: type[Schema] = Settings) -> Schema:
     """Read and check a settings file.
 
     Raises:
         QuickstartError: no such file, not TOML, or every key that is missing, unknown or of a wrong value, at once.
     """
     values = read_toml(path, error=QuickstartError)
-    remedy = "compare with configs/nano/quickstart.toml, which is the default one"
-    return validated(Settings, values, error=QuickstartError, source=str(path), remedy=remedy)
+    remedy = "compare with the default one in configs/nano"
+    return validated(schema, values, error=QuickstartError, source=str(path), remedy=remedy)

@@ -46,7 +46,7 @@ class Stage:
         self.given: list[str] = []
         self.accuracy, self.killed_in = 95, ""
         self.plan: Plan | None = None
-        monkeypatch.setattr("vpmoe.quickstart.run.run_command", self.play)
+        monkeypatch.setattr("vpmoe.quickstart.runner.run_command", self.play)
 
     def ask(self, **wishes: Any) -> Plan:
         self.plan = Plan.of(self.root, work_dir=self.work, **wishes)

@@ -100,9 +100,8 @@ def test_what_decides_training_and_evaluation(plan: Plan) -> None:
     before = plan.training()[0].key, plan.evaluating({})[0].key
     logged = plan.cfg.model_copy(update={"logging": plan.cfg.logging.model_copy(update={"log_interval": 3})})
     batched = plan.settings.evaluation.model_copy(update={"batch_size": 1, "shown_samples": 0})
-    settings = plan.settings.model_copy(update={"evaluation": batched})
     object.__setattr__(plan, "cfg", logged)
-    object.__setattr__(plan, "settings", settings)
+    object.__setattr__(plan, "asked", batched)
     assert (plan.training()[0].key, plan.evaluating({})[0].key) == before
     assert plan.evaluating({"iter/a": {"sha256": "1", "bytes": 1}})[0].key != before[1]
     (plan.work / "data/synth_mini/test.jsonl").write_text("[]")

@@ -1,0 +1,134 @@
+"""A training run and its evaluation as keyed steps, by the commands a user would type."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_vpmoe.config import RunConfig, deciding_fields
+from megatron_vpmoe.files import read_json, sha256_of_file
+from vpmoe.commands import Command
+from vpmoe.data_curation.tasks.synth_mini import TEST_NAME
+from vpmoe.eval.nano import SCHEMA_VERSION as EVALUATION_VERSION
+from vpmoe.quickstart.settings import Evaluation, QuickstartError
+from vpmoe.steps import Step, content_sha256, read_receipt
+
+ROWS = Path("data/synth_mini")
+"""Rows and held-out questions, relative to the folder that the commands run in."""
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """One run: its configuration and places.
+
+    Attributes:
+        root: the checkout; configurations are found here.
+        work: data/, runs/ and reports/ go here, and commands run here.
+        config: the training configuration's file, relative to the checkout.
+        overrides: flags to it.
+        cfg: the training configuration with the overrides.
+        asked: which held-out questions the run answers in the end, and how.
+    """
+
+    root: Path
+    work: Path
+    config: str
+    overrides: tuple[str, ...]
+    cfg: RunConfig
+    asked: Evaluation
+
+    @property
+    def dataset(self) -> Path:
+        """The built dataset, as the training configuration names it."""
+        return Path(self.cfg.data.parts[0].path)
+
+    @property
+    def run(self) -> Path:
+        """The run's folder, relative to ``work`` unless the configuration says otherwise."""
+        return self.cfg.run_directory
+
+    @property
+    def evaluation(self) -> Path:
+        """The evaluation's report, its picture beside it; in a folder of the run, and gone with it."""
+        return self.run / "evaluation" / "evaluation.json"
+
+    def training(self, start: Mapping[str, Any] | None = None) -> tuple[Step, Command]:
+        """The run, in place, and what goes on with it; the dataset has to be there.
+
+        Args:
+            start: files of the run whose weights it begins with, as ``trained_files`` gives them.
+        """
+        config = os.path.relpath(self.root / self.config, self.work)
+        decides = {"config": deciding_fields(self.cfg), "dataset": self._dataset_sha256()}
+        step = Step(
+            kind="quickstart_training",
+            version=1,
+            output=self.work / self.run,
+            decides=decides if start is None else {**decides, "start": _hashes(start)},
+            packages=("torch", "megatron-core"),
+            in_place=True,
+        )
+        return step, Command(("vpmoe", "train", config, *self.overrides, "--resume"))
+
+    def trained_files(self) -> dict[str, Any]:
+        """The newest checkpoint's files by their path in the run, once it is the last.
+
+        Raises:
+            QuickstartError: training has not come to its end.
+        """
+        # Imported here: torch and megatron.core take seconds.
+        from megatron_vpmoe.training.checkpoint_files import FILES, find_newest
+
+        run = self.work / self.run
+        found, _ = find_newest(run / "checkpoints", check_hashes=False)
+        if found is None or found.iteration != self.cfg.training.train_iters:
+            raise QuickstartError(
+                f"training ended at step {found.iteration if found else 0} of {self.cfg.training.train_iters}",
+                source=str(run),
+                remedy="give the same command again to go on",
+            )
+        place = found.path.relative_to(run).as_posix()
+        return {f"{place}/{name}": entry for name, entry in read_json(found.path / FILES).items()}
+
+    def evaluating(self, trained: Mapping[str, Any]) -> tuple[Step, Command]:
+        """The evaluation of a run whose receipt lists the files ``trained``, and the command but for its output."""
+        questions = ROWS / TEST_NAME
+        options = self.asked.model_dump(exclude={"shown_samples"})
+        step = Step(
+            kind="nano_evaluation",
+            version=EVALUATION_VERSION,
+            output=(self.work / self.evaluation).parent,
+            decides={
+                "checkpoint": _hashes(trained),
+                "dataset": self._dataset_sha256(),
+                "questions": sha256_of_file(self.work / questions),
+                "options": {name: value for name, value in options.items() if name != "batch_size"},
+            },
+            packages=("torch",),
+        )
+        return step, Command(("vpmoe", "eval", "nano", str(self.run), *flags({"questions": str(questions), **options})))
+
+    def _dataset_sha256(self) -> str:
+        """Of the dataset's contents; its manifest names the commit of the code too, which decides nothing."""
+        files = read_receipt(self.work / self.dataset)["files"]
+        return content_sha256({name: entry for name, entry in files.items() if name != "manifest.json"})
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """Options of a command as its words; a mapping as name=share,name=share."""
+    words: list[str] = []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words += [flag] if value else []
+        else:
+            shares = ",".join(f"{key}={share}" for key, share in value.items()) if isinstance(value, Mapping) else ""
+            words += [flag, shares or str(value)]
+    return words
+
+
+def _hashes(files: Mapping[str, Any]) -> dict[str, str]:
+    return {name: entry["sha256"] for name, entry in files.items()}
