@@ -83,6 +83,7 @@ class _Replay:
         choose: Callable[[Tensor, int, int | None, int | None], tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
         """Scores and int64 experts [N, topk]."""
+        router = self._router
 
         def choice() -> Tensor:
             chosen = choose(scores_NE.detach(), topk, num_groups, group_topk)[1]
@@ -91,7 +92,6 @@ class _Replay:
                 chosen = torch.where(known, before.long(), chosen)
             return chosen.to(torch.int16)
 
-        router = self._router
         chosen = chosen_once(router, choice).long()
         if router.recorded is not None:
             router.recorded.append(chosen)
