@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_vpmoe.data.blend import Part
 from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.errors import CheckpointError, ConfigError, DataError
 from megatron_vpmoe.generation.engine import generate
@@ -24,7 +25,7 @@ from megatron_vpmoe.objectives import build_objective
 from megatron_vpmoe.objectives.grpo import GRPO
 from megatron_vpmoe.optim import build_optimizer
 from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
-from megatron_vpmoe.sources import HeldOut, Position, Rollouts, Step
+from megatron_vpmoe.sources import HeldOut, Position, Rollouts, Step, open_held_out
 from megatron_vpmoe.sources.answers import Answering
 from megatron_vpmoe.sources.groups import packed, varies
 from megatron_vpmoe.sources.prompts import Asked, StoredPrompts, open_prompts, read_prompts
@@ -118,15 +119,20 @@ def test_a_step_holds_answers_with_what_is_known_of_them(model: VPModel, dataset
     assert step.metrics["rollout/attempts"] == 1 and step.metrics["rollout/reward/even"] > 0
 
 
-@pytest.mark.parametrize("replay", ["off", "replay"])
-def test_resumed_between_two_updates_it_gives_the_same(model: VPModel, dataset: KDDataset, replay: str) -> None:
+ATTEMPTS = {"reward": "of_odd_prompts", "rollout_attempts": 3, "micro_batch_size": 5}
+
+
+@pytest.mark.parametrize(("replay", "more"), [("off", {}), ("off", ATTEMPTS), ("replay", {})])
+def test_resumed_between_two_updates_it_gives_the_same(
+    model: VPModel, dataset: KDDataset, replay: str, more: dict[str, Any]
+) -> None:
     """Also from other weights: what was sampled is kept, and only the next sampling is theirs."""
-    source = opened(model, dataset, rollout_epochs=2, router_replay=replay)
+    source = opened(model, dataset, rollout_epochs=2, router_replay=replay, **more)
     steps = [source.next_step() for _ in range(6)]
     assert steps[0].metrics == steps[3].metrics != steps[4].metrics
     assert not steps[3].position.arrays and steps[2].position.arrays
     for stopped in range(1, 6):
-        again = opened(model, dataset, rollout_epochs=2, router_replay=replay)
+        again = opened(model, dataset, rollout_epochs=2, router_replay=replay, **more)
         consumed, data, arrays = steps[stopped - 1].position
         position = Position(consumed, json.loads(json.dumps(data)), arrays)
         again.resume(position, source="test")
@@ -169,6 +175,12 @@ def test_routing_that_flips_is_replayed(
         assert told["policy/sampler_gap"] < 1e-5 and told["policy/clamped_share"] == 0
     else:
         assert told["policy/sampler_gap"] > 0.05 and told["policy/clamped_share"] > 0.05
+
+
+def test_a_prompt_that_comes_again_has_draws_of_its_own(model: VPModel, dataset: KDDataset) -> None:
+    arrays = opened(model, dataset, prompts=[Asked([5, 9], {})]).next_step().position.arrays
+    ends = np.cumsum(arrays["ids.lengths"])[:-1]
+    assert len({tuple(answer.tolist()) for answer in np.split(arrays["ids"], ends)}) == len(ends) + 1 == 12
 
 
 def test_groups_without_variance_make_way(model: VPModel, dataset: KDDataset) -> None:
@@ -304,8 +316,11 @@ def test_a_file_says_which_vocabulary_it_is_in(dataset: KDDataset, tmp_path: Pat
         open_prompts(dataset, str(path), 3)
 
 
-def test_held_out_rewards_are_those_of_training_and_disturb_nothing(model: VPModel, dataset: KDDataset) -> None:
-    cfg = tiny_config(num_layers=2, rewards=[{"function": f"{HERE}:even"}], **FEW, eval_interval=2, eval_iters=1)
+def test_held_out_rewards_are_those_of_training_and_disturb_nothing(
+    model: VPModel, dataset: KDDataset, tmp_path: Path
+) -> None:
+    fields = {"num_layers": 2, "rewards": REWARDS, **FEW, "eval_interval": 2, "eval_iters": 1}
+    cfg = tiny_config(**fields)
     held_out = HeldOut([Asked([7 + place, 3], {}) for place in range(20)], dataset.manifest, cfg)
     source, undisturbed = (opened(model, dataset) for _ in range(2))
     state = torch.get_rng_state()
@@ -316,6 +331,12 @@ def test_held_out_rewards_are_those_of_training_and_disturb_nothing(model: VPMod
     for name in found.keys() - {"seconds_sampling", "seconds_scoring"}:
         assert found[name] == again[name]
     assert found["reward_mean"] == found["reward/even"] > 0 and found["length_max"] <= 10
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("".join(json.dumps({"ids": [7 + place, 3]}) + "\n" for place in range(20)))
+    parts = [Part("kd", dataset, 0)]
+    of_file = open_held_out(parts, tiny_config(**fields, rollout_valid_prompts=path))
+    assert of_file is not None and of_file.measure(model)["reward_mean"] == found["reward_mean"]
+    assert open_held_out(parts, tiny_config(**{**fields, "eval_interval": None})) is None
     # As many prompts as a global batch has answers, and the same answers as if they were trained on.
     prompts = [Asked([7 + place, 3], {}) for place in range(6)]
     asked = Answering(dataset.manifest, cfg.rollouts, samples=1)(model, list(enumerate(prompts)), version=0, stop=None)
