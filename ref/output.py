@@ -33,11 +33,13 @@ def divergence(
     Args:
         logits_V: of the student.
         ids_K: int64.
-        log_p_K: of the teacher.
+        log_p_K: of the teacher; an id of -100 or less only fills up, unless the ids are all there are.
         beta: 0 forward KL, 1 reverse KL.
         tail: "bucket", "drop" or "renormalise".
         temperature: tau of the student's softmax.
     """
+    if len(ids_K) < len(logits_V) or tail != "bucket":
+        ids_K, log_p_K = ids_K[log_p_K > -100], log_p_K[log_p_K > -100]
     log_q = logits_V / temperature - torch.logsumexp(logits_V / temperature, 0)
     p, q = log_p_K.double().exp(), log_q[ids_K].exp()
     if tail == "renormalise":

@@ -60,3 +60,5 @@ there is no record. Its temperature says that of the teacher's softmax."""
 TEACHER_LABEL_LOG_P = Annotation(name="teacher_label_log_p", dtype="float32")
 """The same of the token that follows, whether or not it is among TEACHER_IDS."""
 NO_RECORD = -1
+FILLING_LOG_P = -100.0
+"""Of an id that only fills a record up to K: it is no outcome of its own, and belongs to the tail."""

@@ -20,13 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from megatron_vpmoe.annotation import NO_RECORD, TEACHER_IDS, TEACHER_LABEL_LOG_P, TEACHER_LOG_P, Annotation
+from megatron_vpmoe.annotation import (
+    FILLING_LOG_P,
+    NO_RECORD,
+    TEACHER_IDS,
+    TEACHER_LABEL_LOG_P,
+    TEACHER_LOG_P,
+    Annotation,
+)
 from megatron_vpmoe.errors import DataError
 
 PART = "teacher"
 """Of a shard's file names."""
-FILLING_LOG_P = -100.0
-"""Of ids that only fill a record up to K: no probability to speak of."""
 _LEVELS, _LEVEL_BITS = 1023, 10
 _REMEDY = "copy the dataset again if it was copied, or score it again (vpmoe data score --overwrite)"
 Records = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vpmoe.annotation import NO_RECORD
+from megatron_vpmoe.annotation import FILLING_LOG_P, NO_RECORD
 from megatron_vpmoe.errors import DataError
-from megatron_vpmoe.teacher_records import FILLING_LOG_P, TeacherRecords
+from megatron_vpmoe.teacher_records import TeacherRecords
 from tests.conftest import fuzz_settings
 
 

@@ -16,10 +16,11 @@ from typing import ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from megatron_vpmoe.annotation import FILLING_LOG_P
+
 Tail = Literal["bucket", "drop", "renormalise"]
 LEAST_TAIL = 1e-12
 """A teacher's tail below this counts as this much: as none, and still a number that a student's can be held to."""
-_LEAST_LOG = -100.0
 
 
 class OfIds(NamedTuple):
@@ -102,7 +103,7 @@ class Divergence(Term):
 
     Attributes:
         teacher_ids: int32 or int64 [..., K], no id twice for one token.
-        teacher_log_p: [..., K], log P of the ids, at the same temperature.
+        teacher_log_p: [..., K], log P of the ids, at the same temperature; FILLING_LOG_P or less: see there.
         beta: in [0, 1].
         tail: what becomes of the mass outside the ids. "bucket": one more outcome, all of it together; "drop": it is
             left out of the sum; "renormalise": P is scaled to sum to one over the ids, Q is not.
@@ -127,25 +128,32 @@ class Divergence(Term):
 
     def read(self, rows: slice, q: OfIds) -> tuple[Tensor, Tensor, Tensor]:
         log_q = q.log_q_nK
-        log_p = self.teacher_log_p[rows].to(log_q.dtype).clamp(min=_LEAST_LOG)
-        captured = log_p.logsumexp(-1, keepdim=True)
+        log_p = self.teacher_log_p[rows].to(log_q.dtype).clamp(min=FILLING_LOG_P)
+        # Over a whole vocabulary there is nothing else that such an id could belong to.
+        is_whole = self.tail == "bucket" and q.log_tail_n is None
+        own = (log_p > FILLING_LOG_P) | is_whole
+        captured = log_p.masked_fill(~own, -math.inf).logsumexp(-1, keepdim=True)
         if self.tail == "renormalise":
             log_p = log_p - captured
+        counts = own
         if q.log_tail_n is not None:
             # log(1 - exp(captured)): of rounding a sum may pass 1. What Q has outside is summed, not subtracted.
             left = torch.log(-torch.expm1(captured.clamp(max=-LEAST_TAIL)))
+            outside = torch.cat([q.log_tail_n.unsqueeze(-1), log_q.masked_fill(own, -math.inf)], -1)
             log_p = torch.cat([log_p, left], -1)
-            log_q = torch.cat([log_q, q.log_tail_n.unsqueeze(-1)], -1)
-        each, e = _terms(log_p, log_q, self.beta)
+            log_q = torch.cat([log_q, outside.logsumexp(-1, keepdim=True)], -1)
+            counts = torch.cat([own, torch.ones_like(own[:, :1])], -1)
+        each, e = (torch.where(counts, values, 0) for values in _terms(log_p, log_q, self.beta))
         tau, e_sum = self.temperature, e.sum(-1, keepdim=True)
         scale = tau * self.weight[rows].to(log_q.dtype).unsqueeze(-1)
-        count = q.log_q_nK.shape[-1]
-        at_ids = e[:, :count] - log_q[:, :count].exp() * e_sum
-        outside = -e_sum
+        count = own.shape[-1]
+        by_outside = -e_sum
         if q.log_tail_n is not None:
-            outside = outside + e[:, count:] / log_q[:, count:].exp()
+            by_outside = by_outside + e[:, count:] / log_q[:, count:].exp()
+        q_of_ids = q.log_q_nK.exp()
+        at_ids = torch.where(own, e[:, :count] - q_of_ids * e_sum, q_of_ids * by_outside)
         told = torch.stack([tau**2 * each.sum(-1), log_q[:, 0], (q.gap_nK[:, 0] == 0).to(log_q.dtype)])
-        return told, (scale * outside).squeeze(-1), scale * at_ids
+        return told, (scale * by_outside).squeeze(-1), scale * at_ids
 
 
 def _terms(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:

@@ -125,12 +125,15 @@ def of_divergence(
     tail=st.sampled_from(TAILS),
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
     mixed=st.booleans(),
+    filling=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 def test_readings_equal_their_definitions(
-    tokens, vocab, percent, rows_a_chunk, sharp, beta, tail, temperature, mixed, seed
+    tokens, vocab, percent, rows_a_chunk, sharp, beta, tail, temperature, mixed, filling, seed
 ) -> None:
     inputs = draw(tokens, 5, vocab, max(1, vocab * percent // 100), seed=seed, sharp=sharp)
+    if filling and inputs["ids"].shape[-1] < vocab:
+        inputs["log_p"][::2, 1:] = -100.0
     pairs = [
         of_log_probabilities(inputs),
         of_log_probabilities_alone(inputs),
