@@ -68,16 +68,22 @@ def test_every_supervised_turn_ends_in_a_stop_and_none_falls_inside(supervise) -
     def hold(messages: list[Message]) -> None:
         stored = encoder.encode(as_row(messages)).documents
         assert stored is not None
-        document = Document(stored.tokens, stored.lossmask, stored.span, ends)
-        batch = assemble([[document]], seq_length=len(stored.tokens), eod_id=FULL.eod_id, sample_ids=[0])
-        labels = np.where(batch.loss_mask[0], batch.labels[0], -1).tolist()
-        answers = [item for item in Parser(FULL).parse(stored.tokens[:-1]) if item.message.channel == "final"]
-        # The label of the place before an answer's last token; what is read there is Harmony's own rendering.
-        expected = {item.stop - 2 for item in answers[-1:] + answers * (supervise == "all")}
-        assert {place for place, label in enumerate(labels) if label in STOPS} == expected
-        assert {labels[place] for place in expected} == {ends[1]}
-        same = [place for place, label in enumerate(labels) if label >= 0 and place not in expected]
-        assert all(labels[place] == stored.tokens[place + 1] for place in same)
+        ended = 0
+        for stop, length in zip(np.cumsum(stored.lengths).tolist(), stored.lengths.tolist(), strict=True):
+            tokens, mask, span = (signal[stop - length : stop] for signal in stored[:3])
+            document = Document(tokens, mask, span, ends)
+            batch = assemble([[document]], seq_length=length, eod_id=FULL.eod_id, sample_ids=[0])
+            labels = np.where(batch.loss_mask[0], batch.labels[0], -1).tolist()
+            answers = [item for item in Parser(FULL).parse(tokens[:-1]) if item.message.channel == "final"]
+            # The label of the place before an answer's last token; what is read there is Harmony's own rendering.
+            expected = {item.stop - 2 for item in answers if mask[item.stop - 2]}
+            assert answers[-1].stop - 2 in expected
+            assert {place for place, label in enumerate(labels) if label in STOPS} == expected
+            assert {labels[place] for place in expected} == {ends[1]}
+            same = [place for place, label in enumerate(labels) if label >= 0 and place not in expected]
+            assert all(labels[place] == tokens[place + 1] for place in same)
+            ended += len(expected)
+        assert ended == (1 if supervise == "last" else sum(message.role == "user" for message in messages))
 
     hold()
 
@@ -127,7 +133,8 @@ SAID = "<|channel|>analysis<|message|>{0}<|end|><|start|>assistant<|channel|>fin
 @pytest.mark.slow
 def test_a_trained_model_ends_every_turn_and_never_speaks_for_the_user(trained: Path) -> None:
     draw = random.Random(1)
-    chats = [messages[: 3 * turn + 1] for messages in [echoes(draw, 3) for _ in range(8)] for turn in range(3)]
+    whole = [messages[: 3 * turn + 1] for messages in [echoes(draw, 3) for _ in range(8)] for turn in range(3)]
+    chats = [[message for message in messages if message.channel != "analysis"] for messages in whole]
     with open_model(trained) as opened:
         renderer, options = FastRenderer(opened.tokenizer), SamplingOptions(40, stop_ids(opened.tokenizer))
         prompts = [renderer.generation_prompt([*opened.prompts, *chat]).tolist() for chat in chats]
