@@ -70,6 +70,15 @@ def score(
     bf16: Annotated[
         bool | None, typer.Option("--bf16/--no-bf16", help="precision (default: as it was trained or saved)")
     ] = None,
+    device: Annotated[str | None, typer.Option(help="of hf, such as cuda:1 (default: the GPU, else the CPU)")] = None,
+    memory_gb: Annotated[
+        float | None, typer.Option(min=0, help="of hf: keep so much of its layers, read the others from disk")
+    ] = None,
+    served_model: Annotated[str | None, typer.Option(help="of a server: the name of the model")] = None,
+    teacher_tokenizer: Annotated[
+        Path | None, typer.Option(help="of a server: folder of its tokenizer.json, to compare every id")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="of a server: requests under way")] = 16,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace what was made of other input or options")
     ] = False,
@@ -80,14 +89,15 @@ def score(
     The dataset stays as it is; the scored one shares its token files. A killed command goes on where it was.
     """
     from vpmoe.data_curation.manifest import read_manifest
-    from vpmoe.teacher.megatron import MegatronTeacher
+    from vpmoe.teacher.find import find_teacher
     from vpmoe.teacher.selection import Selection
     from vpmoe.teacher.store import score_dataset
 
-    asked = MegatronTeacher(Path(teacher), bf16=bf16, tokens=batch_tokens)
+    of_models = {"bf16": bf16, "tokens": batch_tokens, "device": device, "memory_gb": memory_gb}
+    of_servers = {"model": served_model, "tokenizer": teacher_tokenizer, "concurrency": concurrency}
     score_dataset(
         dataset,
-        asked,
+        find_teacher(teacher, by, **of_models, **of_servers),
         output_dir,
         count=top_k,
         temperature=temperature,

@@ -1,0 +1,124 @@
+"""A teacher of transformers, whole or read layer by layer; a teacher of a larger vocabulary, and of another mode."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_vpmoe.annotation import NO_RECORD
+from megatron_vpmoe.data.kd_dataset import KDDataset
+from megatron_vpmoe.manifest import read_manifest
+from megatron_vpmoe.model.attention.masks import SequenceLayout
+from scripts.bench.peak_memory import PeakMemory as Peak
+from tests.tiny_student import write_student
+from vpmoe.cli import main
+from vpmoe.data_curation.manifest import read_manifest as raw_manifest
+from vpmoe.eval.open_model import open_model
+from vpmoe.harmony.parse import Parser
+from vpmoe.harmony.prompts import with_reasoning_effort
+from vpmoe.harmony.renderer import FastRenderer
+from vpmoe.tokenizer import CompactVocabulary, load_tokenizer
+from vpmoe.tokenizer.o200k_harmony import load_o200k_harmony
+
+pytestmark = pytest.mark.slow
+K, LAYERS = 8, 10
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A dataset of plain text in a learned vocabulary, and a Llama of 125 MB with it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("hf")
+    lines = [json.dumps({"text": f"The number {n} follows {n - 1}, and {n * n} is its square."}) for n in range(40)]
+    (folder / "texts.jsonl").write_text("\n".join(lines) + "\n")
+    model = folder / "llama"
+    learn = ["--input", str(folder / "texts.jsonl"), "--output-dir", str(model), "--vocab-size", "300"]
+    assert main(["tokenizer", "train", *learn]) == 0
+    build = ["--input", str(folder / "texts.jsonl"), "--tokenizer", str(model), "--valid-fraction", "0.1", "--quiet"]
+    assert main(["data", "build-text", *build, "--output-dir", str(folder / "dataset"), "--seq-len", "64"]) == 0
+    size = read_manifest(folder / "dataset").tokenizer.padded_vocab_size
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 8000, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=size, num_key_value_heads=1, initializer_range=0.2, **shape)
+    LlamaForCausalLM(config).save_pretrained(model)
+    return folder / "dataset", model
+
+
+def peak_of(dataset: Path, model: Path, output: Path, *more: str) -> int:
+    where = ["--teacher", str(model), "--by", "hf", "--output-dir", str(output), "--top-k", str(K), "--quiet"]
+    peak = Peak(torch.device("cpu"))
+    how = ["--coding", "exact", "--batch-tokens", "256", "--token-budget", "600"]
+    assert main(["data", "score", str(dataset), *where, *how, *more]) == 0
+    return peak.over_start()
+
+
+def test_layers_from_disk_say_the_same_in_less_memory(texts: tuple[Path, Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    dataset, model = texts
+    weights = (model / "model.safetensors").stat().st_size
+    peak_of(dataset, model, tmp_path / "first", "--memory-gb", "0.03")  # imports and what they keep
+    streamed = peak_of(dataset, model, tmp_path / "streamed", "--memory-gb", "0.03")
+    whole = peak_of(dataset, model, tmp_path / "whole")
+    # Of ten layers two are kept and one or two are at work; the rest of the difference is what a process varies by.
+    assert whole - streamed > 0.5 * weights, f"{whole:,} bytes, streamed {streamed:,}, of weights {weights:,}"
+    theirs = AutoModelForCausalLM.from_pretrained(model)
+    ours = [KDDataset(read_manifest(tmp_path / name), "train", seq_length=64) for name in ("whole", "streamed")]
+    for row in range(10):
+        first, second = (made[row].annotations for made in ours)
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name])
+        document = ours[0][row]
+        with torch.no_grad():
+            log_p = theirs(torch.from_numpy(document.tokens.astype(np.int64))[None]).logits[0].double().log_softmax(-1)
+        top = log_p[:-1, : read_manifest(dataset).tokenizer.vocab_size].topk(K)  # padding is no id
+        np.testing.assert_allclose(first["teacher_log_p"][:-1], top.values, atol=1e-4)
+        assert (first["teacher_ids"][:-1] == top.indices.numpy()).mean() > 0.99
+
+
+def test_another_vocabulary_is_refused(texts: tuple[Path, Path], kd_dataset: Path, tmp_path: Path, capsys) -> None:
+    where = ["--teacher", str(texts[1]), "--by", "hf", "--output-dir", str(tmp_path / "no"), "--top-k", str(K)]
+    assert main(["data", "score", str(kd_dataset), *where]) == 2
+    assert "id 256 of the dataset is" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def full_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the whole of o200k."""
+    folder, full = tmp_path_factory.mktemp("full"), load_o200k_harmony()
+    told = {key: getattr(full, key) for key in ("name", "rank_file_sha256", "vocab_size", "padded_vocab_size")}
+    (folder / "vocabulary.json").write_text(json.dumps(told))
+    size = full.padded_vocab_size
+    how = {"vocab_size": size, "padded_vocab_size": size, "hidden_size": 16, "num_layers": 2}
+    return write_student(folder, assets=[folder / "vocabulary.json"], **how)
+
+
+def test_a_teacher_of_the_full_vocabulary_in_another_mode(kd_dataset: Path, full_teacher: Path, tmp_path: Path) -> None:
+    """Asked in its ids, with its system message; positions are the student's, and what it has not is the tail's."""
+    where = ["--teacher", str(full_teacher), "--output-dir", str(tmp_path / "high"), "--top-k", str(K), "--quiet"]
+    how = ["--coding", "exact", "--token-budget", "300", "--reasoning", "high"]
+    assert main(["data", "score", str(kd_dataset), *where, *how]) == 0
+    told = raw_manifest(tmp_path / "high")["annotated"][-1]
+    assert told["by"]["reasoning"] == "high" and told["mean_lost_mass"] > 0 and told["short_records"] == 0
+    student, full = load_tokenizer(kd_dataset), load_o200k_harmony()
+    assert isinstance(student, CompactVocabulary)
+    dataset = KDDataset(read_manifest(tmp_path / "high"), "train", seq_length=192)
+    with open_model(full_teacher) as opened, torch.no_grad():
+        for document in (dataset[row] for row in range(2)):
+            places = np.flatnonzero(document.loss_mask)
+            messages = [each.message for each in Parser(student).parse(document.tokens[:-1].tolist())]
+            system = FastRenderer(full).render(with_reasoning_effort(messages[:1], "high")).tokens()
+            end = int(np.flatnonzero(document.tokens == student.special_id("<|end|>"))[0]) + 1
+            tokens = np.concatenate([system, student.o200k_ids[document.tokens[end:]]]).astype(np.int64)
+            layout = SequenceLayout(torch.zeros(1, len(tokens), dtype=torch.int32), torch.arange(len(tokens))[None])
+            log_p = opened.model(torch.from_numpy(tokens)[None], layout).logits()[0].double().log_softmax(-1)
+            inside = log_p[places + len(system) - end][:, torch.from_numpy(student.o200k_ids.astype(np.int64))]
+            top = inside.topk(K)
+            np.testing.assert_allclose(document.annotations["teacher_log_p"][places], top.values, atol=1e-4)
+            assert (document.annotations["teacher_ids"][places] == top.indices.numpy()).mean() > 0.99
+            assert (document.annotations["teacher_ids"][places] != NO_RECORD).all()
