@@ -115,11 +115,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_sequential(resolve(str(folder / "rows.jsonl")), folder / "built", chats, Pass(), quiet=True)
     sizes = {"hidden_size": 64, "ffn_hidden_size": 64, "window_size": 32, "seq_length": 128, "padded_vocab_size": 320}
     sizes |= {"moe_ffn_hidden_size": 64, "moe_shared_expert_intermediate_size": 64}
-    how = {"load_weights": None, "lr": 1e-2, "normuon_aux_lr": 1e-2, "min_lr": 1e-3, "train_iters": 100}
+    how = {"load_weights": None, "lr": 1e-2, "normuon_aux_lr": 1e-2, "min_lr": 1e-3, "train_iters": 160}
     cfg = tiny_config(file="sft.yaml", **sizes, **how, data_path=folder / "built", run_dir=folder / "run")
     with distributed.single_process(seed=1234):
         run = open_run(cfg)
-        for _ in range(100):
+        for _ in range(160):
             train_step(run.wrapped, run.optimizer, run.objective, run.source.next_step().batches)
             run.scheduler.step(1)
         run.save()
