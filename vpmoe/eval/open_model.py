@@ -116,11 +116,11 @@ def open_model(path: Path, *, bf16: bool | None = None) -> Iterator[Opened]:
         WeightsError, TokenizerError: weights or vocabulary are missing or disagree with their description.
     """
     require_folder(path)
-    if (path / "config.json").is_file():
-        parts = _of_hf_directory(path, bf16)
-    else:
-        parts = _of_checkpoint(path / "megatron" if (path / "megatron").is_dir() else path, bf16)
-    with process_groups(parts["cfg"].training.seed):
+    with process_groups():  # around all of it: processes that torchrun has started can meet only once
+        if (path / "config.json").is_file():
+            parts = _of_hf_directory(path, bf16)
+        else:
+            parts = _of_checkpoint(path / "megatron" if (path / "megatron").is_dir() else path, bf16)
         yield Opened(**parts)
 
 
