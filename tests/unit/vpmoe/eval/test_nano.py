@@ -16,6 +16,7 @@ from tests.tiny import tiny_config
 from tests.unit.vpmoe.eval.conftest import GOOD, ids_of
 from vpmoe.cli import main
 from vpmoe.eval import nano
+from vpmoe.eval import open_model as open_model_module
 from vpmoe.eval.asking import decode_in_batches, stop_ids
 from vpmoe.eval.nano import NanoOptions, evaluate_and_plot, evaluate_model
 from vpmoe.eval.open_model import open_model
@@ -184,11 +185,17 @@ def test_missing_run_and_damaged_checkpoint(data: Path, run_directory: Path, tmp
         evaluate_model(copy, options(data), progress=silent)
 
 
-def test_dataset_of_another_vocabulary_is_refused(data: Path, run_directory: Path, tmp_path: Path) -> None:
-    """As many ids, but others: only the map's hash tells."""
+def test_dataset_of_another_vocabulary_is_refused(
+    data: Path, run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many ids, but others: only the map's hash tells. Nor does a model annotate it; no weight is read."""
+    monkeypatch.setattr(open_model_module, "load_model", lambda *_, **__: pytest.fail("weights were read"))
     other = str(tmp_path / "dataset")
     vocabulary = ["--compact-vocab-size", "300", "--padded-vocab-size", "448", "--valid-fraction", "0.1"]
     build = ["--input-dir", str(data / "conversations"), "--output-dir", other, "--seq-len", "192", "--workers", "1"]
     assert main(["data", "build", *build, *vocabulary, "--quiet"]) == 0
-    with pytest.raises(TokenizerError, match="trained on the vocabulary"):
+    with pytest.raises(TokenizerError, match="the model has the vocabulary"):
         evaluate_model(run_directory, options(data, data_path=Path(other)), progress=silent)
+    annotated = ["--reference", str(run_directory), "--output-dir", str(tmp_path / "annotated")]
+    assert main(["data", "annotate", other, *annotated]) == 2
+    assert "the model has the vocabulary" in capsys.readouterr().err and not (tmp_path / "annotated.partial").exists()
