@@ -188,7 +188,7 @@ def test_what_cannot_be_one_is_refused(toy: Any, tmp_path: Path, name: str, what
 
 @pytest.mark.parametrize("name", ["spam_ce", "toy_objective", "toy_objective:", "a b:c"])
 def test_a_name_that_is_none_is_refused_with_those_that_are(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=r"must be span_ce, token_ce, dpo, grpo or module:Class") as caught:
+    with pytest.raises(ConfigError, match=r"must be .*, grpo, .* or module:Class") as caught:
         tiny_config(objective=name)
     assert all(known in str(caught.value) for known in OBJECTIVES)
 
