@@ -235,7 +235,8 @@ def pairs(
 ) -> None:
     """Preference pairs of a model's own making: right answers against the wrong ones that it gives greedily.
 
-    Make a dataset of them with vpmoe data build-pairs --id-field synth_id and the same --valid-fraction.
+    Make a dataset of them with vpmoe data build-pairs --id-field synth_id, the same --valid-fraction, and
+    --prompts-of the dataset that the model was trained on.
     """
     from vpmoe.eval.nano import NanoOptions
     from vpmoe.eval.pairs import make_pairs

@@ -2,12 +2,13 @@
 
 What is rejected is what the model would say: valid in form, wrong in substance. Questions that it answers rightly,
 or in no valid form, give no pair. The split is that of the rows: ``vpmoe data build-pairs --id-field synth_id`` with
-the ``--valid-fraction`` that the model's dataset was built with holds out what the model was never trained on.
+the ``--valid-fraction`` that the model's dataset was built with holds out what the model was never trained on, and
+``--prompts-of`` that dataset gives the pairs the system message that the model was asked with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def make_pairs(
         NotOursError, BusyError: see :func:`vpmoe.steps.run`.
     """
     require_folder(where)
-    questions = _questions(rows / POOL_NAME, counts, valid_fraction)
+    questions = questions_of(rows / POOL_NAME, counts, valid_fraction)
     with open_model(where) as opened:
         form = form_of(opened, plain=False, system=options.system, developer=options.developer, say=say)
         step = steps.Step(
@@ -84,7 +85,7 @@ def _write(
     if not isinstance(form, AsConversation):
         raise DataError("this model is no conversation's", source=str(opened.path), remedy="name one of Harmony data")
     scored = answer(opened.model, form, questions, options, progress=say)
-    pairs = [pair for one in scored if (pair := _pair(one, form)) is not None]
+    pairs = pairs_of(scored)
     write_atomically(path, "".join(map(json_line, pairs)).encode())
     return {
         "questions": len(scored),
@@ -94,24 +95,30 @@ def _write(
     }
 
 
-def _pair(scored: Scored, form: AsConversation) -> dict[str, Any] | None:
-    row, said = scored.question.row, scored.judgement
-    if scored.exact or not said.valid:
-        return None
-    context = [{"role": message.role, "content": message.content} for message in form.context]
+def pairs_of(scored: Iterable[Scored]) -> list[dict[str, Any]]:
+    """Rows for ``vpmoe data build-pairs``, of the answers that are valid and not exact."""
 
     def answered(thinking: str | None, content: str | None) -> list[dict[str, Any]]:
         return [{"role": "assistant", "thinking": thinking, "content": content}]
 
-    return {
-        "synth_id": row["synth_id"],
-        "prompt": [*context, {"role": "user", "content": row["query"]}],
-        "chosen": answered(row["synthetic_reasoning"], row["synthetic_answer"]),
-        "rejected": answered(said.analysis, said.final),
-    }
+    return [
+        {
+            "synth_id": one.question.row["synth_id"],
+            "prompt": one.question.query,
+            "chosen": answered(one.question.row["synthetic_reasoning"], one.question.row["synthetic_answer"]),
+            "rejected": answered(one.judgement.analysis, one.judgement.final),
+        }
+        for one in scored
+        if one.judgement.valid and not one.exact
+    ]
 
 
-def _questions(path: Path, counts: dict[str, int], valid_fraction: float) -> list[Question]:
+def questions_of(path: Path, counts: dict[str, int], valid_fraction: float) -> list[Question]:
+    """The first so many questions of each split of the rows at ``path``.
+
+    Raises:
+        DataError: there are no rows, or fewer.
+    """
     if not path.is_file():
         raise DataError("there are no rows here", source=str(path), remedy="make them: vpmoe data synth-mini")
     of_split: dict[str, list[Question]] = {split: [] for split in counts}

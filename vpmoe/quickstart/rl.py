@@ -76,7 +76,7 @@ class SeedPlan:
         split = {"valid_fraction": self.data.settings.dataset["valid_fraction"]}
         asked = {"rows": str(ROWS), **split, **self.settings.pairs}
         built = {"input": str(self.answers / PAIRS_NAME), "id_field": "synth_id", **split}
-        built |= {"compact_map": str(dataset / "compact_vocab.npy")}
+        built |= {"compact_map": str(dataset / "compact_vocab.npy"), "prompts_of": str(dataset)}
         built |= {"padded_vocab_size": self.dpo.cfg.model.padded_vocab_size, "seq_len": self.dpo.cfg.data.seq_length}
         commands = (
             ("own_pairs", ("eval", "pairs", str(self.sft.run)), self.answers, asked),
