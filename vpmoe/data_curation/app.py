@@ -15,8 +15,8 @@ from vpmoe.data_curation.checks.verify import DEFAULT_PARSED_PER_SHARD, summary
 from vpmoe.data_curation.checks.verify import verify as find_faults
 from vpmoe.data_curation.conversations.app import convert, write_manifest
 from vpmoe.data_curation.datasets.app import app as builders
+from vpmoe.data_curation.look.inspect import ALTERNATIVES, write_page
 from vpmoe.data_curation.look.inspect import inspect as show
-from vpmoe.data_curation.look.inspect import write_page
 from vpmoe.data_curation.tasks import question_texts
 from vpmoe.data_curation.tasks import synth_mini as mini
 from vpmoe.errors import DataError
@@ -56,13 +56,17 @@ def inspect(
     split: Annotated[str, typer.Option(help="train or valid")] = "train",
     count: Annotated[int, typer.Option(min=0, help="documents to show; 0 for the figures alone")] = 3,
     start: Annotated[int, typer.Option(help="number of the first document shown")] = 0,
+    alternatives: Annotated[
+        int, typer.Option(min=0, help="of a scored dataset: what its teacher finds likely at each token; 0 for none")
+    ] = ALTERNATIVES,
     html: Annotated[Path | None, typer.Option(help="write a page of its own to this file instead")] = None,
 ) -> None:
-    """Show a dataset's figures, histograms of lengths, and decoded documents, each span in its colour."""
+    """Show a dataset's figures, histograms of lengths, and decoded documents, each span in its colour; and what a
+    teacher thinks of each token, where one was asked."""
     if html is None:
-        show(dataset_dir, Console(), split=split, count=count, start=start)
+        show(dataset_dir, Console(), split=split, count=count, start=start, alternatives=alternatives)
         return
-    write_page(dataset_dir, html, split=split, count=count, start=start)
+    write_page(dataset_dir, html, split=split, count=count, start=start, alternatives=alternatives)
     typer.echo(f"{html} written")
 
 

@@ -17,7 +17,7 @@ from rich.text import Text
 from megatron_vpmoe.errors import visible
 from megatron_vpmoe.files import write_atomically
 from vpmoe.data_curation.checks.sample import Bar, histogram, sample_split, split_entry
-from vpmoe.data_curation.look.text import RUN_KINDS, documents
+from vpmoe.data_curation.look.text import RUN_KINDS, Shown, documents
 from vpmoe.data_curation.manifest import KINDS, read_manifest
 from vpmoe.errors import DataError
 from vpmoe.harmony.spans import SPAN_NAMES
@@ -26,6 +26,7 @@ from vpmoe.tokenizer.from_dataset import load_tokenizer
 
 SPAN_STYLES = ("dim", "cyan", "green")
 STYLES: dict[str, str] = dict(zip(RUN_KINDS, (*SPAN_STYLES, "bold magenta"), strict=True))
+ALTERNATIVES = 5
 _BAR_WIDTH = 40
 _BAR_ROWS = 16
 _SPAN_BAR_WIDTH = 14
@@ -43,8 +44,18 @@ pre {{ font: 13px/1.4 ui-monospace, monospace; white-space: pre-wrap; overflow-w
 """
 
 
-def inspect(dataset_dir: Path, console: Console, *, split: str = "train", count: int = 3, start: int = 0) -> None:
+def inspect(
+    dataset_dir: Path,
+    console: Console,
+    *,
+    split: str = "train",
+    count: int = 3,
+    start: int = 0,
+    alternatives: int = ALTERNATIVES,
+) -> None:
     """Print the figures of the dataset and ``count`` documents of ``split`` from the ``start``-th on.
+
+    Of a scored dataset also so many ``alternatives`` to each token that its teacher finds likely.
 
     Raises:
         DataError: no such dataset or split, or no document at ``start``.
@@ -62,12 +73,14 @@ def inspect(dataset_dir: Path, console: Console, *, split: str = "train", count:
     spans = [(name, histogram(sample.lengths[name], _SPAN_BAR_ROWS)) for name in SPAN_NAMES]
     console.print(Columns([_bars(name, bars, _SPAN_BAR_WIDTH) for name, bars in spans], padding=(0, 3)))
     console.print(Text("spans: ").append_text(Text("  ").join(Text(kind, STYLES[kind]) for kind in RUN_KINDS)))
-    for shown in documents(dataset_dir, manifest, load_tokenizer(dataset_dir), split, start, count):
+    for shown in documents(dataset_dir, manifest, load_tokenizer(dataset_dir), split, start, count, alternatives):
         console.rule(f"{split} {shown.place}: {shown.tokens} tokens, {shown.supervised} supervised")
         console.print(Text().join(Text(run, STYLES[kind]) for kind, run in shown.runs), soft_wrap=True)
+        if shown.judged:
+            console.print(_judged(shown))
 
 
-def write_page(dataset_dir: Path, page: Path, *, split: str = "train", count: int = 3, start: int = 0) -> None:
+def write_page(dataset_dir: Path, page: Path, **what: Any) -> None:
     """Write what :func:`inspect` prints as one page that needs nothing else; raises as it does.
 
     Raises:
@@ -75,8 +88,19 @@ def write_page(dataset_dir: Path, page: Path, *, split: str = "train", count: in
     """
     check_replaceable(page)
     console = Console(record=True, width=_PAGE_WIDTH, file=io.StringIO())
-    inspect(dataset_dir, console, split=split, count=count, start=start)
+    inspect(dataset_dir, console, **what)
     write_atomically(page, console.export_html(theme=SVG_EXPORT_THEME, code_format=_PAGE).encode())
+
+
+def _judged(shown: Shown) -> Table:
+    """Each token that a teacher was asked about, its probability, and what it finds likely instead."""
+    table = Table(
+        "token", "p", "the teacher's likeliest", title="a teacher's view, token by token", title_justify="left"
+    )
+    for kind, token, p, likeliest in shown.judged:
+        named = Text("  ").join(Text(f"{text} {each:.2f}", "bold" if text == token else "") for text, each in likeliest)
+        table.add_row(Text(token, STYLES[kind]), f"{p:.3f}", named)
+    return table
 
 
 def _figures(manifest: dict[str, Any]) -> Table:
@@ -95,6 +119,15 @@ def _figures(manifest: dict[str, Any]) -> Table:
     told = [f"truncation: {cut or 'none'}; rejects: {manifest['rejects']['count']:,}"]
     for made in manifest.get("annotated", []):
         told.append(f"annotated with {', '.join(made['names'])} by {made['by']['name']}")
+        if "positions" in made:
+            by, records = made["by"], made["by"]["records"]
+            told.append(
+                f"  K = {records['count']} at temperature {records['temperature']:g}, reasoning {by['reasoning']}: "
+                f"{made['coverage']:.1%} of the documents, {made['positions']:,} positions of "
+                f"{made['bytes_a_position']} bytes ({records['coding']}, KL {made['mean_coding_kl']:.1e}); "
+                f"captured mass {made['mean_captured_mass']:.4f}, "
+                f"lost with ids that the dataset has not {made['mean_lost_mass']:.4f}"
+            )
     table.caption = Text(visible("\n".join(told)))
     table.caption_justify = "left"
     return table

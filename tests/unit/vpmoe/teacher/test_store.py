@@ -67,6 +67,10 @@ def test_records_are_what_the_teacher_says_of_each_document_alone(exact: Path, n
                 elsewhere = np.setdiff1d(np.arange(len(document.tokens)), places)
                 assert (found["teacher_ids"][elsewhere] == NO_RECORD).all()
                 positions, captured = positions + len(places), captured + float(top.exp().sum())
+    shown = ["--count", "1", "--html", str(exact.parent / "page.html")]
+    assert main(["data", "inspect", str(exact), *shown]) == 0
+    page = (exact.parent / "page.html").read_text()
+    assert "a teacher&#x27;s view, token by token" in page and f"K = {K} at temperature 1.5" in page
     assert told["positions"] == positions and told["coverage"] == 1 and told["mean_coding_kl"] == 0
     assert told["mean_captured_mass"] == pytest.approx(captured / positions, abs=1e-5)
 
