@@ -82,7 +82,7 @@ def in_a_chat(messages: tuple[Message, ...], turn: int) -> tuple[Message, ...]:
 
 
 @given(chats())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_each_turn_is_learnt_once_in_the_context_that_a_chat_gives_it(messages: tuple[Message, ...]) -> None:
     learnt = 0
     for stored in encoded(ChatDataset(LONG), as_row(messages)):
@@ -246,6 +246,30 @@ def test_sft_files_and_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert first[0].role == "system" and first[0].content == manifest["config"]["system_text"]
     assert manifest["prompts"] == {"system": first[0].content, "developer": None}
     assert verify(tmp_path / "out") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("supervise", ["all", "last"])
+def test_verify_knows_what_of_a_conversation_is_read_alone(tmp_path: Path, supervise: str) -> None:
+    turn = (Message("user", "why?"), Message("assistant", "well", "analysis"), Message("assistant", "so", "final"))
+    path = write(
+        tmp_path / "rows.jsonl", [as_row((Message("user", f"{i}"), *turn[2:], *turn, *turn)) for i in range(9)]
+    )
+    folder = tmp_path / "out"
+    arguments = ["data", "build-chat", "--input", str(path), "--output-dir", str(folder), "--quiet"]
+    assert main([*arguments, "--supervise", supervise, "--valid-fraction", "0"]) == 0
+    documents = json.loads((folder / "manifest.json").read_text())["documents"]
+    assert documents.get("read_anew", 0) == (9 if supervise == "all" else 0) and verify(folder) == []
+
+    path, triple = folder / "train" / "shard_00_tokens.bin", read_triple(folder / "train", "shard_00")
+    final, analysis = (int(FULL.encode_ordinary(word)[0]) for word in ("final", "analysis"))
+    tokens, last = np.array(triple.tokens), triple.place(triple.documents - 1)
+    tokens[last.start + int(np.flatnonzero(tokens[last] == final)[0])] = analysis
+    path.write_bytes(tokens.tobytes())
+    manifest = read_manifest(folder)
+    manifest["splits"]["train"]["shards"][0]["files"][path.name] = file_entry(path)
+    write_manifest(folder, manifest)
+    assert any("analysis of an earlier turn" in fault for fault in verify(folder))
 
 
 def preference_dataset(folder: Path) -> Path:

@@ -14,6 +14,7 @@ from vpmoe.harmony.renderer import FastRenderer
 from vpmoe.tokenizer.from_dataset import load_tokenizer
 
 
+@pytest.mark.slow
 def test_what_is_written_is_read_and_only_in_its_vocabulary(
     dataset_dir: Path, rows_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
