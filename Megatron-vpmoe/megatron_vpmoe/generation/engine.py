@@ -41,7 +41,7 @@ ROWS = 32
 _PACKED = 512
 """Tokens of prompts that share a forward pass; a longer prompt has one of its own. Attention there is quadratic."""
 
-_PACKED_FROM = 64
+_PACKED_FROM = 32
 """Steps, if no row stops early, from which a second layout of the weights saves more time than making it takes."""
 
 

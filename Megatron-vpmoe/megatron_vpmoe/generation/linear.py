@@ -34,7 +34,7 @@ class Linear:
     Args:
         weight: [N, K].
         bias: [N].
-        packed: a copy of a large weight is kept in oneDNN's own layout; making it takes as long as a few dozen steps
+        packed: a copy of a large weight is kept in oneDNN's own layout; making it takes as long as two dozen steps
             save.
     """
 
