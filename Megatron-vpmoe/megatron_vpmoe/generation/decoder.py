@@ -16,6 +16,7 @@ Shapes: B rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -26,8 +27,9 @@ from torch.nn import functional
 
 from megatron_vpmoe.generation.kv_cache import KVCache
 from megatron_vpmoe.generation.layer import Layer
-from megatron_vpmoe.generation.linear import Linear, Norm
+from megatron_vpmoe.generation.linear import ByOneDNN, Linear, Norm, goes_by_onednn
 from megatron_vpmoe.generation.positions import Here, Kind, kind_of
+from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.attention.self_attention import VPSelfAttention
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.runtime import stages
@@ -55,6 +57,8 @@ class Decoder:
         self._kinds = {
             kind: Kind([one for one in self._attentions if kind_of(one) == kind], wide) for kind in {*self._kind_of}
         }
+        large = any(map(goes_by_onednn, model.parameters()))
+        self._linears = ByOneDNN() if large else contextlib.nullcontext()
         if model.stage.is_last:
             self._final_norm = Norm(model.decoder.final_layernorm)
             self._output = Linear(model.output_weight(), packed=packed)
@@ -70,6 +74,19 @@ class Decoder:
             dtype=self._dtype,
             device=self._model.device,
         )
+
+    def past(self, token_1S: Tensor, layout: SequenceLayout) -> dict[int, tuple[Tensor, Tensor]]:
+        """A whole row through the model's own forward pass: of each layer (global number) its keys and values as they
+        are stored, [1, G, S, D].
+        """
+        model, computed = self._model, {}
+        if not model.stage.is_first:
+            model.set_input_tensor([received(model, layout.length, 1)])
+        with self._linears:
+            output = model(token_1S, layout, computed)
+        if isinstance(output, Tensor):
+            stages.send_to_next_stage(output)
+        return computed
 
     def step(self, token_B: Tensor, position_B: Tensor, cache: KVCache, longest: int) -> Tensor | None:
         """Append one token to rows 0 to B - 1 and predict the next.

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_vpmoe.generation.decoder import Decoder, received
+from megatron_vpmoe.generation.decoder import Decoder
 from megatron_vpmoe.generation.grammar import AllowedTokens, TokenGrammar
 from megatron_vpmoe.generation.kv_cache import Past
 from megatron_vpmoe.generation.prompts import Completion, Prompt, budgets_of
@@ -136,6 +136,7 @@ class _Engine:
         self._together, self._stop = model.pg_collection.ep.size() > 1, stop
         self._model_group = cast(dist.ProcessGroup, parallel_state.get_model_parallel_group())
         mine = range(self._group.rank(), len(prompts), self._group.size())
+        mine = sorted(mine, key=lambda place: -max(budgets[place]))  # what may take longest begins first
         self._waiting = deque((place, sample) for place in mine for sample in range(len(budgets[place])))
         self._capacity = min(rows, -(-len(prompts) // self._group.size()) * max(map(len, budgets)))
         steps = sum(map(sum, budgets)) / (self._capacity * self._group.size())
@@ -222,12 +223,7 @@ class _Engine:
         layout = SequenceLayout(
             torch.tensor([document], dtype=torch.int32, device=device), torch.tensor([position], device=device)
         )
-        if not self._model.stage.is_first:
-            self._model.set_input_tensor([received(self._model, width, 1)])
-        computed: dict[int, tuple[Tensor, Tensor]] = {}
-        output = self._model(torch.tensor([ids], device=device), layout, computed)
-        if isinstance(output, Tensor):
-            stages.send_to_next_stage(output)
+        computed = self._decoder.past(torch.tensor([ids], device=device), layout)
         self._cache.reserve(max((len(one.past) for one in pack), default=0))
         self._held = None
         chosen = None if self._routing is None else self._routing().cpu().numpy()

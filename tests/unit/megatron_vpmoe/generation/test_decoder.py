@@ -147,6 +147,22 @@ def test_a_step_waits_for_nothing() -> None:
     assert not [name for name in counted.names if any(word in name for word in waiting)]
 
 
+def test_the_pass_over_prompts_goes_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modules' large linears too, to the same keys and values."""
+    monkeypatch.setattr(linear, "_ONEDNN_FROM", 1 << 9)
+    model = build_model(tiny_config()).eval()
+    tokens = torch.arange(1, 30)[None]
+    layout, own = SequenceLayout(torch.zeros(1, 29, dtype=torch.int32), torch.arange(29)[None]), {}
+    with torch.no_grad(), Counting() as counted:
+        model(tokens, layout, own)
+        before = sum("linear_pointwise" in name for name in counted.names)
+        past = Decoder(model).past(tokens, layout)
+    assert before == 0 < sum("linear_pointwise" in name for name in counted.names)
+    assert len(past) == len(own) == 4
+    for number in own:
+        torch.testing.assert_close(past[number], own[number], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 40])
 @pytest.mark.parametrize("packed", [False, True])
 def test_large_linears_are_linears(rows: int, packed: bool) -> None:
