@@ -105,6 +105,20 @@ def test_each_turn_is_learnt_once_in_the_context_that_a_chat_gives_it(messages: 
     assert learnt == sum(message.role == "user" for message in messages)
 
 
+def test_conversations_that_begin_alike_are_in_one_split() -> None:
+    encoder, splits = ChatEncoder(ChatDataset(BuildOptions(valid_fraction=0.5)), FULL), set()
+    for number in range(20):
+        begun = (
+            Message("user", f"{number}"),
+            Message("assistant", "so", "analysis"),
+            Message("assistant", "a", "final"),
+        )
+        rows = [as_row((*begun, Message("user", more), *begun[1:])) for more in "xyz"]
+        (split,) = {encoder.encode(row).split for row in rows}
+        splits.add(split)
+    assert splits == {"train", "valid"}
+
+
 def test_two_turns_are_read_as_openai_harmony_renders_them() -> None:
     """Of three it drops, as installed, only the first one's analysis; the rule it documents is of all earlier ones."""
     dropping = openai_harmony.RenderConversationConfig(auto_drop_analysis=True)
