@@ -52,9 +52,8 @@ class SeedPlan:
         """The three runs and the pairs, all of this seed."""
 
         def run(part: str, stage: Stage, *more: str) -> TrainedRun:
-            length = [] if stage.train_iters is None else ["--train-iters", str(stage.train_iters)]
             name = f"rl_nano_{part}_{seed}"
-            overrides = ("--run-name", name, "--seed", str(seed), "--data-seed", str(seed), *length, *more)
+            overrides = ("--run-name", name, "--seed", str(seed), "--data-seed", str(seed), *more)
             cfg = load_config(os.path.relpath(data.root / stage.config), [*overrides])
             return TrainedRun(data.root, data.work, stage.config, overrides, cfg, data.asked)
 

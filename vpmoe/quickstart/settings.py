@@ -60,10 +60,9 @@ class Settings(_Section):
 
 
 class Stage(_Section):
-    """A training of ``vpmoe rl-nano``: its configuration, relative to the checkout, and its length if not that's."""
+    """A training of ``vpmoe rl-nano``: its configuration, relative to the checkout."""
 
     config: Text
-    train_iters: Count | None = None
 
 
 class RlTargets(_Section):
