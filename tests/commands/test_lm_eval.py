@@ -42,6 +42,19 @@ def test_both_tasks(tmp_path: Path) -> None:
     found = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["results"]
     assert found.keys() == set(tasks) and 0 <= found["synth_mini_answers"]["exact_match,first_line"] <= 1
 
+    # The same tasks on the checkpoint itself, by our own forward pass.
+    ours = [sys.executable, "-m", "vpmoe.cli", "eval", "lm-eval", str(checkpoint), "--tasks", ",".join(tasks)]
+    ours += ["--include-path", str(ROOT / "configs" / "eval" / "lm_eval"), "--limit", str(LIMIT), "--batch-size", "3"]
+    done = subprocess.run(
+        [*ours, "--output", "ours.json"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    entries = json.loads((tmp_path / "ours.json").read_text())["tasks"]
+    for task, numbers in found.items():
+        for name, value in numbers.items():
+            if name.split(",")[0] in ("exact_match", "perplexity", "acc"):
+                assert entries[task][name] == pytest.approx(value, rel=1e-4), (task, name)
+
     model: Any = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
     tokenizer = open_tokenizer(exported)
     lines = (tmp_path / "data" / "synth_mini" / "test.jsonl").read_text().splitlines()[:LIMIT]

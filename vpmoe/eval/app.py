@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from vpmoe.eval.suites.app import WhereArgument, core8, lm_eval, text
 from vpmoe.harmony.prompts import ReasoningEffort
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Evaluate a model.")
 sample_app = typer.Typer(add_completion=False)
 chat_app = typer.Typer(add_completion=False)
 
-WhereArgument = Annotated[
-    Path,
-    typer.Argument(
-        metavar="WHERE",
-        help="a run (its newest checkpoint), one checkpoint, an object of a ladder, or an HF directory",
-    ),
-]
 SystemOption = Annotated[
     str | None, typer.Option(help='system message instead of the one stored with the model; "" for none')
 ]
@@ -145,78 +138,6 @@ def nano(
     evaluate_and_plot(where, chosen, output, progress=lambda line: typer.echo(line, err=True))
 
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a finished report")]
-Precision = Annotated[
-    bool | None, typer.Option("--bf16/--fp32", help="compute so (default: as the run did, other models in fp32)")
-]
-
-
-@app.command()
-def core8(
-    where: WhereArgument,
-    config: Annotated[Path, typer.Option(help="settings of the suite")] = Path("configs/eval/core8.toml"),
-    size: Annotated[str, typer.Option(help="items of each task: smoke (50), full (500), all")] = "smoke",
-    tasks: Annotated[
-        str | None, typer.Option(help="names with commas between, any task of the bundle (default: those of CORE-8)")
-    ] = None,
-    bundle: Annotated[
-        Path | None, typer.Option(help="folder of the CORE bundle (default: the public one, fetched once)")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="continuations that a process scores at once (default: of the settings)")
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(min=2, help="longer prompts lose their beginning (default: as the model was trained; else never)"),
-    ] = None,
-    bf16: Precision = None,
-    output: Annotated[
-        Path | None, typer.Option(help="the report (default: reports/eval/core8/CHECKPOINT.json)")
-    ] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Eight tasks of the CORE benchmark by its rules: accuracy, centered accuracy, their mean, 95 % intervals.
-
-    Under torchrun the processes share the items out (scripts/eval/run_core8.sh with NPROC does it).
-    """
-    from vpmoe.eval.suites.core8 import Chosen, Settings, evaluate, summary_lines
-
-    names = tuple(name.strip() for name in tasks.split(",")) if tasks is not None else ()
-    chosen = Chosen(size, names, bundle, batch_size, context, bf16, output, overwrite)
-    report = evaluate(where, Settings.read(config), chosen, say=say_once)
-    say_once(summary_lines(report), err=False)
-
-
-@app.command()
-def text(
-    where: WhereArgument,
-    texts: Annotated[Path | None, typer.Option(help="file or folder of .txt, .jsonl, .jsonl.zst or .parquet")] = None,
-    data_path: Annotated[Path | None, typer.Option(help="instead: a dataset of conversations, span by span")] = None,
-    split: Annotated[str, typer.Option(help="of the dataset")] = "valid",
-    text_field: Annotated[str, typer.Option(help="column of the text")] = "text",
-    documents: Annotated[int | None, typer.Option(min=1, help="so many of the first (default: all)")] = None,
-    window: Annotated[
-        int | None, typer.Option(min=2, help="tokens of a text read at once (default: as trained, else 2048)")
-    ] = None,
-    stride: Annotated[int | None, typer.Option(min=1, help="tokens between windows (default: half of one)")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="windows that a process reads at once")] = 8,
-    bf16: Precision = None,
-    output: Annotated[Path | None, typer.Option(help="the report (default: reports/eval/text/CHECKPOINT.json)")] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Nats a token, perplexity and bits per byte, by position, of texts or of a dataset's conversations."""
-    from vpmoe.eval.suites.text import Asked, evaluate, summary_lines
-
-    asked = Asked(texts, data_path, split, text_field, documents, window, stride, batch_size, bf16, output, overwrite)
-    say_once(summary_lines(evaluate(where, asked, say=say_once)), err=False)
-
-
-def say_once(line: str, *, err: bool = True) -> None:
-    """Print a line, of several processes by the first alone."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        typer.echo(line, err=err)
-
-
 @app.command()
 def pairs(
     where: WhereArgument,
@@ -259,3 +180,8 @@ def pairs(
         f"{output_dir}: {made['pairs']} pairs of {made['questions']} questions; {made['right']} were answered rightly, "
         f"{made['invalid']} in no valid form"
     )
+
+
+app.command()(core8)
+app.command()(text)
+app.command("lm-eval")(lm_eval)

@@ -24,6 +24,13 @@ class Request:
     given: tuple[int, ...]
     scored: int
 
+    @classmethod
+    def of(cls, ids: Sequence[int], parting: int, scored: int, longest: int | None) -> Request:
+        """A sequence whose first ``parting`` ids are the context; of more than ``longest`` ids the last count."""
+        dropped = 0 if longest is None else max(0, len(ids) - longest)
+        ids, parting = ids[dropped:], max(1, parting - dropped)
+        return cls(tuple(ids[:parting]), tuple(ids[parting:]), min(scored, len(ids) - parting))
+
 
 @dataclass(frozen=True)
 class Likelihood:

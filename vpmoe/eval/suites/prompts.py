@@ -75,15 +75,9 @@ def ask(task: Task, item: Item, shots: Sequence[Item], tokenizer: Tokenizer, con
         same = min(max(1, _common([ids[::-1] for ids in sequences])), shortest - 1)
         scored = [same] * len(sequences)
         parting = min(parting, shortest - same)
-    requests = tuple(_request(ids, parting, last, context) for ids, last in zip(sequences, scored, strict=True))
+    requests = tuple(Request.of(ids, parting, last, context) for ids, last in zip(sequences, scored, strict=True))
     cut = context is not None and any(len(ids) > context for ids in sequences)
     return Asked(requests, item.get("gold") if task.kind != "language_modeling" else None, cut)
-
-
-def _request(ids: list[int], parting: int, scored: int, context: int | None) -> Request:
-    dropped = 0 if context is None else max(0, len(ids) - context)
-    ids, parting = ids[dropped:], max(1, parting - dropped)
-    return Request(tuple(ids[:parting]), tuple(ids[parting:]), min(scored, len(ids) - parting))
 
 
 def _common(sequences: Sequence[Sequence[int]]) -> int:

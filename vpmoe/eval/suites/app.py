@@ -1,0 +1,127 @@
+"""``vpmoe eval core8``, ``text`` and ``lm-eval``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_vpmoe.errors import ConfigError
+
+WhereArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="WHERE",
+        help="a run (its newest checkpoint), one checkpoint, an object of a ladder, or an HF directory",
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a finished report")]
+Precision = Annotated[
+    bool | None, typer.Option("--bf16/--fp32", help="compute so (default: as the run did, other models in fp32)")
+]
+
+
+def core8(
+    where: WhereArgument,
+    config: Annotated[Path, typer.Option(help="settings of the suite")] = Path("configs/eval/core8.toml"),
+    size: Annotated[str, typer.Option(help="items of each task: smoke (50), full (500), all")] = "smoke",
+    tasks: Annotated[
+        str | None, typer.Option(help="names with commas between, any task of the bundle (default: those of CORE-8)")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="folder of the CORE bundle (default: the public one, fetched once)")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="continuations that a process scores at once (default: of the settings)")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=2, help="longer prompts lose their beginning (default: as the model was trained; else never)"),
+    ] = None,
+    bf16: Precision = None,
+    output: Annotated[
+        Path | None, typer.Option(help="the report (default: reports/eval/core8/CHECKPOINT.json)")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Eight tasks of the CORE benchmark by its rules: accuracy, centered accuracy, their mean, 95 % intervals.
+
+    Under torchrun the processes share the items out (scripts/eval/run_core8.sh with NPROC does it).
+    """
+    from vpmoe.eval.suites.core8 import Chosen, Settings, evaluate, summary_lines
+
+    names = tuple(name.strip() for name in tasks.split(",")) if tasks is not None else ()
+    chosen = Chosen(size, names, bundle, batch_size, context, bf16, output, overwrite)
+    report = evaluate(where, Settings.read(config), chosen, say=say_once)
+    say_once(summary_lines(report), err=False)
+
+
+def text(
+    where: WhereArgument,
+    texts: Annotated[Path | None, typer.Option(help="file or folder of .txt, .jsonl, .jsonl.zst or .parquet")] = None,
+    data_path: Annotated[Path | None, typer.Option(help="instead: a dataset of conversations, span by span")] = None,
+    split: Annotated[str, typer.Option(help="of the dataset")] = "valid",
+    text_field: Annotated[str, typer.Option(help="column of the text")] = "text",
+    documents: Annotated[int | None, typer.Option(min=1, help="so many of the first (default: all)")] = None,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="tokens of a text read at once (default: as trained, else 2048)")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="tokens between windows (default: half of one)")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="windows that a process reads at once")] = 8,
+    bf16: Precision = None,
+    output: Annotated[Path | None, typer.Option(help="the report (default: reports/eval/text/CHECKPOINT.json)")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Nats a token, perplexity and bits per byte, by position, of texts or of a dataset's conversations."""
+    from vpmoe.eval.suites.text import Asked, evaluate, summary_lines
+
+    asked = Asked(texts, data_path, split, text_field, documents, window, stride, batch_size, bf16, output, overwrite)
+    say_once(summary_lines(evaluate(where, asked, say=say_once)), err=False)
+
+
+def lm_eval(
+    where: WhereArgument,
+    tasks: Annotated[str, typer.Option(help="names of lm-eval's tasks, with commas between")],
+    include_path: Annotated[Path | None, typer.Option(help="folder with YAML of tasks of your own")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="items of each task (default: all)")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="sequences that a process has in work at once")] = 32,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="tokens of a sequence (default: as trained, else 2048)")
+    ] = None,
+    bf16: Precision = None,
+    output: Annotated[
+        Path | None, typer.Option(help="the report (default: reports/eval/lm_eval/CHECKPOINT.json)")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Tasks of lm-eval (pip install lm-eval) on the model itself, without an export."""
+    try:
+        from vpmoe.eval.suites.lm_eval_model import evaluate, summary_lines
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "lm_eval":
+            raise
+        raise ConfigError(
+            "lm-eval is not installed", source="vpmoe eval lm-eval", remedy="pip install lm-eval"
+        ) from error
+
+    report = evaluate(
+        where,
+        [name.strip() for name in tasks.split(",")],
+        include_path=include_path,
+        limit=limit,
+        batch_size=batch_size,
+        context=context,
+        bf16=bf16,
+        output=output,
+        overwrite=overwrite,
+        say=say_once,
+    )
+    say_once(summary_lines(report), err=False)
+
+
+def say_once(line: str, *, err: bool = True) -> None:
+    """Print a line, of several processes by the first alone."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(line, err=err)
