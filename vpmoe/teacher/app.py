@@ -67,6 +67,7 @@ def score(
     token_budget: Annotated[int | None, typer.Option(min=1, help="score at most so many supervised tokens")] = None,
     selection: Annotated[Path | None, typer.Option(help="score the documents of this list (lines: train 17)")] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="tokens that a model scores together")] = 16384,
+    workers: Annotated[int, typer.Option(min=1, help="processes with a model each, on a GPU each")] = 1,
     bf16: Annotated[
         bool | None, typer.Option("--bf16/--no-bf16", help="precision (default: as it was trained or saved)")
     ] = None,
@@ -94,6 +95,7 @@ def score(
     from vpmoe.teacher.store import score_dataset
 
     of_models = {"bf16": bf16, "tokens": batch_tokens, "device": device, "memory_gb": memory_gb}
+    of_models |= {"workers": workers}
     of_servers = {"model": served_model, "tokenizer": teacher_tokenizer, "concurrency": concurrency}
     score_dataset(
         dataset,

@@ -7,6 +7,7 @@ from typing import Literal
 
 from vpmoe.errors import DataError
 from vpmoe.teacher.interface import Teacher
+from vpmoe.teacher.parallel import Parallel
 
 
 def find_teacher(
@@ -20,6 +21,7 @@ def find_teacher(
     model: str | None,
     tokenizer: Path | None,
     concurrency: int,
+    workers: int,
 ) -> Teacher:
     """See the teachers themselves for the settings; one that the named kind does not read is refused.
 
@@ -43,11 +45,12 @@ def find_teacher(
     if by == "megatron":
         from vpmoe.teacher.megatron import MegatronTeacher
 
-        return MegatronTeacher(Path(where), bf16=bf16, tokens=tokens)
+        return Parallel(MegatronTeacher(Path(where), bf16=bf16, tokens=tokens), workers)
     if by == "hf":
         from vpmoe.teacher.hf import HFTeacher
 
-        return HFTeacher(Path(where), bf16=bf16, device=device, memory_gb=memory_gb, tokens=tokens)
+        found = HFTeacher(Path(where), bf16=bf16, device=device, memory_gb=memory_gb, tokens=tokens)
+        return Parallel(found, workers)
     from vpmoe.teacher.server import ServerTeacher, Settings
     from vpmoe.tokenizer.hf_directory import HFDirectory
 

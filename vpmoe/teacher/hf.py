@@ -47,7 +47,7 @@ class HFTeacher:
 
         require_folder(path)
         self._path, self._dtype, self._tokens = path, _DTYPES[bf16], tokens
-        self._device, self._memory = torch.device(device or current_device()), memory_gb
+        self._device, self._memory = device, memory_gb
         try:
             self._config = AutoConfig.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError) as error:
@@ -65,20 +65,25 @@ class HFTeacher:
         }
         self.told: dict[str, Any] = {"name": path.name}
 
+    def batches(self, conversations: Iterable[Conversation]) -> Iterator[Sequence[Conversation]]:
+        """What is scored together."""
+        return batches(conversations, self._tokens, padded=True)
+
     @contextmanager
-    def open(self, question: Question, student: Tokenizer) -> Iterator[_Scorer]:
+    def open(self, question: Question, student: Tokenizer | None) -> Iterator[_Scorer]:
         """See ``Teacher``."""
         from transformers import AutoModelForCausalLM
 
+        device = torch.device(self._device or current_device())
         how: dict[str, Any] = {"dtype": self._dtype, "local_files_only": True}
         if self._memory is not None:
-            how["device_map"] = self._places()
+            how["device_map"] = self._places(str(device))
         model = AutoModelForCausalLM.from_pretrained(self._path, **how).eval()
         if self._memory is None:
-            nn.Module.to(model, self._device)
-        yield _Scorer(model, self._device, question, self._tokens, str(self._path))
+            nn.Module.to(model, device)
+        yield _Scorer(model, device, question, self)
 
-    def _places(self) -> dict[str, Any]:
+    def _places(self, device: str) -> dict[str, Any]:
         """Module -> device, or ``disk`` for the decoder layers behind those that memory holds."""
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
@@ -105,24 +110,24 @@ class HFTeacher:
                 if whole == stacks[0]:
                     for number, layer in enumerate(child.children()):
                         left -= width * sum(parameter.numel() for parameter in layer.parameters())
-                        places[f"{whole}.{number}"] = str(self._device) if left >= 0 else "disk"
+                        places[f"{whole}.{number}"] = device if left >= 0 else "disk"
                 elif stacks[0].startswith(f"{whole}."):
                     place(f"{whole}.", child)
                 else:
-                    places[whole] = str(self._device)
+                    places[whole] = device
 
         place("", model)
         return places
 
 
 class _Scorer:
-    def __init__(self, model: Any, device: torch.device, question: Question, tokens: int, source: str) -> None:
-        self._model, self._device, self._question, self._tokens = model, device, question, tokens
-        self._source, self._probed = source, False
+    def __init__(self, model: Any, device: torch.device, question: Question, teacher: HFTeacher) -> None:
+        self._model, self._device, self._question, self._teacher = model, device, question, teacher
+        self._probed = False
 
     def score(self, conversations: Iterable[Conversation]) -> Iterator[list[Answer]]:
         """See ``Scorer``."""
-        for batch in batches(conversations, self._tokens, padded=True):
+        for batch in self._teacher.batches(conversations):
             yield self._answers(batch)
 
     @torch.no_grad()
@@ -149,6 +154,6 @@ class _Scorer:
         if ours.shape != theirs.shape or (ours - theirs).norm() > 0.02 * theirs.norm():
             raise DataError(
                 "its logits are not its last hidden states times its output embedding (a bias, scale or cap?)",
-                source=self._source,
+                source=self._teacher.told["name"],
                 remedy="serve it (vLLM, SGLang) and give the server's address",
             )

@@ -87,8 +87,8 @@ class Teacher(Protocol):
     told: dict[str, Any]
     tokenizer: Tokenizer | None
 
-    def open(self, question: Question, student: Tokenizer) -> AbstractContextManager[Scorer]:
-        """Ready to answer ``question``; ``student`` is the vocabulary of the dataset, for probes."""
+    def open(self, question: Question, student: Tokenizer | None) -> AbstractContextManager[Scorer]:
+        """Ready to answer ``question``; ``student`` is the vocabulary of the dataset, for probes of a server."""
         ...
 
 

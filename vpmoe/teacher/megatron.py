@@ -46,21 +46,25 @@ class MegatronTeacher:
             }
             self.told = entry
 
+    def batches(self, conversations: Iterable[Conversation]) -> Iterator[Sequence[Conversation]]:
+        """What is scored together."""
+        return batches(conversations, self._tokens)
+
     @contextmanager
-    def open(self, question: Question, student: Tokenizer) -> Iterator[_Scorer]:
+    def open(self, question: Question, student: Tokenizer | None) -> Iterator[_Scorer]:
         """See ``Teacher``."""
         with open_model(self._path, bf16=self._bf16) as found:
-            yield _Scorer(found, question, self._tokens)
+            yield _Scorer(found, question, self)
 
 
 class _Scorer:
-    def __init__(self, found: Opened, question: Question, tokens: int) -> None:
+    def __init__(self, found: Opened, question: Question, teacher: MegatronTeacher) -> None:
         self._model, self._eod_id = found.model, found.tokenizer.eod_id
-        self._question, self._tokens = question, tokens
+        self._question, self._teacher = question, teacher
 
     def score(self, conversations: Iterable[Conversation]) -> Iterator[list[Answer]]:
         """See ``Scorer``."""
-        for batch in batches(conversations, self._tokens):
+        for batch in self._teacher.batches(conversations):
             yield self._answers(batch)
 
     @torch.no_grad()

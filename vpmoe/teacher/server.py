@@ -96,7 +96,7 @@ class ServerTeacher:
         self.told: dict[str, Any] = {"name": f"{self._model} at {address}"}
 
     @contextmanager
-    def open(self, question: Question, student: Tokenizer) -> Iterator[ServerTeacher]:
+    def open(self, question: Question, student: Tokenizer | None) -> Iterator[ServerTeacher]:
         """See ``Teacher``; asks for a few hundred ids and refuses a server that means others by them.
 
         Raises:
@@ -111,6 +111,7 @@ class ServerTeacher:
                 remedy="store them at 1, or score with --by hf",
             )
         self._question = question
+        assert student is not None
         self._probe(question, student)
         with ThreadPoolExecutor(self._settings.concurrency) as self._pool:
             try:

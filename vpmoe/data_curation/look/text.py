@@ -77,7 +77,7 @@ def _judged(
     ids, log_p, of_label = (said[one.name] for one in (TEACHER_IDS, TEACHER_LOG_P, TEACHER_LABEL_LOG_P))
 
     def text(token: int) -> str:
-        return visible(tokenizer.decode([token]).replace("\n", "\u21b5"))
+        return visible(tokenizer.decode([token]).replace("\n", "\u21b5").replace(" ", "\u00b7"))
 
     judged = []
     for position in np.flatnonzero(ids[:, 0] != NO_RECORD).tolist():

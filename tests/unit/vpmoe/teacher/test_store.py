@@ -93,6 +93,8 @@ def test_killed_anywhere_it_is_the_same_store(
     assert verify(tmp_path / "whole") == []
     told = raw_manifest(tmp_path / "whole")["annotated"][-1]
     assert 0.3 < told["coverage"] < 0.9 and 0 < told["mean_coding_kl"] < 1e-5 and not told["short_records"]
+    score(kd_dataset, nano_teacher, tmp_path / "shared", *how, "--workers", "2")
+    assert tree(tmp_path / "shared") == tree(tmp_path / "whole")
     monkeypatch.setattr(annotate, "_SAVE_SECONDS", 0.0)
     whole, calls = megatron.answers, 0
 
