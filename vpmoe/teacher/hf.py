@@ -101,7 +101,9 @@ class HFTeacher:
                 remedy="leave out --memory-gb",
             )
         left, places = (self._memory or 0) * 1e9, {}
-        width = 4 if self._dtype == torch.float32 else 2
+        saved = self._config.get_text_config().dtype
+        dtype = self._dtype if isinstance(self._dtype, torch.dtype) else saved
+        width = (dtype if isinstance(dtype, torch.dtype) else torch.float32).itemsize
 
         def place(prefix: str, module: nn.Module) -> None:
             nonlocal left

@@ -13,7 +13,6 @@ from megatron_vpmoe.annotation import NO_RECORD
 from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.manifest import read_manifest
 from megatron_vpmoe.model.attention.masks import SequenceLayout
-from scripts.bench.peak_memory import PeakMemory as Peak
 from tests.tiny_student import write_student
 from vpmoe.cli import main
 from vpmoe.data_curation.manifest import read_manifest as raw_manifest
@@ -21,6 +20,8 @@ from vpmoe.eval.open_model import open_model
 from vpmoe.harmony.parse import Parser
 from vpmoe.harmony.prompts import with_reasoning_effort
 from vpmoe.harmony.renderer import FastRenderer
+from vpmoe.teacher.hf import HFTeacher
+from vpmoe.teacher.interface import Conversation, Question
 from vpmoe.tokenizer import CompactVocabulary, load_tokenizer
 from vpmoe.tokenizer.o200k_harmony import load_o200k_harmony
 
@@ -30,7 +31,7 @@ K, LAYERS = 8, 10
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A dataset of plain text in a learned vocabulary, and a Llama of 125 MB with it."""
+    """A dataset of plain text in a learned vocabulary, and a Llama of 125 MB in fp32 with it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("hf")
@@ -49,24 +50,32 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "dataset", model
 
 
-def peak_of(dataset: Path, model: Path, output: Path, *more: str) -> int:
+def scored(dataset: Path, model: Path, output: Path, *more: str) -> None:
     where = ["--teacher", str(model), "--by", "hf", "--output-dir", str(output), "--top-k", str(K), "--quiet"]
-    peak = Peak(torch.device("cpu"))
-    how = ["--coding", "exact", "--batch-tokens", "256", "--token-budget", "600"]
+    how = ["--coding", "exact", "--batch-tokens", "128", "--token-budget", "600"]
     assert main(["data", "score", str(dataset), *where, *how, *more]) == 0
-    return peak.over_start()
 
 
 def test_layers_from_disk_say_the_same_in_less_memory(texts: tuple[Path, Path], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     dataset, model = texts
-    weights = (model / "model.safetensors").stat().st_size
-    peak_of(dataset, model, tmp_path / "first", "--memory-gb", "0.03")  # imports and what they keep
-    streamed = peak_of(dataset, model, tmp_path / "streamed", "--memory-gb", "0.03")
-    whole = peak_of(dataset, model, tmp_path / "whole")
-    # Of ten layers two are kept and one or two are at work; the rest of the difference is what a process varies by.
-    assert whole - streamed > 0.5 * weights, f"{whole:,} bytes, streamed {streamed:,}, of weights {weights:,}"
+    scored(dataset, model, tmp_path / "whole")
+    scored(dataset, model, tmp_path / "streamed", "--memory-gb", "0.03")
+    teacher = HFTeacher(model, bf16=None, device="cpu", memory_gb=0.03, tokens=64)
+    weights, held = (model / "model.safetensors").stat().st_size, []
+    with teacher.open(Question(K, 1.0, np.arange(K)), None) as scorer:
+        network = scorer._model
+
+        def note(*_: object) -> None:
+            held.append(sum(each.nbytes for each in network.parameters() if each.device.type != "meta"))
+
+        for layer in network.model.layers:
+            layer.mlp.act_fn.register_forward_pre_hook(note)
+        some = np.arange(9)
+        list(scorer.score([Conversation(some, some[:-1], some[1:])]))
+    # Of ten layers two are kept; of the one at work, a matrix at a time.
+    assert len(held) == 3 * LAYERS and max(held) < 0.03e9 + 0.05 * weights < 0.3 * weights
     theirs = AutoModelForCausalLM.from_pretrained(model)
     ours = [KDDataset(read_manifest(tmp_path / name), "train", seq_length=64) for name in ("whole", "streamed")]
     for row in range(10):
