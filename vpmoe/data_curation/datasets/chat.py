@@ -76,7 +76,7 @@ class ChatDataset:
 
     def entries(self) -> dict[str, Any]:
         """The split's rule, that documents come in pairs, and the system message that rows were given."""
-        by = "prompt" if self.pairs else "conversation (under supervise all as far as its first document)"
+        by = "prompt" if self.pairs else "conversation (under supervise all as far as its first answer)"
         return {
             "kind": self.kind,
             "split_rule": {
@@ -115,10 +115,10 @@ class ChatEncoder(RowEncoder):
         messages = self._with_system(chat_messages(without_keys(row, self._ignored)))
         truncation, stored = Counter[str](), list[Documents]()
         read = as_read(self._renderer.render(messages))
-        begun = messages[: len(read[0].conversation.messages)]
+        # What is answered alike behind the same beginning is learnt from every conversation that begins so.
+        begun = messages[: 1 + next(place for place, message in enumerate(messages) if message.channel == "final")]
         if self._kind.supervise == "last":
             read, begun = [AsRead(read[-1].conversation, 1)], messages
-        # What two conversations begin with alike is a document of both.
         split, counted = self._split_of(row, content_of(begun))
         for conversation, turns in read:
             fitted, turns_dropped = self._fit(conversation)

@@ -105,15 +105,13 @@ def test_each_turn_is_learnt_once_in_the_context_that_a_chat_gives_it(messages: 
     assert learnt == sum(message.role == "user" for message in messages)
 
 
-def test_conversations_that_begin_alike_are_in_one_split() -> None:
+@pytest.mark.parametrize("thoughts", [(), (Message("assistant", "so", "analysis"),)])
+def test_conversations_that_begin_alike_are_in_one_split(thoughts: tuple[Message, ...]) -> None:
+    """Also where each is as far as the one before and a turn more."""
     encoder, splits = ChatEncoder(ChatDataset(BuildOptions(valid_fraction=0.5)), FULL), set()
     for number in range(20):
-        begun = (
-            Message("user", f"{number}"),
-            Message("assistant", "so", "analysis"),
-            Message("assistant", "a", "final"),
-        )
-        rows = [as_row((*begun, Message("user", more), *begun[1:])) for more in "xyz"]
+        begun = (Message("user", f"{number}"), *thoughts, Message("assistant", "a", "final"))
+        rows = [as_row(begun), *(as_row((*begun, Message("user", more), *begun[1:])) for more in "xyz")]
         (split,) = {encoder.encode(row).split for row in rows}
         splits.add(split)
     assert splits == {"train", "valid"}
