@@ -11,7 +11,6 @@ from pydantic_core import PydanticCustomError
 from megatron_vpmoe.config.schema_section import (
     BOUND,
     Few,
-    PositiveFloat,
     Section,
     Seed,
     Several,
@@ -61,7 +60,7 @@ class RolloutsSection(Section):
     """How often the answers of a sampling are trained on; a step takes global_batch_size of them."""
     rollout_max_new_tokens: Size = 256
     """Longest answer, in tokens."""
-    rollout_temperature: PositiveFloat = 1.0
+    rollout_temperature: Annotated[float, within(1e-6, 1e6, "logits divided by it are all alike")] = 1.0
     """Logits are divided by it, in sampling and in the update."""
     rollout_seed: Seed = 1234
     """Seed of the draws and of the order of prompts."""

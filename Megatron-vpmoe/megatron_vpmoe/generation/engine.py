@@ -77,6 +77,7 @@ def generate(
 
     Raises:
         DataError: no prompts, an empty one, or limits with which nothing could be generated.
+        NonFiniteError: the model's logits are no numbers.
     """
     budgets = budgets_of(prompts, options, rows)
     if grammar is not None:
@@ -270,9 +271,7 @@ class _Engine:
 
     def _append(self, row: _Row, token: int, as_sampled: float, untempered: float) -> None:
         completion = row.completion
-        completion.ids.append(token)
-        completion.as_sampled.append(as_sampled)
-        completion.untempered.append(untempered)
+        completion.add(token, as_sampled, untempered)
         row.token, row.position = token, row.position + 1
         if self._grammar is None:
             ends = token in self._options.stop_ids

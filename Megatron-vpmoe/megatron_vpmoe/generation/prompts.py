@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.errors import DataError, NonFiniteError
 from megatron_vpmoe.generation.sampling import SamplingOptions
 
 
@@ -64,6 +65,22 @@ class Completion:
     untempered: list[float] = field(default_factory=list)
     finish: Literal["stop", "length"] | None = None
     routing: list[NDArray[Any]] = field(default_factory=list)
+
+    def add(self, token: int, as_sampled: float, untempered: float) -> None:
+        """The next token and its log-probabilities.
+
+        Raises:
+            NonFiniteError: the logits that it comes from hold a NaN.
+        """
+        if math.isnan(untempered):
+            raise NonFiniteError(
+                f"the logits of new token {len(self.ids)} hold a nan",
+                source=f"prompt {self.place}",
+                remedy="take an earlier checkpoint: the model has diverged",
+            )
+        self.ids.append(token)
+        self.as_sampled.append(as_sampled)
+        self.untempered.append(untempered)
 
 
 def budgets_of(prompts: Sequence[Prompt], options: SamplingOptions, rows: int) -> list[list[int]]:

@@ -20,6 +20,9 @@ from megatron_vpmoe.errors import DataError
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _WORD = (1 << 64) - 1
 
+COLDEST = 1e-6
+"""Temperature above 0 at which fp32 still holds logits divided by it."""
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -30,7 +33,7 @@ class SamplingOptions:
     Attributes:
         max_new_tokens: tokens generated at most, the stop token included.
         stop_ids: tokens that end a sequence.
-        temperature: 0 is greedy; otherwise the logits are divided by it.
+        temperature: 0 is greedy; otherwise, from 1e-6 on, the logits are divided by it.
         top_p: sample among the most likely tokens whose probabilities sum to at least this (nucleus sampling).
         seed: of the draws.
         top_k: sample among so many most likely tokens (more where the last of them ties); None: all.
@@ -49,7 +52,7 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         usable = (
-            0 <= self.temperature < float("inf")
+            (self.temperature == 0 or COLDEST <= self.temperature < float("inf"))
             and 0 < self.top_p <= 1
             and 0 <= self.min_p <= 1
             and (self.top_k is None or self.top_k >= 1)
@@ -58,7 +61,8 @@ class SamplingOptions:
         if not usable:
             raise DataError(
                 f"unusable sampling options: {self}",
-                remedy="temperature >= 0, 0 < top_p <= 1, 0 <= min_p <= 1, top_k, samples and max_new_tokens >= 1",
+                remedy=f"temperature 0 or >= {COLDEST}, 0 < top_p <= 1, 0 <= min_p <= 1; "
+                "top_k, samples and max_new_tokens >= 1",
             )
 
 
@@ -100,6 +104,7 @@ def choose(
         # Below the total even after rounding: what is found then has a probability.
         point_B = (uniform_B * total_B).minimum(torch.nextafter(total_B, torch.zeros_like(total_B)))
         token_B = torch.searchsorted(cumulative_BV, point_B.unsqueeze(1), right=True).squeeze(1)
+        token_B.clamp_(max=logits_BV.shape[1] - 1)  # beyond it among NaN alone, which whoever gets them has to refuse
         upper_B, lower_B = _at(cumulative_BV, token_B), _at(cumulative_BV, (token_B - 1).clamp(min=0))
         as_sampled_B = (torch.where(token_B > 0, upper_B - lower_B, upper_B) / total_B).log().float()
     return Chosen(token_B, as_sampled_B, _at(logits_BV.log_softmax(-1), token_B))

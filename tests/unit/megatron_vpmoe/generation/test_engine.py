@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.errors import DataError, NonFiniteError
 from megatron_vpmoe.generation.decoder import Decoder
 from megatron_vpmoe.generation.engine import generate
 from megatron_vpmoe.generation.prompts import Completion, Prompt
@@ -204,6 +204,13 @@ def test_nothing_is_compiled_for_shapes_that_do_not_recur(model: VPModel, monkey
     tokens = torch.ones(1, 3, dtype=torch.int64)
     model(tokens, SequenceLayout(torch.zeros(1, 3, dtype=torch.int32), tokens, recurs=True))
     assert ran, "training and its evaluation keep the fast kernel"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_diverged_model_is_refused(model: VPModel, temperature: float) -> None:
+    torch.nn.init.constant_(model.output_weight()[5], torch.nan)
+    with pytest.raises(NonFiniteError, match="new token 0 hold a nan"):
+        generate(model, asked(), SamplingOptions(4, (STOP,), temperature=temperature))
 
 
 def test_a_stop_gives_up_what_is_unfinished(model: VPModel) -> None:

@@ -76,6 +76,7 @@ def test_uniform_numbers() -> None:
     [
         {"temperature": -1.0},
         {"temperature": float("nan")},
+        {"temperature": 1e-40},
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"max_new_tokens": 0},
