@@ -23,6 +23,21 @@ REFUSED: tuple[Rule, ...] = (
         lambda c: c.objective == "grpo" and not c.rewards,
     ),
     refuse(
+        "objective rewards",
+        "{objective} would learn every sampled answer, whatever its reward; ask for grpo, or set rewards to null",
+        lambda c: c.objective in ("span_ce", "token_ce", "dpo") and c.rewards is not None,
+    ),
+    refuse(
+        "rewards blend",
+        "prompts are of one dataset; name it (data_path), and prompts of several in one file (rollout_prompts)",
+        lambda c: c.rewards is not None and c.blend is not None,
+    ),
+    refuse(
+        "rewards skip_rows",
+        "prompts come in an order of their own, and none is skipped; leave it out",
+        lambda c: c.rewards is not None and c.skip_rows is not None,
+    ),
+    refuse(
         "grpo_kl reference_weights",
         "a divergence of weight {grpo_kl:g} needs a reference; name one, or set the weight to 0",
         lambda c: c.objective == "grpo" and c.grpo_kl > 0 and c.reference_weights is None,

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
-from megatron_vpmoe.config.schema_section import BOUND, Amount, PositiveFloat, Section, Text, within
+from megatron_vpmoe.config.schema_section import BOUND, Amount, Section, Text, within
 
 OBJECTIVES = ("span_ce", "token_ce", "dpo", "grpo", "topk_kd")
 
@@ -82,7 +82,7 @@ class ObjectiveFields(Section):
     """Of grpo: how far above 1 a ratio counts."""
     grpo_kl: Amount = 0.0
     """Of grpo: weight of the divergence (k3) from reference_weights; 0: none."""
-    grpo_mismatch_clamp: PositiveFloat | None = 2.0
+    grpo_mismatch_clamp: Annotated[float, within(1, 1e4, "nothing would be clamped")] | None = 2.0
     """Of grpo: largest importance weight between trainer and sampler (TIS); null: the mismatch is not corrected."""
 
 

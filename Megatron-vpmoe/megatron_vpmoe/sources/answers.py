@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -131,4 +132,6 @@ class Answering:
         return Answers(scored, scores, sampled - began, time.perf_counter() - sampled)
 
     def _sample(self, one: Rollout, row: dict[str, Any]) -> Sample:
-        return Sample(one.prompt_ids.tolist(), one.ids.tolist(), one.finished, MappingProxyType(row), self._manifest)
+        # Rewards may keep or change what they are given: neither the next one nor a later sampling sees it.
+        ids = tuple(one.prompt_ids.tolist()), tuple(one.ids.tolist())
+        return Sample(*ids, one.finished, MappingProxyType(deepcopy(row)), self._manifest)

@@ -1,6 +1,7 @@
 """Rewards: functions of one sampled answer, by name or as ``module:function``; their weighted sum is what is learned.
 
-A reward runs on rank 0 alone. What it raises, or a number that is not finite, ends the run with the sample named.
+A reward runs on rank 0 alone. What it raises, or what is no number of a usable size, ends the run with the sample
+named.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class Sample:
 
 
 Reward = Callable[[Sample], float]
+_LARGEST = 1e6
+"""Above it, weighed and squared, fp32 ends."""
 _SHOWN = 600
 """Characters of each part of a sample in a message."""
 
@@ -71,7 +74,7 @@ class Rewards:
         """The number of each reward by name.
 
         Raises:
-            DataError: a reward raises, or returns what is no finite number.
+            DataError: a reward raises, or returns what is no number between -1e6 and 1e6.
         """
         return {name: self._one(name, reward, sample) for name, _, reward in self._parts}
 
@@ -83,7 +86,8 @@ class Rewards:
     def _one(name: str, reward: Reward, sample: Sample) -> float:
         try:
             value = reward(sample)
-            if math.isfinite(number := float(value)):
+            # A text would be read as a number, a large one leave advantages infinite.
+            if not isinstance(value, str | bytes) and abs(number := float(value)) <= _LARGEST:
                 return number
             what, cause = f"returned {value!r}", None
         except (Exception, SystemExit) as error:  # of others' code: whatever it is, it is theirs to mend
@@ -92,7 +96,7 @@ class Rewards:
             f"the reward {name} {what}",
             source=f"the answer {_shown(sample.ids, sample)} to {_shown(sample.prompt_ids, sample)}, "
             f"row {_cut(repr(dict(sample.row)))}",
-            remedy="a reward returns a finite number for every sample, whatever the model says",
+            remedy=f"a reward returns a number, of at most {_LARGEST:g} in size, whatever the model says",
         ) from cause
 
 

@@ -38,7 +38,13 @@ pytestmark = pytest.mark.usefixtures("single_process")
 HERE = "test_rollouts"
 REWARDS = [{"function": f"{HERE}:even"}]
 ENDS = {EOD, 2, 3}
-FEW = {"rollout_groups": 4, "rollout_group_size": 3, "global_batch_size": 6, "rollout_max_new_tokens": 10}
+FEW = {
+    "objective": "grpo",
+    "rollout_groups": 4,
+    "rollout_group_size": 3,
+    "global_batch_size": 6,
+    "rollout_max_new_tokens": 10,
+}
 
 
 def even(sample: Sample) -> float:
@@ -56,6 +62,20 @@ def broken(sample: Sample) -> float:
 
 def not_a_number(sample: Sample) -> float:
     return float("nan")
+
+
+def too_large(sample: Sample) -> float:
+    return 1.7e308
+
+
+def a_text(sample: Sample) -> Any:
+    return "0.5"
+
+
+def greedy_hands(sample: Sample) -> Any:
+    """Any number will do; and what a reward does to its sample stays with it."""
+    sample.row["seen"].append(1)
+    return np.float32(len(sample.row["seen"])) if len(sample.ids) % 2 else torch.ones(())
 
 
 @pytest.fixture
@@ -164,7 +184,7 @@ def test_routing_that_flips_is_replayed(
         for parameter in model.parameters():
             if parameter.dim() >= 2:
                 parameter *= 4
-    source = opened(model, dataset, router_replay=replay, objective="grpo")
+    source = opened(model, dataset, router_replay=replay)
     step, objective = source.next_step(), GRPO(mismatch_clamp=1.1)
     totals = {name: float(value) for name, value in objective.counts(step.batches).items()}
     totals["tokens/real"] = float(sum(batch.real_tokens for batch in step.batches))
@@ -215,7 +235,9 @@ def test_truncated_answers_are_left_out_where_asked(model: VPModel, dataset: KDD
     assert answers < sum(int(batch.loss_mask.sum()) for batch in everything.batches)
 
 
-@pytest.mark.parametrize(("reward", "told"), [("broken", "KeyError"), ("not_a_number", "nan")])
+@pytest.mark.parametrize(
+    ("reward", "told"), [("broken", "KeyError"), ("not_a_number", "nan"), ("too_large", "1.7e"), ("a_text", "0.5")]
+)
 def test_a_reward_that_fails_ends_the_run_with_the_sample(
     model: VPModel, dataset: KDDataset, reward: str, told: str
 ) -> None:
@@ -223,11 +245,17 @@ def test_a_reward_that_fails_ends_the_run_with_the_sample(
         opened(model, dataset, reward=reward).next_step()
 
 
+def test_a_reward_changes_no_prompt(model: VPModel, dataset: KDDataset) -> None:
+    asked = [Asked([5 + place, 9], {"seen": []}) for place in range(4)]
+    assert opened(model, dataset, reward="greedy_hands", prompts=asked).next_step().metrics["rollout/reward_mean"] == 1
+    assert not any(one.row["seen"] for one in asked)
+
+
 STOP = StopRequest()
 
 
 def stopping(sample: Sample) -> float:
-    """Asked to stop while it scores; and what a reward does to its sample stays with it."""
+    """Asked to stop while it scores."""
     STOP._handle(signal.SIGTERM, None)
     return even(sample)
 
@@ -264,7 +292,7 @@ def test_rewards_that_differ_by_rounding_alone_teach_nothing(model: VPModel, dat
 
 @pytest.mark.slow
 def test_with_nothing_left_to_train_on_a_step_is_finite(dataset: KDDataset) -> None:
-    cfg = tiny_config(num_layers=2, objective="grpo", rewards=REWARDS, **FEW, eval_interval=None)
+    cfg = tiny_config(num_layers=2, rewards=REWARDS, **FEW, eval_interval=None)
     model = build_model(cfg)
     wrapped = wrap_for_training(model, cfg)
     step = opened(model, dataset, rollout_max_new_tokens=1, mask_truncated=True, rollout_groups=2).next_step()

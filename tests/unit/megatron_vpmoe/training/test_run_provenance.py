@@ -53,7 +53,13 @@ def test_other_prompts_bind_but_another_place_does_not(root: Path, tmp_path: Pat
     prompts = {name: tmp_path / name for name in ("first", "moved", "other")}
     for name, path in prompts.items():
         path.write_text("[9]" if name == "other" else "[5]")
-    fields = {"data_path": root, "rewards": [{"function": "finished"}], "eval_interval": None, "seq_length": 512}
+    fields = {
+        "data_path": root,
+        "objective": "grpo",
+        "rewards": [{"function": "finished"}],
+        "eval_interval": None,
+        "seq_length": 512,
+    }
     first, moved, other = (tiny_config(**fields, rollout_prompts=path) for path in prompts.values())
     state = state_of(first, root)
     assert check_provenance(state, moved, source="c") == []
