@@ -18,7 +18,7 @@ from pydantic import Field
 
 from megatron_vpmoe.config import RunConfig, deciding_fields, geometry_diff, load_config
 from megatron_vpmoe.config.parameters import is_trained
-from megatron_vpmoe.files import write_atomically
+from megatron_vpmoe.files import sha256_of_file, write_atomically
 from megatron_vpmoe.manifest import read_manifest
 from megatron_vpmoe.metrics import read_records
 from vpmoe.commands import Command, CommandFailed, run_command
@@ -50,10 +50,16 @@ class Pretrain(Job[TrainingSettings]):
     settings_type = TrainingSettings
 
     def decides(self, spec: ObjectSpec, settings: TrainingSettings) -> dict[str, Any]:
-        """What of the run's configuration decides its weights, and the datasets; not what it logs and where."""
+        """What of the run's configuration decides its weights, the datasets and frozen models; not what it logs."""
+        from megatron_vpmoe.training.checkpoint_files import FILES, open_checkpoint
+
         cfg = training_config(spec, settings)
         manifests = [read_manifest(part.path).sha256 for part in cfg.data.parts]
-        return {"training": deciding_fields(cfg), "dtype": settings.dtype, "dataset_manifests_sha256": manifests}
+        decides = deciding_fields(cfg)
+        for name in ("reference_weights", "teacher_weights"):
+            if (path := decides["training"].get(name)) is not None:  # what lies there decides, not where
+                decides["training"][name] = sha256_of_file(open_checkpoint(Path(path)).path / FILES)
+        return {"training": decides, "dtype": settings.dtype, "dataset_manifests_sha256": manifests}
 
     def convert(self, task: Task[TrainingSettings]) -> Product:
         trained = RungBelow.of_checkpoint(train(task), task.cfg)
