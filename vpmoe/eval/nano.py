@@ -224,7 +224,9 @@ def valid_losses(opened: Opened, manifest: Manifest) -> dict[str, float]:
     cfg = cfg.model_copy(update={"evaluation": cfg.evaluation.model_copy(update={"eval_iters": whole})})
     objective = build_objective(cfg)
     check_kinds(objective, cfg, [manifest])
-    metrics = evaluate(opened.model, objective, ValidSource(Part("valid", dataset), cfg, 0, 1))
+    metrics = evaluate(
+        opened.model, objective, ValidSource(Part("valid", dataset), cfg, 0, 1, objective.needs.annotations)
+    )
     # How spans are weighted in the total is the run's affair; of other models nobody knows it.
     unknown = () if imitates or cfg.training.objective == "token_ce" else ("loss/total",)
     return {tag: value for tag, value in metrics.items() if tag.startswith("loss/") and tag not in unknown}

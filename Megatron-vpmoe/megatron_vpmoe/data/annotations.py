@@ -8,7 +8,7 @@ Shapes: b rows, s positions, L tokens of a document, d the most documents of a r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,35 @@ from megatron_vpmoe.errors import DataError
 
 if TYPE_CHECKING:
     from megatron_vpmoe.data.batch import Document
+
+
+class Late(Mapping[str, "NDArray[Any]"]):
+    """A document's annotations, of which a teacher's records are expanded once one of them is asked for.
+
+    Args:
+        plain: those that are there.
+        late: names of the others.
+        expand: gives the others; called once at most.
+    """
+
+    def __init__(
+        self,
+        plain: Mapping[str, NDArray[Any]],
+        late: Sequence[Annotation],
+        expand: Callable[[], Mapping[str, NDArray[Any]]],
+    ) -> None:
+        self._found, self._late, self._expand = dict(plain), [one.name for one in late], expand
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        if name in self._late and name not in self._found:
+            self._found.update(self._expand())
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._found, *self._late]))
+
+    def __len__(self) -> int:
+        return len({*self._found, *self._late})
 
 
 def of_document(annotation: Annotation, document: Document, source: str) -> NDArray[Any]:

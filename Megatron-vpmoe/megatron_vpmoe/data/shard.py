@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.annotation_files import read_annotation, read_records
+from megatron_vpmoe.data.annotations import Late
 from megatron_vpmoe.data.batch import Document
 from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.manifest import FILE_NAME, ShardEntry
@@ -47,6 +50,7 @@ class Shard:
         self.lengths: NDArray[np.int32] = self._triple.lengths
         plain = [annotation for annotation in annotations if annotation.per != "record"]
         self._annotations = [(a, read_annotation(folder, entry.name, a, self.lengths)) for a in plain]
+        self._teacher = teacher
         self._records = None if teacher is None else read_records(folder, entry.name, teacher, self._triple)
         found = (len(self.lengths), len(self._triple.tokens))
         if found != (entry.rows, entry.tokens):
@@ -62,13 +66,16 @@ class Shard:
             )
 
     def document(self, row: int) -> Document:
-        """Conversation ``row`` of this shard, memory-mapped."""
+        """Conversation ``row`` of this shard, memory-mapped; a teacher's records are read once they are asked for."""
         triple, place = self._triple, self._triple.place(row)
         length = place.stop - place.start
-        annotations = {} if self._records is None else self._records(row)
+        plain = {}
         for declared, (starts, values) in self._annotations:
             first, shape = int(starts[row]), declared.shape(length)
-            annotations[declared.name] = values[first : first + math.prod(shape)].reshape(shape)
+            plain[declared.name] = values[first : first + math.prod(shape)].reshape(shape)
+        annotations: Mapping[str, NDArray[Any]] = plain
+        if self._records is not None and self._teacher is not None:
+            annotations = Late(plain, self._teacher.annotations, partial(self._records, row))
         core = triple.tokens[place], triple.lossmask[place], triple.span[place]
         return Document(*core, annotations=annotations)
 

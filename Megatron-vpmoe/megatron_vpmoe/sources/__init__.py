@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.data.blend import Part
 from megatron_vpmoe.sources.ahead import Ahead, ahead
 from megatron_vpmoe.sources.annotated import Annotated, AnnotatedBatches, Annotator
@@ -46,15 +47,18 @@ __all__ = [
 ]
 
 
-def open_source(parts: Sequence[Part], cfg: RunConfig, dp_rank: int, dp_size: int) -> Source:
+def open_source(
+    parts: Sequence[Part], cfg: RunConfig, dp_rank: int, dp_size: int, wanted: Sequence[Annotation] | None = None
+) -> Source:
     """The training source of a run: answers of its own model where ``rollouts.rewards`` names any, or stored datasets.
 
-    Answers are to the prompts of ``rollouts.rollout_prompts``, or of the first dataset.
+    Answers are to the prompts of ``rollouts.rollout_prompts``, or of the first dataset. Batches of stored datasets
+    carry of their annotations those that are ``wanted``; None: all.
     """
     if cfg.rollouts.rewards is not None:
         prompts = _prompts(parts[0], cfg.rollouts.rollout_prompts, cfg)
         return Rollouts(prompts, parts[0].dataset.manifest, cfg, dp_rank, dp_size)
-    return ahead(StoredSource(parts, cfg, dp_rank, dp_size))
+    return ahead(StoredSource(parts, cfg, dp_rank, dp_size, wanted))
 
 
 def open_held_out(parts: Sequence[Part], cfg: RunConfig) -> HeldOut | None:

@@ -22,6 +22,8 @@ from megatron_vpmoe.sources.interface import Position, Step
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
+Wanted = Sequence[Annotation] | None
+
 
 def weights_of(cfg: RunConfig) -> list[Weights]:
     """The weights of ``data.{blend, blend_schedule}``, from sample to sample."""
@@ -33,7 +35,13 @@ class _Rows:
     """Turns stretches of the global order into this rank's micro-batches."""
 
     def __init__(
-        self, parts: Sequence[Part], weights: Sequence[Weights], cfg: RunConfig, dp_rank: int, dp_size: int
+        self,
+        parts: Sequence[Part],
+        weights: Sequence[Weights],
+        cfg: RunConfig,
+        dp_rank: int,
+        dp_size: int,
+        wanted: Wanted,
     ) -> None:
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"data-parallel rank {dp_rank} of {dp_size}")
@@ -42,7 +50,8 @@ class _Rows:
         self.blend = Blend(
             parts, weights, seq_length=self.seq_length, window=cfg.data.packing_window, seed=cfg.data.data_seed
         )
-        self.annotations = self.blend.annotations
+        names = None if wanted is None else {one.name for one in wanted}
+        self.annotations = tuple(one for one in self.blend.annotations if names is None or one.name in names)
 
     @property
     def samples_at_once(self) -> int:
@@ -74,7 +83,7 @@ class _Stored:
 
     @property
     def annotations(self) -> tuple[Annotation, ...]:
-        """Those that all datasets have."""
+        """Those that all datasets have (see ``Blend``) and that are wanted."""
         return self._rows.annotations
 
 
@@ -86,6 +95,7 @@ class StoredSource(_Stored):
         cfg: ``data`` and ``training.{micro,global}_batch_size`` are read.
         dp_rank: of this process among those that hold different data.
         dp_size: their number.
+        wanted: annotations that batches carry where the datasets have them; None: all.
 
     Attributes:
         consumed_samples: rows of the global order that have been given; any value >= 0 may be set.
@@ -94,8 +104,10 @@ class StoredSource(_Stored):
         ConfigError: ``global_batch_size`` is not a multiple of ``micro_batch_size * dp_size``.
     """
 
-    def __init__(self, parts: Sequence[Part], cfg: RunConfig, dp_rank: int, dp_size: int) -> None:
-        super().__init__(_Rows(parts, weights_of(cfg), cfg, dp_rank, dp_size))
+    def __init__(
+        self, parts: Sequence[Part], cfg: RunConfig, dp_rank: int, dp_size: int, wanted: Wanted = None
+    ) -> None:
+        super().__init__(_Rows(parts, weights_of(cfg), cfg, dp_rank, dp_size, wanted))
         self.consumed_samples, self._closed = 0, False
         self.global_batch_size = cfg.training.global_batch_size
         if self.global_batch_size % self._rows.samples_at_once:
@@ -147,15 +159,16 @@ class ValidSource(_Stored):
         cfg: as for ``StoredSource``, and ``evaluation.eval_iters``.
         dp_rank: of this process among those that hold different data.
         dp_size: their number.
+        wanted: annotations that batches carry where the datasets have them; None: all.
 
     Attributes:
         samples: rows of the split that take part, over all ranks.
     """
 
-    def __init__(self, part: Part, cfg: RunConfig, dp_rank: int, dp_size: int) -> None:
-        super().__init__(_Rows([part], [Weights(0, (1.0,))], cfg, dp_rank, dp_size))
-        wanted = cfg.evaluation.eval_iters * cfg.training.global_batch_size
-        self.samples = min(wanted, self._rows.blend.rows_of_one_epoch())
+    def __init__(self, part: Part, cfg: RunConfig, dp_rank: int, dp_size: int, wanted: Wanted = None) -> None:
+        super().__init__(_Rows([part], [Weights(0, (1.0,))], cfg, dp_rank, dp_size, wanted))
+        most = cfg.evaluation.eval_iters * cfg.training.global_batch_size
+        self.samples = min(most, self._rows.blend.rows_of_one_epoch())
 
     def __len__(self) -> int:
         """Forward passes of each rank."""

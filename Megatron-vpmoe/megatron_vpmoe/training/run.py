@@ -161,10 +161,12 @@ def open_run(cfg: RunConfig) -> Run:
     found, notes = distributed.from_rank_0(lambda: continued(cfg))
     data_parallel = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     train, valid_parts = (open_parts(cfg, split) for split in ("train", "valid"))
-    source = open_source(train, cfg, *data_parallel)
+    objective = build_objective(cfg)
+    wanted = objective.needs.annotations
+    source = open_source(train, cfg, *data_parallel, wanted)
     rollouts = source if isinstance(source, Rollouts) else None
     stored: dict[str, Batches] = {
-        "valid" if len(valid_parts) == 1 else f"valid/{part.name}": ValidSource(part, cfg, *data_parallel)
+        "valid" if len(valid_parts) == 1 else f"valid/{part.name}": ValidSource(part, cfg, *data_parallel, wanted)
         for part in valid_parts
         if rollouts is None
     }
@@ -173,7 +175,6 @@ def open_run(cfg: RunConfig) -> Run:
     for each in frozen:
         source = Annotated(source, each.annotator)
         stored = {prefix: AnnotatedBatches(batches, each.annotator) for prefix, batches in stored.items()}
-    objective = build_objective(cfg)
     check_kinds(objective, cfg, [part.dataset.manifest for part in (*train, *valid_parts)])
     for name, gives in {"train": source, **stored}.items():
         check_needs(cfg.training.objective, objective.needs, gives, source=name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -55,8 +57,8 @@ def test_records_come_back(vocab, percent, rows, sharp, short, coding, seed) -> 
     filled = found_log_p == FILLING_LOG_P
     assert (filled.sum(1) == (~known).sum(1)).all()
     kept = known.sum(1)[:1].tolist() or [0]
-    of_kept = [np.sort(array[:, : kept[0]], 1) for array in (ids, found)]
-    np.testing.assert_array_equal(*of_kept)
+    mine, theirs = (np.sort(array[:, : kept[0]], 1) for array in (ids, found))
+    np.testing.assert_array_equal(mine, theirs)
     ours, theirs = (
         by_id(*pair)
         for pair in ((ids[:, : kept[0]], log_p[:, : kept[0]]), (found[:, : kept[0]], found_log_p[:, : kept[0]]))
@@ -85,7 +87,7 @@ def test_bytes_and_cost_at_full_size() -> None:
 
 
 @pytest.mark.parametrize("coding", ["exact", "compact"])
-def test_damage_is_found(coding: str) -> None:
+def test_damage_is_found(coding: Literal["exact", "compact"]) -> None:
     records = TeacherRecords(count=4, vocab_size=50, coding=coding)
     whole = records.encode(draw(50, 4, 3, 1.0, 0))
     loss_mask = np.array([0, 1, 1, 1, 0], np.uint8)

@@ -13,14 +13,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from megatron_vpmoe.annotation import Annotation
+from megatron_vpmoe.annotation import NO_RECORD, Annotation
 from megatron_vpmoe.data.batch import PADDING, Document, assemble
 from megatron_vpmoe.data.blend import Part
 from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.manifest import read_manifest
 from megatron_vpmoe.sources import StoredSource
-from tests.fixtures_dataset import EOD, conversation, rewrite_manifest, small_dataset, write_annotation
+from megatron_vpmoe.teacher_records import TeacherRecords
+from tests.fixtures_dataset import EOD, PADDED_VOCAB, conversation, rewrite_manifest, small_dataset, write_annotation
 from tests.tiny import tiny_config
 
 LOG_P = Annotation(name="reference_log_p", dtype="float32")
@@ -148,6 +149,46 @@ def test_sidecars_come_back_with_their_documents_and_in_batches(tmp_path: Path) 
     assert (batch.per_token("reward")[batch.document_id >= 0] >= 1).all()
     mixed = StoredSource([Part("kd", dataset), Part("plain", KDDataset(plain, "train", seq_length=48))], cfg, 0, 1)
     assert mixed.annotations == ()
+    assert StoredSource([Part("kd", dataset)], cfg, 0, 1, (LOG_P,)).annotations == (LOG_P,)
+
+
+def test_in_a_blend_a_dataset_that_was_not_scored_has_no_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And records are expanded where a batch carries them, nowhere else."""
+    told = TeacherRecords(count=3, vocab_size=PADDED_VOCAB, coding="exact")
+    scored, plain = (small_dataset(tmp_path / name, train=12, valid=4) for name in ("scored", "plain"))
+
+    def score(manifest: dict[str, Any]) -> None:
+        for split, entry in manifest["splits"].items():
+            dataset, row = KDDataset(read_manifest(scored), split, seq_length=48), 0
+            for shard in entry["shards"]:
+                arrays = []
+                for number in range(row, row + shard["rows"]):
+                    count = int(dataset[number].loss_mask.sum())
+                    ids = np.tile(np.arange(3, dtype=np.int32), (count, 1))
+                    records = ids, np.full((count, 3), -2.0, np.float32), np.full(count, -2.0, np.float32)
+                    arrays.append(told.encode(records))
+                shard["files"] |= write_annotation(scored / split, shard["name"], told.stored, arrays)
+                row += shard["rows"]
+        manifest["teacher"] = told.model_dump()
+
+    rewrite_manifest(scored, score)
+    parts = [Part(root.name, KDDataset(read_manifest(root), "train", seq_length=48)) for root in (plain, scored)]
+    listed = ", ".join(f"{{path: {part.dataset.manifest.root}, weight: 1}}" for part in parts)
+    cfg = tiny_config(data_path=None, blend=f"[{listed}]", global_batch_size=4, micro_batch_size=4)
+    source, bare = (StoredSource(parts, cfg, 0, 1, wanted) for wanted in (None, ()))
+    assert source.annotations == told.annotations and bare.annotations == ()
+    (batch,) = source.next_step().batches
+    recorded = (batch.annotations["teacher_ids"][..., 0] != NO_RECORD) & batch.loss_mask
+    by_row = [
+        (bool(has.all()), bool(has.any())) for has in (r[m] for r, m in zip(recorded, batch.loss_mask, strict=True))
+    ]
+    assert sorted(by_row) == [(False, False)] * 2 + [(True, True)] * 2
+    monkeypatch.setattr(TeacherRecords, "decode", None)
+    bare.next_step()
+    with pytest.raises(TypeError):
+        source.next_step()
 
 
 @pytest.mark.parametrize("declared", [{"dtype": "int64"}, {"width": 2}, {"width": None}, {"name": "others_ids"}])

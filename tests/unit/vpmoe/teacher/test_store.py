@@ -146,4 +146,4 @@ def test_a_damaged_record_is_named(exact: Path, tmp_path: Path) -> None:
     file.write_bytes(content)
     assert any(file.name in fault for fault in verify(tmp_path / "damaged"))
     with pytest.raises(DataError, match="an id outside the vocabulary"):
-        documents(tmp_path / "damaged", "train")
+        [document.annotations["teacher_ids"] for document in documents(tmp_path / "damaged", "train")]
