@@ -7,7 +7,8 @@ read where the ``receipt.json`` beside it lists it with the hash that it has, an
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -16,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.errors import DataError, TokenizerError
 from megatron_vpmoe.files import RECEIPT, first_damage, inside, read_json, read_record, sha256_of_json, unsealed
-from megatron_vpmoe.teacher_records import TeacherRecords
+from megatron_vpmoe.teacher_records import PART, TeacherRecords
 
 FILE_NAME = "manifest.json"
 SCHEMA_VERSION = 1
@@ -126,6 +127,13 @@ class PromptsEntry(Entry):
     developer: str | None = None
 
 
+class AnnotatedEntry(Entry):
+    """Who made annotations; ``by`` tells a name and a hash of the weights, or of a server the name of the model."""
+
+    names: list[str]
+    by: dict[str, Any]
+
+
 class Content(Entry):
     """What decides what is read; its hash identifies a dataset."""
 
@@ -138,13 +146,13 @@ class Content(Entry):
     prompts: PromptsEntry | None = None
     annotations: list[Annotation] = []
     teacher: TeacherRecords | None = None
+    annotated: list[AnnotatedEntry] = []
 
     @property
     def hash(self) -> str:
         """Without annotations that of a manifest from before there were any."""
-        return sha256_of_json(
-            self.model_dump(exclude={name for name in ("annotations", "teacher") if not getattr(self, name)})
-        )
+        absent = {name for name in ("annotations", "teacher") if not getattr(self, name)}
+        return sha256_of_json(self.model_dump(exclude={*absent, "annotated"}))
 
     @property
     def stored(self) -> tuple[Annotation, ...]:
@@ -172,6 +180,7 @@ class Manifest:
         annotations: that every document carries.
         stored: those that lie in files.
         teacher: the records that the others are read of, if there are any.
+        teacher_is: who made them, by key: ``name``, ``weights_sha256`` and the like.
     """
 
     root: Path
@@ -185,6 +194,7 @@ class Manifest:
     annotations: tuple[Annotation, ...] = ()
     stored: tuple[Annotation, ...] = ()
     teacher: TeacherRecords | None = None
+    teacher_is: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -229,6 +239,7 @@ def read_manifest(data_path: Path | str) -> Manifest:
         (*content.annotations, *(content.teacher.annotations if content.teacher else ())),
         content.stored,
         content.teacher,
+        next((entry.by for entry in content.annotated if PART in entry.names), {}),
     )
 
 

@@ -35,7 +35,8 @@ _SINGLE_FIELDS = {
             "kd_span_weight_final",
             *OWNED,
         }
-    ),
+    )
+    - {"kd_teacher"},
 }
 """Section -> its binding fields; everything else, and every section not named here, is operational."""
 
@@ -84,7 +85,7 @@ def provenance_diff(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any
 _UNDECIDING: dict[str, frozenset[str] | None] = {
     "data": frozenset({"data_path", "blend"}),
     "training": frozenset(
-        {"run_name", "run_dir", "micro_batch_size", "nonfinite_policy", "nonfinite_max_skips"}
+        {"run_name", "run_dir", "micro_batch_size", "nonfinite_policy", "nonfinite_max_skips", "kd_teacher"}
         | {f"recompute_{name}" for name in ("granularity", "method", "num_layers", "modules")}
     ),
     "optim": frozenset({"normuon_stack_mib"}),

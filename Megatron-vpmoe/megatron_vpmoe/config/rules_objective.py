@@ -20,6 +20,11 @@ REFUSED: tuple[Rule, ...] = (
         lambda c: c.reference_bf16 and c.reference_weights is c.teacher_weights is None,
     ),
     refuse(
+        "kd_teacher teacher_weights",
+        "it says whose records a dataset has to hold, and a live teacher makes them; leave one of the two out",
+        lambda c: c.kd_teacher is not None and c.teacher_weights is not None,
+    ),
+    refuse(
         "kd_beta kd_divergence",
         "{kd_divergence} does not read it; leave it out, or ask for jsd",
         lambda c: c.kd_divergence != "jsd" and c.kd_beta != _DEFAULT["kd_beta"],

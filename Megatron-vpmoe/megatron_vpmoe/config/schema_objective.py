@@ -39,6 +39,9 @@ class ObjectiveFields(Section):
     """Of topk_kd: checkpoint (or run) of a frozen teacher of the same vocabulary, of any geometry; batches are
     annotated with its kd_top_k likeliest tokens before each update. A dry run's estimate of memory does not count it.
     null: the dataset's store says them."""
+    kd_teacher: Text | None = None
+    """Of topk_kd: whose records the datasets have to hold: a model's name, or the beginning of its weights' sha256, as
+    their manifests have them. null: anyone's."""
     kd_alpha: Annotated[float, within(0, 1, "cross-entropy would count negatively")] = 0.5
     """Of topk_kd: weight of the divergence at a position with a record; cross-entropy has the rest of it, and all of a
     position without."""

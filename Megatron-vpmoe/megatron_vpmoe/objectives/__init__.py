@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_vpmoe.annotation import TEACHER_IDS
 from megatron_vpmoe.errors import ConfigError, DataError
 from megatron_vpmoe.manifest import PREFERENCE, Manifest
 from megatron_vpmoe.objectives.dpo import DPO
@@ -47,11 +48,14 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def check_kinds(objective: Objective, cfg: RunConfig, manifests: Sequence[Manifest]) -> None:
-    """Refuse datasets of the kind that the objective does not read: pairs to prefer from, or everything else.
+    """Refuse datasets of the kind that the objective does not read: pairs to prefer from, or everything else; and
+    records of another teacher than ``training.kd_teacher``.
 
     Raises:
-        DataError: names the dataset and its kind.
+        DataError: names the dataset, its kind or its teacher.
     """
+    needed = {one.name for one in objective.needs.annotations}
+    asked = cfg.training.kd_teacher if TEACHER_IDS.name in needed else None
     for manifest in manifests:
         if (manifest.kind == PREFERENCE) != objective.needs.pairs:
             wanted = f"reads {PREFERENCE}" if objective.needs.pairs else f"does not read {PREFERENCE}"
@@ -60,6 +64,14 @@ def check_kinds(objective: Objective, cfg: RunConfig, manifests: Sequence[Manife
                 source=str(manifest.path),
                 remedy="name another dataset, or another objective; rejected answers are not to be imitated",
             )
+        if asked is not None and manifest.teacher is not None:
+            by = {name: str(manifest.teacher_is.get(name, "")) for name in ("run", "name", "model", "weights_sha256")}
+            if asked not in by.values() and not (len(asked) >= 8 and by["weights_sha256"].startswith(asked)):
+                raise DataError(
+                    f"its records are of {', '.join(f'{name} {value}' for name, value in by.items() if value)}",
+                    source=f"{manifest.path}, training.kd_teacher = {asked}",
+                    remedy="name a dataset that this teacher scored (vpmoe data score), or another kd_teacher",
+                )
 
 
 def build_objective(cfg: RunConfig) -> Objective:

@@ -88,6 +88,7 @@ SAMPLED = '--router-replay replay --objective grpo --eval-interval null --reward
         ("--pipeline-model-parallel-size 2 --objective topk_kd --teacher-weights x", "teacher_weights", "store ahead"),
         ("--objective span_ce --teacher-weights x", "teacher_weights", "or ask for topk_kd"),
         ("--objective span_ce --kd-tail drop", "kd_tail", "or ask for topk_kd"),
+        ("--objective topk_kd --teacher-weights x --kd-teacher y", "kd_teacher", "leave one of the two out"),
         ("--objective topk_kd --kd-beta 0.3", "kd_beta", "or ask for jsd"),
         ("--objective topk_kd --kd-top-k 250000", "kd_top_k", "ids a token of a vocabulary of"),
         ("--objective topk_kd --reference-bf16", "reference_bf16", "no second model"),

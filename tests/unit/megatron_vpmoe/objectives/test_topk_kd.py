@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,12 @@ from torch.nn import functional
 
 from megatron_vpmoe.annotation import NO_RECORD
 from megatron_vpmoe.data.batch import Batch, Span
-from megatron_vpmoe.objectives import SpanCE, TopKKD, build_objective
+from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.manifest import read_manifest
+from megatron_vpmoe.objectives import SpanCE, TopKKD, build_objective, check_kinds
+from megatron_vpmoe.teacher_records import TeacherRecords
 from ref import output as reference
+from tests.fixtures_dataset import small_dataset
 from tests.tiny import random_batch, rows_of, tiny_config
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -166,3 +171,16 @@ def test_built_from_the_configuration() -> None:
     for divergence, beta in (("forward_kl", 0.0), ("reverse_kl", 1.0)):
         built = build_objective(tiny_config(objective="topk_kd", kd_divergence=divergence))
         assert isinstance(built, TopKKD) and built.beta == beta
+
+
+def test_records_of_another_teacher_than_asked_for_are_refused(tmp_path: Path) -> None:
+    plain = read_manifest(small_dataset(tmp_path / "kd", train=4, valid=2))
+    by = {"name": "iter_0000900", "run": "nano", "weights_sha256": "0123456789" * 6 + "abcd"}
+    stored = replace(plain, teacher=TeacherRecords(count=4, vocab_size=50), teacher_is=by)
+    for asked in (None, "nano", "iter_0000900", "01234567"):
+        check_kinds(TopKKD(SpanCE(1.0, 1.0)), tiny_config(objective="topk_kd", kd_teacher=asked), [stored, plain])
+    for other in ("nan", "0123", "gpt-oss", "12345678"):
+        cfg = tiny_config(objective="topk_kd", kd_teacher=other)
+        with pytest.raises(DataError, match="its records are of run nano, name iter_0000900, weights_sha256 0123"):
+            check_kinds(TopKKD(SpanCE(1.0, 1.0)), cfg, [plain, stored])
+        check_kinds(SpanCE(1.0, 1.0), cfg, [stored])  # reads none
