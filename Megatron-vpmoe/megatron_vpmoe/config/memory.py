@@ -139,7 +139,7 @@ def _optimizer_state(cfg: RunConfig, trained: _Held) -> int:
     return dense // dense_ranks + trained.experts * (per_matrix_entry + master) // expert_ranks
 
 
-def memory_estimate(cfg: RunConfig, *, on_cpu: bool = False) -> MemoryEstimate:
+def memory_estimate(cfg: RunConfig, *, on_cpu: bool = False, teacher: RunConfig | None = None) -> MemoryEstimate:
     """Memory of one process of the run; of a pipeline, that of the stage that needs most.
 
     Gradients are accumulated in fp32; frozen parameters have none, and no optimizer state. Activations are what
@@ -149,11 +149,20 @@ def memory_estimate(cfg: RunConfig, *, on_cpu: bool = False) -> MemoryEstimate:
     Args:
         cfg: the run.
         on_cpu: the machine has no GPU, which decides the attention backend that "auto" takes.
+        teacher: ``cfg`` with the geometry of ``training.teacher_weights``, whose parameters are counted; None: none.
     """
     cfg = tensor_parallel_rank(cfg)
     stages = stage_layers(cfg)
     estimates = [_stage_estimate(cfg, layers, len(stages) - i, on_cpu) for i, layers in enumerate(stages)]
-    return max(estimates, key=lambda estimate: estimate.total)
+    estimate = max(estimates, key=lambda estimate: estimate.total)
+    if teacher is not None:
+        held = _held(tensor_parallel_rank(teacher), range(1, teacher.model.num_layers + 1), trained_only=False)
+        estimate.parts["teacher"] = held.total * _frozen_bytes(cfg)
+    return estimate
+
+
+def _frozen_bytes(cfg: RunConfig) -> int:
+    return 2 if cfg.training.bf16 or cfg.training.reference_bf16 else _FP32
 
 
 def _stage_estimate(cfg: RunConfig, layers: range, under_way: int, on_cpu: bool) -> MemoryEstimate:
@@ -167,7 +176,7 @@ def _stage_estimate(cfg: RunConfig, layers: range, under_way: int, on_cpu: bool)
     return MemoryEstimate(
         {
             "parameters": held.total * compute_bytes,
-            **({"reference": held.total * (2 if t.bf16 or t.reference_bf16 else _FP32)} if t.reference_weights else {}),
+            **({"reference": held.total * _frozen_bytes(cfg)} if t.reference_weights else {}),
             "gradients": trained.total * _FP32,
             "optimizer state": _optimizer_state(cfg, trained),
             "activations": tokens * (under_way * kept + transient),
@@ -182,9 +191,9 @@ def _gib(count: float) -> str:
     return f"{count / 2**30:,.2f} GiB"
 
 
-def describe_geometry(cfg: RunConfig, *, on_cpu: bool = False) -> str:
+def describe_geometry(cfg: RunConfig, *, on_cpu: bool = False, teacher: RunConfig | None = None) -> str:
     """What a dry run prints: parameters, memory, and the fields of the architecture that change nothing."""
-    count, memory = parameter_count(cfg), memory_estimate(cfg, on_cpu=on_cpu)
+    count, memory = parameter_count(cfg), memory_estimate(cfg, on_cpu=on_cpu, teacher=teacher)
     rows = [*count.parts.items(), ("total", count.total), ("active per token", count.active)]
     rows.append(("active without embeddings", count.active_without_embeddings))
     lines = ["parameters", *(f"  {name:<26}{value:>16,}" for name, value in rows)]
@@ -222,7 +231,13 @@ class FitReport:
         )
 
 
-def fit_report(cfg: RunConfig, available_bytes_per_device: int, device_kind: str, device_count: int = 1) -> FitReport:
+def fit_report(
+    cfg: RunConfig,
+    available_bytes_per_device: int,
+    device_kind: str,
+    device_count: int = 1,
+    teacher: RunConfig | None = None,
+) -> FitReport:
     """Compare the estimate with a machine.
 
     Args:
@@ -230,10 +245,12 @@ def fit_report(cfg: RunConfig, available_bytes_per_device: int, device_kind: str
         available_bytes_per_device: free memory of one device; on CPU that of the whole machine.
         device_kind: the device's name; "CPU" when all processes share the machine's memory.
         device_count: devices on this machine.
+        teacher: see ``memory_estimate``.
     """
     on_cpu = device_kind.upper() == "CPU"
     sharing = math.ceil(cfg.parallel.nproc_per_node / max(1, device_count))
-    return FitReport(memory_estimate(cfg, on_cpu=on_cpu), sharing, available_bytes_per_device, device_kind)
+    estimate = memory_estimate(cfg, on_cpu=on_cpu, teacher=teacher)
+    return FitReport(estimate, sharing, available_bytes_per_device, device_kind)
 
 
 def check_fit(cfg: RunConfig, report: FitReport, nano_config: str | None) -> None:

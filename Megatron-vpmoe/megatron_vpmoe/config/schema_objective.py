@@ -37,8 +37,7 @@ class ObjectiveFields(Section):
     """Keep that model, or teacher_weights', in bfloat16 where the run is in fp32."""
     teacher_weights: Text | None = None
     """Of topk_kd: checkpoint (or run) of a frozen teacher of the same vocabulary, of any geometry; batches are
-    annotated with its kd_top_k likeliest tokens before each update. A dry run's estimate of memory does not count it.
-    null: the dataset's store says them."""
+    annotated with its kd_top_k likeliest tokens before each update. null: the dataset's store says them."""
     kd_teacher: Text | None = None
     """Of topk_kd: whose records the datasets have to hold: a model's name, or the beginning of its weights' sha256, as
     their manifests have them. null: anyone's."""

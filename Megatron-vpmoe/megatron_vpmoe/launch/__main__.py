@@ -35,7 +35,7 @@ def launch(arguments: list[str], *, debug: bool) -> int:
     if dry_run:
         report = preflight.machine_report(cfg)
         print(cfg.to_yaml())
-        print(describe_geometry(cfg, on_cpu=report.device_kind == "CPU"))
+        print(describe_geometry(cfg, on_cpu=report.device_kind == "CPU", teacher=preflight.teacher_of(cfg)))
         print(f"{'fits' if report.fits else 'does not fit'}: {report}")
         return 0 if report.fits else DeviceError.exit_code
     preflight.check_machine(cfg, config_path)

@@ -45,7 +45,20 @@ def machine_report(cfg: RunConfig) -> FitReport:
             available, kind, count = pool.submit(device.available_memory).result()
     else:
         available, kind, count = device.available_memory()
-    return fit_report(cfg, available, kind, count)
+    return fit_report(cfg, available, kind, count, teacher_of(cfg))
+
+
+def teacher_of(cfg: RunConfig) -> RunConfig | None:
+    """``cfg`` with the geometry of its live teacher; None: it has none.
+
+    Raises:
+        CheckpointError: ``training.teacher_weights`` names no checkpoint that this run could ask.
+    """
+    if cfg.training.teacher_weights is None:
+        return None
+    from megatron_vpmoe.training.initial_weights import geometry_of
+
+    return geometry_of(cfg, cfg.training.teacher_weights, "training.teacher_weights")[1]
 
 
 def nano_counterpart(config_path: Path) -> str | None:

@@ -22,6 +22,15 @@ def test_states_by_hand(small: Path) -> None:
     assert (half["parameters"], half["optimizer state"]) == (2 * total, 12 * total)
 
 
+def test_a_live_teacher_counts_with_its_own_geometry(small: Path) -> None:
+    flags = ["--nproc-per-node", "1", "--objective", "topk_kd", "--teacher-weights", "x"]
+    cfg, teacher = load_config(small, flags), load_config(small, [*flags, "--ffn-hidden-size", "1024"])
+    alone, both = memory_estimate(cfg), memory_estimate(cfg, teacher=teacher)
+    assert both.parts == {**alone.parts, "teacher": 4 * parameter_count(teacher).total}
+    half = memory_estimate(load_config(small, [*flags, "--reference-bf16"]), teacher=teacher)
+    assert half.parts["teacher"] == 2 * parameter_count(teacher).total
+
+
 TWO_TENSOR_RANKS = ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--optimizer", "adam")
 
 

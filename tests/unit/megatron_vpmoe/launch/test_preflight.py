@@ -76,6 +76,13 @@ def test_a_machine_without_enough_memory(repository: Path, monkeypatch: pytest.M
         preflight.check_machine(load_config(stage1), stage1)
 
 
+def test_a_teacher_is_looked_for_before_any_process_starts(run_yaml: Path, tmp_path: Path) -> None:
+    cfg = load_config(run_yaml, ["--objective", "topk_kd", "--teacher-weights", str(tmp_path / "none")])
+    with pytest.raises(CheckpointError, match="none"):
+        preflight.machine_report(cfg)
+    assert preflight.teacher_of(load_config(run_yaml)) is None
+
+
 def test_more_processes_than_gpus(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = load_config(run_yaml)
     plenty = fit_report(cfg, 2**40, "NVIDIA H200", device_count=1)
