@@ -41,6 +41,10 @@ class Annotation(BaseModel):
             return ()
         return (length,) if self.width is None else (length, self.width)
 
+    def at(self, temperature: float) -> Self:
+        """The same of logits that are divided by ``temperature``."""
+        return self.model_copy(update={"temperature": temperature})
+
     def may_have(self, entries: Any, lengths: Any) -> Any:
         """Whether documents of so many tokens may have so many entries stored; a bool array like ``lengths``."""
         if self.per == "record":

@@ -232,7 +232,9 @@ def _read_cursors(stored: object, *, source: str) -> list[Cursor]:
         return TypeAdapter(list[Cursor]).validate_python(stored)
     except ValidationError as error:
         raise CheckpointError(
-            f"these are no cursors: {str(stored)[:80]}", source=source, remedy="resume from another checkpoint"
+            f"these are no cursors: {str(stored)[:80]}",
+            source=source,
+            remedy="resume with the objective that wrote it, or start from its weights (checkpoint.load_weights)",
         ) from error
 
 

@@ -41,9 +41,10 @@ class GRPO(Objective):
 
     Metrics, means over the supervised tokens of the global batch: ``loss/total`` (normalised as asked),
     ``policy/entropy`` (nats), ``policy/clip_share_{low,high}`` (tokens whose ratio is beyond a bound in the direction
-    of their advantage), ``policy/kl_old`` (k3 to the weights that sampled), ``policy/sampler_gap`` (|log p_old -
-    log p_sampled|), ``policy/clamped_share`` (tokens whose importance weight is clamped) and, with a
-    reference, ``policy/kl_reference``; ``tokens/supervised`` and ``answers``.
+    of their advantage; of CISPO above its one bound), ``policy/kl_old`` (rho - 1 - log rho of tokens: KL(old ||
+    policy), since the old weights sampled), ``policy/sampler_gap`` (|log p_old - log p_sampled|),
+    ``policy/clamped_share`` (tokens whose importance weight is clamped) and, with a reference,
+    ``policy/kl_reference`` (k3); ``tokens/supervised`` and ``answers``.
 
     Attributes:
         normalisation: what the sum over tokens is divided by.
@@ -70,8 +71,9 @@ class GRPO(Objective):
     @property
     def needs(self) -> Needs:
         """Samples with what is known of them; a reference where its weight is not 0."""
-        reference = (REFERENCE_LOG_P,) if self.kl else ()
-        return Needs(annotations=(SAMPLED, OLD, ADVANTAGE, *reference), depends_on_weights=True)
+        log_p = (SAMPLED, OLD, REFERENCE_LOG_P) if self.kl else (SAMPLED, OLD)
+        needed = (*(one.at(self.temperature) for one in log_p), ADVANTAGE)
+        return Needs(annotations=needed, depends_on_weights=True)
 
     @classmethod
     def from_config(cls, cfg: RunConfig) -> GRPO:
@@ -111,6 +113,7 @@ class GRPO(Objective):
             means = torch.segment_reduce(log_ratio, "sum", lengths=lengths) / lengths.clamp(min=1)
             log_ratio = means.repeat_interleave(lengths, output_size=len(log_p))
         ratio = log_ratio.exp()
+        is_cispo, above = self.surrogate == "cispo", ratio > 1 + self.clip_high
         importance = (old - given["sampled_log_p"]).exp()
         correction = importance.clamp(max=self.mismatch_clamp) if self.mismatch_clamp else torch.ones_like(importance)
         losses = -correction * self._surrogate(ratio, advantage, log_p)
@@ -118,9 +121,9 @@ class GRPO(Objective):
         detached = log_p.detach()
         sums = {
             "policy/entropy": entropy.detach(),
-            "policy/clip_share_low": (ratio < 1 - self.clip_low) & (advantage < 0),
-            "policy/clip_share_high": (ratio > 1 + self.clip_high) & (advantage > 0),
-            "policy/kl_old": _k3(old - detached),
+            "policy/clip_share_low": (ratio < 1 - self.clip_low) & (advantage < 0) & (not is_cispo),
+            "policy/clip_share_high": above & ((advantage > 0) | is_cispo),
+            "policy/kl_old": _k3(detached - old),
             "policy/sampler_gap": (old - given["sampled_log_p"]).abs(),
             "policy/clamped_share": importance > (self.mismatch_clamp or torch.inf),
         }

@@ -20,10 +20,8 @@ from megatron_vpmoe.objectives.grpo import ADVANTAGE, OLD, SAMPLED
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
-ANNOTATIONS = (
-    SAMPLED,
+_OTHERS = (
     Annotation(name="untempered_log_p", dtype="float32"),
-    OLD,
     ADVANTAGE,
     Annotation(name="reward", dtype="float32", per="document"),
     Annotation(name="group", dtype="int64", per="document"),
@@ -130,11 +128,12 @@ def from_columns(found: Mapping[str, NDArray[Any]]) -> list[Rollout]:
 
 def annotations_of(cfg: RunConfig) -> tuple[Annotation, ...]:
     """What an answer's document carries: with ``rollouts.router_replay`` also which experts its tokens went to."""
+    of_sampling = [one.at(cfg.rollouts.rollout_temperature) for one in (SAMPLED, OLD)]
     if cfg.rollouts.router_replay == "off":
-        return ANNOTATIONS
+        return (*of_sampling, *_OTHERS)
     layers = sum(cfg.is_moe_layer(number) for number in range(1, cfg.model.num_layers + 1))
     dtype, width = id_dtype(cfg.moe.num_experts or 0), layers * cfg.moe.moe_router_topk
-    return (*ANNOTATIONS, Annotation(name=ROUTING, dtype=dtype, width=width))
+    return (*of_sampling, *_OTHERS, Annotation(name=ROUTING, dtype=dtype, width=width))
 
 
 def with_advantages(group: Sequence[Rollout], kind: Advantage) -> list[Rollout]:

@@ -63,7 +63,7 @@ class Reference(FrozenModel):
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
-        self._temperature = temperature
+        self.annotations, self._temperature = (REFERENCE_LOG_P.at(temperature),), temperature
 
     def _of(self, model: VPModel, batch: Batch) -> dict[str, Tensor]:
         return {REFERENCE_LOG_P.name: log_p_of_labels(model, batch, self._temperature)}
@@ -84,8 +84,8 @@ class Teacher(FrozenModel):
         self._among = None if vocab_size is None else torch.arange(vocab_size)
         self.annotations = (
             TEACHER_IDS.model_copy(update={"width": top_k}),
-            TEACHER_LOG_P.model_copy(update={"width": top_k, "temperature": temperature}),
-            TEACHER_LABEL_LOG_P.model_copy(update={"temperature": temperature}),
+            TEACHER_LOG_P.at(temperature).model_copy(update={"width": top_k}),
+            TEACHER_LABEL_LOG_P.at(temperature),
         )
 
     @torch.no_grad()

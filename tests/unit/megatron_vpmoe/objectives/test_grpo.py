@@ -128,7 +128,7 @@ def test_metrics_are_means_over_tokens():
         "policy/entropy": -(log_probs.exp() * log_probs).sum(-1)[mask],
         "policy/clip_share_low": (rho < 0.9) & (advantage < 0),
         "policy/clip_share_high": (rho > 1.3) & (advantage > 0),
-        "policy/kl_old": (old - p).exp() - 1 - (old - p),
+        "policy/kl_old": rho - 1 - rho.log(),  # of the answers, which the old weights wrote
         "policy/kl_reference": (reference - p).exp() - 1 - (reference - p),
         "policy/sampler_gap": (old - sampled).abs(),
         "policy/clamped_share": (old - sampled).exp() > 2.0,
@@ -137,6 +137,10 @@ def test_metrics_are_means_over_tokens():
     for tag, values in expected.items():
         assert float(metrics[tag]) == pytest.approx(float(values.double().mean()), rel=1e-9), tag
         assert float(metrics[tag]) > 0, tag
+    of_cispo = GRPO(surrogate="cispo", clip_high=0.3)
+    told = of_cispo(output_of(logits), batch, totals_of(of_cispo, [batch])).metrics
+    assert float(told["policy/clip_share_low"]) == 0
+    assert float(told["policy/clip_share_high"]) == pytest.approx(float((rho > 1.3).double().mean()))
 
 
 def test_without_a_step_between_the_gradient_is_the_policy_gradient():
@@ -170,6 +174,8 @@ def test_a_reference_is_needed_where_it_counts():
         "reference_log_p"
     }
     assert GRPO().needs.depends_on_weights
+    needed = {one.name: one.temperature for one in GRPO(kl=0.1, temperature=0.7).needs.annotations}
+    assert needed == {"sampled_log_p": 0.7, "old_log_p": 0.7, "reference_log_p": 0.7, "advantage": 1.0}
     # With a weight of 0 one that is there is measured, and changes nothing.
     batch = sampled_batch(2, 3)
     logits, totals = logits_for(batch), totals_of(GRPO(), [batch])

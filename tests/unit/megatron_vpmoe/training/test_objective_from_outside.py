@@ -150,6 +150,12 @@ def test_a_frozen_model_annotates_batches_before_the_update(
     with pytest.raises(CheckpointError, match=r"model\.num_layers: 2 -> 4") as caught:
         trained(config(tmp_path, "other", **how | {"load_weights": None}, reference_weights=weights, num_layers=4))
     assert "training.reference_weights" in str(caught.value)
+    sampled = {"rewards": [{"function": "finished"}], "rollout_max_new_tokens": 12, "reference_weights": weights}
+    with pytest.raises(CheckpointError, match=r"model\.num_layers: 2 -> 4"):
+        trained(config(tmp_path, "grpo", objective="grpo", num_layers=4, **sampled))
+    # It is computed at the temperature of sampling, and this objective reads it at 1.
+    with pytest.raises(ConfigError, match=r"reference_log_p' as .*temperature=1\.0; it is .*temperature=0\.7"):
+        trained(config(tmp_path, "warm", **how | {"load_weights": None}, rollout_temperature=0.7, **sampled))
 
 
 @pytest.mark.usefixtures("single_process")
