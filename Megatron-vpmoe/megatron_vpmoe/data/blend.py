@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_vpmoe.annotation import Annotation
-from megatron_vpmoe.data.annotations import Late
 from megatron_vpmoe.data.batch import Document
 from megatron_vpmoe.data.cursor import SampleOrder, WindowStart
 from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.data.mixture import Mixture, Weights
 from megatron_vpmoe.data.pairs import documents_of, grouped_lengths
 from megatron_vpmoe.errors import CheckpointError, DataError
-from megatron_vpmoe.teacher_records import TeacherRecords
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -69,7 +65,7 @@ class Cursor:
 
 
 def open_parts(cfg: RunConfig, split: str) -> list[Part]:
-    """Open one split of every dataset that ``cfg.data`` names.
+    """Open one split of every dataset that ``cfg.data`` names; where some have a teacher's records, all declare them.
 
     Raises:
         DataError: a dataset is unusable, or two do not share a vocabulary.
@@ -94,6 +90,10 @@ def open_parts(cfg: RunConfig, split: str) -> list[Part]:
                 source=f"{first.path} and {other.path}: tokenizer",
                 remedy=f"build one with the compact vocabulary of the other (--compact-map), or drop {part.name}",
             )
+    told = (part.dataset.manifest.teacher for part in parts)
+    records = next((teacher for teacher in told if teacher is not None), None)
+    for part in parts:
+        part.dataset.records = part.dataset.records or records
     return parts
 
 
@@ -113,8 +113,6 @@ class Blend:
     ) -> None:
         self.parts = list(parts)
         self._mixture = Mixture(weights)
-        told = (part.dataset.manifest.teacher for part in parts)
-        self._records = next((teacher for teacher in told if teacher is not None), None)
         self._orders = [
             SampleOrder(
                 grouped_lengths(part.dataset.lengths, part.dataset.manifest.group_size, seq_length=seq_length),
@@ -135,12 +133,8 @@ class Blend:
 
     @property
     def annotations(self) -> tuple[Annotation, ...]:
-        """Those that every dataset has, declared alike; of a teacher's records one that has none has NO_RECORD."""
-        filling = () if self._records is None else self._records.annotations
-        first, *others = (
-            manifest.annotations if manifest.teacher else (*manifest.annotations, *filling)
-            for manifest in (part.dataset.manifest for part in self.parts)
-        )
+        """Those that every dataset has, declared alike."""
+        first, *others = (part.dataset.annotations for part in self.parts)
         return tuple(annotation for annotation in first if all(annotation in other for other in others))
 
     def documents(self, sample: int) -> list[Document]:
@@ -148,10 +142,7 @@ class Blend:
         number, own = self._mixture.place(sample)
         _, dataset, skip = self.parts[number]
         indices = documents_of(self._orders[number].documents(skip + own), dataset.manifest.group_size)
-        documents = [dataset[int(index)] for index in indices]
-        if self._records is None or dataset.manifest.teacher is not None:
-            return documents
-        return [_without_records(document, self._records) for document in documents]
+        return [dataset[int(index)] for index in indices]
 
     def rows_of_one_epoch(self) -> int:
         """Rows in one pass over the first dataset; packs them all."""
@@ -215,11 +206,6 @@ class Blend:
                     remedy="resume from another checkpoint",
                 ) from error
         return notes
-
-
-def _without_records(document: Document, records: TeacherRecords) -> Document:
-    nothing = partial(records.of_document, np.empty(0, np.uint8), document.loss_mask, "")
-    return replace(document, annotations=Late(document.annotations, records.annotations, nothing))
 
 
 def as_stored(cursors: Sequence[Cursor]) -> list[dict[str, Any]]:

@@ -7,12 +7,15 @@ trained on stops the run in seconds. Whatever needs the tokens themselves is che
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vpmoe.annotation import Annotation
+from megatron_vpmoe.data.annotations import Late
 from megatron_vpmoe.data.batch import Document
 from megatron_vpmoe.data.shard import Shard, check_files, check_ids
 from megatron_vpmoe.errors import DataError, TokenizerError
@@ -37,6 +40,7 @@ class KDDataset:
 
     Attributes:
         lengths: int32 [n]; tokens of each conversation.
+        records: a teacher's, as declared; NO_RECORD everywhere where the dataset has none and is told of others'.
 
     Raises:
         DataError: the split is absent or empty, a file is missing or of the wrong size, the three parts of a shard
@@ -46,7 +50,7 @@ class KDDataset:
     lengths: NDArray[np.int32]
 
     def __init__(self, manifest: Manifest, split: str, *, seq_length: int) -> None:
-        self.manifest, self.split = manifest, split
+        self.manifest, self.split, self.records = manifest, split, manifest.teacher
         entry = manifest.splits.get(split)
         if entry is None or entry.rows == 0:
             raise DataError(
@@ -102,7 +106,16 @@ class KDDataset:
         shard, row = self._shards[number], int(index - self._first_row[number])
         document = shard.document(row)
         check_ids(document.tokens, self.manifest.tokenizer.vocab_size, f"{shard.source}, row {row}")
+        if self.records is not None and self.manifest.teacher is None:
+            nothing = partial(self.records.of_document, np.empty(0, np.uint8), document.loss_mask, shard.source)
+            document = replace(document, annotations=Late(document.annotations, self.records.annotations, nothing))
         return replace(document, ends=self._ends)
+
+    @property
+    def annotations(self) -> tuple[Annotation, ...]:
+        """That every document carries."""
+        told = self.records if self.manifest.teacher is None else None
+        return (*self.manifest.annotations, *(told.annotations if told is not None else ()))
 
     def longer_prompts(self, count: int) -> list[int]:
         """Conversations whose prompt has more than ``count`` tokens; only of those that are longer is any byte read."""

@@ -15,11 +15,11 @@ from pydantic import ValidationError
 
 from megatron_vpmoe.annotation import NO_RECORD, Annotation
 from megatron_vpmoe.data.batch import PADDING, Document, assemble
-from megatron_vpmoe.data.blend import Part
+from megatron_vpmoe.data.blend import Part, open_parts
 from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.manifest import read_manifest
-from megatron_vpmoe.sources import StoredSource
+from megatron_vpmoe.sources import StoredSource, ValidSource
 from megatron_vpmoe.teacher_records import TeacherRecords
 from tests.fixtures_dataset import EOD, PADDED_VOCAB, conversation, rewrite_manifest, small_dataset, write_annotation
 from tests.tiny import tiny_config
@@ -174,9 +174,11 @@ def test_in_a_blend_a_dataset_that_was_not_scored_has_no_records(
         manifest["teacher"] = told.model_dump()
 
     rewrite_manifest(scored, score)
-    parts = [Part(root.name, KDDataset(read_manifest(root), "train", seq_length=48)) for root in (plain, scored)]
-    listed = ", ".join(f"{{path: {part.dataset.manifest.root}, weight: 1}}" for part in parts)
+    listed = ", ".join(f"{{path: {root}, weight: 1}}" for root in (plain, scored))
     cfg = tiny_config(data_path=None, blend=f"[{listed}]", global_batch_size=4, micro_batch_size=4)
+    parts = open_parts(cfg, "train")
+    for valid in open_parts(cfg, "valid"):  # each alone, and alike
+        assert ValidSource(valid, cfg, 0, 1).annotations == told.annotations
     source, bare = (StoredSource(parts, cfg, 0, 1, wanted) for wanted in (None, ()))
     assert source.annotations == told.annotations and bare.annotations == ()
     (batch,) = source.next_step().batches
