@@ -74,7 +74,7 @@ def talk(
     developer: DeveloperOption = None,
     context: Annotated[
         int | None,
-        typer.Option(min=1, help="tokens of the whole conversation (default: seq_length of the run; 2048 without one)"),
+        typer.Option(min=1, help="tokens of the whole conversation (default: as trained on; 2048 where nobody says)"),
     ] = None,
 ) -> None:
     """Talk with a model: each line is answered as it is written, analysis dim. Reads a pipe too, one line a turn.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from megatron_vpmoe.model.gpt import VPModel
 
 _COMMANDS = "/reset begins anew, /quit or Ctrl-D ends, Ctrl-C ends an answer"
-_CONTEXT = 2048  # tokens, where no run says what the model was trained on
+_CONTEXT = 2048  # tokens, where nobody says what the model was trained on
 
 
 def chat(
@@ -46,7 +46,7 @@ def chat(
 
     Args are those of :func:`vpmoe.eval.sample.print_sample`, and:
         reasoning: effort that the system message asks for; None: what it says already.
-        context: tokens of the conversation and its next answer together; None: ``seq_length`` of the run.
+        context: tokens of the conversation and its next answer together; None: what it was trained on.
 
     Raises:
         CheckpointError, WeightsError, TokenizerError: no model there, or it lacks something.
@@ -75,7 +75,7 @@ def chat(
         if only_valid:
             grammar = TokenGrammar(*form.automaton)
             grammar.check(opened.model.vocab_size, options.max_new_tokens)
-        longest = context or (opened.trained.data.seq_length if opened.trained else _CONTEXT)
+        longest = context or opened.context or _CONTEXT
         conversation = _Conversation(opened.model, form, options, grammar, longest, notes)
         notes.print(f"{opened.described}, {longest:,} tokens of context; {_COMMANDS}")
         for text in map(str.strip, _lines(notes)):

@@ -24,6 +24,7 @@ from megatron_vpmoe.files import sha256_of_file, sha256_of_json
 from megatron_vpmoe.manifest import Manifest
 from vpmoe.harmony.conversation import Message
 from vpmoe.hf import convert
+from vpmoe.hf.source_checks import POSITIONS
 from vpmoe.hf.tokenization_vpmoe import RANK_FILE
 from vpmoe.tokenizer import Tokenizer
 from vpmoe.tokenizer.from_dataset import vocabulary_of
@@ -145,7 +146,7 @@ def _of_hf_directory(folder: Path, bf16: bool | None) -> dict[str, Any]:
         "tokenizer": read_tokenizer(folder, cfg.model.padded_vocab_size),
         "prompts": read_prompts(config.get("prompts"), source=str(folder / "config.json")),
         "run_directory": None,
-        "context": config.get("max_position_embeddings"),
+        "context": config.get(POSITIONS),
     }
 
 
@@ -175,7 +176,7 @@ def _of_checkpoint(path: Path, bf16: bool | None) -> dict[str, Any]:
         "tokenizer": read_tokenizer(found.path / ASSETS, cfg.model.padded_vocab_size),
         "prompts": read_prompts(found.state.get("prompts"), source=source),
         "run_directory": run_directory,
-        "context": trained.data.seq_length if trained else None,
+        "context": trained.data.seq_length if trained else found.state.get("hf_config", {}).get(POSITIONS),
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vpmoe.errors import DataError
 from vpmoe.eval.asking import AsConversation, form_of
 from vpmoe.eval.display import harmony_text, spell
 from vpmoe.eval.open_model import open_model
@@ -34,6 +35,7 @@ def print_sample(
 
     Raises:
         CheckpointError, WeightsError, TokenizerError: no model there, or it lacks something.
+        DataError: the prompt is longer than what the model was trained on.
     """
     from rich.console import Console
 
@@ -52,6 +54,12 @@ def print_sample(
             say=lambda line: notes.print(line, style="dim", markup=False, soft_wrap=True),
         )
         prompt = form.prompt(question)
+        if opened.context is not None and len(prompt) > opened.context:
+            raise DataError(
+                f"the prompt has {len(prompt):,} tokens, and the model was trained on {opened.context:,}",
+                source="QUESTION and the messages before it",
+                remedy="ask a shorter question; vpmoe chat --context takes a longer one on your word",
+            )
         options = SamplingOptions(stop_ids=form.stop_ids, **draw)
         grammar = TokenGrammar(*form.automaton) if only_valid else None
         for completion in generate(opened.model, [Prompt(prompt)], options, grammar=grammar):

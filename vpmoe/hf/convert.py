@@ -280,6 +280,8 @@ def write_hf_directory(
     kept = carried.hf_config | {k: v for k, v in token_ids.items() if carried.hf_config.get(k) is None}
     if carried.prompts is not None:
         kept["prompts"] = carried.prompts
+    if (trained_on := megatron_checkpoint.sequence_length(checkpoint)) is not None:
+        kept.setdefault(source_checks.POSITIONS, trained_on)
     stored = next(iter(ours.values())).dtype
     config = form.hf_config(cfg, vocab_size=carried.vocab_size, dtype=stored, kept=kept)
 

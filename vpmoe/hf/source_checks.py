@@ -24,6 +24,10 @@ OUTPUT = "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
+POSITIONS = "max_position_embeddings"
+"""Key of ``config.json``: tokens of a sequence that a model was trained on."""
+
+
 class HFConfig(BaseModel):
     """What we read of any ``config.json``; a form's own fields are a subclass's."""
 
@@ -31,6 +35,7 @@ class HFConfig(BaseModel):
 
     vocab_size: int = Field(ge=1)
     tie_word_embeddings: bool = False
+    max_position_embeddings: int | None = Field(None, ge=1)
     prompts: dict[Literal["system", "developer"], str | None] | None = None
 
 

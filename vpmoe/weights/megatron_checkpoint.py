@@ -48,6 +48,12 @@ def read_config(checkpoint: Path, *, bf16: bool = False) -> RunConfig:
     return config_of(read_state(checkpoint).get("config"), source=str(checkpoint / RUN_STATE), bf16=bf16)
 
 
+def sequence_length(checkpoint: Path) -> int | None:
+    """Tokens of a row that the run of ``iter_NNNNNNN`` trains on; None where no run made it."""
+    data = read_state(checkpoint)["config"].get("data")
+    return data["seq_length"] if data else None
+
+
 class _StreamingPlanner(DefaultSavePlanner):
     """Plans from shapes alone (meta tensors) and computes each tensor when the writer has come to it."""
 

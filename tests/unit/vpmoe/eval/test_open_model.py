@@ -64,6 +64,7 @@ def test_same_weights_and_messages(kind: str, models: dict[str, Path], data: Pat
         assert {message.role: message.content for message in opened.prompts} == {
             role: prompts[role] for role in ("system", "developer")
         }
+        assert opened.context == 192
         assert opened.run_directory == (run_directory if kind in ("run", "checkpoint") else None)
 
 
@@ -73,6 +74,8 @@ def test_sample_without_dataset_and_conversations(kind: str, models: dict[str, P
     told = capsys.readouterr()
     assert "What is 1 + 2?" in told.out and "Valid channels" in told.out.replace("\n", " ")
     assert "as stored with" in told.err
+    assert main(["sample", str(models[kind]), "what " * 99]) == 2
+    assert "and the model was trained on 192" in capsys.readouterr().err
 
 
 def test_several_valid_samples_with_log_probabilities(models: dict[str, Path], capsys) -> None:
