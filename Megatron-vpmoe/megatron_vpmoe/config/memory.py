@@ -14,6 +14,7 @@ from megatron_vpmoe.errors import DeviceError
 _FP32 = 4
 _LOGITS_CHUNK_BYTES = 256 * 2**20  # logits and probabilities that the cross-entropy holds at one time
 _POSITION_BYTES = 30  # of a batch: three times int64, an int32, a bool and a byte
+DECODED_ROWS = 32  # answers that the engine of ``generation`` grows at once
 _PROCESS_BYTES = 350 * 2**20  # interpreter, torch and megatron.core of one worker, as measured on Linux
 
 
@@ -123,6 +124,20 @@ def _batches(cfg: RunConfig) -> int:
     return 2 * cfg.training.global_batch_size * cfg.data.seq_length * (_POSITION_BYTES + of_teacher) // replicas
 
 
+def _sampling(cfg: RunConfig, layers: range, compute_bytes: int) -> int:
+    """Bytes that a sampling holds where there are rollouts: keys and values of rows that fill the context, and logits.
+
+    ``cfg`` is the rank's.
+    """
+    m, r, length = cfg.model, cfg.rollouts, cfg.data.seq_length
+    if r.rewards is None:
+        return 0
+    columns = sum(1 + (length if cfg.is_global_layer(n) else min(length, m.window_size or length)) for n in layers)
+    keys_values = 2 * columns * m.num_query_groups * m.kv_channels * compute_bytes
+    rows = min(DECODED_ROWS, r.rollout_groups * r.rollout_group_size)
+    return rows * (keys_values + m.padded_vocab_size * _FP32)
+
+
 def _optimizer_state(cfg: RunConfig, trained: _Held) -> int:
     """Bytes of one rank's share of the optimizer state of the ``trained`` parameters.
 
@@ -173,14 +188,18 @@ def _stage_estimate(cfg: RunConfig, layers: range, under_way: int, on_cpu: bool)
     kept, transient = _activations(cfg, layers, compute_bytes, on_cpu)
     if layers.start > 1:  # what the stage before has sent
         kept += (m.hidden_size + m.value_residual * m.num_query_groups * m.kv_channels) * compute_bytes
+    activations, loss = tokens * (under_way * kept + transient), _loss(cfg, compute_bytes) if is_last else 0
+    # Between two updates: what it takes above what a micro-batch does.
+    sampling = max(0, _sampling(cfg, layers, compute_bytes) - activations - loss)
     return MemoryEstimate(
         {
             "parameters": held.total * compute_bytes,
             **({"reference": held.total * _frozen_bytes(cfg)} if t.reference_weights else {}),
             "gradients": trained.total * _FP32,
             "optimizer state": _optimizer_state(cfg, trained),
-            "activations": tokens * (under_way * kept + transient),
-            "loss": _loss(cfg, compute_bytes) if is_last else 0,
+            "activations": activations,
+            "loss": loss,
+            **({"sampling, beyond those two": sampling} if sampling else {}),
             "batches": _batches(cfg) if on_cpu else 0,  # else in the machine's memory
             "process": _PROCESS_BYTES,
         }

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_vpmoe.config.memory import DECODED_ROWS
 from megatron_vpmoe.generation.decoder import Decoder
 from megatron_vpmoe.generation.grammar import AllowedTokens, TokenGrammar
 from megatron_vpmoe.generation.kv_cache import Past
@@ -35,7 +36,7 @@ from megatron_vpmoe.model.moe.replay import recording
 from megatron_vpmoe.model.tensor_parallel import whole_sequences
 from megatron_vpmoe.runtime import stages
 
-ROWS = 32
+ROWS = DECODED_ROWS
 """Completions that are decoded at once."""
 
 _PACKED = 512

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_vpmoe.config import check_fit, fit_report, load_config, memory_estimate, parameter_count
 from megatron_vpmoe.config.memory import describe_geometry
 from megatron_vpmoe.errors import DeviceError
+from megatron_vpmoe.generation.kv_cache import KVCache
 
 GIB = 2**30
 
@@ -88,6 +90,23 @@ def test_a_stage_holds_its_share(small: Path) -> None:
     # Two data-parallel ranks share the state of all layers; a stage has that of its layers to itself.
     assert 0.8 * whole["optimizer state"] < half["optimizer state"] < 1.2 * whole["optimizer state"]
     assert 0.9 * whole["activations"] < half["activations"] < 1.1 * whole["activations"]
+
+
+def test_rollouts_take_what_their_cache_takes(small: Path) -> None:
+    """Where it is more than a micro-batch holds; otherwise nothing more."""
+    sampled = ["--objective", "grpo", "--rewards", '[{"function":"finished"}]', "--eval-interval", "null"]
+    short = ["--seq-length", "128", "--rollout-max-new-tokens", "64"]
+    assert not any("sampling" in part for part in memory_estimate(load_config(small, [*sampled, *short])).parts)
+    long = ["--seq-length", "8192", "--recompute-granularity", "full", "--micro-batch-size", "1"]
+    cfg = load_config(small, [*sampled, *long, "--attention-backend", "auto"])
+    parts, m = memory_estimate(cfg).parts, cfg.model
+    windows = {n: None if cfg.is_global_layer(n) else m.window_size for n in range(1, m.num_layers + 1)}
+    shape = {"groups": m.num_query_groups, "head_dim": m.kv_channels}
+    cache = KVCache(windows, rows=32, **shape, dtype=torch.float32, device=torch.device("meta"))
+    cache.reserve(8192)
+    logits = 32 * m.padded_vocab_size * 4
+    held = sum(size for part, size in parts.items() if part in ("activations", "loss") or "sampling" in part)
+    assert any("sampling" in part for part in parts) and held == cache.nbytes + logits
 
 
 def test_normuon_keeps_one_moment(small: Path) -> None:
