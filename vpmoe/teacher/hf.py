@@ -49,6 +49,13 @@ class HFTeacher:
         self._path, self._dtype, self._tokens = path, _DTYPES[bf16], tokens
         self._device, self._memory = device, memory_gb
         try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            what = f"there is no such device: {str(error).splitlines()[0]}"
+            raise DataError(
+                what, source=f"--device {device}", remedy="leave it out, or name one such as cuda:0"
+            ) from error
+        try:
             self._config = AutoConfig.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError) as error:
             raise WeightsError(f"transformers opens no model here: {error}", source=str(path)) from error

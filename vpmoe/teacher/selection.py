@@ -84,10 +84,10 @@ def _within(manifest: Manifest, budget: int) -> dict[str, int]:
 
 def _read(file: Path, manifest: Manifest) -> set[tuple[str, int]]:
     listed = set()
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         split, _, row = line.strip().partition(" ")
         entry = manifest.splits.get(split)
-        if line.strip() and (entry is None or not row.isdecimal() or int(row) >= entry.rows):
+        if line.strip() and (entry is None or not row.isdecimal() or len(row) > 18 or int(row) >= entry.rows):
             raise DataError(
                 f"{line[:80]!r} names no document of {manifest.root}",
                 source=f"{file}:{number}",

@@ -77,8 +77,11 @@ class ServerTeacher:
     def __init__(self, settings: Settings, tokenizer: Tokenizer | None = None) -> None:
         address = settings.address.rstrip("/").removesuffix("/v1")
         self._settings, self.tokenizer = settings, tokenizer
-        self._client = httpx.Client(base_url=address, timeout=settings.timeout)
-        served = [str(entry.get("id")) for entry in self._asked("GET", "/v1/models").get("data", [])]
+        try:
+            self._client = httpx.Client(base_url=address, timeout=settings.timeout)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise ServerError(f"no address: {error}", source=address, remedy="give http://host:port") from error
+        served = self._asked("GET", "/v1/models", read=lambda said: [str(entry["id"]) for entry in said["data"]])
         wanted = settings.model or (served[0] if len(served) == 1 else None)
         if wanted not in served:
             raise ServerError(

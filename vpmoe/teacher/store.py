@@ -62,6 +62,8 @@ def score_dataset(
         raise DataError(
             f"K = {count}, the vocabulary has {student.vocab_size} ids", source="--top-k", remedy="ask for fewer"
         )
+    if not 0 < temperature < float("inf"):
+        raise DataError(f"no softmax has a temperature of {temperature}", source="--temperature", remedy="ask for 1")
     translation = Translation.of(student, teacher.tokenizer)
     asking = Asking(student, translation, reasoning)
     records = TeacherRecords(count=count, vocab_size=student.vocab_size, temperature=temperature, coding=coding)

@@ -94,6 +94,8 @@ def test_another_vocabulary_is_refused(texts: tuple[Path, Path], kd_dataset: Pat
     where = ["--teacher", str(texts[1]), "--by", "hf", "--output-dir", str(tmp_path / "no"), "--top-k", str(K)]
     assert main(["data", "score", str(kd_dataset), *where]) == 2
     assert "id 256 of the dataset is" in capsys.readouterr().err
+    assert main(["data", "score", str(kd_dataset), *where, "--device", "foo"]) == 2
+    assert "there is no such device" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

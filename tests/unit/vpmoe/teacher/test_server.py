@@ -145,5 +145,6 @@ def test_a_temperature_or_a_model_that_it_has_not(full: StandIn, kd_dataset: Pat
     address = "http://127.0.0.1:9"  # nobody is there
     with pytest.raises(ServerError, match="no usable answer in 2 attempts"):
         ServerTeacher(replace(QUICK, address=address, attempts=2))
-    where = ["--teacher", address, "--output-dir", str(tmp_path / "no"), "--memory-gb", "1"]
-    assert main(["data", "score", str(kd_dataset), *where]) == 2
+    for more in ([address, "--memory-gb", "1"], ["http://[", "--top-k", "4"], ["http://a:b"]):
+        where = ["--output-dir", str(tmp_path / "no"), "--teacher", *more]
+        assert main(["data", "score", str(kd_dataset), *where]) == 2

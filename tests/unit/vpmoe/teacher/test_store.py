@@ -132,8 +132,11 @@ def test_which_conversations_are_scored(kd_dataset: Path, nano_teacher: Path, tm
     (tmp_path / "list").write_text("valid 0\ntrain 11\n\ntrain 3\n")
     by_list = score(kd_dataset, nano_teacher, tmp_path / "listed", "--selection", str(tmp_path / "list"))
     assert scored(by_list) == [("train", 3), ("train", 11), ("valid", 0)] and verify(by_list) == []
-    (tmp_path / "list").write_text("train 999\n")
-    score(kd_dataset, nano_teacher, tmp_path / "no", "--selection", str(tmp_path / "list"), expected=2)
+    for content in (b"train 999\n", b"train " + b"9" * 5000, b"\xff\xfe"):
+        (tmp_path / "list").write_bytes(content)
+        score(kd_dataset, nano_teacher, tmp_path / "no", "--selection", str(tmp_path / "list"), expected=2)
+    for temperature in ("0", "-1", "nan", "inf"):
+        score(kd_dataset, nano_teacher, tmp_path / "no", f"--temperature={temperature}", expected=2)
     score(kd_dataset, nano_teacher, tmp_path / "no", "--fraction", "0.5", "--token-budget", "9", expected=2)
     score(kd_dataset, nano_teacher, tmp_path / "no", "--top-k", "999", expected=2)
 
