@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +58,7 @@ def test_two_ranks_sample_and_learn_what_one_does(
         on_one = tmp_path / "one"
         assert train(on_one, dataset, **fields).returncode == 0
     train_in_workers(2, tmp_path / "two", dataset, **fields)
-    one, two = told(on_one), told(tmp_path / "two")
-    assert [entry[:2] for entry in one] == [entry[:2] for entry in two]
-    for (step, tag, value), (_, _, other) in zip(one, two, strict=True):
-        assert other == pytest.approx(value, rel=1e-3, abs=1e-5), (step, tag)
+    same_metrics(on_one, tmp_path / "two")
     held_out = [
         {r["tag"]: r["value"] for r in records(run) if r["tag"].startswith("valid/re")}
         for run in (on_one, tmp_path / "two")
@@ -76,6 +74,19 @@ def test_two_ranks_sample_and_learn_what_one_does(
         assert alone.keys() == apart.keys()
         for key, weights in alone.items():
             torch.testing.assert_close(apart[key], weights, rtol=1e-4, atol=5e-5, msg=lambda m, k=key: f"{k}: {m}")
+    if not split:  # one process goes on within the sampling of the two
+        for gone in (4, 5):
+            shutil.rmtree(tmp_path / "two" / "checkpoints" / f"iter_{gone:07d}")
+        resumed = train(tmp_path / "two", dataset, **fields, resume=True)
+        assert "16 sampled answers go on to be trained on" in resumed.stdout, resumed.stdout + resumed.stderr
+        same_metrics(on_one, tmp_path / "two")
+
+
+def same_metrics(one: Path, other: Path) -> None:
+    here, there = told(one), told(other)
+    assert [entry[:2] for entry in here] == [entry[:2] for entry in there]
+    for (step, tag, value), (_, _, found) in zip(here, there, strict=True):
+        assert found == pytest.approx(value, rel=1e-3, abs=1e-5), (step, tag)
 
 
 def same_answers(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
