@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vpmoe.errors import ConfigError, DataError
+from megatron_vpmoe.errors import CheckpointError, ConfigError, DataError
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.training import loop
 from megatron_vpmoe.training import run as run_module
@@ -123,6 +123,9 @@ def test_stored_or_live_in_any_split_it_is_the_same_run(datasets: Path, start: P
     of_start = ["--reference", str(start), "--output-dir", str(stored), "--quiet"]
     assert main(["data", "annotate", str(datasets / "pairs"), *of_start]) == 0
     trained(tmp_path / "stored", {**fields, "data_path": stored})
+    with pytest.raises(CheckpointError, match=r"another model.*\n.*grapem_log_freq_scale: 16.0 -> 8.0") as caught:
+        trained(tmp_path / "other", {**fields, "data_path": stored, "load_weights": None, "grapem_log_freq_scale": 8.0})
+    assert "reference_log_p by" in str(caught.value)
 
     # Killed in the second micro-batch of step 3, and resumed: the same bits.
     signalled = ("megatron_vpmoe.objectives.dpo:DPO.__call__", 6, signal.SIGKILL, tmp_path / "killed")

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from megatron_vpmoe.manifest import read_manifest
 from vpmoe.data_curation.app import app
 from vpmoe.harmony.prompts import ReasoningEffort
 
@@ -34,6 +35,7 @@ def annotate(
 
     The dataset stays as it is; the annotated one shares its token files. A killed command goes on where it was.
     """
+    read_manifest(dataset)  # a wrong path is told before torch is loaded
     from vpmoe.teacher.reference import annotate_with_reference
 
     say = partial(print, file=sys.stderr, flush=True)
@@ -89,7 +91,7 @@ def score(
 
     The dataset stays as it is; the scored one shares its token files. A killed command goes on where it was.
     """
-    from vpmoe.data_curation.manifest import read_manifest
+    from vpmoe.data_curation import manifest as manifests
     from vpmoe.teacher.find import find_teacher
     from vpmoe.teacher.selection import Selection
     from vpmoe.teacher.store import score_dataset
@@ -110,7 +112,7 @@ def score(
         quiet=quiet,
         say=partial(print, file=sys.stderr, flush=True),
     )
-    told = read_manifest(output_dir)["annotated"][-1]
+    told = manifests.read_manifest(output_dir)["annotated"][-1]
     typer.echo(
         f"{output_dir}: {told['positions']:,} positions of {told['documents']:,} documents, {told['bytes_a_position']} "
         f"bytes each; captured mass {told['mean_captured_mass']:.4f}, KL of the coding {told['mean_coding_kl']:.1e}"

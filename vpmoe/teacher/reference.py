@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
-from megatron_vpmoe.files import sha256_of_json
 from megatron_vpmoe.manifest import Manifest, read_manifest
 from megatron_vpmoe.sources.annotated import of_documents
 from megatron_vpmoe.sources.reference import Reference
@@ -54,7 +53,7 @@ def annotate_with_reference(
 
         by = {
             "weights_sha256": opened.entry["weights_sha256"],
-            "geometry_sha256": sha256_of_json(geometry_of(opened.cfg)),
+            "geometry": geometry_of(opened.cfg),
             "bf16": opened.cfg.training.bf16,
             "rows": rows,
         }

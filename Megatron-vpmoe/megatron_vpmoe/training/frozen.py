@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_vpmoe.annotation import REFERENCE_LOG_P
 from megatron_vpmoe.data.vocabulary_files import another_vocabulary
 from megatron_vpmoe.errors import CheckpointError, ConfigError
-from megatron_vpmoe.manifest import Manifest
+from megatron_vpmoe.manifest import BUILD_REMEDY, Manifest, read_sealed
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.sources import FrozenModel, Reference, Teacher
 from megatron_vpmoe.training import checkpoint
-from megatron_vpmoe.training.initial_weights import find_weights, geometry_of, load_weights
+from megatron_vpmoe.training.initial_weights import find_weights, geometry_of, load_weights, refuse_another_geometry
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -40,6 +41,18 @@ class Frozen:
         self.annotator.open(model)
         names = ", ".join(annotation.name for annotation in self.annotator.annotations)
         return f"{names} from {self.found.path}"
+
+
+def check_stored_reference(cfg: RunConfig, manifest: Manifest) -> None:
+    """Hold the model that scored a dataset's ``reference_log_p`` ahead of time to the one that is trained.
+
+    Raises:
+        CheckpointError: it is of another geometry. Everything that differs is named.
+    """
+    for scored in read_sealed(manifest.root, BUILD_REMEDY.format(path=manifest.root)).get("annotated", ()):
+        by = scored["by"]
+        if REFERENCE_LOG_P.name in scored["names"] and "geometry" in by:  # older ones have a hash of it alone
+            refuse_another_geometry(by["geometry"], cfg, f"{manifest.path}: {REFERENCE_LOG_P.name} by {by['name']}")
 
 
 def find_frozen(cfg: RunConfig, manifest: Manifest) -> list[Frozen]:

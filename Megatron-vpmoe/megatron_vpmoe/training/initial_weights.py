@@ -44,8 +44,13 @@ def find_weights(cfg: RunConfig, path: str, key: str) -> checkpoint.Found:
             that differs is named.
     """
     found = distributed.from_rank_0(lambda: checkpoint.open_checkpoint(Path(path)))
-    _refuse([str(change) for change in geometry_diff(_stored_config(found, cfg), cfg)], found, key)
+    refuse_another_geometry(found.state.get("config"), cfg, f"{key} = {found.path}")
     return found
+
+
+def refuse_another_geometry(geometry: object, cfg: RunConfig, source: str) -> None:
+    """Hold the sections ``model`` and ``moe`` of a model to a run's; raises :class:`CheckpointError`."""
+    _refuse([str(change) for change in geometry_diff(_stored_config(geometry, cfg, source), cfg)], source)
 
 
 def geometry_of(cfg: RunConfig, path: str, key: str) -> tuple[checkpoint.Found, RunConfig]:
@@ -56,9 +61,10 @@ def geometry_of(cfg: RunConfig, path: str, key: str) -> tuple[checkpoint.Found, 
             this run cannot hold it. Everything that is wrong is named.
     """
     found = distributed.from_rank_0(lambda: checkpoint.open_checkpoint(Path(path)))
-    stored = _stored_config(found, cfg)
+    source = f"{key} = {found.path}"
+    stored = _stored_config(found.state.get("config"), cfg, source)
     sizes = [stored.model.padded_vocab_size, cfg.model.padded_vocab_size]
-    _refuse([f"padded_vocab_size: {sizes[0]} -> {sizes[1]}"] if sizes[0] != sizes[1] else [], found, key)
+    _refuse([f"padded_vocab_size: {sizes[0]} -> {sizes[1]}"] if sizes[0] != sizes[1] else [], source)
     untrained = {"train_only": None, "recompute_granularity": None, "recompute_method": None}
     untrained |= {"recompute_num_layers": None, "recompute_modules": None}
     # Experts are spread over the run's groups; a model without any is held whole by each of their ranks.
@@ -69,7 +75,7 @@ def geometry_of(cfg: RunConfig, path: str, key: str) -> tuple[checkpoint.Found, 
             "parallel": stored.parallel.model_copy(update=ranks),
         }
     )
-    _refuse([problem.text for problem in find_problems(stored, rules=OF_MODEL)], found, key)
+    _refuse([problem.text for problem in find_problems(stored, rules=OF_MODEL)], source)
     return found, stored
 
 
@@ -82,7 +88,7 @@ def load_weights(model: VPModel, found: checkpoint.Found, key: str) -> None:
         CheckpointError: a tensor is absent or of another shape; all are named.
         NonFiniteError: a value is nan or infinite, on the rank that holds it.
     """
-    _refuse(_tensor_differences(model, found), found, key)
+    _refuse(_tensor_differences(model, found), f"{key} = {found.path}")
     checkpoint.load(found, model)
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, torch.Tensor):
@@ -90,20 +96,19 @@ def load_weights(model: VPModel, found: checkpoint.Found, key: str) -> None:
             require_finite(tensor, name, source=f"{key} = {found.path}", remedy=remedy)
 
 
-def _refuse(differing: list[str], found: checkpoint.Found, key: str) -> None:
+def _refuse(differing: list[str], source: str) -> None:
     if differing:
         more = [f"and {len(differing) - _SHOWN} more"] if len(differing) > _SHOWN else []
         raise CheckpointError(
             "the weights are of another model (checkpoint -> this run):\n    "
             + "\n    ".join([*differing[:_SHOWN], *more]),
-            source=f"{key} = {found.path}",
+            source=source,
             remedy="set the fields back, or name weights of this model",
         )
 
 
-def _stored_config(found: checkpoint.Found, cfg: RunConfig) -> RunConfig:
-    """``cfg`` with the geometry of the checkpoint."""
-    stored = found.state.get("config")
+def _stored_config(stored: object, cfg: RunConfig, source: str) -> RunConfig:
+    """``cfg`` with a stored geometry."""
     try:
         if not isinstance(stored, dict) or not {"model", "moe"} <= stored.keys():
             raise CheckpointError("it does not say its geometry: config.model and config.moe")
@@ -113,8 +118,8 @@ def _stored_config(found: checkpoint.Found, cfg: RunConfig) -> RunConfig:
     except (CheckpointError, ValidationError) as error:
         faults = [error.what] if isinstance(error, CheckpointError) else stored_faults(error)
         raise CheckpointError(
-            f"the checkpoint's model cannot be built here: {'; '.join(faults)}",
-            source=str(found.path / "run_state.json"),
+            f"the model cannot be built here: {'; '.join(faults)}",
+            source=source,
             remedy="name other weights, or import these again (vpmoe hf export where they were trained, then import)",
         ) from error
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
+from megatron_vpmoe.annotation import REFERENCE_LOG_P
 from megatron_vpmoe.data.blend import open_parts
 from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.data.vocabulary_files import another_vocabulary, identity_of, vocabulary_files
@@ -47,7 +48,7 @@ from megatron_vpmoe.sources import (
 from megatron_vpmoe.training import checkpoint
 from megatron_vpmoe.training.checkpoint_files import Retention
 from megatron_vpmoe.training.evaluate import Validation, validation
-from megatron_vpmoe.training.frozen import find_frozen
+from megatron_vpmoe.training.frozen import check_stored_reference, find_frozen
 from megatron_vpmoe.training.implementation import implementation_notes
 from megatron_vpmoe.training.initial_weights import load_initial_weights
 from megatron_vpmoe.training.provenance import collect_provenance
@@ -176,6 +177,9 @@ def open_run(cfg: RunConfig) -> Run:
         source = Annotated(source, each.annotator)
         stored = {prefix: AnnotatedBatches(batches, each.annotator) for prefix, batches in stored.items()}
     check_kinds(objective, cfg, [part.dataset.manifest for part in (*train, *valid_parts)])
+    if REFERENCE_LOG_P in objective.needs.annotations and cfg.training.reference_weights is None:
+        for part in (*train, *valid_parts):
+            check_stored_reference(cfg, part.dataset.manifest)
     for name, gives in {"train": source, **stored}.items():
         check_needs(cfg.training.objective, objective.needs, gives, source=name)
     model = build_model(cfg)
