@@ -104,6 +104,7 @@ def test_killed_anywhere_it_is_the_same_dataset(
     assert said[-1].endswith("done and valid")
 
 
+@pytest.mark.slow
 def test_what_lies_there_and_what_cannot_be_is_refused(chats: Path, tmp_path: Path) -> None:
     place, say = tmp_path / "annotated", print
     annotating(chats, scorer()).make(place, quiet=True, say=say)

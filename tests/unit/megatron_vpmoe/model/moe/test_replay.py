@@ -76,6 +76,7 @@ def test_weights_and_gradient_are_those_of_the_scores_at_the_experts(score: str)
     assert torch.equal(router.tokens_per_expert.long(), wanted[document.T >= 0].sum(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recompute",
     [
