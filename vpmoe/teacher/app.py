@@ -91,6 +91,7 @@ def score(
 
     The dataset stays as it is; the scored one shares its token files. A killed command goes on where it was.
     """
+    read_manifest(dataset)
     from vpmoe.data_curation import manifest as manifests
     from vpmoe.teacher.find import find_teacher
     from vpmoe.teacher.selection import Selection
