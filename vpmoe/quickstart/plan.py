@@ -10,14 +10,12 @@ from pathlib import Path
 from megatron_vpmoe.config import load_config
 from vpmoe.commands import Command
 from vpmoe.quickstart.settings import QuickstartError, Settings, read_settings
-from vpmoe.quickstart.trained import ROWS, TrainedRun, flags
+from vpmoe.quickstart.trained import DATA, TrainedRun, flags
 from vpmoe.steps import Step
 
 STEPS = ("environment", "tokenizer", "data", "train", "evaluate")
 """In their order; the first only looks, the others have commands."""
 SETTINGS = Path("configs/nano/quickstart.toml")
-CONVERSATIONS = Path("data/synth_harmony")
-"""Relative to the folder that the commands run in."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,8 @@ class Plan(TrainedRun):
         force: Sequence[str] = (),
         overwrite: bool = False,
         work_dir: Path | None = None,
-        settings: Path | None = None,
+        settings: Path | Settings | None = None,
+        data: Path = DATA,
     ) -> Plan:
         """What the command line asks for in the checkout ``root``; None is the default of settings and configuration.
 
@@ -61,12 +60,14 @@ class Plan(TrainedRun):
             raise QuickstartError(
                 f"there is no step {', '.join(unknown)}", source="--force", remedy=f"use one of {', '.join(STEPS[1:])}"
             )
-        read = read_settings(settings or root / SETTINGS)
+        read = settings if isinstance(settings, Settings) else read_settings(settings or root / SETTINGS)
         default = read.training.run_name
         name = run_name or (default if seed is None else f"{default}_seed{seed}")
         seeds = [] if seed is None else ["--seed", str(seed), "--data-seed", str(seed)]
         length = [] if train_iters is None else ["--train-iters", str(train_iters)]
-        overrides = ("--run-name", name, *seeds, *length)
+        # Other data stand in a dataset of their own; the quickstart's is where its configuration says.
+        place = [] if data == DATA else ["--data-path", str(data / "dataset")]
+        overrides = ("--run-name", name, *seeds, *length, *place)
         work = Path(os.path.realpath(work_dir or root))
         reports = work / "reports" / "quickstart"
         return cls(
@@ -76,21 +77,22 @@ class Plan(TrainedRun):
             overrides=overrides,
             cfg=load_config(os.path.relpath(root / read.training.config), [*overrides]),
             asked=read.evaluation,
+            data=data,
             settings=read,
             report_folder=reports if name == default else reports / name,
             force=tuple(force),
             overwrite=overwrite,
-            exempt=" ".join(length) or (f"--settings {settings}" if settings else None),
+            exempt=" ".join(length) or (f"--settings {settings}" if isinstance(settings, Path) else None),
         )
 
-    def data(self) -> list[tuple[Step, Command]]:
+    def preparing(self) -> list[tuple[Step, Command]]:
         """The commands that make the dataset, in their order; the steps are theirs, as far as kind and place go."""
-        cfg, settings = self.cfg, self.settings
+        cfg, settings, conversations = self.cfg, self.settings, self.data / "synth_harmony"
         fit = {"seq_len": cfg.data.seq_length, "padded_vocab_size": cfg.model.padded_vocab_size}
         commands = (
-            ("synth_mini", "synth-mini", ROWS, settings.rows),
-            ("conversations", "convert", CONVERSATIONS, {"input": str(ROWS), **settings.conversations}),
-            ("kd", "build", self.dataset, {"input_dir": str(CONVERSATIONS), **fit, **settings.dataset}),
+            ("synth_mini", "synth-mini", self.rows, settings.rows),
+            ("conversations", "convert", conversations, {"input": str(self.rows), **settings.conversations}),
+            ("kd", "build", self.dataset, {"input_dir": str(conversations), **fit, **settings.dataset}),
         )
         also = ["--overwrite"] if self.overwrite else []
         return [

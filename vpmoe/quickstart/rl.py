@@ -12,14 +12,16 @@ from typing import Any
 from megatron_vpmoe.config import load_config
 from vpmoe.commands import Command
 from vpmoe.eval.pairs import PAIRS_NAME
+from vpmoe.quickstart.plan import SETTINGS as QUICKSTART
 from vpmoe.quickstart.plan import Plan
 from vpmoe.quickstart.run import verdict
 from vpmoe.quickstart.runner import PREPARING, Runner, say
 from vpmoe.quickstart.settings import QuickstartError, RlSettings, Stage, read_settings
-from vpmoe.quickstart.trained import ROWS, TrainedRun, flags
+from vpmoe.quickstart.trained import TrainedRun, flags
 from vpmoe.steps import Step
 
 SETTINGS = Path("configs/nano/rl_nano.toml")
+DATA = Path("data/rl_nano")
 _DOES = {
     **PREPARING,
     "sft": "trains a nano vpMoE short of mastery, and evaluates it",
@@ -55,16 +57,17 @@ class SeedPlan:
             name = f"rl_nano_{part}_{seed}"
             overrides = ("--run-name", name, "--seed", str(seed), "--data-seed", str(seed), *more)
             cfg = load_config(os.path.relpath(data.root / stage.config), [*overrides])
-            return TrainedRun(data.root, data.work, stage.config, overrides, cfg, data.asked)
+            return TrainedRun(data.root, data.work, stage.config, overrides, cfg, data.asked, data.data)
 
-        sft = run("sft", settings.sft)
-        start, pairs = str(sft.run), f"data/megatron/rl_nano_pairs_{seed}"
+        place = ("--data-path", str(data.dataset))
+        sft = run("sft", settings.sft, *place)
+        start, pairs = str(sft.run), str(DATA / f"pairs_{seed}")
         return cls(
             seed,
             sft,
-            run("grpo", settings.grpo, "--rollout-seed", str(seed), "--load-weights", start),
+            run("grpo", settings.grpo, *place, "--rollout-seed", str(seed), "--load-weights", start),
             run("dpo", settings.dpo, "--data-path", pairs, "--load-weights", start, "--reference-weights", start),
-            Path(f"data/rl_nano_answers_{seed}"),
+            DATA / f"answers_{seed}",
             data,
             settings,
         )
@@ -73,7 +76,7 @@ class SeedPlan:
         """The commands that make the preference dataset, in their order; the steps are theirs."""
         dataset = self.sft.dataset
         split = {"valid_fraction": self.data.settings.dataset["valid_fraction"]}
-        asked = {"rows": str(ROWS), **split, **self.settings.pairs}
+        asked = {"rows": str(self.data.rows), **split, **self.settings.pairs}
         built = {"input": str(self.answers / PAIRS_NAME), "id_field": "synth_id", **split}
         built |= {"compact_map": str(dataset / "compact_vocab.npy"), "prompts_of": str(dataset)}
         built |= {"padded_vocab_size": self.dpo.cfg.model.padded_vocab_size, "seq_len": self.dpo.cfg.data.seq_length}
@@ -130,7 +133,11 @@ class RlPlan:
         if len(set(seeds)) < len(seeds):
             raise QuickstartError(f"seeds {list(seeds)}", source="--seed", remedy="name each once")
         read = read_settings(settings or root / SETTINGS, RlSettings)
-        data = Plan.of(root, overwrite=overwrite, work_dir=work_dir)
+        quickstart = read_settings(root / QUICKSTART)
+        asked = quickstart.evaluation.model_copy(update={"per_family": read.per_family})
+        rows = {**quickstart.rows, "families": read.families}
+        own = quickstart.model_copy(update={"rows": rows, "evaluation": asked})
+        data = Plan.of(root, overwrite=overwrite, work_dir=work_dir, settings=own, data=DATA)
         chosen = tuple(seeds) or (data.cfg.training.seed,)
         plans = tuple(SeedPlan.of(data, read, seed) for seed in chosen)
         return cls(data, read, plans, tuple(force), f"--settings {settings}" if settings else None)

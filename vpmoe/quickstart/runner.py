@@ -67,7 +67,7 @@ class Runner:
         return receipt
 
     def prepare(self, plan: Plan) -> None:
-        """Environment, tokenizer and dataset of the quickstart."""
+        """Environment, tokenizer and dataset."""
         self.announce("environment")
         here = describe()
         packages = ", ".join(f"{name} {version}" for name, version in here["packages"].items())
@@ -77,7 +77,7 @@ class Runner:
         self.announce("tokenizer")
         self.command(Command(("vpmoe", "tokenizer", "install")))
         self.announce("data")
-        for step, command in plan.data():
+        for step, command in plan.preparing():
             self.keyed("data", step, command)
 
     def train(self, name: str, run: TrainedRun, start: Mapping[str, Any] | None = None) -> dict[str, Any]:

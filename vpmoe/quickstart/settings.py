@@ -74,8 +74,13 @@ class RlTargets(_Section):
 
 
 class RlSettings(_Section):
-    """``configs/nano/rl_nano.toml``; ``pairs`` are options of ``vpmoe eval pairs``."""
+    """``configs/nano/rl_nano.toml``; ``pairs`` are options of ``vpmoe eval pairs``.
 
+    ``families`` and ``per_family`` take the place of the quickstart's.
+    """
+
+    families: dict[str, float]
+    per_family: Count
     sft: Stage
     grpo: Stage
     dpo: Stage

@@ -16,8 +16,8 @@ from vpmoe.eval.nano import SCHEMA_VERSION as EVALUATION_VERSION
 from vpmoe.quickstart.settings import Evaluation, QuickstartError
 from vpmoe.steps import Step, content_sha256, read_receipt
 
-ROWS = Path("data/synth_mini")
-"""Rows and held-out questions, relative to the folder that the commands run in."""
+DATA = Path("data")
+"""Of the quickstart's rows and conversations, relative to the folder that the commands run in."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class TrainedRun:
         overrides: flags to it.
         cfg: the training configuration with the overrides.
         asked: which held-out questions the run answers in the end, and how.
+        data: folder of rows, held-out questions and conversations, relative to ``work``.
     """
 
     root: Path
@@ -39,6 +40,12 @@ class TrainedRun:
     overrides: tuple[str, ...]
     cfg: RunConfig
     asked: Evaluation
+    data: Path
+
+    @property
+    def rows(self) -> Path:
+        """Rows and held-out questions, relative to ``work``."""
+        return self.data / "synth_mini"
 
     @property
     def dataset(self) -> Path:
@@ -95,7 +102,7 @@ class TrainedRun:
 
     def evaluating(self, trained: Mapping[str, Any]) -> tuple[Step, Command]:
         """The evaluation of a run whose receipt lists the files ``trained``, and the command but for its output."""
-        questions = ROWS / TEST_NAME
+        questions = self.rows / TEST_NAME
         options = self.asked.model_dump(exclude={"shown_samples"})
         step = Step(
             kind="nano_evaluation",

@@ -69,6 +69,8 @@ class ObjectiveFields(Section):
     """Of dpo: "sigmoid", or "ipo": the square of the margin's distance from 1 / (2 dpo_beta)."""
     dpo_length_normalised: bool = False
     """Of dpo: log-ratios are means over an answer's tokens, not sums."""
+    dpo_chosen_weight: Amount = 0.0
+    """Of dpo: weight of the chosen answers' cross-entropy a token beside it (RPO), which keeps them likely."""
     grpo_advantage: Literal["std", "mean"] = "std"
     """Of grpo: reward less the group's mean, divided by its standard deviation ("std") or not ("mean", Dr. GRPO)."""
     grpo_normalisation: Literal["token", "sequence", "constant"] = "token"

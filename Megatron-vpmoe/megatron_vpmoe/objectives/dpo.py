@@ -6,7 +6,8 @@ With Delta = sum over an answer's tokens of log p - log p_ref, and m = Delta_cho
 - ``ipo``: (m - 1 / (2 beta))², arXiv 2310.12036, which ends at a finite margin where preferences are deterministic.
 
 Label smoothing e takes (1 - e) of the loss at m and e of that at -m. Length-normalised, Delta is a mean over the
-answer's tokens instead of a sum. The loss is the mean over the pairs of the global batch.
+answer's tokens instead of a sum. The loss is the mean over the pairs of the global batch, and where asked for the
+chosen answers' cross-entropy a token is added (RPO, arXiv 2404.19733): a margin alone can grow while both fall.
 
 Shapes: B rows, S positions, D documents of a row at most: 2i is chosen, 2i + 1 rejected (``data/pairs.py``).
 """
@@ -39,18 +40,20 @@ class DPO(Objective):
     Metrics, means over the pairs of the global batch unless said otherwise: ``loss/total``;
     ``rewards/{chosen,rejected}``, beta Delta, and ``rewards/margin``, their difference; ``accuracy/relative``, pairs
     with Delta_chosen > Delta_rejected, and ``accuracy/policy``, the same of log p alone; ``log_p/{chosen,rejected}``,
-    an answer's log p (of its tokens' mean where length-normalised); ``kl/reference``, a mean over answer tokens of
+    an answer's log p (of its tokens' mean where length-normalised); ``loss/chosen``, the chosen answers'
+    cross-entropy a token; ``kl/reference``, a mean over answer tokens of
     r - 1 - log r with r = p / p_ref, which estimates KL(reference || policy) as far as the answers are the
     reference's; ``tokens/{chosen,rejected}`` and ``pairs``, counts.
 
     Attributes:
-        beta, label_smoothing, loss, length_normalised: ``training.dpo_*``.
+        beta, label_smoothing, loss, length_normalised, chosen_weight: ``training.dpo_*``.
     """
 
     beta: float
     label_smoothing: float = 0.0
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
     length_normalised: bool = False
+    chosen_weight: float = 0.0
 
     @property
     def needs(self) -> Needs:
@@ -59,9 +62,10 @@ class DPO(Objective):
 
     @classmethod
     def from_config(cls, cfg: RunConfig) -> DPO:
-        """With ``training.dpo_{beta,label_smoothing,loss,length_normalised}``."""
+        """With ``training.dpo_*``."""
         t = cfg.training
-        return cls(t.dpo_beta, t.dpo_label_smoothing, t.dpo_loss, t.dpo_length_normalised)
+        settings = (t.dpo_beta, t.dpo_label_smoothing, t.dpo_loss, t.dpo_length_normalised, t.dpo_chosen_weight)
+        return cls(*settings)
 
     def counts(self, batches: list[Batch]) -> dict[str, int]:
         """Pairs, and supervised tokens of either side, in this rank's share of the global batch.
@@ -99,12 +103,15 @@ class DPO(Objective):
         margin_P = delta_P2[:, 0] - delta_P2[:, 1]
         smooth = self.label_smoothing
         losses_P = (1 - smooth) * self._at(margin_P) + smooth * self._at(-margin_P)
-        loss = (losses_P * share_P).sum()
+        chosen = batch.document_id[batch.loss_mask] % 2 == 0
+        of_chosen = -(log_p * chosen).sum() / max(totals["tokens/chosen"], 1.0)
+        loss = (losses_P * share_P).sum() + self.chosen_weight * of_chosen
 
         of_token = 1 / max(totals["tokens/chosen"] + totals["tokens/rejected"], 1.0)
         apart, reward_P2 = apart.detach(), self.beta * delta_P2.detach()
         metrics = {
             "loss/total": loss.detach(),
+            "loss/chosen": of_chosen.detach(),
             "rewards/margin": (self.beta * margin_P.detach() * share_P).sum(),
             "accuracy/relative": ((margin_P.detach() > 0) * share_P).sum(),
             "accuracy/policy": ((alone_P2[:, 0] > alone_P2[:, 1]) * share_P).sum(),

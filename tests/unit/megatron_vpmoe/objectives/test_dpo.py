@@ -74,10 +74,13 @@ def by_definition(objective: DPO, logits_BSV: Tensor, batch: Batch) -> dict[str,
             )
     means = {name: torch.stack([each[name] for each in found]).mean() for name in found[0]}
     log_r = (log_p - reference)[batch.loss_mask]
+    means["loss/chosen"] = -log_p[batch.loss_mask & (batch.document_id % 2 == 0)].mean()
+    means["loss/total"] = means["loss/total"] + objective.chosen_weight * means["loss/chosen"]
     return {**means, "kl/reference": (log_r.exp() - 1 - log_r).mean()}
 
 
 VARIANTS = [DPO(0.3, *how) for how in product((0.0, 0.2), ("sigmoid", "ipo"), (False, True))]
+VARIANTS.append(DPO(0.3, chosen_weight=0.7))
 
 
 @pytest.mark.parametrize("objective", VARIANTS, ids=str)
@@ -139,7 +142,8 @@ def test_documents_that_are_no_pairs_are_refused(fault: str) -> None:
 
 def test_settings_and_their_bounds() -> None:
     fields = {"dpo_beta": 0.5, "dpo_label_smoothing": 0.1, "dpo_loss": "ipo", "dpo_length_normalised": True}
-    assert build_objective(tiny_config(objective="dpo", **fields)) == DPO(0.5, 0.1, "ipo", True)
+    fields["dpo_chosen_weight"] = 0.7
+    assert build_objective(tiny_config(objective="dpo", **fields)) == DPO(0.5, 0.1, "ipo", True, 0.7)
     assert build_objective(tiny_config(objective="dpo")) == DPO(0.1)
     for name, value in [
         ("dpo_beta", 0.0),

@@ -49,7 +49,7 @@ def parsed(app: typer.Typer, command: Command) -> dict[str, Any]:
 
 def test_commands_say_what_the_settings_say(plan: Plan, repository: Path) -> None:
     settings = plan.settings
-    rows, convert, build = (parsed(data_app, command) for _, command in plan.data())
+    rows, convert, build = (parsed(data_app, command) for _, command in plan.preparing())
     assert parse_mix(rows["families"]) == settings.rows["families"] and rows["rows"] == settings.rows["rows"]
     assert convert["reasoning_effort"] == settings.conversations["reasoning_effort"]
     assert convert["model_identity"] == settings.conversations["model_identity"]
@@ -58,12 +58,12 @@ def test_commands_say_what_the_settings_say(plan: Plan, repository: Path) -> Non
     assert build["seq_len"] == plan.cfg.data.seq_length
     assert build["valid_fraction"] == settings.dataset["valid_fraction"]
     assert str(build["output_dir"]) == plan.cfg.data.data_path and not build["overwrite"]
-    for _, command in Plan.of(repository, work_dir=plan.work, overwrite=True).data():
+    for _, command in Plan.of(repository, work_dir=plan.work, overwrite=True).preparing():
         assert parsed(data_app, command)["overwrite"]
 
 
 def test_each_command_reads_what_the_one_before_makes(plan: Plan) -> None:
-    (rows, _), (conversations, convert), (dataset, build) = plan.data()
+    (rows, _), (conversations, convert), (dataset, build) = plan.preparing()
     assert plan.work / parsed(data_app, convert)["source"] == rows.output
     assert plan.work / parsed(data_app, build)["input_dir"] == conversations.output
     assert dataset.output == plan.work / plan.dataset
@@ -91,7 +91,7 @@ def test_seed_changes_the_training_alone(plan: Plan) -> None:
     seeded = Plan.of(plan.root, work_dir=plan.work, seed=7)
     assert (seeded.cfg.training.seed, seeded.cfg.data.data_seed) == (7, 7)
     assert seeded.run != plan.run and seeded.report_folder != plan.report_folder
-    assert seeded.data() == plan.data()
+    assert seeded.preparing() == plan.preparing()
     assert seeded.training()[0].key != plan.training()[0].key
 
 
