@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -85,4 +86,8 @@ def test_same_directory(name: str, tmp_path: Path) -> None:
     assert {"config.json", "tokenizer.json", "model.safetensors"} <= set(files)
     assert ("modeling_vpmoe.py" in files) == (CASES[name] is not QWEN3)
     differing = {file for file in files if (one.path / file).read_bytes() != (two.path / file).read_bytes()}
-    assert differing <= {"receipt.json"}, "which names the checkpoint"
+    assert differing <= {"receipt.json", "config.json"}, "which name the checkpoint, and the length it was trained on"
+    told = [json.loads((part.path / "config.json").read_text()) for part in (one, two)]
+    assert told[1].pop("max_position_embeddings") == cfg.data.seq_length
+    told[0].pop("max_position_embeddings", None)
+    assert told[0] == told[1]

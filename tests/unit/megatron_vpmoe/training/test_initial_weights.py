@@ -83,5 +83,5 @@ def test_a_missing_field_of_the_weights_is_named(section: str | None, tmp_path: 
     config["model"].pop("hidden_size")
     found = Found(tmp_path, {"config": config if section else {}})
     with pytest.raises(CheckpointError, match="model.hidden_size is missing" if section else "config.model") as caught:
-        _stored_config(found, cfg)
+        _stored_config(found.state.get("config"), cfg, "there")
     assert "version" not in str(caught.value)

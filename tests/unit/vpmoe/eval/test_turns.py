@@ -107,11 +107,13 @@ def echoes(draw: random.Random, turns: int) -> list[Message]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has learned to echo, in seconds; its conversations begin with messages of their own."""
     folder, draw = tmp_path_factory.mktemp("echo"), random.Random(0)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(as_row(echoes(draw, 3))) + "\n" for _ in range(400)))
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps({"id": f"row {n}", **as_row(echoes(draw, 3))}) + "\n" for n in range(400))
+    )
     words = [int(FULL.encode_ordinary(word)[0]) for word in ("user", "assistant", "analysis", "final", "system")]
     CompactVocabulary.from_counts(FULL, np.bincount(words, minlength=VOCAB_SIZE)).save(folder / "map.npy")
     base = BuildOptions(seq_len=96, valid_fraction=0.1, compact_map=folder / "map.npy", padded_vocab_size=320)
-    chats = ChatDataset(base, system_text="You echo.")
+    chats = ChatDataset(base, system_text="You echo.", id_field="id")  # there are but eight first answers
     build_sequential(resolve(str(folder / "rows.jsonl")), folder / "built", chats, Pass(), quiet=True)
     sizes = {"hidden_size": 64, "ffn_hidden_size": 64, "window_size": 32, "seq_length": 128, "padded_vocab_size": 320}
     sizes |= {"moe_ffn_hidden_size": 64, "moe_shared_expert_intermediate_size": 64}

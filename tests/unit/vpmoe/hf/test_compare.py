@@ -94,7 +94,7 @@ def test_what_is_not_there_is_not_made_up(
 @pytest.mark.parametrize(
     ("told", "said"),
     [
-        ({"max_position_embeddings": "many"}, "transformers cannot load or run it: StrictDataclass"),
+        ({"max_position_embeddings": "many"}, "max_position_embeddings = 'many'"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_parameters.rope_theta = 0"),
         ({"rope_parameters": None, "rope_theta": -1.0}, "rope_theta = -1.0"),
     ],
@@ -132,4 +132,4 @@ def test_code_in_a_directory_is_run_on_the_users_word_alone(
     (exported / "config.json").write_text(json.dumps({**config, "max_position_embeddings": "many"}))
     assert compare(exported, checkpoint) == 2
     said = capsys.readouterr().err
-    assert "load or run it: ImportError" in said and "load or run it: TypeError: '>' not supported" in said
+    assert "load or run it: ImportError" in said and "max_position_embeddings = 'many'" in said

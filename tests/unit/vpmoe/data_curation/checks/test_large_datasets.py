@@ -88,7 +88,7 @@ def test_memory_is_the_same_at_any_size_of_a_shard(tmp_path: Path) -> None:
 def test_parts_are_all_documents_in_their_order(dataset_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = read_triple(dataset_dir / "train", "shard_00")
     for tokens, group in ((1, 1), (300, 1), (300, 2), (1 << 20, 2)):
-        monkeypatch.setattr("megatron_vpmoe.token_files._PART_TOKENS", tokens)
+        monkeypatch.setattr("megatron_vpmoe.token_files.PART_TOKENS", tokens)
         parts = list(whole.parts(group))
         assert all(part.documents % group == 0 for part in parts[:-1]) and all(part.starts[0] == 0 for part in parts)
         assert all(len(part.tokens) <= max(tokens, group * int(whole.lengths.max())) for part in parts)
