@@ -31,7 +31,7 @@ def test_lines_tell_rates_tokens_and_share(capsys: pytest.CaptureFixture[str]) -
         for _ in range(2):
             counted.add(2_000_000, 10, doing="shard_00")
     first, second, last = capsys.readouterr().err.splitlines()
-    assert re.match(r"building: 2\.0 MB  [\d,.]+ MB/s  \d+\.\d\d M tokens/s  shard_00", first)
+    assert re.match(r"building: 2\.0 MB  [\d,.]+ MB/s  (\d+\.\d\d M|[\d,]+) tokens/s  shard_00", first)
     assert re.search(r"shard_00  50%, about \d+ s left$", second) or second.endswith("shard_00")
     assert last.startswith("building: 4.0 MB") and "done" in last
 

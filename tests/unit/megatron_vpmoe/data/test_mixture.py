@@ -24,6 +24,7 @@ def schedules(draw: st.DrawFn) -> list[Weights]:
     return entries
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(schedules())
 def test_every_prefix_keeps_to_the_shares(entries: list[Weights]) -> None:

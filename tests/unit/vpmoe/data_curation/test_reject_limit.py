@@ -34,6 +34,7 @@ def test_half_the_limit_is_never_stopped_however_long():
     assert [first_refusal(RejectLimit(LIMIT), LIMIT / 2, 300_000, seed) for seed in seeds] == [None] * 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [LIMIT, 0.02, 0.2])
 def test_at_the_limit_no_more_than_the_stated_chance_is_stopped(limit: float):
     """With an alpha that can be counted: 0.05 of streams whose rate is the limit itself."""

@@ -25,6 +25,7 @@ def go(ladder: Path, *, overwrite: bool = False) -> tuple[dict, list[str]]:
     return climb(Request(ladder, quiet=True, overwrite=overwrite), lines.append), lines
 
 
+@pytest.mark.slow
 def test_climbing_twice_does_nothing_the_second_time(ladder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "to be made: not made yet; to be evaluated" in listing(Request(ladder))[0]
     report, _ = go(ladder)
@@ -118,6 +119,7 @@ def test_what_is_refused(ladder: Path, tmp_path: Path, capsys: pytest.CaptureFix
         climb(Request(wrong), [].append)
 
 
+@pytest.mark.slow
 def test_what_a_ladder_prepares_comes_first(ladder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Before its files are looked for; a command that fails ends the climb with its exit code."""
     command = f"data question-texts --input-dir {ladder.parent}/rows --output-dir {tmp_path}/texts"

@@ -27,6 +27,7 @@ SPARSE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("init", "exact"), [("zero_out", True), ("virtual_groups", True), ("copy_plus_noise", False)])
 def test_the_receipt_says_how_exact_it_is(init: str, exact: bool, tmp_path: Path) -> None:
     old = dense_config(num_layers=2)

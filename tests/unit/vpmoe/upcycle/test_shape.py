@@ -43,6 +43,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_heads_that_are_copies_are_pooled_without_loss(tmp_path: Path) -> None:
     """Old heads and groups in equal pairs: their mean is each of them, and the attention blocks are exact."""
     old = tiny_config(**OLD)
@@ -64,6 +65,7 @@ def test_heads_that_are_copies_are_pooled_without_loss(tmp_path: Path) -> None:
     assert torch.equal(new["output_layer.weight"].read(), weights["embedding.word_embeddings.weight"].read())
 
 
+@pytest.mark.slow
 def test_every_tensor_is_what_it_says(tmp_path: Path) -> None:
     old = tiny_config(**OLD)
     weights = random_weights(old)

@@ -73,6 +73,7 @@ def climb(ladder: Ladder) -> dict:
     return made[-1]["report"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_rung(tmp_path: Path, repository: Path, tied: bool) -> None:
     write_model(tmp_path / "model_hf", tie_word_embeddings=tied)
@@ -104,6 +105,7 @@ def test_the_rung(tmp_path: Path, repository: Path, tied: bool) -> None:
     assert json.loads((tmp_path / "new" / "hf" / "config.json").read_text())["vocab_size"] == PADDED
 
 
+@pytest.mark.slow
 def test_a_donor_with_a_compact_vocabulary(tmp_path: Path, repository: Path) -> None:
     """The reference is then the dataset that has this vocabulary; another one's is refused."""
     write_model(tmp_path / "model_hf")

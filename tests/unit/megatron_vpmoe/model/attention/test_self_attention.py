@@ -255,6 +255,7 @@ def test_grape_m_layer_equals_a_rope_layer_at_initialisation() -> None:
     torch.testing.assert_close(run(grape, hidden, layout, first), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_checkpoint_round_trip(tmp_path: Path) -> None:
     for number in (LOCAL, GLOBAL):
         saved, other = layer_of(number), layer_of(number, seed=9)

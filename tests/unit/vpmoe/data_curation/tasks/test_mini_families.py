@@ -51,6 +51,7 @@ def test_a_level_fills_every_bucket_and_keeps_to_itself(family: str, level: str)
     assert len(filled) == BUCKETS
 
 
+@pytest.mark.slow
 @settings(max_examples=4)
 @given(seeds=st.lists(st.integers(0, 1000), min_size=2, max_size=2, unique=True), buckets=st.integers(1, 6))
 def test_no_question_is_in_two_splits_whatever_its_language(seeds: list[int], buckets: int) -> None:
