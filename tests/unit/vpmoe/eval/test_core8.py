@@ -242,7 +242,7 @@ def test_an_item_of_another_form_is_named(name: str, line: str, told: str, tmp_p
 
 @pytest.mark.slow
 def test_the_shared_bundle_is_read_whole(repository: Path) -> None:
-    folder = Path("/work/shared/data/eval_bundle")
+    folder = repository.parent / "shared" / "data" / "eval_bundle"
     if not folder.is_dir():
         pytest.skip(f"no bundle at {folder}")
     bundle = Bundle(folder)
