@@ -63,6 +63,15 @@ TEACHER_LOG_P = Annotation(name="teacher_log_p", dtype="float32")
 there is no record. Its temperature says that of the teacher's softmax."""
 TEACHER_LABEL_LOG_P = Annotation(name="teacher_label_log_p", dtype="float32")
 """The same of the token that follows, whether or not it is among TEACHER_IDS."""
+
+
+def of_teacher(count: int, temperature: float) -> tuple[Annotation, Annotation, Annotation]:
+    """TEACHER_IDS, TEACHER_LOG_P and TEACHER_LABEL_LOG_P of ``count`` ids, of logits divided by ``temperature``."""
+    width = {"width": count}
+    of_ids = TEACHER_IDS.model_copy(update=width), TEACHER_LOG_P.at(temperature).model_copy(update=width)
+    return *of_ids, TEACHER_LABEL_LOG_P.at(temperature)
+
+
 NO_RECORD = -1
 FILLING_LOG_P = -100.0
 """Of an id that only fills a record up to K: it is no outcome of its own, and belongs to the tail."""

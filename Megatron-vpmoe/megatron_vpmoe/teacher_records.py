@@ -20,14 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from megatron_vpmoe.annotation import (
-    FILLING_LOG_P,
-    NO_RECORD,
-    TEACHER_IDS,
-    TEACHER_LABEL_LOG_P,
-    TEACHER_LOG_P,
-    Annotation,
-)
+from megatron_vpmoe.annotation import FILLING_LOG_P, NO_RECORD, Annotation, of_teacher
 from megatron_vpmoe.errors import DataError
 
 PART = "teacher"
@@ -58,9 +51,7 @@ class TeacherRecords(BaseModel):
     @property
     def annotations(self) -> tuple[Annotation, ...]:
         """What documents and batches have of it."""
-        told = {"width": self.count, "temperature": self.temperature}
-        of_label = TEACHER_LABEL_LOG_P.model_copy(update={"temperature": self.temperature})
-        return TEACHER_IDS.model_copy(update={"width": self.count}), TEACHER_LOG_P.model_copy(update=told), of_label
+        return of_teacher(self.count, self.temperature)
 
     @property
     def stored(self) -> Annotation:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron_vpmoe.annotation import TEACHER_IDS, TEACHER_LOG_P
+from megatron_vpmoe.annotation import TEACHER_IDS, TEACHER_LOG_P, of_teacher
 from megatron_vpmoe.data.batch import Batch, Span
 from megatron_vpmoe.model.output import CrossEntropy, Divergence
 from megatron_vpmoe.model.output.terms import Tail
@@ -60,9 +60,8 @@ class TopKKD(Objective):
     @property
     def needs(self) -> Needs:
         """Records of at least ``top_k`` ids at the temperature. Another one cannot be derived: the tail is a sum."""
-        log_p = {"width": self.top_k, "temperature": self.temperature}
-        ids = TEACHER_IDS.model_copy(update={"width": self.top_k})
-        return Needs(annotations=(ids, TEACHER_LOG_P.model_copy(update=log_p)))
+        ids, log_p, _ = of_teacher(self.top_k, self.temperature)
+        return Needs(annotations=(ids, log_p))
 
     @classmethod
     def from_config(cls, cfg: RunConfig) -> TopKKD:

@@ -8,14 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_vpmoe.annotation import (
-    NO_RECORD,
-    REFERENCE_LOG_P,
-    TEACHER_IDS,
-    TEACHER_LABEL_LOG_P,
-    TEACHER_LOG_P,
-    Annotation,
-)
+from megatron_vpmoe.annotation import NO_RECORD, REFERENCE_LOG_P, Annotation, of_teacher
 from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.gpt import VPModel
@@ -82,11 +75,7 @@ class Teacher(FrozenModel):
         super().__init__()
         self._top_k, self._temperature = top_k, temperature
         self._among = None if vocab_size is None else torch.arange(vocab_size)
-        self.annotations = (
-            TEACHER_IDS.model_copy(update={"width": top_k}),
-            TEACHER_LOG_P.at(temperature).model_copy(update={"width": top_k}),
-            TEACHER_LABEL_LOG_P.at(temperature),
-        )
+        self.annotations = of_teacher(top_k, temperature)
 
     @torch.no_grad()
     def _of(self, model: VPModel, batch: Batch) -> dict[str, Tensor]:
