@@ -14,6 +14,7 @@ from vpmoe.data_curation.checks.sample import DEFAULT_DOCUMENTS
 from vpmoe.data_curation.checks.verify import DEFAULT_PARSED_PER_SHARD, summary
 from vpmoe.data_curation.checks.verify import verify as find_faults
 from vpmoe.data_curation.conversations.app import convert, write_manifest
+from vpmoe.data_curation.datasets.app import Overwrite
 from vpmoe.data_curation.datasets.app import app as builders
 from vpmoe.data_curation.look.inspect import ALTERNATIVES, write_page
 from vpmoe.data_curation.look.inspect import inspect as show
@@ -117,14 +118,11 @@ def synth_mini(
     )
 
 
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what was made of other input or options")]
-
-
 @app.command("question-texts")
 def question_texts_(
     input_dir: Annotated[Path, typer.Option(help="rows of vpmoe data synth-mini")],
     output_dir: Annotated[Path, typer.Option(help="folder to write")],
-    overwrite: _Overwrite = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write rows as plain text, a question and its answer each: what a model without conversations learns."""
     made = question_texts.write_texts(input_dir, output_dir, overwrite=overwrite, say=typer.echo)

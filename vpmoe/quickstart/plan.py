@@ -94,11 +94,7 @@ class Plan(TrainedRun):
             ("conversations", "convert", conversations, {"input": str(self.rows), **settings.conversations}),
             ("kd", "build", self.dataset, {"input_dir": str(conversations), **fit, **settings.dataset}),
         )
-        also = ["--overwrite"] if self.overwrite else []
         return [
-            (
-                Step(kind, 0, self.work / output, {}),
-                Command(("vpmoe", "data", verb, *flags(options), "--output-dir", str(output), *also)),
-            )
+            self.making(kind, ("data", verb, *flags(options)), output, overwrite=self.overwrite)
             for kind, verb, output, options in commands
         ]

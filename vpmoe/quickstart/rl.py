@@ -84,12 +84,8 @@ class SeedPlan:
             ("own_pairs", ("eval", "pairs", str(self.sft.run)), self.answers, asked),
             ("pairs", ("data", "build-pairs"), self.dpo.dataset, built),
         )
-        also = ["--overwrite"] if self.data.overwrite else []
         return [
-            (
-                Step(kind, 0, self.data.work / output, {}),
-                Command(("vpmoe", *verb, *flags(options), "--output-dir", str(output), *also)),
-            )
+            self.data.making(kind, (*verb, *flags(options)), output, overwrite=self.data.overwrite)
             for kind, verb, output, options in commands
         ]
 

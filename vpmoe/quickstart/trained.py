@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,12 @@ class TrainedRun:
     def evaluation(self) -> Path:
         """The evaluation's report, its picture beside it; in a folder of the run, and gone with it."""
         return self.run / "evaluation" / "evaluation.json"
+
+    def making(self, kind: str, words: Sequence[str], output: Path, *, overwrite: bool) -> tuple[Step, Command]:
+        """A command of ``vpmoe`` that makes ``output`` and keys its step itself; of the step kind and place count."""
+        also = ["--overwrite"] if overwrite else []
+        step = Step(kind, 0, self.work / output, {})
+        return step, Command(("vpmoe", *words, "--output-dir", str(output), *also))
 
     def training(self, start: Mapping[str, Any] | None = None) -> tuple[Step, Command]:
         """The run, in place, and what goes on with it; the dataset has to be there.

@@ -11,7 +11,10 @@ import typer
 
 from megatron_vpmoe.manifest import read_manifest
 from vpmoe.data_curation.app import app
+from vpmoe.data_curation.datasets.app import Overwrite, Quiet
 from vpmoe.harmony.prompts import ReasoningEffort
+
+_say = partial(print, file=sys.stderr, flush=True)
 
 
 @app.command()
@@ -26,10 +29,8 @@ def annotate(
         typer.Option("--bf16/--no-bf16", help="precision (default: as the reference was trained, else fp32)"),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="rows of the dataset's seq_length scored together")] = 8,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace what was made of other input or options")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """Have a frozen model score every label ahead of time: a dataset that dpo trains on without a second model.
 
@@ -38,9 +39,8 @@ def annotate(
     read_manifest(dataset)  # a wrong path is told before torch is loaded
     from vpmoe.teacher.reference import annotate_with_reference
 
-    say = partial(print, file=sys.stderr, flush=True)
     made = annotate_with_reference(
-        dataset, reference, output_dir, bf16=bf16, rows=rows, overwrite=overwrite, quiet=quiet, say=say
+        dataset, reference, output_dir, bf16=bf16, rows=rows, overwrite=overwrite, quiet=quiet, say=_say
     )
     names = ", ".join(one.name for one in made.annotations)
     typer.echo(f"{output_dir}: {sum(entry.rows for entry in made.splits.values()):,} documents with {names}")
@@ -82,10 +82,8 @@ def score(
         Path | None, typer.Option(help="of a server: folder of its tokenizer.json, to compare every id")
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="of a server: requests under way")] = 16,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace what was made of other input or options")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """Have a teacher say its likeliest next tokens at every supervised position: a dataset that topk_kd trains on.
 
@@ -111,7 +109,7 @@ def score(
         selection=Selection(fraction, token_budget, selection),
         overwrite=overwrite,
         quiet=quiet,
-        say=partial(print, file=sys.stderr, flush=True),
+        say=_say,
     )
     told = manifests.read_manifest(output_dir)["annotated"][-1]
     typer.echo(

@@ -33,7 +33,8 @@ _BASE = BuildOptions()
 Renderer = Annotated[Literal["fast", "official"], typer.Option(help="ours, or openai-harmony's, which writes the same")]
 TextField = Annotated[str, typer.Option(help="column of the text (of text files: text)")]
 Texts = Annotated[str, typer.Option("--input", help="texts: a file or folder of JSONL, parquet or .txt")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what was made of other options or input")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what was made of other input or options")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Output:
 
     output_dir: Annotated[Path, typer.Option(help="folder of the dataset")]
     overwrite: Overwrite = False
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False
+    quiet: Quiet = False
 
 
 @dataclass(frozen=True)
