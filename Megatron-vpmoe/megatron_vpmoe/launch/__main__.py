@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from megatron_vpmoe.config import load_config
@@ -47,17 +49,28 @@ def launch(arguments: list[str], *, debug: bool) -> int:
     return run_workers(cfg, nodes, WORKER_MODULE, worker_arguments, debug=debug)
 
 
+@contextmanager
+def _read_by_head() -> Iterator[None]:
+    """Whoever reads what is printed may stop early: then this process ends, and says nothing."""
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        yield
+        sys.stdout.flush()
+    finally:
+        signal.signal(signal.SIGPIPE, before)  # a caller's connections may break without ending it
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if {"--help", "-h", "--dry-run"} & set(arguments):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # what is printed may be read by `head`
-    if "--help" in arguments or "-h" in arguments:
-        print(help_text())
-        return 0
+    helping = not {"--help", "-h"}.isdisjoint(arguments)
     debug = "--debug" in arguments
     try:
-        return launch(arguments, debug=debug)
+        with _read_by_head() if helping or "--dry-run" in arguments else nullcontext():
+            if helping:
+                print(help_text())
+                return 0
+            return launch(arguments, debug=debug)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (VpmoeError, OSError) as error:

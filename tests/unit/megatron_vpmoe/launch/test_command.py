@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +28,7 @@ def test_help_explains_every_field() -> None:
 
 def test_dry_run_prints_what_would_run(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run_yaml), "--dry-run", "--lr", "0.5"]) == 0
+    assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN  # or a lost connection would end whoever called
     out = capsys.readouterr().out
     for expected in ("lr: 0.5", "routed experts", "active per token", "needed of each device"):
         assert expected in out
