@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.turns import generation_ends
 from vpmoe.data_curation.tasks import question_texts
 from vpmoe.errors import HarmonyError
@@ -14,6 +15,7 @@ from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.grammar import completion_automaton
 from vpmoe.harmony.parse import Judgement, Parser
 from vpmoe.harmony.renderer import FastRenderer
+from vpmoe.progress import Progress
 from vpmoe.tokenizer.interface import Tokenizer
 
 if TYPE_CHECKING:
@@ -164,19 +166,30 @@ def decode_in_batches(
     sampling: SamplingOptions,
     batch_size: int,
     *,
-    progress: Callable[[str], None],
+    label: str | None = "questions",
+    context: int | None = None,
 ) -> list[list[int]]:
-    """New tokens of each prompt, in the order of the prompts; so many prompts are decoded at once."""
+    """New tokens of each prompt, in the order of the prompts; a collective of all ranks, which share the prompts out.
+
+    Args:
+        model: the bare model.
+        prompts: each shorter than ``context``.
+        sampling: how to choose tokens, and when to stop.
+        batch_size: prompts that a rank decodes at once.
+        label: of the progress that is shown; None shows none.
+        context: tokens that prompt and answer have together at most; None: any number.
+    """
+    from megatron.core import parallel_state
+
     from megatron_vpmoe.generation.engine import generate
     from megatron_vpmoe.generation.prompts import Completion, Prompt
 
-    answered = 0
+    mine = -(-len(prompts) // parallel_state.get_data_parallel_world_size())
+    with Progress(label or "", mine, unit="answers", quiet=label is None or distributed.rank() != 0) as progress:
 
-    def count(completion: Completion) -> None:
-        nonlocal answered
-        answered += completion.finish is not None
-        if completion.finish is not None and (answered % batch_size == 0 or answered == len(prompts)):
-            progress(f"answered {answered} of {len(prompts)} questions")
+        def count(completion: Completion) -> None:
+            if completion.finish is not None:
+                progress.add(1, len(completion.ids))
 
-    asked = [Prompt(prompt) for prompt in prompts]
-    return [one.ids for one in generate(model, asked, sampling, rows=batch_size, watch=count)]
+        asked = [Prompt(one, max_new_tokens=None if context is None else context - len(one)) for one in prompts]
+        return [one.ids for one in generate(model, asked, sampling, rows=batch_size, watch=count)]

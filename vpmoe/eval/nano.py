@@ -15,18 +15,17 @@ from megatron_vpmoe.config import config_hash
 from megatron_vpmoe.errors import NotOursError
 from megatron_vpmoe.files import sha256_of_file
 from vpmoe.data_curation.tasks.synth_mini import check
-from vpmoe.eval.asking import Form, decode_in_batches, form_of
+from vpmoe.eval.asking import form_of
 from vpmoe.eval.display import spell
 from vpmoe.eval.open_model import Opened, open_model, require_folder
 from vpmoe.eval.plots import plot_run, read_curves
-from vpmoe.eval.questions import Question, read_questions
+from vpmoe.eval.questions import read_questions
 from vpmoe.eval.reports import check_reportable, read_report, write_report
-from vpmoe.eval.scoring import Scored, score, summarize
+from vpmoe.eval.scoring import Scored, answer, summarize
 from vpmoe.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from megatron_vpmoe.manifest import Manifest
-    from megatron_vpmoe.model.gpt import VPModel
 
 SCHEMA_VERSION = 2
 KIND = "nano_evaluation"
@@ -136,7 +135,9 @@ def evaluate_model(
         measured = time.perf_counter()
         if losses:
             progress(f"losses on the valid split: {_spelled(losses)}")
-        scored = answer(opened.model, form, questions, options, progress=progress)
+        scored = answer(
+            opened.model, form, questions, check, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
+        )
         finished = time.perf_counter()
         report = {
             "schema_version": SCHEMA_VERSION,
@@ -230,18 +231,6 @@ def valid_losses(opened: Opened, manifest: Manifest) -> dict[str, float]:
     # How spans are weighted in the total is the run's affair; of other models nobody knows it.
     unknown = () if imitates or cfg.training.objective == "token_ce" else ("loss/total",)
     return {tag: value for tag, value in metrics.items() if tag.startswith("loss/") and tag not in unknown}
-
-
-def answer(
-    model: VPModel, form: Form, questions: Sequence[Question], options: NanoOptions, *, progress: Progress
-) -> list[Scored]:
-    """Ask every question greedily, in batches of prompts of like length, and judge the generations; order kept."""
-    from megatron_vpmoe.generation.sampling import SamplingOptions
-
-    prompts = [form.prompt(question.query) for question in questions]
-    sampling = SamplingOptions(options.max_new_tokens, form.stop_ids)
-    completions = decode_in_batches(model, prompts, sampling, options.batch_size, progress=progress)
-    return score(questions, completions, form, check)
 
 
 def _options_entry(options: NanoOptions) -> dict[str, Any]:

@@ -17,13 +17,13 @@ from megatron_vpmoe.files import json_line, sha256_of_file, write_atomically
 from vpmoe import steps
 from vpmoe.data_curation.datasets.plan import split_of
 from vpmoe.data_curation.rows.files import Columns, read_file
-from vpmoe.data_curation.tasks.synth_mini import POOL_NAME
+from vpmoe.data_curation.tasks.synth_mini import POOL_NAME, check
 from vpmoe.errors import DataError
 from vpmoe.eval.asking import AsConversation, form_of
-from vpmoe.eval.nano import NanoOptions, answer
+from vpmoe.eval.nano import NanoOptions
 from vpmoe.eval.open_model import Opened, open_model, require_folder
 from vpmoe.eval.questions import Question
-from vpmoe.eval.scoring import Scored
+from vpmoe.eval.scoring import Scored, answer
 
 PAIRS_NAME = "pairs.jsonl"
 
@@ -74,17 +74,17 @@ def make_pairs(
         )
 
         def make(work: steps.Work) -> dict[str, Any]:
-            return _write(work.folder / PAIRS_NAME, questions, opened, form, options, say)
+            return _write(work.folder / PAIRS_NAME, questions, opened, form, options)
 
         return steps.run(step, make, overwrite=overwrite, check_hashes=True, say=say)["report"]
 
 
-def _write(
-    path: Path, questions: list[Question], opened: Opened, form: Any, options: NanoOptions, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _write(path: Path, questions: list[Question], opened: Opened, form: Any, options: NanoOptions) -> dict[str, Any]:
     if not isinstance(form, AsConversation):
         raise DataError("this model is no conversation's", source=str(opened.path), remedy="name one of Harmony data")
-    scored = answer(opened.model, form, questions, options, progress=say)
+    scored = answer(
+        opened.model, form, questions, check, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
+    )
     pairs = pairs_of(scored)
     write_atomically(path, "".join(map(json_line, pairs)).encode())
     return {

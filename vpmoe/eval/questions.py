@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,11 @@ class Question:
         """The task family that the row is of."""
         return self.row["exercise"]
 
+    @property
+    def level(self) -> str:
+        """How hard it is, by the family's own names."""
+        return self.row.get("constraints", "")
+
 
 def read_questions(path: Path, *, per_family: int | None = None) -> list[Question]:
     """The rows of a JSONL file as questions, in its order.
@@ -49,7 +54,7 @@ def read_questions(path: Path, *, per_family: int | None = None) -> list[Questio
         raise DataError("there are no questions here", source=str(path), remedy=_REMEDY)
     questions = [_question(row, f"{path}:{number}") for number, row in read_json_lines(path, ours=False)]
     if per_family is not None:
-        questions = _first_of_each(questions, per_family)
+        questions = first_of_each(questions, per_family, lambda question: question.family)
     if not questions:
         raise DataError("the file holds no question", source=str(path), remedy=_REMEDY)
     return questions
@@ -63,11 +68,12 @@ def _question(row: Any, place: str) -> Question:
     return Question(row)
 
 
-def _first_of_each(questions: Iterable[Question], count: int) -> list[Question]:
-    seen: Counter[str] = Counter()
+def first_of_each(questions: Iterable[Question], count: int, kind: Callable[[Question], Hashable]) -> list[Question]:
+    """The first ``count`` questions of each kind, in their order."""
+    seen: Counter[Hashable] = Counter()
     kept = []
     for question in questions:
-        seen[question.family] += 1
-        if seen[question.family] <= count:
+        seen[kind(question)] += 1
+        if seen[kind(question)] <= count:
             kept.append(question)
     return kept

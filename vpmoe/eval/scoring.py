@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vpmoe.errors import DataError
-from vpmoe.eval.asking import Form
+from vpmoe.eval.asking import Form, decode_in_batches
 from vpmoe.eval.questions import Question
 from vpmoe.harmony.parse import Judgement
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.model.gpt import VPModel
 
 Checker = Callable[[str, dict[str, Any]], bool]
 """``(answer, row)``: whether a text answers a row exactly."""
@@ -52,6 +55,39 @@ def score(
         exact = judgement.valid and judgement.final is not None and check(judgement.final, question.row)
         scored.append(Scored(question, tuple(ids), judgement, exact))
     return scored
+
+
+def answer(
+    model: VPModel,
+    form: Form,
+    questions: Sequence[Question],
+    check: Checker,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    context: int | None = None,
+    label: str = "questions",
+    **draw: Any,
+) -> list[Scored]:
+    """Ask every question, greedily unless told otherwise, and judge the generations; a collective of all ranks.
+
+    Args:
+        model: the bare model.
+        form: how to ask it.
+        questions: any number of them, whose order is kept.
+        check: what an exact answer is.
+        max_new_tokens: a longer generation is cut.
+        batch_size, context, label: see :func:`vpmoe.eval.asking.decode_in_batches`.
+        draw: other fields of :class:`megatron_vpmoe.generation.sampling.SamplingOptions`.
+    """
+    from megatron_vpmoe.generation.sampling import SamplingOptions
+
+    if not questions:
+        return []
+    prompts = [form.prompt(question.query) for question in questions]
+    sampling = SamplingOptions(max_new_tokens, form.stop_ids, **draw)
+    completions = decode_in_batches(model, prompts, sampling, batch_size, label=label, context=context)
+    return score(questions, completions, form, check)
 
 
 def summarize(scored: Sequence[Scored]) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def ask(model: VPModel, tokenizer: Tokenizer, questions: Sequence[Question], set
     form = AsText(tokenizer)
     options = SamplingOptions(settings.max_new_tokens, form.stop_ids)
     prompts = [form.prompt(question.query) for question in questions]
-    generated = decode_in_batches(model, prompts, options, settings.batch_size, progress=lambda line: None)
+    generated = decode_in_batches(model, prompts, options, settings.batch_size, label=None)
     answered = [
         {
             "family": question.family,

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.files import sha256_of_file
 from megatron_vpmoe.runtime import distributed
 from vpmoe.eval.open_model import Opened, open_model, require_folder
@@ -24,42 +23,24 @@ from vpmoe.eval.suites.bundle import Bundle, Item, Task, drawn, examples
 from vpmoe.eval.suites.fetch import Published, bundle_folder
 from vpmoe.eval.suites.likelihoods import Likelihood, likelihoods
 from vpmoe.eval.suites.prompts import Asked, ask
+from vpmoe.eval.suites.suite_settings import SizedSettings
 from vpmoe.progress import Progress
-from vpmoe.toml_file import read_toml, validated
 
 if TYPE_CHECKING:
     from megatron_vpmoe.model.gpt import VPModel
     from vpmoe.tokenizer import Tokenizer
 
-SUITE, SETTINGS, ALL = "core8", Path("configs/eval/core8.toml"), "all"
+SUITE = "core8"
 Say = Callable[[str], None]
 
 
-class Settings(BaseModel):
-    """The file of the suite."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Settings(SizedSettings):
+    """The file of the suite; items are those of each task."""
 
     tasks: tuple[str, ...] = Field(min_length=1)
     seed: int
     shot_seed: int
-    batch_size: int = Field(ge=1)
-    items: dict[str, int]
-    """Items of each task by the name of a size."""
     bundle: Published
-
-    @classmethod
-    def read(cls, path: Path) -> Settings:
-        """Raises :class:`ConfigError` naming what is wrong in the file."""
-        values = read_toml(path, error=ConfigError)
-        return validated(cls, values, error=ConfigError, source=str(path), remedy="correct the settings named above")
-
-    def limit(self, size: str) -> int | None:
-        """Items of each task; None: all."""
-        if size != ALL and size not in self.items:
-            known = ", ".join([*self.items, ALL])
-            raise ConfigError(f"there is no size {size!r}", source="--size", remedy=f"choose among {known}")
-        return self.items.get(size)
 
 
 @dataclass(frozen=True)
@@ -171,18 +152,8 @@ def _judged(asked: Asked, options: Sequence[Likelihood]) -> dict[str, Any]:
 
 def entry_of(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A task's numbers: accuracy, centered, n, their 95 % intervals, and how many items were cut."""
-    n, right = len(records), sum(record["correct"] for record in records)
-
-    def centered(accuracy: float) -> float:
-        return (accuracy - task.chance) / (1 - task.chance)
-
-    interval = suite_report.wilson(right, n)
     return {
-        "accuracy": right / n,
-        "centered": centered(right / n),
-        "n": n,
-        "interval": interval,
-        "centered_interval": [centered(bound) for bound in interval],
+        **suite_report.shares(sum(record["correct"] for record in records), len(records), task.chance),
         "chance": task.chance,
         "kind": task.kind,
         "shots": task.shots[0],

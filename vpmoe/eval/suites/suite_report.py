@@ -27,6 +27,22 @@ def wilson(right: int, n: int) -> list[float]:
     return [max(0.0, middle - half), min(1.0, middle + half)]
 
 
+def shares(right: int, n: int, chance: float = 0.0) -> dict[str, Any]:
+    """A task's ``accuracy``, ``centered`` (guessing is 0, perfection 1) and ``n``, with their 95 % intervals."""
+
+    def centered(accuracy: float) -> float:
+        return (accuracy - chance) / (1 - chance)
+
+    interval = wilson(right, n)
+    return {
+        "accuracy": right / n,
+        "centered": centered(right / n),
+        "n": n,
+        "interval": interval,
+        "centered_interval": [centered(bound) for bound in interval],
+    }
+
+
 def default_output(suite: str, opened: Opened) -> Path:
     """Where the report on a model lies; each checkpoint of a run has its own."""
     name = opened.name if opened.iteration is None else f"{opened.name}_{opened.iteration:07d}"

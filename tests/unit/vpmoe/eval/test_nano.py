@@ -146,7 +146,7 @@ def test_batches_give_each_prompt_what_it_gets_alone(data: Path, run_directory: 
         lengths = (5, 17, 9, 3, 12, 30)
         prompts = [torch.randint(0, 400, (length,), generator=generator).tolist() for length in lengths]
         sampling = SamplingOptions(8, stop_ids(run.tokenizer))
-        together = decode_in_batches(run.model, prompts, sampling, 4, progress=silent)
+        together = decode_in_batches(run.model, prompts, sampling, 4)
         alone = [generate(run.model, [Prompt(prompt)], sampling)[0].ids for prompt in prompts]
     assert together == alone
     assert len({tuple(row) for row in alone}) > 1

@@ -140,9 +140,7 @@ def test_a_trained_model_ends_every_turn_and_never_speaks_for_the_user(trained: 
     with open_model(trained) as opened:
         renderer, options = FastRenderer(opened.tokenizer), SamplingOptions(40, stop_ids(opened.tokenizer))
         prompts = [renderer.generation_prompt([*opened.prompts, *chat]).tolist() for chat in chats]
-        answers = [
-            opened.tokenizer.decode(ids) for ids in decode_in_batches(opened.model, prompts, options, 8, progress=print)
-        ]
+        answers = [opened.tokenizer.decode(ids) for ids in decode_in_batches(opened.model, prompts, options, 8)]
     assert all(answer.endswith("<|return|>") for answer in answers)
     assert sum(answer == SAID.format(chat[-1].content) for chat, answer in zip(chats, answers, strict=True)) >= 22
 
@@ -161,7 +159,7 @@ def test_the_documented_chat_call_answers_as_our_evaluation_does(trained: Path, 
     with open_model(trained) as opened:
         form, tokenizer = form_of(opened, plain=False, system=None, developer=None, say=print), opened.tokenizer
         prompts, options = [form.prompt(row["query"]) for row in rows], SamplingOptions(40, form.stop_ids)
-        ours = decode_in_batches(opened.model, prompts, options, 3, progress=print)
+        ours = decode_in_batches(opened.model, prompts, options, 3)
     hf = str(export_checkpoint(trained, tmp_path / "hf").path)
     pipeline = transformers.pipeline("text-generation", model=hf, trust_remote_code=True, device="cpu")
     theirs, texts = [], []
