@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from vpmoe.eval.suites.app import WhereArgument, core8, lm_eval, text
+from vpmoe.eval.suites.app import Overwrite, WhereArgument, core8, lm_eval, text
+from vpmoe.eval.suites.report_app import compare, report
 from vpmoe.harmony.prompts import ReasoningEffort
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Evaluate a model.")
@@ -110,13 +111,8 @@ def nano(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="a longer generation is cut, and not valid")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="prompts decoded together")] = 64,
     samples: Annotated[int, typer.Option(min=0, help="decoded generations kept in the report")] = 8,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="the report (default: evaluation.json in the run's directory, else reports/eval/NAME.json); another "
-            "model's is not replaced"
-        ),
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="the report (default: reports/eval/nano/CHECKPOINT.json)")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Losses on the valid split, validity and exact answers of greedy generations; writes JSON and a PNG.
 
@@ -135,7 +131,7 @@ def nano(
         batch_size=batch_size,
         samples=samples,
     )
-    evaluate_and_plot(where, chosen, output, progress=lambda line: typer.echo(line, err=True))
+    evaluate_and_plot(where, chosen, output, overwrite=overwrite, progress=lambda line: typer.echo(line, err=True))
 
 
 @app.command()
@@ -185,3 +181,5 @@ def pairs(
 app.command()(core8)
 app.command()(text)
 app.command("lm-eval")(lm_eval)
+app.command()(report)
+app.command()(compare)

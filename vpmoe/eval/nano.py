@@ -11,24 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_vpmoe.config import config_hash
-from megatron_vpmoe.errors import NotOursError
 from megatron_vpmoe.files import sha256_of_file
+from vpmoe.data_curation.tasks.question_texts import ID_COLUMN
 from vpmoe.data_curation.tasks.synth_mini import check
-from vpmoe.eval.asking import form_of
+from vpmoe.eval.asking import Form, form_of
 from vpmoe.eval.display import spell
 from vpmoe.eval.open_model import Opened, open_model, require_folder
 from vpmoe.eval.plots import plot_run, read_curves
 from vpmoe.eval.questions import read_questions
-from vpmoe.eval.reports import check_reportable, read_report, write_report
 from vpmoe.eval.scoring import Scored, answer, summarize
+from vpmoe.eval.suites import suite_report
 from vpmoe.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from megatron_vpmoe.manifest import Manifest
 
-SCHEMA_VERSION = 2
-KIND = "nano_evaluation"
+SUITE = "nano"
+VERSION = 3
+"""Of what is asked and reported; decides whether a keyed step's evaluation is done."""
 Progress = Callable[[str], None]
 
 
@@ -57,66 +57,49 @@ class NanoOptions:
     samples: int = 8
 
 
-def evaluate_and_plot(path: Path, options: NanoOptions, output: Path | None, *, progress: Progress) -> dict[str, Any]:
-    """Evaluate the model at ``path``; write the report, the picture beside it (``.png``), and print a summary.
+def evaluate_and_plot(
+    path: Path, options: NanoOptions, output: Path | None, *, overwrite: bool, progress: Progress
+) -> dict[str, Any]:
+    """Evaluate the model at ``path``; write report, items, the picture beside them (``.png``), and print a summary.
 
     Args:
         path: as :func:`vpmoe.eval.open_model.open_model` takes it.
-        output: the report; None is ``evaluation.json`` in the run's directory, or ``reports/eval/<name>.json``.
+        options: what to evaluate with.
+        output: the report; None: ``reports/eval/nano/<checkpoint>.json``.
+        overwrite: replace a finished report.
         progress: takes a line about what is going on.
 
     Raises:
         CheckpointError, DataError, TokenizerError: something named does not exist or does not fit the rest.
+        NotOursError: something else lies where the report belongs.
     """
     if output is not None:
-        check_reportable(output, KIND)
+        suite_report.check_writable(output, overwrite=overwrite)
 
     def permitted(opened: Opened) -> None:  # known before the model answers for an hour
-        _refuse_another(output or _default_output(opened), opened)
+        suite_report.check_writable(output or suite_report.default_output(SUITE, opened), overwrite=overwrite)
 
-    report, opened = evaluate_model(path, options, progress=progress, permitted=permitted)
-    name, output = report["checkpoint"]["run"], output or _default_output(opened)
+    report, scored, opened = evaluate_model(path, options, progress=progress, permitted=permitted)
+    output = output or suite_report.default_output(SUITE, opened)
     metrics = opened.run_directory / "metrics.jsonl" if opened.run_directory else None
     curves = read_curves(metrics) if metrics and metrics.is_file() else {}
     picture = output.with_suffix(".png")
-    iteration = report["checkpoint"]["iteration"]
-    title = name if iteration is None else f"{name}, step {iteration}"
-    _refuse_another(output, opened)
-    plot_run(curves, report["generations"], picture, title=title)
+    plot_run(curves, report["tasks"], picture, title=opened.described)
     # The report comes last: where there is one, there is its picture.
-    write_report(output, report)
+    suite_report.write(output, report, [_item(place, one) for place, one in enumerate(scored)])
     print(summary_lines(report))
     print(f"{output} and {picture.name} written")
     return report
 
 
-def _default_output(opened: Opened) -> Path:
-    if opened.run_directory is None:
-        return Path("reports") / "eval" / f"{opened.name}.json"
-    return opened.run_directory / "evaluation.json"
-
-
-def _refuse_another(output: Path, opened: Opened) -> None:
-    """Refuse to replace what is no evaluation, or one of another model; a run's older one makes way."""
-    check_reportable(output, KIND)
-    if output.exists():
-        found, ours = read_report(output, KIND).get("checkpoint", {}), opened.entry
-        same = "weights_sha256" if ours["iteration"] is None else "run"
-        if found.get(same) != ours[same]:
-            raise NotOursError(
-                f"here lies the evaluation of another model, {found.get('run')}, step {found.get('iteration')}",
-                source=str(output),
-                remedy="move it away, or name another file with --output",
-            )
-
-
 def evaluate_model(
     path: Path, options: NanoOptions, *, progress: Progress, permitted: Callable[[Opened], None] = lambda opened: None
-) -> tuple[dict[str, Any], Opened]:
-    """The report on the model at ``path``, and what it is of; the model itself is closed again.
+) -> tuple[dict[str, Any], list[Scored], Opened]:
+    """The report on the model at ``path``, its generations, and what it is of; the model itself is closed again.
 
     Args:
         path: as above.
+        options: as above.
         progress: as above.
         permitted: asked, by raising or not, once the model is open and before it answers.
 
@@ -140,16 +123,12 @@ def evaluate_model(
         )
         finished = time.perf_counter()
         report = {
-            "schema_version": SCHEMA_VERSION,
-            "kind": KIND,
-            "checkpoint": opened.entry,
-            "config_hash": config_hash(opened.trained or opened.cfg),
+            **suite_report.head(SUITE, opened, _settings_entry(options, form)),
             "dataset": dataset and {"path": str(dataset.root), "manifest_sha256": dataset.sha256},
-            "questions": {"path": str(options.questions), "sha256": sha256_of_file(options.questions)},
             "asked": form.entry,
-            "options": _options_entry(options),
             "losses": losses,
-            "generations": summarize(scored),
+            "tasks": summarize(scored),
+            "wall_seconds": round(finished - started, 2),
             "seconds": {
                 "load": round(loaded - started, 2),
                 "losses": round(measured - loaded, 2),
@@ -157,22 +136,20 @@ def evaluate_model(
             },
             "samples": [_sample(item, opened.tokenizer) for item in _spread(scored, options.samples)],
         }
-        return report, opened
+        return report, scored, opened
 
 
 def summary_lines(report: dict[str, Any]) -> str:
     """The report's numbers as a few lines."""
-    generations = report["generations"]
     form = "valid Harmony" if report["asked"]["form"] == "conversation" else "ended"
     lines = [f"{tag:<17}{loss:8.4f} nats per token, whole valid split" for tag, loss in report["losses"].items()]
-    families = {**generations["families"], "all": generations}
-    for name, entry in families.items():
+    for name, entry in report["tasks"].items():
         lines.append(
             f"{name:<24}{entry['exact']:>5} of {entry['n']:<5}exact ({100 * entry['accuracy']:5.1f} %), "
             f"{form} {100 * entry['validity']:5.1f} %"
         )
-    if generations["faults"]:
-        lines.append("faults: " + ", ".join(f"{reason} {count}" for reason, count in generations["faults"].items()))
+    if faults := report["tasks"][suite_report.ALL]["faults"]:
+        lines.append("faults: " + ", ".join(f"{reason} {count}" for reason, count in faults.items()))
     return "\n".join(lines)
 
 
@@ -233,9 +210,22 @@ def valid_losses(opened: Opened, manifest: Manifest) -> dict[str, float]:
     return {tag: value for tag, value in metrics.items() if tag.startswith("loss/") and tag not in unknown}
 
 
-def _options_entry(options: NanoOptions) -> dict[str, Any]:
-    """The options that decide what is in the report."""
-    return {name: getattr(options, name) for name in ("per_family", "max_new_tokens", "samples")}
+def _settings_entry(options: NanoOptions, form: Form) -> dict[str, Any]:
+    """What decides the numbers, and where it was found."""
+    return {
+        "questions": str(options.questions),
+        "sha256": sha256_of_file(options.questions),
+        "form": form.entry["form"],
+        **{name: getattr(options, name) for name in ("per_family", "max_new_tokens", "samples")},
+    }
+
+
+def _item(place: int, scored: Scored) -> dict[str, Any]:
+    """A question by its row's id, or where it has none by its place."""
+    question, judgement = scored.question, scored.judgement
+    asked = question.row.get(ID_COLUMN, place)
+    verdict = {"correct": scored.exact, "valid": judgement.valid, "fault": judgement.reason}
+    return {"task": question.family, "item": asked, **verdict, "tokens": len(scored.ids)}
 
 
 def _sample(item: Scored, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -36,12 +36,12 @@ def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
     return curves
 
 
-def plot_run(curves: Curves, generations: Mapping[str, Any], output: Path, *, title: str) -> None:
+def plot_run(curves: Curves, tasks: Mapping[str, Any], output: Path, *, title: str) -> None:
     """Draw losses, router balance and accuracy side by side into a PNG, which appears whole or not at all.
 
     Args:
         curves: as :func:`read_curves` gives them; a tag that is absent (a dense run has no router) is left out.
-        generations: as :func:`vpmoe.eval.scoring.summarize` gives them.
+        tasks: as :func:`vpmoe.eval.scoring.summarize` gives them.
         output: the PNG.
         title: over the whole picture.
     """
@@ -54,7 +54,7 @@ def plot_run(curves: Curves, generations: Mapping[str, Any], output: Path, *, ti
     figure.suptitle(title)
     _plot_losses(losses, curves)
     _plot_router(router, curves)
-    _plot_answers(answers, generations)
+    _plot_answers(answers, tasks)
     save_figure(figure, output, dpi=110)
 
 
@@ -81,19 +81,16 @@ def _plot_router(axes: Axes, curves: Curves) -> None:
     _legend(axes)
 
 
-def _plot_answers(axes: Axes, generations: Mapping[str, Any]) -> None:
-    families: Mapping[str, Any] = generations["families"]
-    names = [*families, "all"]
-    entries = [*families.values(), generations]
-    places = range(len(names))
+def _plot_answers(axes: Axes, tasks: Mapping[str, Any]) -> None:
+    places = range(len(tasks))
     for offset, key, label, colour in (
         (-0.2, "validity", "valid Harmony", "0.75"),
         (0.2, "accuracy", "exact", "tab:blue"),
     ):
-        heights = [100 * entry[key] for entry in entries]
+        heights = [100 * entry[key] for entry in tasks.values()]
         bars = axes.bar([place + offset for place in places], heights, 0.4, label=label, color=colour)
         axes.bar_label(bars, fmt="%.0f", fontsize=8)
-    labels = [f"{name}\n(n={entry['n']})" for name, entry in zip(names, entries, strict=True)]
+    labels = [f"{name}\n(n={entry['n']})" for name, entry in tasks.items()]
     axes.set_xticks(list(places), labels, rotation=30, ha="right", fontsize=8)
     axes.set(title="held-out questions, greedy", ylabel="%", ylim=(0, 125))
     _legend(axes)
@@ -102,3 +99,19 @@ def _plot_answers(axes: Axes, generations: Mapping[str, Any]) -> None:
 def _legend(axes: Axes) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
+
+
+def along(
+    axes: Axes, names: Sequence[str], values: Sequence[float], intervals: Sequence[tuple[float, float] | None]
+) -> None:
+    """Draw a number over what stands in a row, checkpoints or rungs, each with its value and its interval, if any."""
+    places = range(len(values))
+    axes.plot(places, values, color="tab:blue", marker="o", markersize=4, linewidth=1.2)
+    for place, value, interval in zip(places, values, intervals, strict=True):
+        if interval is not None:
+            axes.vlines(place, *interval, color="tab:blue", alpha=0.4, linewidth=3)
+        axes.annotate(
+            f"{value:.3g}", (place, value), fontsize=7, xytext=(0, 7), textcoords="offset points", ha="center"
+        )
+    axes.set_xticks(places, [name.replace("$", r"\$") for name in names], rotation=40, ha="right", fontsize=7)
+    axes.margins(x=0.15, y=0.25)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ from vpmoe.steps import check_replaceable
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write ``report`` to ``path``, atomically; its folder is made if absent; see :func:`check_reportable`."""
     write_atomically(path, json_bytes(report))
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows of cells as a Markdown table; what a cell holds cannot end it."""
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in (headings, ["---"] * len(headings), *rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def check_reportable(path: Path, kind: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vpmoe.errors import DataError
 from vpmoe.eval.asking import Form, decode_in_batches
 from vpmoe.eval.questions import Question
+from vpmoe.eval.suites.suite_report import ALL, wilson
 from vpmoe.harmony.parse import Judgement
 
 if TYPE_CHECKING:
@@ -90,26 +91,26 @@ def answer(
     return score(questions, completions, form, check)
 
 
-def summarize(scored: Sequence[Scored]) -> dict[str, Any]:
-    """Counts and shares, over everything and per family.
+def summarize(scored: Sequence[Scored]) -> dict[str, dict[str, Any]]:
+    """Counts, shares and their 95 % intervals, as tasks of a report: each family, and all together.
 
     Returns:
-        ``{"n", "valid", "validity", "exact", "accuracy", "mean_tokens", "faults": {reason: count}, "families":
-        {family: {"n", "valid", "validity", "exact", "accuracy"}}}``; shares are in 0..1.
+        ``{family: {"accuracy", "n", "interval", "exact", "validity", "validity_interval", "valid"}, "all": {..., and
+        "mean_tokens", "faults": {reason: count}}}``; shares are in 0..1.
     """
     families: dict[str, list[Scored]] = {}
     for item in scored:
         families.setdefault(item.question.family, []).append(item)
     faults = Counter(item.judgement.reason for item in scored if item.judgement.reason is not None)
+    mean_tokens = sum(len(item.ids) for item in scored) / len(scored)
     return {
-        **_shares(scored),
-        "mean_tokens": sum(len(item.ids) for item in scored) / len(scored),
-        "faults": dict(faults.most_common()),
-        "families": {family: _shares(families[family]) for family in sorted(families)},
+        **{family: _shares(families[family]) for family in sorted(families)},
+        ALL: {**_shares(scored), "mean_tokens": mean_tokens, "faults": dict(faults.most_common())},
     }
 
 
 def _shares(scored: Sequence[Scored]) -> dict[str, Any]:
-    count = len(scored)
+    n = len(scored)
     valid, exact = (sum(flags) for flags in ((s.judgement.valid for s in scored), (s.exact for s in scored)))
-    return {"n": count, "valid": valid, "validity": valid / count, "exact": exact, "accuracy": exact / count}
+    of_exact = {"accuracy": exact / n, "n": n, "interval": wilson(exact, n), "exact": exact}
+    return {**of_exact, "validity": valid / n, "validity_interval": wilson(valid, n), "valid": valid}

@@ -12,9 +12,10 @@ from megatron_vpmoe.config import config_hash, parameter_count
 from megatron_vpmoe.errors import visible
 from megatron_vpmoe.files import move_into_place
 from megatron_vpmoe.software import git_state
-from vpmoe.eval.nano import KIND as EVALUATION_KIND
 from vpmoe.eval.plots import read_curves
 from vpmoe.eval.reports import check_reportable, read_report, write_report
+from vpmoe.eval.suites.suite_report import ALL
+from vpmoe.eval.suites.suite_report import KIND as EVALUATION_KIND
 from vpmoe.quickstart.environment import describe
 from vpmoe.quickstart.plan import Plan
 from vpmoe.quickstart.settings import Targets
@@ -23,7 +24,7 @@ from vpmoe.steps import read_receipt
 if TYPE_CHECKING:
     from rich.console import Console
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KIND = "quickstart"
 THROUGHPUT_TAG = "throughput/tokens_per_second"
 
@@ -57,7 +58,7 @@ def write_quickstart_report(plan: Plan, seconds: Mapping[str, float]) -> dict[st
         },
         "data": splits,
         "training": training_summary(read_curves(plan.work / plan.run / "metrics.jsonl"), seconds["training"]),
-        "targets": held_against(plan.settings.targets, evaluation["generations"]),
+        "targets": held_against(plan.settings.targets, evaluation["tasks"]),
         "evaluation": evaluation,
     }
     check_reportable(plan.report_folder / "report.json", KIND)
@@ -81,15 +82,16 @@ def training_summary(curves: Mapping[str, list[tuple[int, float]]], seconds: flo
     }
 
 
-def held_against(targets: Targets, generations: Mapping[str, Any]) -> dict[str, Any]:
+def held_against(targets: Targets, tasks: Mapping[str, Any]) -> dict[str, Any]:
     """Each target with what was measured, and whether all are met."""
     measured = {
-        "validity": (targets.validity, generations["validity"]),
-        "accuracy": (targets.accuracy, generations["accuracy"]),
+        "validity": (targets.validity, tasks[ALL]["validity"]),
+        "accuracy": (targets.accuracy, tasks[ALL]["accuracy"]),
     }
     measured |= {
         f"accuracy of {name}": (targets.family_accuracy, entry["accuracy"])
-        for name, entry in generations["families"].items()
+        for name, entry in tasks.items()
+        if name != ALL
     }
     entries = {
         name: {"target": target, "measured": value, "met": value >= target}
@@ -122,7 +124,7 @@ def print_summary(report: Mapping[str, Any], folder: Path, shown_samples: int, c
 def _table(report: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
-    generations, training = report["evaluation"]["generations"], report["training"]
+    tasks, training = report["evaluation"]["tasks"], report["training"]
     table = Table(title=f"vpMoE quickstart: {report['run_name']}", show_header=False, title_justify="left")
     table.add_column(style="dim")
     table.add_column(justify="right")
@@ -138,9 +140,10 @@ def _table(report: Mapping[str, Any]) -> Any:
     for name, value in report["evaluation"]["losses"].items():
         table.add_row(f"valid {name}", f"{value:.4f}")
     table.add_section()
-    table.add_row("valid Harmony", _share(generations["valid"], generations["n"]))
-    for family, entry in generations["families"].items():
-        table.add_row(f"exact, {family}", _share(entry["exact"], entry["n"]))
+    table.add_row("valid Harmony", _share(tasks[ALL]["valid"], tasks[ALL]["n"]))
+    for family, entry in tasks.items():
+        if family != ALL:
+            table.add_row(f"exact, {family}", _share(entry["exact"], entry["n"]))
     return table
 
 

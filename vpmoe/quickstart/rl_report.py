@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from megatron_vpmoe.config import config_hash
 from megatron_vpmoe.files import write_atomically
 from megatron_vpmoe.software import git_state
-from vpmoe.eval.nano import KIND as EVALUATION_KIND
 from vpmoe.eval.plots import Curves, read_curves
-from vpmoe.eval.reports import check_reportable, read_report, write_report
+from vpmoe.eval.reports import check_reportable, markdown_table, read_report, write_report
+from vpmoe.eval.suites.suite_report import ALL
+from vpmoe.eval.suites.suite_report import KIND as EVALUATION_KIND
 from vpmoe.quickstart.environment import describe
 from vpmoe.quickstart.settings import RlTargets
 from vpmoe.quickstart.trained import TrainedRun
@@ -82,14 +83,14 @@ def table(report: Mapping[str, Any]) -> str:
     """A row a seed, in Markdown."""
     headings = ("seed", "exact, SFT", "GRPO", "DPO", "valid Harmony, SFT", "GRPO", "DPO")
     headings += ("held-out pairs", "right relative to SFT", "right by itself, SFT", "DPO")
-    rows = [headings, ["---"] * len(headings)]
+    rows = []
     for one in report["seeds"]:
         grpo, dpo = one["grpo"], one["dpo"]
         shares = [grpo["exact_before"], grpo["exact_after"], dpo["exact_after"]]
         shares += [grpo["valid_before"], grpo["valid_after"], dpo["valid_after"]]
         of_pairs = [dpo["pair_accuracy"], dpo["pair_accuracy_policy_before"], dpo["pair_accuracy_policy"]]
         rows.append([str(one["seed"]), *map(_percent, shares), str(dpo["pairs"]), *map(_percent, of_pairs)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown_table(headings, rows)
 
 
 def plot(seeds: Sequence[SeedPlan], report: Mapping[str, Any], output: Path) -> None:
@@ -126,7 +127,7 @@ def _curve(axes: Axes, curves: Curves, tag: str, label: str, **style: Any) -> No
 
 
 def _of_seed(plan: SeedPlan) -> dict[str, Any]:
-    sft, grpo, dpo = (_generations(run) for run in (plan.sft, plan.grpo, plan.dpo))
+    (sft, before), (grpo, after), (dpo, _) = (_answers(run) for run in (plan.sft, plan.grpo, plan.dpo))
     valid = {tag: points for tag, points in read_curves(_metrics(plan.dpo)).items() if tag.startswith("valid/")}
     relative, policy = valid["valid/accuracy/relative"], valid["valid/accuracy/policy"]
     rows = read_receipt(plan.dpo.work / plan.dpo.dataset)["report"]["splits"]["valid"]["rows"]
@@ -137,8 +138,8 @@ def _of_seed(plan: SeedPlan) -> dict[str, Any]:
             "exact_after": grpo["accuracy"],
             "valid_before": sft["validity"],
             "valid_after": grpo["validity"],
-            "families": {name: entry["accuracy"] for name, entry in grpo["families"].items()},
-            "families_before": {name: entry["accuracy"] for name, entry in sft["families"].items()},
+            "families": {name: entry["accuracy"] for name, entry in after.items()},
+            "families_before": {name: entry["accuracy"] for name, entry in before.items()},
         },
         "dpo": {
             "pair_accuracy": relative[-1][1],
@@ -151,8 +152,10 @@ def _of_seed(plan: SeedPlan) -> dict[str, Any]:
     }
 
 
-def _generations(run: TrainedRun) -> dict[str, Any]:
-    return read_report(run.work / run.evaluation, EVALUATION_KIND)["generations"]
+def _answers(run: TrainedRun) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The entry of all held-out questions, and those of the families."""
+    tasks = dict(read_report(run.work / run.evaluation, EVALUATION_KIND)["tasks"])
+    return tasks.pop(ALL), tasks
 
 
 def _metrics(run: TrainedRun) -> Path:

@@ -12,7 +12,7 @@ from megatron_vpmoe.config import RunConfig, deciding_fields
 from megatron_vpmoe.files import read_json, sha256_of_file
 from vpmoe.commands import Command
 from vpmoe.data_curation.tasks.synth_mini import TEST_NAME
-from vpmoe.eval.nano import SCHEMA_VERSION as EVALUATION_VERSION
+from vpmoe.eval.nano import VERSION as EVALUATION_VERSION
 from vpmoe.quickstart.settings import Evaluation, QuickstartError
 from vpmoe.steps import Step, content_sha256, read_receipt
 

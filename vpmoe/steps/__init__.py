@@ -7,7 +7,7 @@ proof that the folder is ours: nothing without one is ever removed, and finished
 """
 
 from vpmoe.steps.receipt import RECEIPT, content_sha256, read_receipt
-from vpmoe.steps.single import MARK, check_replaceable, save_figure
+from vpmoe.steps.single import MARK, check_replaceable, save_figure, save_page
 from vpmoe.steps.step import State, Step, check_place
 from vpmoe.steps.work import Say, Work, discard, run
 
@@ -25,4 +25,5 @@ __all__ = [
     "read_receipt",
     "run",
     "save_figure",
+    "save_page",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +13,22 @@ from vpmoe.errors import NotOursError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.console import Console
 
 MARK = "made by vpmoe"
 """What pictures and pages carry in their metadata; reports carry their ``kind``."""
+
+# No script, and nothing loaded. Each run keeps its own direction of writing.
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="generator" content="{mark}">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<style>{{stylesheet}}
+body {{{{ color: {{foreground}}; background: {{background}}; margin: 2rem; }}}} span {{{{ unicode-bidi: isolate; }}}}
+pre {{{{ font: 13px/1.4 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }}}}
+img {{{{ max-width: 100%; background: white; }}}}
+</style></head><body><pre>{{code}}</pre>{picture}</body></html>
+"""
 
 
 def check_replaceable(path: Path, mark: str = MARK) -> None:
@@ -54,3 +69,26 @@ def save_figure(figure: Figure, path: Path, **options: Any) -> None:
     finally:
         pyplot.close(figure)
     write_atomically(path, content.getvalue())
+
+
+def save_page(
+    path: Path, show: Callable[[Console], None], *, title: str, width: int, picture: Path | None = None
+) -> None:
+    """Write what ``show`` prints as an HTML page that needs nothing else, whole or not at all.
+
+    Args:
+        path: the page.
+        show: prints to the console it is given; what it prints is escaped.
+        title: of the page, a plain word of ours.
+        width: columns of the console.
+        picture: a PNG to stand below.
+    """
+    from rich.console import Console
+    from rich.terminal_theme import SVG_EXPORT_THEME
+
+    console = Console(record=True, width=width, file=io.StringIO())
+    show(console)
+    shown = "" if picture is None else base64.b64encode(picture.read_bytes()).decode()
+    image = f'<img alt="" src="data:image/png;base64,{shown}">' if shown else ""
+    form = _PAGE.format(title=title, mark=MARK, picture=image)
+    write_atomically(path, console.export_html(theme=SVG_EXPORT_THEME, code_format=form).encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,15 @@ import numpy as np
 from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
-from rich.terminal_theme import SVG_EXPORT_THEME
 from rich.text import Text
 
 from megatron_vpmoe.errors import visible
-from megatron_vpmoe.files import write_atomically
 from vpmoe.data_curation.checks.sample import Bar, histogram, sample_split, split_entry
 from vpmoe.data_curation.look.text import RUN_KINDS, Shown, documents
 from vpmoe.data_curation.manifest import KINDS, read_manifest
 from vpmoe.errors import DataError
 from vpmoe.harmony.spans import SPAN_NAMES
-from vpmoe.steps import check_replaceable
+from vpmoe.steps import check_replaceable, save_page
 from vpmoe.tokenizer.from_dataset import load_tokenizer
 
 SPAN_STYLES = ("dim", "cyan", "green")
@@ -32,16 +29,6 @@ _BAR_ROWS = 16
 _SPAN_BAR_WIDTH = 14
 _SPAN_BAR_ROWS = 8
 _PAGE_WIDTH = 120
-# No script, and nothing loaded. Each run keeps its own direction of writing.
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>dataset</title>
-<meta name="generator" content="made by vpmoe">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>{stylesheet}
-body {{ color: {foreground}; background: {background}; margin: 2rem; }} span {{ unicode-bidi: isolate; }}
-pre {{ font: 13px/1.4 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }}
-</style></head><body><pre>{code}</pre></body></html>
-"""
 
 
 def inspect(
@@ -87,9 +74,7 @@ def write_page(dataset_dir: Path, page: Path, **what: Any) -> None:
         NotOursError: something else lies at ``page``.
     """
     check_replaceable(page)
-    console = Console(record=True, width=_PAGE_WIDTH, file=io.StringIO())
-    inspect(dataset_dir, console, **what)
-    write_atomically(page, console.export_html(theme=SVG_EXPORT_THEME, code_format=_PAGE).encode())
+    save_page(page, lambda console: inspect(dataset_dir, console, **what), title="dataset", width=_PAGE_WIDTH)
 
 
 def _judged(shown: Shown) -> Table:

@@ -107,8 +107,7 @@ def evaluate(path: Path, settings: Settings, chosen: Chosen, *, say: Say) -> dic
             **suite_report.head(SUITE, opened, _settings_entry(settings, chosen, context, opened)),
             "bundle": {name: {"file": bundle.tasks[name].uri, "sha256": _sha256(bundle, name)} for name in tasks},
             "tasks": entries,
-            "core8_centered_mean": _mean(entries, settings.tasks),
-            "centered_mean": _mean(entries, tasks),
+            **suite_report.means({"core8_centered_mean": settings.tasks, "centered_mean": tasks}, entries, records),
             "wall_seconds": round(time.perf_counter() - started, 2),
         }
         suite_report.write(output, report, records)
@@ -172,18 +171,10 @@ def line_of(name: str, entry: Mapping[str, Any]) -> str:
 def summary_lines(report: Mapping[str, Any]) -> str:
     """The report as a few lines."""
     lines = [line_of(name, entry) for name, entry in report["tasks"].items()]
-    mean = report["core8_centered_mean"]
-    name, value = ("core8_centered_mean", mean) if mean is not None else ("centered_mean", report["centered_mean"])
-    return "\n".join(
-        [*lines, f"{name:<24}{value:.4f} of {report['checkpoint']['run']}, {report['wall_seconds']:.1f} s"]
-    )
-
-
-def _mean(entries: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> float | None:
-    """Of the centered accuracies; None where one was not evaluated."""
-    if not set(names) <= entries.keys():
-        return None
-    return sum(entries[name]["centered"] for name in names) / len(names)
+    name, mean = next(iter(report["means"].items()))
+    low, high = mean["interval"]
+    numbers = f"{mean['value']:.4f} [{low:.3f}, {high:.3f}]"
+    return "\n".join([*lines, f"{name:<24}{numbers} of {report['checkpoint']['run']}, {report['wall_seconds']:.1f} s"])
 
 
 def _settings_entry(settings: Settings, chosen: Chosen, context: int | None, opened: Opened) -> dict[str, Any]:

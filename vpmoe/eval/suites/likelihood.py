@@ -54,7 +54,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class Sums:
-    """Nats, tokens and bytes, each summed over documents [D], spans and buckets [spans, len(BUCKETS)]."""
+    """Nats, tokens and bytes, each summed over documents and spans [3, D, spans], spans and buckets [3, spans, B]."""
 
     documents: np.ndarray
     cells: np.ndarray
@@ -175,10 +175,9 @@ def measure(
     from megatron_vpmoe.model.attention.masks import left_padded
 
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    documents = 1 + max(passage.document for passage in passages)
-    cells = spans * len(BUCKETS)
-    sums = np.zeros((3, documents + cells))
-    nats = torch.zeros(documents + cells, dtype=torch.float64, device=model.device)
+    documents = spans * (1 + max(passage.document for passage in passages))
+    sums = np.zeros((3, documents + spans * len(BUCKETS)))
+    nats = torch.zeros(sums.shape[1], dtype=torch.float64, device=model.device)
     mine = sorted(passages, key=lambda passage: len(passage.tokens))[rank::size]
     for first in range(0, len(mine), batch_size):
         batch = mine[first : first + batch_size]
@@ -189,9 +188,8 @@ def measure(
             scored[row, -len(passage.labels) :] = torch.from_numpy(passage.scored)
         log_p, _ = model(ids, layout).log_probabilities(labels.to(ids.device), scored.to(ids.device))
         document = np.concatenate([np.full(passage.scored.sum(), passage.document) for passage in batch])
-        bucket = np.searchsorted(BOUNDS, _of(batch, "begin"), side="right")
-        cell = documents + _of(batch, "span") * len(BUCKETS) + bucket
-        for index in (document, cell):
+        span, bucket = _of(batch, "span"), np.searchsorted(BOUNDS, _of(batch, "begin"), side="right")
+        for index in (document * spans + span, documents + span * len(BUCKETS) + bucket):
             nats.index_add_(0, torch.from_numpy(index).to(ids.device), -log_p.double())
             np.add.at(sums[1], index, 1)
             np.add.at(sums[2], index, _of(batch, "size"))
@@ -201,7 +199,7 @@ def measure(
         table = torch.from_numpy(sums).to(model.device)
         torch.distributed.all_reduce(table, group=parallel_state.get_data_parallel_group())
         sums = table.cpu().numpy()
-    return Sums(sums[:, :documents], sums[:, documents:].reshape(3, spans, len(BUCKETS)))
+    return Sums(sums[:, :documents].reshape(3, -1, spans), sums[:, documents:].reshape(3, spans, len(BUCKETS)))
 
 
 def _of(batch: Sequence[Passage], name: str) -> np.ndarray:
@@ -217,4 +215,4 @@ def score_texts(model: VPModel, tokenizer: Tokenizer, texts: Sequence[str], batc
     sums = measure(model, text_passages(tokenizer, texts), batch_size=batch_size)
     entry = sums.entry()
     names = ("bytes", "tokens", "nats_per_token", "bits_per_byte")
-    return {"documents": int(np.count_nonzero(sums.documents[1])), **{name: entry[name] for name in names}}
+    return {"documents": int(np.count_nonzero(sums.documents[1, :, 0])), **{name: entry[name] for name in names}}

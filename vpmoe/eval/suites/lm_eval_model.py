@@ -77,7 +77,7 @@ class VpmoeLM(LM):
                 passages.append(Passage(number, whole[:-1], whole[1:], scored, nothing, nothing, nothing))
         if not passages:
             return [0.0] * len(requests)
-        nats = measure(self._model, passages, batch_size=self._rows).documents[0]
+        nats = measure(self._model, passages, batch_size=self._rows).documents[0, :, 0]
         return [-float(nats[number]) if number < len(nats) else 0.0 for number in range(len(requests))]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -72,12 +72,12 @@ def evaluate(path: Path, asked: Asked, *, say: Say) -> dict[str, Any]:
         distributed.from_rank_0(lambda: suite_report.check_writable(output, overwrite=asked.overwrite))
         window = asked.window or opened.context or WINDOW
         if texts is not None:
-            passages, spans = text_passages(opened.tokenizer, texts, window, asked.stride), {"text": slice(None)}
+            passages, spans = text_passages(opened.tokenizer, texts, window, asked.stride), {SUITE: 0}
             source = {"texts": str(asked.texts), "sha256": sha256_of_json(texts)}
             source |= {"window": window, "stride": asked.stride or max(1, window // 2)}
         else:
             passages, source = _of_dataset(opened, asked)
-            spans = {span.name.lower(): int(span) for span in Span} | {"all": slice(None)}
+            spans = {span.name.lower(): int(span) for span in Span}
         with Progress(SUITE, len(passages), unit="passages", quiet=distributed.rank() != 0) as progress:
             ranks = distributed.world_size()
             sums = measure(
@@ -87,17 +87,13 @@ def evaluate(path: Path, asked: Asked, *, say: Say) -> dict[str, Any]:
                 spans=len(Span),
                 watch=lambda count: progress.add(count * ranks),
             )
-        documents = _documents(sums)
+        items = _items(sums, spans)
         report = {
             **suite_report.head(SUITE, opened, {**source, "bf16": opened.cfg.training.bf16}),
-            "tasks": {
-                name: {"n": len(documents), **sums.entry(span)}
-                for name, span in spans.items()
-                if sums.cells[1, span].any()
-            },
+            "tasks": _entries(sums, spans, items),
             "wall_seconds": round(time.perf_counter() - started, 2),
         }
-        suite_report.write(output, report, documents)
+        suite_report.write(output, report, items)
     say(f"{output} written")
     return report
 
@@ -131,13 +127,29 @@ def _of_dataset(opened: Opened, asked: Asked) -> tuple[list[Passage], dict[str, 
     return passages, {"dataset": str(manifest.root), "manifest_sha256": manifest.sha256, "split": asked.split}
 
 
-def _documents(sums: Sums) -> list[dict[str, Any]]:
-    """A line each, to compare models document by document."""
+def _items(sums: Sums, spans: Mapping[str, int]) -> list[dict[str, Any]]:
+    """A line for each span of each document, to compare models document by document."""
     return [
-        {"task": SUITE, "item": number, "nats": float(nats), "tokens": int(tokens), "bytes": int(size)}
-        for number, (nats, tokens, size) in enumerate(sums.documents.T)
+        {"task": name, "item": number, "nats": float(nats), "tokens": int(tokens), "bytes": int(size)}
+        for name, span in spans.items()
+        for number, (nats, tokens, size) in enumerate(sums.documents[:, :, span].T)
         if tokens
     ]
+
+
+def _entries(sums: Sums, spans: Mapping[str, int], items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The numbers of each span that is there, and of several those of all."""
+    columns: dict[str, int | slice] = {**spans}
+    if len(spans) > 1:
+        columns[suite_report.ALL] = slice(None)
+    entries = {}
+    for name, span in columns.items():
+        if count := len(suite_report.of_task(name, items)):
+            entry = sums.entry(span)
+            bits = entry["bits_per_byte"]
+            spread = None if bits is None else suite_report.bootstrapped("bits_per_byte", name, items)
+            entries[name] = {"n": count, **entry, "interval": spread}
+    return entries
 
 
 def summary_lines(report: dict[str, Any]) -> str:

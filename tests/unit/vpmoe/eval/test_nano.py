@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vpmoe.errors import CheckpointError, NotOursError, TokenizerError
+from megatron_vpmoe.errors import CheckpointError, DataError, NotOursError, TokenizerError
 from megatron_vpmoe.manifest import read_manifest
 from tests.tiny import tiny_config
 from tests.unit.vpmoe.eval.conftest import GOOD, ids_of
@@ -32,12 +32,16 @@ def options(data: Path, **changes) -> NanoOptions:
     return NanoOptions(questions=data / "rows" / "test.jsonl", **fields)
 
 
+def evaluate(model: Path, chosen: NanoOptions, output: Path, *, overwrite: bool = False) -> dict:
+    return evaluate_and_plot(model, chosen, output, overwrite=overwrite, progress=silent)
+
+
 def silent(line: str) -> None:
     assert line
 
 
 def test_report_of_an_untrained_model(data: Path, run_directory: Path, tmp_path: Path, capsys) -> None:
-    report = evaluate_and_plot(run_directory, options(data), tmp_path / "report.json", progress=silent)
+    report = evaluate(run_directory, options(data), tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert report["checkpoint"]["iteration"] == 0
@@ -48,23 +52,23 @@ def test_report_of_an_untrained_model(data: Path, run_directory: Path, tmp_path:
     weighted = weight.kd_span_weight_reasoning * report["losses"]["loss/analysis"]
     weighted += weight.kd_span_weight_final * report["losses"]["loss/final"]
     assert report["losses"]["loss/total"] == pytest.approx(weighted, rel=1e-5)
-    assert report["generations"]["n"] == 12 and report["generations"]["exact"] == 0
+    assert report["tasks"]["all"]["n"] == 12 and report["tasks"]["all"]["exact"] == 0
+    items = [json.loads(line) for line in (tmp_path / "report.items.jsonl").read_text().splitlines()]
+    assert len({item["item"] for item in items}) == 12 and {item["task"] for item in items} | {"all"} == set(
+        report["tasks"]
+    )
     assert len(report["samples"]) == 4 and len({sample["family"] for sample in report["samples"]}) == 4
     assert "exact" in capsys.readouterr().out
 
 
-def test_a_report_on_another_model_is_not_replaced(data: Path, run_directory: Path, tmp_path: Path) -> None:
-    """Its own is: a run's may be of older weights, another model's has to be of the same."""
+def test_a_finished_report_is_not_replaced_unasked(data: Path, run_directory: Path, tmp_path: Path) -> None:
     few, output = options(data, per_family=1, max_new_tokens=2), tmp_path / "report.json"
-    report = evaluate_and_plot(run_directory, few, output, progress=silent)
-    older = {**report, "checkpoint": {**report["checkpoint"], "weights_sha256": "0"}}
-    output.write_text(json.dumps(older))
-    evaluate_and_plot(run_directory, few, output, progress=silent)
-    output.write_text(json.dumps({**older, "checkpoint": {**older["checkpoint"], "run": "another"}}))
+    evaluate(run_directory, few, output)
     before = output.read_bytes()
-    with pytest.raises(NotOursError, match="evaluation of another model, another"):
-        evaluate_and_plot(run_directory, few, output, progress=lambda line: pytest.fail(line))
+    with pytest.raises(DataError, match="finished report"):
+        evaluate_and_plot(run_directory, few, output, overwrite=False, progress=lambda line: pytest.fail(line))
     assert output.read_bytes() == before
+    evaluate(run_directory, few, output, overwrite=True)
 
 
 def test_losses_of_a_run_without_spans(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +109,7 @@ def test_losses_of_a_run_without_spans(data: Path, tmp_path: Path, capsys: pytes
 def test_a_file_of_the_users_is_not_replaced(name: str, data: Path, tmp_path: Path) -> None:
     (tmp_path / name).write_text("years of work")
     with pytest.raises(NotOursError, match=name):
-        evaluate_and_plot(tmp_path / "never opened", options(data), tmp_path / "report.json", progress=silent)
+        evaluate(tmp_path / "never opened", options(data), tmp_path / "report.json")
     assert (tmp_path / name).read_text() == "years of work"
 
 
@@ -127,10 +131,11 @@ def test_answers_are_scored_at_their_own_question(data: Path, run_directory: Pat
         return [Completion(place, 0, 0, ids) for place, ids in enumerate(answers)]
 
     monkeypatch.setattr("megatron_vpmoe.generation.engine.generate", answer_from_memory)
-    report, _ = evaluate_model(run_directory, options(data), progress=silent)
-    counts = {name: (entry["valid"], entry["exact"]) for name, entry in report["generations"]["families"].items()}
-    assert counts == {"addition": (3, 3), "subtraction": (3, 3), "maximum": (1, 1), "sorting": (3, 0)}
-    assert report["generations"]["faults"] == {"unclosed": 2}
+    report, *_ = evaluate_model(run_directory, options(data), progress=silent)
+    counts = {name: (entry["valid"], entry["exact"]) for name, entry in report["tasks"].items()}
+    families = {"addition": (3, 3), "subtraction": (3, 3), "maximum": (1, 1), "sorting": (3, 0)}
+    assert counts == {**families, "all": (10, 7)}
+    assert report["tasks"]["all"]["faults"] == {"unclosed": 2}
 
 
 def test_batches_give_each_prompt_what_it_gets_alone(data: Path, run_directory: Path) -> None:

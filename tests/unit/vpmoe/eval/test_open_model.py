@@ -91,7 +91,7 @@ def test_evaluation_without_dataset_and_conversations(kind: str, models: dict[st
     assert main(["eval", "nano", str(models[kind]), *words]) == 0
     assert "no losses are measured" in capsys.readouterr().err
     report = json.loads(Path("report.json").read_text())
-    assert report["losses"] == {} and report["dataset"] is None and report["generations"]["n"] == 4
+    assert report["losses"] == {} and report["dataset"] is None and report["tasks"]["all"]["n"] == 4
     assert report["asked"]["system"] and report["asked"]["developer"]
 
 

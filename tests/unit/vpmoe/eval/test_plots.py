@@ -11,21 +11,21 @@ from vpmoe.errors import DataError
 from vpmoe.eval.plots import ROUTER_TAG, plot_run, read_curves
 
 ENTRY = {"n": 4, "valid": 3, "validity": 0.75, "exact": 2, "accuracy": 0.5}
-GENERATIONS = {**ENTRY, "families": {"addition": ENTRY, "sorting": ENTRY}}
+TASKS = {"addition": ENTRY, "sorting": ENTRY, "all": ENTRY}
 CURVES = {"loss/analysis": [(1, 3.0), (2, 2.0)], "valid/loss/final": [(2, 1.0)], ROUTER_TAG: [(1, 50.0), (2, 40.0)]}
 
 
 @pytest.mark.parametrize("curves", [CURVES, {}, {"loss/final": [(1, 1.0)]}, {"loss/total": [(1, 1.0)]}])
 def test_png_is_written(tmp_path: Path, curves: dict) -> None:
     output = tmp_path / "deep" / "report.png"
-    plot_run(curves, GENERATIONS, output, title="a run")
+    plot_run(curves, TASKS, output, title="a run")
     assert output.read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in output.parent.iterdir()] == ["report.png"]
 
 
 def test_same_run_same_bytes(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
-        plot_run(CURVES, GENERATIONS, tmp_path / name, title="a run")
+        plot_run(CURVES, TASKS, tmp_path / name, title="a run")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 

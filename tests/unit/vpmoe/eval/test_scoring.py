@@ -9,6 +9,7 @@ from vpmoe.data_curation.tasks.synth_mini import check
 from vpmoe.errors import DataError
 from vpmoe.eval.questions import Question
 from vpmoe.eval.scoring import score, summarize
+from vpmoe.eval.suites.suite_report import wilson
 
 ANALYSIS = "<|channel|>analysis<|message|>7 + 8 = 15<|end|>"
 FINAL = "<|start|>assistant<|channel|>final<|message|>15<|return|>"
@@ -66,13 +67,14 @@ def test_counts_and_shares_per_family(ids, form) -> None:
     right, wrong, broken = ids(GOOD.format("15")), ids(GOOD.format("9")), ids("15")
     questions = [question(), question(), question(), question(family="sorting")]
     summary = summarize(score(questions, [right, wrong, broken, right], form, check))
-    assert (summary["n"], summary["valid"], summary["exact"]) == (4, 3, 2)
-    assert (summary["validity"], summary["accuracy"]) == (0.75, 0.5)
-    addition, sorting = summary["families"]["addition"], summary["families"]["sorting"]
-    assert addition == {"n": 3, "valid": 2, "validity": 2 / 3, "exact": 1, "accuracy": 1 / 3}
-    assert sorting == {"n": 1, "valid": 1, "validity": 1.0, "exact": 1, "accuracy": 1.0}
-    assert sum(summary["faults"].values()) == 1
-    assert summary["mean_tokens"] == (3 * len(right) - 1 + len(broken)) / 4
+    whole = summary["all"]
+    assert (whole["n"], whole["valid"], whole["exact"]) == (4, 3, 2)
+    assert (whole["validity"], whole["accuracy"]) == (0.75, 0.5)
+    numbers = {"n": 3, "valid": 2, "validity": 2 / 3, "exact": 1, "accuracy": 1 / 3}
+    assert summary["addition"] == {**numbers, "interval": wilson(1, 3), "validity_interval": wilson(2, 3)}
+    assert (summary["sorting"]["accuracy"], summary["sorting"]["validity"]) == (1.0, 1.0)
+    assert sum(whole["faults"].values()) == 1
+    assert whole["mean_tokens"] == (3 * len(right) - 1 + len(broken)) / 4
 
 
 def test_a_completion_too_few_is_an_error(ids, form) -> None:

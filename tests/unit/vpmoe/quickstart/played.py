@@ -105,8 +105,7 @@ class Stage:
         self._begin("evaluation")
         found = entry(self.accuracy)
         families: Any = plan.settings.rows["families"]
-        families = dict.fromkeys(families, found)
-        generations = {**found, "families": families, "faults": {}, "mean_tokens": 9.0}
+        tasks = {**dict.fromkeys(families, found), "all": {**found, "faults": {}, "mean_tokens": 9.0}}
         sample = {
             "family": next(iter(families)),
             "query": "[bold]?",
@@ -115,8 +114,8 @@ class Stage:
             "ids": [1],
         }
         report = {
-            "kind": "nano_evaluation",
-            "generations": generations,
+            "kind": "eval_suite",
+            "tasks": tasks,
             "losses": {"loss/final": 0.5},
             "samples": [{**sample, "valid": True, "fault": None, "exact": False}],
         }
