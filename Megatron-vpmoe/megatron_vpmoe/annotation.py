@@ -52,6 +52,9 @@ class Annotation(BaseModel):
         return entries == (lengths * 0 + 1 if self.per == "document" else lengths * (self.width or 1))
 
 
+IS_SAMPLED = Annotation(name="is_sampled", dtype="uint8", per="document")
+"""1 of an answer of the model that is trained, 0 of a stored conversation beside answers."""
+
 REFERENCE_LOG_P = Annotation(name="reference_log_p", dtype="float32")
 """log p(label) under a frozen reference model where the loss mask holds, else 0."""
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.fixtures_dataset import small_dataset
-from tests.golden.test_resume_grpo import SAMPLED, told
+from tests.golden.test_resume_grpo import SAMPLED, TAUGHT, told, with_teacher
 from tests.training_runs import (
     checkpoint_tensors,
     command,
@@ -24,7 +24,8 @@ from tests.workers import run_workers
 
 pytestmark = pytest.mark.slow
 # A large eps: Adam turns the sign of a rounding error into a full update otherwise. Held-out rewards at the end.
-FIELDS = {**SAMPLED, "train_iters": 5, "adam_eps": 1e-3, "save_interval": 1, "eval_interval": 5, "eval_iters": 1}
+OF_RANKS = {"train_iters": 5, "adam_eps": 1e-3, "save_interval": 1, "eval_interval": 5, "eval_iters": 1}
+FIELDS = {**SAMPLED, **OF_RANKS}
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +48,15 @@ def on_one(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
         {"expert_model_parallel_size": 2},
         {"tensor_model_parallel_size": 2, "sequence_parallel": True},
         {"grpo_normalisation": "sequence", "rollout_epochs": 1, "router_replay": "off"},
+        {**TAUGHT, "opd_loss": "topk", "kd_top_k": 8},
     ],
-    ids=["data", "experts", "matrices", "sequence"],
+    ids=["data", "experts", "matrices", "sequence", "on_policy"],
 )
 def test_two_ranks_sample_and_learn_what_one_does(
     tmp_path: Path, dataset: Path, on_one: Path, split: dict[str, object]
 ) -> None:
-    fields = {**FIELDS, **split}
-    if "grpo_normalisation" in split:
+    fields = with_teacher(tmp_path, dataset, {**SAMPLED, **split, **OF_RANKS})
+    if "grpo_normalisation" in split or fields["objective"] == "on_policy":
         on_one = tmp_path / "one"
         assert train(on_one, dataset, **fields).returncode == 0
     train_in_workers(2, tmp_path / "two", dataset, **fields)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,8 +30,29 @@ SAMPLED = {
     "eval_interval": None,
     "keep_last": 9,
 }
+TAUGHT = {
+    **{name: value for name, value in SAMPLED.items() if name != "objective"},
+    "objective": "on_policy",
+    "rollout_groups": 16,
+    "rollout_group_size": 1,
+    "opd_anchor_share": 0.3,
+}
+"""A teacher's scores instead of rewards, which are only measured; beside the answers stored conversations."""
 A_TOKEN = "megatron_vpmoe.generation.engine:_Engine._step"
-A_MICRO_BATCH = "megatron_vpmoe.objectives.grpo:GRPO.__call__"
+A_MICRO_BATCH = {
+    "grpo": "megatron_vpmoe.objectives.grpo:GRPO.__call__",
+    "on_policy": "megatron_vpmoe.objectives.on_policy:OnPolicy.__call__",
+}
+
+
+def with_teacher(folder: Path, dataset: Path, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields, of on_policy with a teacher of another shape that was trained a little."""
+    if fields["objective"] != "on_policy":
+        return fields
+    teacher = {"num_layers": 3, "hidden_size": 48, "num_experts": None, "lr_warmup_iters": 1, "train_iters": 2}
+    trained = train(folder / "teacher", dataset, **teacher)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    return {**fields, "teacher_weights": folder / "teacher"}
 
 
 def told(run_dir: Path) -> list[tuple[int, str, float]]:
@@ -38,7 +60,7 @@ def told(run_dir: Path) -> list[tuple[int, str, float]]:
     kept = {
         (record["step"], record["tag"]): record["value"]
         for record in records(run_dir)
-        if record["tag"].startswith(("loss/", "policy/", "rollout/re", "rollout/le", "tokens/"))
+        if record["tag"].startswith(("loss/", "policy/", "gap/", "rollout/re", "rollout/le", "tokens/", "data/"))
     }
     return sorted((step, tag, value) for (step, tag), value in kept.items())
 
@@ -47,19 +69,28 @@ def saved(run_dir: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("iter_")) for path in (run_dir / "checkpoints").glob("iter_*"))
 
 
-def test_stopped_anywhere_and_resumed_it_is_the_same_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sampled_by", "micro_batches"), [(SAMPLED, 8), (TAUGHT, 11)], ids=["grpo", "on_policy"])
+def test_stopped_anywhere_and_resumed_it_is_the_same_run(
+    tmp_path: Path, sampled_by: dict[str, Any], micro_batches: int
+) -> None:
     """Also where rewards of held-out prompts are measured on the way."""
     dataset = small_dataset(tmp_path / "kd", train=12, valid=4)
-    whole = train(tmp_path / "whole", dataset, **SAMPLED)
+    wanted = with_teacher(tmp_path, dataset, sampled_by)
+    whole = train(tmp_path / "whole", dataset, **wanted)
     assert whole.returncode == 0, whole.stdout + whole.stderr
 
     run_dir = tmp_path / "stopped"
-    fields = {**SAMPLED, "resume": True}
+    fields = {**wanted, "resume": True}
     # A sampling takes at most 12 tokens: this is within the second, after step 4.
     assert train_signalled(A_TOKEN, 18, signal.SIGKILL, run_dir, dataset, **fields).returncode == -9
     assert saved(run_dir) == [3] and max(record["step"] for record in records(run_dir)) == 4
     # Between the micro-batches of a step within the second sampling.
-    assert train_signalled(A_MICRO_BATCH, 8, signal.SIGKILL, run_dir, dataset, **fields).returncode == -9
+    assert (
+        train_signalled(
+            A_MICRO_BATCH[wanted["objective"]], micro_batches, signal.SIGKILL, run_dir, dataset, **fields
+        ).returncode
+        == -9
+    )
     assert saved(run_dir) == [3, 6]
     # Asked politely within the third, it leaves it at once and saves what came before.
     asked = train_signalled(A_TOKEN, 5, signal.SIGTERM, run_dir, dataset, **fields)

@@ -120,7 +120,9 @@ def _batches(cfg: RunConfig) -> int:
     """Bytes of a process's rows of a step, and of the next one's that are made meanwhile (see ``data.batch``)."""
     p = cfg.parallel
     replicas = max(1, p.nproc_per_node // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size))
-    of_teacher = (2 * cfg.training.kd_top_k + 1) * _FP32 if cfg.training.objective == "topk_kd" else 0
+    t = cfg.training
+    by_ids = t.objective == "topk_kd" or (t.objective, t.opd_loss) == ("on_policy", "topk")
+    of_teacher = (2 * t.kd_top_k + 1) * _FP32 if by_ids else 0
     return 2 * cfg.training.global_batch_size * cfg.data.seq_length * (_POSITION_BYTES + of_teacher) // replicas
 
 
@@ -130,7 +132,7 @@ def _sampling(cfg: RunConfig, layers: range, compute_bytes: int) -> int:
     ``cfg`` is the rank's.
     """
     m, r, length = cfg.model, cfg.rollouts, cfg.data.seq_length
-    if r.rewards is None:
+    if not cfg.samples:
         return 0
     columns = sum(1 + (length if cfg.is_global_layer(n) else min(length, m.window_size or length)) for n in layers)
     keys_values = 2 * columns * m.num_query_groups * m.kv_channels * compute_bytes

@@ -104,12 +104,12 @@ def deciding_fields(cfg: RunConfig) -> dict[str, dict[str, Any]]:
     effect beside the other fields; datasets are to be added by their manifests' hashes, initial weights by theirs.
     """
     objective = cfg.training.objective
-    of_others = {name for name, owner in OWNED.items() if objective in OBJECTIVES and objective != owner}
+    of_others = {name for name, owners in OWNED.items() if objective in OBJECTIVES and objective not in owners}
     idle = {*idle_fields(cfg), *of_others}
     decides: dict[str, dict[str, Any]] = {}
     for section, values in cfg.model_dump(mode="json").items():
         free = _UNDECIDING.get(section, _WHOLE_SECTIONS.get(section, frozenset()))
-        is_read = section != "rollouts" or cfg.rollouts.rewards is not None
+        is_read = section != "rollouts" or cfg.samples
         if free is not None and is_read:
             decides[section] = {name: value for name, value in values.items() if name not in {*free, *idle}}
     decides["data"]["blend_weights"] = [part.weight for part in cfg.data.parts]

@@ -160,7 +160,7 @@ def _expert_groups(c: View) -> Facts:
 
 
 def _batch(c: View) -> Facts:
-    if c.world is None or c.rewards is not None or _undivided(c) or c.global_batch_size % c.micro_batch_size:
+    if c.world is None or c.samples or _undivided(c) or c.global_batch_size % c.micro_batch_size:
         return []
     replicas = c.world // (c[_PP] * c[_TP])
     rows = c.micro_batch_size * replicas

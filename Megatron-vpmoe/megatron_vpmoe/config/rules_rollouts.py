@@ -12,6 +12,10 @@ _CLIP_LOW = ObjectiveFields.model_fields["grpo_clip_low"].default
 _DEFAULT = {name: field.default for name, field in RolloutsSection.model_fields.items() if name != "rewards"}
 
 
+def _is_anchored(c: View) -> bool:
+    return c.objective == "on_policy" and c.opd_anchor_share > 0
+
+
 def _validates(c: View) -> bool:
     return c.eval_interval is not None or c.eval_at_start
 
@@ -30,12 +34,22 @@ REFUSED: tuple[Rule, ...] = (
     refuse(
         "rewards blend",
         "prompts are of one dataset; name it (data_path), and prompts of several in one file (rollout_prompts)",
-        lambda c: c.rewards is not None and c.blend is not None,
+        lambda c: c.samples and c.blend is not None and not (_is_anchored(c) and c.rollout_prompts is not None),
     ),
     refuse(
         "rewards skip_rows",
         "prompts come in an order of their own, and none is skipped; leave it out",
-        lambda c: c.rewards is not None and c.skip_rows is not None,
+        lambda c: c.samples and c.skip_rows is not None and not _is_anchored(c),
+    ),
+    refuse(
+        "rollout_group_size objective",
+        "an answer of grpo is held against the others of its group; take two or more",
+        lambda c: c.objective == "grpo" and c.rollout_group_size < 2,
+    ),
+    refuse(
+        "rollout_attempts objective",
+        "on_policy learns from every answer and draws no others; leave it out",
+        lambda c: c.objective == "on_policy" and c.rollout_attempts != _DEFAULT["rollout_attempts"],
     ),
     refuse(
         "grpo_kl reference_weights",
@@ -50,7 +64,7 @@ REFUSED: tuple[Rule, ...] = (
     refuse(
         "rollout_max_new_tokens seq_length",
         "answers of {rollout_max_new_tokens} tokens leave no room for a prompt in rows of {seq_length}",
-        lambda c: c.rewards is not None and c.rollout_max_new_tokens >= c.seq_length,
+        lambda c: c.samples and c.rollout_max_new_tokens >= c.seq_length,
     ),
     refuse(
         "rollout_prompts rollout_valid_prompts eval_interval eval_at_start",
@@ -73,12 +87,22 @@ REFUSED: tuple[Rule, ...] = (
     refuse(
         "global_batch_size rollout_groups rollout_group_size",
         "{rollout_groups} x {rollout_group_size} answers are no whole number of steps of {global_batch_size}",
-        lambda c: c.rewards is not None and c.rollout_groups * c.rollout_group_size % c.global_batch_size,
+        lambda c: c.samples and c.rollout_groups * c.rollout_group_size % c.global_batch_size,
     ),
     refuse(
         "rewards pipeline_model_parallel_size",
         "log-probabilities of sampled answers are not computed over stages; use stored data, or one stage",
-        lambda c: c.pipeline_model_parallel_size > 1 and c.rewards is not None,
+        lambda c: c.pipeline_model_parallel_size > 1 and c.samples,
+    ),
+    refuse(
+        "collapse collapse_length collapse_repetition collapse_validity",
+        "stops at no bound; set one, or leave it out",
+        lambda c: c.collapse == "stop" and c.collapse_length is c.collapse_repetition is c.collapse_validity is None,
+    ),
+    refuse(
+        "collapse_length rollout_max_new_tokens",
+        "no answer has more than {rollout_max_new_tokens} tokens; lower it, or set null",
+        lambda c: c.collapse_length is not None and c.collapse_length >= c.rollout_max_new_tokens,
     ),
     refuse(
         "router_replay num_experts",
@@ -94,7 +118,7 @@ REFUSED: tuple[Rule, ...] = (
         refuse(
             f"{name} rewards",
             "nothing is sampled; leave it out, or name rewards (rollouts.rewards)",
-            lambda c, name=name, default=default: c.rewards is None and c[name] != default,
+            lambda c, name=name, default=default: not c.samples and c[name] != default,
         )
         for name, default in _DEFAULT.items()
     ),

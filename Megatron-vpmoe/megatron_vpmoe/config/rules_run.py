@@ -150,7 +150,7 @@ _TRAINING = (
     refuse(
         "global_batch_size micro_batch_size",
         "{global_batch_size} rows are not a whole number of micro-batches of {micro_batch_size}",
-        lambda c: c.rewards is None and c.global_batch_size % c.micro_batch_size,  # of answers any number is packed
+        lambda c: not c.samples and c.global_batch_size % c.micro_batch_size,  # of answers any number is packed
     ),
 )
 

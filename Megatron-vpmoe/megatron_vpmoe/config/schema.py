@@ -98,6 +98,11 @@ class RunConfig(Section):
         return Path(self.training.run_dir or f"runs/{self.training.run_name}")
 
     @property
+    def samples(self) -> bool:
+        """Whether it is trained on sampled answers of its own."""
+        return self.rollouts.rewards is not None or self.training.objective == "on_policy"
+
+    @property
     def aux_lr(self) -> float:
         """Peak learning rate of the parameters that AdamW keeps, after its default."""
         return self.optim.lr if self.optim.normuon_aux_lr is None else self.optim.normuon_aux_lr

@@ -10,10 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from megatron_vpmoe.config.schema_section import BOUND, Amount, Section, Text, within
 
-OBJECTIVES = ("span_ce", "token_ce", "dpo", "grpo", "topk_kd")
-
-
-_OWNERS = {"dpo_": "dpo", "grpo_": "grpo", "kd_": "topk_kd", "teacher_": "topk_kd"}
+OBJECTIVES = ("span_ce", "token_ce", "dpo", "grpo", "topk_kd", "on_policy")
 
 
 def _is_objective(value: str) -> str:
@@ -29,6 +26,7 @@ class ObjectiveFields(Section):
     """"span_ce": cross-entropy normalised per span; "token_ce": its mean over all supervised tokens (plain text);
     "dpo": preference pairs against reference_log_p; "grpo": sampled answers by their rewards (section rollouts);
     "topk_kd": cross-entropy as span_ce, mixed with the divergence from a teacher's top K, stored or teacher_weights';
+    "on_policy": sampled answers by how likely they are to teacher_weights', beside stored conversations;
     "module:Class": a class of your own that inherits from megatron_vpmoe.objectives.Objective."""
     reference_weights: Text | None = None
     """Checkpoint (or run) of a frozen second model of the same geometry and vocabulary; batches are annotated with its
@@ -36,8 +34,9 @@ class ObjectiveFields(Section):
     reference_bf16: bool = False
     """Keep that model, or teacher_weights', in bfloat16 where the run is in fp32."""
     teacher_weights: Text | None = None
-    """Of topk_kd: checkpoint (or run) of a frozen teacher of the same vocabulary, of any geometry; batches are
-    annotated with its kd_top_k likeliest tokens before each update. null: the dataset's store says them."""
+    """Checkpoint (or run) of a frozen teacher of the same vocabulary, of any geometry. Of topk_kd: batches are
+    annotated with its kd_top_k likeliest tokens before each update; null: the dataset's store says them. Of on_policy,
+    which needs one: it scores the sampled answers."""
     kd_teacher: Text | None = None
     """Of topk_kd: whose records the datasets have to hold: a model's name, or the beginning of its weights' sha256, as
     their manifests have them. null: anyone's."""
@@ -56,7 +55,8 @@ class ObjectiveFields(Section):
     """Of topk_kd: what becomes of the probability outside the top K: one more outcome, left out of the sum, or shared
     out among the teacher's top K."""
     kd_top_k: Annotated[int, within(1, 2**18, "no vocabulary has that many")] = 64
-    """Of topk_kd: ids a token; of a store with more the likeliest, a store with fewer is refused."""
+    """Of topk_kd and of on_policy's loss "topk": ids a token; of a store with more the likeliest, a store with fewer is
+    refused."""
     kd_span_weight_reasoning: Amount = 1.0
     """Weight of the mean loss over the reasoning span."""
     kd_span_weight_final: Amount = 1.0
@@ -88,12 +88,26 @@ class ObjectiveFields(Section):
     """Of grpo: weight of the divergence (k3) from reference_weights; 0: none."""
     grpo_mismatch_clamp: Annotated[float, within(1, 1e4, "nothing would be clamped")] | None = 2.0
     """Of grpo: largest importance weight between trainer and sampler (TIS); null: the mismatch is not corrected."""
+    opd_loss: Literal["sampled", "topk"] = "sampled"
+    """Of on_policy: "sampled": the sampled token's log p of the teacher less that of the student is its advantage;
+    "topk": KL(student, teacher) over the teacher's kd_top_k likeliest tokens and their tail, at each sampled token."""
+    opd_clamp: Annotated[float, within(1, 1e4, "nothing would be clamped")] | None = 2.0
+    """Of on_policy with "sampled": largest importance weight between the student and what it was when it sampled; null:
+    it is not clamped."""
+    opd_anchor_share: Annotated[float, within(0, 0.95, "hardly an answer would be learnt from")] = 0.15
+    """Of on_policy: share of stored conversations, learnt by cross-entropy, among supervised tokens; 0: none."""
 
 
+_OWNERS = {"dpo_": ("dpo",), "grpo_": ("grpo",), "kd_": ("topk_kd",), "opd_": ("on_policy",)}
+_SHARED = ("topk_kd", "on_policy")
 OWNED = {
-    name: owner
-    for name in ObjectiveFields.model_fields
-    for prefix, owner in _OWNERS.items()
-    if name.startswith(prefix) and not name.startswith("kd_span_")
+    **{
+        name: owners
+        for name in ObjectiveFields.model_fields
+        for prefix, owners in _OWNERS.items()
+        if name.startswith(prefix) and not name.startswith("kd_span_")
+    },
+    "teacher_weights": _SHARED,
+    "kd_top_k": _SHARED,
 }
-"""Field -> the one objective of ours that reads it; kd_span_weight_* are of every loss by span."""
+"""Field -> the objectives of ours that read it; kd_span_weight_* are of every loss by span."""

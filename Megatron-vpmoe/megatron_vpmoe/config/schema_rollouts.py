@@ -1,4 +1,4 @@
-"""The section of sampled answers: how they are made and scored."""
+"""The section of sampled answers: how they are made, scored and watched."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pydantic_core import PydanticCustomError
 from megatron_vpmoe.config.schema_section import (
     BOUND,
     Few,
+    Fraction,
+    PositiveFloat,
     Section,
     Seed,
     Several,
@@ -44,7 +46,8 @@ class RolloutsSection(Section):
     """Sampling answers of the model that is trained, and scoring them."""
 
     rewards: Several[RewardPart] | None = None
-    """Reward functions, as a list of {function, weight}; null: nothing is sampled."""
+    """Reward functions, as a list of {function, weight}. Of on_policy they are only measured; of all else null samples
+    nothing."""
     rollout_prompts: Text | None = None
     """JSONL of {"ids": token ids, "row": what rewards read}, its first line may be {"vocabulary": identity}; null: the
     prompts of the training dataset."""
@@ -52,10 +55,11 @@ class RolloutsSection(Section):
     """The same of held-out prompts, whose rewards are validation; null: the prompts of the validation split."""
     rollout_groups: Size = 8
     """Prompts of a sampling; each gives a group of answers."""
-    rollout_group_size: Annotated[int, within(2, 1024, "a group is sampled at once")] = 8
-    """Answers to each prompt; an advantage is relative to the others of the group."""
+    rollout_group_size: Few = 8
+    """Answers to each prompt; of grpo two at least, since an advantage is relative to the others of the group."""
     rollout_attempts: Few = 1
-    """Samplings at most until every group has answers of different rewards; 1: groups without variance stay."""
+    """Of grpo: samplings at most until every group has answers of different rewards; 1: groups without variance stay.
+    """
     rollout_epochs: Few = 1
     """How often the answers of a sampling are trained on; a step takes global_batch_size of them."""
     rollout_max_new_tokens: Size = 256
@@ -69,3 +73,12 @@ class RolloutsSection(Section):
     router_replay: Literal["off", "replay"] = "off"
     """Experts in the update: "replay" sends each token where it went when it was sampled, "off" where the router now
     would."""
+    collapse: Literal["warn", "stop"] = "warn"
+    """What becomes of a sampling beyond one of the bounds below: a line in the log, or the end of the run before it is
+    trained on."""
+    collapse_length: PositiveFloat | None = None
+    """Largest mean length of a sampling's answers, in tokens; null: any."""
+    collapse_repetition: Fraction | None = None
+    """Largest share of an answer's stretches of four tokens that it has had before, on average; null: any."""
+    collapse_validity: Fraction | None = None
+    """Least share of answers in valid Harmony; null: any."""

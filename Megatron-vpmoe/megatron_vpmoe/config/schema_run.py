@@ -186,7 +186,7 @@ class TrainingSection(ObjectiveFields):
     """Rows per forward pass on one data-parallel rank."""
     global_batch_size: Size
     """Rows per optimizer step over all ranks; a multiple of micro_batch_size times the data-parallel size. With
-    rollouts.rewards answers, packed into rows: a number that divides those of a sampling."""
+    sampled answers these, packed into rows: a number that divides those of a sampling."""
     train_iters: Count
     """Optimizer steps of the run."""
     seed: Seed = 1234

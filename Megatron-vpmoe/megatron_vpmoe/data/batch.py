@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_vpmoe.annotation import Annotation
+from megatron_vpmoe.annotation import IS_SAMPLED, Annotation
 from megatron_vpmoe.data.annotations import laid_out
 from megatron_vpmoe.errors import DataError
 
@@ -106,6 +106,13 @@ class Batch:
     def per_token(self, name: str) -> Tensor:
         """An annotation of documents, [b, d], at each of their tokens, [b, s]; that of document 0 in padding."""
         return self.annotations[name].gather(1, self.document_id.clamp(min=0).long())
+
+    @property
+    def recorded_id(self) -> Tensor:
+        """``document_id``; PADDING also of a stored conversation beside answers, whose routing nothing recorded."""
+        if IS_SAMPLED.name not in self.annotations:
+            return self.document_id
+        return torch.where(self.per_token(IS_SAMPLED.name).bool(), self.document_id, PADDING)
 
     @property
     def real_tokens(self) -> int:

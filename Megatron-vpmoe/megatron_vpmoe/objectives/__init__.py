@@ -17,6 +17,7 @@ from megatron_vpmoe.manifest import PREFERENCE, Manifest
 from megatron_vpmoe.objectives.dpo import DPO
 from megatron_vpmoe.objectives.grpo import GRPO
 from megatron_vpmoe.objectives.interface import Needs, Objective, ObjectiveResult
+from megatron_vpmoe.objectives.on_policy import OnPolicy
 from megatron_vpmoe.objectives.span_ce import SpanCE
 from megatron_vpmoe.objectives.token_ce import TokenCE
 from megatron_vpmoe.objectives.topk_kd import TopKKD
@@ -31,6 +32,7 @@ __all__ = [
     "Needs",
     "Objective",
     "ObjectiveResult",
+    "OnPolicy",
     "SpanCE",
     "TokenCE",
     "TopKKD",
@@ -44,6 +46,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dpo": DPO,
     "grpo": GRPO,
     "topk_kd": TopKKD,
+    "on_policy": OnPolicy,
 }
 
 

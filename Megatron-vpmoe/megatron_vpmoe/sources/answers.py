@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron_vpmoe.manifest import Manifest
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
+from megatron_vpmoe.sources.form import Form, repetition
 from megatron_vpmoe.sources.groups import Rollout
 from megatron_vpmoe.sources.prompts import Asked
 from megatron_vpmoe.sources.rewards import Rewards, Sample
@@ -32,12 +33,14 @@ class Answers:
     Attributes:
         rollouts: those to the first prompt, to the second, ...; without advantages.
         scores: the numbers of each by the names of the rewards.
+        valid: whether each is valid Harmony; empty where the vocabulary has none.
         sampling: seconds.
         scoring: seconds.
     """
 
     rollouts: list[Rollout]
     scores: list[dict[str, float]]
+    valid: list[bool] = field(default_factory=list)
     sampling: float = 0.0
     scoring: float = 0.0
 
@@ -45,19 +48,22 @@ class Answers:
         """Take in those of ``other``."""
         self.rollouts += other.rollouts
         self.scores += other.scores
+        self.valid += other.valid
         self.sampling += other.sampling
         self.scoring += other.scoring
 
     def metrics(self) -> dict[str, float]:
-        """Of all of them: rewards, lengths in tokens, the share that was cut off, seconds."""
+        """Of all: rewards where there are any, lengths in tokens, the shares cut off, said again and valid, seconds."""
         lengths, rewards = [len(one.ids) for one in self.rollouts], [one.reward for one in self.rollouts]
+        of_rewards = {"reward_mean": float(np.mean(rewards)), "reward_std": float(np.std(rewards))}
         return {
-            "reward_mean": float(np.mean(rewards)),
-            "reward_std": float(np.std(rewards)),
+            **(of_rewards if self.scores[0] else {}),
             **{f"reward/{name}": float(np.mean([each[name] for each in self.scores])) for name in self.scores[0]},
             "length_mean": float(np.mean(lengths)),
             "length_max": float(max(lengths)),
             "truncated_share": float(np.mean([not one.finished for one in self.rollouts])),
+            "repetition": float(np.mean([repetition(one.ids.tolist()) for one in self.rollouts])),
+            **({"valid_share": float(np.mean(self.valid))} if self.valid else {}),
             "seconds_sampling": self.sampling,
             "seconds_scoring": self.scoring,
         }
@@ -69,14 +75,13 @@ class Answering:
     Args:
         manifest: of the training dataset: its vocabulary says what ends an answer.
         cfg: rewards, and how to sample.
-        samples: answers to each prompt.
         record_routing: note which experts their tokens went to.
 
     Raises:
         ConfigError: a reward cannot be had.
     """
 
-    def __init__(self, manifest: Manifest, cfg: RolloutsSection, *, samples: int, record_routing: bool = False) -> None:
+    def __init__(self, manifest: Manifest, cfg: RolloutsSection, *, record_routing: bool = False) -> None:
         self._manifest, self._rewards, self._record_routing = manifest, Rewards(cfg.rewards or []), record_routing
         ends = {*generation_ends(manifest.tokenizer.special_tokens).values(), manifest.tokenizer.eod_id}
         self._options = SamplingOptions(
@@ -84,17 +89,24 @@ class Answering:
             tuple(sorted(ends)),
             temperature=cfg.rollout_temperature,
             seed=cfg.rollout_seed,
-            samples=samples,
         )
+        self._form = Form.of(manifest)
 
     def __call__(
-        self, model: VPModel, asked: Sequence[tuple[int, Asked]], *, version: int, stop: StopRequest | None
+        self,
+        model: VPModel,
+        asked: Sequence[tuple[int, Asked]],
+        samples: int,
+        *,
+        version: int,
+        stop: StopRequest | None,
     ) -> Answers:
         """A collective.
 
         Args:
             model: the bare model.
             asked: the number of each prompt, which its draws come from, and the prompt.
+            samples: answers to each.
             version: of the weights.
             stop: asked before each token and each reward.
 
@@ -106,7 +118,7 @@ class Answering:
         completions = generate(
             model,
             [Prompt(one.ids, identity=number) for number, one in asked],
-            self._options,
+            replace(self._options, samples=samples),
             weight_version=version,
             stop=None if stop is None else stop.is_requested,
             record_routing=self._record_routing,
@@ -129,7 +141,9 @@ class Answering:
             raise Interrupted
         rewards = [self._rewards.total(each) for each in scores]
         scored = [replace(one, reward=reward) for one, reward in zip(rollouts, rewards, strict=True)]
-        return Answers(scored, scores, sampled - began, time.perf_counter() - sampled)
+        form = self._form
+        valid = [form(one.prompt_ids.tolist(), one.ids.tolist()).valid for one in rollouts] if form else []
+        return Answers(scored, scores, valid, sampled - began, time.perf_counter() - sampled)
 
     def _sample(self, one: Rollout, row: dict[str, Any]) -> Sample:
         # Rewards may keep or change what they are given: neither the next one nor a later sampling sees it.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vpmoe.annotation import Annotation
+from megatron_vpmoe.annotation import IS_SAMPLED, Annotation
 from megatron_vpmoe.data.batch import Document, Span
 from megatron_vpmoe.generation.prompts import Completion
 from megatron_vpmoe.model.moe.replay import ROUTING, id_dtype
@@ -80,8 +80,13 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.ids)
 
-    def document(self, *, trained: bool = True) -> Document:
-        """Prompt and answer, the answer supervised if it is to be trained on."""
+    def document(self, *, trained: bool = True, span_id: NDArray[np.uint8] | int = Span.FINAL) -> Document:
+        """Prompt and answer, the answer supervised if it is to be trained on.
+
+        Args:
+            trained: whether it is.
+            span_id: of the answer's tokens, [n] or one of all.
+        """
 
         def placed(values: Any, dtype: Any) -> NDArray[Any]:
             array = np.zeros(len(self), dtype)
@@ -93,6 +98,7 @@ class Rollout:
             "reward": np.asarray(self.reward, np.float32),
             "group": np.asarray(self.group, np.int64),
             "weight_version": np.asarray(self.weight_version, np.int64),
+            IS_SAMPLED.name: np.asarray(1, IS_SAMPLED.dtype),
         }
         tokens = {name: placed(getattr(self, name), np.float32) for name in _LOG_P}
         if len(self.routing):
@@ -100,7 +106,7 @@ class Rollout:
         return Document(
             tokens=np.concatenate([self.prompt_ids, self.ids]),
             loss_mask=placed(trained, np.uint8),
-            span_id=placed(Span.FINAL if trained else Span.CONTEXT, np.uint8),
+            span_id=placed(span_id if trained else Span.CONTEXT, np.uint8),
             annotations={**of_document, **tokens},
         )
 
@@ -128,12 +134,13 @@ def from_columns(found: Mapping[str, NDArray[Any]]) -> list[Rollout]:
 
 def annotations_of(cfg: RunConfig) -> tuple[Annotation, ...]:
     """What an answer's document carries: with ``rollouts.router_replay`` also which experts its tokens went to."""
-    of_sampling = [one.at(cfg.rollouts.rollout_temperature) for one in (SAMPLED, OLD)]
+    sampled, old = (one.at(cfg.rollouts.rollout_temperature) for one in (SAMPLED, OLD))
+    carried = (sampled, IS_SAMPLED) if cfg.training.objective == "on_policy" else (sampled, old, *_OTHERS)
     if cfg.rollouts.router_replay == "off":
-        return (*of_sampling, *_OTHERS)
+        return carried
     layers = sum(cfg.is_moe_layer(number) for number in range(1, cfg.model.num_layers + 1))
     dtype, width = id_dtype(cfg.moe.num_experts or 0), layers * cfg.moe.moe_router_topk
-    return (*of_sampling, *_OTHERS, Annotation(name=ROUTING, dtype=dtype, width=width))
+    return (*carried, Annotation(name=ROUTING, dtype=dtype, width=width))
 
 
 def with_advantages(group: Sequence[Rollout], kind: Advantage) -> list[Rollout]:

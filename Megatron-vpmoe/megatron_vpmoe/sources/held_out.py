@@ -29,14 +29,14 @@ class HeldOut:
     def __init__(self, prompts: Prompts, manifest: Manifest, cfg: RunConfig) -> None:
         self._prompts = prompts
         self._count = min(len(prompts), cfg.evaluation.eval_iters * cfg.training.global_batch_size)
-        self._answering = Answering(manifest, cfg.rollouts, samples=1)
+        self._answering = Answering(manifest, cfg.rollouts)
 
     def measure(self, model: VPModel, stop: StopRequest | None = None) -> dict[str, float]:
-        """``reward_mean``, ``reward/<name>`` and what else ``Answers.metrics`` has; a collective.
+        """What ``Answers.metrics`` has, such as ``reward_mean`` and ``reward/<name>``; a collective.
 
         Raises:
             Interrupted: a rank was asked to stop.
             DataError: a reward fails.
         """
         asked = [(number, self._prompts[number]) for number in range(self._count)]
-        return self._answering(model, asked, version=0, stop=stop).metrics()
+        return self._answering(model, asked, 1, version=0, stop=stop).metrics()

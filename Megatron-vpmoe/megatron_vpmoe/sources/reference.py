@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_vpmoe.annotation import NO_RECORD, REFERENCE_LOG_P, Annotation, of_teacher
+from megatron_vpmoe.annotation import NO_RECORD, REFERENCE_LOG_P, TEACHER_LABEL_LOG_P, Annotation, of_teacher
 from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.gpt import VPModel
@@ -66,7 +66,7 @@ class Teacher(FrozenModel):
     """Annotates with what ``teacher_ids`` and its companions declare; NO_RECORD where the loss mask does not hold.
 
     Args:
-        top_k: ids a token.
+        top_k: ids a token; 0: only the log-probability of the label is asked for.
         temperature: that its logits are divided by.
         vocab_size: of the ids that mean something, which alone are named; None: all that it has.
     """
@@ -75,10 +75,12 @@ class Teacher(FrozenModel):
         super().__init__()
         self._top_k, self._temperature = top_k, temperature
         self._among = None if vocab_size is None else torch.arange(vocab_size)
-        self.annotations = of_teacher(top_k, temperature)
+        self.annotations = of_teacher(top_k, temperature) if top_k else (TEACHER_LABEL_LOG_P.at(temperature),)
 
     @torch.no_grad()
     def _of(self, model: VPModel, batch: Batch) -> dict[str, Tensor]:
+        if not self._top_k:
+            return {TEACHER_LABEL_LOG_P.name: log_p_of_labels(model, batch, self._temperature)}
         output, here = _output(model, batch)
         among = None if self._among is None else self._among.to(model.device)
         how = {"temperature": self._temperature, "among": among}

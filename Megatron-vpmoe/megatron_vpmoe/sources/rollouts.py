@@ -1,8 +1,7 @@
-"""Rollouts as a source: answers of the model that is trained, scored against the others of their group.
+"""Rollouts as a source: answers of the model that is trained, trained on epoch by epoch in packed rows.
 
-A sampling draws prompts in the run's order, n answers to each, and their rewards; groups of equal rewards make way for
-further prompts' a few times, and fill up what is missing in the end. The answers are then trained on, epoch by epoch,
-in steps of ``global_batch_size`` answers, packed into rows.
+A sampling draws prompts in the run's order and answers to each; what else belongs to it is the subclasses'. Its answers
+are trained on in steps of ``global_batch_size`` answers.
 
 Every rank holds all answers; a step's rows are shared out. A draw depends on (seed, number of the prompt in the order,
 sample, position) and the weights, so a run that was killed samples the same again; between the steps of one sampling
@@ -11,47 +10,35 @@ its answers are part of the position, since the weights that gave them are gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
-
-import torch
-import torch.distributed as dist
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_vpmoe.annotation import Annotation
-from megatron_vpmoe.data.batch import PADDING, Batch, assemble
+from megatron_vpmoe.data.batch import PADDING, Batch, Document, assemble
 from megatron_vpmoe.data.cursor import shuffled
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.manifest import Manifest
 from megatron_vpmoe.model.gpt import VPModel
-from megatron_vpmoe.model.moe.replay import ROUTING, replaying
 from megatron_vpmoe.runtime.signals import StopRequest
-from megatron_vpmoe.sources.answers import Answering, Answers
-from megatron_vpmoe.sources.groups import (
-    Advantage,
-    Rollout,
-    annotations_of,
-    columns,
-    from_columns,
-    packed,
-    varies,
-    with_advantages,
-)
+from megatron_vpmoe.sources.answers import Answering
+from megatron_vpmoe.sources.groups import Rollout, annotations_of, columns, from_columns, packed
 from megatron_vpmoe.sources.interface import Position, Step
-from megatron_vpmoe.sources.prompts import Prompts, in_order
-from megatron_vpmoe.sources.reference import log_p_of_labels
+from megatron_vpmoe.sources.prompts import Prompts
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
+_Row = TypeVar("_Row")
 
-class Rollouts:
+
+class Rollouts(ABC):
     """Steps of sampled answers.
 
     Args:
         prompts: to draw from.
         manifest: of the training dataset: its vocabulary says what ends an answer.
-        cfg: ``rollouts``, ``training.grpo_advantage``, ``data.seq_length`` and ``training.{micro,global}_batch_size``.
+        cfg: ``rollouts``, ``data.seq_length`` and ``training.{micro,global}_batch_size``.
         dp_rank: of this process among those that hold different data.
         dp_size: their number.
 
@@ -69,11 +56,9 @@ class Rollouts:
     def __init__(self, prompts: Prompts, manifest: Manifest, cfg: RunConfig, dp_rank: int, dp_size: int) -> None:
         self._prompts, self._manifest, self._cfg, self._of = prompts, manifest, cfg.rollouts, (dp_rank, dp_size)
         self.annotations = annotations_of(cfg)
-        replays = self._cfg.router_replay == "replay"
-        self._answering = Answering(manifest, self._cfg, samples=self._cfg.rollout_group_size, record_routing=replays)
-        self._advantage: Advantage = cfg.training.grpo_advantage
+        self._answering = Answering(manifest, self._cfg, record_routing=self._cfg.router_replay == "replay")
         self._seq_length, self._rows = cfg.data.seq_length, cfg.training.micro_batch_size
-        self._answers, self._size = cfg.training.global_batch_size, self._cfg.rollout_group_size
+        self._answers = cfg.training.global_batch_size
         self._model: VPModel | None = None
         self.check: Callable[[], None] = lambda: None
         self.stop: StopRequest | None = None
@@ -82,6 +67,26 @@ class Rollouts:
         self._arrays: dict[str, Any] = {}
         self._metrics: dict[str, float] = {}
 
+    @abstractmethod
+    def _sample(self) -> tuple[list[Rollout], dict[str, float]]:
+        """The answers of the next sampling, and ``rollout/*`` of it; a collective that moves ``_drawn`` on."""
+
+    def _rows_of(self, chosen: Sequence[Rollout]) -> tuple[list[list[Document]], dict[str, float]]:
+        """The rows of a step of these answers, and metrics of the step."""
+        return [[self._document(chosen[place]) for place in places] for places in self._packed(chosen)], {}
+
+    def _kept(self) -> dict[str, Any]:
+        """What else a position keeps, JSON-ready."""
+        return {}
+
+    def _restore(self, data: dict[str, Any], *, source: str, allow_change: bool) -> list[str]:
+        """Go on from what ``_kept`` gave; returns lines for the log.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: it is something else.
+        """
+        return []
+
     def open(self, model: VPModel) -> None:
         """Take the model that is trained."""
         self._model = model
@@ -89,23 +94,27 @@ class Rollouts:
     def next_step(self) -> Step:
         """See ``Source``; a collective. Metrics ``rollout/*`` of the sampling in each of its steps."""
         if not self._rollouts:
-            self._metrics = self._sample()
+            sampled, self._metrics = self._sample()
+            self._arrays = columns(sampled)
+            self._rollouts = from_columns(self._arrays)
+            self._samplings, self._done = self._samplings + 1, 0
         steps = len(self._rollouts) // self._answers
         epoch, part = divmod(self._done, steps)
         order = shuffled(len(self._rollouts), self._cfg.rollout_seed, self._samplings, epoch)
         chosen = order[part * self._answers : (part + 1) * self._answers].tolist()
-        batches = [batch for batch, _ in self._laid_out([self._rollouts[place] for place in chosen])]
+        rows, metrics = self._rows_of([self._rollouts[place] for place in chosen])
+        batches = [self._batch(mine, numbers) for mine, numbers in self._shared_out(rows)]
         self._steps += 1
         self._done = (self._done + 1) % (steps * self._cfg.rollout_epochs)
         if not self._done:
             self._rollouts, self._arrays = [], {}
-        return Step(batches, self._position(), self._metrics)
+        return Step(batches, self._position(), {**self._metrics, **metrics})
 
     def _position(self) -> Position:
         counts = {"samplings": self._samplings, "steps": self._steps, "done": self._done}
         # Not the seconds: a position is the same on every rank, and after a resume.
         metrics = {tag: value for tag, value in self._metrics.items() if "seconds" not in tag and self._arrays}
-        return Position(self._drawn, {"metrics": metrics, **counts}, self._arrays)
+        return Position(self._drawn, {"metrics": metrics, **counts, **self._kept()}, self._arrays)
 
     def resume(self, position: Position, *, source: str, allow_change: bool = False) -> list[str]:
         """See ``Source``."""
@@ -117,6 +126,7 @@ class Rollouts:
             self._arrays = dict(position.arrays)
             self._rollouts = from_columns(self._arrays) if self._arrays else []
             self._metrics = {tag: float(value) for tag, value in data["metrics"].items()}
+            notes = self._restore(data, source=source, allow_change=allow_change)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"the position is of no rollouts: {error!r}",
@@ -128,93 +138,37 @@ class Rollouts:
         if unrecorded or len(self._rollouts) % self._answers or self._done >= steps * self._cfg.rollout_epochs:
             rest, self._rollouts, self._arrays = len(self._rollouts), [], {}
             why = "went to experts unknown" if unrecorded else "are no whole number of steps now"
-            return [f"{rest} sampled answers {why}: sampled anew"] * bool(rest)
-        return [f"{len(self._rollouts)} sampled answers go on to be trained on"] if self._rollouts else []
+            return [*notes, *[f"{rest} sampled answers {why}: sampled anew"] * bool(rest)]
+        told = [f"{len(self._rollouts)} sampled answers go on to be trained on"] if self._rollouts else []
+        return [*notes, *told]
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """See ``Source``."""
 
-    def _sample(self) -> dict[str, float]:
-        """Fill ``_rollouts``; a collective. Returns metrics of everything that was sampled."""
-        assert self._model is not None
-        wanted, kept, spare, attempts = self._cfg.rollout_groups, [], [], 0
-        every = Answers([], [])
-        while len(kept) < wanted and attempts < self._cfg.rollout_attempts:
-            asked = list(in_order(self._prompts, self._cfg.rollout_seed, self._drawn, wanted - len(kept)))
-            answers = self._answering(self._model, asked, version=self._steps, stop=self.stop)
-            self._drawn += len(asked)
-            attempts += 1
-            every.add(answers)
-            for first in range(0, len(answers.rollouts), self._size):
-                group = answers.rollouts[first : first + self._size]
-                (kept if varies(group) else spare).append(group)
-        # What teaches nothing keeps the step's size, with advantages of 0.
-        kept += spare[: wanted - len(kept)]
-        kept.sort(key=lambda group: group[0].group)
-        whole = self._with_old([one for group in kept for one in with_advantages(group, self._advantage)])
-        self._arrays = columns(whole)
-        self._rollouts = from_columns(self._arrays)
-        self._samplings, self._done = self._samplings + 1, 0
-        metrics = {
-            **every.metrics(),
-            "groups_without_variance": len(spare) * self._size / len(every.rollouts),
-            "attempts": float(attempts),
-        }
-        return {f"rollout/{tag}": value for tag, value in metrics.items()}
+    def _packed(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
+        """Their places by row."""
+        return packed([len(one) for one in rollouts], self._seq_length)
 
-    @torch.no_grad()
-    def _with_old(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """With what the trainer's forward pass makes of the weights that sampled; a collective."""
-        model = self._model
-        assert model is not None
-        from megatron.core import parallel_state
-
-        was_training = model.training
-        model.eval()
-        mine: dict[int, Any] = {}
-        try:
-            for batch, rows in self._laid_out(rollouts, every=True):
-                self.check()
-                with replaying(model, batch.annotations.get(ROUTING), batch.document_id):
-                    log_p_BS = log_p_of_labels(model, batch, self._cfg.rollout_temperature).numpy()
-                for row, places in enumerate(rows):
-                    start = 0
-                    for place in places:
-                        span = rollouts[place].places
-                        mine[place] = log_p_BS[row, start + span.start : start + span.stop].copy()
-                        start += len(rollouts[place])
-        finally:
-            model.train(was_training)
-        gathered: list[dict[int, Any]] = [mine]
-        group = cast(dist.ProcessGroup, parallel_state.get_data_parallel_group())
-        if group.size() > 1:
-            gathered = [{} for _ in range(group.size())]
-            dist.all_gather_object(gathered, mine, group=group)
-        old = {place: values for part in gathered for place, values in part.items()}
-        return [replace(one, old_log_p=old[place]) for place, one in enumerate(rollouts)]
-
-    def _laid_out(self, rollouts: Sequence[Rollout], *, every: bool = False) -> list[tuple[Batch, list[list[int]]]]:
-        """This rank's micro-batches of packed answers, and the places of the answers in their rows.
-
-        Args:
-            every: answers that are not trained on are supervised as well.
-        """
+    def _shared_out(self, rows: Sequence[list[_Row]]) -> Iterator[tuple[list[list[_Row]], list[int]]]:
+        """This rank's rows of each micro-batch, with their numbers; an empty one where there is no row left."""
         rank, ranks = self._of
-        rows = packed([len(one) for one in rollouts], self._seq_length)
         at_once = self._rows * ranks
-        batches = []
         for first in range(0, len(rows), at_once):
-            numbers = range(first + rank * self._rows, first + (rank + 1) * self._rows)
-            mine = [rows[number] if number < len(rows) else [] for number in numbers]
-            batch = assemble(
-                [[self._document(rollouts[place], every) for place in places] for places in mine],
-                seq_length=self._seq_length,
-                eod_id=self._manifest.tokenizer.eod_id,
-                sample_ids=[number if number < len(rows) else PADDING for number in numbers],
-                annotations=self.annotations,
-            )
-            batches.append((batch, mine))
-        return batches
+            wanted = range(first + rank * self._rows, first + (rank + 1) * self._rows)
+            numbers = [number if number < len(rows) else PADDING for number in wanted]
+            yield [[] if number == PADDING else rows[number] for number in numbers], numbers
 
-    def _document(self, rollout: Rollout, every: bool) -> Any:
-        return rollout.document(trained=every or rollout.finished or not self._cfg.mask_truncated)
+    def _batch(self, rows: Sequence[Sequence[Document]], numbers: Sequence[int]) -> Batch:
+        return assemble(
+            rows,
+            seq_length=self._seq_length,
+            eod_id=self._manifest.tokenizer.eod_id,
+            sample_ids=numbers,
+            annotations=self.annotations,
+        )
+
+    def _document(self, rollout: Rollout) -> Document:
+        return rollout.document(trained=self._is_trained_on(rollout))
+
+    def _is_trained_on(self, rollout: Rollout) -> bool:
+        return rollout.finished or not self._cfg.mask_truncated

@@ -65,19 +65,22 @@ def find_frozen(cfg: RunConfig, manifest: Manifest) -> list[Frozen]:
     t, found = cfg.training, []
     bf16 = cfg.model_copy(update={"training": t.model_copy(update={"bf16": t.bf16 or t.reference_bf16})})
     if t.reference_weights is not None:
-        temperature = 1.0 if cfg.rollouts.rewards is None else cfg.rollouts.rollout_temperature
+        temperature = cfg.rollouts.rollout_temperature if cfg.samples else 1.0
         key = "training.reference_weights"
         found.append(Frozen(Reference(temperature), find_weights(cfg, t.reference_weights, key), bf16, key))
     if t.teacher_weights is not None:
         key, size = "training.teacher_weights", manifest.tokenizer.vocab_size
-        if t.kd_top_k > size:
+        top_k, temperature = t.kd_top_k, t.kd_temperature
+        if t.objective == "on_policy":
+            top_k, temperature = top_k if t.opd_loss == "topk" else 0, cfg.rollouts.rollout_temperature
+        if top_k > size:
             raise ConfigError(
-                f"{t.kd_top_k} ids a token of the {size} that the dataset's vocabulary has",
+                f"{top_k} ids a token of the {size} that the dataset's vocabulary has",
                 source="training.kd_top_k",
                 remedy=f"ask for at most {size}",
             )
         weights, teacher = geometry_of(bf16, t.teacher_weights, key)
-        found.append(Frozen(Teacher(t.kd_top_k, t.kd_temperature, size), weights, teacher, key))
+        found.append(Frozen(Teacher(top_k, temperature, size), weights, teacher, key))
     for each in found:
         path = each.found.path
         if other := another_vocabulary(checkpoint.Carried.of(each.found).assets, manifest, str(path)):

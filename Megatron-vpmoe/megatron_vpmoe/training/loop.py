@@ -13,6 +13,7 @@ from megatron_vpmoe.metrics import MetricStream, Sink, open_sinks
 from megatron_vpmoe.model.moe.router_health import check_thresholds
 from megatron_vpmoe.runtime import distributed, stages
 from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
+from megatron_vpmoe.sources import check_collapse
 from megatron_vpmoe.training.progress import Progress
 from megatron_vpmoe.training.router import RouterMonitor
 from megatron_vpmoe.training.run import Run, open_run
@@ -62,6 +63,8 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
         check = stop.check()
         while run.iteration < last and not stopping:
             batches, position, of_source = run.source.next_step()
+            for warning in check_collapse(of_source, cfg):
+                progress.note(warning)
             throughput.updating()
             run.objective.begin_step(run.iteration + 1)
             routers.reset()

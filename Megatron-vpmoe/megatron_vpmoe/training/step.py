@@ -145,7 +145,7 @@ def _forward_step(objective: Objective, totals: dict[str, float], check: Callabl
         check()
         here = next(data_iterator)
         batch = here.to(current_device())
-        with replaying(model, batch.annotations.get(ROUTING), batch.document_id):
+        with replaying(model, batch.annotations.get(ROUTING), batch.recorded_id):
             output = model(batch.tokens, layout_of(batch))
         return output, partial(loss_of, batch, here.real_tokens)
 

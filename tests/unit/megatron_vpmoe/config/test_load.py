@@ -27,6 +27,7 @@ DESIGNS = {
     "vpdense_80.yaml": "vpdense_16.yaml",
     "vpmoe_stage1.yaml": "stage1.yaml",
     "vpmoe_stage2.yaml": "stage2.yaml",
+    "vpmoe_stage3.yaml": "stage3.yaml",
 }
 """File at full scale -> the same design in nano/."""
 FIELDS = list(fields().values())
@@ -182,7 +183,7 @@ def test_a_name_says_how_deep_the_model_is(repository: Path) -> None:
 def test_nano_is_the_same_design(repository: Path, name: str) -> None:
     """Only numbers, precision and the run's own names differ: every choice of kind is inherited."""
     full, small = (load_config(repository / "configs" / path) for path in (name, f"nano/{DESIGNS[name]}"))
-    free = {"bf16", "recompute_granularity", "run_name", "run_dir", "data_path", "load_weights"}
+    free = {"bf16", "recompute_granularity", "run_name", "run_dir", "data_path", "load_weights", "teacher_weights"}
     for spec in FIELDS:
         pair = [getattr(getattr(cfg, spec.section), spec.name) for cfg in (full, small)]
         if spec.name not in free and any(isinstance(value, str | bool) for value in pair):

@@ -25,7 +25,7 @@ from megatron_vpmoe.objectives import build_objective
 from megatron_vpmoe.objectives.grpo import GRPO
 from megatron_vpmoe.optim import build_optimizer
 from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
-from megatron_vpmoe.sources import HeldOut, Position, Rollouts, Step, open_held_out
+from megatron_vpmoe.sources import HeldOut, Position, Rewarded, Step, open_held_out
 from megatron_vpmoe.sources.answers import Answering
 from megatron_vpmoe.sources.groups import packed, varies
 from megatron_vpmoe.sources.prompts import Asked, StoredPrompts, open_prompts, read_prompts
@@ -91,12 +91,12 @@ def dataset(tmp_path: Path) -> KDDataset:
 
 def opened(
     model: VPModel, dataset: KDDataset, *, prompts: Any = None, reward: str = "even", **changes: Any
-) -> Rollouts:
+) -> Rewarded:
     cfg = tiny_config(
         num_layers=2, rewards=[{"function": f"{HERE}:{reward}"}], **{**FEW, "eval_interval": None, **changes}
     )
     asked = [Asked([5 + place, 9, 3], {"place": place}) for place in range(8)] if prompts is None else prompts
-    source = Rollouts(asked, dataset.manifest, cfg, 0, 1)
+    source = Rewarded(asked, dataset.manifest, cfg, 0, 1)
     source.open(model)
     return source
 
@@ -282,8 +282,8 @@ def test_a_message_shows_what_is_hidden_and_the_beginning_of_what_is_long(model:
 
 
 def test_rewards_that_differ_by_rounding_alone_teach_nothing(model: VPModel, dataset: KDDataset) -> None:
-    one = Answering(dataset.manifest, tiny_config(rewards=REWARDS, **FEW, eval_interval=None).rollouts, samples=1)(
-        model, [(0, Asked([5, 9], {}))], version=0, stop=None
+    one = Answering(dataset.manifest, tiny_config(rewards=REWARDS, **FEW, eval_interval=None).rollouts)(
+        model, [(0, Asked([5, 9], {}))], 1, version=0, stop=None
     ).rollouts[0]
     assert not varies([replace(one, reward=0.1 + 0.2), replace(one, reward=0.3)])
     assert not varies([replace(one, reward=0.0), replace(one, reward=-0.0)])
@@ -367,7 +367,7 @@ def test_held_out_rewards_are_those_of_training_and_disturb_nothing(
     assert open_held_out(parts, tiny_config(**{**fields, "eval_interval": None})) is None
     # As many prompts as a global batch has answers, and the same answers as if they were trained on.
     prompts = [Asked([7 + place, 3], {}) for place in range(6)]
-    asked = Answering(dataset.manifest, cfg.rollouts, samples=1)(model, list(enumerate(prompts)), version=0, stop=None)
+    asked = Answering(dataset.manifest, cfg.rollouts)(model, list(enumerate(prompts)), 1, version=0, stop=None)
     assert asked.metrics()["reward_mean"] == found["reward_mean"]
 
 

@@ -5,6 +5,8 @@ from harmony_strategies import conversations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_vpmoe.data.pieces import TokenPieces
+from megatron_vpmoe.sources.form import Form
 from vpmoe.errors import HarmonyError
 from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.parse import Parser, spans_of
@@ -126,3 +128,39 @@ def test_the_completion_of_any_training_conversation_is_valid(full: Tokenizer, m
     prompt, whole = renderer.generation_prompt(messages[:-2]), renderer.render(messages).tokens()
     judged = Parser(full).judge_completion(whole[len(prompt) :].tolist())
     assert judged.valid and (judged.analysis, judged.final) == (messages[-2].content, messages[-1].content)
+
+
+EDITS = st.lists(
+    st.tuples(st.integers(0, 99), st.sampled_from(["drop", "repeat", "swap", "cut", "special"])), max_size=2
+)
+
+
+@pytest.mark.slow
+@SHARED
+@given(messages=conversations(), edits=EDITS, special=st.integers(0, 20))
+def test_the_trainers_reading_of_an_answer_agrees(
+    compact: Tokenizer, messages: tuple[Message, ...], edits: list[tuple[int, str]], special: int
+) -> None:
+    """Whether it is valid, and whose span a token is; wherever the prompt ends, and whatever became of the answer."""
+    form, renderer = Form(TokenPieces(compact.pieces()), compact.special_tokens), FastRenderer(compact)
+    parser, rendered = Parser(compact), renderer.render(messages)
+    prompt, ids = renderer.generation_prompt(messages[:-2]).tolist(), rendered.tokens().tolist()
+    ids = ids[len(prompt) :]
+    for place, what in edits:
+        at = place % max(len(ids), 1)
+        one = ids[at : at + 1]
+        changed = {
+            "drop": [],
+            "repeat": one * 2,
+            "swap": ids[at + 1 : at + 2] + one,
+            "special": [compact.first_special_id + special],
+        }
+        ids = ids[:at] if what == "cut" else ids[:at] + changed[what] + ids[at + 1 + (what == "swap") :]
+    judged, opening = parser.judge_completion(ids), parser.opening
+    seen = form(prompt, ids)
+    behind_user = form(prompt[: -len(opening)], [*opening, *ids])
+    assert seen.valid == behind_user.valid == judged.valid
+    assert behind_user.span_id[len(opening) :].tolist() == seen.span_id.tolist() and len(seen.span_id) == len(ids)
+    if judged.valid:
+        parsed = parser.parse([*opening, *ids])
+        assert behind_user.span_id.tolist() == spans_of(parsed, len(opening) + len(ids)).tolist()
