@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from vpmoe.eval.suites.app import Overwrite, WhereArgument, core8, lm_eval, text
+from vpmoe.eval.suites.app import (
+    DeveloperOption,
+    Overwrite,
+    PlainOption,
+    SystemOption,
+    WhereArgument,
+    canaries,
+    core8,
+    lm_eval,
+    text,
+)
 from vpmoe.eval.suites.report_app import compare, report
 from vpmoe.harmony.prompts import ReasoningEffort
 
@@ -15,21 +25,12 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Evaluate a m
 sample_app = typer.Typer(add_completion=False)
 chat_app = typer.Typer(add_completion=False)
 
-SystemOption = Annotated[
-    str | None, typer.Option(help='system message instead of the one stored with the model; "" for none')
-]
-DeveloperOption = Annotated[
-    str | None, typer.Option(help='developer message instead of the one stored with the model; "" for none')
-]
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy")]
 TopPOption = Annotated[float, typer.Option(help="draw among the most likely tokens of this total probability")]
 SeedOption = Annotated[int, typer.Option(help="of the draw, with a temperature")]
 TopKOption = Annotated[int | None, typer.Option(min=1, help="draw among so many most likely tokens")]
 MinPOption = Annotated[float, typer.Option(help="leave out tokens less likely than this times the likeliest")]
 OnlyValidOption = Annotated[bool, typer.Option(help="let nothing but valid Harmony be chosen")]
-PlainOption = Annotated[
-    bool, typer.Option("--plain", help="ask as plain text (Question: ... Answer:), not as a conversation")
-]
 
 
 @sample_app.command()
@@ -179,6 +180,7 @@ def pairs(
 
 
 app.command()(core8)
+app.command()(canaries)
 app.command()(text)
 app.command("lm-eval")(lm_eval)
 app.command()(report)

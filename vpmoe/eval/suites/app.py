@@ -1,4 +1,4 @@
-"""``vpmoe eval core8``, ``text`` and ``lm-eval``."""
+"""``vpmoe eval core8``, ``canaries``, ``text`` and ``lm-eval``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ WhereArgument = Annotated[
         help="a run (its newest checkpoint), one checkpoint, an object of a ladder, or an HF directory",
     ),
 ]
+SystemOption = Annotated[
+    str | None, typer.Option(help='system message instead of the one stored with the model; "" for none')
+]
+DeveloperOption = Annotated[
+    str | None, typer.Option(help='developer message instead of the one stored with the model; "" for none')
+]
+PlainOption = Annotated[
+    bool, typer.Option("--plain", help="ask as plain text (Question: ... Answer:), not as a conversation")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a finished report")]
 Precision = Annotated[
     bool | None, typer.Option("--bf16/--fp32", help="compute so (default: as the run did, other models in fp32)")
@@ -28,7 +37,8 @@ def core8(
     config: Annotated[Path, typer.Option(help="settings of the suite")] = Path("configs/eval/core8.toml"),
     size: Annotated[str, typer.Option(help="items of each task: smoke (50), full (500), all")] = "smoke",
     tasks: Annotated[
-        str | None, typer.Option(help="names with commas between, any task of the bundle (default: those of CORE-8)")
+        str | None,
+        typer.Option(help="names with commas between, of any tasks of the bundle, or all (default: those of CORE-8)"),
     ] = None,
     bundle: Annotated[
         Path | None, typer.Option(help="folder of the CORE bundle (default: the public one, fetched once)")
@@ -55,6 +65,53 @@ def core8(
     names = tuple(name.strip() for name in tasks.split(",")) if tasks is not None else ()
     chosen = Chosen(size, names, bundle, batch_size, context, bf16, output, overwrite)
     report = evaluate(where, Settings.read(config), chosen, say=say_once)
+    say_once(summary_lines(report), err=False)
+
+
+def canaries(
+    where: WhereArgument,
+    config: Annotated[Path, typer.Option(help="settings and pinned prompts")] = Path("configs/eval/canaries.toml"),
+    size: Annotated[str, typer.Option(help="items of each level: smoke (4), full (32), all")] = "smoke",
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="some, with commas between: special_tokens_as_text, copying, special_tokens, harmony, pinned, and "
+            "synth_mini's families"
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="a report of this suite, or a model: where the pinned answers part from its")
+    ] = None,
+    system: SystemOption = None,
+    developer: DeveloperOption = None,
+    plain: PlainOption = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="a longer answer is cut (default: of the settings)")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="answers that a process decodes at once (default: of the settings)")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="tokens of prompt and answer together (default: as trained, else any)")
+    ] = None,
+    bf16: Precision = None,
+    output: Annotated[
+        Path | None, typer.Option(help="the report (default: reports/eval/canaries/CHECKPOINT.json)")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Copying, special tokens in text, Harmony of samples, synth_mini by family and level, and pinned prompts.
+
+    Lengths and repetition of all answers too. Under torchrun the processes share the questions out
+    (scripts/eval/run_canaries.sh with NPROC does it).
+    """
+    from vpmoe.eval.suites.canaries import Chosen, Settings, evaluate
+    from vpmoe.eval.suites.canary_entries import summary_lines
+
+    names = tuple(name.strip() for name in tasks.split(",")) if tasks is not None else ()
+    asked = {"system": system, "developer": developer, "plain": plain, "max_new_tokens": max_new_tokens}
+    how = {"batch_size": batch_size, "context": context, "bf16": bf16, "output": output, "overwrite": overwrite}
+    report = evaluate(where, Settings.read(config), Chosen(size, names, against, **asked, **how), say=say_once)
     say_once(summary_lines(report), err=False)
 
 

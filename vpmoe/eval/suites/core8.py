@@ -23,7 +23,7 @@ from vpmoe.eval.suites.bundle import Bundle, Item, Task, drawn, examples
 from vpmoe.eval.suites.fetch import Published, bundle_folder
 from vpmoe.eval.suites.likelihoods import Likelihood, likelihoods
 from vpmoe.eval.suites.prompts import Asked, ask
-from vpmoe.eval.suites.suite_settings import SizedSettings
+from vpmoe.eval.suites.suite_settings import ALL, SizedSettings
 from vpmoe.progress import Progress
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Chosen:
 
     Attributes:
         size: of the settings' sizes, or "all".
-        tasks: instead of the settings'; empty: those.
+        tasks: instead of the settings'; empty: those; "all": every one of the bundle.
         bundle: a folder instead of the published bundle.
         batch_size: instead of the settings'.
         context: tokens that a sequence is cut to; None: as the model was trained.
@@ -84,7 +84,7 @@ def evaluate(path: Path, settings: Settings, chosen: Chosen, *, say: Say) -> dic
     started = time.perf_counter()
     require_folder(path)
     bundle = Bundle(chosen.bundle or bundle_folder(settings.bundle, say=say))
-    tasks = tuple(dict.fromkeys(chosen.tasks or settings.tasks))
+    tasks = tuple(bundle.tasks) if chosen.tasks == (ALL,) else tuple(dict.fromkeys(chosen.tasks or settings.tasks))
     limit = settings.limit(chosen.size)
     items = {name: drawn(bundle.read(name), limit, settings.seed) for name in tasks}
     with open_model(path, bf16=chosen.bf16) as opened:
