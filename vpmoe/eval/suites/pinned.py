@@ -83,7 +83,7 @@ def difference(ours: Outputs, theirs: Outputs) -> dict[str, Any]:
 def lines_of(found: Mapping[str, Any]) -> list[str]:
     """:func:`difference` for a person; what models wrote is made visible."""
     of = found["checkpoint"].get("run")
-    alike = "" if found["asked_alike"] else ", which was asked in another form"
+    alike = "" if found["asked_alike"] else ", which was asked otherwise (form or messages)"
     lines = [f"{found['changed']} of {found['compared']} pinned answers are other than those of {of}{alike}"]
     for name, change in found["changes"].items():
         now, before = (visible(change[key]).replace("\n", "\\n") or "(the end)" for key in ("now", "before"))

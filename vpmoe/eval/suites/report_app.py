@@ -72,12 +72,16 @@ def compare(
 ) -> None:
     """Which differences of two models exceed noise: B minus A, by a paired bootstrap on the items.
 
-    Each model keeps what it made of an item; the items are drawn anew with replacement.
+    Each model keeps what it made of an item; the items are drawn anew with replacement. Of canaries also: where B's
+    answers to the pinned prompts part from A's.
     """
     from rich.console import Console
 
     from vpmoe.eval.suites.compare import differences, show
     from vpmoe.eval.suites.finished import Finished
+    from vpmoe.eval.suites.pinned import Outputs, difference, lines_of
 
     pair = Finished.read(former), Finished.read(later)
     show(*pair, differences(*pair, resamples=resamples, seed=seed), Console())
+    if pair[1].report.suite == "canaries":
+        typer.echo("\n".join(lines_of(difference(Outputs.read(later), Outputs.read(former)))))
