@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.files import sha256_of_file, write_atomically
 from megatron_vpmoe.software import git_state
+from vpmoe.eval.reports import markdown_table
 from vpmoe.eval.reports import write_report as write_json
 from vpmoe.steps import save_figure
 from vpmoe.upcycle.ladder_file import Ladder
@@ -89,18 +90,13 @@ def total_time(records: Sequence[Record]) -> dict[str, float]:
 
 def table(evaluated: Sequence[Record], fed: Sequence[Record], time: dict[str, float]) -> str:
     """The ladder as a Markdown table, and what it took."""
-    lines = [_row(_HEADINGS), _row(["---"] * len(_HEADINGS))]
-    lines += [_row(_cells(record)) for record in evaluated]
+    lines = [markdown_table(_HEADINGS, [_cells(record) for record in evaluated])]
     lines += ["", f"In all {time['seconds']:,.0f} s, {time['processor_seconds']:,.0f} s of processor time."]
     for record in fed:
         lines.append(
             f"Below rung 1: `{record['object']}` ({record['job']}, {_validation(record)}, {_time(record, 'job_time')})."
         )
     return "\n".join(lines)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _cells(record: Record) -> list[str]:

@@ -131,12 +131,13 @@ def show(former: Finished, later: Finished, found: Mapping[str, Difference], con
     from rich.text import Text
 
     table = Table("task", title=Text(visible(f"A: {former.label}\nB: {later.label}")), title_justify="left")
+    table.add_column("measure")
     for heading in ("A", "B", "B - A", "95 %", "items", "differ", "B is"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, one in found.items():
         low, high = one.interval
         values = [f"{report.rows[name].value:.4f}" for report in (former, later)]
-        cells = [name, *values, f"{one.value:+.4f}", f"[{low:+.4f}, {high:+.4f}]"]
+        cells = [name, later.rows[name].measure, *values, f"{one.value:+.4f}", f"[{low:+.4f}, {high:+.4f}]"]
         cells += [str(one.n), str(one.differing), one.verdict]
         table.add_row(*(Text(visible(cell)) for cell in cells), style="bold" if one.exceeds_noise else "")
     console.print(table)

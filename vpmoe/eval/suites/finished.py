@@ -64,6 +64,7 @@ class Row:
     """A number of a report.
 
     Attributes:
+        measure: what it measures.
         value: the number.
         interval: its 95 % interval; None: nobody can say.
         n: items that it is of.
@@ -71,6 +72,7 @@ class Row:
         parts: the task's measures, each with the weight that it has in the number.
     """
 
+    measure: str
     value: float
     interval: Bounds | None
     n: int | None
@@ -113,13 +115,13 @@ class Finished:
                 first = name == found[0]
                 bounds = getattr(entry, f"{name}_interval") or (entry.interval if first else None)
                 part = (task, name, 1.0)
-                row = Row(getattr(entry, name), bounds, entry.n, MEASURES[name].better, (part,))
+                row = Row(name, getattr(entry, name), bounds, entry.n, MEASURES[name].better, (part,))
                 rows[task if first else f"{task}.{name}"] = row
         for name, mean in self.report.means.items():
             of = [self.report.tasks[task] for task in mean.tasks]
             weights = [1 / len(of) / (1 - entry.chance) for entry in of]
             parts = tuple((task, "accuracy", weight) for task, weight in zip(mean.tasks, weights, strict=True))
-            rows[name] = Row(mean.value, mean.interval, sum(entry.n or 0 for entry in of), 1, parts)
+            rows[name] = Row("centered", mean.value, mean.interval, sum(entry.n or 0 for entry in of), 1, parts)
         return rows
 
     @cached_property

@@ -22,7 +22,7 @@ from vpmoe.steps import MARK, check_replaceable, save_figure, save_page
 if TYPE_CHECKING:
     from rich.console import Console
 
-_HEADINGS = ("task", "checkpoint", "n", "value", "95 %", "Δ", "95 % of Δ", "Δ is")
+_HEADINGS = ("task", "measure", "checkpoint", "n", "value", "95 %", "Δ", "95 % of Δ", "Δ is")
 _NAMES = ("report.md", "report.html", "report.png")
 _PAGE_WIDTH, _COLUMNS = 140, 4
 _UNPAIRED = "not paired"
@@ -50,7 +50,8 @@ class Line:
     @property
     def cells(self) -> list[str]:
         """By the headings."""
-        cells = [self.name, self.label, str(self.row.n or ""), f"{self.row.value:.4f}", _bounds(self.row.interval)]
+        row = self.row
+        cells = [self.name, row.measure, self.label, str(row.n or ""), f"{row.value:.4f}", _bounds(row.interval)]
         if self.former is None:
             return [*map(visible, cells), "", "", ""]
         delta = f"{self.row.value - self.former.value:+.4f}"
@@ -103,12 +104,11 @@ class Overview:
         for suite, lines in groupby(self.lines, lambda line: line.suite):
             table = Table(title=Text(visible(suite)), title_justify="left")
             for place, heading in enumerate(_HEADINGS):
-                table.add_column(
-                    heading, justify="left" if place in (0, 1, 7) else "right", no_wrap=place not in (0, 1)
-                )
+                number = 3 <= place < len(_HEADINGS) - 1
+                table.add_column(heading, justify="right" if number else "left", no_wrap=place > 2)
             for name, some in groupby(lines, lambda line: line.name):
                 for place, line in enumerate(some):
-                    cells = line.cells if place == 0 else ["", *line.cells[1:]]
+                    cells = line.cells if place == 0 else ["", "", *line.cells[2:]]
                     table.add_row(*map(Text, cells), style="bold" if _told(line) else "")
                 table.add_section()
                 assert name
@@ -149,7 +149,7 @@ class Overview:
                 [line.row.value for line in lines],
                 [line.row.interval for line in lines],
             )
-            axes.set_title(visible(f"{suite}: {name}").replace("$", r"\$"), fontsize=9)
+            axes.set_title(visible(f"{suite}: {name}, {lines[0].row.measure}").replace("$", r"\$"), fontsize=9)
         save_figure(figure, output, dpi=110)
 
     def write(self, folder: Path) -> list[Path]:
