@@ -127,16 +127,16 @@ def _batches(cfg: RunConfig) -> int:
 
 
 def _sampling(cfg: RunConfig, layers: range, compute_bytes: int) -> int:
-    """Bytes that a sampling holds where there are rollouts: keys and values of rows that fill the context, and logits.
+    """Bytes that a sampling holds, of rollouts or of suites: keys and values of rows that fill the context, and logits.
 
     ``cfg`` is the rank's.
     """
     m, r, length = cfg.model, cfg.rollouts, cfg.data.seq_length
-    if not cfg.samples:
+    if not (cfg.samples or cfg.evaluation.eval_suites):
         return 0
     columns = sum(1 + (length if cfg.is_global_layer(n) else min(length, m.window_size or length)) for n in layers)
     keys_values = 2 * columns * m.num_query_groups * m.kv_channels * compute_bytes
-    rows = min(DECODED_ROWS, r.rollout_groups * r.rollout_group_size)
+    rows = DECODED_ROWS if cfg.evaluation.eval_suites else min(DECODED_ROWS, r.rollout_groups * r.rollout_group_size)
     return rows * (keys_values + m.padded_vocab_size * _FP32)
 
 

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_vpmoe.config import rules_model, rules_objective, rules_parallel, rules_rollouts, rules_run
+from megatron_vpmoe.config import (
+    rules_evaluation,
+    rules_model,
+    rules_objective,
+    rules_parallel,
+    rules_rollouts,
+    rules_run,
+)
 from megatron_vpmoe.config.rule import Problem, Rule, View
 from megatron_vpmoe.config.schema import RunConfig
 
@@ -20,6 +27,7 @@ RUN = (
     *rules_run.REFUSED,
     *rules_objective.REFUSED,
     *rules_rollouts.REFUSED,
+    *rules_evaluation.REFUSED,
     *rules_parallel.REFUSED,
     *rules_parallel.OF_WORLD,
 )

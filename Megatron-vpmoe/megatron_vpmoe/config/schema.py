@@ -11,12 +11,12 @@ import yaml
 from pydantic import model_validator
 from pydantic.fields import FieldInfo
 
+from megatron_vpmoe.config.schema_evaluation import EvaluationSection
 from megatron_vpmoe.config.schema_model import ModelSection, MoeSection
 from megatron_vpmoe.config.schema_rollouts import RolloutsSection
 from megatron_vpmoe.config.schema_run import (
     CheckpointSection,
     DataSection,
-    EvaluationSection,
     LoggingSection,
     OptimSection,
     ParallelSection,
@@ -74,7 +74,7 @@ class RunConfig(Section):
     rollouts: RolloutsSection = RolloutsSection()
     """Answers of the model itself, and their rewards."""
     evaluation: EvaluationSection
-    """Validation and samples."""
+    """Validation, samples and suites."""
     checkpoint: CheckpointSection
     """Saving and resuming."""
     logging: LoggingSection

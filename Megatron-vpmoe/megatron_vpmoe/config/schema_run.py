@@ -210,23 +210,6 @@ class TrainingSection(ObjectiveFields):
     """Dropped steps after which the run ends all the same."""
 
 
-class EvaluationSection(Section):
-    """Validation and samples during the run."""
-
-    eval_interval: Count | None = None
-    """Iterations between validation passes, and one after the last iteration; null: never."""
-    eval_at_start: bool = False
-    """Validate before the first iteration too: what a run's initial weights give, at step 0 of the metrics."""
-    eval_iters: Count = 10
-    """Global batches in one validation pass."""
-    sample_interval: Count | None = None
-    """Iterations between generated samples; null: never."""
-    sample_prompts: Size = 4
-    """Validation conversations whose prompt is answered, from the first on."""
-    sample_max_new_tokens: Size = 256
-    """Longest generated answer, in tokens."""
-
-
 class CheckpointSection(Section):
     """When to save, what to keep, whether to continue."""
 

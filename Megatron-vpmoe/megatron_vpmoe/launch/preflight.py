@@ -87,6 +87,15 @@ def check_dataset(cfg: RunConfig) -> None:
         open_parts(cfg, split)
 
 
+def check_suites(cfg: RunConfig) -> None:
+    """Open every evaluation suite as the workers will; raises what ``training.suites.open_suites`` does."""
+    if cfg.evaluation.eval_suites:
+        from megatron_vpmoe.manifest import read_manifest
+        from megatron_vpmoe.training.suites import open_suites
+
+        open_suites(cfg, read_manifest(cfg.data.parts[0].path))
+
+
 def check_run_directory(cfg: RunConfig) -> None:
     """Look at the place, the checkpoints that the run would start from or must not overwrite, and who is at work there.
 

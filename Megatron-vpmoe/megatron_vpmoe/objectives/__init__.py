@@ -7,7 +7,6 @@ the batch is split.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from megatron_vpmoe.objectives.on_policy import OnPolicy
 from megatron_vpmoe.objectives.span_ce import SpanCE
 from megatron_vpmoe.objectives.token_ce import TokenCE
 from megatron_vpmoe.objectives.topk_kd import TopKKD
+from megatron_vpmoe.runtime.named import imported
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -81,7 +81,7 @@ def build_objective(cfg: RunConfig) -> Objective:
     """The objective that ``training.objective`` names; refused if the model lacks what it needs.
 
     Raises:
-        ConfigError: ``module:Class`` cannot be imported or is no objective; or the model lacks something.
+        ConfigError: ``module:Class`` cannot be had or is no objective; or the model lacks something.
     """
     name = cfg.training.objective
     objective = (OBJECTIVES[name] if name in OBJECTIVES else _imported(name)).from_config(cfg)
@@ -95,15 +95,12 @@ def build_objective(cfg: RunConfig) -> Objective:
 
 
 def _imported(name: str) -> type[Objective]:
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"the objective {name} cannot be imported: {error}",
-            source="training.objective",
-            remedy="name a class as module:Class, in a module that Python finds from here (PYTHONPATH)",
-        ) from error
+    found = imported(
+        name,
+        "objective",
+        source="training.objective",
+        remedy="name a class as module:Class, in a module that Python finds from here (PYTHONPATH)",
+    )
     if not (isinstance(found, type) and issubclass(found, Objective)):
         raise ConfigError(
             f"{name} is no objective: {found!r}",

@@ -6,7 +6,6 @@ named.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from megatron_vpmoe.config.schema_rollouts import RewardPart
 from megatron_vpmoe.data.pieces import TokenPieces
 from megatron_vpmoe.errors import ConfigError, DataError
 from megatron_vpmoe.manifest import Manifest
+from megatron_vpmoe.runtime.named import imported
 
 
 @dataclass(frozen=True)
@@ -112,16 +112,11 @@ def _cut(text: str) -> str:
 def _found(function: str) -> Reward:
     if function in REWARDS:
         return REWARDS[function]
-    module, _, attribute = function.partition(":")
-    try:
-        found: Any = getattr(importlib.import_module(module), attribute) if attribute else None
-        if callable(found):
-            return cast(Reward, found)
-        why = "no such name" if not attribute else "it is no function"
-    except Exception as error:  # of others' code, which runs as it is imported
-        why = f"{type(error).__name__}: {error}"
-    raise ConfigError(
-        f"the reward {function} cannot be had: {why}",
-        source="rollouts.rewards",
-        remedy=f"name one of {', '.join(REWARDS)}, or module:function in a module that Python finds (PYTHONPATH)",
-    )
+    source = "rollouts.rewards"
+    remedy = f"name one of {', '.join(REWARDS)}, or module:function in a module that Python finds (PYTHONPATH)"
+    if ":" not in function:
+        raise ConfigError(f"there is no reward {function}", source=source, remedy=remedy)
+    found = imported(function, "reward", source=source, remedy=remedy)
+    if not callable(found):
+        raise ConfigError(f"{function} is no function: {found!r}", source=source, remedy=remedy)
+    return cast(Reward, found)

@@ -102,7 +102,7 @@ def save(
         "model": model_state,
         "optimizer": optimizer.sharded_state_dict(model_state, metadata=dict(METADATA)),
         "scheduler": scheduler.state_dict(),
-        "rng": _rng_object(_rng_state()),
+        "rng": _rng_object(rng_state()),
     }
 
     def finish() -> None:
@@ -134,13 +134,13 @@ def load(found: Found, model: Any, optimizer: Any = None, scheduler: Any = None)
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=dict(METADATA))
         if same_world:
-            state["rng"] = _rng_object(_rng_state())
+            state["rng"] = _rng_object(rng_state())
     loaded = torch_dist.read(found.path, state)
     model.load_state_dict(loaded["model"])
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
         if same_world:
-            _set_rng_state(loaded["rng"])
+            set_rng_state(loaded["rng"])
     if scheduler is not None:
         scheduler.load_state_dict(loaded["scheduler"])
 
@@ -169,7 +169,8 @@ def stored_tensors(model: Any) -> dict[str, dict[str, tuple[int, ...]]]:
     return found
 
 
-def _rng_state() -> dict[str, Any]:
+def rng_state() -> dict[str, Any]:
+    """Of every generator of torch and Megatron-Core on this rank."""
     return {
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if has_gpu() else None,
@@ -177,7 +178,8 @@ def _rng_state() -> dict[str, Any]:
     }
 
 
-def _set_rng_state(state: dict[str, Any]) -> None:
+def set_rng_state(state: dict[str, Any]) -> None:
+    """What ``rng_state`` gave."""
     torch.set_rng_state(state["cpu"])
     if has_gpu() and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])

@@ -20,6 +20,7 @@ from megatron_vpmoe.training.run import Run, open_run
 from megatron_vpmoe.training.run_directory import ownership
 from megatron_vpmoe.training.samples import SampleWriter
 from megatron_vpmoe.training.step import StepResult, train_step
+from megatron_vpmoe.training.suites import OpenedSuite
 from megatron_vpmoe.training.throughput import Throughput
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
     try:
         if cfg.evaluation.eval_at_start and run.iteration == 0:
             _validate(run, metrics, progress, stop)
+            _ask_suites(run, run.suites, metrics, progress, stop)
         throughput.restart()
         check = stop.check()
         while run.iteration < last and not stopping:
@@ -93,6 +95,8 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
                 _validate(run, metrics, progress, stop)
             if _due(step, cfg.evaluation.sample_interval, last):
                 samples.write(run.model, step, stop)
+            due = [each for each in run.suites if _due(step, each.part.interval, last)]
+            _ask_suites(run, due, metrics, progress, stop)
             if _due(step, cfg.checkpoint.save_interval, last) or step == last or stopping:
                 _save(run, metrics, progress)
             throughput.restart()
@@ -116,6 +120,16 @@ def _validate(run: Run, metrics: MetricStream, progress: Progress, stop: StopReq
         valid = measure(stop)
         metrics.log(run.iteration, {f"{prefix}/{tag}": value for tag, value in valid.items()})
         progress.evaluated(run.iteration, valid, prefix)
+
+
+def _ask_suites(
+    run: Run, suites: list[OpenedSuite], metrics: MetricStream, progress: Progress, stop: StopRequest
+) -> None:
+    """Evaluation suites, at the run's step; a collective."""
+    for each in suites:
+        found = each.ask(run.model, stop)
+        metrics.log(run.iteration, {f"eval/{each.part.label}/{tag}": value for tag, value in found.items()})
+        progress.asked(run.iteration, each.part.label, found)
 
 
 def _due(step: int, interval: int | None, last: int) -> bool:

@@ -15,6 +15,7 @@ from rich.progress import Progress as Bar
 
 from megatron_vpmoe.optim import describe_arithmetic, render_assignment_table
 from megatron_vpmoe.runtime.device import current_device
+from megatron_vpmoe.training.suites import SECONDS
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _SMOOTHING = 0.2
 """Weight of the newest interval in the running mean of seconds per step."""
+_SHOWN = 3
+"""Numbers of a suite that has none above the others."""
 _PREFERENCES: dict[str, Callable[[float], str]] = {
     "rewards/margin": lambda value: f"margin {value:.3f}",
     "accuracy/relative": lambda value: f"preferred {value:.0%}",
@@ -100,6 +103,13 @@ class Progress:
         rewards = ", ".join(f"{tag} {value:.4f}" for tag, value in values.items() if tag.startswith("reward"))
         told = "  ".join(part for part in (losses(values) or rewards, *_formatted(_PREFERENCES, values)) if part)
         self.note(f"step {step}: validation{dataset} {told}")
+
+    def asked(self, step: int, suite: str, values: dict[str, float]) -> None:
+        """The suite ``suite`` gave ``values`` at ``step``; those without a slash are shown, else the first."""
+        tags = [tag for tag in values if tag != SECONDS]
+        shown = [tag for tag in tags if "/" not in tag] or tags[:_SHOWN]
+        told = "  ".join(f"{tag} {values[tag]:.4f}" for tag in shown)
+        self.note(f"step {step}: {suite} {told}  ({duration(values[SECONDS])})")
 
     def saved(self, step: int, path: Path) -> None:
         """The state at ``step`` is in ``path``."""

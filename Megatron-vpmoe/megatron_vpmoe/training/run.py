@@ -53,6 +53,7 @@ from megatron_vpmoe.training.implementation import implementation_notes
 from megatron_vpmoe.training.initial_weights import load_initial_weights
 from megatron_vpmoe.training.provenance import collect_provenance
 from megatron_vpmoe.training.run_directory import continued
+from megatron_vpmoe.training.suites import OpenedSuite, open_suites
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -68,6 +69,7 @@ class Run:
         valid_dataset: the first of them, whose prompts are answered.
         frozen: models that annotate batches.
         rollouts: the source where answers of the model are trained on; validation is then of rewards.
+        suites: evaluation suites.
         assignment: which parameter goes to which optimizer.
         iteration: finished optimizer steps.
         position: of the source after them (skipped steps included).
@@ -90,6 +92,7 @@ class Run:
     valid_dataset: KDDataset
     frozen: list[FrozenModel]
     rollouts: Rollouts | None
+    suites: list[OpenedSuite]
     provenance: dict[str, Any]
     assignment: list[AssignmentRow]
     iteration: int = 0
@@ -156,7 +159,7 @@ def open_run(cfg: RunConfig) -> Run:
     Raises:
         CheckpointError: the run directory holds checkpoints and ``resume`` is off, or only damaged ones; or they are
             of another model, vocabulary or dataset.
-        DataError, TokenizerError: the dataset is unusable or does not fit the model.
+        DataError, TokenizerError: the dataset is unusable or does not fit the model, or a suite lacks something.
     """
     directory = cfg.run_directory
     found, notes = distributed.from_rank_0(lambda: continued(cfg))
@@ -182,6 +185,7 @@ def open_run(cfg: RunConfig) -> Run:
             check_stored_reference(cfg, part.dataset.manifest)
     for name, gives in {"train": source, **stored}.items():
         check_needs(cfg.training.objective, objective.needs, gives, source=name)
+    suites = open_suites(cfg, train[0].dataset.manifest)
     model = build_model(cfg)
     started_from = found
     if found is None and cfg.checkpoint.load_weights is not None:
@@ -210,6 +214,7 @@ def open_run(cfg: RunConfig) -> Run:
         valid_dataset=valid_parts[0].dataset,
         frozen=[each.annotator for each in frozen],
         rollouts=rollouts,
+        suites=suites,
         provenance=collect_provenance(cfg, [part.dataset.manifest for part in train]),
         notes=(*notes, *implementation_notes(model, cfg)),
         carried=_carried(started_from, [part.dataset.manifest for part in train], cfg),

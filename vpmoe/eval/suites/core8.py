@@ -17,6 +17,7 @@ from pydantic import Field
 
 from megatron_vpmoe.files import sha256_of_file
 from megatron_vpmoe.runtime import distributed
+from megatron_vpmoe.runtime.signals import StopRequest
 from vpmoe.eval.open_model import Opened, open_model, require_folder
 from vpmoe.eval.suites import suite_report
 from vpmoe.eval.suites.bundle import Bundle, Item, Task, drawn, examples
@@ -49,6 +50,7 @@ class Chosen:
 
     Attributes:
         size: of the settings' sizes, or "all".
+        items: of each task, whatever the size; None: as the size says.
         tasks: instead of the settings'; empty: those; "all": every one of the bundle.
         bundle: a folder instead of the published bundle.
         batch_size: instead of the settings'.
@@ -56,6 +58,7 @@ class Chosen:
         bf16: compute in bfloat16 or not; None: as the run did.
         output: the report; None: ``reports/eval/core8/<checkpoint>.json``.
         overwrite: replace a finished report.
+        quiet: no progress bars.
     """
 
     size: str = "smoke"
@@ -66,6 +69,70 @@ class Chosen:
     bf16: bool | None = None
     output: Path | None = None
     overwrite: bool = False
+    items: int | None = None
+    quiet: bool = False
+
+    def limit(self, settings: Settings) -> int | None:
+        """Items of each task; None: all."""
+        return settings.limit(self.size) if self.items is None else self.items
+
+
+@dataclass(frozen=True)
+class Items:
+    """What is asked, read once, of any number of models.
+
+    Attributes:
+        bundle: that it is of.
+        of_task: the items of each task, each with its place in the file.
+        shot_seed: of the draw of the examples.
+    """
+
+    bundle: Bundle
+    of_task: dict[str, list[tuple[int, Item]]]
+    shot_seed: int
+
+    @classmethod
+    def read(cls, folder: Path, tasks: Sequence[str], limit: int | None, settings: Settings) -> Items:
+        """The first ``limit`` items of each task in the order of the settings' seed; "all": every task of the bundle.
+
+        Raises:
+            DataError: no bundle, no such task, or not its items.
+        """
+        bundle = Bundle(folder)
+        names = bundle.tasks if tuple(tasks) == (ALL,) else dict.fromkeys(tasks)
+        of_task = {name: drawn(bundle.read(name), limit, settings.seed) for name in names}
+        return cls(bundle, of_task, settings.shot_seed)
+
+    @property
+    def files(self) -> dict[str, dict[str, str]]:
+        """The file of each task and its sha256."""
+        return {
+            name: {"file": self.bundle.tasks[name].uri, "sha256": sha256_of_file(self.bundle.file_of(name))}
+            for name in self.of_task
+        }
+
+    def asked(self, name: str, tokenizer: Tokenizer, context: int | None) -> list[Asked]:
+        """The items of a task as token ids; raises :class:`TokenizerError` where the vocabulary lacks them."""
+        items = [item for _, item in self.of_task[name]]
+        return ask_all(self.bundle.tasks[name], items, tokenizer, context, self.shot_seed)
+
+    def score(
+        self,
+        model: VPModel,
+        name: str,
+        asked: Sequence[Asked],
+        rows: int,
+        *,
+        quiet: bool = False,
+        stop: StopRequest | None = None,
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """A task's numbers, and a record an item; a collective."""
+        judged = score(model, asked, rows, None if quiet else name, stop)
+        records = [
+            {"task": name, "item": place, **record}
+            for (place, _), record in zip(self.of_task[name], judged, strict=True)
+        ]
+        return entry_of(self.bundle.tasks[name], records), records
 
 
 def evaluate(path: Path, settings: Settings, chosen: Chosen, *, say: Say) -> dict[str, Any]:
@@ -83,10 +150,8 @@ def evaluate(path: Path, settings: Settings, chosen: Chosen, *, say: Say) -> dic
     """
     started = time.perf_counter()
     require_folder(path)
-    bundle = Bundle(chosen.bundle or bundle_folder(settings.bundle, say=say))
-    tasks = tuple(bundle.tasks) if chosen.tasks == (ALL,) else tuple(dict.fromkeys(chosen.tasks or settings.tasks))
-    limit = settings.limit(chosen.size)
-    items = {name: drawn(bundle.read(name), limit, settings.seed) for name in tasks}
+    folder = chosen.bundle or bundle_folder(settings.bundle, say=say)
+    items = Items.read(folder, chosen.tasks or settings.tasks, chosen.limit(settings), settings)
     with open_model(path, bf16=chosen.bf16) as opened:
         output = chosen.output or suite_report.default_output(SUITE, opened)
         distributed.from_rank_0(lambda: suite_report.check_writable(output, overwrite=chosen.overwrite))
@@ -94,20 +159,19 @@ def evaluate(path: Path, settings: Settings, chosen: Chosen, *, say: Say) -> dic
         rows = chosen.batch_size or settings.batch_size
         entries: dict[str, dict[str, Any]] = {}
         records: list[dict[str, Any]] = []
-        for name in tasks:
-            began, task = time.perf_counter(), bundle.tasks[name]
-            asked = ask_all(task, [item for _, item in items[name]], opened.tokenizer, context, settings.shot_seed)
-            found = [
-                {"task": name, "item": place, **record}
-                for (place, _), record in zip(items[name], score(opened.model, asked, rows, name), strict=True)
-            ]
+        for name in items.of_task:
+            began = time.perf_counter()
+            asked = items.asked(name, opened.tokenizer, context)
+            entry, found = items.score(opened.model, name, asked, rows, quiet=chosen.quiet)
             records += found
-            entries[name] = {**entry_of(task, found), "seconds": round(time.perf_counter() - began, 2)}
+            entries[name] = {**entry, "seconds": round(time.perf_counter() - began, 2)}
         report = {
             **suite_report.head(SUITE, opened, _settings_entry(settings, chosen, context, opened)),
-            "bundle": {name: {"file": bundle.tasks[name].uri, "sha256": _sha256(bundle, name)} for name in tasks},
+            "bundle": items.files,
             "tasks": entries,
-            **suite_report.means({"core8_centered_mean": settings.tasks, "centered_mean": tasks}, entries, records),
+            **suite_report.means(
+                {"core8_centered_mean": settings.tasks, "centered_mean": tuple(items.of_task)}, entries, records
+            ),
             "wall_seconds": round(time.perf_counter() - started, 2),
         }
         suite_report.write(output, report, records)
@@ -125,14 +189,17 @@ def ask_all(
     ]
 
 
-def score(model: VPModel, asked: Sequence[Asked], rows: int, label: str) -> list[dict[str, Any]]:
-    """Of each item what was chosen, whether that is right, and the likelihoods that decided."""
+def score(
+    model: VPModel, asked: Sequence[Asked], rows: int, label: str | None, stop: StopRequest | None = None
+) -> list[dict[str, Any]]:
+    """Of each item what was chosen, whether that is right, and the likelihoods that decided; ``label``: of a bar."""
     from megatron.core import parallel_state
 
     requests = [request for one in asked for request in one.requests]
     mine = -(-len(requests) // parallel_state.get_data_parallel_world_size())
-    with Progress(label, mine, unit="continuations", quiet=distributed.rank() != 0) as progress:
-        scored = iter(likelihoods(model, requests, rows=rows, watch=lambda _: progress.add(1)))
+    quiet = label is None or distributed.rank() != 0
+    with Progress(label or "", mine, unit="continuations", quiet=quiet) as progress:
+        scored = iter(likelihoods(model, requests, rows=rows, watch=lambda _: progress.add(1), stop=stop))
     return [_judged(one, [next(scored) for _ in one.requests]) for one in asked]
 
 
@@ -179,14 +246,10 @@ def summary_lines(report: Mapping[str, Any]) -> str:
 
 def _settings_entry(settings: Settings, chosen: Chosen, context: int | None, opened: Opened) -> dict[str, Any]:
     return {
-        "size": chosen.size,
+        "size": chosen.size if chosen.items is None else f"{chosen.items} items",
         "seed": settings.seed,
         "shot_seed": settings.shot_seed,
         "context": context,
         "bf16": opened.cfg.training.bf16,
         "batch_size": chosen.batch_size or settings.batch_size,
     }
-
-
-def _sha256(bundle: Bundle, name: str) -> str:
-    return sha256_of_file(bundle.file_of(name))

@@ -37,11 +37,15 @@ class Published(BaseModel):
     folder: Path
 
 
-def bundle_folder(published: Published, *, say: Callable[[str], None]) -> Path:
+def bundle_folder(published: Published, *, say: Callable[[str], None] | None) -> Path:
     """The folder of the bundle; fetched and unpacked where it is not there yet.
 
+    Args:
+        published: the bundle.
+        say: told that it is fetched; None: it has to be there.
+
     Raises:
-        DataError: it cannot be fetched, or is not what was published.
+        DataError: it cannot be fetched, or is not what was published, or is not there.
         NotOursError, BusyError: something else lies at the folder, or somebody is at it.
     """
     folder = published.folder
@@ -53,6 +57,12 @@ def bundle_folder(published: Published, *, say: Callable[[str], None]) -> Path:
             f"here lies something else than the bundle of sha256 {published.sha256}",
             source=str(folder),
             remedy="name it with --bundle if it is the bundle to use; or move it away",
+        )
+    if say is None:
+        raise DataError(
+            "the CORE bundle is not there",
+            source=str(folder),
+            remedy="vpmoe eval core8 fetches it; or name the folder of another one as bundle",
         )
     with owned(folder.with_name(f".{folder.name}.lock"), "the bundle"):
         if not folder.exists():  # another process may have been at it

@@ -160,33 +160,48 @@ def measure(
     batch_size: int,
     spans: int = 1,
     watch: Callable[[int], None] = lambda count: None,
+    check: Callable[[], None] = lambda: None,
 ) -> Sums:
-    """Sums over passages, those of all ranks; a collective of the data-parallel ranks, which share the passages out.
+    """Sums over passages, those of all ranks; a collective, in which the data-parallel ranks share the passages out.
+
+    With experts spread over ranks a forward pass is a collective: all then compute batches of one shape, filled up.
 
     Args:
-        model: bare, in evaluation mode; its experts all on this rank.
+        model: bare, in evaluation mode, of one pipeline stage.
         passages: at least one with a label that is scored.
         batch_size: of passages, which are of like length.
         spans: how many there are.
-        watch: told how many have been done.
+        watch: told how many have been done, by this rank.
+        check: called before each batch, as often on each rank; may raise.
     """
     from megatron.core import parallel_state
 
     from megatron_vpmoe.model.attention.masks import left_padded
+    from megatron_vpmoe.model.tensor_parallel import whole_sequences
 
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     documents = spans * (1 + max(passage.document for passage in passages))
     sums = np.zeros((3, documents + spans * len(BUCKETS)))
     nats = torch.zeros(sums.shape[1], dtype=torch.float64, device=model.device)
-    mine = sorted(passages, key=lambda passage: len(passage.tokens))[rank::size]
-    for first in range(0, len(mine), batch_size):
-        batch = mine[first : first + batch_size]
-        ids, layout = left_padded([passage.tokens.tolist() for passage in batch], model.device)
+    together = model.pg_collection.ep.size() > 1
+    ordered, step = sorted(passages, key=lambda passage: len(passage.tokens)), batch_size * size
+    for first in range(0, len(ordered), step):
+        check()
+        of_all = ordered[first : first + step]
+        batch = of_all[rank::size]
+        if not (batch or together):
+            continue
+        filler, longest = (-(-len(of_all) // size) - len(batch), len(of_all[-1].tokens)) if together else (0, 0)
+        rows = [*(passage.tokens.tolist() for passage in batch), *[[0]] * filler]
+        ids, layout = left_padded(rows, model.device, longest)
         labels, scored = torch.zeros(ids.shape, dtype=torch.int64), torch.zeros(ids.shape, dtype=torch.bool)
         for row, passage in enumerate(batch):
             labels[row, -len(passage.labels) :] = torch.from_numpy(passage.labels)
             scored[row, -len(passage.labels) :] = torch.from_numpy(passage.scored)
-        log_p, _ = model(ids, layout).log_probabilities(labels.to(ids.device), scored.to(ids.device))
+        with whole_sequences(model):
+            log_p, _ = model(ids, layout).log_probabilities(labels.to(ids.device), scored.to(ids.device))
+        if not batch:
+            continue
         document = np.concatenate([np.full(passage.scored.sum(), passage.document) for passage in batch])
         span, bucket = _of(batch, "span"), np.searchsorted(BOUNDS, _of(batch, "begin"), side="right")
         for index in (document * spans + span, documents + span * len(BUCKETS) + bucket):

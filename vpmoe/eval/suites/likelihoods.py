@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
+
 if TYPE_CHECKING:
     from megatron_vpmoe.model.gpt import VPModel
 
@@ -58,6 +60,7 @@ def likelihoods(
     *,
     rows: int,
     watch: Callable[[int], None] = lambda request: None,
+    stop: StopRequest | None = None,
 ) -> list[Likelihood]:
     """Score each continuation behind its context; a collective of all ranks, which share the contexts out.
 
@@ -69,6 +72,10 @@ def likelihoods(
         requests: those with the same context share its forward pass.
         rows: continuations that a rank scores at once.
         watch: told the place of each request as it is done, of this rank's share.
+        stop: asked before each token.
+
+    Raises:
+        Interrupted: a rank was asked to stop.
     """
     from megatron_vpmoe.generation.engine import generate
     from megatron_vpmoe.generation.prompts import Completion, Prompt
@@ -89,8 +96,12 @@ def likelihoods(
         if completion.finish is not None:
             watch(places[completion.place][completion.sample])
 
+    asked_to_stop = None if stop is None else stop.is_requested
+    completions = generate(model, prompts, SamplingOptions(1, ()), rows=rows, watch=done, stop=asked_to_stop)
+    if stop is not None and stop.agreed():
+        raise Interrupted
     found: dict[int, Likelihood] = {}
-    for one in generate(model, prompts, SamplingOptions(1, ()), rows=rows, watch=done):
+    for one in completions:
         place = places[one.place][one.sample]
         last = slice(-requests[place].scored, None)
         greedy = all(log_q == 0 for log_q in one.as_sampled[last])

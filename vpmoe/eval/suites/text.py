@@ -12,13 +12,15 @@ from typing import Any
 from megatron_vpmoe.data.batch import Span
 from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.files import sha256_of_json
+from megatron_vpmoe.manifest import Manifest, read_manifest
 from megatron_vpmoe.runtime import distributed
 from vpmoe.data_curation.rows.source import resolve
 from vpmoe.errors import DataError
-from vpmoe.eval.open_model import Opened, open_model, require_folder
+from vpmoe.eval.open_model import open_model, require_folder
 from vpmoe.eval.suites import suite_report
 from vpmoe.eval.suites.likelihood import Passage, Sums, dataset_passages, measure, text_passages
 from vpmoe.progress import Progress
+from vpmoe.tokenizer import Tokenizer
 
 SUITE, WINDOW = "text", 2048
 Say = Callable[[str], None]
@@ -40,6 +42,7 @@ class Asked:
         bf16: compute in bfloat16 or not; None: as the run did.
         output: the report; None: ``reports/eval/text/<checkpoint>.json``.
         overwrite: replace a finished report.
+        quiet: no progress bar.
     """
 
     texts: Path | None = None
@@ -53,6 +56,7 @@ class Asked:
     bf16: bool | None = None
     output: Path | None = None
     overwrite: bool = False
+    quiet: bool = False
 
 
 def evaluate(path: Path, asked: Asked, *, say: Say) -> dict[str, Any]:
@@ -64,21 +68,14 @@ def evaluate(path: Path, asked: Asked, *, say: Say) -> dict[str, Any]:
     """
     started = time.perf_counter()
     require_folder(path)
-    if (asked.texts is None) == (asked.data_path is None):
-        raise ConfigError("what to measure is not one thing", source="--texts, --data-path", remedy="give one of them")
-    texts = None if asked.texts is None else read_texts(asked.texts, asked.text_field, asked.documents)
+    measured = read(asked)
     with open_model(path, bf16=asked.bf16) as opened:
         output = asked.output or suite_report.default_output(SUITE, opened)
         distributed.from_rank_0(lambda: suite_report.check_writable(output, overwrite=asked.overwrite))
-        window = asked.window or opened.context or WINDOW
-        if texts is not None:
-            passages, spans = text_passages(opened.tokenizer, texts, window, asked.stride), {SUITE: 0}
-            source = {"texts": str(asked.texts), "sha256": sha256_of_json(texts)}
-            source |= {"window": window, "stride": asked.stride or max(1, window // 2)}
-        else:
-            passages, source = _of_dataset(opened, asked)
-            spans = {span.name.lower(): int(span) for span in Span}
-        with Progress(SUITE, len(passages), unit="passages", quiet=distributed.rank() != 0) as progress:
+        if isinstance(measured, Manifest):
+            opened.require_vocabulary(measured)
+        passages, source = passages_of(opened.tokenizer, measured, asked, opened.context)
+        with Progress(SUITE, len(passages), unit="passages", quiet=asked.quiet or distributed.rank() != 0) as progress:
             ranks = distributed.world_size()
             sums = measure(
                 opened.model,
@@ -87,15 +84,29 @@ def evaluate(path: Path, asked: Asked, *, say: Say) -> dict[str, Any]:
                 spans=len(Span),
                 watch=lambda count: progress.add(count * ranks),
             )
-        items = _items(sums, spans)
+        items = _items(sums, spans_of(asked))
         report = {
             **suite_report.head(SUITE, opened, {**source, "bf16": opened.cfg.training.bf16}),
-            "tasks": _entries(sums, spans, items),
+            "tasks": _entries(sums, asked, items),
             "wall_seconds": round(time.perf_counter() - started, 2),
         }
         suite_report.write(output, report, items)
     say(f"{output} written")
     return report
+
+
+def read(asked: Asked) -> list[str] | Manifest:
+    """The texts to measure, or the dataset.
+
+    Raises:
+        ConfigError: both are asked for, or neither.
+        DataError: there are none.
+    """
+    if asked.texts is not None and asked.data_path is None:
+        return read_texts(asked.texts, asked.text_field, asked.documents)
+    if asked.data_path is not None and asked.texts is None:
+        return read_manifest(asked.data_path)
+    raise ConfigError("what to measure is not one thing", source="--texts, --data-path", remedy="give one of them")
 
 
 def read_texts(path: Path, field: str, limit: int | None) -> list[str]:
@@ -114,14 +125,46 @@ def read_texts(path: Path, field: str, limit: int | None) -> list[str]:
     return texts
 
 
-def _of_dataset(opened: Opened, asked: Asked) -> tuple[list[Passage], dict[str, Any]]:
-    from megatron_vpmoe.data.kd_dataset import KDDataset
-    from vpmoe.eval.nano import dataset_for
+def passages_of(
+    tokenizer: Tokenizer, measured: Sequence[str] | Manifest, asked: Asked, context: int | None
+) -> tuple[list[Passage], dict[str, Any]]:
+    """What the model reads, and where it comes from, for the report.
 
-    manifest = dataset_for(opened, asked.data_path, lambda line: None)
-    assert manifest is not None
+    Args:
+        tokenizer: its vocabulary, which is the dataset's.
+        measured: as ``read`` gives it.
+        asked: how to measure it.
+        context: tokens that the model was trained with; None: nobody says.
+
+    Raises:
+        DataError: there is nothing to score.
+    """
+    if isinstance(measured, Manifest):
+        return _of_dataset(tokenizer, measured, asked)
+    window = asked.window or context or WINDOW
+    source = {"texts": str(asked.texts), "sha256": sha256_of_json(measured)}
+    source |= {"window": window, "stride": asked.stride or max(1, window // 2)}
+    return text_passages(tokenizer, measured, window, asked.stride), source
+
+
+def spans_of(asked: Asked) -> dict[str, int]:
+    """What the numbers are of: the texts, or each span of a dataset."""
+    return {SUITE: 0} if asked.data_path is None else {span.name.lower(): int(span) for span in Span}
+
+
+def tasks_of(sums: Sums, asked: Asked) -> dict[str, dict[str, Any]]:
+    """The numbers of each span that is there, and of several those of all."""
+    spans: dict[str, int | slice] = {**spans_of(asked)}
+    if len(spans) > 1:
+        spans[suite_report.ALL] = slice(None)
+    return {name: sums.entry(span) for name, span in spans.items() if sums.cells[1, span].any()}
+
+
+def _of_dataset(tokenizer: Tokenizer, manifest: Manifest, asked: Asked) -> tuple[list[Passage], dict[str, Any]]:
+    from megatron_vpmoe.data.kd_dataset import KDDataset
+
     dataset = KDDataset(manifest, asked.split, seq_length=manifest.seq_length)
-    passages = list(islice(dataset_passages(dataset, opened.tokenizer), asked.documents))
+    passages = list(islice(dataset_passages(dataset, tokenizer), asked.documents))
     if not passages:
         raise DataError("nothing is supervised in it", source=f"{manifest.root / asked.split}", remedy="name another")
     return passages, {"dataset": str(manifest.root), "manifest_sha256": manifest.sha256, "split": asked.split}
@@ -137,18 +180,13 @@ def _items(sums: Sums, spans: Mapping[str, int]) -> list[dict[str, Any]]:
     ]
 
 
-def _entries(sums: Sums, spans: Mapping[str, int], items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The numbers of each span that is there, and of several those of all."""
-    columns: dict[str, int | slice] = {**spans}
-    if len(spans) > 1:
-        columns[suite_report.ALL] = slice(None)
+def _entries(sums: Sums, asked: Asked, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The tasks of the report."""
     entries = {}
-    for name, span in columns.items():
-        if count := len(suite_report.of_task(name, items)):
-            entry = sums.entry(span)
-            bits = entry["bits_per_byte"]
-            spread = None if bits is None else suite_report.bootstrapped("bits_per_byte", name, items)
-            entries[name] = {"n": count, **entry, "interval": spread}
+    for name, entry in tasks_of(sums, asked).items():
+        bits = entry["bits_per_byte"]
+        spread = None if bits is None else suite_report.bootstrapped("bits_per_byte", name, items)
+        entries[name] = {"n": len(suite_report.of_task(name, items)), **entry, "interval": spread}
     return entries
 
 

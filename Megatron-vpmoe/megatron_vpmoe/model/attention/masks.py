@@ -88,12 +88,12 @@ class SequenceLayout:
         return (query[..., None] == key[..., None, :]) & (distance >= 0) & (distance < window)
 
 
-def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, SequenceLayout]:
-    """Token ids as one batch, right-aligned: int64 [B, S] (padding 0) and its layout.
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device, least: int = 0) -> tuple[Tensor, SequenceLayout]:
+    """Token ids as one batch, right-aligned: int64 [B, S] (padding 0) and its layout; S is at least ``least``.
 
     The padding is a document of its own, so no real token sees it and every row's positions start at 0.
     """
-    longest = max(len(row) for row in rows)
+    longest = max(least, *(len(row) for row in rows))
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
     document_id = torch.full((len(rows), longest), -1, dtype=torch.int32)
     position = torch.zeros(len(rows), longest, dtype=torch.int64)

@@ -71,6 +71,13 @@ def values_of(spec: FieldSpec) -> st.SearchStrategy[Any]:
 
 
 values_of_list = {
+    "eval_suites": st.lists(
+        st.fixed_dictionaries(
+            {"suite": st.sampled_from(["core8", "a:b"]), "interval": st.integers(1, 9)},
+            optional={"options": st.dictionaries(st.sampled_from("ab"), st.none() | st.booleans() | st.floats(0, 1))},
+        ),
+        max_size=2,
+    ),
     "blend": st.lists(st.fixed_dictionaries({"path": st.sampled_from("abc"), "weight": st.integers(0, 3)}), max_size=3),
     "blend_schedule": st.lists(
         st.fixed_dictionaries({"from_sample": st.integers(1, 9), "weights": st.lists(st.integers(0, 3), max_size=3)}),

@@ -182,8 +182,8 @@ def test_a_source_that_depends_on_the_weights_is_asked_after_each_update(
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("toy_objective:Other", "cannot be imported.*Other"),
-        ("no_such_module:Toy", "cannot be imported.*no_such_module"),
+        ("toy_objective:Other", "cannot be had.*Other"),
+        ("no_such_module:Toy", "cannot be had.*no_such_module"),
         ("toy_objective:NOT_ONE", "is no objective: 3"),
     ],
 )

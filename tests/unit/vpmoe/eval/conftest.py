@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.mini_dataset import write_mini
 from tests.tiny import tiny_config
-from vpmoe.cli import main
 from vpmoe.eval.asking import AsConversation
 from vpmoe.tokenizer import CompactVocabulary, O200kHarmony, Tokenizer
 from vpmoe.tokenizer.o200k_harmony import VOCAB_SIZE
@@ -46,15 +46,7 @@ def ids(tokenizer: CompactVocabulary) -> Callable[[str], list[int]]:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """rows/, conversations/ and dataset/, by the commands."""
-    folder = tmp_path_factory.mktemp("data")
-    rows, conversations, dataset = (str(folder / name) for name in ("rows", "conversations", "dataset"))
-    assert main(["data", "synth-mini", "--output-dir", rows, "--rows", "300"]) == 0
-    convert = ["--input", rows, "--output-dir", conversations, "--num-shards", "1", "--reasoning-effort", "low"]
-    assert main(["data", "convert", *convert]) == 0
-    vocabulary = ["--compact-vocab-size", "400", "--padded-vocab-size", "448", "--valid-fraction", "0.1"]
-    build = ["--input-dir", conversations, "--output-dir", dataset, "--seq-len", "192", "--workers", "1", "--quiet"]
-    assert main(["data", "build", *build, *vocabulary]) == 0
-    return folder
+    return write_mini(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
