@@ -70,14 +70,21 @@ class Prompts:
         }
 
 
+_EFFORT = re.compile(f"^Reasoning: ({'|'.join(REASONING_EFFORTS)})$", re.MULTILINE)
+
+
+def names_effort(system: str) -> bool:
+    """Whether a system message has a line ``Reasoning: low``, medium or high."""
+    return bool(_EFFORT.search(system))
+
+
 def with_reasoning_effort(messages: Sequence[Message], effort: str) -> tuple[Message, ...]:
     """The messages, with another effort in the line ``Reasoning: EFFORT`` of the system message.
 
     Raises:
         HarmonyError: there is no such line.
     """
-    line = re.compile(f"^Reasoning: ({'|'.join(REASONING_EFFORTS)})$", re.MULTILINE)
-    asking = [message.role == "system" and bool(line.search(message.content)) for message in messages]
+    asking = [message.role == "system" and names_effort(message.content) for message in messages]
     if not any(asking):
         raise HarmonyError(
             "no system message with a line 'Reasoning: low', medium or high, so there is no effort to change",
@@ -85,6 +92,6 @@ def with_reasoning_effort(messages: Sequence[Message], effort: str) -> tuple[Mes
             remedy="leave out --reasoning, or give such a message with --system",
         )
     return tuple(
-        replace(message, content=line.sub(f"Reasoning: {effort}", message.content)) if asks else message
+        replace(message, content=_EFFORT.sub(f"Reasoning: {effort}", message.content)) if asks else message
         for message, asks in zip(messages, asking, strict=True)
     )

@@ -136,7 +136,8 @@ def _sampling(cfg: RunConfig, layers: range, compute_bytes: int) -> int:
         return 0
     columns = sum(1 + (length if cfg.is_global_layer(n) else min(length, m.window_size or length)) for n in layers)
     keys_values = 2 * columns * m.num_query_groups * m.kv_channels * compute_bytes
-    rows = DECODED_ROWS if cfg.evaluation.eval_suites else min(DECODED_ROWS, r.rollout_groups * r.rollout_group_size)
+    answers = r.rollout_groups * max(cfg.group_sizes, default=1)
+    rows = DECODED_ROWS if cfg.evaluation.eval_suites else min(DECODED_ROWS, answers)
     return rows * (keys_values + m.padded_vocab_size * _FP32)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 from megatron_vpmoe.config.rule import Rule, View, refuse
 from megatron_vpmoe.config.schema_objective import ObjectiveFields
-from megatron_vpmoe.config.schema_rollouts import RolloutsSection
+from megatron_vpmoe.config.schema_rollouts import MODES, RolloutsSection
 
 _CLIP_LOW = ObjectiveFields.model_fields["grpo_clip_low"].default
 _DEFAULT = {name: field.default for name, field in RolloutsSection.model_fields.items() if name != "rewards"}
@@ -14,6 +15,11 @@ _DEFAULT = {name: field.default for name, field in RolloutsSection.model_fields.
 
 def _is_anchored(c: View) -> bool:
     return c.objective == "on_policy" and c.opd_anchor_share > 0
+
+
+def _falling(c: View) -> bool:
+    starts = [part.from_share for part in c.curriculum]
+    return starts[:1] != [0] or any(after <= before for before, after in pairwise(starts))
 
 
 def _validates(c: View) -> bool:
@@ -45,6 +51,40 @@ REFUSED: tuple[Rule, ...] = (
         "rollout_group_size objective",
         "an answer of grpo is held against the others of its group; take two or more",
         lambda c: c.objective == "grpo" and c.rollout_group_size < 2,
+    ),
+    refuse(
+        "curriculum objective",
+        "{objective} has none; set it to null, or ask for on_policy",
+        lambda c: c.objective != "on_policy" and c.curriculum is not None,
+    ),
+    refuse(
+        "curriculum curriculum_tokens",
+        "one without the other; give both, or set both to null",
+        lambda c: (c.curriculum is None) != (c.curriculum_tokens is None),
+    ),
+    refuse(
+        "curriculum rollout_prompts",
+        "a dataset's prompts are of one mode; name a file that knows others (vpmoe data prompts)",
+        lambda c: c.curriculum is not None and c.rollout_prompts is None,
+    ),
+    refuse(
+        "curriculum rollout_group_size",
+        "its parts say how many answers a prompt gets; leave rollout_group_size out",
+        lambda c: c.curriculum is not None and c.rollout_group_size != _DEFAULT["rollout_group_size"],
+    ),
+    refuse(
+        "curriculum",
+        "the first part begins at 0, and each behind the one before; list them rising",
+        lambda c: c.curriculum is not None and _falling(c),
+    ),
+    refuse(
+        "curriculum",
+        "the modes of the part from {share:g} have shares of {total:g} together; let them be 1",
+        lambda c: [
+            {"share": part.from_share, "total": total}
+            for part in c.curriculum or ()
+            if abs((total := sum(getattr(part, mode) for mode in MODES)) - 1) > 1e-6
+        ],
     ),
     refuse(
         "rollout_attempts objective",
@@ -85,9 +125,13 @@ REFUSED: tuple[Rule, ...] = (
         ],
     ),
     refuse(
-        "global_batch_size rollout_groups rollout_group_size",
-        "{rollout_groups} x {rollout_group_size} answers are no whole number of steps of {global_batch_size}",
-        lambda c: c.samples and c.rollout_groups * c.rollout_group_size % c.global_batch_size,
+        "global_batch_size rollout_groups rollout_group_size curriculum",
+        "{rollout_groups} x {size} answers are no whole number of steps of {global_batch_size}",
+        lambda c: [
+            {"size": size}
+            for size in dict.fromkeys(c.group_sizes)
+            if c.samples and c.rollout_groups * size % c.global_batch_size
+        ],
     ),
     refuse(
         "rewards pipeline_model_parallel_size",

@@ -103,6 +103,12 @@ class RunConfig(Section):
         return self.rollouts.rewards is not None or self.training.objective == "on_policy"
 
     @property
+    def group_sizes(self) -> list[int]:
+        """Answers to each prompt: one number, or those of a curriculum."""
+        parts = self.rollouts.curriculum
+        return [self.rollouts.rollout_group_size] if parts is None else [part.rollouts for part in parts]
+
+    @property
     def aux_lr(self) -> float:
         """Peak learning rate of the parameters that AdamW keeps, after its default."""
         return self.optim.lr if self.optim.normuon_aux_lr is None else self.optim.normuon_aux_lr

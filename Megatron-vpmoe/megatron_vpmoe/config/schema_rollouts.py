@@ -42,6 +42,25 @@ class RewardPart(Section):
         return self.function.rpartition(":")[2]
 
 
+MODES = ("low", "medium", "high")
+"""Reasoning modes, as Harmony's system message names them."""
+
+
+class CurriculumPart(Section):
+    """A stretch of a curriculum: shares of prompts by the reasoning mode that student and teacher are asked in."""
+
+    from_share: Annotated[float, within(0, 1, "nothing is left of the curriculum there")]
+    """Of curriculum_tokens; it is in force until the next one's."""
+    low: Annotated[float, within(0, 1, "it is a share")] = 0.0
+    """Share of prompts in the mode low."""
+    medium: Annotated[float, within(0, 1, "it is a share")] = 0.0
+    """Share of prompts in the mode medium."""
+    high: Annotated[float, within(0, 1, "it is a share")] = 0.0
+    """Share of prompts in the mode high."""
+    rollouts: Few = 1
+    """Answers to each prompt."""
+
+
 class RolloutsSection(Section):
     """Sampling answers of the model that is trained, and scoring them."""
 
@@ -57,6 +76,12 @@ class RolloutsSection(Section):
     """Prompts of a sampling; each gives a group of answers."""
     rollout_group_size: Few = 8
     """Answers to each prompt; of grpo two at least, since an advantage is relative to the others of the group."""
+    curriculum: Several[CurriculumPart] | None = None
+    """Of on_policy: reasoning modes of prompts and answers to each by sampled tokens, as a list of {from_share, low,
+    medium, high, rollouts}, for prompts of a file that knows these modes; null: as they stand, rollout_group_size each.
+    """
+    curriculum_tokens: Annotated[int, within(1, 10**15, "no run samples that many")] | None = None
+    """Of a curriculum: sampled tokens that from_share is a share of."""
     rollout_attempts: Few = 1
     """Of grpo: samplings at most until every group has answers of different rewards; 1: groups without variance stay.
     """

@@ -13,6 +13,7 @@ from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.data.blend import Part
 from megatron_vpmoe.sources.ahead import Ahead, ahead
 from megatron_vpmoe.sources.annotated import Annotated, AnnotatedBatches, Annotator
+from megatron_vpmoe.sources.curriculum import modes_of
 from megatron_vpmoe.sources.form import check_collapse
 from megatron_vpmoe.sources.held_out import HeldOut
 from megatron_vpmoe.sources.interface import Batches, Gives, Position, Source, Step, check_needs
@@ -62,7 +63,8 @@ def open_source(
     carry of their annotations those that are ``wanted``; None: all.
     """
     if cfg.samples:
-        prompts = _prompts(parts[0], cfg.rollouts.rollout_prompts, cfg)
+        modes = modes_of(cfg.rollouts.curriculum or ())
+        prompts = _prompts(parts[0], cfg.rollouts.rollout_prompts, cfg, modes)
         if cfg.training.objective == "on_policy":
             return Taught(prompts, parts, cfg, dp_rank, dp_size)
         return Rewarded(prompts, parts[0].dataset.manifest, cfg, dp_rank, dp_size)
@@ -79,5 +81,5 @@ def open_held_out(parts: Sequence[Part], cfg: RunConfig) -> HeldOut | None:
     return HeldOut(_prompts(parts[0], cfg.rollouts.rollout_valid_prompts, cfg), parts[0].dataset.manifest, cfg)
 
 
-def _prompts(part: Part, path: str | None, cfg: RunConfig) -> Prompts:
-    return open_prompts(part.dataset, path, cfg.data.seq_length - cfg.rollouts.rollout_max_new_tokens)
+def _prompts(part: Part, path: str | None, cfg: RunConfig, modes: Sequence[str] = ()) -> Prompts:
+    return open_prompts(part.dataset, path, cfg.data.seq_length - cfg.rollouts.rollout_max_new_tokens, modes)

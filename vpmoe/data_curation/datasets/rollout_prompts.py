@@ -9,6 +9,7 @@ from megatron_vpmoe.manifest import PromptsEntry, read_manifest
 from vpmoe.data_curation.rows.source import RowSource
 from vpmoe.errors import DataError, RowError
 from vpmoe.harmony.conversation import Message, check_text
+from vpmoe.harmony.prompts import REASONING_EFFORTS, names_effort, with_reasoning_effort
 from vpmoe.harmony.renderer import FastRenderer
 from vpmoe.steps import check_replaceable
 from vpmoe.tokenizer.from_dataset import load_tokenizer
@@ -19,7 +20,8 @@ _FIRST = "vocabulary"
 def write_prompts(questions: RowSource, field: str, dataset: Path, output: Path) -> int:
     """Write the JSONL file that ``rollouts.rollout_prompts`` names; returns how many prompts are in it.
 
-    Its first line says what the ids mean, ``{"vocabulary": identity}``; then come ``{"ids": [...], "row": {...}}``.
+    Its first line says what the ids mean, ``{"vocabulary": identity, "modes": {effort: ids of the system message}}``,
+    the modes where the system message has a line of its effort; then come ``{"ids": [...], "row": {...}}``.
 
     Args:
         questions: rows.
@@ -36,7 +38,13 @@ def write_prompts(questions: RowSource, field: str, dataset: Path, output: Path)
     manifest = read_manifest(dataset)
     renderer, given = FastRenderer(load_tokenizer(dataset)), manifest.prompts or PromptsEntry()
     context = [Message(role, text) for role, text in given.model_dump().items() if text]
-    lines = [json_line({_FIRST: manifest.tokenizer.identity()})]
+    system = [Message("system", given.system)] if given.system and names_effort(given.system) else []
+    modes = {
+        effort: renderer.render(with_reasoning_effort(system, effort)).tokens().tolist()
+        for effort in REASONING_EFFORTS
+        if system
+    }
+    lines = [json_line({_FIRST: manifest.tokenizer.identity(), **({"modes": modes} if modes else {})})]
     for place, row in questions.rows():
         try:
             check_text(row.get(field), field)

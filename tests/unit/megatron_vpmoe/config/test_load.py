@@ -83,6 +83,12 @@ values_of_list = {
         st.fixed_dictionaries({"from_sample": st.integers(1, 9), "weights": st.lists(st.integers(0, 3), max_size=3)}),
         max_size=2,
     ),
+    "curriculum": st.lists(
+        st.fixed_dictionaries(
+            {"from_share": st.sampled_from([0.0, 0.5]), "low": st.sampled_from([0.0, 0.5, 1.0]), "rollouts": st.just(1)}
+        ),
+        max_size=2,
+    ),
     "rewards": st.lists(
         st.fixed_dictionaries({"function": st.sampled_from(["finished", "a:b"]), "weight": st.integers(0, 3)}),
         max_size=2,
@@ -191,6 +197,7 @@ def test_nano_is_the_same_design(repository: Path, name: str) -> None:
     """Only numbers, precision and the run's own names differ: every choice of kind is inherited."""
     full, small = (load_config(repository / "configs" / path) for path in (name, f"nano/{DESIGNS[name]}"))
     free = {"bf16", "recompute_granularity", "run_name", "run_dir", "data_path", "load_weights", "teacher_weights"}
+    free |= {"rollout_prompts", "rollout_valid_prompts"}
     for spec in FIELDS:
         pair = [getattr(getattr(cfg, spec.section), spec.name) for cfg in (full, small)]
         if spec.name not in free and any(isinstance(value, str | bool) for value in pair):

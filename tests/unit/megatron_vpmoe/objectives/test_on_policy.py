@@ -167,6 +167,12 @@ ASKED = {
     "rollout_max_new_tokens": 20,
     "eval_interval": None,
 }
+PARTS = {
+    "curriculum": '[{"from_share": 0, "low": 1}, {"from_share": 0.5, "high": 1, "rollouts": 2}]',
+    "curriculum_tokens": 1000,
+    "rollout_prompts": "prompts.jsonl",
+    "rollout_group_size": 8,
+}
 
 
 def test_built_from_the_configuration_and_needs_a_teacher() -> None:
@@ -195,6 +201,15 @@ def test_built_from_the_configuration_and_needs_a_teacher() -> None:
         {"rollout_max_new_tokens": 48},
         {"rollout_attempts": 2},
         {"rollout_groups": 3},
+        {"curriculum": '[{"from_share": 0, "low": 1}]'},
+        {**PARTS, "curriculum": '[{"from_share": 0.1, "low": 1}]'},
+        {**PARTS, "curriculum": '[{"from_share": 0, "low": 1}, {"from_share": 0, "low": 1}]'},
+        {**PARTS, "curriculum": '[{"from_share": 0, "low": 0.6, "high": 0.6}]'},
+        {**PARTS, "curriculum": '[{"from_share": 0, "higher": 1}]'},
+        {**PARTS, "curriculum": '[{"from_share": 0, "low": 1, "rollouts": 0}]'},
+        {**PARTS, "rollout_groups": 3},
+        {**PARTS, "rollout_prompts": None},
+        {"curriculum_tokens": 9},
         {"collapse": "stop"},
         {"collapse_length": 20.0},
         {"collapse_repetition": 1.5},
@@ -205,5 +220,6 @@ def test_built_from_the_configuration_and_needs_a_teacher() -> None:
 )
 def test_what_cannot_be_trained_is_refused_by_name(field: dict[str, Any]) -> None:
     tiny_config(**ASKED)
+    tiny_config(**{**ASKED, **PARTS})
     with pytest.raises(ConfigError, match=next(iter(field))):
         tiny_config(**{**ASKED, **field})

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from megatron_vpmoe.config.schema_rollouts import MODES, CurriculumPart
 from megatron_vpmoe.data.batch import PADDING
 from megatron_vpmoe.data.blend import Part
 from megatron_vpmoe.data.kd_dataset import KDDataset
@@ -18,9 +22,19 @@ from megatron_vpmoe.manifest import read_manifest
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.objectives import OnPolicy, build_objective
-from megatron_vpmoe.sources import Annotated, Position, Step, Taught, Teacher, check_collapse, open_held_out
+from megatron_vpmoe.sources import (
+    Annotated,
+    Position,
+    Step,
+    Taught,
+    Teacher,
+    check_collapse,
+    open_held_out,
+    open_source,
+)
+from megatron_vpmoe.sources.curriculum import mode_of
 from megatron_vpmoe.sources.form import repetition
-from megatron_vpmoe.sources.prompts import Asked
+from megatron_vpmoe.sources.prompts import Asked, FilePrompts, read_prompts
 from megatron_vpmoe.training.step import global_totals, run_micro_batches
 from tests.fixtures_dataset import conversation, small_dataset, write_dataset
 from tests.tiny import tiny_config
@@ -100,6 +114,101 @@ def test_the_anchor_keeps_its_share_and_every_step_resumes(model: VPModel, datas
         held = [one.next_step() for one in apart]
         assert len(held[0].batches) == len(held[1].batches)
         assert documents(held[0]) | documents(held[1]) == documents(step)
+
+
+CURRICULUM = [
+    {"from_share": 0.0, "low": 0.75, "medium": 0.25},
+    {"from_share": 0.5, "medium": 0.5, "high": 0.5, "rollouts": 2},
+]
+HEADS = {"low": [11, 2], "medium": [12, 12, 2], "high": [13, 2]}
+
+
+def prompt_file(folder: Path, dataset: KDDataset, heads: dict[str, list[int]] = HEADS) -> Path:
+    """Prompts in the mode medium."""
+    path = folder / "prompts.jsonl"
+    first = {"vocabulary": dataset.manifest.tokenizer.identity(), "modes": heads}
+    lines = [first, *({"ids": [12, 12, 2, 5 + place, 9], "row": {}} for place in range(6))]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.slow
+def test_modes_and_rollouts_follow_the_sampled_tokens(model: VPModel, dataset: KDDataset, tmp_path: Path) -> None:
+    path = prompt_file(tmp_path, dataset)
+    fields = {
+        **{name: value for name, value in FEW.items() if name != "rollout_group_size"},
+        "curriculum": json.dumps(CURRICULUM),
+        "curriculum_tokens": 240,
+        "rollout_prompts": path,
+    }
+
+    def again() -> Taught:
+        source = open_source([Part("kd", dataset)], tiny_config(**fields), 0, 1)
+        assert isinstance(source, Taught)
+        source.open(model)
+        return source
+
+    source = again()
+    steps, drawn, told = [], [0], list[tuple[float, set[str]]]()
+    for _ in range(8):
+        steps.append(step := source.next_step())
+        drawn.append(step.position.consumed_samples)
+        tags = {tag.rpartition("/")[2] for tag in step.metrics if tag.startswith("rollout/tokens/")}
+        told.append((step.metrics["rollout/curriculum"], tags))
+        for of_model, tokens, _ in documents(step).values():
+            if of_model:
+                assert any(list(tokens[: len(head)]) == head for name, head in HEADS.items() if name in tags)
+    assert all(tags == ({"low", "medium"} if share < 0.5 else {"medium", "high"}) for share, tags in told)
+    assert 0 < sum(share < 0.5 for share, _ in told) < 8
+    # Then a sampling has two answers to each prompt, and two steps of as many answers as before.
+    assert sorted(set(np.diff(drawn).tolist())) == [0, 8]
+    by_mode = [steps[0].metrics[f"rollout/tokens/{mode}"] for mode in ("low", "medium")]
+    sampled = OnPolicy().counts(steps[0].batches)["tokens/sampled"]
+    assert sum(by_mode) == sampled == steps[1].metrics["rollout/curriculum"] * 240
+    for stopped in (2, 6, 7):
+        other = again()
+        consumed, data, arrays = steps[stopped - 1].position
+        other.resume(Position(consumed, json.loads(json.dumps(data)), arrays), source="test")
+        for step in steps[stopped:]:
+            assert documents(given := other.next_step()) == documents(step)
+            assert given.position[:2] == step.position[:2]
+
+
+@given(
+    shares=st.lists(st.integers(0, 20), min_size=3, max_size=3).filter(any),
+    first=st.integers(0, 2**40),
+    count=st.integers(1, 400),
+)
+def test_any_stretch_of_prompts_has_the_shares(shares: list[int], first: int, count: int) -> None:
+    of_mode = {mode: share / sum(shares) for mode, share in zip(MODES, shares, strict=True)}
+    part = CurriculumPart.model_validate({"from_share": 0, **of_mode})
+    found = Counter(mode_of(part, number) for number in range(first, first + count))
+    for mode in MODES:
+        assert abs(found[mode] - count * getattr(part, mode)) <= 6
+        assert getattr(part, mode) or not found[mode]
+
+
+def test_modes_that_a_file_does_not_know_are_refused(dataset: KDDataset, tmp_path: Path) -> None:
+    def read(heads: Any, longest: int = 38, modes: tuple[str, ...] = ("low", "medium")) -> FilePrompts:
+        path = prompt_file(tmp_path, dataset, heads)
+        return read_prompts(path, dataset.manifest.tokenizer, longest, modes)
+
+    prompts = read(HEADS)
+    asked = prompts.in_mode(prompts[1], "high")
+    assert asked.ids == [13, 2, 6, 9] and asked.mode == "high" and list(prompts[1].ids) == [12, 12, 2, 6, 9]
+    assert prompts.in_mode(prompts[1], "medium") is prompts[1]
+    with pytest.raises(DataError, match="does not know the reasoning modes low, medium; it knows none"):
+        read({})
+    with pytest.raises(DataError, match="does not know the reasoning mode low"):
+        read({name: head for name, head in HEADS.items() if name != "low"})
+    with pytest.raises(DataError, match="system message of no mode"):
+        read({"low": [11, 2]})
+    with pytest.raises(DataError, match="no modes"):
+        read({"low": [99]})
+    assert len(read({**HEADS, "low": [11] * 9}, longest=11)) == 6
+    with pytest.raises(DataError, match="a prompt of 11 tokens, above 10"):
+        read({**HEADS, "low": [11] * 9}, longest=10)
+    assert len(read({**HEADS, "low": [11] * 9}, longest=5, modes=())) == 6
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Prompts for rollouts are what a model is asked, and the trainer reads what is written."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,10 @@ def test_what_is_written_is_read_and_only_in_its_vocabulary(
     messages = [Message("system", manifest.prompts.system), Message("user", rows[3]["query"])]
     expected = FastRenderer(load_tokenizer(dataset_dir)).generation_prompt(messages)
     assert list(asked[3].ids) == expected.tolist()
+    assert asked.heads.keys() == {"low", "medium", "high"} and asked[3].mode == "medium"
+    in_high = [replace(messages[0], content=messages[0].content.replace("Reasoning: medium", "Reasoning: high"))]
+    wanted = FastRenderer(load_tokenizer(dataset_dir)).generation_prompt([*in_high, messages[1]])
+    assert list(asked.in_mode(asked[3], "high").ids) == wanted.tolist() != expected.tolist()
     other = manifest.tokenizer.model_copy(update={"rank_file_sha256": "0"})
     with pytest.raises(DataError, match="prompts in the vocabulary"):
         read_prompts(output, other, 160)
