@@ -105,6 +105,10 @@ def nano(
     data_path: Annotated[
         Path | None, typer.Option(help="dataset for the losses (default: the one the run names, where it is there)")
     ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(help="a model of that vocabulary, to tell the KL to it on the split valid"),
+    ] = None,
     system: SystemOption = None,
     developer: DeveloperOption = None,
     plain: PlainOption = False,
@@ -124,6 +128,7 @@ def nano(
     chosen = NanoOptions(
         questions=questions,
         data_path=data_path,
+        teacher=teacher,
         system=system,
         developer=developer,
         plain=plain,

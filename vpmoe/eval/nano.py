@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_vpmoe.files import sha256_of_file
 from vpmoe.data_curation.tasks.question_texts import ID_COLUMN
 from vpmoe.data_curation.tasks.synth_mini import check
+from vpmoe.errors import DataError
 from vpmoe.eval.asking import Form, form_of
 from vpmoe.eval.display import spell
 from vpmoe.eval.open_model import Opened, open_model, require_folder
@@ -22,9 +23,6 @@ from vpmoe.eval.questions import read_questions
 from vpmoe.eval.scoring import Scored, answer, summarize
 from vpmoe.eval.suites import suite_report
 from vpmoe.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from megatron_vpmoe.manifest import Manifest
 
 SUITE = "nano"
 VERSION = 3
@@ -39,6 +37,7 @@ class NanoOptions:
     Attributes:
         questions: JSONL of rows with answers.
         data_path: dataset whose valid split the losses are of; None takes the run's own, where it is there.
+        teacher: a model that this one's distance on that split is told from; None: none.
         system, developer, plain: how to ask, see :func:`vpmoe.eval.asking.form_of`.
         per_family: questions of each family; None takes all.
         max_new_tokens: cut a generation after so many tokens; a cut one is not valid.
@@ -48,6 +47,7 @@ class NanoOptions:
 
     questions: Path
     data_path: Path | None = None
+    teacher: Path | None = None
     system: str | None = None
     developer: str | None = None
     plain: bool = False
@@ -106,6 +106,9 @@ def evaluate_model(
     Raises:
         CheckpointError, DataError, TokenizerError: something named does not exist or does not fit the rest.
     """
+    # Imported here: megatron.core takes seconds.
+    from vpmoe.eval.valid_split import dataset_for, distance, valid_losses
+
     require_folder(path)
     questions = read_questions(options.questions, per_family=options.per_family)
     started = time.perf_counter()
@@ -115,9 +118,14 @@ def evaluate_model(
         loaded = time.perf_counter()
         dataset = dataset_for(opened, options.data_path, progress)
         losses = {} if dataset is None else valid_losses(opened, dataset)
-        measured = time.perf_counter()
         if losses:
             progress(f"losses on the valid split: {_spelled(losses)}")
+        to_teacher = None
+        if options.teacher is not None:
+            if dataset is None:
+                raise DataError("nothing to compare on", source=str(path), remedy="name a dataset with --data-path")
+            to_teacher = distance(opened, options.teacher, dataset)
+        measured = time.perf_counter()
         scored = answer(
             opened.model, form, questions, check, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
         )
@@ -127,6 +135,7 @@ def evaluate_model(
             "dataset": dataset and {"path": str(dataset.root), "manifest_sha256": dataset.sha256},
             "asked": form.entry,
             "losses": losses,
+            "to_teacher": to_teacher,
             "tasks": summarize(scored),
             "wall_seconds": round(finished - started, 2),
             "seconds": {
@@ -143,6 +152,8 @@ def summary_lines(report: dict[str, Any]) -> str:
     """The report's numbers as a few lines."""
     form = "valid Harmony" if report["asked"]["form"] == "conversation" else "ended"
     lines = [f"{tag:<17}{loss:8.4f} nats per token, whole valid split" for tag, loss in report["losses"].items()]
+    if found := report["to_teacher"]:
+        lines.append(f"{'KL to teacher':<17}{found['kl']:8.4f} nats per token there, to {found['teacher']['run']}")
     for name, entry in report["tasks"].items():
         lines.append(
             f"{name:<24}{entry['exact']:>5} of {entry['n']:<5}exact ({100 * entry['accuracy']:5.1f} %), "
@@ -151,63 +162,6 @@ def summary_lines(report: dict[str, Any]) -> str:
     if faults := report["tasks"][suite_report.ALL]["faults"]:
         lines.append("faults: " + ", ".join(f"{reason} {count}" for reason, count in faults.items()))
     return "\n".join(lines)
-
-
-def dataset_for(opened: Opened, data_path: Path | None, progress: Progress) -> Manifest | None:
-    """The dataset to measure losses on; None, and a word on it, where the model has none any more.
-
-    Raises:
-        DataError: the one asked for is not there.
-        TokenizerError: its ids mean something else than the model's.
-    """
-    from megatron_vpmoe.manifest import PREFERENCE, read_manifest
-
-    folder = data_path
-    if folder is None:
-        folder = Path(opened.cfg.data.parts[0].path) if opened.trained else None
-        if folder is None or not (folder / "manifest.json").is_file():
-            progress(f"no losses are measured: there is no dataset at {folder or '--data-path'}")
-            return None
-    manifest = read_manifest(folder)
-    if data_path is None and manifest.kind == PREFERENCE:
-        progress(f"no losses are measured: {folder} holds pairs; --data-path names conversations")
-        return None
-    opened.require_vocabulary(manifest)
-    return manifest
-
-
-def valid_losses(opened: Opened, manifest: Manifest) -> dict[str, float]:
-    """The objective's ``loss/*`` over the whole valid split, each a mean over all its supervised tokens, in nats."""
-    from megatron_vpmoe.data.blend import Part
-    from megatron_vpmoe.data.kd_dataset import KDDataset
-    from megatron_vpmoe.objectives import build_objective, check_kinds
-    from megatron_vpmoe.sources import ValidSource
-    from megatron_vpmoe.training.evaluate import evaluate
-
-    data = {"data_path": str(manifest.root), "blend": None, "blend_schedule": None}
-    training: dict[str, Any] = {}
-    # Stored conversations hold nothing of what preferences and rewards are learned from.
-    imitates = opened.trained is not None and not build_objective(opened.trained).needs.annotations
-    if opened.trained is None:
-        data["seq_length"] = manifest.seq_length
-    if not imitates:
-        training["objective"] = "token_ce" if manifest.kind == "healing_text" else "span_ce"  # text has no spans
-    changes = {
-        name: getattr(opened.cfg, name).model_copy(update=new) for name, new in (("data", data), ("training", training))
-    }
-    cfg = opened.cfg.model_copy(update=changes)
-    dataset = KDDataset(manifest, "valid", seq_length=cfg.data.seq_length)
-    # A row holds at least one conversation, so so many global batches hold them all.
-    whole = -(-len(dataset) // cfg.training.global_batch_size)
-    cfg = cfg.model_copy(update={"evaluation": cfg.evaluation.model_copy(update={"eval_iters": whole})})
-    objective = build_objective(cfg)
-    check_kinds(objective, cfg, [manifest])
-    metrics = evaluate(
-        opened.model, objective, ValidSource(Part("valid", dataset), cfg, 0, 1, objective.needs.annotations)
-    )
-    # How spans are weighted in the total is the run's affair; of other models nobody knows it.
-    unknown = () if imitates or cfg.training.objective == "token_ce" else ("loss/total",)
-    return {tag: value for tag, value in metrics.items() if tag.startswith("loss/") and tag not in unknown}
 
 
 def _settings_entry(options: NanoOptions, form: Form) -> dict[str, Any]:

@@ -13,9 +13,9 @@ import torch
 from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.manifest import read_manifest
 from vpmoe.cli import main
-from vpmoe.eval.nano import valid_losses
 from vpmoe.eval.open_model import open_model
 from vpmoe.eval.suites.likelihood import BUCKETS, measure, text_passages
+from vpmoe.eval.valid_split import valid_losses
 from vpmoe.tokenizer import CompactVocabulary
 
 TEXTS = ["One and two are three. " * 30, "é", "Seven, señor? " * 3, "Nothing is here but words. " * 4]

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_vpmoe.errors import CheckpointError, DataError, NotOursError, TokenizerError
 from megatron_vpmoe.manifest import read_manifest
 from tests.tiny import tiny_config
 from tests.unit.vpmoe.eval.conftest import GOOD, ids_of
 from vpmoe.cli import main
-from vpmoe.eval import nano
 from vpmoe.eval import open_model as open_model_module
+from vpmoe.eval import valid_split
 from vpmoe.eval.asking import decode_in_batches, stop_ids
 from vpmoe.eval.nano import NanoOptions, evaluate_and_plot, evaluate_model
 from vpmoe.eval.open_model import open_model
@@ -159,20 +161,18 @@ def test_batches_give_each_prompt_what_it_gets_alone(data: Path, run_directory: 
 
 def test_whole_valid_split_is_measured(data: Path, run_directory: Path, monkeypatch) -> None:
     """Every conversation of the split, not the ``eval_iters`` batches of training."""
-    from megatron_vpmoe.training import evaluate as evaluation
-
     seen = []
-    original = evaluation.evaluate
+    original = valid_split.evaluate
 
     def counting(model, objective, batches):
         batches = list(batches)
         seen.extend(int((batch.document_id.amax(1) + 1).sum()) for batch in batches)
         return original(model, objective, batches)
 
-    monkeypatch.setattr(evaluation, "evaluate", counting)
+    monkeypatch.setattr(valid_split, "evaluate", counting)
     with open_model(run_directory) as run:
         manifest = read_manifest(data / "dataset")
-        nano.valid_losses(run, manifest)
+        valid_split.valid_losses(run, manifest)
         rows = manifest.splits["valid"].rows
     assert sum(seen) == rows > 0
 
@@ -204,3 +204,39 @@ def test_dataset_of_another_vocabulary_is_refused(
     annotated = ["--reference", str(run_directory), "--output-dir", str(tmp_path / "annotated")]
     assert main(["data", "annotate", other, *annotated]) == 2
     assert "the model has the vocabulary" in capsys.readouterr().err and not (tmp_path / "annotated.partial").exists()
+
+
+def test_distance_to_a_teacher_is_that_of_whole_distributions(data: Path, run_directory: Path, tmp_path: Path) -> None:
+    """Against softmaxes written out, conversation by conversation, in fp64; to itself it is none."""
+    from megatron_vpmoe.data.kd_dataset import KDDataset
+    from megatron_vpmoe.model.attention.masks import SequenceLayout
+
+    export_checkpoint(run_directory, tmp_path / "teacher")
+    manifest = read_manifest(data / "dataset")
+    few = options(data, per_family=1, max_new_tokens=2, data_path=data / "dataset")
+    same, *_ = evaluate_model(run_directory, replace(few, teacher=tmp_path / "teacher"), progress=silent)
+    assert same["to_teacher"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert same["to_teacher"]["agreement"] > 0.9  # untrained: what is likeliest is a matter of rounding here and there
+    teacher = tmp_path / "teacher" / "model.safetensors"
+    tensors = load_file(teacher)
+    generator = torch.Generator().manual_seed(0)
+    save_file({name: x + 0.05 * torch.randn(x.shape, generator=generator) for name, x in tensors.items()}, teacher)
+    with open_model(run_directory) as student, open_model(tmp_path / "teacher") as other:
+        found = valid_split.distance(student, tmp_path / "teacher", manifest)
+        sums, dataset = torch.zeros(3, dtype=torch.float64), KDDataset(manifest, "valid", seq_length=192)
+        for number in range(len(dataset)):
+            document = dataset[number]
+            tokens = torch.from_numpy(document.tokens).long().unsqueeze(0)
+            mask = torch.from_numpy(document.loss_mask).bool()
+            layout = SequenceLayout(document_id=torch.zeros_like(tokens), position=torch.arange(tokens.shape[1])[None])
+            with torch.no_grad():
+                log_q, log_p = (
+                    model.logits(model(tokens, layout).hidden_BSH)[0, mask].double().log_softmax(-1)
+                    for model in (student.model, other.model)
+                )
+            sums += torch.stack(
+                [(log_p.exp() * (log_p - log_q)).sum(), (log_p.argmax(-1) == log_q.argmax(-1)).sum(), mask.sum()]
+            )
+    assert found["kl"] == pytest.approx(float(sums[0] / sums[2]), rel=1e-4) and found["kl"] > 1e-3
+    assert found["agreement"] == pytest.approx(float(sums[1] / sums[2]), abs=0.05)
+    assert 0 < found["kl_top_64"] < found["kl"]
