@@ -131,8 +131,8 @@ class RlPlan:
         read = read_settings(settings or root / SETTINGS, RlSettings)
         quickstart = read_settings(root / QUICKSTART)
         asked = quickstart.evaluation.model_copy(update={"per_family": read.per_family})
-        rows = {**quickstart.rows, "families": read.families}
-        own = quickstart.model_copy(update={"rows": rows, "evaluation": asked})
+        data_of = {"rows": quickstart.rows | read.rows, "dataset": quickstart.dataset | read.dataset}
+        own = quickstart.model_copy(update={**data_of, "evaluation": asked})
         data = Plan.of(root, overwrite=overwrite, work_dir=work_dir, settings=own, data=DATA)
         chosen = tuple(seeds) or (data.cfg.training.seed,)
         plans = tuple(SeedPlan.of(data, read, seed) for seed in chosen)

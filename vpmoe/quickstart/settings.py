@@ -76,11 +76,12 @@ class RlTargets(_Section):
 class RlSettings(_Section):
     """``configs/nano/rl_nano.toml``; ``pairs`` are options of ``vpmoe eval pairs``.
 
-    ``families`` and ``per_family`` take the place of the quickstart's.
+    ``rows`` and ``dataset`` take the place of options of the same name in the quickstart's, ``per_family`` of its.
     """
 
-    families: dict[str, float]
     per_family: Count
+    rows: Options
+    dataset: Options
     sft: Stage
     grpo: Stage
     dpo: Stage
