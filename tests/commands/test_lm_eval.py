@@ -18,6 +18,7 @@ from tests.tiny import ROOT
 from tests.tiny_student import write_student, write_vocabulary
 from vpmoe.data_curation.tasks.question_texts import prompt
 from vpmoe.data_curation.tasks.synth_mini import generate
+from vpmoe.eval.suites.finished import Finished
 from vpmoe.hf.convert import export_checkpoint
 from vpmoe.hf.tokenizer_files import open_tokenizer
 
@@ -31,29 +32,43 @@ def test_both_tasks(tmp_path: Path) -> None:
     checkpoint = write_student(tmp_path / "megatron", assets=assets, padded_vocab_size=ROWS)
     exported = export_checkpoint(checkpoint, tmp_path / "hf").path
     tasks = ["synth_mini_answers", "synth_mini_likelihood"]
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "2"]
-    command += ["--model_args", f"pretrained={exported},trust_remote_code=True,dtype=float32"]
-    command += ["--include_path", str(ROOT / "configs" / "eval" / "lm_eval"), "--tasks", ",".join(tasks)]
-    command += ["--limit", str(LIMIT), "--output_path", str(tmp_path / "out"), "--log_samples"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     environment = {**training_runs.ENVIRONMENT, **offline}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["results"]
+
+    def run(*words: str) -> None:
+        command = [sys.executable, "-m", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+    def by_lm_eval(module: str, model: str, arguments: str, *words: str) -> tuple[dict[str, Any], list[float]]:
+        """The results, and the log-likelihood of every answer."""
+        out = tmp_path / model
+        words += ("--include_path", str(ROOT / "configs" / "eval" / "lm_eval"), "--tasks", ",".join(tasks))
+        words += ("--limit", str(LIMIT), "--output_path", str(out), "--log_samples", "--batch_size", "2")
+        run(module, "run", "--model", model, "--model_args", arguments, *words)
+        lines = next(out.rglob("samples_synth_mini_likelihood_*.jsonl")).read_text().splitlines()
+        likelihoods = [float(json.loads(line)["resps"][0][0][0]) for line in lines]
+        return json.loads(next(out.rglob("results_*.json")).read_text())["results"], likelihoods
+
+    arguments = f"pretrained={exported},trust_remote_code=True,dtype=float32"
+    found, expected = by_lm_eval("lm_eval", "hf", arguments, "--device", "cpu")
+    direct, likelihoods = by_lm_eval("vpmoe.eval.suites.lm_eval_model", "vpmoe", f"pretrained={checkpoint}")
+    assert likelihoods == pytest.approx(expected, abs=1e-4) and len(likelihoods) == LIMIT
     assert found.keys() == set(tasks) and 0 <= found["synth_mini_answers"]["exact_match,first_line"] <= 1
 
     # The same tasks on the checkpoint itself, by our own forward pass.
-    ours = [sys.executable, "-m", "vpmoe.cli", "eval", "lm-eval", str(checkpoint), "--tasks", ",".join(tasks)]
+    ours = ["vpmoe.cli", "eval", "lm-eval", str(checkpoint), "--tasks", ",".join(tasks)]
     ours += ["--include-path", str(ROOT / "configs" / "eval" / "lm_eval"), "--limit", str(LIMIT), "--batch-size", "3"]
-    done = subprocess.run(
-        [*ours, "--output", "ours.json"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    run(*ours, "--output", "ours.json")
     entries = json.loads((tmp_path / "ours.json").read_text())["tasks"]
     for task, numbers in found.items():
         for name, value in numbers.items():
             if name.split(",")[0] in ("exact_match", "perplexity", "acc"):
                 assert entries[task][name] == pytest.approx(value, rel=1e-4), (task, name)
+                assert direct[task][name] == pytest.approx(value, rel=1e-4), (task, name)
+        right = Finished.read(tmp_path / "ours.json").items[task].values()
+        share = found[task].get("exact_match,first_line", found[task].get("acc,none"))
+        assert len(right) == LIMIT and sum(item["correct"] for item in right) / LIMIT == share
 
     model: Any = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
     tokenizer = open_tokenizer(exported)

@@ -1,5 +1,8 @@
 """Any model that ``vpmoe`` opens, as a model of lm-eval: its tasks run on our own weights, without an export.
 
+lm-eval looks for no models outside of itself, so its command line, too, is called by this module, which registers ours:
+``python -m vpmoe.eval.suites.lm_eval_model run --model vpmoe --model_args pretrained=runs/quickstart --tasks ...``.
+
 Texts are encoded as lm-eval's own model of HF directories does: blanks at the end of a context belong to what follows,
 context and continuation are encoded together, nothing stands before them but for an empty context, and what is too
 long loses its beginning.
@@ -7,19 +10,24 @@ long loses its beginning.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 from lm_eval import simple_evaluate
+from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 
+from megatron_vpmoe.files import sha256_of_json
 from megatron_vpmoe.generation.engine import generate
 from megatron_vpmoe.generation.prompts import Prompt
 from megatron_vpmoe.generation.sampling import SamplingOptions
@@ -32,6 +40,9 @@ from vpmoe.eval.suites.likelihood import Passage, measure
 from vpmoe.eval.suites.likelihoods import Request, likelihoods
 
 SUITE, CONTEXT, NEW_TOKENS = "lm_eval", 2048, 256
+_ARGUMENTS = {"pretrained": str, "context": int, "bf16": bool, "batch_size": int}
+_SHARES = ("acc", "exact_match")
+"""lm-eval's metrics that are the share of items answered rightly."""
 
 
 class VpmoeLM(LM):
@@ -47,6 +58,41 @@ class VpmoeLM(LM):
         super().__init__()
         self._model, self._tokenizer, self._rows = opened.model, opened.tokenizer, batch_size
         self.context = context or opened.context or CONTEXT
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Self:
+        """Open the model that lm-eval's command line names; it stays open as long as what is returned.
+
+        Args:
+            arg_dict: ``--model_args``: ``pretrained`` is a run, a checkpoint, an object of a ladder or an HF directory;
+                ``context`` and ``bf16`` as ``vpmoe eval lm-eval`` has them.
+            additional_config: lm-eval's own options, of which ``batch_size`` counts. ``device`` cannot: lm-eval says
+                cuda:0 where nobody says anything, and ours is found as everywhere.
+
+        Raises:
+            DataError: an argument is missing, unknown or of another kind.
+            CheckpointError, WeightsError, TokenizerError: as :func:`vpmoe.eval.open_model.open_model`.
+        """
+        given = dict(arg_dict)
+        if (rows := (additional_config or {}).get("batch_size")) is not None:
+            given["batch_size"] = int(rows) if str(rows).isdecimal() else rows
+        for name, value in given.items():
+            if name not in _ARGUMENTS or type(value) is not _ARGUMENTS[name]:
+                known = ", ".join(f"{known} ({kind.__name__})" for known, kind in _ARGUMENTS.items())
+                fault = f"{name}={value!r} is no argument of a model of vpmoe"
+                raise DataError(fault, source="--model_args, --batch_size", remedy=f"it takes {known}")
+        if "pretrained" not in given:
+            raise DataError("no model is named", source="--model_args", remedy="pretrained=WHERE")
+        with contextlib.ExitStack() as stack:
+            opened = stack.enter_context(open_model(Path(given["pretrained"]), bf16=given.get("bf16")))
+            model = cls(opened, given.get("batch_size", 32), given.get("context"))
+            weakref.finalize(model, stack.pop_all().close)
+        return model
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Self:
+        """The same of ``name=value,name=value``."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode_ordinary(text).tolist()
@@ -148,23 +194,45 @@ def evaluate(
         distributed.from_rank_0(lambda: suite_report.check_writable(output, overwrite=overwrite))
         lm = VpmoeLM(opened, batch_size, context)
         run = cast(Any, simple_evaluate)  # a decorator hides its signature
-        found = run(lm, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1000)
-        entries = {name: _entry(numbers, found["n-samples"].get(name)) for name, numbers in found["results"].items()}
-        settings = {"limit": limit, "context": context or opened.context or CONTEXT, "bf16": opened.cfg.training.bf16}
-        report = {
-            **suite_report.head(SUITE, opened, settings),
-            "tasks": entries,
-            "wall_seconds": round(time.perf_counter() - started, 2),
-        }
-        suite_report.write(output, report, [])
+        found = run(lm, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=1000)
+        # lm-eval tells the first process of a machine alone; it is the one that writes.
+        report, items = distributed.from_rank_0(lambda: _report(opened, lm, found, limit))
+        report["wall_seconds"] = round(time.perf_counter() - started, 2)
+        suite_report.write(output, report, items)
     say(f"{output} written")
     return report
 
 
-def _entry(numbers: dict[str, Any], samples: dict[str, int] | None) -> dict[str, Any]:
-    """A task's metrics by lm-eval's names, and the accuracy under that of our reports where there is one."""
-    metrics = {name: value for name, value in numbers.items() if isinstance(value, float)}
-    return {"accuracy": metrics.get("acc,none"), "n": (samples or {}).get("effective"), **metrics}
+def _report(
+    opened: Opened, lm: VpmoeLM, found: Mapping[str, Any], limit: int | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The report and its items, of what lm-eval found."""
+    settings = {"limit": limit, "context": lm.context, "bf16": opened.cfg.training.bf16}
+    entries, bundle, items = {}, {}, []
+    for name, numbers in found["results"].items():
+        samples = found["samples"].get(name, ())
+        hashes = [[sample[f"{part}_hash"] for part in ("doc", "prompt", "target")] for sample in samples]
+        bundle[name] = {"version": found["versions"].get(name), "sha256": sha256_of_json(hashes)}
+        metrics = {metric: value for metric, value in numbers.items() if isinstance(value, float)}
+        right = _right(metrics, samples)
+        accuracy = {}
+        if right:
+            total, n = sum(right.values()), len(right)
+            accuracy = {"accuracy": total / n, "interval": suite_report.wilson(total, n)}
+        entries[name] = {**accuracy, "n": found["n-samples"].get(name, {}).get("effective"), **metrics}
+        items += [{"task": name, "item": item, "correct": value} for item, value in right.items()]
+    return {**suite_report.head(SUITE, opened, settings), "bundle": bundle, "tasks": entries}, items
+
+
+def _right(metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Of each document how far it was answered rightly; nothing for tasks that have no share of right answers."""
+    for metric, value in metrics.items():
+        name, _, answers = metric.partition(",")
+        if name in _SHARES:
+            mine = {one["doc_id"]: float(one[name]) for one in samples if one["filter"] == answers and name in one}
+            if mine and math.isclose(sum(mine.values()) / len(mine), value, abs_tol=1e-9):
+                return mine
+    return {}
 
 
 def summary_lines(report: dict[str, Any]) -> str:
@@ -175,3 +243,7 @@ def summary_lines(report: dict[str, Any]) -> str:
         for name, value in entry.items()
         if isinstance(value, float) and "stderr" not in name and name != "accuracy"
     )
+
+
+if __name__ == "__main__":
+    cli_evaluate()

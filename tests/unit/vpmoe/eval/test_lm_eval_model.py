@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vpmoe.errors import DataError
+
 pytestmark = pytest.mark.slow
 
 
@@ -19,6 +21,11 @@ def test_likelihoods_and_generation(run_directory: Path) -> None:
     from vpmoe.eval.suites.lm_eval_model import VpmoeLM
 
     assert get_model("vpmoe") is VpmoeLM
+    for arguments, fault in (("colour=1", "colour=1 is no argument"), ("context=x", "context='x'"), ("", "no model")):
+        with pytest.raises(DataError, match=fault):
+            VpmoeLM.create_from_arg_string(arguments, {"device": None})
+    with pytest.raises(DataError, match="batch_size='auto'"):
+        VpmoeLM.create_from_arg_obj({"pretrained": str(run_directory)}, {"batch_size": "auto", "device": "cuda:0"})
 
     def instances(kind: str, arguments: list[tuple]) -> list:
         return [Instance(kind, {}, one, number) for number, one in enumerate(arguments)]
@@ -32,7 +39,8 @@ def test_likelihoods_and_generation(run_directory: Path) -> None:
             rows = table[len(before) - 1 :]
             return float(rows[range(len(after)), after].sum()), rows.argmax(-1).tolist() == after
 
-        lm = VpmoeLM(opened, batch_size=3, context=24)
+        options = {"batch_size": "3", "device": "cuda:0"}
+        lm = VpmoeLM.create_from_arg_string(f"pretrained={run_directory},context=24", options)
         pairs = [("What is 1 + 2? ", "It is 3"), ("", "Three"), ("a" * 40, " and b")]
         for (context, continuation), found in zip(
             pairs, lm.loglikelihood(instances("loglikelihood", pairs)), strict=True
