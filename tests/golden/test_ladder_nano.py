@@ -55,6 +55,7 @@ def write_ladder(folder: Path) -> Path:
     ladder = in_folder(tomllib.loads(LADDER.read_text()), folder)
     ladder["prepare"] = [line.replace("--rows 60000", "--rows 400") for line in ladder["prepare"]]
     ladder["evaluation"] |= {"documents": 20, "per_family": 3}
+    ladder["evaluation"]["suites"][0]["items"] = 20
     # Of the healings the last one alone: each training takes seconds to start.
     objects = {name: entry for name, entry in ladder.pop("objects").items() if name in MADE}
     for identifier, entry in objects.items():
@@ -103,6 +104,8 @@ def test_six_rungs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"moe/router_agg/mean_entropy", "moe/router_agg/max_vio", "moe/router_agg/dead_experts_count"} <= set(health)
     table = (reports / "ladder.md").read_text()
     assert all(f"`{name}`" in table for name in RUNGS) and (reports / "ladder.png").is_file()
+    assert all(step["suites"]["text"]["number"] == "bits_per_byte" for step in report["steps"])
+    assert (reports / "eval" / "text" / "vpmoe-healed" / "vpmoe-healed.items.jsonl").is_file()
 
     lines = listing(request)
     assert len(lines) == len(MADE) and all("done and up to date" in line for line in lines)

@@ -1,7 +1,8 @@
 """Climbing: each object made or found done, evaluated or found evaluated, and the report written anew after each.
 
-An evaluation is a keyed step of its own: ``<reports>/<object>/receipt.json`` has what was asked and what was found. An
-interrupted climb goes on where it stopped.
+An evaluation is a keyed step of its own: ``<reports>/<object>/receipt.json`` has what was asked and what was found; so
+is each suite, which leaves its report in ``<reports>/eval/<suite>/<object>/``. An interrupted climb goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from vpmoe.errors import NotOursError, UpcycleError, VpmoeError
 from vpmoe.eval.reports import check_reportable
 from vpmoe.ladder import report
 from vpmoe.ladder.evaluation import HeldOut, evaluate
+from vpmoe.ladder.suites import RungSuite, check_suites, read_suites
 from vpmoe.upcycle import runner
 from vpmoe.upcycle.inputs import identity_of
 from vpmoe.upcycle.ladder_file import Evaluation, Ladder, ObjectSpec, geometry, read_ladder
 
 Say = Callable[[str], None]
-KIND = "evaluation"
+KIND, SUITE_KIND = "evaluation", "evaluation_suite"
 VERSION = 1
 """Of how an object is asked."""
 _PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers")
@@ -61,9 +63,10 @@ class _Climb:
     chosen: list[ObjectSpec]
     settings: Evaluation
     reports: Path
+    say: Say | None
 
     @classmethod
-    def of(cls, request: Request, ladder: Ladder) -> _Climb:
+    def of(cls, request: Request, ladder: Ladder, say: Say | None) -> _Climb:
         if ladder.target is None or ladder.evaluation is None:
             raise UpcycleError(
                 "a climb needs a target and an [evaluation]",
@@ -79,11 +82,38 @@ class _Climb:
                 source=str(ladder.path),
                 remedy="vpmoe ladder --dry-run lists them",
             )
-        return cls(request, ladder, chain, chosen, ladder.evaluation, request.reports or ladder.reports)
+        check_suites(ladder.evaluation, source=str(ladder.path))
+        return cls(request, ladder, chain, chosen, ladder.evaluation, request.reports or ladder.reports, say)
 
     @cached_property
     def held_out(self) -> HeldOut:
         return HeldOut.read(self.settings)
+
+    @cached_property
+    def suites(self) -> list[RungSuite]:
+        return read_suites(self.settings, self.say)
+
+    def asks(self, spec: ObjectSpec, receipt: dict[str, Any]) -> dict[str, steps.Step]:
+        """Of each suite the step that asks an object which has this receipt; the report is among its files."""
+        return {
+            suite.label: steps.Step(
+                kind=SUITE_KIND,
+                version=VERSION,
+                output=self.reports / "eval" / suite.label / spec.id,
+                decides={"object": spec.id, "made": identity_of(receipt), "asked": suite.decides},
+                packages=_PACKAGES,
+                inputs=(Path(spec.path),),
+            )
+            for suite in self.suites
+        }
+
+    def is_asked(self, spec: ObjectSpec, receipt: dict[str, Any]) -> bool:
+        """Whether everything that the object is to be asked is known."""
+        try:
+            found = [self.evaluation(spec, receipt), *self.asks(spec, receipt).values()]
+            return all(step.state().due is None for step in found)
+        except VpmoeError:
+            return False
 
     def evaluation(self, spec: ObjectSpec, receipt: dict[str, Any]) -> steps.Step:
         """The step that evaluates an object which has this receipt."""
@@ -108,7 +138,7 @@ def climb(request: Request, say: Say) -> dict[str, Any]:
         VpmoeError: whatever stops a command, a job or an evaluation; what was done is kept.
     """
     ladder = read_ladder(request.file)
-    plan = _Climb.of(request, ladder)
+    plan = _Climb.of(request, ladder, say)
     check_reportable(plan.reports / "ladder.json", report.KIND)
     for spec in plan.chosen:  # what is wrong with the last is said now, not after hours
         runner.job_and_settings(ladder, spec)
@@ -117,7 +147,7 @@ def climb(request: Request, say: Say) -> dict[str, Any]:
         command = Command(("vpmoe", *shlex.split(line)))
         say(f"$ {command}")
         run_command(command, Path.cwd(), to_stderr=True)
-    assert plan.held_out  # likewise
+    assert plan.held_out and plan.suites is not None  # likewise
     written: dict[str, Any] = {}
     for number, spec in enumerate(plan.chosen, 1):
         say(f"[{number}/{len(plan.chosen)}] rung {spec.rung}: {spec.id}")
@@ -128,7 +158,7 @@ def climb(request: Request, say: Say) -> dict[str, Any]:
 
 def listing(request: Request) -> list[str]:
     """What a climb would do, a line an object; nothing is made."""
-    plan = _Climb.of(request, read_ladder(request.file))
+    plan = _Climb.of(request, read_ladder(request.file), None)
     lines = []
     for spec in plan.chosen:
         evaluated = False
@@ -136,7 +166,7 @@ def listing(request: Request) -> list[str]:
             found = runner.plan(plan.ladder, spec.id, check_hashes=False).step.state()
             due = found.due
             if due is None and found.receipt is not None and spec.rung:
-                evaluated = plan.evaluation(spec, found.receipt).state().due is None
+                evaluated = plan.is_asked(spec, found.receipt)
         except VpmoeError as error:
             due = error.what
         state = "done and up to date" if due is None else f"to be made: {due}"
@@ -159,6 +189,16 @@ def _make_and_ask(plan: _Climb, spec: ObjectSpec, say: Say) -> None:
         return {"evaluation": found, "processor_seconds": round(runner.processor_seconds() - before, 2)}
 
     steps.run(plan.evaluation(spec, receipt), ask, overwrite=overwrite, say=say)
+    for suite, step in zip(plan.suites, plan.asks(spec, receipt).values(), strict=True):
+        run_suite = partial(_ask_suite, suite, spec, plan.request.quiet)
+        steps.run(step, run_suite, overwrite=overwrite, say=say)
+
+
+def _ask_suite(suite: RungSuite, spec: ObjectSpec, quiet: bool, work: steps.Work) -> dict[str, Any]:
+    before = runner.processor_seconds()
+    found = suite.ask(Path(spec.path), work.folder / f"{spec.id}.json", quiet)
+    work.say(f"{suite.label}: {found['number']} {found['value']:.4f}")
+    return {"suite": found, "processor_seconds": round(runner.processor_seconds() - before, 2)}
 
 
 def _records(plan: _Climb) -> list[dict[str, Any]]:
@@ -186,6 +226,12 @@ def _records(plan: _Climb) -> list[dict[str, Any]]:
         }
         if spec.rung and asked.receipt:
             record |= {"evaluation": asked.receipt["report"]["evaluation"], "evaluation_time": _time(asked.receipt)}
+            states = {label: step.state() for label, step in plan.asks(spec, receipt).items()}
+            record["suites"] = {
+                label: {**state.receipt["report"]["suite"], "time": _time(state.receipt)}
+                for label, state in states.items()
+                if state.receipt and state.due is None
+            }
         found.append(record)
     return found
 

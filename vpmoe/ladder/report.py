@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,20 +20,15 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 KIND = "ladder"
 HEALED = "heal"
-_HEADINGS = (
-    "rung",
-    "object",
-    "job",
-    "nats/token",
-    "bits/byte",
-    "Δ rung 1",
-    "exact",
-    "Δ rung 1",
-    "validation, before → after",
-    "job s (processor)",
-    "evaluation s (processor)",
-    "weights",
-)
+_DELTA = "Δ rung 1"
+_BEFORE_SUITES = ("rung", "object", "job", "nats/token", "bits/byte", _DELTA, "exact", _DELTA)
+_AFTER_SUITES = ("validation, before → after", "job s (processor)", "evaluation s (processor)", "weights")
+_TITLES = {
+    "core8_centered_mean": "centered accuracy",
+    "centered_mean": "centered accuracy",
+    "bits_per_byte": "bits/byte",
+}
+"""How the number that a suite is known by is spelled."""
 
 Record = dict[str, Any]
 
@@ -66,11 +62,13 @@ def write_report(ladder: Ladder, records: Sequence[Record], folder: Path) -> dic
 
 
 def with_deltas(records: Sequence[Record]) -> list[Record]:
-    """The records with ``delta``: bits per byte and accuracy minus those of the first object of rung 1, if it is there.
+    """The records with ``delta``: bits per byte and accuracy minus those of the first object of rung 1, if it is there;
+    and one in each suite.
 
     Between rungs nothing else compares: nats a token belong to a vocabulary.
     """
-    base = next((record["evaluation"] for record in records if record["rung"] == 1), None)
+    first: Record = next((record for record in records if record["rung"] == 1), {})
+    base, of_suites = first.get("evaluation"), first.get("suites", {})
     result = []
     for record in records:
         found = record["evaluation"]
@@ -78,28 +76,54 @@ def with_deltas(records: Sequence[Record]) -> list[Record]:
             "bits_per_byte": found["texts"]["bits_per_byte"] - base["texts"]["bits_per_byte"],
             "accuracy": found["questions"]["accuracy"] - base["questions"]["accuracy"],
         }
-        result.append({**record, "delta": delta})
+        suites = {
+            label: {**suite, "delta": suite["value"] - of_suites[label]["value"] if label in of_suites else None}
+            for label, suite in record["suites"].items()
+        }
+        result.append({**record, "delta": delta, "suites": suites})
     return result
 
 
 def total_time(records: Sequence[Record]) -> dict[str, float]:
     """Seconds and processor seconds of all jobs and evaluations on record."""
-    parts = [record[key] for record in records for key in ("job_time", "evaluation_time") if key in record]
-    return {name: round(sum(part[name] for part in parts), 1) for name in ("seconds", "processor_seconds")}
+    return _sum([record["job_time"] for record in records] + [part for record in records for part in _asking(record)])
+
+
+def _asking(record: Record) -> list[dict[str, float]]:
+    """The times of an object's evaluation and suites."""
+    suites = [suite["time"] for suite in record.get("suites", {}).values()]
+    return [record["evaluation_time"], *suites] if "evaluation_time" in record else []
+
+
+def _sum(times: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: round(sum(time[name] for time in times), 1) for name in ("seconds", "processor_seconds")}
+
+
+def suites_of(evaluated: Sequence[Record]) -> dict[str, str]:
+    """The suites that objects were asked, in their order: label -> the number that it is known by."""
+    return {label: suite["number"] for record in evaluated for label, suite in record["suites"].items()}
+
+
+def _title(label: str, number: str) -> str:
+    name = "CORE-8" if label == "core8" and number == "core8_centered_mean" else label
+    return f"{name}, {_TITLES.get(number, number)}"
 
 
 def table(evaluated: Sequence[Record], fed: Sequence[Record], time: dict[str, float]) -> str:
     """The ladder as a Markdown table, and what it took."""
-    lines = [markdown_table(_HEADINGS, [_cells(record) for record in evaluated])]
+    suites = suites_of(evaluated)
+    of_suites = [heading for label, number in suites.items() for heading in (_title(label, number), _DELTA)]
+    headings = (*_BEFORE_SUITES, *of_suites, *_AFTER_SUITES)
+    lines = [markdown_table(headings, [_cells(record, list(suites)) for record in evaluated])]
     lines += ["", f"In all {time['seconds']:,.0f} s, {time['processor_seconds']:,.0f} s of processor time."]
     for record in fed:
         lines.append(
-            f"Below rung 1: `{record['object']}` ({record['job']}, {_validation(record)}, {_time(record, 'job_time')})."
+            f"Below rung 1: `{record['object']}` ({record['job']}, {_validation(record)}, {_time(record['job_time'])})."
         )
     return "\n".join(lines)
 
 
-def _cells(record: Record) -> list[str]:
+def _cells(record: Record, labels: Sequence[str]) -> list[str]:
     texts, questions, delta = record["evaluation"]["texts"], record["evaluation"]["questions"], record["delta"]
     return [
         str(record["rung"]),
@@ -110,11 +134,18 @@ def _cells(record: Record) -> list[str]:
         f"{delta['bits_per_byte']:+.4f}" if delta else "",
         f"{100 * questions['accuracy']:.1f} % ({questions['exact']}/{questions['n']})",
         f"{100 * delta['accuracy']:+.1f}" if delta else "",
+        *(cell for label in labels for cell in _of_suite(record["suites"].get(label))),
         _validation(record),
-        _time(record, "job_time"),
-        _time(record, "evaluation_time"),
+        _time(record["job_time"]),
+        _time(_sum(_asking(record))),
         f"`{record['weights_sha256'][:12]}`",
     ]
+
+
+def _of_suite(suite: dict[str, Any] | None) -> tuple[str, str]:
+    if suite is None:
+        return "", ""
+    return f"{suite['value']:.4f}", "" if suite["delta"] is None else f"{suite['delta']:+.4f}"
 
 
 def _validation(record: Record) -> str:
@@ -128,26 +159,32 @@ def _validation(record: Record) -> str:
     return ", ".join(f"{name} {pair['before']:.4f} → {pair['after']:.4f}".strip() for name, pair in losses.items())
 
 
-def _time(record: Record, key: str) -> str:
-    return f"{record[key]['seconds']:.0f} ({record[key]['processor_seconds']:.0f})"
+def _time(time: dict[str, float]) -> str:
+    return f"{time['seconds']:.0f} ({time['processor_seconds']:.0f})"
 
 
 def plot(evaluated: Sequence[Record], output: Path) -> None:
-    """Bits per byte and accuracy along the ladder, into a PNG which appears whole or not at all."""
+    """Bits per byte, accuracy and suites along the ladder, into a PNG which appears whole or not at all."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (losses, answers) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    suites = suites_of(evaluated)
+    count = 2 + len(suites)
+    figure, (losses, answers, *others) = pyplot.subplots(1, count, figsize=(6.5 * count, 5), layout="constrained")
     figure.suptitle("The ladder: each conversion and its healing")
     loss = [record["evaluation"]["texts"]["bits_per_byte"] for record in evaluated]
     share = [100 * record["evaluation"]["questions"]["accuracy"] for record in evaluated]
     _along(losses, evaluated, loss)
     losses.set(title="held-out texts", ylabel="bits per byte", ylim=(0, 1.1 * max(loss)))
     _along(answers, evaluated, share)
-    count = evaluated[0]["evaluation"]["questions"]["n"]
-    answers.set(title=f"held-out questions, greedy (n = {count})", ylabel="exact, %", ylim=(0, 105))
+    asked = evaluated[0]["evaluation"]["questions"]["n"]
+    answers.set(title=f"held-out questions, greedy (n = {asked})", ylabel="exact, %", ylim=(0, 105))
+    for axis, (label, number) in zip(others, suites.items(), strict=True):
+        found = [record["suites"][label]["value"] if label in record["suites"] else math.nan for record in evaluated]
+        _along(axis, evaluated, found)
+        axis.set(title=_title(label, number), ylabel=_TITLES.get(number, number))
     save_figure(figure, output, dpi=110)
 
 
@@ -158,6 +195,8 @@ def _along(axes: Axes, evaluated: Sequence[Record], values: Sequence[float]) -> 
         chosen = [place for place in places if (evaluated[place]["job"] == HEALED) == healed]
         axes.scatter(chosen, [values[place] for place in chosen], s=36, c=face, edgecolors="tab:blue", label=label)
     for place, value in zip(places, values, strict=True):
+        if math.isnan(value):  # not asked of this one
+            continue
         where = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
         axes.annotate(f"{value:.3g}", (place, value), fontsize=7, **where)
     names = [f"{record['rung']}: {record['object']}" for record in evaluated]

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from megatron_vpmoe.config import RunConfig, load_config, stored_faults
+from megatron_vpmoe.config.schema_evaluation import AskedSuite
 from megatron_vpmoe.config.schema_section import Count, Name, Size, Text
 from vpmoe.errors import UpcycleError
 from vpmoe.toml_file import read_toml
@@ -82,6 +83,8 @@ class Evaluation(_Section):
     """Texts or questions computed together; does not change what is found but for rounding."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; the whole model is held in it."""
+    suites: list[AskedSuite] = Field([], max_length=32)
+    """Suites that every rung is asked besides (docs/eval_suite.md), as tables ``[[evaluation.suites]]``."""
 
 
 class Ladder(_Section):

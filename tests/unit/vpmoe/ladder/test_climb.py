@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,9 +43,23 @@ def test_climbing_twice_does_nothing_the_second_time(ladder: Path, monkeypatch: 
     def never(*_arguments: object, **_options: object) -> None:
         raise AssertionError("evaluated again")
 
+    for label, number in (("core8", "core8_centered_mean"), ("windows", "bits_per_byte")):
+        suite, table = step["suites"][label], (folder / "ladder.md").read_text()
+        assert suite["number"] == number and suite["delta"] == 0 and suite["time"]["seconds"] > 0
+        assert f"{suite['value']:.4f} | +0.0000" in table
+        written = json.loads((folder / "eval" / label / "model" / "model.json").read_text())
+        assert written["kind"] == "eval_suite" and written["checkpoint"]["run"] == "model"
+        assert (folder / "eval" / label / "model" / "model.items.jsonl").is_file()
+    assert "CORE-8, centered accuracy | Δ rung 1" in table and "windows, bits/byte" in table
+    assert step["suites"]["windows"]["value"] == pytest.approx(written["tasks"]["text"]["bits_per_byte"])
+    assert (written["settings"]["window"], written["tasks"]["text"]["n"]) == (24, 5)
+    assert step["suites"]["core8"]["numbers"].keys() >= {"colors/accuracy", "last_word/centered"}
+
     monkeypatch.setattr(module, "evaluate", never)
+    monkeypatch.setattr(module.RungSuite, "ask", never)
     again, lines = go(ladder)
     assert f"  {folder / 'model'}: done and valid" in lines
+    assert f"  {folder / 'eval' / 'core8' / 'model'}: done and valid" in lines
     assert again["steps"] == report["steps"]
     assert "done and up to date; evaluated" in listing(Request(ladder))[0]
 
@@ -63,6 +78,7 @@ def test_the_validation_of_every_dataset_is_in_the_table(tags: list[str], shown:
     assert f"(heal, {shown}, 1 (1))" in table([], [fed], {"seconds": 1, "processor_seconds": 1})
 
 
+@pytest.mark.slow
 def test_other_questions_are_asked_again(ladder: Path) -> None:
     before, _ = go(ladder)
     ladder.write_text(ladder.read_text().replace("per_family = 4", "per_family = 3"))
@@ -77,6 +93,34 @@ def test_other_questions_are_asked_again(ladder: Path) -> None:
     assert after["steps"][0]["job_time"] == before["steps"][0]["job_time"], "the job was done before"
 
 
+@pytest.mark.slow
+def test_another_suite_alone_is_asked_again(ladder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted climb goes on with the suite that was not asked; what others found stays."""
+    before, _ = go(ladder, overwrite=True)
+    ladder.write_text(ladder.read_text().replace("items = 5", "items = 4"))
+    assert "done and up to date; to be evaluated" in listing(Request(ladder))[0]
+    with pytest.raises(NotOursError, match=r"asked\.read: "):
+        go(ladder)
+    asked: list[str] = []
+    ask = module.RungSuite.ask
+
+    def interrupted(self: module.RungSuite, *arguments: Any) -> Any:
+        asked.append(self.label)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return ask(self, *arguments)
+
+    monkeypatch.setattr(module.RungSuite, "ask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        go(ladder, overwrite=True)
+    after, _ = go(ladder, overwrite=True)
+    assert asked == ["windows", "windows"]
+    (old,), (new,) = before["steps"], after["steps"]
+    assert new["evaluation"] == old["evaluation"] and new["suites"]["core8"] == old["suites"]["core8"]
+    assert new["suites"]["windows"]["value"] != old["suites"]["windows"]["value"]
+
+
+@pytest.mark.slow
 def test_an_object_out_of_date_is_made_again_when_asked(ladder: Path) -> None:
     go(ladder)
     before = json.loads((ladder.parent / "reports" / "model" / "receipt.json").read_text())
@@ -114,6 +158,13 @@ def test_what_is_refused(ladder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "objects.a.config" in said and "6 problems" in said
     assert main(["ladder", str(ladder), "--from", "5", "--dry-run"]) == 2
     assert "no object of rungs 5 to 1" in capsys.readouterr().err
+    for change, what in (
+        ('suite = "core9"', "there is no suite 'core9' for a ladder"),
+        ('suite = "core8"\nname = "windows"', "two suites are called windows"),
+    ):
+        wrong.write_text(ladder.read_text().replace('suite = "core8"', change))
+        assert main(["ladder", str(wrong), "--dry-run"]) == 2
+        assert what in capsys.readouterr().err
     wrong.write_text('prepare = ["data stats"]\n' + ladder.read_text().replace("greedy_steps", "greedy_stps"))
     with pytest.raises(UpcycleError, match="greedy_stps"):  # before anything is prepared or made
         climb(Request(wrong), [].append)

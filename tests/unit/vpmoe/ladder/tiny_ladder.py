@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.suites_in_training import CORE8
+from tests.tiny_core_bundle import write_bundle
 from tests.tiny_qwen3 import write_qwen3
 from vpmoe.data_curation.tasks.question_texts import write_texts
 from vpmoe.data_curation.tasks.synth_mini import generate
@@ -23,6 +25,15 @@ questions = "{root}/rows/test.jsonl"
 per_family = 4
 max_new_tokens = 6
 batch_size = {batch_size}
+[[evaluation.suites]]
+suite = "core8"
+items = 3
+options = {{ config = "{root}/core8.toml", bundle = "{root}/bundle" }}
+[[evaluation.suites]]
+suite = "text"
+name = "windows"
+items = 5
+options = {{ texts = "{root}/texts/test.jsonl", window = 24 }}
 [objects.model_hf]
 rung = 0
 [objects.model]
@@ -50,6 +61,8 @@ def write_ladder(root: Path, repository: Path) -> Path:
     texts = (root / "texts" / "pool.jsonl").read_text().splitlines()
     write_qwen3(root / "model_hf", vocab_size=ROWS, num_hidden_layers=1, hidden_size=32, initializer_range=0.05)
     save_bpe(train_bpe(texts, ROWS - 10), root / "model_hf")
+    write_bundle(root / "bundle", 5)
+    (root / "core8.toml").write_text(CORE8)
     path = root / "ladder.toml"
     path.write_text(LADDER.format(root=root, repository=repository, rows=ROWS, batch_size=4))
     return path
