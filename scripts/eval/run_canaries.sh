@@ -1,10 +1,3 @@
 #!/usr/bin/env bash
 # `vpmoe eval canaries`: scripts/eval/run_canaries.sh WHERE [--size full] [--tasks a,b] [--against REPORT] ...; with NPROC=8 over eight processes, one a GPU.
-set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-python="$root/.venv/bin/python"
-[[ -x "$python" ]] || python=$(command -v python3 || command -v python)
-if [[ "${NPROC:-1}" == 1 ]]; then
-    exec "$python" -m vpmoe.cli eval canaries "$@"
-fi
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" -m vpmoe.cli eval canaries "$@"
+exec "$(dirname "${BASH_SOURCE[0]}")/run_suite.sh" canaries "$@"

@@ -1,10 +1,3 @@
 #!/usr/bin/env bash
 # `vpmoe eval core8`: scripts/eval/run_core8.sh WHERE [--size full] [--tasks a,b] [--bundle FOLDER] ...; with NPROC=8 over eight processes, one a GPU.
-set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-python="$root/.venv/bin/python"
-[[ -x "$python" ]] || python=$(command -v python3 || command -v python)
-if [[ "${NPROC:-1}" == 1 ]]; then
-    exec "$python" -m vpmoe.cli eval core8 "$@"
-fi
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" -m vpmoe.cli eval core8 "$@"
+exec "$(dirname "${BASH_SOURCE[0]}")/run_suite.sh" core8 "$@"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,6 +104,11 @@ def refuse(names: str, text: str, when: Callable[[View], Found]) -> Rule:
 def idle(names: str, text: str, when: Callable[[View], Found]) -> Rule:
     """A rule by which fields change nothing; names apart by spaces."""
     return Rule(tuple(names.split()), text, when, "idle")
+
+
+def twice(key: str, parts: Sequence[Any] | None) -> list[Mapping[str, object]]:
+    """For each label that several of ``parts`` have, the label under ``key``."""
+    return [{key: label} for label, count in Counter(part.label for part in parts or ()).items() if count > 1]
 
 
 class _Values(dict[str, Any]):

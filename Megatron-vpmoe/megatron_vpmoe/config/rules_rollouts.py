@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from itertools import pairwise
 
-from megatron_vpmoe.config.rule import Rule, View, refuse
+from megatron_vpmoe.config.rule import Rule, View, refuse, twice
 from megatron_vpmoe.config.schema_objective import ObjectiveFields
 from megatron_vpmoe.config.schema_rollouts import MODES, RolloutsSection
 
@@ -120,9 +119,7 @@ REFUSED: tuple[Rule, ...] = (
     refuse(
         "rewards",
         "two are called {reward} in metrics; give one function another name",
-        lambda c: [
-            {"reward": name} for name, count in Counter(part.label for part in c.rewards or ()).items() if count > 1
-        ],
+        lambda c: twice("reward", c.rewards),
     ),
     refuse(
         "global_batch_size rollout_groups rollout_group_size curriculum",

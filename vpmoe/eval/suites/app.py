@@ -62,7 +62,7 @@ def core8(
     """
     from vpmoe.eval.suites.core8 import Chosen, Settings, evaluate, summary_lines
 
-    names = tuple(name.strip() for name in tasks.split(",")) if tasks is not None else ()
+    names = _names(tasks)
     chosen = Chosen(size, names, bundle, batch_size, context, bf16, output, overwrite)
     report = evaluate(where, Settings.read(config), chosen, say=say_once)
     say_once(summary_lines(report), err=False)
@@ -108,7 +108,7 @@ def canaries(
     from vpmoe.eval.suites.canaries import Chosen, Settings, evaluate
     from vpmoe.eval.suites.canary_entries import summary_lines
 
-    names = tuple(name.strip() for name in tasks.split(",")) if tasks is not None else ()
+    names = _names(tasks)
     asked = {"system": system, "developer": developer, "plain": plain, "max_new_tokens": max_new_tokens}
     how = {"batch_size": batch_size, "context": context, "bf16": bf16, "output": output, "overwrite": overwrite}
     report = evaluate(where, Settings.read(config), Chosen(size, names, against, **asked, **how), say=say_once)
@@ -165,7 +165,7 @@ def lm_eval(
 
     report = evaluate(
         where,
-        [name.strip() for name in tasks.split(",")],
+        _names(tasks),
         include_path=include_path,
         limit=limit,
         batch_size=batch_size,
@@ -176,6 +176,11 @@ def lm_eval(
         say=say_once,
     )
     say_once(summary_lines(report), err=False)
+
+
+def _names(tasks: str | None) -> tuple[str, ...]:
+    """Those that stand with commas between."""
+    return () if tasks is None else tuple(name.strip() for name in tasks.split(","))
 
 
 def say_once(line: str, *, err: bool = True) -> None:

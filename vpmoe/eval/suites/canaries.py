@@ -16,7 +16,6 @@ from pydantic import Field, StringConstraints
 
 from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.files import sha256_of_json
-from megatron_vpmoe.runtime import distributed
 from vpmoe.data_curation.tasks.registry import FAMILIES
 from vpmoe.errors import DataError, HarmonyError
 from vpmoe.eval.asking import AsConversation, Form, form_of
@@ -84,6 +83,12 @@ class Chosen:
     output: Path | None = None
     overwrite: bool = False
 
+    @property
+    def instead(self) -> dict[str, int]:
+        """What takes the place of settings."""
+        given = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+        return {name: value for name, value in given.items() if value is not None}
+
 
 def evaluate(path: Path, settings: Settings, chosen: Chosen, *, say: Say) -> dict[str, Any]:
     """Evaluate the model at ``path``, write report and items, and return the report; a collective of all ranks.
@@ -102,12 +107,12 @@ def evaluate(path: Path, settings: Settings, chosen: Chosen, *, say: Say) -> dic
     started = time.perf_counter()
     require_folder(path)
     names = _known(chosen)
+    settings = settings.model_copy(update=chosen.instead)
     asked = _asked(names, settings, settings.limit(chosen.size))
     against = chosen.against
     theirs = Outputs.read(against) if against is not None and not against.is_dir() else None
     with process_groups(), open_model(path, bf16=chosen.bf16) as opened:
-        output = chosen.output or suite_report.default_output(SUITE, opened)
-        distributed.from_rank_0(lambda: suite_report.check_writable(output, overwrite=chosen.overwrite))
+        output = suite_report.output_for(SUITE, opened, chosen.output, overwrite=chosen.overwrite)
         form = form_of(opened, plain=chosen.plain, system=chosen.system, developer=chosen.developer, say=say)
         left_out = {}
         if HARMONY in asked and not isinstance(form, AsConversation):
@@ -131,7 +136,7 @@ def evaluate(path: Path, settings: Settings, chosen: Chosen, *, say: Say) -> dic
         report = {
             **suite_report.head(SUITE, opened, _settings_entry(settings, chosen, opened, form)),
             "asked": form.entry,
-            "tasks": entries_of(records, chosen.max_new_tokens or settings.max_new_tokens),
+            "tasks": entries_of(records, settings.max_new_tokens),
             "left_out": left_out,
             PINNED: {one.question.row["synth_id"]: output_of(one, form) for one in scored.get(PINNED, ())},
         }
@@ -181,9 +186,9 @@ def _answers(
     """By task: greedy answers, and drawn ones of which Harmony is judged."""
 
     def ask(questions: Sequence[Question], check: Checker, label: str, **draw: Any) -> list[Scored]:
-        limit, rows = chosen.max_new_tokens or settings.max_new_tokens, chosen.batch_size or settings.batch_size
-        limits = {"max_new_tokens": limit, "batch_size": rows, "context": chosen.context or opened.context}
-        return answer(opened.model, form, questions, check, label=label, **limits, **draw)
+        limits = {"max_new_tokens": settings.max_new_tokens, "context": chosen.context or opened.context}
+        rows = settings.batch_size
+        return answer(opened.model, form, questions, check, label=label, batch_size=rows, **limits, **draw)
 
     greedy = [question for name, questions in asked.items() if name != HARMONY for question in questions]
     given = iter(ask(greedy, is_right, SUITE))
@@ -208,10 +213,10 @@ def _settings_entry(settings: Settings, chosen: Chosen, opened: Opened, form: Fo
         "form": form.entry["form"],
         "pinned_sha256": sha256_of_json(settings.pinned),
         "size": chosen.size,
-        "max_new_tokens": chosen.max_new_tokens or settings.max_new_tokens,
+        "max_new_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,
         "seed": settings.seed,
         "context": chosen.context or opened.context,
         "bf16": opened.cfg.training.bf16,
-        "batch_size": chosen.batch_size or settings.batch_size,
+        "batch_size": settings.batch_size,
     }

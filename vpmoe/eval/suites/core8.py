@@ -153,8 +153,7 @@ def evaluate(path: Path, settings: Settings, chosen: Chosen, *, say: Say) -> dic
     folder = chosen.bundle or bundle_folder(settings.bundle, say=say)
     items = Items.read(folder, chosen.tasks or settings.tasks, chosen.limit(settings), settings)
     with open_model(path, bf16=chosen.bf16) as opened:
-        output = chosen.output or suite_report.default_output(SUITE, opened)
-        distributed.from_rank_0(lambda: suite_report.check_writable(output, overwrite=chosen.overwrite))
+        output = suite_report.output_for(SUITE, opened, chosen.output, overwrite=chosen.overwrite)
         context = chosen.context or opened.context
         rows = chosen.batch_size or settings.batch_size
         entries: dict[str, dict[str, Any]] = {}

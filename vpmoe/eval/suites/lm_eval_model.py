@@ -190,8 +190,7 @@ def evaluate(
             f"lm-eval has no task {unknown[0]!r}", source="--tasks", remedy="--include-path names a folder of your own"
         )
     with open_model(path, bf16=bf16) as opened:
-        output = output or suite_report.default_output(SUITE, opened)
-        distributed.from_rank_0(lambda: suite_report.check_writable(output, overwrite=overwrite))
+        output = suite_report.output_for(SUITE, opened, output, overwrite=overwrite)
         lm = VpmoeLM(opened, batch_size, context)
         run = cast(Any, simple_evaluate)  # a decorator hides its signature
         found = run(lm, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=1000)

@@ -164,6 +164,17 @@ def check_writable(output: Path, *, overwrite: bool) -> None:
         )
 
 
+def output_for(suite: str, opened: Opened, output: Path | None, *, overwrite: bool) -> Path:
+    """Where the report on an opened model goes, by default or as asked; a collective.
+
+    Raises:
+        NotOursError, DataError: see :func:`check_writable`; on all ranks.
+    """
+    chosen = output or default_output(suite, opened)
+    distributed.from_rank_0(lambda: check_writable(chosen, overwrite=overwrite))
+    return chosen
+
+
 def head(suite: str, opened: Opened, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What every report begins with: what it is, of which weights, by which code, with which settings."""
     return {

@@ -70,8 +70,7 @@ def evaluate(path: Path, asked: Asked, *, say: Say) -> dict[str, Any]:
     require_folder(path)
     measured = read(asked)
     with open_model(path, bf16=asked.bf16) as opened:
-        output = asked.output or suite_report.default_output(SUITE, opened)
-        distributed.from_rank_0(lambda: suite_report.check_writable(output, overwrite=asked.overwrite))
+        output = suite_report.output_for(SUITE, opened, asked.output, overwrite=asked.overwrite)
         if isinstance(measured, Manifest):
             opened.require_vocabulary(measured)
         passages, source = passages_of(opened.tokenizer, measured, asked, opened.context)
