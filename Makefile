@@ -32,7 +32,7 @@ quickstart: setup  ## data, training, evaluation and a report of a nano vpMoE, o
 rl-nano: setup  ## a nano vpMoE short of mastery, then rewards (GRPO) and preferences (DPO) from its weights
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/vpmoe rl-nano
 
-ladder-nano: setup  ## all six rungs with healing between them, from a tiny Qwen3 that it trains first
+ladder-nano: setup  ## all six rungs and the three stages of distillation, from a tiny Qwen3 that it trains first
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/vpmoe ladder configs/nano/ladder.toml
 
 test: setup  ## the whole suite

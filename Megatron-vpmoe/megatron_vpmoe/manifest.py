@@ -132,6 +132,7 @@ class AnnotatedEntry(Entry):
 
     names: list[str]
     by: dict[str, Any]
+    dataset_sha256: str | None = None
 
 
 class Content(Entry):
@@ -181,6 +182,7 @@ class Manifest:
         stored: those that lie in files.
         teacher: the records that the others are read of, if there are any.
         teacher_is: who made them, by key: ``name``, ``weights_sha256`` and the like.
+        documents_sha256: of the dataset that had no annotations yet, whose documents these are; else its own.
     """
 
     root: Path
@@ -195,6 +197,7 @@ class Manifest:
     stored: tuple[Annotation, ...] = ()
     teacher: TeacherRecords | None = None
     teacher_is: Mapping[str, Any] = field(default_factory=dict)
+    documents_sha256: str = ""
 
     @property
     def path(self) -> Path:
@@ -240,6 +243,7 @@ def read_manifest(data_path: Path | str) -> Manifest:
         content.stored,
         content.teacher,
         next((entry.by for entry in content.annotated if PART in entry.names), {}),
+        next((entry.dataset_sha256 for entry in content.annotated if entry.dataset_sha256), content.hash),
     )
 
 

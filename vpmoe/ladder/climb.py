@@ -147,6 +147,7 @@ def climb(request: Request, say: Say) -> dict[str, Any]:
         command = Command(("vpmoe", *shlex.split(line)))
         say(f"$ {command}")
         run_command(command, Path.cwd(), to_stderr=True)
+    _check_named(plan)
     assert plan.held_out and plan.suites is not None  # likewise
     written: dict[str, Any] = {}
     for number, spec in enumerate(plan.chosen, 1):
@@ -154,6 +155,24 @@ def climb(request: Request, say: Say) -> dict[str, Any]:
         _make_and_ask(plan, spec, lambda line: say(f"  {line}"))
         written = report.write_report(ladder, _records(plan), plan.reports)
     return written
+
+
+def _check_named(plan: _Climb) -> None:
+    """Refuse to begin where a dataset, prompts or weights are missing that settings name; raises ``UpcycleError``."""
+    missing: dict[str, list[str]] = {}
+    for spec in plan.chosen:
+        job, settings = runner.job_and_settings(plan.ladder, spec)
+        try:
+            job.decides(spec, settings)
+        except VpmoeError as error:
+            missing.setdefault(f"{error.source}: {error.what}", []).append(f"{spec.id} (rung {spec.rung})")
+    if missing:
+        raise UpcycleError(
+            "what objects are made with is not there:\n    "
+            + "\n    ".join(f"{fault}; for {', '.join(objects)}" for fault, objects in missing.items()),
+            source=str(plan.ladder.path),
+            remedy="make it, as the comments of that file say, or climb less far with --to",
+        )
 
 
 def listing(request: Request) -> list[str]:

@@ -2,7 +2,8 @@
 
 The same texts and questions at every rung, whatever the vocabulary; losses as ``eval.suites.likelihood`` has them. A
 question is asked as the texts ask it (``data_curation.tasks.question_texts``) and answered greedily with a
-key-value cache; the answer is the first line, and has to be the expected one, blanks around it apart.
+key-value cache; the answer is the first line, and has to be the expected one, blanks around it apart. What
+conversations have taught is asked the same questions as conversations besides: the answer is the final channel's.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_vpmoe.files import sha256_of_file, sha256_of_json
-from vpmoe.eval.asking import AsText, decode_in_batches
+from vpmoe.eval.asking import AsConversation, AsText, Form, decode_in_batches
 from vpmoe.eval.open_model import open_model
 from vpmoe.eval.questions import Question, read_questions
 from vpmoe.eval.suites.likelihood import score_texts
 from vpmoe.eval.suites.text import read_texts
-from vpmoe.tokenizer.interface import Tokenizer
 from vpmoe.upcycle.ladder_file import Evaluation
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ class HeldOut:
             "max_new_tokens": settings.max_new_tokens,
             "precision": settings.precision,
         }
+        if settings.conversation_tokens is not None:
+            decides["conversation_tokens"] = settings.conversation_tokens
         return cls(texts, questions, decides)
 
 
@@ -74,7 +76,9 @@ def evaluate(folder: Path, held_out: HeldOut, settings: Evaluation, *, progress:
         progress: takes a line about what is going on.
 
     Returns:
-        ``texts`` (see ``score_texts``), ``questions`` (see ``ask``).
+        ``texts`` (see ``score_texts``), ``questions`` (see ``ask``), and ``conversations``: the same of the questions
+        as conversations, where the settings ask for that and the weights come with system or developer messages; else
+        None.
 
     Raises:
         CheckpointError, TokenizerError: no weights or vocabulary there.
@@ -82,31 +86,40 @@ def evaluate(folder: Path, held_out: HeldOut, settings: Evaluation, *, progress:
     with open_model(folder, bf16=settings.precision == "bfloat16") as opened, torch.no_grad():
         texts = score_texts(opened.model, opened.tokenizer, held_out.texts, settings.batch_size)
         progress(f"{texts['bits_per_byte']:.4f} bits per byte of {texts['bytes']:,} in {texts['documents']} texts")
-        questions = ask(opened.model, opened.tokenizer, held_out.questions, settings)
+        questions = ask(opened.model, AsText(opened.tokenizer), settings.max_new_tokens, held_out.questions, settings)
         progress(f"{questions['exact']} of {questions['n']} questions answered exactly")
-    return {"texts": texts, "questions": questions}
+        conversations = None
+        if settings.conversation_tokens is not None and opened.prompts is not None:
+            form = AsConversation(opened.tokenizer, opened.prompts)
+            conversations = ask(opened.model, form, settings.conversation_tokens, held_out.questions, settings)
+            progress(f"{conversations['exact']} as conversations, {conversations['valid']} in valid Harmony")
+    return {"texts": texts, "questions": questions, "conversations": conversations}
 
 
-def ask(model: VPModel, tokenizer: Tokenizer, questions: Sequence[Question], settings: Evaluation) -> dict[str, Any]:
-    """Answer questions greedily, as plain text.
+def ask(
+    model: VPModel, form: Form, max_new_tokens: int, questions: Sequence[Question], settings: Evaluation
+) -> dict[str, Any]:
+    """Answer questions greedily, in one form.
 
     Returns:
-        ``n``, ``exact``, ``accuracy`` over all and by family, and the first answers as ``samples``.
+        ``n``, ``exact``, ``accuracy``, ``valid`` (answers that end as the form has it) over all and by family, and the
+        first answers as ``samples``.
     """
     from megatron_vpmoe.generation.sampling import SamplingOptions
 
-    form = AsText(tokenizer)
-    options = SamplingOptions(settings.max_new_tokens, form.stop_ids)
+    options = SamplingOptions(max_new_tokens, form.stop_ids)
     prompts = [form.prompt(question.query) for question in questions]
     generated = decode_in_batches(model, prompts, options, settings.batch_size, label=None)
+    judged = map(form.judge, generated)
     answered = [
         {
             "family": question.family,
             "query": question.query,
             "expected": question.row["synthetic_answer"].strip(),
-            "answer": form.judge(ids).final,
+            "answer": None if one.final is None else one.final.strip(),
+            "valid": one.valid,
         }
-        for question, ids in zip(questions, generated, strict=True)
+        for question, one in zip(questions, judged, strict=True)
     ]
     by_family = {name: [a for a in answered if a["family"] == name] for name in sorted({a["family"] for a in answered})}
     return {
@@ -118,4 +131,5 @@ def ask(model: VPModel, tokenizer: Tokenizer, questions: Sequence[Question], set
 
 def _share(answered: Sequence[dict[str, Any]]) -> dict[str, Any]:
     exact = sum(one["answer"] == one["expected"] for one in answered)
-    return {"n": len(answered), "exact": exact, "accuracy": exact / len(answered)}
+    valid = sum(one["valid"] for one in answered)
+    return {"n": len(answered), "exact": exact, "accuracy": exact / len(answered), "valid": valid}

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 KIND = "ladder"
-HEALED = "heal"
 _DELTA = "Δ rung 1"
-_BEFORE_SUITES = ("rung", "object", "job", "nats/token", "bits/byte", _DELTA, "exact", _DELTA)
-_AFTER_SUITES = ("validation, before → after", "job s (processor)", "evaluation s (processor)", "weights")
+_CONVERSATIONS = ("exact as conversation", "Δ below")
+_BEFORE = ("rung", "object", "job", "nats/token", "bits/byte", _DELTA, "exact", _DELTA)
+_AFTER = ("validation, before → after", "job s (processor)", "evaluation s (processor)", "weights")
 _TITLES = {
     "core8_centered_mean": "centered accuracy",
     "centered_mean": "centered accuracy",
@@ -63,25 +63,35 @@ def write_report(ladder: Ladder, records: Sequence[Record], folder: Path) -> dic
 
 def with_deltas(records: Sequence[Record]) -> list[Record]:
     """The records with ``delta``: bits per byte and accuracy minus those of the first object of rung 1, if it is there;
-    and one in each suite.
+    and one in each suite. With ``gain``: bits per byte, accuracy and that of conversations (``conversations``) minus
+    those of the object that each was made from, as far as both have them.
 
     Between rungs nothing else compares: nats a token belong to a vocabulary.
     """
+    of = {record["object"]: record["evaluation"] for record in records}
     first: Record = next((record for record in records if record["rung"] == 1), {})
     base, of_suites = first.get("evaluation"), first.get("suites", {})
     result = []
     for record in records:
         found = record["evaluation"]
-        delta = base and {
-            "bits_per_byte": found["texts"]["bits_per_byte"] - base["texts"]["bits_per_byte"],
-            "accuracy": found["questions"]["accuracy"] - base["questions"]["accuracy"],
-        }
         suites = {
             label: {**suite, "delta": suite["value"] - of_suites[label]["value"] if label in of_suites else None}
             for label, suite in record["suites"].items()
         }
-        result.append({**record, "delta": delta, "suites": suites})
+        below = of.get(record["input"])
+        changes = {"delta": base and _change(base, found), "gain": below and _change(below, found)}
+        result.append({**record, **changes, "suites": suites})
     return result
+
+
+def _change(old: Record, new: Record) -> dict[str, float]:
+    """Of an evaluation, from one object to another."""
+    changes = {
+        "bits_per_byte": new["texts"]["bits_per_byte"] - old["texts"]["bits_per_byte"],
+        "accuracy": new["questions"]["accuracy"] - old["questions"]["accuracy"],
+    }
+    before, after = old.get("conversations"), new.get("conversations")
+    return changes | ({"conversations": after["accuracy"] - before["accuracy"]} if before and after else {})
 
 
 def total_time(records: Sequence[Record]) -> dict[str, float]:
@@ -113,33 +123,58 @@ def table(evaluated: Sequence[Record], fed: Sequence[Record], time: dict[str, fl
     """The ladder as a Markdown table, and what it took."""
     suites = suites_of(evaluated)
     of_suites = [heading for label, number in suites.items() for heading in (_title(label, number), _DELTA)]
-    headings = (*_BEFORE_SUITES, *of_suites, *_AFTER_SUITES)
-    lines = [markdown_table(headings, [_cells(record, list(suites)) for record in evaluated])]
+    of_conversations = _CONVERSATIONS if any(map(_conversations, evaluated)) else ()
+    headings = (*_BEFORE, *of_conversations, *of_suites, *_AFTER)
+    cells = [_cells(record, list(suites), bool(of_conversations)) for record in evaluated]
+    lines = [markdown_table(headings, cells)]
     lines += ["", f"In all {time['seconds']:,.0f} s, {time['processor_seconds']:,.0f} s of processor time."]
     for record in fed:
         lines.append(
-            f"Below rung 1: `{record['object']}` ({record['job']}, {_validation(record)}, {_time(record['job_time'])})."
+            f"No rung: `{record['object']}` ({_job(record)}, {_validation(record)}, {_time(record['job_time'])})."
         )
     return "\n".join(lines)
 
 
-def _cells(record: Record, labels: Sequence[str]) -> list[str]:
+def _cells(record: Record, labels: Sequence[str], with_conversations: bool) -> list[str]:
     texts, questions, delta = record["evaluation"]["texts"], record["evaluation"]["questions"], record["delta"]
     return [
         str(record["rung"]),
         f"`{record['object']}`",
-        record["job"],
+        _job(record),
         f"{texts['nats_per_token']:.4f}",
         f"{texts['bits_per_byte']:.4f}",
         f"{delta['bits_per_byte']:+.4f}" if delta else "",
-        f"{100 * questions['accuracy']:.1f} % ({questions['exact']}/{questions['n']})",
+        _share(questions),
         f"{100 * delta['accuracy']:+.1f}" if delta else "",
+        *(_of_conversations(record) if with_conversations else ()),
         *(cell for label in labels for cell in _of_suite(record["suites"].get(label))),
         _validation(record),
         _time(record["job_time"]),
         _time(_sum(_asking(record))),
         f"`{record['weights_sha256'][:12]}`",
     ]
+
+
+def _job(record: Record) -> str:
+    """The job, and of a training what it minimised."""
+    training = record.get("training")
+    return f"{record['job']}, {training['objective']}" if training and "objective" in training else record["job"]
+
+
+def _share(answered: Record) -> str:
+    return f"{100 * answered['accuracy']:.1f} % ({answered['exact']}/{answered['n']})"
+
+
+def _conversations(record: Record) -> Record | None:
+    """What the questions came to as conversations, where they were asked so."""
+    return record["evaluation"].get("conversations")
+
+
+def _of_conversations(record: Record) -> tuple[str, str]:
+    found, gain = _conversations(record), (record["gain"] or {}).get("conversations")
+    if found is None:
+        return "", ""
+    return f"{_share(found)}, {found['valid']} valid", "" if gain is None else f"{100 * gain:+.1f}"
 
 
 def _of_suite(suite: dict[str, Any] | None) -> tuple[str, str]:
@@ -149,12 +184,12 @@ def _of_suite(suite: dict[str, Any] | None) -> tuple[str, str]:
 
 
 def _validation(record: Record) -> str:
-    """Of every dataset that the training was validated on; named where it was a blend."""
+    """Of every dataset that was validated on, named where there are several; of sampled answers the rewards."""
     found = (record.get("validation") or {}).items()
     losses = {
         tag.removeprefix("valid").removesuffix("loss/total").strip("/"): pair
         for tag, pair in found
-        if tag.endswith("/loss/total")
+        if tag.endswith("/loss/total") or tag.startswith("valid/reward/")
     }
     return ", ".join(f"{name} {pair['before']:.4f} → {pair['after']:.4f}".strip() for name, pair in losses.items())
 
@@ -173,12 +208,15 @@ def plot(evaluated: Sequence[Record], output: Path) -> None:
     suites = suites_of(evaluated)
     count = 2 + len(suites)
     figure, (losses, answers, *others) = pyplot.subplots(1, count, figsize=(6.5 * count, 5), layout="constrained")
-    figure.suptitle("The ladder: each conversion and its healing")
+    figure.suptitle("The ladder: conversions, and what was trained behind them")
     loss = [record["evaluation"]["texts"]["bits_per_byte"] for record in evaluated]
     share = [100 * record["evaluation"]["questions"]["accuracy"] for record in evaluated]
     _along(losses, evaluated, loss)
     losses.set(title="held-out texts", ylabel="bits per byte", ylim=(0, 1.1 * max(loss)))
     _along(answers, evaluated, share)
+    found = [100 * one["accuracy"] if (one := _conversations(record)) else math.nan for record in evaluated]
+    if not all(map(math.isnan, found)):
+        _along(answers, evaluated, found, style=":", label="as conversations")
     asked = evaluated[0]["evaluation"]["questions"]["n"]
     answers.set(title=f"held-out questions, greedy (n = {asked})", ylabel="exact, %", ylim=(0, 105))
     for axis, (label, number) in zip(others, suites.items(), strict=True):
@@ -188,12 +226,17 @@ def plot(evaluated: Sequence[Record], output: Path) -> None:
     save_figure(figure, output, dpi=110)
 
 
-def _along(axes: Axes, evaluated: Sequence[Record], values: Sequence[float]) -> None:
+def _along(
+    axes: Axes, evaluated: Sequence[Record], values: Sequence[float], *, style: str = "-", label: str | None = None
+) -> None:
     places = range(len(evaluated))
-    axes.plot(places, values, color="0.75", linewidth=1.2, zorder=1)
-    for healed, label, face in ((False, "converted", "white"), (True, "healed", "tab:blue")):
-        chosen = [place for place in places if (evaluated[place]["job"] == HEALED) == healed]
-        axes.scatter(chosen, [values[place] for place in chosen], s=36, c=face, edgecolors="tab:blue", label=label)
+    axes.plot(places, values, color="0.75", linewidth=1.2, zorder=1, linestyle=style, label=label)
+    made = [_job(record) if record["training"] else "converted" for record in evaluated]
+    for number, how in enumerate(dict.fromkeys(made)):
+        chosen = [place for place in places if made[place] == how]
+        face, edge = ("white", "tab:blue") if how == "converted" else (f"C{number - 1}",) * 2
+        name = None if label else how
+        axes.scatter(chosen, [values[place] for place in chosen], s=36, c=face, edgecolors=edge, label=name)
     for place, value in zip(places, values, strict=True):
         if math.isnan(value):  # not asked of this one
             continue

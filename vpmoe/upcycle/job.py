@@ -67,7 +67,7 @@ class Task(Generic[Settings]):
 
     @property
     def rows_read(self) -> dict[str, int]:
-        """Rows of each dataset, by its manifest's hash, that the trainings up to the input model have read."""
+        """Rows of each dataset, by its documents' hash, that the trainings up to the input model have read."""
         below = self.inputs.get("model") or self.inputs.get("source")
         return below.receipt["report"].get("rows_read", {}) if below and below.receipt else {}
 
@@ -98,6 +98,8 @@ class Job(Generic[Settings]):
     """Distributions that compute the weights or what the receipt says of them."""
     roles: ClassVar[tuple[str, ...]]
     """Inputs that it needs, by the name of the part they play; may be none."""
+    optional_roles: ClassVar[tuple[str, ...]] = ()
+    """Inputs that it reads where they are declared."""
     settings_type: type[Settings]
 
     def decides(self, spec: ObjectSpec, settings: Settings) -> dict[str, Any]:

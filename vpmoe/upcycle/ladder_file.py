@@ -79,6 +79,9 @@ class Evaluation(_Section):
     """Questions of each family at most, from the first on."""
     max_new_tokens: Size
     """Of an answer; a longer one is cut."""
+    conversation_tokens: Size | None = None
+    """Of an answer to the same questions as Harmony conversations, which are asked of what conversations have taught;
+    null: they are plain text at every rung."""
     batch_size: Size = 32
     """Texts or questions computed together; does not change what is found but for rounding."""
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -86,9 +86,10 @@ def job_and_settings(ladder: Ladder, spec: ObjectSpec) -> tuple[Job, JobSettings
             remedy=f"put it at {spec.path}" + (f"; it is published as {spec.origin}" if spec.origin else ""),
         )
     job = job_of(spec.job, source=f"{place}.job")
-    if set(job.roles) != set(spec.inputs):
+    if not set(job.roles) <= set(spec.inputs) <= {*job.roles, *job.optional_roles}:
+        perhaps = f", and {', '.join(job.optional_roles)} if declared" if job.optional_roles else ""
         raise UpcycleError(
-            f"{job.name} reads {', '.join(job.roles) or 'nothing'}; the object declares "
+            f"{job.name} reads {', '.join(job.roles) or 'nothing'}{perhaps}; the object declares "
             f"{', '.join(spec.inputs) or 'nothing'}",
             source=f"{place}.inputs",
             remedy="declare exactly these roles",

@@ -1,4 +1,4 @@
-"""Jobs that train: ``pretrain`` from random weights, ``heal`` from those of the rung below.
+"""Jobs that train: ``pretrain`` from random weights, ``heal`` from those of the object below; with a teacher or none.
 
 The training is the ordinary one (what ``vpmoe train`` starts, with its checks, processes and checkpoints) into the
 job's scratch: an interrupted job goes on from the run's newest checkpoint. The product is the weights of its last one.
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +21,7 @@ from pydantic import Field
 from megatron_vpmoe.config import RunConfig, deciding_fields, geometry_diff, load_config
 from megatron_vpmoe.config.parameters import is_trained
 from megatron_vpmoe.files import sha256_of_file, write_atomically
-from megatron_vpmoe.manifest import read_manifest
+from megatron_vpmoe.manifest import read_manifest, read_sealed
 from megatron_vpmoe.metrics import read_records
 from vpmoe.commands import Command, CommandFailed, run_command
 from vpmoe.errors import UpcycleError
@@ -40,26 +42,35 @@ class TrainingSettings(JobSettings):
     """YAML of what several trainings share, laid over the object's own ``config``."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Fields that differ from these two, by name; "null" for none."""
+    score: str | None = None
+    """Words of ``vpmoe data score``, such as "--top-k 64": the input ``teacher`` scores the dataset ahead of time, and
+    the training reads the scored one. Null: it is asked in every step (``training.teacher_weights``)."""
 
 
 class Pretrain(Job[TrainingSettings]):
-    """No input -> a model trained from random weights."""
+    """No input but perhaps a ``teacher`` -> a model trained from random weights."""
 
     name: ClassVar[str] = "pretrain"
     roles: ClassVar[tuple[str, ...]] = ()
+    optional_roles: ClassVar[tuple[str, ...]] = ("teacher",)
     settings_type = TrainingSettings
 
     def decides(self, spec: ObjectSpec, settings: TrainingSettings) -> dict[str, Any]:
-        """What of the run's configuration decides its weights, the datasets and frozen models; not what it logs."""
+        """What of the run's configuration decides its weights, datasets, prompts, frozen models; not what it logs."""
         from megatron_vpmoe.training.checkpoint_files import FILES, open_checkpoint
 
         cfg = training_config(spec, settings)
         manifests = [read_manifest(part.path).sha256 for part in cfg.data.parts]
-        decides = deciding_fields(cfg)
+        training = deciding_fields(cfg)
+        if "teacher" in spec.inputs:  # an input's identity is in the key anyway
+            training["training"].pop("teacher_weights", None)
         for name in ("reference_weights", "teacher_weights"):
-            if (path := decides["training"].get(name)) is not None:  # what lies there decides, not where
-                decides["training"][name] = sha256_of_file(open_checkpoint(Path(path)).path / FILES)
-        return {"training": decides, "dtype": settings.dtype, "dataset_manifests_sha256": manifests}
+            if (path := training["training"].get(name)) is not None:  # what lies there decides, not where
+                training["training"][name] = sha256_of_file(open_checkpoint(Path(path)).path / FILES)
+        decides = {"training": training, "dtype": settings.dtype, "dataset_manifests_sha256": manifests}
+        if (prompts := _prompts_sha256(cfg)) is not None:
+            decides["rollout_prompts_sha256"] = prompts
+        return decides if settings.score is None else {**decides, "score": settings.score}
 
     def convert(self, task: Task[TrainingSettings]) -> Product:
         trained = RungBelow.of_checkpoint(train(task), task.cfg)
@@ -98,13 +109,19 @@ class Heal(Pretrain):
         return {**super().verify(task, folder), "frozen_tensors_bit_identical": len(frozen)}
 
 
-def write_run(folder: Path, spec: ObjectSpec, settings: TrainingSettings) -> tuple[Path, list[str]]:
-    """The training as a user would start it: ``folder/run.yaml``, and the words of the command line after it."""
+def write_run(
+    folder: Path, spec: ObjectSpec, settings: TrainingSettings, decided: Mapping[str, Any]
+) -> tuple[Path, list[str]]:
+    """The training as a user would start it: ``folder/run.yaml``, and the words of the command line after it.
+
+    Args:
+        decided: fields by name, whatever the two YAMLs and the overrides say.
+    """
     assert spec.config is not None
     path = folder / "run.yaml"
     parents = [os.path.realpath(parent) for parent in (spec.config, settings.config)]
     write_atomically(path, f"extends: {json.dumps(parents)}\n".encode())
-    return path, flags({"run_name": spec.id, **spec.overrides, **settings.overrides})
+    return path, flags({"run_name": spec.id, **spec.overrides, **settings.overrides, **decided})
 
 
 def training_config(spec: ObjectSpec, settings: TrainingSettings) -> RunConfig:
@@ -114,17 +131,28 @@ def training_config(spec: ObjectSpec, settings: TrainingSettings) -> RunConfig:
         ConfigError: a YAML, or an override, is wrong.
         UpcycleError: it says what the job decides, never validates, or has another geometry than the object.
     """
+    place = f"objects.{spec.id}.settings, {settings.config}"
+    # What a YAML says of a run by itself gives way to an input; what is said here would be in vain.
+    fields = {"model": {"load_weights": "null"}, "teacher": {"teacher_weights": "teacher"}}
+    given = {name: value for role in spec.inputs for name, value in fields.get(role, {}).items()}
+    taken = [name for name in given if name in settings.overrides]
     with tempfile.TemporaryDirectory() as folder:
-        path, words = write_run(Path(folder), spec, settings)
+        path, words = write_run(Path(folder), spec, settings, given)
         cfg = load_config(path, words)
-    taken = [
+    taken += [
         name
         for name, value in (("run_dir", cfg.training.run_dir), ("load_weights", cfg.checkpoint.load_weights))
         if value is not None
     ]
-    place = f"objects.{spec.id}.settings, {settings.config}"
     if taken:
         raise UpcycleError(f"{' and '.join(taken)}: the job decides that", source=place, remedy="leave it null")
+    if settings.score is not None and not ("teacher" in spec.inputs and cfg.training.objective == "topk_kd"):
+        raise UpcycleError(
+            f"score = {settings.score!r}, and {cfg.training.objective} with the inputs "
+            f"{', '.join(spec.inputs) or 'none'} reads no records of a teacher's",
+            source=place,
+            remedy="leave it out, or ask for topk_kd with an input teacher",
+        )
     if cfg.evaluation.eval_interval is None:
         raise UpcycleError(
             "eval_interval is null, and the receipt is to tell the validation loss before and after",
@@ -150,7 +178,8 @@ def run_directory(task: Task[TrainingSettings]) -> Path:
 def train(task: Task[TrainingSettings]) -> Path:
     """Run the training to its end, from its newest checkpoint if there is one; returns its last checkpoint.
 
-    Adds ``training``, ``rows_read`` and, where there are experts, ``router_health`` to the report.
+    Adds ``training``, ``rows_read`` and, where there are experts, ``router_health`` to the report; where the teacher
+    scored the dataset, ``scored``.
 
     Raises:
         UpcycleError: a training that ended before its last iteration.
@@ -163,14 +192,18 @@ def train(task: Task[TrainingSettings]) -> Path:
     decided = {"run_dir": str(directory), "resume": True, "eval_at_start": True}
     if "model" in task.inputs:
         decided["load_weights"] = str(task.inputs["model"].checkpoint)
-    manifests = [read_manifest(part.path).sha256 for part in cfg.data.parts]
-    behind = cfg.data.skip_rows or [0] * len(manifests)
-    behind = [rows + task.rows_read.get(sha256, 0) for rows, sha256 in zip(behind, manifests, strict=True)]
-    if any(behind):
+    if task.settings.score is not None:
+        decided |= {"data_path": str(_score(task, cfg.data.parts[0].path)), "teacher_weights": "null"}
+    elif "teacher" in task.inputs:
+        decided["teacher_weights"] = str(task.inputs["teacher"].checkpoint)
+    documents = [read_manifest(part.path).documents_sha256 for part in cfg.data.parts]
+    behind = cfg.data.skip_rows or [0] * len(documents)
+    behind = [rows + task.rows_read.get(sha256, 0) for rows, sha256 in zip(behind, documents, strict=True)]
+    if any(behind) and _reads_rows(cfg):
         decided["skip_rows"] = behind
-    path, words = write_run(task.scratch, task.spec, task.settings)
+    path, words = write_run(task.scratch, task.spec, task.settings, decided)
     try:
-        run_command(Command(("python", "-m", LAUNCHER, str(path), *words, *flags(decided))), Path.cwd(), to_stderr=True)
+        run_command(Command(("python", "-m", LAUNCHER, str(path), *words)), Path.cwd(), to_stderr=True)
     except CommandFailed as error:
         raise UpcycleError(
             f"the training ended with exit code {error.exit_code}; its own message is above",
@@ -187,8 +220,37 @@ def train(task: Task[TrainingSettings]) -> Path:
     records = read_records(metrics := directory / "metrics.jsonl")
     skipped = int(found.state["skipped_steps"])
     task.report["training"] = training_report(records, cfg, skipped_steps=skipped, source=str(metrics))
-    read = [rows + cursor["samples"] for rows, cursor in zip(behind, found.state["data"], strict=True)]
-    task.report["rows_read"] = {**task.rows_read, **dict(zip(manifests, read, strict=True))}
+    task.report["rows_read"] = task.rows_read
+    if _reads_rows(cfg):
+        data = found.state["data"]
+        cursors = data["anchor"]["cursors"] if cfg.samples else data
+        read = [rows + cursor["samples"] for rows, cursor in zip(behind, cursors, strict=True)]
+        task.report["rows_read"] = {**task.rows_read, **dict(zip(documents, read, strict=True))}
     if cfg.moe.num_experts is not None:
         task.report["router_health"] = router_report(records, cfg.training.train_iters)
     return found.path
+
+
+def _score(task: Task[TrainingSettings], dataset: str) -> Path:
+    """The dataset with the teacher's records, in the job's scratch; what its manifest tells of them is reported."""
+    assert task.settings.score is not None
+    scored, teacher = task.scratch / "scored", task.inputs["teacher"].spec.path
+    asked = ("--teacher", teacher, "--output-dir", str(scored), *shlex.split(task.settings.score))
+    run_command(Command(("vpmoe", "data", "score", dataset, *asked)), Path.cwd(), to_stderr=True)
+    task.report["scored"] = read_sealed(scored, "score it again")["annotated"][-1]
+    return scored
+
+
+def _reads_rows(cfg: RunConfig) -> bool:
+    """Whether rows of the datasets are trained on, in their order: where answers are sampled, those of an anchor."""
+    return not cfg.samples or (cfg.training.objective == "on_policy" and cfg.training.opd_anchor_share > 0)
+
+
+def _prompts_sha256(cfg: RunConfig) -> str | None:
+    """Of the file that answers are sampled to; None: it is the dataset."""
+    if not cfg.samples or cfg.rollouts.rollout_prompts is None:
+        return None
+    for path in filter(None, (cfg.rollouts.rollout_prompts, cfg.rollouts.rollout_valid_prompts)):
+        if not Path(path).is_file():
+            raise UpcycleError("there are no prompts", source=path, remedy="write them: vpmoe data prompts")
+    return sha256_of_file(Path(cfg.rollouts.rollout_prompts))

@@ -21,10 +21,10 @@ def training_report(records: Sequence[Record], cfg: RunConfig, *, skipped_steps:
     """Length and speed of a finished run.
 
     Returns:
-        ``steps``, ``rows`` (of ``seq_length`` positions), ``tokens`` (real ones; the mean of the logged steps times the
-        steps, so exact where every step is logged), ``logged_steps``, ``tokens_per_second`` (median),
-        ``training_seconds`` (``tokens`` at that speed; validation and saving not counted), ``loss_first`` and
-        ``loss_last`` (of the training batches), ``skipped_steps``.
+        ``objective``, ``steps``, ``rows`` (of ``seq_length`` positions; answers where the model samples them),
+        ``tokens`` (real ones; the mean of the logged steps times the steps, so exact where every step is logged),
+        ``logged_steps``, ``tokens_per_second`` (median), ``training_seconds`` (``tokens`` at that speed; validation and
+        saving not counted), ``loss_first`` and ``loss_last`` (of the training batches), ``skipped_steps``.
 
     Raises:
         UpcycleError: no step is on record.
@@ -42,6 +42,7 @@ def training_report(records: Sequence[Record], cfg: RunConfig, *, skipped_steps:
     speed = median(speeds)
     total = fmean(tokens) * steps
     return {
+        "objective": cfg.training.objective,
         "steps": steps,
         "rows": steps * cfg.training.global_batch_size,
         "tokens": round(total),

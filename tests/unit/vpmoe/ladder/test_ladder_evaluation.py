@@ -76,8 +76,8 @@ def test_an_expected_answer_counts(root: Path, tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in (right, wrong, right)))
     counted = found(root, questions=path)["questions"]
     assert (counted["exact"], counted["n"]) == (2, 3)
-    assert counted["families"]["sorting"] == {"n": 2, "exact": 2, "accuracy": 1.0}
-    assert counted["families"]["maximum"] == {"n": 1, "exact": 0, "accuracy": 0.0}
+    assert counted["families"]["sorting"].items() >= {"n": 2, "exact": 2, "accuracy": 1.0}.items()
+    assert counted["families"]["maximum"].items() >= {"n": 1, "exact": 0, "accuracy": 0.0}.items()
 
 
 def test_what_is_asked_is_part_of_its_hash(root: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vpmoe.config import RunConfig, fit_report, geometry_diff
+from megatron_vpmoe.config import RunConfig, fit_report, geometry_diff, load_config
 from megatron_vpmoe.config.parameters import is_trained, parameter_sizes
 from vpmoe.hf.convert import Carried
 from vpmoe.upcycle import depth, experts, morph, runner, shape
@@ -63,6 +63,7 @@ def run_of(spec: ObjectSpec) -> RunConfig:
     return training_config(spec, settings)
 
 
+STAGES = ("vpmoe-stage1", "vpmoe-stage2", "vpmoe-stage3")
 HEALED = ("qwen3-0_6B-o200k", "vpdense0_5_28", "vpdense_28", "vpdense_80", "vpmoe")
 
 
@@ -73,7 +74,7 @@ def test_healing(rung: str, repository: Path, monkeypatch: pytest.MonkeyPatch) -
     ladder = read_ladder()
     healed = ladder.get(f"{rung}-healed")
     uses = [spec.id for spec in ladder.objects.values() if healed.id in spec.inputs.values()]
-    assert uses == [HEALED[HEALED.index(rung) + 1]] if rung != "vpmoe" else not uses
+    assert uses == [[*HEALED, STAGES[0]][HEALED.index(rung) + 1]]
     steps = [healed]
     while steps[-1].id != rung:
         steps.append(ladder.get(steps[-1].inputs["model"]))
@@ -84,6 +85,21 @@ def test_healing(rung: str, repository: Path, monkeypatch: pytest.MonkeyPatch) -
         assert geometry_diff(declared, cfg) == []
         assert fit_report(cfg, 80 * 2**30, "NVIDIA", device_count=8).fits
         assert (cfg.training.train_only is not None) == spec.id.endswith("-settled")
+
+
+def test_stages(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each goes on from the one before, by its own configuration, on the last rung's geometry."""
+    monkeypatch.chdir(repository)
+    ladder = read_ladder()
+    assert ladder.target == STAGES[-1]
+    below = "vpmoe-healed"
+    for number, identifier in enumerate(STAGES, 1):
+        spec = ladder.get(identifier)
+        assert (spec.inputs["model"], spec.rung) == (below, 6 + number)
+        cfg, below = run_of(spec), identifier
+        assert fit_report(cfg, 80 * 2**30, "NVIDIA", device_count=8).fits
+        own = load_config(Path(f"configs/vpmoe_stage{number}.yaml")).training
+        assert (cfg.training.objective, cfg.training.train_iters) == (own.objective, own.train_iters)
 
 
 def test_the_new_layers_are_trained_first(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,7 +214,7 @@ def test_settings_of_another_job_are_named_with_their_place(ladder: Ladder, tmp_
 
 @pytest.mark.parametrize("name", ["configs/upcycle/ladder.toml", "configs/nano/ladder.toml"])
 def test_the_tracked_ladders_are_sound(repository: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Six rungs in their order, every geometry and every job's settings read."""
+    """Six rungs and three stages in their order, every geometry and every job's settings read."""
     monkeypatch.chdir(repository)
     ladder = read_ladder(Path(name))
     for spec in ladder.objects.values():
@@ -225,6 +225,6 @@ def test_the_tracked_ladders_are_sound(repository: Path, monkeypatch: pytest.Mon
     chain = ladder.chain(ladder.target)
     assert chain[-1].id == ladder.target
     rungs = [spec.rung for spec in chain if spec.rung]
-    assert rungs == sorted(rungs) and set(rungs) == set(range(1, 7))
+    assert rungs == sorted(rungs) and set(rungs) == set(range(1, 10))
     used = {name for spec in ladder.objects.values() for name in spec.inputs.values()} | {ladder.target}
     assert used == set(ladder.objects), "an object that nothing leads to"
