@@ -25,8 +25,9 @@ def ladder(
 ) -> None:
     """Climb the whole ladder: make every object, evaluate every rung, write one report (JSON, table, plot).
 
-    Rungs 1 to 6 lead from Qwen3 to vpMoE, 7 to 9 are the stages of distillation. What a ladder names and cannot make
-    itself (datasets, a teacher's records, prompts, weights) has to be there before anything is made; --to 6 needs less.
+    Rungs 1 to 6 lead from Qwen3 to vpMoE, 7 to 9 are the stages of distillation.
+
+    What it names and cannot make (datasets, records, prompts, weights) has to be there first; --to 6 needs less of it.
 
     What is done and still valid is skipped; after an interruption the same command goes on where it stopped.
     """
