@@ -13,7 +13,7 @@ from vpmoe.cli import main
 from vpmoe.errors import NotOursError, UpcycleError
 from vpmoe.ladder import climb as module
 from vpmoe.ladder.climb import Request, climb, listing
-from vpmoe.ladder.report import table
+from vpmoe.ladder.report import table, with_deltas
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,39 @@ def test_the_validation_of_every_dataset_is_in_the_table(tags: list[str], shown:
     validation = {tag: {"before": 2.0, "after": 1.5} for tag in tags}
     fed = {"object": "x", "job": "heal", "validation": validation, "job_time": {"seconds": 1, "processor_seconds": 1}}
     assert f"(heal, {shown}, 1 (1))" in table([], [fed], {"seconds": 1, "processor_seconds": 1})
+
+
+def test_what_a_stage_gained_is_against_the_object_below() -> None:
+    """As a conversation; where that one was not asked so, there is no such gain."""
+
+    def record(name: str, below: str | None, bits: float, plain: int, talk: int | None) -> dict[str, Any]:
+        questions, conversations = (
+            None if exact is None else {"n": 4, "exact": exact, "accuracy": exact / 4, "valid": 4}
+            for exact in (plain, talk)
+        )
+        texts = {"bits_per_byte": bits, "nats_per_token": bits}
+        return {
+            "object": name,
+            "rung": 7,
+            "input": below,
+            "job": "heal",
+            "training": {"objective": "topk_kd"},
+            "evaluation": {"texts": texts, "questions": questions, "conversations": conversations},
+            "suites": {},
+            "job_time": {"seconds": 1, "processor_seconds": 1},
+            "evaluation_time": {"seconds": 1, "processor_seconds": 1},
+            "weights_sha256": name,
+        }
+
+    found = with_deltas([record("a", None, 1, 4, None), record("b", "a", 2, 3, 1), record("c", "b", 2, 3, 3)])
+    assert [one["gain"] for one in found] == [
+        None,
+        {"bits_per_byte": 1, "accuracy": -0.25},
+        {"bits_per_byte": 0, "accuracy": 0, "conversations": 0.5},
+    ]
+    lines = table(found, [], {"seconds": 1, "processor_seconds": 1}).splitlines()
+    assert "exact as conversation | Δ below" in lines[0] and "25.0 % (1/4), 4 valid |  |" in lines[3]
+    assert "| heal, topk_kd |" in lines[4] and "75.0 % (3/4), 4 valid | +50.0 |" in lines[4]
 
 
 @pytest.mark.slow
