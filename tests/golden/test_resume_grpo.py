@@ -36,8 +36,10 @@ TAUGHT = {
     "rollout_groups": 16,
     "rollout_group_size": 1,
     "opd_anchor_share": 0.3,
+    "rollout_staleness": 2,
 }
-"""A teacher's scores instead of rewards, which are only measured; beside the answers stored conversations."""
+"""A teacher's scores instead of rewards, which are only measured; beside the answers stored conversations. The next
+sampling begins with the third step of the four that one serves."""
 A_TOKEN = "megatron_vpmoe.generation.engine:_Engine._step"
 A_MICRO_BATCH = {
     "grpo": "megatron_vpmoe.objectives.grpo:GRPO.__call__",
@@ -69,9 +71,15 @@ def saved(run_dir: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("iter_")) for path in (run_dir / "checkpoints").glob("iter_*"))
 
 
-@pytest.mark.parametrize(("sampled_by", "micro_batches"), [(SAMPLED, 8), (TAUGHT, 11)], ids=["grpo", "on_policy"])
+# A sampling takes at most 12 tokens. In between: within the second, after step 4; then within a step of it.
+IN_BETWEEN = [(A_TOKEN, 18, [3], {4}), (A_MICRO_BATCH["grpo"], 8, [3, 6], {6})]
+# Beside: within a step after the checkpoint that holds the second; then within the third, which begins with step 7.
+BESIDE = [(A_MICRO_BATCH["on_policy"], 11, [3], {3}), (A_TOKEN, 6, [3, 6], {6, 7, 8})]
+
+
+@pytest.mark.parametrize(("sampled_by", "kills"), [(SAMPLED, IN_BETWEEN), (TAUGHT, BESIDE)], ids=["grpo", "on_policy"])
 def test_stopped_anywhere_and_resumed_it_is_the_same_run(
-    tmp_path: Path, sampled_by: dict[str, Any], micro_batches: int
+    tmp_path: Path, sampled_by: dict[str, Any], kills: list[tuple[str, int, list[int], set[int]]]
 ) -> None:
     """Also where rewards of held-out prompts are measured on the way."""
     dataset = small_dataset(tmp_path / "kd", train=12, valid=4)
@@ -81,21 +89,16 @@ def test_stopped_anywhere_and_resumed_it_is_the_same_run(
 
     run_dir = tmp_path / "stopped"
     fields = {**wanted, "resume": True}
-    # A sampling takes at most 12 tokens: this is within the second, after step 4.
-    assert train_signalled(A_TOKEN, 18, signal.SIGKILL, run_dir, dataset, **fields).returncode == -9
-    assert saved(run_dir) == [3] and max(record["step"] for record in records(run_dir)) == 4
-    # Between the micro-batches of a step within the second sampling.
-    assert (
-        train_signalled(
-            A_MICRO_BATCH[wanted["objective"]], micro_batches, signal.SIGKILL, run_dir, dataset, **fields
-        ).returncode
-        == -9
-    )
-    assert saved(run_dir) == [3, 6]
-    # Asked politely within the third, it leaves it at once and saves what came before.
+    for place, count, checkpoints, last in kills:
+        assert train_signalled(place, count, signal.SIGKILL, run_dir, dataset, **fields).returncode == -9
+        assert saved(run_dir) == checkpoints and max(record["step"] for record in records(run_dir)) in last
+    # Asked politely within the third.
     asked = train_signalled(A_TOKEN, 5, signal.SIGTERM, run_dir, dataset, **fields)
-    assert asked.returncode == 0 and "asked to stop: what came after step 8" in asked.stdout, asked.stderr
-    assert saved(run_dir) == [3, 6, 8]
+    assert asked.returncode == 0, asked.stdout + asked.stderr
+    if kills == IN_BETWEEN:  # it leaves it at once and saves what came before
+        assert "asked to stop: what came after step 8" in asked.stdout and saved(run_dir) == [3, 6, 8]
+    else:  # at the latest it stops with the last step before that needs it, and then waits for it
+        assert set(saved(run_dir)) <= {3, 6, 7, 8}
     resumed = train(run_dir, dataset, **{**fields, "eval_interval": 1, "eval_iters": 1})
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert {record["step"] for record in records(run_dir) if record["tag"] == "valid/reward/even_tokens"} == {9, 10}

@@ -118,9 +118,8 @@ def _loss(cfg: RunConfig, compute_bytes: int) -> int:
 
 def _batches(cfg: RunConfig) -> int:
     """Bytes of a process's rows of a step, and of the next one's that are made meanwhile (see ``data.batch``)."""
-    p = cfg.parallel
+    p, t = cfg.parallel, cfg.training
     replicas = max(1, p.nproc_per_node // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size))
-    t = cfg.training
     by_ids = t.objective == "topk_kd" or (t.objective, t.opd_loss) == ("on_policy", "topk")
     of_teacher = (2 * t.kd_top_k + 1) * _FP32 if by_ids else 0
     return 2 * cfg.training.global_batch_size * cfg.data.seq_length * (_POSITION_BYTES + of_teacher) // replicas
@@ -186,14 +185,14 @@ def _frozen_bytes(cfg: RunConfig) -> int:
 def _stage_estimate(cfg: RunConfig, layers: range, under_way: int, on_cpu: bool) -> MemoryEstimate:
     m, t, is_last = cfg.model, cfg.training, layers.stop == cfg.model.num_layers + 1
     held, trained = (_held(cfg, layers, trained_only=only) for only in (False, True))
-    compute_bytes = 2 if cfg.training.bf16 else _FP32
-    tokens = cfg.training.micro_batch_size * cfg.data.seq_length
+    compute_bytes, tokens = 2 if t.bf16 else _FP32, t.micro_batch_size * cfg.data.seq_length
     kept, transient = _activations(cfg, layers, compute_bytes, on_cpu)
     if layers.start > 1:  # what the stage before has sent
         kept += (m.hidden_size + m.value_residual * m.num_query_groups * m.kv_channels) * compute_bytes
     activations, loss = tokens * (under_way * kept + transient), _loss(cfg, compute_bytes) if is_last else 0
-    # Between two updates: what it takes above what a micro-batch does.
-    sampling = max(0, _sampling(cfg, layers, compute_bytes) - activations - loss)
+    beside, sampling = cfg.rollouts.rollout_staleness > 0, _sampling(cfg, layers, compute_bytes)
+    if not beside:  # but between two updates: what it takes above what a micro-batch does
+        sampling = max(0, sampling - activations - loss)
     return MemoryEstimate(
         {
             "parameters": held.total * compute_bytes,
@@ -202,7 +201,8 @@ def _stage_estimate(cfg: RunConfig, layers: range, under_way: int, on_cpu: bool)
             "optimizer state": _optimizer_state(cfg, trained),
             "activations": activations,
             "loss": loss,
-            **({"sampling, beyond those two": sampling} if sampling else {}),
+            **({"weights that sample": held.total * compute_bytes} if beside else {}),
+            **({"sampling" if beside else "sampling, beyond those two": sampling} if sampling else {}),
             "batches": _batches(cfg) if on_cpu else 0,  # else in the machine's memory
             "process": _PROCESS_BYTES,
         }

@@ -131,6 +131,23 @@ REFUSED: tuple[Rule, ...] = (
         ],
     ),
     refuse(
+        "rollout_staleness global_batch_size rollout_groups rollout_group_size rollout_epochs curriculum",
+        "a sampling serves {served} updates, and one that began {rollout_staleness} before its first use would begin "
+        "while another is under way; take at most {served}",
+        lambda c: [
+            {"served": served}
+            for size in dict.fromkeys(c.group_sizes)
+            if c.samples
+            and c.rollout_staleness > (served := c.rollout_groups * size // c.global_batch_size * c.rollout_epochs) > 0
+        ],
+    ),
+    refuse(
+        "rollout_staleness tensor_model_parallel_size expert_model_parallel_size",
+        "a model that is spread over ranks samples by collectives, which beside those of the updates would have no "
+        "common order and could wait for each other for ever; set it to 0, or both sizes to 1",
+        lambda c: c.rollout_staleness > 0 and max(c.tensor_model_parallel_size, c.expert_model_parallel_size) > 1,
+    ),
+    refuse(
         "rewards pipeline_model_parallel_size",
         "log-probabilities of sampled answers are not computed over stages; use stored data, or one stage",
         lambda c: c.pipeline_model_parallel_size > 1 and c.samples,

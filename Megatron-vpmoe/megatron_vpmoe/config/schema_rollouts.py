@@ -87,6 +87,9 @@ class RolloutsSection(Section):
     """
     rollout_epochs: Few = 1
     """How often the answers of a sampling are trained on; a step takes global_batch_size of them."""
+    rollout_staleness: Annotated[int, within(0, 1024, "a sampling that far from its weights is of another model")] = 0
+    """Updates before its first use that a sampling begins, with the weights as they then are, on a thread beside the
+    updates; 0: in between, with the weights that it is used on."""
     rollout_max_new_tokens: Size = 256
     """Longest answer, in tokens."""
     rollout_temperature: Annotated[float, within(1e-6, 1e6, "logits divided by it are all alike")] = 1.0

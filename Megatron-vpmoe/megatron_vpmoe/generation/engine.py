@@ -35,6 +35,7 @@ from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.model.moe.replay import recording
 from megatron_vpmoe.model.tensor_parallel import whole_sequences
 from megatron_vpmoe.runtime import stages
+from megatron_vpmoe.runtime.exchange import Exchange
 
 ROWS = DECODED_ROWS
 """Completions that are decoded at once."""
@@ -58,6 +59,7 @@ def generate(
     watch: Callable[[Completion], None] | None = None,
     stop: Callable[[], bool] | None = None,
     record_routing: bool = False,
+    exchange: Exchange | None = None,
 ) -> list[Completion]:
     """Continue each prompt until a stop token or the limit.
 
@@ -72,6 +74,7 @@ def generate(
         watch: called after each new token, with the completion that got it, of this rank's share of the prompts.
         stop: asked before each token; once a rank's says so, what is unfinished is given up.
         record_routing: completions tell which experts their tokens went to; one pipeline stage.
+        exchange: by which completions are gathered; None: by the run's groups.
 
     Returns:
         the completions of the first prompt, of the second, ...
@@ -88,10 +91,10 @@ def generate(
     try:
         with whole_sequences(model), recording(model, record_routing) as routing:
             engine = _Engine(model, prompts, budgets, options, rows, grammar, weight_version, watch, stop, routing)
-            completions = engine.run()
+            gathered = (exchange or Exchange()).gather(engine.run())
     finally:
         model.train(was_training)
-    return sorted(completions, key=lambda one: (one.place, one.sample))
+    return sorted((one for part in gathered for one in part), key=lambda one: (one.place, one.sample))
 
 
 @dataclass
@@ -149,22 +152,18 @@ class _Engine:
         self._held: tuple[int, Past, list[NDArray[Any]]] | None = None
 
     def run(self) -> list[Completion]:
+        """This rank's share of the completions."""
         while True:
             pack = self._admit()
             width, rows = self._agreed(sum(len(one.past) for one in pack), len(self._rows))
             if self._is_stopped():
-                break
+                return self._done
             if width:
                 self._prefill(pack, width)
             elif rows:
                 self._step(rows)
             else:
-                break
-        if self._group.size() == 1:
-            return self._done
-        gathered: list[Any] = [None] * self._group.size()
-        dist.all_gather_object(gathered, self._done, group=self._group)
-        return [completion for part in gathered for completion in part]
+                return self._done
 
     def _agreed(self, *sizes: int) -> list[int]:
         """The largest of every rank's; each rank's own where nothing has to be done together."""

@@ -7,6 +7,7 @@ whose gradient comes from all later layers), and a part may read parameters that
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -16,25 +17,31 @@ from torch.utils.checkpoint import checkpoint
 
 T = TypeVar("T")
 
-_again = False
-_kept: dict[object, Tensor] | None = None  # what was chosen in the recomputed part that is running
+
+class _Pass(threading.local):
+    """Of the recomputed part that this thread runs: whether again, and what was chosen in it."""
+
+    again = False
+    kept: dict[object, Tensor] | None = None
+
+
+_pass = _Pass()
 
 
 @contextlib.contextmanager
 def _running(kept: dict[object, Tensor], *, again: bool) -> Iterator[None]:
     """A recomputed part's pass, the first or one that only recomputes: its tokens have been counted already."""
-    global _again, _kept
-    before = _again, _kept
-    _again, _kept = again or _again, kept
+    before = _pass.again, _pass.kept
+    _pass.again, _pass.kept = again or _pass.again, kept
     try:
         yield
     finally:
-        _again, _kept = before
+        _pass.again, _pass.kept = before
 
 
 def is_recomputing() -> bool:
     """Whether the forward pass that is running is the second one of a recomputed part."""
-    return _again
+    return _pass.again
 
 
 def chosen_once(by: object, choose: Callable[[], Tensor]) -> Tensor:
@@ -43,11 +50,11 @@ def chosen_once(by: object, choose: Callable[[], Tensor]) -> Tensor:
     A choice that hangs on the last bit of a sum, such as a top-k, could fall out differently the second time (a GPU's
     atomic additions have no order), and gradients would then belong to another forward pass than the loss.
     """
-    if _kept is None:
+    if _pass.kept is None:
         return choose()
-    if not (_again and by in _kept):
-        _kept[by] = choose()
-    return _kept[by]
+    if not (_pass.again and by in _pass.kept):
+        _pass.kept[by] = choose()
+    return _pass.kept[by]
 
 
 def recomputed(part: Callable[..., T], *arguments: Any, **keywords: Any) -> T:

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,18 @@ _SECONDS_BETWEEN_QUESTIONS = 1.0
 
 class Interrupted(Exception):
     """All ranks leave what they are at, together, because one of them was asked to stop."""
+
+
+class Stop(Protocol):
+    """What long work asks whether it is to end."""
+
+    def is_requested(self) -> bool:
+        """Whether this rank was asked to stop."""
+        ...
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop, as far as the others do not hear of it otherwise."""
+        ...
 
 
 class StopRequest:

@@ -13,6 +13,7 @@ from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.data.blend import Part
 from megatron_vpmoe.sources.ahead import Ahead, ahead
 from megatron_vpmoe.sources.annotated import Annotated, AnnotatedBatches, Annotator
+from megatron_vpmoe.sources.beside import Beside
 from megatron_vpmoe.sources.curriculum import modes_of
 from megatron_vpmoe.sources.form import check_collapse
 from megatron_vpmoe.sources.held_out import HeldOut
@@ -33,6 +34,7 @@ __all__ = [
     "AnnotatedBatches",
     "Annotator",
     "Batches",
+    "Beside",
     "FrozenModel",
     "Gives",
     "HeldOut",

@@ -16,13 +16,12 @@ from megatron_vpmoe.generation.engine import generate
 from megatron_vpmoe.generation.prompts import Prompt
 from megatron_vpmoe.generation.sampling import SamplingOptions
 from megatron_vpmoe.manifest import Manifest
-from megatron_vpmoe.model.gpt import VPModel
-from megatron_vpmoe.runtime import distributed
-from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
+from megatron_vpmoe.runtime.signals import Interrupted
 from megatron_vpmoe.sources.form import Form, repetition
 from megatron_vpmoe.sources.groups import Rollout
 from megatron_vpmoe.sources.prompts import Asked
 from megatron_vpmoe.sources.rewards import Rewards, Sample
+from megatron_vpmoe.sources.sampling import Sampler
 from megatron_vpmoe.turns import generation_ends
 
 
@@ -92,36 +91,27 @@ class Answering:
         )
         self._form = Form.of(manifest)
 
-    def __call__(
-        self,
-        model: VPModel,
-        asked: Sequence[tuple[int, Asked]],
-        samples: int,
-        *,
-        version: int,
-        stop: StopRequest | None,
-    ) -> Answers:
+    def __call__(self, by: Sampler, asked: Sequence[tuple[int, Asked]], samples: int) -> Answers:
         """A collective.
 
         Args:
-            model: the bare model.
+            by: what is asked.
             asked: the number of each prompt, which its draws come from, and the prompt.
             samples: answers to each.
-            version: of the weights.
-            stop: asked before each token and each reward.
 
         Raises:
             Interrupted: a rank was asked to stop.
             DataError: a reward fails; on every rank.
         """
-        began = time.perf_counter()
+        began, stop = time.perf_counter(), by.stop
         completions = generate(
-            model,
+            by.model,
             [Prompt(one.ids, identity=number) for number, one in asked],
             replace(self._options, samples=samples),
-            weight_version=version,
+            weight_version=by.version,
             stop=None if stop is None else stop.is_requested,
             record_routing=self._record_routing,
+            exchange=by.exchange,
         )
         if stop is not None and stop.agreed():
             raise Interrupted
@@ -136,7 +126,7 @@ class Answering:
                 found.append(self._rewards(self._sample(one, asked[each.place][1].row)))
             return found
 
-        scores = distributed.from_rank_0(score)
+        scores = by.exchange.from_rank_0(score)
         if len(scores) < len(rollouts):
             raise Interrupted
         rewards = [self._rewards.total(each) for each in scores]

@@ -9,6 +9,7 @@ from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.runtime.signals import StopRequest
 from megatron_vpmoe.sources.answers import Answering
 from megatron_vpmoe.sources.prompts import Prompts
+from megatron_vpmoe.sources.sampling import Sampler
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -39,4 +40,4 @@ class HeldOut:
             DataError: a reward fails.
         """
         asked = [(number, self._prompts[number]) for number in range(self._count)]
-        return self._answering(model, asked, 1, version=0, stop=stop).metrics()
+        return self._answering(Sampler(model, stop=stop), asked, 1).metrics()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from numpy.typing import NDArray
@@ -32,12 +32,13 @@ class Step(NamedTuple):
 
     Attributes:
         batches: this rank's micro-batches, on the CPU; equally many on every rank.
-        position: of the source after this step; the same on every rank.
+        position: asked for when it is saved, that of the source after this step; the same on every rank. A collective
+            that waits for what is under way then, and may be asked for once the next step is made.
         metrics: tag -> value; the same on every rank.
     """
 
     batches: list[Batch]
-    position: Position
+    position: Callable[[], Position]
     metrics: dict[str, float]
 
 
@@ -75,7 +76,7 @@ class Source(Gives, Protocol):
         """Go on from where a checkpoint says that a source stood.
 
         Args:
-            position: what a ``Step`` gave; ``data`` as read from JSON, or [] from a checkpoint that has none.
+            position: what a ``Step``'s gave; ``data`` as read from JSON, or [] from a checkpoint that has none.
             source: the checkpoint, for messages.
             allow_change: go on although what has been trained on was other data.
 

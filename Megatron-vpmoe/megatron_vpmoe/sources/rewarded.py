@@ -7,10 +7,9 @@ few times, and fill up what is missing in the end.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_vpmoe.manifest import Manifest
 from megatron_vpmoe.model.moe.replay import ROUTING, replaying
@@ -19,6 +18,7 @@ from megatron_vpmoe.sources.groups import Advantage, Rollout, varies, with_advan
 from megatron_vpmoe.sources.prompts import Prompts, in_order
 from megatron_vpmoe.sources.reference import log_p_of_labels
 from megatron_vpmoe.sources.rollouts import Rollouts
+from megatron_vpmoe.sources.sampling import Reached, Sampler, Sampling
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -32,15 +32,15 @@ class Rewarded(Rollouts):
         self._advantage: Advantage = cfg.training.grpo_advantage
         self._size = cfg.rollouts.rollout_group_size
 
-    def _sample(self) -> tuple[list[Rollout], dict[str, float]]:
+    def _sample(self, begin: Reached, by: Sampler) -> Sampling:
         """See ``Rollouts``; metrics are of everything that was sampled."""
-        assert self._model is not None
         wanted, kept, spare, attempts = self._cfg.rollout_groups, [], [], 0
+        drawn = begin.drawn
         every = Answers([], [])
         while len(kept) < wanted and attempts < self._cfg.rollout_attempts:
-            asked = list(in_order(self._prompts, self._cfg.rollout_seed, self._drawn, wanted - len(kept)))
-            answers = self._answering(self._model, asked, self._size, version=self._steps, stop=self.stop)
-            self._drawn += len(asked)
+            asked = list(in_order(self._prompts, self._cfg.rollout_seed, drawn, wanted - len(kept)))
+            answers = self._answering(by, asked, self._size)
+            drawn += len(asked)
             attempts += 1
             every.add(answers)
             for first in range(0, len(answers.rollouts), self._size):
@@ -54,16 +54,14 @@ class Rewarded(Rollouts):
             "groups_without_variance": len(spare) * self._size / len(every.rollouts),
             "attempts": float(attempts),
         }
-        whole = self._with_old([one for group in kept for one in with_advantages(group, self._advantage)])
-        return whole, {f"rollout/{tag}": value for tag, value in metrics.items()}
+        whole = self._with_old([one for group in kept for one in with_advantages(group, self._advantage)], by)
+        tokens = sum(len(one.ids) for one in every.rollouts)
+        return Sampling.of(whole, metrics, Reached(drawn, begin.tokens + tokens))
 
     @torch.no_grad()
-    def _with_old(self, rollouts: list[Rollout]) -> list[Rollout]:
+    def _with_old(self, rollouts: list[Rollout], by: Sampler) -> list[Rollout]:
         """With what the trainer's forward pass makes of the weights that sampled; a collective."""
-        model = self._model
-        assert model is not None
-        from megatron.core import parallel_state
-
+        model = by.model
         was_training = model.training
         model.eval()
         mine: dict[int, Any] = {}
@@ -71,7 +69,7 @@ class Rewarded(Rollouts):
             for rows, numbers in self._shared_out(self._packed(rollouts)):
                 # Also of answers that are not trained on.
                 batch = self._batch([[rollouts[place].document() for place in places] for places in rows], numbers)
-                self.check()
+                by.check()
                 with replaying(model, batch.annotations.get(ROUTING), batch.document_id):
                     log_p_BS = log_p_of_labels(model, batch, self._cfg.rollout_temperature).numpy()
                 for row, places in enumerate(rows):
@@ -82,10 +80,5 @@ class Rewarded(Rollouts):
                         start += len(rollouts[place])
         finally:
             model.train(was_training)
-        gathered: list[dict[int, Any]] = [mine]
-        group = cast(dist.ProcessGroup, parallel_state.get_data_parallel_group())
-        if group.size() > 1:
-            gathered = [{} for _ in range(group.size())]
-            dist.all_gather_object(gathered, mine, group=group)
-        old = {place: values for part in gathered for place, values in part.items()}
+        old = {place: values for part in by.exchange.gather(mine) for place, values in part.items()}
         return [replace(one, old_log_p=old[place]) for place, one in enumerate(rollouts)]

@@ -1,12 +1,13 @@
 """Rewards: functions of one sampled answer, by name or as ``module:function``; their weighted sum is what is learned.
 
-A reward runs on rank 0 alone. What it raises, or what is no number of a usable size, ends the run with the sample
-named.
+A reward runs on rank 0 alone, and no two at once: samples may be scored on two threads. What it raises, or what is no
+number of a usable size, ends the run with the sample named.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -40,6 +41,7 @@ class Sample:
 Reward = Callable[[Sample], float]
 _LARGEST = 1e6
 """Above it, weighed and squared, fp32 ends."""
+_ONE_AT_A_TIME = threading.Lock()
 _SHOWN = 600
 """Characters of each part of a sample in a message."""
 
@@ -85,7 +87,8 @@ class Rewards:
     @staticmethod
     def _one(name: str, reward: Reward, sample: Sample) -> float:
         try:
-            value = reward(sample)
+            with _ONE_AT_A_TIME:
+                value = reward(sample)
             # A text would be read as a number, a large one leave advantages infinite.
             if not isinstance(value, str | bytes) and abs(number := float(value)) <= _LARGEST:
                 return number

@@ -130,7 +130,8 @@ class StoredSource(_Stored):
         samples = {f"data/{cursor.name}/samples": float(cursor.samples) for cursor in cursors}
         epochs = {f"data/{cursor.name}/epoch": float(cursor.epoch) for cursor in cursors}
         self.consumed_samples = end
-        return Step(batches, Position(end, as_stored(cursors)), {**samples, **epochs})
+        position = Position(end, as_stored(cursors))
+        return Step(batches, lambda: position, {**samples, **epochs})
 
     def position(self, consumed_samples: int) -> Position:
         """Of a run that has consumed so many."""

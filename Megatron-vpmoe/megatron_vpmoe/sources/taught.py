@@ -16,6 +16,7 @@ from megatron_vpmoe.sources.form import Form, check_validity_can_be_told
 from megatron_vpmoe.sources.groups import Rollout
 from megatron_vpmoe.sources.prompts import FilePrompts, Prompts, in_order
 from megatron_vpmoe.sources.rollouts import Rollouts
+from megatron_vpmoe.sources.sampling import Reached, Sampler, Sampling
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -36,28 +37,26 @@ class Taught(Rollouts):
         manifest = parts[0].dataset.manifest
         super().__init__(prompts, manifest, cfg, dp_rank, dp_size)
         check_validity_can_be_told(manifest, cfg)
-        self._form, self._sampled = Form.of(manifest), 0
+        self._form = Form.of(manifest)
         self._anchor = Anchor(parts, cfg, self.annotations) if cfg.training.opd_anchor_share else None
 
-    def _sample(self) -> tuple[list[Rollout], dict[str, float]]:
-        assert self._model is not None
-        asked = list(in_order(self._prompts, self._cfg.rollout_seed, self._drawn, self._cfg.rollout_groups))
+    def _sample(self, begin: Reached, by: Sampler) -> Sampling:
+        asked = list(in_order(self._prompts, self._cfg.rollout_seed, begin.drawn, self._cfg.rollout_groups))
         size, metrics = self._cfg.rollout_group_size, dict[str, float]()
         if self._cfg.curriculum is not None:
             assert isinstance(self._prompts, FilePrompts) and self._cfg.curriculum_tokens is not None
-            share = self._sampled / self._cfg.curriculum_tokens
+            share = begin.tokens / self._cfg.curriculum_tokens
             part, metrics["curriculum"] = part_at(self._cfg.curriculum, share), share
             asked = [(number, self._prompts.in_mode(one, mode_of(part, number))) for number, one in asked]
             size = part.rollouts
-        answers = self._answering(self._model, asked, size, version=self._steps, stop=self.stop)
-        self._drawn += len(asked)
+        answers = self._answering(by, asked, size)
         lengths = [len(one.ids) for one in answers.rollouts]
-        self._sampled += sum(lengths)
         modes = [one.mode for _, one in asked for _ in range(size)]
         for mode in sorted({mode for mode in modes if mode is not None}):
             own = [length for length, of in zip(lengths, modes, strict=True) if of == mode]
             metrics |= {f"tokens/{mode}": float(sum(own)), f"length/{mode}": sum(own) / len(own)}
-        return answers.rollouts, {f"rollout/{tag}": value for tag, value in {**answers.metrics(), **metrics}.items()}
+        reached = Reached(begin.drawn + len(asked), begin.tokens + sum(lengths))
+        return Sampling.of(answers.rollouts, {**answers.metrics(), **metrics}, reached)
 
     def _rows_of(self, chosen: Sequence[Rollout]) -> tuple[list[list[Document]], dict[str, float]]:
         rows, metrics = super()._rows_of(chosen)
@@ -74,10 +73,9 @@ class Taught(Rollouts):
         return rollout.document(trained=trained, span_id=seen.span_id)
 
     def _kept(self) -> dict[str, Any]:
-        return {"sampled": self._sampled, **({} if self._anchor is None else {"anchor": self._anchor.kept()})}
+        return {} if self._anchor is None else {"anchor": self._anchor.kept()}
 
     def _restore(self, data: dict[str, Any], *, source: str, allow_change: bool) -> list[str]:
-        self._sampled = int(data["sampled"])
         if self._anchor is None or "anchor" not in data:  # begun without one
             return []
         return self._anchor.restore(data["anchor"], source=source, allow_change=allow_change)

@@ -144,7 +144,6 @@ def _skip_or_stop(run: Run, result: StepResult, batches: list[Batch]) -> None:
     numbers = {"loss": result.metrics["loss/total"], "grad_norm": result.grad_norm}
     report = {
         "iteration": run.iteration + 1,
-        "consumed_samples": run.position.consumed_samples,
         "rank": distributed.rank(),
         **{name: value if math.isfinite(value) else str(value) for name, value in numbers.items()},
         "sample_ids": [sample for batch in batches for sample in batch.sample_ids],

@@ -36,6 +36,7 @@ from megatron_vpmoe.sources import (
     Annotated,
     AnnotatedBatches,
     Batches,
+    Beside,
     FrozenModel,
     Position,
     Rollouts,
@@ -72,7 +73,7 @@ class Run:
         suites: evaluation suites.
         assignment: which parameter goes to which optimizer.
         iteration: finished optimizer steps.
-        position: of the source after them (skipped steps included).
+        position: gives that of the source after them (skipped steps included); see ``Step``.
         skipped_steps: steps dropped under ``nonfinite_policy: skip``.
         saved: the iteration of the newest checkpoint; 0 where there is none.
         restored_from: the checkpoint that this run continues, if any.
@@ -96,7 +97,7 @@ class Run:
     provenance: dict[str, Any]
     assignment: list[AssignmentRow]
     iteration: int = 0
-    position: Position = Position(0, [])  # noqa: RUF009
+    position: Callable[[], Position] = lambda: Position(0, [])
     skipped_steps: int = 0
     saved: int = 0
     restored_from: Path | None = None
@@ -126,10 +127,11 @@ class Run:
         Args:
             say: told a line about each older checkpoint that is damaged or cannot be dropped.
         """
+        position = self.position()
         state = {
             "iteration": self.iteration,
-            "consumed_samples": self.position.consumed_samples,
-            "data": self.position.data,
+            "consumed_samples": position.consumed_samples,
+            "data": position.data,
             "skipped_steps": self.skipped_steps,
             "objective": {"name": self.cfg.training.objective, "state": self.objective.state()},
             "world_size": distributed.world_size(),
@@ -142,7 +144,7 @@ class Run:
             self.model,
             self.optimizer,
             self.scheduler,
-            arrays=self.position.arrays,
+            arrays=position.arrays,
             carried=self.carried,
         )
         self.saved = self.iteration
@@ -193,7 +195,8 @@ def open_run(cfg: RunConfig) -> Run:
         started_from = load_initial_weights(model, cfg)
         notes.append(f"weights from {started_from.path}")
     if rollouts is not None:
-        rollouts.open(model)
+        ahead, minutes = cfg.rollouts.rollout_staleness, cfg.parallel.distributed_timeout_minutes
+        rollouts.open(model, Beside(model, build_model(cfg), minutes) if ahead else None)
     wrapped = wrap_for_training(model, cfg)
     optimizer = build_optimizer([wrapped], cfg)
     # After the model that is trained, whose first weights are drawn from the seed.
@@ -264,11 +267,12 @@ def _restore(run: Run, found: checkpoint.Found) -> None:
     checkpoint.load(found, run.model, run.optimizer, run.scheduler)
     run.iteration = run.saved = found.iteration
     consumed, data = int(found.state["consumed_samples"]), found.state.get("data", [])
-    run.position = Position(consumed, data, checkpoint.load_arrays(found))
+    position = Position(consumed, data, checkpoint.load_arrays(found))
+    run.position = lambda: position
     run.skipped_steps = int(found.state["skipped_steps"])
     run.notes += tuple(
         run.source.resume(
-            run.position,
+            position,
             source=str(found.path / "run_state.json"),
             allow_change=run.cfg.checkpoint.allow_provenance_change,
         )

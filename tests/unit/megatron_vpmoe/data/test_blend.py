@@ -78,7 +78,7 @@ def test_a_stored_cursor_resumes_the_order_and_is_what_packing_again_finds(roots
     cfg = config(roots, gbs=gbs, mbs=1)
     first, again = (StoredSource(open_parts(cfg, "train"), cfg, 0, 1) for _ in range(2))
     first.consumed_samples, position = consumed, consumed + gbs
-    stored = first.next_step().position.data
+    stored = first.next_step().position().data
     assert stored == first.position(position).data
     assert again.resume(Position(position, stored), source="checkpoint") == []
     assert again.position(position).data == stored

@@ -30,6 +30,7 @@ from megatron_vpmoe.sources.answers import Answering
 from megatron_vpmoe.sources.groups import packed, varies
 from megatron_vpmoe.sources.prompts import Asked, StoredPrompts, open_prompts, read_prompts
 from megatron_vpmoe.sources.rewards import Sample
+from megatron_vpmoe.sources.sampling import Sampler
 from megatron_vpmoe.training.step import run_micro_batches, train_step
 from tests.fixtures_dataset import EOD, small_dataset
 from tests.tiny import tiny_config
@@ -102,9 +103,11 @@ def opened(
 
 
 def same(one: Step, other: Step) -> None:
-    assert one.position[:2] == other.position[:2] and len(one.batches) == len(other.batches)
-    assert one.position.arrays.keys() == other.position.arrays.keys()
-    assert all(np.array_equal(one.position.arrays[name], other.position.arrays[name]) for name in one.position.arrays)
+    assert one.position()[:2] == other.position()[:2] and len(one.batches) == len(other.batches)
+    assert one.position().arrays.keys() == other.position().arrays.keys()
+    assert all(
+        np.array_equal(one.position().arrays[name], other.position().arrays[name]) for name in one.position().arrays
+    )
     for mine, theirs in zip(one.batches, other.batches, strict=True):
         for name in ("tokens", "labels", "loss_mask", "document_id"):
             assert torch.equal(getattr(mine, name), getattr(theirs, name))
@@ -150,16 +153,16 @@ def test_resumed_between_two_updates_it_gives_the_same(
     source = opened(model, dataset, rollout_epochs=2, router_replay=replay, **more)
     steps = [source.next_step() for _ in range(6)]
     assert steps[0].metrics == steps[3].metrics != steps[4].metrics
-    assert not steps[3].position.arrays and steps[2].position.arrays
+    assert not steps[3].position().arrays and steps[2].position().arrays
     for stopped in range(1, 6):
         again = opened(model, dataset, rollout_epochs=2, router_replay=replay, **more)
-        consumed, data, arrays = steps[stopped - 1].position
+        consumed, data, arrays = steps[stopped - 1].position()
         position = Position(consumed, json.loads(json.dumps(data)), arrays)
         again.resume(position, source="test")
         for step in steps[stopped:]:
             same(again.next_step(), step)
     replaying = opened(model, dataset, rollout_epochs=2, router_replay="replay")
-    told = replaying.resume(steps[0].position, source="test")
+    told = replaying.resume(steps[0].position(), source="test")
     assert len(told) == 1 and ("experts unknown" in told[0]) == (replay == "off")
     assert replaying.next_step().batches[0].annotations["routing"].any()
 
@@ -198,7 +201,7 @@ def test_routing_that_flips_is_replayed(
 
 
 def test_a_prompt_that_comes_again_has_draws_of_its_own(model: VPModel, dataset: KDDataset) -> None:
-    arrays = opened(model, dataset, prompts=[Asked([5, 9], {})]).next_step().position.arrays
+    arrays = opened(model, dataset, prompts=[Asked([5, 9], {})]).next_step().position().arrays
     ends = np.cumsum(arrays["ids.lengths"])[:-1]
     assert len({tuple(answer.tolist()) for answer in np.split(arrays["ids"], ends)}) == len(ends) + 1 == 12
 
@@ -266,7 +269,7 @@ def test_asked_to_stop_while_it_scores_it_leaves_the_sampling(model: VPModel, da
     with pytest.raises(Interrupted):
         source.next_step()
     source.stop = None
-    assert source.next_step().position.consumed_samples == undisturbed.next_step().position.consumed_samples
+    assert source.next_step().position().consumed_samples == undisturbed.next_step().position().consumed_samples
 
 
 def hostile(sample: Sample) -> float:
@@ -283,7 +286,7 @@ def test_a_message_shows_what_is_hidden_and_the_beginning_of_what_is_long(model:
 
 def test_rewards_that_differ_by_rounding_alone_teach_nothing(model: VPModel, dataset: KDDataset) -> None:
     one = Answering(dataset.manifest, tiny_config(rewards=REWARDS, **FEW, eval_interval=None).rollouts)(
-        model, [(0, Asked([5, 9], {}))], 1, version=0, stop=None
+        Sampler(model), [(0, Asked([5, 9], {}))], 1
     ).rollouts[0]
     assert not varies([replace(one, reward=0.1 + 0.2), replace(one, reward=0.3)])
     assert not varies([replace(one, reward=0.0), replace(one, reward=-0.0)])
@@ -313,12 +316,12 @@ def test_what_cannot_be_is_refused_by_name(model: VPModel, dataset: KDDataset) -
 
 
 def test_a_rest_that_fits_no_more_is_sampled_anew(model: VPModel, dataset: KDDataset) -> None:
-    position = opened(model, dataset).next_step().position
+    position = opened(model, dataset).next_step().position()
     other = opened(model, dataset, global_batch_size=24, rollout_groups=8)
     assert other.resume(position, source="test") == [
         "12 sampled answers are no whole number of steps now: sampled anew"
     ]
-    assert set(other.next_step().position.arrays) == set() and other.next_step().position.consumed_samples == 20
+    assert set(other.next_step().position().arrays) == set() and other.next_step().position().consumed_samples == 20
 
 
 def test_every_prompt_has_to_leave_room_for_the_longest_answer(dataset: KDDataset, tmp_path: Path) -> None:
@@ -367,7 +370,7 @@ def test_held_out_rewards_are_those_of_training_and_disturb_nothing(
     assert open_held_out(parts, tiny_config(**{**fields, "eval_interval": None})) is None
     # As many prompts as a global batch has answers, and the same answers as if they were trained on.
     prompts = [Asked([7 + place, 3], {}) for place in range(6)]
-    asked = Answering(dataset.manifest, cfg.rollouts)(model, list(enumerate(prompts)), 1, version=0, stop=None)
+    asked = Answering(dataset.manifest, cfg.rollouts)(Sampler(model), list(enumerate(prompts)), 1)
     assert asked.metrics()["reward_mean"] == found["reward_mean"]
 
 

@@ -97,7 +97,7 @@ def test_preparing_ahead_changes_nothing(dataset_root):
         source.resume(Position(begin, []), source="test")
         for consumed in range(begin, begin + 4 * steps, 4):
             step = source.next_step()
-            assert step.position.consumed_samples == consumed + 4
+            assert step.position().consumed_samples == consumed + 4
             assert rows_by_sample(step.batches) == global_step(dataset_root, consumed, 4, 2, 1)
     source.close()
 

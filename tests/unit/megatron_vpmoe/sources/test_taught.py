@@ -95,7 +95,7 @@ def test_the_anchor_keeps_its_share_and_every_step_resumes(model: VPModel, datas
     anchor, sampled = (sum(one[f"tokens/{name}"] for one in counts) for name in ("anchor", "sampled"))
     assert 0 <= anchor - 0.3 / 0.7 * sampled < 48  # a row at most
     assert steps[-1].metrics["data/kd/samples"] > 0 and steps[-1].metrics["rollout/repetition"] >= 0
-    assert bool(steps[0].position.arrays) and not steps[1].position.arrays
+    assert bool(steps[0].position().arrays) and not steps[1].position().arrays
     stored = {tuple(dataset[place].tokens.tolist()) for place in range(len(dataset))}
     for step in steps:
         told = documents(step).values()
@@ -104,11 +104,11 @@ def test_the_anchor_keeps_its_share_and_every_step_resumes(model: VPModel, datas
         assert all(any(log_p) == bool(of_model) for of_model, _, log_p in told)
     for stopped in (1, 2, 3):
         again = opened(model, dataset, opd_anchor_share=0.3)
-        consumed, data, arrays = steps[stopped - 1].position
+        consumed, data, arrays = steps[stopped - 1].position()
         again.resume(Position(consumed, json.loads(json.dumps(data)), arrays), source="test")
         for step in steps[stopped:]:
             other = again.next_step()
-            assert documents(other) == documents(step) and other.position[:2] == step.position[:2]
+            assert documents(other) == documents(step) and other.position()[:2] == step.position()[:2]
     apart = [opened(model, dataset, rank, 2, opd_anchor_share=0.3) for rank in range(2)]
     for step in steps[:3]:
         held = [one.next_step() for one in apart]
@@ -152,7 +152,7 @@ def test_modes_and_rollouts_follow_the_sampled_tokens(model: VPModel, dataset: K
     steps, drawn, told = [], [0], list[tuple[float, set[str]]]()
     for _ in range(8):
         steps.append(step := source.next_step())
-        drawn.append(step.position.consumed_samples)
+        drawn.append(step.position().consumed_samples)
         tags = {tag.rpartition("/")[2] for tag in step.metrics if tag.startswith("rollout/tokens/")}
         told.append((step.metrics["rollout/curriculum"], tags))
         for of_model, tokens, _ in documents(step).values():
@@ -167,11 +167,11 @@ def test_modes_and_rollouts_follow_the_sampled_tokens(model: VPModel, dataset: K
     assert sum(by_mode) == sampled == steps[1].metrics["rollout/curriculum"] * 240
     for stopped in (2, 6, 7):
         other = again()
-        consumed, data, arrays = steps[stopped - 1].position
+        consumed, data, arrays = steps[stopped - 1].position()
         other.resume(Position(consumed, json.loads(json.dumps(data)), arrays), source="test")
         for step in steps[stopped:]:
             assert documents(given := other.next_step()) == documents(step)
-            assert given.position[:2] == step.position[:2]
+            assert given.position()[:2] == step.position()[:2]
 
 
 @given(
@@ -219,7 +219,7 @@ def test_a_share_of_nothing_is_no_anchor(model: VPModel, dataset: KDDataset) -> 
     with pytest.raises(CheckpointError, match="no rollouts"):
         opened(model, dataset).resume(Position(4, [{"name": "kd"}]), source="test")
     other = opened(model, dataset)
-    other.resume(step.position, source="test")  # from where there was none it begins
+    other.resume(step.position(), source="test")  # from where there was none it begins
     assert OnPolicy().counts(other.next_step().batches)["tokens/anchor"] > 0
 
 
