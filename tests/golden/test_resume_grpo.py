@@ -99,9 +99,10 @@ def test_stopped_anywhere_and_resumed_it_is_the_same_run(
         assert "asked to stop: what came after step 8" in asked.stdout and saved(run_dir) == [3, 6, 8]
     else:  # at the latest it stops with the last step before that needs it, and then waits for it
         assert set(saved(run_dir)) <= {3, 6, 7, 8}
+    left = set(range(max(saved(run_dir)) + 1, 11))
     resumed = train(run_dir, dataset, **{**fields, "eval_interval": 1, "eval_iters": 1})
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert {record["step"] for record in records(run_dir) if record["tag"] == "valid/reward/even_tokens"} == {9, 10}
+    assert {record["step"] for record in records(run_dir) if record["tag"] == "valid/reward/even_tokens"} == left
 
     assert told(tmp_path / "whole") == told(run_dir)
     for iteration in (3, 6, 9, 10):

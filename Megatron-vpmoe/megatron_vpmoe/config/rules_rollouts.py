@@ -136,9 +136,8 @@ REFUSED: tuple[Rule, ...] = (
         "while another is under way; take at most {served}",
         lambda c: [
             {"served": served}
-            for size in dict.fromkeys(c.group_sizes)
-            if c.samples
-            and c.rollout_staleness > (served := c.rollout_groups * size // c.global_batch_size * c.rollout_epochs) > 0
+            for served in [c.rollout_groups * min(c.group_sizes) // c.global_batch_size * c.rollout_epochs]
+            if c.samples and c.rollout_staleness > served > 0
         ],
     ),
     refuse(

@@ -107,6 +107,11 @@ def test_rollouts_take_what_their_cache_takes(small: Path) -> None:
     logits = 32 * m.padded_vocab_size * 4
     held = sum(size for part, size in parts.items() if part in ("activations", "loss") or "sampling" in part)
     assert any("sampling" in part for part in parts) and held == cache.nbytes + logits
+    beside = memory_estimate(
+        cfg.model_copy(update={"rollouts": cfg.rollouts.model_copy(update={"rollout_staleness": 1})})
+    )
+    assert beside.parts["weights that sample"] == parts["parameters"] == beside.parts["parameters"]
+    assert beside.parts["sampling"] == cache.nbytes + logits
 
 
 def test_normuon_keeps_one_moment(small: Path) -> None:

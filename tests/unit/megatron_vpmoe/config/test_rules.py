@@ -13,6 +13,10 @@ from megatron_vpmoe.config.schema import fields
 SAMPLED = '--router-replay replay --objective grpo --eval-interval null --rewards [{"function":"finished"}]'
 
 
+TAUGHT = "--objective on_policy --teacher-weights t --rollout-groups 16 --rollout-group-size 2 --global-batch-size 16 "
+TAUGHT += "--rollout-epochs 2"
+
+
 @pytest.mark.parametrize(
     ("flags", "named", "text"),
     [
@@ -158,6 +162,10 @@ SAMPLED = '--router-replay replay --objective grpo --eval-interval null --reward
             "leave shared_experts out",
         ),
         ("--moe-router-fusion --recompute-granularity full", "recompute_granularity", "never saw"),
+        (f"{TAUGHT} --rollout-staleness 5", "rollout_staleness", "serves 4 updates"),
+        (f"{TAUGHT} --rollout-staleness 4 --expert-model-parallel-size 2", "rollout_staleness", "no common order"),
+        (f"{TAUGHT} --rollout-staleness 4 --tensor-model-parallel-size 2", "rollout_staleness", "no common order"),
+        ("--rollout-staleness 1", "rollout_staleness", "nothing is sampled"),
         (
             "--moe-router-fusion --recompute-granularity selective --recompute-modules [moe]",
             "recompute_modules",
