@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_vpmoe.data.batch import Document, assemble
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.output import likeliest
+from megatron_vpmoe.sources.annotated import in_rows
 from vpmoe.eval.open_model import Opened, open_model
 from vpmoe.teacher.interface import Answer, Conversation, Question, batches
 from vpmoe.tokenizer import Tokenizer
@@ -43,6 +44,7 @@ class MegatronTeacher:
                 "geometry": geometry_of(found.cfg),
                 "bf16": found.cfg.training.bf16,
                 "batch_tokens": tokens,
+                "row_tokens": found.cfg.data.seq_length,
             }
             self.told = entry
 
@@ -60,6 +62,7 @@ class MegatronTeacher:
 class _Scorer:
     def __init__(self, found: Opened, question: Question, teacher: MegatronTeacher) -> None:
         self._model, self._eod_id = found.model, found.tokenizer.eod_id
+        self._row = found.cfg.data.seq_length
         self._question, self._teacher = question, teacher
 
     def score(self, conversations: Iterable[Conversation]) -> Iterator[list[Answer]]:
@@ -74,8 +77,11 @@ class _Scorer:
             mask = np.zeros(len(tokens), np.uint8)
             mask[positions] = 1
             documents.append(Document(tokens.astype(np.int32), mask, np.zeros_like(mask)))
-        length = sum(len(document.tokens) for document in documents)
-        batch = assemble([documents], seq_length=length, eod_id=self._eod_id, sample_ids=[0]).to(self._model.device)
+        # Not all in one row: without a kernel for packed rows, attention's cost is its length's square.
+        length = max(self._row, *(len(document.tokens) for document in documents))
+        [rows] = in_rows(documents, length, len(documents))
+        batch = assemble(rows, seq_length=length, eod_id=self._eod_id, sample_ids=range(len(rows)))
+        batch = batch.to(self._model.device)
         layout = SequenceLayout(document_id=batch.document_id, position=batch.position_ids)
         output = self._model(batch.tokens, layout)
         return answers(output.hidden_BSH[batch.loss_mask], output.model.output_weight(), self._question, conversations)

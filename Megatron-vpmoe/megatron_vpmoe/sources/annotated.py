@@ -99,7 +99,7 @@ def of_documents(
         seq_length: positions of a row.
         rows: of a batch, at most.
     """
-    for batch_rows in _in_rows(documents, seq_length, rows):
+    for batch_rows in in_rows(documents, seq_length, rows):
         batch = assemble(batch_rows, seq_length=seq_length, eod_id=eod_id, sample_ids=range(len(batch_rows)))
         found = {name: values.numpy() for name, values in annotator(batch).items()}
         batch_documents = []
@@ -114,7 +114,8 @@ def of_documents(
         yield batch_documents
 
 
-def _in_rows(documents: Iterable[Document], seq_length: int, rows: int) -> Iterator[list[list[Document]]]:
+def in_rows(documents: Iterable[Document], seq_length: int, rows: int) -> Iterator[list[list[Document]]]:
+    """Documents in their order, in batches of so many rows, each filled as long as the next one fits."""
     batch, room = [], 0
     for document in documents:
         if len(document.tokens) > room:
