@@ -98,6 +98,9 @@ def synth_mini(
     families: Annotated[str, typer.Option(help="name=weight,name=weight")] = mini.DEFAULT_MIX,
     levels: Annotated[str, typer.Option(help="family=level|level,...; every level of the families not named")] = "",
     languages: Annotated[str, typer.Option(help="of en,de,fr; rows are in one of these")] = "en",
+    slips: Annotated[
+        float, typer.Option(help="share of the pool's digits that are any digit, in derivations and answers")
+    ] = 0.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace rows of another seed or size")] = False,
 ) -> None:
     """Generate rows of SYNTH's schema: small tasks with a written derivation and an answer that can be checked."""
@@ -108,6 +111,7 @@ def synth_mini(
         families=mini.parse_mix(families),
         levels=mini.parse_levels(levels),
         languages=mini.parse_languages(languages),
+        slips=slips,
         overwrite=overwrite,
         say=typer.echo,
     )

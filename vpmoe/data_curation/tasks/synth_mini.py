@@ -62,6 +62,7 @@ def make_row(
     families: Mapping[str, float],
     levels: Mapping[str, tuple[str, ...]] = _ALL_LEVELS,
     languages: Sequence[str] = DEFAULT_LANGUAGES,
+    slips: float = 0.0,
 ) -> dict[str, str]:
     """Row ``index`` of the pool that ``seed`` and a mix define.
 
@@ -70,6 +71,8 @@ def make_row(
         families: name -> weight.
         levels: family -> the levels to take; a family that is not named takes all of its own.
         languages: each row is in one of them, all equally often.
+        slips: share of the digits of derivation and answer in whose place any digit stands; question and wording are
+            what they are without.
     """
     synth_id = f"synth_mini_{seed}_{index:08d}"
     rng = random.Random(f"{_DRAWS} {synth_id}")
@@ -78,7 +81,14 @@ def make_row(
     # One language takes no draw: rows of English alone are what they were before there were others.
     language = languages[0] if len(languages) == 1 else rng.choice(languages)
     instance = family.ask(bucket_of(synth_id), levels.get(name, family.levels), rng)
-    return _row(synth_id, family, instance, language, rng)
+    row = _row(synth_id, family, instance, language, rng)
+    if slips:
+        rng = random.Random(f"slips {synth_id}")
+        for name in ("synthetic_reasoning", "synthetic_answer"):
+            row[name] = "".join(
+                rng.choice("0123456789") if each.isdecimal() and rng.random() < slips else each for each in row[name]
+            )
+    return row
 
 
 def test_rows(
@@ -113,30 +123,34 @@ def generate(
     families: Mapping[str, float],
     levels: Mapping[str, tuple[str, ...]] = _ALL_LEVELS,
     languages: Sequence[str] = DEFAULT_LANGUAGES,
+    slips: float = 0.0,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Write the pool and the test questions, unless they are there; returns how many (``rows``, ``test_questions``).
 
     Raises:
-        DataError: an unknown family, level or language, a weight that is no share, or no rows.
+        DataError: an unknown family, level or language, a weight or slips that are no share, or no rows.
         NotOursError, BusyError: see :func:`vpmoe.steps.run`.
     """
     _check_choice(families, levels, languages)
     if rows < 1:
         raise DataError(f"{rows} rows", source="--rows", remedy="ask for at least 1")
-    decides = {
+    if not 0 <= slips <= 1:
+        raise DataError(f"{slips} is no share", source="--slips", remedy="ask for 0 to 1 of the digits")
+    decides: dict[str, Any] = {
         "rows": rows,
         "seed": seed,
         "families": dict(families),
         "levels": {name: list(levels.get(name, FAMILIES[name].levels)) for name in families},
         "languages": list(languages),
+        **({"slips": slips} if slips else {}),
     }
 
     def make(work: steps.Work) -> dict[str, Any]:
         columns: dict[str, list[str]] = {name: [] for name in COLUMNS}
         for index in range(rows):
-            for name, value in make_row(seed, index, families, levels, languages).items():
+            for name, value in make_row(seed, index, families, levels, languages, slips).items():
                 columns[name].append(value)
         schema = pa.schema([(name, pa.string()) for name in COLUMNS])
         pq.write_table(pa.table(columns, schema=schema), work.folder / POOL_NAME)

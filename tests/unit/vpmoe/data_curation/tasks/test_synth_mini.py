@@ -155,6 +155,20 @@ def test_levels_and_languages_come_when_asked(tmp_path: Path) -> None:
         synth_mini.generate(tmp_path, **options)
 
 
+def test_slips_change_digits_alone_as_often_as_asked() -> None:
+    texts = [[make_row(1, index, {"sorting": 1.0}, slips=slips) for index in range(300)] for slips in (0.0, 0.2)]
+    changed = digits = 0
+    for right, slipped in zip(*texts, strict=True):
+        assert right["query"] == slipped["query"]
+        for name in ("synthetic_reasoning", "synthetic_answer"):
+            assert len(right[name]) == len(slipped[name])
+            for before, after in zip(right[name], slipped[name], strict=True):
+                assert before == after or (before.isdecimal() and after.isdecimal())
+                digits += before.isdecimal()
+                changed += before != after
+    assert 0.17 < changed / digits < 0.19  # a tenth of the digits that are drawn is the right one
+
+
 @pytest.mark.parametrize(
     ("option", "chosen", "named"),
     [
@@ -164,6 +178,7 @@ def test_levels_and_languages_come_when_asked(tmp_path: Path) -> None:
         ("--levels", "addition", "not a choice"),
         ("--languages", "en,xx", "'en | xx'"),
         ("--languages", "", "of: en | de | fr"),
+        ("--slips", "1.5", "0 to 1"),
     ],
 )
 def test_a_wrong_choice_is_refused(
