@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Single-process tests side by side; what starts several processes runs by itself afterwards.
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: help setup quickstart rl-nano ladder-nano test test-unit check format bench clean
+.PHONY: help setup quickstart rl-nano distil-nano ladder-nano test test-unit check format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,9 @@ quickstart: setup  ## data, training, evaluation and a report of a nano vpMoE, o
 
 rl-nano: setup  ## a nano vpMoE short of mastery, then rewards (GRPO) and preferences (DPO) from its weights
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/vpmoe rl-nano
+
+distil-nano: setup  ## a teacher, and students of it: texts alone, its top K stored and live, and their own words
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/vpmoe distil-nano
 
 ladder-nano: setup  ## all six rungs and the three stages of distillation, from a tiny Qwen3 that it trains first
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/vpmoe ladder configs/nano/ladder.toml

@@ -1,4 +1,4 @@
-"""``vpmoe quickstart`` and ``vpmoe rl-nano``."""
+"""``vpmoe quickstart``, ``vpmoe rl-nano`` and ``vpmoe distil-nano``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 ROOT = Path(__file__).resolve().parents[2]
 app = typer.Typer(add_completion=False)
 rl_app = typer.Typer(add_completion=False)
+distil_app = typer.Typer(add_completion=False)
 
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="replace what was made of other settings, data or code")
@@ -52,12 +53,15 @@ def quickstart(
     raise typer.Exit(run_quickstart(plan))
 
 
+SeedsOption = Annotated[
+    list[int] | None,
+    typer.Option("--seed", help="of all trainings; may be given several times (default: the config's)"),
+]
+
+
 @rl_app.command()
 def rl_nano(
-    seed: Annotated[
-        list[int] | None,
-        typer.Option(help="of all three trainings; may be given several times (default: the config's)"),
-    ] = None,
+    seed: SeedsOption = None,
     force: Annotated[
         list[str] | None,
         typer.Option(metavar="STEP", help="do this step again: tokenizer, data, sft, grpo, pairs or dpo"),
@@ -72,9 +76,34 @@ def rl_nano(
 
     Steps that are done and still valid are skipped; after an interruption the same command goes on where it stopped.
     """
-    from vpmoe.quickstart.rl import RlPlan, run_rl_nano
+    from vpmoe.quickstart.rl import plan_of, run_rl_nano
 
-    plan = RlPlan.of(
-        ROOT, seeds=seed or (), force=force or (), overwrite=overwrite, work_dir=work_dir, settings=settings
-    )
-    raise typer.Exit(run_rl_nano(plan))
+    wishes = {"seeds": seed or (), "force": force or (), "overwrite": overwrite}
+    raise typer.Exit(run_rl_nano(plan_of(ROOT, **wishes, work_dir=work_dir, settings=settings)))
+
+
+@distil_app.command()
+def distil_nano(
+    seed: SeedsOption = None,
+    force: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STEP",
+            help="do this step again: tokenizer, data, teacher, store, start, ce, stored_topk, live_topk or on_policy",
+        ),
+    ] = None,
+    overwrite: OverwriteOption = False,
+    work_dir: WorkOption = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="another settings file (default: configs/nano/distil_nano.toml)")
+    ] = None,
+) -> None:
+    """Train a teacher, then students of it: by texts alone, by its stored and its live top K, each then on-policy.
+
+    Writes reports/distil_nano: exact answers, KL to the teacher, and what each student took. Steps that are done and
+    still valid are skipped; after an interruption the same command goes on where it stopped.
+    """
+    from vpmoe.quickstart.distil import plan_of, run_distil_nano
+
+    wishes = {"seeds": seed or (), "force": force or (), "overwrite": overwrite}
+    raise typer.Exit(run_distil_nano(plan_of(ROOT, **wishes, work_dir=work_dir, settings=settings)))

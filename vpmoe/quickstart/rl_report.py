@@ -7,61 +7,40 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from megatron_vpmoe.config import config_hash
-from megatron_vpmoe.files import write_atomically
-from megatron_vpmoe.software import git_state
-from vpmoe.eval.plots import Curves, read_curves
-from vpmoe.eval.reports import check_reportable, markdown_table, read_report, write_report
-from vpmoe.eval.suites.suite_report import ALL
-from vpmoe.eval.suites.suite_report import KIND as EVALUATION_KIND
-from vpmoe.quickstart.environment import describe
+from vpmoe.eval.plots import read_curves
+from vpmoe.eval.reports import markdown_table
+from vpmoe.quickstart.proof import answers, curve, percent
 from vpmoe.quickstart.settings import RlTargets
-from vpmoe.quickstart.trained import TrainedRun
 from vpmoe.steps import read_receipt, save_figure
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from vpmoe.quickstart.proof import Proof
+    from vpmoe.quickstart.rl import SeedPlan
+    from vpmoe.quickstart.settings import RlSettings
 
-    from vpmoe.quickstart.rl import RlPlan, SeedPlan
-
-SCHEMA_VERSION = 1
-KIND = "rl_nano"
 _GRPO = ("exact_before", "exact_after", "valid_before", "valid_after")
 _DPO = ("pair_accuracy", "pair_accuracy_policy", "pair_accuracy_policy_before", "exact_after", "valid_after")
 
 
-def write_rl_report(plan: RlPlan, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Write ``report.json``, ``report.md`` and ``report.png`` to the plan's report folder, print the table.
+def write_rl_report(
+    proof: Proof[RlSettings], plans: Sequence[SeedPlan], seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """Write and print the report; see ``Proof.report``.
 
     Args:
-        plan: all of whose steps are done.
+        plans: of each seed, all of whose steps are done.
         seconds: spent on what was made, by name, over all seeds.
     """
-    measured = [_of_seed(one) for one in plan.seeds]
-    report = {
-        "schema_version": SCHEMA_VERSION,
-        "kind": KIND,
-        "settings": plan.settings.model_dump(),
-        "config_hashes": {name: config_hash(getattr(plan.seeds[0], name).cfg) for name in ("sft", "grpo", "dpo")},
-        "git": git_state(plan.data.root),
-        "environment": describe(),
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    measured = [_of_seed(one) for one in plans]
+    found = {
         # Medians of the seeds, which follow one by one.
         "grpo": {name: median(one["grpo"][name] for one in measured) for name in _GRPO},
         "dpo": {name: median(one["dpo"][name] for one in measured) for name in _DPO},
         "seeds": measured,
-        "targets": held_against(plan.settings.targets, measured),
+        "targets": held_against(proof.settings.targets, measured),
     }
-    folder = plan.report_folder
-    check_reportable(folder / "report.json", KIND)
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = table(report)
-    plot(plan.seeds, report, folder / "report.png")
-    write_atomically(folder / "report.md", (lines + "\n").encode())
-    # The report comes last: where there is one, there are the others.
-    write_report(folder / "report.json", report)
-    print(f"\n{lines}\n\nreport: {folder / 'report.json'}, table and picture beside it", flush=True)
-    return report
+    runs = {"sft": plans[0].sft, "grpo": plans[0].grpo, "dpo": plans[0].dpo}
+    return proof.report(runs, seconds, found, table(measured), lambda output: plot(plans, measured, output))
 
 
 def held_against(targets: RlTargets, seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -79,21 +58,21 @@ def held_against(targets: RlTargets, seeds: Sequence[Mapping[str, Any]]) -> dict
     return {"met": all(entry["met"] for entry in entries.values()), "entries": entries}
 
 
-def table(report: Mapping[str, Any]) -> str:
+def table(seeds: Sequence[Mapping[str, Any]]) -> str:
     """A row a seed, in Markdown."""
     headings = ("seed", "exact, SFT", "GRPO", "DPO", "valid Harmony, SFT", "GRPO", "DPO")
     headings += ("held-out pairs", "right relative to SFT", "right by itself, SFT", "DPO")
     rows = []
-    for one in report["seeds"]:
+    for one in seeds:
         grpo, dpo = one["grpo"], one["dpo"]
         shares = [grpo["exact_before"], grpo["exact_after"], dpo["exact_after"]]
         shares += [grpo["valid_before"], grpo["valid_after"], dpo["valid_after"]]
         of_pairs = [dpo["pair_accuracy"], dpo["pair_accuracy_policy_before"], dpo["pair_accuracy_policy"]]
-        rows.append([str(one["seed"]), *map(_percent, shares), str(dpo["pairs"]), *map(_percent, of_pairs)])
+        rows.append([str(one["seed"]), *map(percent, shares), str(dpo["pairs"]), *map(percent, of_pairs)])
     return markdown_table(headings, rows)
 
 
-def plot(seeds: Sequence[SeedPlan], report: Mapping[str, Any], output: Path) -> None:
+def plot(plans: Sequence[SeedPlan], seeds: Sequence[Mapping[str, Any]], output: Path) -> None:
     """Rewards while sampling, exact answers to held-out questions before and after, and held-out pairs, into a PNG."""
     import matplotlib
 
@@ -102,15 +81,15 @@ def plot(seeds: Sequence[SeedPlan], report: Mapping[str, Any], output: Path) -> 
 
     figure, (rewards, answers, pairs) = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     figure.suptitle("From a model short of mastery: rewards (GRPO) and preferences (DPO)")
-    for one in seeds:
-        grpo, dpo = (read_curves(_metrics(run)) for run in (one.grpo, one.dpo))
-        _curve(rewards, grpo, "rollout/reward/exact", f"exact, seed {one.seed}")
-        _curve(rewards, grpo, "policy/entropy", f"entropy (nats), seed {one.seed}", linestyle=":")
-        _curve(pairs, dpo, "valid/accuracy/relative", f"relative to SFT, seed {one.seed}")
-        _curve(pairs, dpo, "valid/accuracy/policy", f"by itself, seed {one.seed}", linestyle=":")
+    for plan in plans:
+        grpo, dpo = (read_curves(run.metrics) for run in (plan.grpo, plan.dpo))
+        curve(rewards, grpo, "rollout/reward/exact", f"exact, seed {plan.seed}")
+        curve(rewards, grpo, "policy/entropy", f"entropy (nats), seed {plan.seed}", linestyle=":")
+        curve(pairs, dpo, "valid/accuracy/relative", f"relative to SFT, seed {plan.seed}")
+        curve(pairs, dpo, "valid/accuracy/policy", f"by itself, seed {plan.seed}", linestyle=":")
     rewards.set(title="GRPO: sampled answers to training questions", xlabel="step", ylim=(0, 1))
     pairs.set(title="DPO: held-out pairs ordered rightly", xlabel="step", ylim=(0, 1.02))
-    for one in report["seeds"]:
+    for one in seeds:
         grpo, dpo = one["grpo"], one["dpo"]
         heights = [100 * value for value in (grpo["exact_before"], grpo["exact_after"], dpo["exact_after"])]
         answers.plot(range(3), heights, marker="o", label=f"seed {one['seed']}")
@@ -121,14 +100,9 @@ def plot(seeds: Sequence[SeedPlan], report: Mapping[str, Any], output: Path) -> 
     save_figure(figure, output, dpi=110)
 
 
-def _curve(axes: Axes, curves: Curves, tag: str, label: str, **style: Any) -> None:
-    if points := curves.get(tag):
-        axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2, **style)
-
-
 def _of_seed(plan: SeedPlan) -> dict[str, Any]:
-    (sft, before), (grpo, after), (dpo, _) = (_answers(run) for run in (plan.sft, plan.grpo, plan.dpo))
-    valid = {tag: points for tag, points in read_curves(_metrics(plan.dpo)).items() if tag.startswith("valid/")}
+    (sft, before), (grpo, after), (dpo, _) = (answers(run) for run in (plan.sft, plan.grpo, plan.dpo))
+    valid = {tag: points for tag, points in read_curves(plan.dpo.metrics).items() if tag.startswith("valid/")}
     relative, policy = valid["valid/accuracy/relative"], valid["valid/accuracy/policy"]
     rows = read_receipt(plan.dpo.work / plan.dpo.dataset)["report"]["splits"]["valid"]["rows"]
     return {
@@ -150,17 +124,3 @@ def _of_seed(plan: SeedPlan) -> dict[str, Any]:
             "valid_after": dpo["validity"],
         },
     }
-
-
-def _answers(run: TrainedRun) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The entry of all held-out questions, and those of the families."""
-    tasks = dict(read_report(run.work / run.evaluation, EVALUATION_KIND)["tasks"])
-    return tasks.pop(ALL), tasks
-
-
-def _metrics(run: TrainedRun) -> Path:
-    return run.work / run.run / "metrics.jsonl"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

@@ -92,9 +92,15 @@ class Runner:
         self._count("training" if name == "train" else name, receipt)
         return receipt["files"]
 
-    def evaluate(self, name: str, run: TrainedRun, trained: Mapping[str, Any]) -> None:
-        """The evaluation of a run."""
-        step, command = run.evaluating(trained)
+    def evaluate(
+        self,
+        name: str,
+        run: TrainedRun,
+        trained: Mapping[str, Any],
+        teacher: tuple[TrainedRun, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """The evaluation of a run; see ``TrainedRun.evaluating``."""
+        step, command = run.evaluating(trained, teacher)
 
         def make(work: steps.Work) -> dict[str, Any]:
             output = os.path.relpath(work.folder / run.evaluation.name, run.work)

@@ -60,9 +60,19 @@ class Settings(_Section):
 
 
 class Stage(_Section):
-    """A training of ``vpmoe rl-nano``: its configuration, relative to the checkout."""
+    """A training: its configuration, relative to the checkout, and fields of it that are otherwise here."""
 
     config: Text
+    overrides: Options = {}
+
+
+class ProofSettings(_Section):
+    """What every proof has: ``rows`` and ``dataset`` take the place of options of the same name in the quickstart's,
+    ``per_family`` of its."""
+
+    per_family: Count
+    rows: Options
+    dataset: Options
 
 
 class RlTargets(_Section):
@@ -73,15 +83,9 @@ class RlTargets(_Section):
     pair_accuracy: float = Field(ge=0, le=1)
 
 
-class RlSettings(_Section):
-    """``configs/nano/rl_nano.toml``; ``pairs`` are options of ``vpmoe eval pairs``.
+class RlSettings(ProofSettings):
+    """``configs/nano/rl_nano.toml``; ``pairs`` are options of ``vpmoe eval pairs``."""
 
-    ``rows`` and ``dataset`` take the place of options of the same name in the quickstart's, ``per_family`` of its.
-    """
-
-    per_family: Count
-    rows: Options
-    dataset: Options
     sft: Stage
     grpo: Stage
     dpo: Stage
@@ -89,7 +93,34 @@ class RlSettings(_Section):
     targets: RlTargets
 
 
+class DistilTargets(_Section):
+    """What ``vpmoe distil-nano`` promises: shares in 0..1, nats a token; all but the teacher's of each seed."""
+
+    teacher_exact: float = Field(ge=0, le=1)
+    stored_over_ce_exact: float = Field(ge=-1, le=1)
+    stored_over_ce_kl: float = Field(ge=-1, le=1, description="share of KL to the teacher that stored records save")
+    top_k_share_of_kl: float = Field(ge=0, le=1)
+    on_policy_exact_gain: float = Field(ge=-1, le=1)
+    on_policy_gap_fall: float = Field(ge=-1, le=1, description="share of the gap that is gone in the end")
+
+
+class DistilSettings(ProofSettings):
+    """``configs/nano/distil_nano.toml``; ``store`` are options of ``vpmoe data score``.
+
+    ``start`` is what every student begins with, ``stage2`` how those of stored conversations are trained, ``stage3``
+    how the on-policy ones go on.
+    """
+
+    teacher: Stage
+    start: Stage
+    store: Options
+    stage2: Stage
+    stage3: Stage
+    targets: DistilTargets
+
+
 Schema = TypeVar("Schema", bound=_Section)
+ProofSchema = TypeVar("ProofSchema", bound=ProofSettings)
 
 
 def read_settings(path: Path, schema: type[Schema] = Settings) -> Schema:

@@ -58,6 +58,11 @@ class TrainedRun:
         return self.cfg.run_directory
 
     @property
+    def metrics(self) -> Path:
+        """The run's ``metrics.jsonl``."""
+        return self.work / self.run / "metrics.jsonl"
+
+    @property
     def evaluation(self) -> Path:
         """The evaluation's report, its picture beside it; in a folder of the run, and gone with it."""
         return self.run / "evaluation" / "evaluation.json"
@@ -106,8 +111,15 @@ class TrainedRun:
         place = found.path.relative_to(run).as_posix()
         return {f"{place}/{name}": entry for name, entry in read_json(found.path / FILES).items()}
 
-    def evaluating(self, trained: Mapping[str, Any]) -> tuple[Step, Command]:
-        """The evaluation of a run whose receipt lists the files ``trained``, and the command but for its output."""
+    def evaluating(
+        self, trained: Mapping[str, Any], teacher: tuple[TrainedRun, Mapping[str, Any]] | None = None
+    ) -> tuple[Step, Command]:
+        """The evaluation of a run, and the command but for its output.
+
+        Args:
+            trained: the files that the run's receipt lists.
+            teacher: a run to tell the distance to, and its files.
+        """
         questions = self.rows / TEST_NAME
         options = self.asked.model_dump(exclude={"shown_samples"})
         step = Step(
@@ -119,10 +131,12 @@ class TrainedRun:
                 "dataset": self._dataset_sha256(),
                 "questions": sha256_of_file(self.work / questions),
                 "options": {name: value for name, value in options.items() if name != "batch_size"},
+                **({} if teacher is None else {"teacher": _hashes(teacher[1])}),
             },
             packages=("torch",),
         )
-        return step, Command(("vpmoe", "eval", "nano", str(self.run), *flags({"questions": str(questions), **options})))
+        asked = {"questions": str(questions), **({"teacher": str(teacher[0].run)} if teacher else {}), **options}
+        return step, Command(("vpmoe", "eval", "nano", str(self.run), *flags(asked)))
 
     def _dataset_sha256(self) -> str:
         """Of the dataset's contents; its manifest names the commit of the code too, which decides nothing."""

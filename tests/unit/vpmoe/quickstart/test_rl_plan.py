@@ -12,14 +12,15 @@ from tests.unit.vpmoe.quickstart.test_plan import write_dataset
 from vpmoe.commands import Command
 from vpmoe.data_curation.app import app as data_app
 from vpmoe.eval.app import app as eval_app
-from vpmoe.quickstart.rl import RlPlan
+from vpmoe.quickstart.proof import Proof
+from vpmoe.quickstart.rl import SeedPlan, plan_of
 from vpmoe.quickstart.rl_report import held_against, table
-from vpmoe.quickstart.settings import QuickstartError, RlTargets
+from vpmoe.quickstart.settings import QuickstartError, RlSettings, RlTargets
 
 
 @pytest.fixture
-def plan(tmp_path: Path, repository: Path) -> RlPlan:
-    return RlPlan.of(repository, seeds=(3, 4), work_dir=tmp_path)
+def plan(tmp_path: Path, repository: Path) -> Proof[RlSettings]:
+    return plan_of(repository, seeds=(3, 4), work_dir=tmp_path)
 
 
 def parsed(command: Command) -> dict[str, Any]:
@@ -29,8 +30,8 @@ def parsed(command: Command) -> dict[str, Any]:
     return group.commands[name].make_context(name, words).params
 
 
-def test_each_command_reads_what_another_makes(plan: RlPlan) -> None:
-    one, other = plan.seeds
+def test_each_command_reads_what_another_makes(plan: Proof[RlSettings]) -> None:
+    one, other = (SeedPlan.of(plan, seed) for seed in plan.seeds)
     (answers, ask), (dataset, build) = one.pairs()
     asked, built = parsed(ask), parsed(build)
     work = plan.data.work
@@ -50,18 +51,18 @@ def test_each_command_reads_what_another_makes(plan: RlPlan) -> None:
     assert rows >= int(plan.settings.pairs["valid"]) and cfg.evaluation.eval_at_start  # type: ignore[arg-type]
 
 
-def test_other_weights_are_another_training(plan: RlPlan) -> None:
+def test_other_weights_are_another_training(plan: Proof[RlSettings]) -> None:
     write_dataset(plan.data)
-    grpo = plan.seeds[0].grpo
+    grpo = SeedPlan.of(plan, 3).grpo
     keys = [grpo.training(start)[0].key for start in (None, {"a": {"sha256": "1"}}, {"a": {"sha256": "2"}})]
     assert keys[0] != keys[1] != keys[2]
 
 
 def test_wishes_that_cannot_be(tmp_path: Path, repository: Path) -> None:
     with pytest.raises(QuickstartError, match="no step train"):
-        RlPlan.of(repository, work_dir=tmp_path, force=("train",))
+        plan_of(repository, work_dir=tmp_path, force=("train",))
     with pytest.raises(QuickstartError, match=r"seeds \[1, 1\]"):
-        RlPlan.of(repository, work_dir=tmp_path, seeds=(1, 1))
+        plan_of(repository, work_dir=tmp_path, seeds=(1, 1))
 
 
 @pytest.mark.parametrize(
@@ -86,4 +87,4 @@ def test_targets_hold_of_each_seed(after: float, valid: float, pairs: float, mis
     assert held["met"] is (not missed)
     found = {name for name, entry in held["entries"].items() if not entry["met"]}
     assert found == {f"seed 2: {name}" for name in missed}
-    assert f"| 2 | 50.0 % | {100 * after:.1f} %" in table({"seeds": seeds})
+    assert f"| 2 | 50.0 % | {100 * after:.1f} %" in table(seeds)

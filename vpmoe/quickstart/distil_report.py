@@ -1,0 +1,156 @@
+"""The result of ``vpmoe distil-nano``: report, table and curves, held against the targets seed by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, median
+from typing import TYPE_CHECKING, Any
+
+from vpmoe.eval.plots import read_curves
+from vpmoe.eval.reports import markdown_table
+from vpmoe.eval.valid_split import TOP_K
+from vpmoe.quickstart.distil import AFTER
+from vpmoe.quickstart.proof import answers, curve, evaluation, percent
+from vpmoe.quickstart.settings import DistilTargets
+from vpmoe.quickstart.trained import TrainedRun
+from vpmoe.steps import save_figure
+
+if TYPE_CHECKING:
+    from vpmoe.quickstart.distil import Students, Teaching
+
+_LAST = 5
+"""Steps whose mean is the gap in the end: one step has a few thousand sampled tokens."""
+_MEASURED = ("exact", "valid", "kl_to_teacher", "kl_top_k", "steps", "tokens")
+_GAP = ("gap_before", "gap_after")
+
+
+def write_distil_report(
+    teaching: Teaching, classes: Sequence[Students], seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """Write and print the report; see ``Proof.report``.
+
+    Args:
+        teaching: the teacher, trained and evaluated.
+        classes: of each seed, all of whose runs are done.
+        seconds: spent on what was made, by name, over all seeds.
+    """
+    whole, families = answers(teaching.run)
+    teacher = {"exact": whole["accuracy"], "families": {name: one["accuracy"] for name, one in families.items()}}
+    seeds = [
+        {"seed": each.seed, "students": {name: _measured(name, run) for name, run in each.runs.items()}}
+        for each in classes
+    ]
+    found = {
+        "teacher": teacher,
+        # Medians of the seeds, which follow one by one.
+        "students": {
+            name: {of: median(one["students"][name][of] for one in seeds) for of in first}
+            for name, first in seeds[0]["students"].items()
+        },
+        "beyond_spread": beyond_spread(seeds),
+        "seeds": seeds,
+        "targets": held_against(teaching.proof.settings.targets, teacher, seeds),
+    }
+    runs = {"teacher": teaching.run, "start": classes[0].start, **classes[0].runs}
+    lines = f"teacher: {percent(teacher['exact'])} exact\n\n{table(seeds)}"
+    return teaching.proof.report(runs, seconds, found, lines, lambda output: plot(classes, seeds, teacher, output))
+
+
+def held_against(
+    targets: DistilTargets, teacher: Mapping[str, Any], seeds: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Each target with what was measured, and whether all are met."""
+    measured = {"teacher: exact answers": (targets.teacher_exact, teacher["exact"])}
+    for one in seeds:
+        ce, stored, policy = (one["students"][name] for name in ("ce", "stored_topk", "on_policy"))
+        of_seed = {
+            "exact answers, stored top K above CE": (targets.stored_over_ce_exact, stored["exact"] - ce["exact"]),
+            "KL to the teacher, saved by stored top K": (
+                targets.stored_over_ce_kl,
+                1 - stored["kl_to_teacher"] / ce["kl_to_teacher"],
+            ),
+            f"share of that KL that K = {TOP_K} sees": (
+                targets.top_k_share_of_kl,
+                stored["kl_top_k"] / stored["kl_to_teacher"],
+            ),
+            "exact answers gained on-policy": (targets.on_policy_exact_gain, policy["exact"] - stored["exact"]),
+            "gap closed on-policy": (targets.on_policy_gap_fall, 1 - policy["gap_after"] / policy["gap_before"]),
+        }
+        measured |= {f"seed {one['seed']}: {name}": entry for name, entry in of_seed.items()}
+    entries = {
+        name: {"target": target, "measured": value, "met": value >= target}
+        for name, (target, value) in measured.items()
+    }
+    return {"met": all(entry["met"] for entry in entries.values()), "entries": entries}
+
+
+def beyond_spread(seeds: Sequence[Mapping[str, Any]]) -> dict[str, bool] | None:
+    """Whether every seed's stored top K is better than every seed's CE; None of one seed."""
+    if len(seeds) < 2:
+        return None
+    ce, stored = ([one["students"][name] for one in seeds] for name in ("ce", "stored_topk"))
+    return {
+        "exact": min(one["exact"] for one in stored) > max(one["exact"] for one in ce),
+        "kl_to_teacher": max(one["kl_to_teacher"] for one in stored) < min(one["kl_to_teacher"] for one in ce),
+    }
+
+
+def table(seeds: Sequence[Mapping[str, Any]]) -> str:
+    """A row a student of each seed, in Markdown."""
+    headings = ("seed", "student", "exact", "valid Harmony", "KL to the teacher", f"of K = {TOP_K}", "steps", "tokens")
+    rows = []
+    for one in seeds:
+        for name, student in one["students"].items():
+            gap = [f"{student[of]:.4f}" if of in student else "" for of in _GAP]
+            shares = (percent(student["exact"]), percent(student["valid"]))
+            distance = (f"{student['kl_to_teacher']:.4f}", f"{student['kl_top_k']:.4f}")
+            rows.append(
+                [str(one["seed"]), name, *shares, *distance, str(student["steps"]), f"{student['tokens']:,}", *gap]
+            )
+    return markdown_table((*headings, "gap before", "after"), rows)
+
+
+def plot(
+    classes: Sequence[Students], seeds: Sequence[Mapping[str, Any]], teacher: Mapping[str, Any], output: Path
+) -> None:
+    """KD while training, the gap on-policy, and every student's exact answers against its KL, into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (stored, policy, students) = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    figure.suptitle("One student, the same tokens: texts alone, a teacher's top K, its own words")
+    colours = {name: f"C{place}" for place, name in enumerate(AFTER)}
+    for each in classes:
+        for before, name in AFTER.items():
+            style: dict[str, Any] = {"color": colours[before], "alpha": 0.8}
+            first = each is classes[0]
+            curve(stored, read_curves(each.runs[before].metrics), "kd/analysis", before if first else "", **style)
+            curve(policy, read_curves(each.runs[name].metrics), "gap/total", name if first else "", **style)
+    stored.set(title="KL to the teacher, analysis", xlabel="step", ylabel="nats a token", yscale="log")
+    policy.set(title="on-policy: log p student - log p teacher", xlabel="step", ylabel="nats a sampled token")
+    for one in seeds:
+        for before, name in AFTER.items():
+            pair = [one["students"][of] for of in (before, name)]
+            heights, places = [100 * of["exact"] for of in pair], [of["kl_to_teacher"] for of in pair]
+            label = f"{before}, then on-policy" if one is seeds[0] else ""
+            students.plot(places, heights, color=colours[before], marker="o", markevery=[0], label=label)
+            students.plot(places[1:], heights[1:], color=colours[before], marker=">")
+    students.axhline(100 * teacher["exact"], color="grey", linewidth=0.8, label="teacher")
+    students.set(title="held-out questions, greedy", xlabel="KL to the teacher", ylabel="exact, %", ylim=(0, 102))
+    for axes in (stored, policy, students):
+        axes.legend(frameon=False, fontsize=7)
+    save_figure(figure, output, dpi=110)
+
+
+def _measured(name: str, run: TrainedRun) -> dict[str, Any]:
+    (whole, _), distance, curves = answers(run), evaluation(run)["to_teacher"], read_curves(run.metrics)
+    tokens = curves["tokens/real"]
+    values = (whole["accuracy"], whole["validity"], distance["kl"], distance[f"kl_top_{TOP_K}"], len(tokens))
+    found: dict[str, Any] = dict(zip(_MEASURED, (*values, round(sum(value for _, value in tokens))), strict=True))
+    if name in AFTER.values():
+        gap = [value for _, value in curves["gap/total"]]
+        found |= dict(zip(_GAP, (gap[0], mean(gap[-_LAST:])), strict=True))
+    return found
