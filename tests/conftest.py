@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from hypothesis import HealthCheck, settings
 from megatron_vpmoe.runtime.device import prepare
 
 prepare()
+gc.freeze()  # what is imported stays: a collection need not look at it
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+os.environ["PYTHONPATH"] = str(REPOSITORY)  # processes that tests start import `tests`, wherever they start
 _fuzz_factor = 1
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,6 +70,24 @@ def freeze_parameters(model: VPModel, cfg: RunConfig) -> None:
         parameter.requires_grad_(is_trained(cfg, whole))
 
 
+class _Wrapped(DistributedDataParallel):
+    """Upstream's, which can be collected.
+
+    Its hooks hang on autograd's nodes and hold it, and it holds the nodes: a cycle through C++, unseen by Python's
+    collector. The model, its buffers and its process groups with all their threads would outlive their last user.
+    """
+
+    def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable[..., None]:
+        reference = weakref.ref(self)
+
+        def hook(*_grads: object) -> None:
+            wrapped = reference()
+            if wrapped is not None:
+                super(_Wrapped, wrapped)._make_backward_post_hook(param)()
+
+        return hook
+
+
 def wrap_for_training(model: VPModel, cfg: RunConfig) -> DistributedDataParallel:
     """Megatron-Core's DDP: fp32 gradient buffers, reduced as sums (the loss is normalised by global counts already).
 
@@ -80,7 +100,7 @@ def wrap_for_training(model: VPModel, cfg: RunConfig) -> DistributedDataParallel
         use_distributed_optimizer=False,
         check_for_nan_in_grad=False,
     )
-    wrapped = DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=model)
+    wrapped = _Wrapped(config=model.config, ddp_config=ddp_config, module=model)
     wrapped.broadcast_params()
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.no_sync_func = wrapped.no_sync

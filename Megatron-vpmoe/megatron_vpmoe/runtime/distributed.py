@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -18,6 +20,8 @@ from megatron_vpmoe.errors import VpmoeError, of_the_system
 from megatron_vpmoe.runtime.device import distributed_backend, has_gpu, prepare
 
 T = TypeVar("T")
+_left: list[weakref.ref[dist.ProcessGroup]] = []
+"""The groups of the last shutdown. A model that is garbage, in a reference cycle, keeps them and their threads."""
 
 
 def initialize(
@@ -33,6 +37,8 @@ def initialize(
     The same seed on every rank: data-parallel replicas start equal, and expert shards are slices of one drawn stack.
     """
     prepare()
+    if any(group() is not None for group in _left):
+        gc.collect()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -67,6 +73,7 @@ def shutdown() -> None:
     from megatron.core import parallel_state
 
     torch.set_flush_denormal(False)
+    _left[:] = map(weakref.ref, dist.distributed_c10d._world.pg_map)
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import signal
+import weakref
 
 import pytest
 import torch
@@ -126,3 +128,13 @@ def test_a_stop_in_the_middle_of_a_batch_leaves_all_as_it_was() -> None:
         train_step(setup.wrapped, setup.optimizer, setup.objective, batches[:2])
     straight, again = (setup.weights() for setup in setups)
     assert all(torch.equal(value, again[name]) for name, value in straight.items())
+
+
+def test_what_is_trained_goes_with_its_last_user() -> None:
+    """Nothing beyond Python's collector holds it, and with it its process groups and their threads."""
+    setup = Setup()
+    setup.step()
+    wrapped = weakref.ref(setup.wrapped)
+    del setup
+    gc.collect()
+    assert wrapped() is None
