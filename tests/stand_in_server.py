@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
+import torch
+
+from megatron_vpmoe.model.attention.masks import SequenceLayout
+from megatron_vpmoe.model.gpt import VPModel
+from vpmoe.tokenizer import CompactVocabulary
 
 FAULTS = ("drop", "500", "slow", "half", "short", "nan", "busy")
+STATUS = {"500": 500, "busy": 429, "refused": 404}
 
 
 class StandIn:
@@ -21,7 +27,8 @@ class StandIn:
     Attributes:
         ids: those that have a probability.
         texts: of every id of the vocabulary.
-        faults: number of a request for log-probabilities -> what goes wrong with it.
+        faults: number of a request for log-probabilities -> what goes wrong with it; "refused" is final.
+        asked_to: number of a request -> what is done before it is answered.
         dead_from: the request from which on every one fails; None: none.
         longest: prompts are cut to so many tokens.
         asked: requests so far.
@@ -30,6 +37,7 @@ class StandIn:
     def __init__(self, ids: np.ndarray, texts: list[str], form: str = "vllm") -> None:
         self.ids, self.texts, self.form = ids, texts, form
         self.faults: dict[int, str] = {}
+        self.asked_to: dict[int, Callable[[], object]] = {}
         self.dead_from: int | None = None
         self.longest, self.most, self.asked, self.address = 10**9, 10**9, 0, ""
 
@@ -38,18 +46,26 @@ class StandIn:
         logits = 3 * np.random.default_rng(prefix[-3:]).standard_normal(len(self.ids))
         return logits - np.log(np.exp(logits).sum())
 
+    def after_each(self, prompt: list[int]) -> Sequence[np.ndarray]:
+        """``log_p`` after the first token of a prompt, the first two, ..., all but the last."""
+        return [self.log_p(prompt[:position]) for position in range(1, len(prompt))]
+
     def place(self, prompt: list[int], position: int, count: int) -> list[tuple[int, float]]:
         """The likeliest at a position of the prompt, and its own token."""
-        log_p = self.log_p(prompt[:position])
+        return self.told(self.log_p(prompt[:position]), prompt[position], count)
+
+    def told(self, log_p: np.ndarray, token: int, count: int) -> list[tuple[int, float]]:
+        """The likeliest of a distribution, and a token."""
         top = np.argsort(-log_p)[: min(count, self.most)].tolist()
-        own = int(np.flatnonzero(self.ids == prompt[position])[0])
+        own = int(np.flatnonzero(self.ids == token)[0])
         return [(int(self.ids[row]), float(log_p[row])) for row in dict.fromkeys([*top, own])]
 
     def answer(self, asked: dict[str, Any]) -> dict[str, Any]:
         """To a request, whole."""
         prompt = asked["prompt" if self.form == "vllm" else "input_ids"][: self.longest]
         count = asked["prompt_logprobs" if self.form == "vllm" else "top_logprobs_num"]
-        places = [self.place(prompt, position, count) for position in range(1, len(prompt))]
+        rows = zip(self.after_each(prompt), prompt[1:], strict=True)
+        places = [self.told(log_p, token, count) for log_p, token in rows]
         if self.form == "vllm":
             told = [
                 {str(row): {"logprob": p, "rank": 1, "decoded_token": self.texts[row]} for row, p in place}
@@ -60,6 +76,22 @@ class StandIn:
         top = [[[p, row, self.texts[row]] for row, p in place[:count]] for place in places]
         meta = {"input_token_logprobs": [[None, prompt[0], None], *own], "input_top_logprobs": [None, *top]}
         return {"text": "", "meta_info": meta}
+
+
+class ModelStandIn(StandIn):
+    """A model of ours behind a server, over the full vocabulary, of which its compact one has a part."""
+
+    def __init__(self, model: VPModel, vocabulary: CompactVocabulary) -> None:
+        texts = [piece.decode(errors="replace") for piece in vocabulary.full.pieces()]
+        super().__init__(vocabulary.o200k_ids.astype(np.int64), texts)
+        self._model = model
+
+    @torch.no_grad()
+    def after_each(self, prompt: list[int]) -> Sequence[np.ndarray]:
+        tokens = torch.from_numpy(np.searchsorted(self.ids, prompt[:-1]))[None]
+        layout = SequenceLayout(torch.zeros_like(tokens), torch.arange(tokens.shape[1])[None])
+        log_p = self._model(tokens, layout).logits().log_softmax(-1)
+        return log_p[0, :, : len(self.ids)].numpy()
 
 
 @contextmanager
@@ -91,14 +123,15 @@ def serving(stand_in: StandIn) -> Iterator[StandIn]:
                 stand_in.asked += 1
             dead = stand_in.dead_from is not None and number >= stand_in.dead_from
             fault = "500" if dead else stand_in.faults.get(number)
+            stand_in.asked_to.get(number, lambda: None)()
             told = stand_in.answer(asked)
             if fault == "drop":
                 self.connection.close()
                 return
             if fault == "slow":
                 time.sleep(1.0)
-            if fault in ("500", "busy"):
-                self.reply(b"out of order", 500 if fault == "500" else 429)
+            if fault in STATUS:
+                self.reply(b"out of order", STATUS[fault])
                 return
             if fault == "short" and stand_in.form == "vllm":
                 told["choices"][0]["prompt_logprobs"].pop()

@@ -104,7 +104,7 @@ class _ToTeacher(Objective):
         return self.spans.counts(batches)
 
     def __call__(self, output: ModelOutput, batch: Batch, totals: dict[str, float]) -> ObjectiveResult:
-        asked = self.teacher(batch)
+        [asked] = self.teacher([batch])
         ids_BSK, log_p_BSK = (asked[one.name].to(batch.labels.device) for one in (TEACHER_IDS, TEACHER_LOG_P))
         weight_BS = torch.ones_like(log_p_BSK[..., 0])
 

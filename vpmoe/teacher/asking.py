@@ -111,19 +111,31 @@ class Asking:
             HarmonyError: another mode is asked for, and the system message names none.
             DataError: it has no system message.
         """
-        tokens = self._translation.to_teacher[document.tokens]
         positions = np.flatnonzero(document.loss_mask[:-1])
-        labels = self._translation.to_teacher[document.labels[positions]]
+        return self.about(document.tokens, positions, document.labels[positions])
+
+    def about(
+        self, written: NDArray[np.integer], positions: NDArray[np.int64], labels: NDArray[np.integer]
+    ) -> Conversation:
+        """As ``conversation``, of tokens of the dataset and some of their positions.
+
+        Args:
+            written: [S].
+            positions: [N], ascending, whose successors are asked for.
+            labels: [N].
+        """
+        written = written.astype(np.int32, copy=False)
+        tokens, labels = self._translation.to_teacher[written], self._translation.to_teacher[labels]
         if self._reasoning is not None:
-            end = np.flatnonzero(document.tokens == self._student.special_id(MESSAGE_END))
-            begin = np.flatnonzero(document.tokens == self._student.special_id("<|message|>"))
+            end = np.flatnonzero(written == self._student.special_id(MESSAGE_END))
+            begin = np.flatnonzero(written == self._student.special_id("<|message|>"))
             if not (len(end) and len(begin) and begin[0] < end[0]) or (len(positions) and positions[0] < end[0]):
                 raise DataError(
                     "a document has no system message, so the teacher's mode cannot be another",
                     source=f"--reasoning {self._reasoning}",
                     remedy="leave out --reasoning",
                 )
-            header, content = document.tokens[: begin[0] + 1], document.tokens[begin[0] + 1 : end[0]]
+            header, content = written[: begin[0] + 1], written[begin[0] + 1 : end[0]]
             mode = self._system(header.tobytes(), content.tobytes())
             head = np.concatenate([tokens[: begin[0] + 1], mode])
             tokens, positions = np.concatenate([head, tokens[end[0] :]]), positions + len(head) - end[0]

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import httpx
@@ -22,11 +22,12 @@ import numpy as np
 
 from megatron_vpmoe.teacher_records import FILLING_LOG_P
 from vpmoe.errors import DataError, TokenizerError, VpmoeError
+from vpmoe.teacher.daemons import Daemons
 from vpmoe.teacher.interface import Answer, Conversation, Question
 from vpmoe.tokenizer import Tokenizer
 
 _PROBED = 256
-_LONGEST_WAIT = 30.0
+_LONGEST_WAIT, _LONGEST_CALL = 30.0, 10.0
 
 
 class ServerError(VpmoeError):
@@ -70,15 +71,21 @@ class ServerTeacher:
         settings: how to speak to it.
         tokenizer: its vocabulary, to be held id by id; None: probes alone tell.
 
+    Attributes:
+        threads: while it is open, ``settings.concurrency`` that ask.
+
     Raises:
         ServerError: it is not there, or serves another model.
     """
 
     def __init__(self, settings: Settings, tokenizer: Tokenizer | None = None) -> None:
-        address = settings.address.rstrip("/").removesuffix("/v1")
+        self._address = address = settings.address.rstrip("/").removesuffix("/v1")
         self._settings, self.tokenizer = settings, tokenizer
+        self.threads = Daemons(0)
+        wait = httpx.Timeout(settings.timeout, connect=min(settings.timeout, _LONGEST_CALL))
+        many = httpx.Limits(max_connections=settings.concurrency)
         try:
-            self._client = httpx.Client(base_url=address, timeout=settings.timeout)
+            self._client = httpx.Client(base_url=address, timeout=wait, limits=many)
         except (httpx.InvalidURL, ValueError) as error:
             raise ServerError(f"no address: {error}", source=address, remedy="give http://host:port") from error
         served = self._asked("GET", "/v1/models", read=lambda said: [str(entry["id"]) for entry in said["data"]])
@@ -116,23 +123,29 @@ class ServerTeacher:
         self._question = question
         assert student is not None
         self._probe(question, student)
-        with ThreadPoolExecutor(self._settings.concurrency) as self._pool:
-            try:
-                yield self
-            finally:
-                self._pool.shutdown(cancel_futures=True)
+        self.threads = Daemons(self._settings.concurrency)
+        try:
+            yield self
+        finally:
+            self.threads.close()
 
     def score(self, conversations: Iterable[Conversation]) -> Iterator[list[Answer]]:
         """See ``Scorer``; a list for each conversation, so that all that was said is kept."""
         running: deque[Future[Answer]] = deque()
         for conversation in conversations:
-            running.append(self._pool.submit(self._answer, conversation))
+            running.append(self.threads.submit(partial(self.answer, conversation)))
             if len(running) >= 2 * self._settings.concurrency:
                 yield [running.popleft().result()]
         while running:
             yield [running.popleft().result()]
 
-    def _answer(self, conversation: Conversation) -> Answer:
+    def answer(self, conversation: Conversation) -> Answer:
+        """What it says of a conversation, tried again where that may help; of any thread.
+
+        Raises:
+            ServerError: there is no usable answer.
+            DataError: a label is not the token that follows.
+        """
         tokens, positions, labels = conversation
         places = self._places(tokens.tolist())
         count = self._question.count
@@ -148,14 +161,14 @@ class ServerTeacher:
                 raise DataError(
                     f"the label {label} is not the token that follows, and a server says nothing of it",
                     source=self.told["name"],
-                    remedy="score this dataset with --by hf or --by megatron",
+                    remedy="have a model score the dataset (vpmoe data score --by hf or --by megatron)",
                 )
             of_label[row] = max(said, FILLING_LOG_P)
         return Answer((ids, log_p, of_label), np.zeros(len(positions), np.float32))
 
     def _places(self, tokens: list[int], attempts: int | None = None) -> list[_Place]:
         """What the server says of each token of a prompt, the first left empty."""
-        count = self._question.count
+        count = max(self._question.count, 1)
 
         def read(said: dict[str, Any]) -> list[_Place]:
             places = _of_vllm(said) if self._form == "vllm" else _of_sglang(said)
@@ -198,13 +211,14 @@ class ServerTeacher:
         for attempt in range(attempts):
             if attempt:
                 wait = min(self._settings.first_wait * 2 ** (attempt - 1), _LONGEST_WAIT)
-                time.sleep(wait * random.uniform(0.5, 1.0))
+                if self.threads.closed.wait(wait * random.uniform(0.5, 1.0)):
+                    break
             try:
                 reply = self._client.request(method, path, json=content)
                 if 400 <= reply.status_code < 500 and reply.status_code not in (408, 425, 429):
                     raise ServerError(
                         f"it refuses ({reply.status_code}): {reply.text[:300]}",
-                        source=f"{self._client.base_url}{path.lstrip('/')}",
+                        source=self._address + path,
                         remedy="start it for this (vLLM: --max-logprobs K, --max-model-len of the longest document)",
                     )
                 reply.raise_for_status()
@@ -213,8 +227,8 @@ class ServerTeacher:
                 fault = error
         raise ServerError(
             f"no usable answer in {attempts} attempts: {str(fault) or type(fault).__name__}",
-            source=f"{self._client.base_url}{path.lstrip('/')}",
-            remedy="start or mend it, then give the same command again: it goes on where it was",
+            source=self._address + path,
+            remedy="start or mend it, then give the command again (a training with --resume): it goes on where it was",
         ) from fault
 
     def _probe(self, question: Question, student: Tokenizer) -> None:

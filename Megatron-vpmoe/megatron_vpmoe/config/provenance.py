@@ -20,6 +20,9 @@ _WHOLE_SECTIONS = {
 }
 """Section -> its operational fields; all its other fields bind."""
 
+_OF_ACCESS = frozenset({"kd_teacher", "teacher_server", "teacher_tokenizer", "teacher_concurrency", "teacher_timeout"})
+"""What of a teacher may change while it stays the same one: how it is held to be that, and where it is served."""
+
 _SINGLE_FIELDS = {
     "optim": frozenset({"optimizer"}),
     "data": frozenset({"seq_length", "packing_window", "data_seed", "blend", "blend_schedule", "skip_rows"}),
@@ -36,7 +39,7 @@ _SINGLE_FIELDS = {
             *OWNED,
         }
     )
-    - {"kd_teacher"},
+    - _OF_ACCESS,
 }
 """Section -> its binding fields; everything else, and every section not named here, is operational."""
 
@@ -85,7 +88,7 @@ def provenance_diff(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any
 _UNDECIDING: dict[str, frozenset[str] | None] = {
     "data": frozenset({"data_path", "blend"}),
     "training": frozenset(
-        {"run_name", "run_dir", "micro_batch_size", "nonfinite_policy", "nonfinite_max_skips", "kd_teacher"}
+        {"run_name", "run_dir", "micro_batch_size", "nonfinite_policy", "nonfinite_max_skips", *_OF_ACCESS}
         | {f"recompute_{name}" for name in ("granularity", "method", "num_layers", "modules")}
     ),
     "optim": frozenset({"normuon_stack_mib"}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_vpmoe.config.rule import Rule, View, refuse
-from megatron_vpmoe.config.schema_objective import OBJECTIVES, OWNED, ObjectiveFields
+from megatron_vpmoe.config.schema_objective import OBJECTIVES, OF_SERVER, OWNED, ObjectiveFields
 
 _DEFAULT = {name: field.default for name, field in ObjectiveFields.model_fields.items()}
 
@@ -11,7 +11,15 @@ _DEFAULT = {name: field.default for name, field in ObjectiveFields.model_fields.
 def _asks_for_ids(c: View) -> bool:
     if c.objective == "on_policy":
         return c.opd_loss == "topk"
-    return c.objective == "topk_kd" or c.teacher_weights is not None
+    return c.objective == "topk_kd" or _has_live_teacher(c)
+
+
+def _has_live_teacher(c: View) -> bool:
+    return c.teacher_weights is not None or c.teacher_server is not None
+
+
+def _temperature(c: View) -> str:
+    return "rollout_temperature" if c.objective == "on_policy" else "kd_temperature"
 
 
 REFUSED: tuple[Rule, ...] = (
@@ -26,9 +34,35 @@ REFUSED: tuple[Rule, ...] = (
         lambda c: c.reference_bf16 and c.reference_weights is c.teacher_weights is None,
     ),
     refuse(
-        "kd_teacher teacher_weights",
+        "kd_teacher teacher_weights teacher_server",
         "it says whose records a dataset has to hold, and a live teacher makes them; leave one of the two out",
-        lambda c: c.kd_teacher is not None and c.teacher_weights is not None,
+        lambda c: c.kd_teacher is not None and _has_live_teacher(c),
+    ),
+    refuse(
+        "teacher_weights teacher_server",
+        "one teacher in memory and one that is served; leave one of the two out",
+        lambda c: c.teacher_weights is not None and c.teacher_server is not None,
+    ),
+    refuse(
+        "teacher_server served_model",
+        "which model teaches belongs to the run, wherever it is served; name it",
+        lambda c: c.teacher_server is not None and c.served_model is None,
+    ),
+    *(
+        refuse(
+            f"teacher_server {name}",
+            f"a server says probabilities at temperature 1, not {{{name}:g}}; set it to 1, or take teacher_weights",
+            lambda c, name=name: c.teacher_server is not None and name == _temperature(c) and c[name] != 1,
+        )
+        for name in ("kd_temperature", "rollout_temperature")
+    ),
+    *(
+        refuse(
+            f"{name} teacher_server",
+            "no teacher is served; leave it out, or name the address",
+            lambda c, name=name: c.teacher_server is None and c[name] != _DEFAULT[name],
+        )
+        for name in OF_SERVER
     ),
     refuse(
         "kd_beta kd_divergence",
@@ -41,9 +75,9 @@ REFUSED: tuple[Rule, ...] = (
         lambda c: _asks_for_ids(c) and c.kd_top_k > c.padded_vocab_size,
     ),
     refuse(
-        "objective teacher_weights",
-        "on_policy has a teacher score what the student samples; name its weights",
-        lambda c: c.objective == "on_policy" and c.teacher_weights is None,
+        "objective teacher_weights teacher_server",
+        "on_policy has a teacher score what the student samples; name its weights, or the address of its server",
+        lambda c: c.objective == "on_policy" and not _has_live_teacher(c),
     ),
     *(
         refuse(

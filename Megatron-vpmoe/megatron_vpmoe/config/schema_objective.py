@@ -19,14 +19,20 @@ def _is_objective(value: str) -> str:
     return value
 
 
+def _is_address(value: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/]+(/v1)?/?", value):
+        raise PydanticCustomError(BOUND, "must be http://host:port")
+    return value
+
+
 class ObjectiveFields(Section):
     """The objective, its settings and the frozen models that it is held against."""
 
     objective: Annotated[Text, AfterValidator(_is_objective)] = "span_ce"
     """"span_ce": cross-entropy normalised per span; "token_ce": its mean over all supervised tokens (plain text);
     "dpo": preference pairs against reference_log_p; "grpo": sampled answers by their rewards (section rollouts);
-    "topk_kd": cross-entropy as span_ce, mixed with the divergence from a teacher's top K, stored or teacher_weights';
-    "on_policy": sampled answers by how likely they are to teacher_weights', beside stored conversations;
+    "topk_kd": cross-entropy as span_ce, mixed with the divergence from a teacher's top K, stored, teacher_weights' or
+    teacher_server's; "on_policy": sampled answers by how likely they are to either, beside stored conversations;
     "module:Class": a class of your own that inherits from megatron_vpmoe.objectives.Objective."""
     reference_weights: Text | None = None
     """Checkpoint (or run) of a frozen second model of the same geometry and vocabulary; batches are annotated with its
@@ -36,7 +42,19 @@ class ObjectiveFields(Section):
     teacher_weights: Text | None = None
     """Checkpoint (or run) of a frozen teacher of the same vocabulary, of any geometry. Of topk_kd: batches are
     annotated with its kd_top_k likeliest tokens before each update; null: the dataset's store says them. Of on_policy,
-    which needs one: it scores the sampled answers."""
+    which needs one or a teacher_server: it scores the sampled answers."""
+    teacher_server: Annotated[Text, AfterValidator(_is_address)] | None = None
+    """Address (http://host:port) of a vLLM or SGLang server of a teacher of the same vocabulary, or of the full one of
+    which a compact vocabulary is part; asked as teacher_weights would be, at temperature 1. null: none."""
+    served_model: Text | None = None
+    """Name by which teacher_server serves the teacher."""
+    teacher_tokenizer: Text | None = None
+    """Folder of that teacher's tokenizer.json, to compare every id before the run; null: only some ids are probed."""
+    teacher_concurrency: Annotated[int, within(1, 4096, "a server queues what it has no room for")] = 16
+    """Requests to teacher_server under way, of each data-parallel rank."""
+    teacher_timeout: Annotated[float, within(0.1, 3600, "a lost connection would not be noticed")] = 120.0
+    """Seconds for an answer of teacher_server; after six attempts, each later than the one before, the run saves and
+    ends."""
     kd_teacher: Text | None = None
     """Of topk_kd: whose records the datasets have to hold: a model's name, or the beginning of its weights' sha256, as
     their manifests have them. null: anyone's."""
@@ -100,6 +118,8 @@ class ObjectiveFields(Section):
 
 _OWNERS = {"dpo_": ("dpo",), "grpo_": ("grpo",), "kd_": ("topk_kd",), "opd_": ("on_policy",)}
 _SHARED = ("topk_kd", "on_policy")
+OF_SERVER = ("served_model", "teacher_tokenizer", "teacher_concurrency", "teacher_timeout")
+"""Fields that say something of ``teacher_server``."""
 OWNED = {
     **{
         name: owners
@@ -107,7 +127,6 @@ OWNED = {
         for prefix, owners in _OWNERS.items()
         if name.startswith(prefix) and not name.startswith("kd_span_")
     },
-    "teacher_weights": _SHARED,
-    "kd_top_k": _SHARED,
+    **dict.fromkeys(("teacher_weights", "teacher_server", *OF_SERVER, "kd_top_k"), _SHARED),
 }
 """Field -> the objectives of ours that read it; kd_span_weight_* are of every loss by span."""

@@ -43,6 +43,7 @@ def launch(arguments: list[str], *, debug: bool) -> int:
     preflight.check_machine(cfg, config_path)
     preflight.check_dataset(cfg)
     preflight.check_suites(cfg)
+    preflight.check_served_teacher(cfg)
     if nodes.rank == 0:  # whose worker owns the directory, perhaps by the time that another node looks
         preflight.check_run_directory(cfg)
     share_cores(cfg.parallel.nproc_per_node)

@@ -87,6 +87,15 @@ def check_dataset(cfg: RunConfig) -> None:
         open_parts(cfg, split)
 
 
+def check_served_teacher(cfg: RunConfig) -> None:
+    """Ask it as every worker will; raises what ``training.frozen.speak_to_teacher`` does."""
+    if cfg.training.teacher_server is not None:
+        from megatron_vpmoe.manifest import read_manifest
+        from megatron_vpmoe.training.frozen import speak_to_teacher
+
+        speak_to_teacher(cfg, read_manifest(cfg.data.parts[0].path)).close()
+
+
 def check_suites(cfg: RunConfig) -> None:
     """Open every evaluation suite as the workers will; raises what ``training.suites.open_suites`` does."""
     if cfg.evaluation.eval_suites:

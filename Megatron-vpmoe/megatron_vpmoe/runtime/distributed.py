@@ -9,7 +9,7 @@ import random
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -105,21 +105,42 @@ def from_rank_0(make: Callable[[], T]) -> T:
     Raises:
         VpmoeError: ``make`` raised it, or met a file that cannot be read or written; on every rank the same.
     """
-    result: T | None = None
-    failure: VpmoeError | None = None
-    if rank() == 0:
-        try:
-            result = make()
-        except VpmoeError as error:
-            failure = error
-        except OSError as error:
-            failure = of_the_system(error)
-    box = [result, failure]
+    box: list[Any] = [*_attempted(make)] if rank() == 0 else [None, None]
     if world_size() > 1:
         dist.broadcast_object_list(box, src=0)
     if isinstance(box[1], VpmoeError):
         raise box[1]
     return cast(T, box[0])
+
+
+def on_every_rank(make: Callable[[], T]) -> T:
+    """What ``make`` returns here, once it has returned on every rank; a collective.
+
+    Raises:
+        VpmoeError: ``make`` raised it on a rank; on every rank that of the first one.
+    """
+    result, failure = _attempted(make)
+    if (first := first_failure(failure)) is not None:
+        raise first
+    return cast(T, result)
+
+
+def first_failure(failure: VpmoeError | None) -> VpmoeError | None:
+    """Of what ranks have met the first one's, on every rank; a collective."""
+    met: list[VpmoeError | None] = [failure]
+    if world_size() > 1:
+        met = [None] * world_size()
+        dist.all_gather_object(met, failure)
+    return next((each for each in met if each is not None), None)
+
+
+def _attempted(make: Callable[[], T]) -> tuple[T | None, VpmoeError | None]:
+    try:
+        return make(), None
+    except VpmoeError as error:
+        return None, error
+    except OSError as error:
+        return None, of_the_system(error)
 
 
 def sum_over_ranks(values: Mapping[str, float] | Mapping[str, torch.Tensor]) -> dict[str, float]:

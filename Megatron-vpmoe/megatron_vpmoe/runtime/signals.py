@@ -5,20 +5,26 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from types import FrameType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from megatron_vpmoe.errors import VpmoeError
+from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.runtime.device import current_device
+
+T = TypeVar("T")
 
 _SECONDS_BETWEEN_QUESTIONS = 1.0
 
 
 class Interrupted(Exception):
-    """All ranks leave what they are at, together, because one of them was asked to stop."""
+    """All ranks leave what they are at, together: one of them was asked to stop, or has met the error that is the cause
+    (``__cause__``)."""
 
 
 class Stop(Protocol):
@@ -60,7 +66,7 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; a collective, so that all ranks stop after the same step."""
-        return self._of_all_ranks(0.0)[0] > 0
+        return self._of_all_ranks()[0] > 0
 
     def check(self) -> Callable[[], None]:
         """A function to call before each of many like pieces of work, as often on each rank; a collective.
@@ -86,8 +92,31 @@ class StopRequest:
 
         return ask
 
-    def _of_all_ranks(self, seconds: float) -> list[float]:
-        values = torch.tensor([self._requested, seconds], device=current_device())
+    def results(self, futures: Sequence[Future[T]]) -> list[T]:
+        """What threads work on beside this one, once those of all ranks are done; a collective.
+
+        The ranks ask each other once a second: none waits longer within one collective, however slow another is.
+
+        Raises:
+            Interrupted: on all ranks together, soon after one was asked to stop, or from the :class:`VpmoeError` that
+                a thread of one has ended with. What has not begun is cancelled.
+        """
+        while True:
+            done, running = wait(futures, _SECONDS_BETWEEN_QUESTIONS, FIRST_EXCEPTION)
+            failure = next((error for each in done if (error := each.exception()) is not None), None)
+            if failure is not None and not isinstance(failure, VpmoeError):
+                raise failure
+            requested, failed, pending = self._of_all_ranks(failure is not None, bool(running))
+            if requested or failed:
+                for each in running:
+                    each.cancel()
+                raise Interrupted from (None if requested else distributed.first_failure(failure))
+            if not pending:
+                return [each.result() for each in futures]
+
+    def _of_all_ranks(self, *others: float) -> list[float]:
+        """Whether one was asked to stop, and the largest of each of ``others``; a collective."""
+        values = torch.tensor([self._requested, *others], dtype=torch.float64, device=current_device())
         if dist.is_initialized():
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values.tolist()

@@ -22,6 +22,7 @@ from megatron_vpmoe.sources.prompts import Prompts, open_prompts
 from megatron_vpmoe.sources.reference import FrozenModel, Reference, Teacher
 from megatron_vpmoe.sources.rewarded import Rewarded
 from megatron_vpmoe.sources.rollouts import Rollouts
+from megatron_vpmoe.sources.served import Passage, Served, Server
 from megatron_vpmoe.sources.stored import StoredSource, ValidSource
 from megatron_vpmoe.sources.taught import Taught
 
@@ -38,10 +39,13 @@ __all__ = [
     "FrozenModel",
     "Gives",
     "HeldOut",
+    "Passage",
     "Position",
     "Reference",
     "Rewarded",
     "Rollouts",
+    "Served",
+    "Server",
     "Source",
     "Step",
     "StoredSource",

@@ -1,4 +1,4 @@
-"""A source with annotations added: what a frozen second model says of each batch, before the update that uses it.
+"""A source with annotations added: what a second model says of each batch, before the update that uses it.
 
 The same annotation may be made ahead of time and stored in a dataset's sidecars (``of_documents``, by the command
 ``vpmoe data annotate``); an objective does not know which it is.
@@ -6,7 +6,8 @@ The same annotation may be made ahead of time and stored in a dataset's sidecars
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -17,26 +18,47 @@ from torch import Tensor
 from megatron_vpmoe.annotation import Annotation
 from megatron_vpmoe.data.batch import Batch, Document, assemble
 from megatron_vpmoe.errors import ConfigError
+from megatron_vpmoe.runtime.signals import StopRequest
 from megatron_vpmoe.sources.interface import Batches, Gives, Position, Source, Step
 
 
 class Annotator(Protocol):
-    """Makes annotations of batches. It may call collectives: every rank annotates equally many batches."""
+    """Makes annotations of batches. It may call collectives: every rank annotates equally many batches.
+
+    Attributes:
+        name: in metrics.
+    """
+
+    name: str
 
     @property
     def annotations(self) -> tuple[Annotation, ...]: ...
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """The annotations by name, on the CPU, as their declarations have them in a batch.
+    def __call__(self, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+        """The annotations of each by name, on the CPU, as their declarations have them in a batch.
 
         Args:
-            batch: on the CPU.
+            batches: of a step, or all that validate; on the CPU.
+
+        Raises:
+            Interrupted: on all ranks.
         """
         ...
 
+    def heed(self, stop: StopRequest) -> None:
+        """Leave off where a stop is asked for; a collective."""
+        ...
 
-def _annotated(batch: Batch, annotator: Annotator) -> Batch:
-    return replace(batch, annotations={**batch.annotations, **annotator(batch)})
+    def close(self) -> None:
+        """End what it has running."""
+        ...
+
+
+def _annotated(batches: Sequence[Batch], annotator: Annotator) -> list[Batch]:
+    return [
+        replace(batch, annotations={**batch.annotations, **found})
+        for batch, found in zip(batches, annotator(batches), strict=True)
+    ]
 
 
 def _together(gives: Gives, annotator: Annotator) -> tuple[Annotation, ...]:
@@ -44,7 +66,7 @@ def _together(gives: Gives, annotator: Annotator) -> tuple[Annotation, ...]:
     if twice := {one.name for one in gives.annotations} & {one.name for one in annotator.annotations}:
         raise ConfigError(
             f"the data bring {', '.join(sorted(twice))} already, made ahead of time",
-            source="training.reference_weights or training.teacher_weights",
+            source="training.reference_weights, training.teacher_weights or training.teacher_server",
             remedy="leave it null, or name the dataset that the annotated one was made of",
         )
     return (*gives.annotations, *annotator.annotations)
@@ -60,8 +82,10 @@ class Annotated:
 
     def next_step(self) -> Step:
         """See ``Source``."""
-        step = self._source.next_step()
-        return step._replace(batches=[_annotated(batch, self._annotator) for batch in step.batches])
+        step, began = self._source.next_step(), time.perf_counter()
+        batches = _annotated(step.batches, self._annotator)
+        seconds = {f"{self._annotator.name}/seconds_scoring": time.perf_counter() - began}
+        return step._replace(batches=batches, metrics={**step.metrics, **seconds})
 
     def resume(self, position: Position, *, source: str, allow_change: bool = False) -> list[str]:
         """See ``Source``."""
@@ -70,6 +94,7 @@ class Annotated:
     def close(self) -> None:
         """See ``Source``."""
         self._source.close()
+        self._annotator.close()
 
 
 class AnnotatedBatches:
@@ -81,7 +106,7 @@ class AnnotatedBatches:
         self.depends_on_weights = batches.depends_on_weights
 
     def __iter__(self) -> Iterator[Batch]:
-        return (_annotated(batch, self._annotator) for batch in self._batches)
+        return iter(_annotated(list(self._batches), self._annotator))
 
 
 def of_documents(
@@ -101,7 +126,7 @@ def of_documents(
     """
     for batch_rows in in_rows(documents, seq_length, rows):
         batch = assemble(batch_rows, seq_length=seq_length, eod_id=eod_id, sample_ids=range(len(batch_rows)))
-        found = {name: values.numpy() for name, values in annotator(batch).items()}
+        found = {name: values.numpy() for name, values in annotator([batch])[0].items()}
         batch_documents = []
         for row, held in enumerate(batch_rows):
             ends = np.cumsum([len(document.tokens) for document in held]).tolist()

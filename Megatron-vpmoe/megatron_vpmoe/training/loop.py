@@ -32,6 +32,7 @@ def train(cfg: RunConfig) -> Run:
 
     Raises:
         BusyError: another process trains in the run directory.
+        VpmoeError: a served teacher is away; what was trained is saved.
     """
     is_main = distributed.rank() == 0
     with ExitStack() as held:
@@ -100,11 +101,14 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
             if _due(step, cfg.checkpoint.save_interval, last) or step == last or stopping:
                 _save(run, metrics, progress)
             throughput.restart()
-    except Interrupted:
-        stopping = True
-        progress.note(f"asked to stop: what came after step {run.iteration} is left out")
+    except Interrupted as interrupted:
+        stopping, cause = True, interrupted.__cause__
+        why = "asked to stop" if cause is None else "it cannot go on"
+        progress.note(f"{why}: what came after step {run.iteration} is left out")
         if run.iteration > run.saved:
             _save(run, metrics, progress)
+        if cause is not None:
+            raise cause from None
     progress.finished(run.iteration, stopped=stopping and run.iteration < last)
 
 

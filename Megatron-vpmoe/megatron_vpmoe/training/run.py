@@ -35,9 +35,9 @@ from megatron_vpmoe.runtime.signals import StopRequest
 from megatron_vpmoe.sources import (
     Annotated,
     AnnotatedBatches,
+    Annotator,
     Batches,
     Beside,
-    FrozenModel,
     Position,
     Rollouts,
     Source,
@@ -49,7 +49,7 @@ from megatron_vpmoe.sources import (
 from megatron_vpmoe.training import checkpoint
 from megatron_vpmoe.training.checkpoint_files import Retention
 from megatron_vpmoe.training.evaluate import Validation, validation
-from megatron_vpmoe.training.frozen import check_stored_reference, find_frozen
+from megatron_vpmoe.training.frozen import check_stored_reference, find_annotators
 from megatron_vpmoe.training.implementation import implementation_notes
 from megatron_vpmoe.training.initial_weights import load_initial_weights
 from megatron_vpmoe.training.provenance import collect_provenance
@@ -68,7 +68,7 @@ class Run:
         valid: what gives the metrics of a validation pass, a collective, by their prefix: "valid", or "valid/<name>"
             for each dataset of a blend.
         valid_dataset: the first of them, whose prompts are answered.
-        frozen: models that annotate batches.
+        annotators: second models that annotate batches.
         rollouts: the source where answers of the model are trained on; validation is then of rewards.
         suites: evaluation suites.
         assignment: which parameter goes to which optimizer.
@@ -91,7 +91,7 @@ class Run:
     source: Source
     valid: dict[str, Validation]
     valid_dataset: KDDataset
-    frozen: list[FrozenModel]
+    annotators: list[Annotator]
     rollouts: Rollouts | None
     suites: list[OpenedSuite]
     provenance: dict[str, Any]
@@ -116,8 +116,8 @@ class Run:
 
     def heed(self, stop: StopRequest) -> None:
         """Let what runs a model between updates be stopped; a collective."""
-        for model in self.frozen:
-            model.check = stop.check()
+        for annotator in self.annotators:
+            annotator.heed(stop)
         if self.rollouts is not None:
             self.rollouts.stop, self.rollouts.check = stop, stop.check()
 
@@ -177,8 +177,8 @@ def open_run(cfg: RunConfig) -> Run:
         if rollouts is None
     }
     held_out = open_held_out(valid_parts, cfg)
-    frozen = find_frozen(cfg, train[0].dataset.manifest)
-    for each in frozen:
+    second = find_annotators(cfg, train[0].dataset.manifest)
+    for each in second:
         source = Annotated(source, each.annotator)
         stored = {prefix: AnnotatedBatches(batches, each.annotator) for prefix, batches in stored.items()}
     check_kinds(objective, cfg, [part.dataset.manifest for part in (*train, *valid_parts)])
@@ -200,7 +200,7 @@ def open_run(cfg: RunConfig) -> Run:
     wrapped = wrap_for_training(model, cfg)
     optimizer = build_optimizer([wrapped], cfg)
     # After the model that is trained, whose first weights are drawn from the seed.
-    notes += [each.open() for each in frozen]
+    notes += [each.open() for each in second]
     run = Run(
         cfg=cfg,
         directory=directory,
@@ -215,7 +215,7 @@ def open_run(cfg: RunConfig) -> Run:
             **({"valid": partial(held_out.measure, model)} if held_out else {}),
         },
         valid_dataset=valid_parts[0].dataset,
-        frozen=[each.annotator for each in frozen],
+        annotators=[each.annotator for each in second],
         rollouts=rollouts,
         suites=suites,
         provenance=collect_provenance(cfg, [part.dataset.manifest for part in train]),
