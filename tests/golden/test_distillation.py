@@ -175,7 +175,7 @@ def test_a_teacher_that_goes_away_costs_nothing(
     served.dead_from = None
     # Another address is the same teacher; another model is not.
     fields["served_model"] = "another"
-    with pytest.raises(CheckpointError, match="training.served_model: 'stand-in' -> 'another'"):
+    with pytest.raises(CheckpointError, match="served_model: 'stand-in' -> 'another'"):
         goes_on()
     fields["served_model"] = "stand-in"
     served.address += "/v1"

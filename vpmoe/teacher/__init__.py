@@ -1,3 +1,3 @@
-"""Models that say something of a dataset's documents ahead of time: sidecars that training reads instead of a second
-model.
+"""Models that say something of documents: ahead of time, in sidecars that training reads instead of a second model; or,
+served, while a training runs.
 """

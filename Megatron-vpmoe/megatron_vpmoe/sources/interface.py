@@ -120,6 +120,6 @@ def check_needs(objective: str, needs: Needs, gives: Gives, *, source: str) -> N
             f"the objective {objective} needs {'; '.join(missing)}",
             source=source,
             remedy="choose another objective (training.objective), or data that has it; training.reference_weights "
-            "makes reference_log_p, training.teacher_weights what a teacher says. Of stored ones kd_top_k may be less, "
-            "and kd_temperature is theirs",
+            "makes reference_log_p, training.teacher_weights or teacher_server what a teacher says. Of stored ones "
+            "kd_top_k may be less, and kd_temperature is theirs",
         )

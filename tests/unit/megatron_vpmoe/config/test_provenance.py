@@ -106,6 +106,22 @@ def test_settings_of_an_objective_bind_and_concern_no_other(small: Path, objecti
     assert not OWNED.keys() & deciding_fields(load_config(small))["training"].keys()
 
 
+def test_a_served_teacher_is_its_name_and_not_its_address(small: Path) -> None:
+    def named(name: str, address: str, *more: str) -> RunConfig:
+        words = ["--objective", "topk_kd", "--served-model", name, "--teacher-server", address]
+        return load_config(small, [*words, *more])
+
+    one, moved = named("gpt-oss", "http://a:1"), named("gpt-oss", "http://b:2/v1", *TUNED)
+    assert provenance_diff(one.model_dump(), moved.model_dump()) == []
+    assert deciding_fields(one) == deciding_fields(moved)
+    other = named("another", "http://a:1")
+    assert [change.key for change in provenance_diff(one.model_dump(), other.model_dump())] == ["training.served_model"]
+    assert deciding_fields(one) != deciding_fields(other)
+
+
+TUNED = ["--teacher-timeout", "5", "--teacher-concurrency", "2", "--teacher-tokenizer", "x"]
+
+
 def test_what_answers_are_sampled_by_binds_and_concerns_nothing_else(small: Path) -> None:
     sampled = ["--objective", "grpo", "--rewards", "[{function: finished}]", "--eval-interval", "null"]
     changes = {

@@ -15,6 +15,7 @@ SAMPLED = '--router-replay replay --objective grpo --eval-interval null --reward
 
 TAUGHT = "--objective on_policy --teacher-weights t --rollout-groups 16 --rollout-group-size 2 --global-batch-size 16 "
 TAUGHT += "--rollout-epochs 2"
+SERVED = "--teacher-server http://a:1 --served-model x"
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,18 @@ TAUGHT += "--rollout-epochs 2"
         ("--objective span_ce --teacher-weights x", "teacher_weights", "or ask for topk_kd"),
         ("--objective span_ce --kd-tail drop", "kd_tail", "or ask for topk_kd"),
         ("--objective topk_kd --teacher-weights x --kd-teacher y", "kd_teacher", "leave one of the two out"),
+        (f"--objective topk_kd {SERVED} --kd-teacher y", "kd_teacher", "leave one of the two out"),
+        (f"--objective topk_kd {SERVED} --teacher-weights x", "teacher_weights", "leave one of the two out"),
+        ("--objective topk_kd --teacher-server http://a:1", "served_model", "name it"),
+        (f"--objective topk_kd {SERVED} --kd-temperature 2", "kd_temperature", "at temperature 1, not 2"),
+        (
+            f"--objective on_policy {SERVED} --rollout-temperature 0.7 --eval-interval null",
+            "rollout_temperature",
+            "at temperature 1, not 0.7",
+        ),
+        ("--objective topk_kd --teacher-timeout 5", "teacher_timeout", "no teacher is served"),
+        (f"--objective topk_kd {SERVED} --reference-bf16", "reference_bf16", "no second model"),
+        ("--objective on_policy --eval-interval null", "teacher_server", "or the address of its server"),
         ("--objective topk_kd --kd-beta 0.3", "kd_beta", "or ask for jsd"),
         ("--objective topk_kd --kd-top-k 250000", "kd_top_k", "ids a token of a vocabulary of"),
         ("--objective topk_kd --reference-bf16", "reference_bf16", "no second model"),

@@ -10,13 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_vpmoe.config import RunConfig
 from megatron_vpmoe.data.kd_dataset import KDDataset
+from megatron_vpmoe.errors import ConfigError
+from megatron_vpmoe.launch.preflight import check_served_teacher
 from megatron_vpmoe.manifest import read_manifest
+from megatron_vpmoe.sources import Passage
 from megatron_vpmoe.teacher_records import FILLING_LOG_P
+from megatron_vpmoe.training.frozen import TeacherRequest
 from tests.stand_in_server import FAULTS, StandIn, serving
+from tests.tiny import tiny_config
 from vpmoe.cli import main
 from vpmoe.data_curation.manifest import read_manifest as raw_manifest
 from vpmoe.errors import DataError, TokenizerError, VpmoeError
+from vpmoe.teacher import in_training
 from vpmoe.teacher.selection import Selection
 from vpmoe.teacher.server import ServerError, ServerTeacher, Settings
 from vpmoe.teacher.store import score_dataset
@@ -148,3 +155,52 @@ def test_a_temperature_or_a_model_that_it_has_not(full: StandIn, kd_dataset: Pat
     for more in ([address, "--memory-gb", "1"], ["http://[", "--top-k", "4"], ["http://a:b"]):
         where = ["--output-dir", str(tmp_path / "no"), "--teacher", *more]
         assert main(["data", "score", str(kd_dataset), *where]) == 2
+
+
+def training(stand_in: StandIn, dataset: Path, **fields: object) -> RunConfig:
+    """Of a run whose teacher is served."""
+    served = {"teacher_server": stand_in.address, "served_model": "stand-in", "padded_vocab_size": 448}
+    taught = {"objective": "topk_kd", "kd_top_k": K, "seq_length": 192, "data_path": dataset}
+    return tiny_config(**{**served, **taught, **fields})
+
+
+@pytest.mark.parametrize("form", ["vllm", "sglang"])
+def test_a_training_hears_what_the_store_has(full: StandIn, kd_dataset: Path, whole: Path, form: str) -> None:
+    """Also of the label alone, and behind a token that the student drew from the rows that fill its vocabulary up."""
+    manifest = read_manifest(whole)
+    document = KDDataset(manifest, "train", seq_length=192)[0]
+    positions = np.flatnonzero(document.loss_mask)
+    passage = Passage(document.tokens.astype(np.int64), positions, document.labels[positions].astype(np.int64))
+    drawn = passage._replace(tokens=passage.tokens.copy(), labels=passage.labels.copy())
+    drawn.tokens[positions[4] + 1] = drawn.labels[4] = 447
+    stored = [document.annotations[name][positions] for name in ("teacher_ids", "teacher_log_p", "teacher_label_log_p")]
+    with serving(again(full, form=form)) as stand_in:
+        for count in (K, 0):
+            speaker = in_training.speak(TeacherRequest(training(stand_in, kd_dataset), manifest, count))
+            said, of_drawn = (future.result() for future in [speaker.ask(passage), speaker.ask(drawn)])
+            speaker.close()
+            for found, expected in zip(said, stored, strict=True):
+                np.testing.assert_array_equal(found, expected[..., :count] if expected.ndim == 2 else expected)
+            np.testing.assert_array_equal(of_drawn[0][:5], said[0][:5])
+            assert of_drawn[2][4] == FILLING_LOG_P and np.isfinite(of_drawn[2]).all()
+            assert (of_drawn[2][:4] == said[2][:4]).all() and (of_drawn[2][5:8] != said[2][5:8]).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields", "error", "said"),
+    [
+        ({"most": 3}, {}, ServerError, "of the 8 likeliest"),
+        ({"dead_from": 0}, {}, ServerError, "no usable answer in 2 attempts"),
+        ({"texts": ["?"] * 201_088}, {}, TokenizerError, "to the server"),
+        ({}, {"kd_top_k": 440}, ConfigError, "440 ids a token of the 400"),
+        ({}, {"served_model": "other"}, ServerError, "serves stand-in, not other"),
+        ({}, {"teacher_tokenizer": "nowhere"}, TokenizerError, "nowhere"),
+    ],
+)
+def test_a_training_without_its_teacher_does_not_start(
+    changes: dict[str, Any], fields: dict[str, Any], error: type[VpmoeError], said: str, full: StandIn, kd_dataset: Path
+) -> None:
+    with serving(again(full, **changes)) as stand_in:
+        with pytest.raises(error, match=said):
+            check_served_teacher(training(stand_in, kd_dataset, **fields))
+        check_served_teacher(tiny_config())
