@@ -20,6 +20,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -40,13 +41,13 @@ NANO = Path(__file__).resolve().parents[2] / "configs" / "nano" / "stage3.yaml"
 
 
 class Waiting(Teacher):
-    """A teacher that waits before it says of a batch what it would have said at once."""
+    """A teacher that waits before it says of each batch what it would have said at once."""
 
     seconds = 0.0
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        time.sleep(self.seconds)
-        return super().__call__(batch)
+    def __call__(self, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+        time.sleep(self.seconds * len(batches))
+        return super().__call__(batches)
 
 
 class Side:

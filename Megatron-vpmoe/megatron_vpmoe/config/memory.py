@@ -221,8 +221,6 @@ def describe_geometry(cfg: RunConfig, *, on_cpu: bool = False, teacher: RunConfi
     lines = ["parameters", *(f"  {name:<26}{value:>16,}" for name, value in rows)]
     lines += ["memory of one process", *(f"  {name:<26}{_gib(value):>16}" for name, value in memory.parts.items())]
     lines += [f"  {'total':<26}{_gib(memory.total):>16}"]
-    if cfg.training.teacher_server is not None:
-        lines += [f"  the teacher is {cfg.training.served_model} at {cfg.training.teacher_server}: no memory here"]
     idle = [f"  {line}" for line in idle_lines(cfg)]
     return "\n".join([*lines, *(["idle here", *idle] if idle else [])])
 

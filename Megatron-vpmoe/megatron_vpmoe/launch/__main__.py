@@ -38,6 +38,8 @@ def launch(arguments: list[str], *, debug: bool) -> int:
         report = preflight.machine_report(cfg)
         print(cfg.to_yaml())
         print(describe_geometry(cfg, on_cpu=report.device_kind == "CPU", teacher=preflight.teacher_of(cfg)))
+        if cfg.training.teacher_server is not None:
+            print(f"the teacher is {cfg.training.served_model} at {cfg.training.teacher_server}: no memory here")
         print(f"{'fits' if report.fits else 'does not fit'}: {report}")
         return 0 if report.fits else DeviceError.exit_code
     preflight.check_machine(cfg, config_path)

@@ -27,10 +27,12 @@ def test_help_explains_every_field() -> None:
 
 
 def test_dry_run_prints_what_would_run(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(run_yaml), "--dry-run", "--lr", "0.5"]) == 0
+    served = ["--objective", "topk_kd", "--teacher-server", "http://a:1", "--served-model", "gpt-oss"]
+    assert main([str(run_yaml), "--dry-run", "--lr", "0.5", *served]) == 0
     assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN  # or a lost connection would end whoever called
     out = capsys.readouterr().out
-    for expected in ("lr: 0.5", "routed experts", "active per token", "needed of each device"):
+    teacher = "the teacher is gpt-oss at http://a:1: no memory here"
+    for expected in ("lr: 0.5", "routed experts", "active per token", "needed of each device", teacher):
         assert expected in out
     assert main([str(run_yaml), "--dry-run", "--global-batch-size", "4194304", "--seq-length", "4194304"]) == 2
     assert "does not fit: " in capsys.readouterr().out
