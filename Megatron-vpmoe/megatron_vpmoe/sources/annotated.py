@@ -38,7 +38,7 @@ class Annotator(Protocol):
         """The annotations of each by name, on the CPU, as their declarations have them in a batch.
 
         Args:
-            batches: of a step, or all that validate; on the CPU.
+            batches: of a step, or one that validates; on the CPU.
 
         Raises:
             Interrupted: on all ranks.
@@ -106,7 +106,9 @@ class AnnotatedBatches:
         self.depends_on_weights = batches.depends_on_weights
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(_annotated(list(self._batches), self._annotator))
+        # One by one: a whole split with K ids at every position is more than memory holds.
+        for batch in self._batches:
+            yield from _annotated([batch], self._annotator)
 
 
 def of_documents(
