@@ -5,8 +5,8 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# Single-process tests side by side; what starts several processes runs by itself afterwards.
-SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile
+# Files side by side, in the order of the command: the longest, which start processes of their own, come first.
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup quickstart rl-nano distil-nano ladder-nano test test-unit check format bench clean
 
@@ -39,8 +39,7 @@ ladder-nano: setup  ## all six rungs and the three stages of distillation, from 
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/vpmoe ladder configs/nano/ladder.toml
 
 test: setup  ## the whole suite
-	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests --ignore tests/distributed --ignore tests/golden; first=$$?; \
-	$(BIN)/python -m pytest tests/distributed tests/golden && exit $$first
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/golden tests/distributed tests/parity tests/commands tests/unit
 
 test-unit: setup  ## the quick part of it
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit -m "not slow"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 # Small tensors: one thread computes them faster than two, and worker processes do not compete.
@@ -30,6 +31,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     global _fuzz_factor
     _fuzz_factor = config.getoption("--fuzz")
+
+
+def pytest_collection_finish() -> None:
+    if workers := sys.modules.get("tests.workers"):  # some test uses them
+        workers.start_fork_server()
 
 
 def fuzz_settings(max_examples: int) -> settings:

@@ -9,15 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import psutil
 import torch
 
 from tests.tiny import ROOT, TINY, flag_text
-from tests.workers import run_workers
+from tests.workers import Started, run_workers
 
 if TYPE_CHECKING:
     from megatron_vpmoe.sources.rewards import Sample
@@ -39,11 +40,23 @@ def work(arguments: list[str]) -> None:
     run(arguments)
 
 
+def start(run_dir: Path, dataset: Path, **changes: object) -> Started:
+    """Begin a run."""
+    return Started(_run, command(run_dir, dataset, **changes)[3:], environment={})
+
+
+def _run(arguments: list[str]) -> NoReturn:
+    """What a process of ``command`` does, once it is there."""
+    from megatron_vpmoe import pretrain
+    from megatron_vpmoe.runtime.endings import leave
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    leave(pretrain.main(arguments))
+
+
 def train(run_dir: Path, dataset: Path, **changes: object) -> subprocess.CompletedProcess[str]:
     """Run to the end."""
-    return subprocess.run(
-        command(run_dir, dataset, **changes), env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
-    )
+    return start(run_dir, dataset, **changes).finish()
 
 
 def train_in_workers(count: int, run_dir: Path, dataset: Path, **changes: object) -> None:
@@ -61,34 +74,31 @@ def worker(arguments: list[str]) -> int:
 
 def train_until(step: int, how: signal.Signals, run_dir: Path, dataset: Path, **changes: object) -> int:
     """Start a run and send it ``how`` once ``step`` is in its metrics; returns its exit code."""
-    with subprocess.Popen(
-        command(run_dir, dataset, **changes),
-        env={**ENVIRONMENT, "VPMOE_TEST_RUN": str(run_dir)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        deadline = time.monotonic() + 120
-        while not any(record["step"] >= step for record in records(run_dir)):
-            assert process.poll() is None, f"the run ended with {process.returncode} before step {step}"
-            assert time.monotonic() < deadline, f"step {step} was not reached"
-            time.sleep(0.02)
-        process.send_signal(how)
-        return process.wait(timeout=60)
+    run = start(run_dir, dataset, **changes)
+    reach(step, run_dir, run.process.is_alive)
+    os.kill(run.process.pid or 0, how)
+    return run.finish(timeout=60).returncode
+
+
+def reach(step: int, run_dir: Path, running: Callable[[], bool]) -> None:
+    """Wait until ``step`` is in the metrics of a run."""
+    deadline = time.monotonic() + 120
+    while not any(record["step"] >= step for record in records(run_dir)):
+        assert running(), f"the run ended before step {step}"
+        assert time.monotonic() < deadline, f"step {step} was not reached"
+        time.sleep(0.02)
 
 
 def train_signalled(
     place: str, count: int, how: signal.Signals, run_dir: Path, dataset: Path, **changes: object
 ) -> subprocess.CompletedProcess[str]:
     """Start a run that sends itself ``how`` as it calls ``place`` (module:Class.method) for the ``count``-th time."""
-    script = f"from tests.training_runs import signalled; signalled({place!r}, {count}, {int(how)})"
-    arguments = [sys.executable, "-c", script, *command(run_dir, dataset, **changes)[3:]]
-    return subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    arguments = command(run_dir, dataset, **changes)[3:]
+    return Started(_signalled, place, count, how, arguments, environment={}).finish()
 
 
-def signalled(place: str, count: int, how: int) -> None:
+def _signalled(place: str, count: int, how: signal.Signals, arguments: list[str]) -> NoReturn:
     """What the process of ``train_signalled`` does."""
-    from megatron_vpmoe import pretrain
-
     module, _, name = place.partition(":")
     owner = getattr(importlib.import_module(module), name.split(".")[0])
     method, left = getattr(owner, name.split(".")[1]), count
@@ -101,7 +111,7 @@ def signalled(place: str, count: int, how: int) -> None:
         return method(*arguments, **named)
 
     setattr(owner, name.split(".")[1], counted)
-    sys.exit(pretrain.main())
+    _run(arguments)
 
 
 def fails(sample: Sample) -> float:

@@ -1,18 +1,71 @@
-"""Several gloo processes inside an ordinary test."""
+"""Processes inside an ordinary test, each forked from one that has imported torch and Megatron-Core already."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
-import traceback
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 
-from megatron_vpmoe.runtime.device import prepare
+_FORKS = multiprocessing.get_context("forkserver")
+
+
+def start_fork_server() -> None:
+    """Begin to import; before the product, for its crews, starts the one that there can be."""
+    _FORKS.set_forkserver_preload(["tests.preloaded"])
+    forkserver.ensure_running()
+
+
+class Started:
+    """``target(*arguments)`` in a process of its own, which ends with what it returns as exit code (None is 0).
+
+    Args:
+        target: a module-level function.
+        environment: variables to set beside those of this process.
+    """
+
+    def __init__(self, target: Callable[..., Any], *arguments: Any, environment: Mapping[str, str]) -> None:
+        self.target = target
+        with tempfile.NamedTemporaryFile(delete=False) as out, tempfile.NamedTemporaryFile(delete=False) as err:
+            self._said = (out.name, err.name)
+        given = (self._said, os.getcwd(), {**os.environ, **environment}, target, arguments)
+        self.process = _FORKS.Process(target=_enter, args=given, daemon=True)
+        self.process.start()
+
+    def finish(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """Wait for the end; what it wrote is in the result, and its standard error in this process's too."""
+        self.process.join(timeout)
+        late = self.process.exitcode is None
+        if late:
+            self.process.kill()
+            self.process.join()
+        out, err = (Path(path).read_text(errors="replace") for path in self._said)
+        for path in self._said:
+            os.unlink(path)
+        sys.stderr.write(err)
+        assert not late, f"{self.target.__name__} was not done after {timeout} s:\n{out}"
+        return subprocess.CompletedProcess(self.target.__name__, self.process.exitcode or 0, out, err)
+
+
+def _enter(said: tuple[str, str], folder: str, environment: dict[str, str], target: Callable, arguments: tuple) -> None:
+    assert "tests.preloaded" in sys.modules, "the process that is forked could not import tests.preloaded"
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for number, path in enumerate(said, 1):
+        os.dup2(os.open(path, os.O_WRONLY), number)
+    torch.set_num_threads(1)
+    sys.exit(target(*arguments))
 
 
 def run_workers(world_size: int, target: Callable[..., Any], *arguments: Any, folder: Path) -> list[Any]:
@@ -24,23 +77,27 @@ def run_workers(world_size: int, target: Callable[..., Any], *arguments: Any, fo
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_work, (world_size, port, target, arguments, str(folder)), nprocs=world_size, join=True)
-    return [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(world_size)]
+        described = {
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(probe.getsockname()[1]),
+        }
+    results = [folder / f"result_{rank}.pt" for rank in range(world_size)]
+    workers = [
+        Started(_work, path, target, arguments, environment={**described, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, path in enumerate(results)
+    ]
+    running, deadline = {worker.process.sentinel: worker for worker in workers}, time.monotonic() + 300
+    while running:
+        ended = [running.pop(sentinel) for sentinel in wait(list(running), deadline - time.monotonic())]
+        if not ended or any(worker.process.exitcode for worker in ended):
+            for worker in running.values():  # they would wait for it
+                worker.process.kill()
+            break
+    codes = [worker.finish().returncode for worker in workers]
+    assert codes == [0] * world_size, f"{target.__name__} ended with {codes}, a rank each"
+    return [torch.load(path, weights_only=False) for path in results]
 
 
-def _work(rank: int, world_size: int, port: int, target: Callable[..., Any], arguments: tuple, folder: str) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
-    prepare()
-    try:
-        torch.save(target(*arguments), Path(folder) / f"result_{rank}.pt")
-    except BaseException:
-        traceback.print_exc()
-        raise
+def _work(result: Path, target: Callable[..., Any], arguments: tuple) -> None:
+    torch.save(target(*arguments), result)

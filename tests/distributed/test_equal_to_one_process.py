@@ -76,7 +76,8 @@ def assert_same(result: dict[str, Any], reference: dict[str, Any], parameters: d
     torch.testing.assert_close(torch.tensor(result["losses"]), torch.tensor(reference["losses"]), rtol=2e-6, atol=1e-6)
     torch.testing.assert_close(torch.tensor(result["norms"]), torch.tensor(reference["norms"]), rtol=2e-5, atol=1e-6)
     for name, expected in reference["parameters"].items():
-        torch.testing.assert_close(parameters[name], expected, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        # NorMuon enlarges the rounding of another order of sums, on some processors to 2e-5; an update is about 1e-2.
+        torch.testing.assert_close(parameters[name], expected, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
     for name, expected in reference["biases"].items():
         torch.testing.assert_close(result["biases"][name], expected, rtol=0, atol=0)
     for tag, expected in reference["health"].items():

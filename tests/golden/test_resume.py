@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -26,8 +27,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
+    """From the command line, in an interpreter of its own: others, with another order of hashes, are compared to it."""
     run_dir = tmp_path_factory.mktemp("straight")
-    done = training_runs.train(run_dir, dataset)
+    words = training_runs.command(run_dir, dataset)
+    done = subprocess.run(words, env=training_runs.ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return run_dir
 
@@ -61,13 +64,15 @@ def test_terminated_and_resumed(tmp_path: Path, dataset: Path, straight: Path) -
     assert_same_run(tmp_path, straight)
 
 
-def test_terminated_in_the_middle_of_a_huge_batch(tmp_path: Path, dataset: Path) -> None:
-    """The step under way is given up and done again."""
-    huge = {"global_batch_size": 150, "micro_batch_size": 1, "train_iters": 2, "lr_warmup_iters": 1, "save_interval": 9}
-    assert training_runs.train(tmp_path / "straight", dataset, **huge).returncode == 0
-    assert training_runs.train_until(1, signal.SIGTERM, tmp_path / "run", dataset, **huge) == 0
+def test_terminated_in_the_middle_of_a_batch(tmp_path: Path, dataset: Path) -> None:
+    """The step under way is given up and done again: SIGTERM in the third of the eight micro-batches of step 2."""
+    fields = {"global_batch_size": 8, "micro_batch_size": 1, "train_iters": 2, "lr_warmup_iters": 1, "save_interval": 9}
+    assert training_runs.train(tmp_path / "straight", dataset, **fields).returncode == 0
+    place = "megatron_vpmoe.objectives.span_ce:SpanCE.__call__"
+    stopped = training_runs.train_signalled(place, 8 + 3, signal.SIGTERM, tmp_path / "run", dataset, **fields)
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("iter_*")] == ["iter_0000001"]
-    assert training_runs.train(tmp_path / "run", dataset, resume=True, **huge).returncode == 0
+    assert training_runs.train(tmp_path / "run", dataset, resume=True, **fields).returncode == 0
     ours, straight = (
         training_runs.checkpoint_tensors(tmp_path / name / "checkpoints" / "iter_0000002")
         for name in ("run", "straight")
@@ -143,22 +148,15 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_with_room(tmp_path: Path
 def test_two_trainings_in_one_directory(tmp_path: Path, dataset: Path) -> None:
     """The second is refused and names the first, which is not disturbed; what a killed one left is no hindrance."""
     assert training_runs.train_until(6, signal.SIGKILL, tmp_path, dataset) == -signal.SIGKILL
-    with subprocess.Popen(
-        training_runs.command(tmp_path, dataset, resume=True),
-        env=training_runs.ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as first:
-        while not any(record["step"] >= 7 for record in training_runs.records(tmp_path)):
-            assert first.poll() is None
-            time.sleep(0.02)
-        first.send_signal(signal.SIGSTOP)
-        second = training_runs.train(tmp_path, dataset, resume=True, seed=8)
-        first.send_signal(signal.SIGCONT)
-        said, _ = first.communicate(timeout=120)
+    first = training_runs.start(tmp_path, dataset, resume=True)
+    training_runs.reach(7, tmp_path, first.process.is_alive)
+    os.kill(first.process.pid or 0, signal.SIGSTOP)
+    second = training_runs.train(tmp_path, dataset, resume=True, seed=8)
+    os.kill(first.process.pid or 0, signal.SIGCONT)
+    ended = first.finish(timeout=120)
     assert second.returncode == 2
-    assert f"process {first.pid} on" in second.stderr and "Traceback" not in second.stderr
-    assert first.returncode == 0 and "ended abruptly" in said
+    assert f"process {first.process.pid} on" in second.stderr and "Traceback" not in second.stderr
+    assert ended.returncode == 0 and "ended abruptly" in ended.stdout
     assert list(training_runs.losses(tmp_path)) == list(range(1, LAST + 1))
 
 
@@ -183,10 +181,13 @@ def test_another_geometry_or_order_is_refused(dataset: Path, straight: Path, cha
 
 
 def test_a_killed_run_leaves_no_process_behind(tmp_path: Path, dataset: Path) -> None:
-    """Megatron's own checkpoint writer would: it works in processes of its own."""
-    marker = str(tmp_path)
-    assert training_runs.train_until(6, signal.SIGKILL, tmp_path, dataset) == -signal.SIGKILL
+    """Megatron's own checkpoint writer would: it works in processes of its own. They inherit a variable."""
+    environment = {**training_runs.ENVIRONMENT, "VPMOE_TEST_RUN": str(tmp_path)}
+    with subprocess.Popen(training_runs.command(tmp_path, dataset), env=environment, stdout=subprocess.DEVNULL) as run:
+        training_runs.reach(6, tmp_path, lambda: run.poll() is None)
+        assert training_runs.processes_with_environment("VPMOE_TEST_RUN", str(tmp_path))
+        run.kill()
     deadline = time.monotonic() + 20
-    while left := training_runs.processes_with_environment("VPMOE_TEST_RUN", marker):
+    while left := training_runs.processes_with_environment("VPMOE_TEST_RUN", str(tmp_path)):
         assert time.monotonic() < deadline, left
         time.sleep(0.2)

@@ -1,9 +1,7 @@
-"""A bf16 run of the nano model stays within a stated band of the fp32 run, through the product's training command."""
+"""A bf16 run of the nano model stays within a stated band of the fp32 run, through the product's entry point."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,8 @@ import pytest
 from megatron_vpmoe.data.batch import Document
 from tests.fixtures_dataset import EOD, PADDED_VOCAB, write_dataset
 from tests.tiny import ROOT
-from tests.training_runs import ENVIRONMENT, losses
+from tests.training_runs import losses, worker
+from tests.workers import Started
 
 STEPS, SEQ = 200, 96
 # The band, in the loss over both spans (nats). Routing makes training chaotic: an fp32 run whose micro-batches are
@@ -32,7 +31,7 @@ def progression(seed: int) -> Document:
     return Document(tokens, (span > 0).astype(np.uint8), span)
 
 
-def start(run_dir: Path, dataset: Path, *, bf16: bool, rows: int) -> subprocess.Popen[str]:
+def start(run_dir: Path, dataset: Path, *, bf16: bool, rows: int) -> Started:
     flags = {
         "run_dir": run_dir,
         "data_path": dataset,
@@ -50,8 +49,7 @@ def start(run_dir: Path, dataset: Path, *, bf16: bool, rows: int) -> subprocess.
         "wandb_mode": "disabled",
     }
     words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    command = [sys.executable, "-m", "megatron_vpmoe.pretrain", str(ROOT / "configs" / "nano" / "stage1.yaml"), *words]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Started(worker, [str(ROOT / "configs" / "nano" / "stage1.yaml"), *words], environment={})
 
 
 @pytest.mark.slow
@@ -62,9 +60,8 @@ def test_two_hundred_steps(tmp_path: Path) -> None:
     )
     kinds = {"fp32": (False, 2), "bf16": (True, 2), "yardstick": (False, 1)}
     runs = {name: start(tmp_path / name, dataset, bf16=kind[0], rows=kind[1]) for name, kind in kinds.items()}
-    for name, process in runs.items():
-        output, _ = process.communicate(timeout=900)
-        assert process.returncode == 0, f"{name}: {output[-2000:]}"
+    for name, run in runs.items():
+        assert run.finish(timeout=900).returncode == 0, name
     curves = {name: np.array([value for _, value in sorted(losses(tmp_path / name).items())]) for name in runs}
     assert {len(curve) for curve in curves.values()} == {STEPS}
     first = np.abs(curves["bf16"] / curves["fp32"] - 1)[:FIRST_STEPS]
