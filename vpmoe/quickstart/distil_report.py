@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import TYPE_CHECKING, Any
 
 from vpmoe.eval.plots import read_curves
@@ -48,7 +48,7 @@ def write_distil_report(
             name: {of: median(one["students"][name][of] for one in seeds) for of in first}
             for name, first in seeds[0]["students"].items()
         },
-        "beyond_spread": beyond_spread(seeds),
+        "gains": gains(seeds),
         "seeds": seeds,
         "targets": held_against(teaching.proof.settings.targets, teacher, seeds),
     }
@@ -85,15 +85,20 @@ def held_against(
     return {"met": all(entry["met"] for entry in entries.values()), "entries": entries}
 
 
-def beyond_spread(seeds: Sequence[Mapping[str, Any]]) -> dict[str, bool] | None:
-    """Whether every seed's stored top K is better than every seed's CE; None of one seed."""
+def gains(seeds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]] | None:
+    """What stored top K has over CE; None of one seed.
+
+    Both begin with a seed's weights and read its tokens, so that their difference is what compares: ``each`` seed's,
+    their ``mean`` and ``deviation`` (standard, of a sample), and whether the mean is ``beyond`` twice that.
+    """
     if len(seeds) < 2:
         return None
-    ce, stored = ([one["students"][name] for one in seeds] for name in ("ce", "stored_topk"))
-    return {
-        "exact": min(one["exact"] for one in stored) > max(one["exact"] for one in ce),
-        "kl_to_teacher": max(one["kl_to_teacher"] for one in stored) < min(one["kl_to_teacher"] for one in ce),
-    }
+    found = {}
+    for of, sign in (("exact", 1), ("kl_to_teacher", -1)):
+        each = [sign * (one["students"]["stored_topk"][of] - one["students"]["ce"][of]) for one in seeds]
+        values = {"each": each, "mean": mean(each), "deviation": stdev(each)}
+        found[of] = {**values, "beyond": values["mean"] > 2 * values["deviation"]}
+    return found
 
 
 def table(seeds: Sequence[Mapping[str, Any]]) -> str:

@@ -11,7 +11,7 @@ import typer
 
 from tests.unit.vpmoe.quickstart.test_plan import write_dataset
 from vpmoe.quickstart.distil import AFTER, Students, Teaching, plan_of
-from vpmoe.quickstart.distil_report import beyond_spread, held_against, table
+from vpmoe.quickstart.distil_report import gains, held_against, table
 from vpmoe.quickstart.settings import DistilTargets
 from vpmoe.teacher.app import app as data_app
 
@@ -100,9 +100,11 @@ def test_targets_hold_of_each_seed(stored: float, policy: float, after: float, m
     assert f"| 2 | on_policy | {100 * policy:.1f} %" in table(seeds) and f"| 0.1000 | {after:.4f} |" in table(seeds)
 
 
-def test_beyond_the_spread_is_every_seed_against_every_other() -> None:
-    apart = [a_seed(1, 0.3, 0.5, 0.6, 0.05), a_seed(2, 0.4, 0.6, 0.6, 0.05)]
-    crossed = [a_seed(1, 0.3, 0.4, 0.6, 0.05), a_seed(2, 0.5, 0.6, 0.6, 0.05)]
-    assert beyond_spread(apart) == {"exact": True, "kl_to_teacher": True}
-    assert beyond_spread(crossed) == {"exact": False, "kl_to_teacher": True}
-    assert beyond_spread(apart[:1]) is None
+def test_gains_are_seed_by_seed_and_held_against_their_spread() -> None:
+    apart = gains([a_seed(1, 0.3, 0.5, 0.6, 0.05), a_seed(2, 0.4, 0.55, 0.6, 0.05)])
+    assert apart is not None and apart["exact"]["each"] == pytest.approx([0.2, 0.15])
+    assert apart["exact"]["mean"] == pytest.approx(0.175)
+    assert apart["exact"]["beyond"] and apart["kl_to_teacher"]["mean"] == pytest.approx(0.01)
+    crossed = gains([a_seed(1, 0.3, 0.4, 0.6, 0.05), a_seed(2, 0.5, 0.45, 0.6, 0.05)])
+    assert crossed is not None and not crossed["exact"]["beyond"]
+    assert gains([a_seed(1, 0.3, 0.5, 0.6, 0.05)]) is None
