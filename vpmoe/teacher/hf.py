@@ -1,7 +1,9 @@
 """A teacher that ``transformers`` knows: a local ``AutoModelForCausalLM`` directory, such as GPT-OSS.
 
-What does not fit into memory stays in the safetensors files: accelerate reads the decoder layer that is at work and
-lets it go (embeddings, last norm and head stay). A pass reads every such layer once, so batches are to be large then.
+What does not fit into memory stays on disk: accelerate reads the decoder layer that is at work and lets it go
+(embeddings, last norm and head stay). It reads the safetensors files themselves, or where they hold another form than
+is computed in (MXFP4 of GPT-OSS, experts one by one), files in TMPDIR that are as large as the model in its dtype. A
+pass reads every such layer once, so batches are to be large then.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -83,12 +86,17 @@ class HFTeacher:
 
         device = torch.device(self._device or current_device())
         how: dict[str, Any] = {"dtype": self._dtype, "local_files_only": True}
-        if self._memory is not None:
-            how["device_map"] = self._places(str(device))
-        model = AutoModelForCausalLM.from_pretrained(self._path, **how).eval()
-        if self._memory is None:
-            nn.Module.to(model, device)
-        yield _Scorer(model, device, question, self)
+        # Weights that are saved in another form than they are computed in are written here once, layer by layer.
+        with TemporaryDirectory(prefix="vpmoe_layers_") as folder:
+            if self._memory is not None:
+                how |= {"device_map": self._places(str(device)), "offload_folder": folder}
+            try:
+                model = AutoModelForCausalLM.from_pretrained(self._path, **how).eval()
+            except (OSError, ValueError) as error:
+                raise WeightsError(f"transformers loads no model here: {error}", source=str(self._path)) from error
+            if self._memory is None:
+                nn.Module.to(model, device)
+            yield _Scorer(model, device, question, self)
 
     def _places(self, device: str) -> dict[str, Any]:
         """Module -> device, or ``disk`` for the decoder layers behind those that memory holds."""

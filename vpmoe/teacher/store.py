@@ -122,7 +122,13 @@ def _measured(answer: Answer, read: Records) -> NDArray[np.float64]:
 
 
 def _summary(sums: NDArray[np.float64], manifest: Manifest, records: TeacherRecords) -> Mapping[str, Any]:
-    documents, positions, captured, lost, short, cost, of_label = sums if len(sums) else np.zeros(7)
+    if not len(sums):
+        raise DataError(
+            "no conversation is chosen, so there is nothing to score",
+            source="--fraction, --token-budget or --selection",
+            remedy="choose more of them",
+        )
+    documents, positions, captured, lost, short, cost, of_label = sums
     mean = 1 / max(positions, 1)
     rows = sum(entry.rows for entry in manifest.splits.values())
     return {

@@ -136,7 +136,7 @@ REFUSED: tuple[Rule, ...] = (
         "while another is under way; take at most {served}",
         lambda c: [
             {"served": served}
-            for served in [c.rollout_groups * min(c.group_sizes) // c.global_batch_size * c.rollout_epochs]
+            for served in [c.rollout_groups * min(c.group_sizes, default=0) // c.global_batch_size * c.rollout_epochs]
             if c.samples and c.rollout_staleness > served > 0
         ],
     ),

@@ -35,11 +35,13 @@ def launch(arguments: list[str], *, debug: bool) -> int:
     nodes = Nodes.from_environment()
     cfg = load_config(config_path, overrides, nodes=nodes.count)
     if dry_run:
-        report = preflight.machine_report(cfg)
         print(cfg.to_yaml())
+        cfg, notes = preflight.without_missing_teacher(cfg)
+        report = preflight.machine_report(cfg)
         print(describe_geometry(cfg, on_cpu=report.device_kind == "CPU", teacher=preflight.teacher_of(cfg)))
         if cfg.training.teacher_server is not None:
             print(f"the teacher is {cfg.training.served_model} at {cfg.training.teacher_server}: no memory here")
+        print(*notes, sep="\n", end="\n" * bool(notes))
         print(f"{'fits' if report.fits else 'does not fit'}: {report}")
         return 0 if report.fits else DeviceError.exit_code
     preflight.check_machine(cfg, config_path)

@@ -13,7 +13,7 @@ from megatron_vpmoe.config.memory import FitReport
 from megatron_vpmoe.config.parameters import parameter_sizes
 from megatron_vpmoe.config.yaml_source import extended_paths
 from megatron_vpmoe.data.blend import open_parts
-from megatron_vpmoe.errors import ConfigError, DeviceError
+from megatron_vpmoe.errors import CheckpointError, ConfigError, DeviceError
 from megatron_vpmoe.files import place_of
 from megatron_vpmoe.ownership import check_free
 
@@ -85,6 +85,19 @@ def check_dataset(cfg: RunConfig) -> None:
     device.prepare()
     for split in ("train", "valid"):
         open_parts(cfg, split)
+
+
+def without_missing_teacher(cfg: RunConfig) -> tuple[RunConfig, list[str]]:
+    """For an estimate: ``cfg`` without a teacher whose checkpoint is not there yet, and a line that says so."""
+    try:
+        teacher_of(cfg)
+    except CheckpointError as error:
+        weights = cfg.training.teacher_weights
+        if weights is None or Path(weights).exists():
+            raise
+        training = cfg.training.model_copy(update={"teacher_weights": None})
+        return cfg.model_copy(update={"training": training}), [f"the teacher is not counted: {error.what} ({weights})"]
+    return cfg, []
 
 
 def check_served_teacher(cfg: RunConfig) -> None:

@@ -20,6 +20,7 @@ from megatron_vpmoe.errors import VpmoeError, of_the_system
 from megatron_vpmoe.runtime.device import distributed_backend, has_gpu, prepare
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 _left: list[weakref.ref[dist.ProcessGroup]] = []
 """The groups of the last shutdown. A model that is garbage, in a reference cycle, keeps them and their threads."""
 
@@ -125,9 +126,9 @@ def on_every_rank(make: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def first_failure(failure: VpmoeError | None) -> VpmoeError | None:
+def first_failure(failure: E | None) -> E | None:
     """Of what ranks have met the first one's, on every rank; a collective."""
-    met: list[VpmoeError | None] = [failure]
+    met: list[E | None] = [failure]
     if world_size() > 1:
         met = [None] * world_size()
         dist.all_gather_object(met, failure)

@@ -98,19 +98,18 @@ class StopRequest:
         The ranks ask each other once a second: none waits longer within one collective, however slow another is.
 
         Raises:
-            Interrupted: on all ranks together, soon after one was asked to stop, or from the :class:`VpmoeError` that
-                a thread of one has ended with. What has not begun is cancelled.
+            Interrupted: on all ranks together, soon after one was asked to stop, or from what a thread of one has
+                ended with. What has not begun is cancelled.
         """
         while True:
             done, running = wait(futures, _SECONDS_BETWEEN_QUESTIONS, FIRST_EXCEPTION)
             failure = next((error for each in done if (error := each.exception()) is not None), None)
-            if failure is not None and not isinstance(failure, VpmoeError):
-                raise failure
             requested, failed, pending = self._of_all_ranks(failure is not None, bool(running))
             if requested or failed:
                 for each in running:
                     each.cancel()
-                raise Interrupted from (None if requested else distributed.first_failure(failure))
+                told = failure if isinstance(failure, VpmoeError | None) else RuntimeError(repr(failure))
+                raise Interrupted from (None if requested else distributed.first_failure(told))
             if not pending:
                 return [each.result() for each in futures]
 

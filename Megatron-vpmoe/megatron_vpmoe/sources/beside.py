@@ -40,7 +40,9 @@ class Beside:
         self._model, self._copy = model, copy.eval()
         self._exchange = ExchangeAside(timeout_minutes)
         self._stream = torch.cuda.Stream() if has_gpu() else None
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampling")
+        # A thread begins on the first GPU, whichever is this process's.
+        place = partial(torch.cuda.set_device, self._stream.device) if self._stream is not None else None
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampling", initializer=place)
         self._closed = False
 
     def begin(self, sample: Callable[[Sampler], T], version: int) -> Callable[[], T]:

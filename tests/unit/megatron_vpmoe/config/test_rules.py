@@ -179,6 +179,7 @@ SERVED = "--teacher-server http://a:1 --served-model x"
         (f"{TAUGHT} --rollout-staleness 4 --expert-model-parallel-size 2", "rollout_staleness", "no common order"),
         (f"{TAUGHT} --rollout-staleness 4 --tensor-model-parallel-size 2", "rollout_staleness", "no common order"),
         ("--rollout-staleness 1", "rollout_staleness", "nothing is sampled"),
+        (f"{TAUGHT} --curriculum [] --curriculum-tokens 9 --rollout-prompts p", "curriculum", "begins at 0"),
         (
             "--moe-router-fusion --recompute-granularity selective --recompute-modules [moe]",
             "recompute_modules",

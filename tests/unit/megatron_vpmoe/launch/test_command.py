@@ -34,6 +34,8 @@ def test_dry_run_prints_what_would_run(run_yaml: Path, capsys: pytest.CaptureFix
     teacher = "the teacher is gpt-oss at http://a:1: no memory here"
     for expected in ("lr: 0.5", "routed experts", "active per token", "needed of each device", teacher):
         assert expected in out
+    assert main([str(run_yaml), "--dry-run", "--objective", "topk_kd", "--teacher-weights", "runs/none"]) == 0
+    assert "the teacher is not counted: no complete checkpoint (runs/none)" in capsys.readouterr().out
     assert main([str(run_yaml), "--dry-run", "--global-batch-size", "4194304", "--seq-length", "4194304"]) == 2
     assert "does not fit: " in capsys.readouterr().out
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +90,56 @@ def test_layers_from_disk_say_the_same_in_less_memory(texts: tuple[Path, Path], 
         top = log_p[:-1, : read_manifest(dataset).tokenizer.vocab_size].topk(K)  # padding is no id
         np.testing.assert_allclose(first["teacher_log_p"][:-1], top.values, atol=1e-4)
         assert (first["teacher_ids"][:-1] == top.indices.numpy()).mean() > 0.99
+
+
+def one_by_one(folder: Path, size: int) -> None:
+    """Qwen3-MoE: experts are saved one by one, and computed with together."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    shape = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_experts": 4, "head_dim": 32}
+    shape |= {"num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=size, **shape)).to(torch.bfloat16).save_pretrained(folder)
+
+
+def in_mxfp4(folder: Path, size: int) -> None:
+    """GPT-OSS as it is published: the experts' weights in blocks of 32, a scale to each."""
+    from safetensors.torch import load_file, save_file
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_local_experts": 4, "head_dim": 32, "sliding_window": 32}
+    shape |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    GptOssForCausalLM(GptOssConfig(vocab_size=size, **shape)).to(torch.bfloat16).save_pretrained(folder)
+    file, packed = next(folder.glob("*.safetensors")), {}
+    for name, values in load_file(file).items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, of, to = values.shape
+            packed[f"{name}_blocks"] = torch.randint(0, 256, (experts, to, of // 32, 16), dtype=torch.uint8)
+            packed[f"{name}_scales"] = torch.full((experts, to, of // 32), 120, dtype=torch.uint8)
+        else:
+            packed[name] = values
+    save_file(packed, file, metadata={"format": "pt"})
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("save", [one_by_one, in_mxfp4])
+def test_layers_that_are_saved_in_another_form_stream_too(
+    save: Callable[[Path, int], None], texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    save(tmp_path, read_manifest(texts[0]).tokenizer.padded_vocab_size)
+    shutil.copy(texts[1] / "tokenizer.json", tmp_path)
+    some, said = np.arange(40), []
+    for memory in (None, 0.0):
+        teacher = HFTeacher(tmp_path, bf16=None, device="cpu", memory_gb=memory, tokens=64)
+        with teacher.open(Question(K, 1.0, np.arange(256)), None) as scorer:
+            assert (memory is None) == all(each.device.type != "meta" for each in scorer._model.parameters())
+            [[answer]] = scorer.score([Conversation(some, some[:-1], some[1:])])
+            said.append(answer.records)
+    for whole, streamed in zip(*said, strict=True):
+        np.testing.assert_array_equal(whole, streamed)
 
 
 def test_another_vocabulary_is_refused(texts: tuple[Path, Path], kd_dataset: Path, tmp_path: Path, capsys) -> None:

@@ -139,6 +139,8 @@ def test_which_conversations_are_scored(kd_dataset: Path, nano_teacher: Path, tm
         score(kd_dataset, nano_teacher, tmp_path / "no", f"--temperature={temperature}", expected=2)
     score(kd_dataset, nano_teacher, tmp_path / "no", "--fraction", "0.5", "--token-budget", "9", expected=2)
     score(kd_dataset, nano_teacher, tmp_path / "no", "--top-k", "999", expected=2)
+    score(kd_dataset, nano_teacher, tmp_path / "no", "--token-budget", "1", expected=2)
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_damaged_record_is_named(exact: Path, tmp_path: Path) -> None:
