@@ -58,6 +58,8 @@ class Started:
 
 
 def _enter(said: tuple[str, str], folder: str, environment: dict[str, str], target: Callable, arguments: tuple) -> None:
+    # Ends with the one that started it, and may have processes of its own all the same, as upstream's checkpoints do.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     assert "tests.preloaded" in sys.modules, "the process that is forked could not import tests.preloaded"
     os.environ.clear()
     os.environ.update(environment)

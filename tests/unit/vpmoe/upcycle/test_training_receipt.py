@@ -37,6 +37,7 @@ def test_length_and_speed() -> None:
     records = [Record(2 * (i + 1), tag, value) for tag, pair in values.items() for i, value in enumerate(pair)]
     report = training_report(records, cfg, skipped_steps=1, source="x")
     assert report == {
+        "objective": "span_ce",
         "steps": 4,
         "rows": 16,
         "tokens": 440,
