@@ -1,8 +1,8 @@
 """``vpmoe distil-nano``: what a teacher makes of a student, beside what the same texts make of it alone.
 
 A dense teacher masters questions from texts with mistakes. Students of one architecture, from the same weights, then
-take the same tokens of the same texts: by cross-entropy alone, by the teacher's stored top K, by its live top K. Each
-goes on on-policy.
+take the same tokens of the same texts: by cross-entropy alone, by the teacher's stored top K, by its live top K. The
+stored one goes on on-policy, and others where the settings say so.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DOES = {
     "ce": "a student goes on with the texts alone (cross-entropy)",
     "stored_topk": "a student goes on with the stored top K",
     "live_topk": "a student goes on with the teacher in memory",
-    "on_policy": "each of them goes on with its own answers, which the teacher scores",
+    "on_policy": "goes on with its own answers, which the teacher scores",
 }
 AFTER = {"ce": "on_policy_after_ce", "stored_topk": "on_policy", "live_topk": "on_policy_after_live"}
 """Students of stored conversations, and what each becomes on-policy."""
@@ -64,11 +64,13 @@ class Students:
     Attributes:
         start: the run whose weights they begin with.
         runs: by name: those of ``AFTER``, and what they become.
+        after: which of them go on on-policy.
     """
 
     seed: int
     start: TrainedRun
     runs: Mapping[str, TrainedRun]
+    after: tuple[str, ...]
 
     @classmethod
     def of(cls, teaching: Teaching, seed: int) -> Students:
@@ -83,10 +85,11 @@ class Students:
             "stored_topk": proof.run("stored_topk", seed, settings.stage2, *begin, *stored),
             "live_topk": proof.run("live_topk", seed, settings.stage2, *begin, *plain, *live),
         }
-        for before, name in AFTER.items():
+        after = ("stored_topk", *settings.after)
+        for before, name in ((each, AFTER[each]) for each in after):
             own = ("--load-weights", str(runs[before].run), "--rollout-seed", str(seed))
             runs[name] = proof.run(name, seed, settings.stage3, *plain, *live, *own)
-        return cls(seed, start, runs)
+        return cls(seed, start, runs, after)
 
 
 def plan_of(root: Path, **wishes: Any) -> Proof[DistilSettings]:
@@ -132,5 +135,5 @@ def _train(students: Students, teacher: TrainedRun, taught: Files, runner: Runne
         runner.announce(name)
         trained(name, name, "start", asked if name == "live_topk" else {})
     runner.announce("on_policy")
-    for before, name in AFTER.items():
-        trained("on_policy", name, before, asked)
+    for before in students.after:
+        trained("on_policy", AFTER[before], before, asked)

@@ -133,14 +133,15 @@ def plot(
             style: dict[str, Any] = {"color": colours[before], "alpha": 0.8}
             first = each is classes[0]
             curve(stored, read_curves(each.runs[before].metrics), "kd/analysis", before if first else "", **style)
-            curve(policy, read_curves(each.runs[name].metrics), "gap/total", name if first else "", **style)
+            if before in each.after:
+                curve(policy, read_curves(each.runs[name].metrics), "gap/total", name if first else "", **style)
     stored.set(title="KL to the teacher, analysis", xlabel="step", ylabel="nats a token", yscale="log")
     policy.set(title="on-policy: log p student - log p teacher", xlabel="step", ylabel="nats a sampled token")
     for one in seeds:
         for before, name in AFTER.items():
-            pair = [one["students"][of] for of in (before, name)]
+            pair = [one["students"][of] for of in (before, name) if of in one["students"]]
             heights, places = [100 * of["exact"] for of in pair], [of["kl_to_teacher"] for of in pair]
-            label = f"{before}, then on-policy" if one is seeds[0] else ""
+            label = f"{before}{', then on-policy' * (len(pair) > 1)}" if one is seeds[0] else ""
             students.plot(places, heights, color=colours[before], marker="o", markevery=[0], label=label)
             students.plot(places[1:], heights[1:], color=colours[before], marker=">")
     students.axhline(100 * teacher["exact"], color="grey", linewidth=0.8, label="teacher")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -108,7 +108,7 @@ class DistilSettings(ProofSettings):
     """``configs/nano/distil_nano.toml``; ``store`` are options of ``vpmoe data score``.
 
     ``start`` is what every student begins with, ``stage2`` how those of stored conversations are trained, ``stage3``
-    how the on-policy ones go on.
+    how ``stored_topk``, and those named in ``after``, go on on-policy.
     """
 
     teacher: Stage
@@ -116,6 +116,7 @@ class DistilSettings(ProofSettings):
     store: Options
     stage2: Stage
     stage3: Stage
+    after: list[Literal["ce", "live_topk"]]
     targets: DistilTargets
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,11 @@ def test_students_take_the_same_steps_from_the_same_weights(teaching: Teaching) 
     assert [cfg.training.kd_alpha for cfg in of_texts] == [0.0, 1.0, 1.0]
     assert [cfg.training.teacher_weights for cfg in of_texts] == [None, None, teacher]
     assert [one.runs[name].dataset for name in AFTER] == [teaching.store, teaching.store, teaching.run.dataset]
+    assert one.after == ("stored_topk",) and set(one.runs) == {*AFTER, "on_policy"}
+    every = teaching.proof.settings.model_copy(update={"after": ["ce", "live_topk"]})
+    all_three = Students.of(replace(teaching, proof=replace(teaching.proof, settings=every)), 3)
     for before, name in AFTER.items():
-        cfg = one.runs[name].cfg
+        cfg = all_three.runs[name].cfg
         assert cfg.training.objective == "on_policy" and cfg.training.teacher_weights == teacher
         assert cfg.checkpoint.load_weights == str(one.runs[before].run)
     assert teaching.run.cfg.model.ffn_hidden_size != one.start.cfg.model.ffn_hidden_size
