@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from megatron_vpmoe.generation.sampling import SamplingOptions
     from megatron_vpmoe.model.gpt import VPModel
+    from megatron_vpmoe.runtime.signals import StopRequest
     from vpmoe.eval.open_model import Opened
 
 _HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
@@ -168,6 +169,7 @@ def decode_in_batches(
     *,
     label: str | None = "questions",
     context: int | None = None,
+    stop: StopRequest | None = None,
 ) -> list[list[int]]:
     """New tokens of each prompt, in the order of the prompts; a collective of all ranks, which share the prompts out.
 
@@ -178,12 +180,18 @@ def decode_in_batches(
         batch_size: prompts that a rank decodes at once.
         label: of the progress that is shown; None shows none.
         context: tokens that prompt and answer have together at most; None: any number.
+        stop: asked before each token.
+
+    Raises:
+        Interrupted: a rank was asked to stop.
     """
     from megatron.core import parallel_state
 
     from megatron_vpmoe.generation.engine import generate
     from megatron_vpmoe.generation.prompts import Completion, Prompt
+    from megatron_vpmoe.runtime.signals import Interrupted
 
+    asking = None if stop is None else stop.is_requested
     mine = -(-len(prompts) // parallel_state.get_data_parallel_world_size())
     with Progress(label or "", mine, unit="answers", quiet=label is None or distributed.rank() != 0) as progress:
 
@@ -192,4 +200,7 @@ def decode_in_batches(
                 progress.add(1, len(completion.ids))
 
         asked = [Prompt(one, max_new_tokens=None if context is None else context - len(one)) for one in prompts]
-        return [one.ids for one in generate(model, asked, sampling, rows=batch_size, watch=count)]
+        completions = generate(model, asked, sampling, rows=batch_size, watch=count, stop=asking)
+    if stop is not None and stop.agreed():
+        raise Interrupted
+    return [one.ids for one in completions]

@@ -15,6 +15,7 @@ from vpmoe.harmony.parse import Judgement
 
 if TYPE_CHECKING:
     from megatron_vpmoe.model.gpt import VPModel
+    from megatron_vpmoe.runtime.signals import StopRequest
 
 Checker = Callable[[str, dict[str, Any]], bool]
 """``(answer, row)``: whether a text answers a row exactly."""
@@ -67,7 +68,8 @@ def answer(
     max_new_tokens: int,
     batch_size: int,
     context: int | None = None,
-    label: str = "questions",
+    label: str | None = "questions",
+    stop: StopRequest | None = None,
     **draw: Any,
 ) -> list[Scored]:
     """Ask every question, greedily unless told otherwise, and judge the generations; a collective of all ranks.
@@ -78,7 +80,7 @@ def answer(
         questions: any number of them, whose order is kept.
         check: what an exact answer is.
         max_new_tokens: a longer generation is cut.
-        batch_size, context, label: see :func:`vpmoe.eval.asking.decode_in_batches`.
+        batch_size, context, label, stop: see :func:`vpmoe.eval.asking.decode_in_batches`.
         draw: other fields of :class:`megatron_vpmoe.generation.sampling.SamplingOptions`.
     """
     from megatron_vpmoe.generation.sampling import SamplingOptions
@@ -87,7 +89,7 @@ def answer(
         return []
     prompts = [form.prompt(question.query) for question in questions]
     sampling = SamplingOptions(max_new_tokens, form.stop_ids, **draw)
-    completions = decode_in_batches(model, prompts, sampling, batch_size, label=label, context=context)
+    completions = decode_in_batches(model, prompts, sampling, batch_size, label=label, context=context, stop=stop)
     return score(questions, completions, form, check)
 
 

@@ -21,7 +21,7 @@ from vpmoe.errors import NotOursError, UpcycleError, VpmoeError
 from vpmoe.eval.reports import check_reportable
 from vpmoe.ladder import report
 from vpmoe.ladder.evaluation import HeldOut, evaluate
-from vpmoe.ladder.suites import RungSuite, check_suites, read_suites
+from vpmoe.ladder.suites import RungSuite, check_suites, pinned_changes, read_suites
 from vpmoe.upcycle import runner
 from vpmoe.upcycle.inputs import identity_of
 from vpmoe.upcycle.ladder_file import Evaluation, Ladder, ObjectSpec, geometry, read_ladder
@@ -223,6 +223,7 @@ def _ask_suite(suite: RungSuite, spec: ObjectSpec, quiet: bool, work: steps.Work
 def _records(plan: _Climb) -> list[dict[str, Any]]:
     """What the receipts tell of every object that is made, and evaluated if it is a rung, in the order of making."""
     found = []
+    reports: dict[tuple[str, str | None], Path] = {}
     for spec in plan.chain:
         try:
             receipt = steps.read_receipt(Path(spec.path))
@@ -246,11 +247,14 @@ def _records(plan: _Climb) -> list[dict[str, Any]]:
         if spec.rung and asked.receipt:
             record |= {"evaluation": asked.receipt["report"]["evaluation"], "evaluation_time": _time(asked.receipt)}
             states = {label: step.state() for label, step in plan.asks(spec, receipt).items()}
-            record["suites"] = {
-                label: {**state.receipt["report"]["suite"], "time": _time(state.receipt)}
-                for label, state in states.items()
-                if state.receipt and state.due is None
-            }
+            record["suites"] = {}
+            for label, state in states.items():
+                if state.receipt is None or state.due is not None:
+                    continue
+                report = reports[label, spec.id] = plan.reports / "eval" / label / spec.id / f"{spec.id}.json"
+                pinned = pinned_changes(report, reports.get((label, record["input"])))
+                told = {"time": _time(state.receipt), "pinned": pinned}
+                record["suites"][label] = {**state.receipt["report"]["suite"], **told}
         found.append(record)
     return found
 

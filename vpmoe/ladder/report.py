@@ -27,6 +27,7 @@ _TITLES = {
     "core8_centered_mean": "centered accuracy",
     "centered_mean": "centered accuracy",
     "bits_per_byte": "bits/byte",
+    "exact_mean": "exact, mean of tasks",
 }
 """How the number that a suite is known by is spelled."""
 
@@ -66,7 +67,8 @@ def with_deltas(records: Sequence[Record]) -> list[Record]:
     and one in each suite. With ``gain``: bits per byte, accuracy and that of conversations (``conversations``) minus
     those of the object that each was made from, as far as both have them.
 
-    Between rungs nothing else compares: nats a token belong to a vocabulary.
+    Between rungs nothing else compares: nats a token belong to a vocabulary. Nor do answers that were asked for in two
+    forms: there a suite's ``delta`` is None.
     """
     of = {record["object"]: record["evaluation"] for record in records}
     first: Record = next((record for record in records if record["rung"] == 1), {})
@@ -75,7 +77,7 @@ def with_deltas(records: Sequence[Record]) -> list[Record]:
     for record in records:
         found = record["evaluation"]
         suites = {
-            label: {**suite, "delta": suite["value"] - of_suites[label]["value"] if label in of_suites else None}
+            label: {**suite, "delta": _suite_change(of_suites.get(label), suite)}
             for label, suite in record["suites"].items()
         }
         below = of.get(record["input"])
@@ -92,6 +94,10 @@ def _change(old: Record, new: Record) -> dict[str, float]:
     }
     before, after = old.get("conversations"), new.get("conversations")
     return changes | ({"conversations": after["accuracy"] - before["accuracy"]} if before and after else {})
+
+
+def _suite_change(old: Record | None, new: Record) -> float | None:
+    return new["value"] - old["value"] if old and old.get("form") == new.get("form") else None
 
 
 def total_time(records: Sequence[Record]) -> dict[str, float]:
@@ -127,12 +133,30 @@ def table(evaluated: Sequence[Record], fed: Sequence[Record], time: dict[str, fl
     headings = (*_BEFORE, *of_conversations, *of_suites, *_AFTER)
     cells = [_cells(record, list(suites), bool(of_conversations)) for record in evaluated]
     lines = [markdown_table(headings, cells)]
-    lines += ["", f"In all {time['seconds']:,.0f} s, {time['processor_seconds']:,.0f} s of processor time."]
+    lines += [
+        "",
+        *pinned_lines(evaluated),
+        f"In all {time['seconds']:,.0f} s, {time['processor_seconds']:,.0f} s of processor time.",
+    ]
     for record in fed:
         lines.append(
             f"No rung: `{record['object']}` ({_job(record)}, {_validation(record)}, {_time(record['job_time'])})."
         )
     return "\n".join(lines)
+
+
+def pinned_lines(evaluated: Sequence[Record]) -> list[str]:
+    """How many pinned answers changed from each object to the next, or why that is not counted."""
+    lines = []
+    for record, (label, suite) in ((one, item) for one in evaluated for item in one["suites"].items()):
+        if not (found := suite.get("pinned")):
+            continue
+        by = " by character, as the vocabularies differ" if found["unit"] == "character" else ""
+        told = f"{found['changed']} of {found['compared']} other than those of `{record['input']}`{by}"
+        if not found["asked_alike"]:
+            told = f"not compared with those of `{record['input']}`, which was asked otherwise (form or messages)"
+        lines.append(f"- {label}, pinned answers of `{record['object']}`: {told}")
+    return [*lines, ""] if lines else []
 
 
 def _cells(record: Record, labels: Sequence[str], with_conversations: bool) -> list[str]:

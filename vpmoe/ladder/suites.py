@@ -15,10 +15,13 @@ from megatron_vpmoe.config.schema_evaluation import AskedSuite
 from megatron_vpmoe.files import sha256_of_json
 from megatron_vpmoe.manifest import Manifest
 from vpmoe.errors import UpcycleError
-from vpmoe.eval.suites import core8, text
+from vpmoe.eval.reports import read_report
+from vpmoe.eval.suites import canaries, core8, text
 from vpmoe.eval.suites.fetch import bundle_folder
 from vpmoe.eval.suites.in_training import told
-from vpmoe.eval.suites.suite_options import Core8Options, TextOptions
+from vpmoe.eval.suites.pinned import Outputs, difference
+from vpmoe.eval.suites.suite_options import CanaryOptions, Core8Options, TextOptions
+from vpmoe.eval.suites.suite_report import KIND
 from vpmoe.upcycle.ladder_file import Evaluation
 
 Say = Callable[[str], None]
@@ -44,14 +47,16 @@ class RungSuite:
         """Ask one object.
 
         Returns:
-            ``number``, the name of what the suite is known by, its ``value``, and all ``numbers`` of the tasks.
+            ``number``, the name of what the suite is known by, its ``value``, all ``numbers`` of the tasks, and the
+            ``form`` in which it asks, None where there is one only.
 
         Raises:
             CheckpointError, TokenizerError: no weights or vocabulary there.
         """
         report = self.evaluate(folder, output, quiet)
         number, value = headline(report)
-        return {"number": number, "value": value, "numbers": told(report["tasks"])}
+        form = report.get("asked", {}).get("form")
+        return {"number": number, "value": value, "numbers": told(report["tasks"]), "form": form}
 
 
 def headline(report: Mapping[str, Any]) -> tuple[str, float]:
@@ -144,4 +149,38 @@ def _text(part: AskedSuite, settings: Evaluation, say: Say | None) -> RungSuite:
     return RungSuite(part.label, decides, evaluate)
 
 
-_SUITES: dict[str, Callable[[AskedSuite, Evaluation, Say | None], RungSuite]] = {"core8": _core8, "text": _text}
+def _canaries(part: AskedSuite, settings: Evaluation, say: Say | None) -> RungSuite:
+    options = CanaryOptions.of(part.options, f"evaluation.suites: {part.label}")
+    chosen = replace(
+        options.chosen(part.items),
+        context=options.context or CONTEXT,
+        bf16=settings.precision == "bfloat16",
+        overwrite=True,
+    )
+    own, tasks = canaries.Settings.read(options.config), canaries.known(chosen)
+    decides = {
+        "settings": own.model_copy(update=chosen.instead).model_dump(exclude={"items", "batch_size"}),
+        "items": chosen.limit(own),
+        "tasks": [*tasks],
+        "plain": chosen.plain,
+        "context": chosen.context,
+        "precision": settings.precision,
+    }
+
+    def evaluate(folder: Path, output: Path, quiet: bool) -> dict[str, Any]:
+        return canaries.evaluate(folder, own, replace(chosen, output=output, quiet=quiet), say=lambda line: None)
+
+    return RungSuite(part.label, decides, evaluate)
+
+
+def pinned_changes(report: Path, former: Path | None) -> dict[str, Any] | None:
+    """Where the pinned answers of a suite's report part from those of the object below; None: one has none."""
+    pinned = [read_report(path, KIND).get("pinned") for path in (report, former) if path is not None]
+    return difference(Outputs.read(report), Outputs.read(former)) if former is not None and all(pinned) else None
+
+
+_SUITES: dict[str, Callable[[AskedSuite, Evaluation, Say | None], RungSuite]] = {
+    "core8": _core8,
+    "text": _text,
+    "canaries": _canaries,
+}

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, StringConstraints
 
@@ -21,9 +21,9 @@ from vpmoe.errors import DataError, HarmonyError
 from vpmoe.eval.asking import AsConversation, Form, form_of
 from vpmoe.eval.open_model import Opened, open_model, require_folder
 from vpmoe.eval.questions import Question
-from vpmoe.eval.scoring import Checker, Scored, answer
+from vpmoe.eval.scoring import Scored, answer
 from vpmoe.eval.suites import suite_report
-from vpmoe.eval.suites.canary_entries import entries_of, output_of, record_of
+from vpmoe.eval.suites.canary_entries import Record, entries_of, output_of, record_of
 from vpmoe.eval.suites.canary_questions import (
     AS_TEXT,
     COPYING,
@@ -37,10 +37,14 @@ from vpmoe.eval.suites.pinned import Outputs, difference
 from vpmoe.eval.suites.suite_settings import SizedSettings
 from vpmoe.weights.geometry import process_groups
 
-SUITE, PINNED = "canaries", "pinned"
+if TYPE_CHECKING:
+    from megatron_vpmoe.model.gpt import VPModel
+    from megatron_vpmoe.runtime.signals import StopRequest
+
+SUITE, PINNED, MEAN = "canaries", "pinned", "exact_mean"
 TASKS = (AS_TEXT, COPYING, SPELLED, HARMONY, *FAMILIES, PINNED)
 _OTHERS = (AS_TEXT, HARMONY, PINNED)
-"""Without a right answer to each question."""
+"""Without a right answer that has to be generated."""
 Say = Callable[[str], None]
 
 
@@ -60,6 +64,7 @@ class Chosen:
 
     Attributes:
         size: of the settings' sizes, or "all".
+        items: of each level, whatever the size; None: as the size says.
         tasks: some of :data:`TASKS`; empty: all that the model's vocabulary allows for.
         against: a report of the canaries, or a model, whose pinned answers this one's are held against.
         system, developer, plain: how to ask, see :func:`vpmoe.eval.asking.form_of`.
@@ -68,6 +73,7 @@ class Chosen:
         bf16: compute in bfloat16 or not; None: as the run did.
         output: the report; None: ``reports/eval/canaries/<checkpoint>.json``.
         overwrite: replace a finished report.
+        quiet: no progress bars.
     """
 
     size: str = "smoke"
@@ -82,12 +88,98 @@ class Chosen:
     bf16: bool | None = None
     output: Path | None = None
     overwrite: bool = False
+    items: int | None = None
+    quiet: bool = False
+
+    def limit(self, settings: Settings) -> int | None:
+        """Items of each level; None: all."""
+        return settings.limit(self.size) if self.items is None else self.items
 
     @property
     def instead(self) -> dict[str, int]:
         """What takes the place of settings."""
         given = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
         return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Canaries:
+    """What models are asked in one form, known to fit the context.
+
+    Attributes:
+        form: how a model is asked.
+        asked: by task, the questions whose answers are generated.
+        left_out: tasks that cannot be asked so, and why.
+        texts: records of the prompts that are read alone.
+        settings: how long answers get, how many at once, and how samples are drawn.
+        context: tokens of prompt and answer together; None: any number.
+    """
+
+    form: Form
+    asked: dict[str, list[Question]]
+    left_out: dict[str, str]
+    texts: list[Record]
+    settings: Settings
+    context: int | None
+
+    @classmethod
+    def of(cls, form: Form, chosen: Chosen, settings: Settings, context: int | None) -> Canaries:
+        """What is chosen, of models that are asked in a form.
+
+        Raises:
+            ConfigError: there is no such task.
+            HarmonyError: Harmony is asked of a model that has none.
+            DataError: a prompt leaves no room for an answer.
+        """
+        names = known(chosen)
+        asked, left_out = _asked(names, settings, chosen.limit(settings)), {}
+        if HARMONY in asked and not isinstance(form, AsConversation):
+            if chosen.tasks:
+                remedy = "leave it out of the tasks" + (", or do not ask plainly" if chosen.plain else "")
+                raise HarmonyError("this model is asked as plain text", source=f"tasks: {HARMONY}", remedy=remedy)
+            del asked[HARMONY]
+            left_out[HARMONY] = "asked as plain text"
+        _check_room(form, asked, context)
+        read = read_as_text(form, form.tokenizer) if AS_TEXT in names else ()
+        texts = [{"task": AS_TEXT, "item": text, "correct": right} for text, right in read]
+        return cls(form, asked, left_out, texts, settings, context)
+
+    def answers(
+        self, model: VPModel, *, quiet: bool = False, stop: StopRequest | None = None
+    ) -> dict[str, list[Scored]]:
+        """By task: greedy answers, and drawn ones of which Harmony is judged; a collective of all ranks.
+
+        Raises:
+            Interrupted: a rank was asked to stop.
+        """
+        limits = {"max_new_tokens": self.settings.max_new_tokens, "context": self.context}
+
+        def ask(questions: Sequence[Question], label: str, **draw: Any) -> list[Scored]:
+            how = {"batch_size": self.settings.batch_size, "label": None if quiet else label, "stop": stop}
+            return answer(model, self.form, questions, is_right, **limits, **how, **draw)
+
+        greedy = [question for name, questions in self.asked.items() if name != HARMONY for question in questions]
+        given = iter(ask(greedy, SUITE))
+        draw = {"temperature": self.settings.temperature, "seed": self.settings.seed}
+        sampled = ask(self.asked.get(HARMONY, ()), HARMONY, **draw)
+        return {
+            name: sampled if name == HARMONY else [next(given) for _ in questions]
+            for name, questions in self.asked.items()
+        }
+
+    def records(self, scored: Mapping[str, Sequence[Scored]]) -> list[Record]:
+        """A line an item."""
+        return self.texts + [
+            record_of(name, one, self.form, None if name in _OTHERS else one.exact)
+            for name, answers in scored.items()
+            for one in answers
+        ]
+
+    def numbers(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Of a report: ``tasks``, and of those with right answers the mean, ``exact_mean``."""
+        entries = entries_of(records, self.settings.max_new_tokens)
+        exact = {name: {**entry, "chance": 0.0} for name, entry in entries.items() if name not in _OTHERS}
+        return {"tasks": entries, **(suite_report.means({MEAN: tuple(exact)}, exact, records) if exact else {})}
 
 
 def evaluate(path: Path, settings: Settings, chosen: Chosen, *, say: Say) -> dict[str, Any]:
@@ -106,39 +198,23 @@ def evaluate(path: Path, settings: Settings, chosen: Chosen, *, say: Say) -> dic
     """
     started = time.perf_counter()
     require_folder(path)
-    names = _known(chosen)
+    known(chosen)
     settings = settings.model_copy(update=chosen.instead)
-    asked = _asked(names, settings, settings.limit(chosen.size))
     against = chosen.against
     theirs = Outputs.read(against) if against is not None and not against.is_dir() else None
     with process_groups(), open_model(path, bf16=chosen.bf16) as opened:
         output = suite_report.output_for(SUITE, opened, chosen.output, overwrite=chosen.overwrite)
-        form = form_of(opened, plain=chosen.plain, system=chosen.system, developer=chosen.developer, say=say)
-        left_out = {}
-        if HARMONY in asked and not isinstance(form, AsConversation):
-            if chosen.tasks:
-                remedy = "leave it out of --tasks" + (", or leave out --plain" if chosen.plain else "")
-                raise HarmonyError("this model is asked as plain text", source=f"--tasks {HARMONY}", remedy=remedy)
-            del asked[HARMONY]
-            left_out[HARMONY] = "asked as plain text"
-        _check_room(form, asked, chosen.context or opened.context)
+        canaries = _canaries_of(opened, settings, chosen, say)
         if against is not None and theirs is None:
-            theirs = _pinned_of(against, asked[PINNED], settings, chosen, say)
-        scored = _answers(opened, form, asked, settings, chosen)
-        records = [
-            record_of(name, one, form, None if name in _OTHERS else one.exact)
-            for name, answers in scored.items()
-            for one in answers
-        ]
-        if AS_TEXT in names:
-            texts = read_as_text(form, opened.tokenizer)
-            records = [{"task": AS_TEXT, "item": text, "correct": right} for text, right in texts] + records
+            theirs = _pinned_of(against, settings, replace(chosen, tasks=(PINNED,)), say)
+        scored = canaries.answers(opened.model, quiet=chosen.quiet)
+        records = canaries.records(scored)
         report = {
-            **suite_report.head(SUITE, opened, _settings_entry(settings, chosen, opened, form)),
-            "asked": form.entry,
-            "tasks": entries_of(records, settings.max_new_tokens),
-            "left_out": left_out,
-            PINNED: {one.question.row["synth_id"]: output_of(one, form) for one in scored.get(PINNED, ())},
+            **suite_report.head(SUITE, opened, _settings_entry(canaries, chosen, opened)),
+            "asked": canaries.form.entry,
+            **canaries.numbers(records),
+            "left_out": canaries.left_out,
+            PINNED: _outputs(canaries, scored),
         }
         if theirs is not None:
             report["against"] = difference(Outputs.model_validate(report), theirs)
@@ -148,10 +224,11 @@ def evaluate(path: Path, settings: Settings, chosen: Chosen, *, say: Say) -> dic
     return report
 
 
-def _known(chosen: Chosen) -> tuple[str, ...]:
+def known(chosen: Chosen) -> tuple[str, ...]:
+    """The tasks that are chosen; raises :class:`ConfigError` where there is no such task."""
     if unknown := [name for name in chosen.tasks if name not in TASKS]:
         remedy = f"choose among {', '.join(TASKS)}"
-        raise ConfigError(f"there is no task {unknown[0]!r}", source="--tasks", remedy=remedy)
+        raise ConfigError(f"there is no task {unknown[0]!r}", source="tasks", remedy=remedy)
     names = tuple(dict.fromkeys(chosen.tasks or TASKS))
     if chosen.against is not None and PINNED not in names:
         raise ConfigError("there is nothing to hold against it", source="--against", remedy=f"add {PINNED} to --tasks")
@@ -176,47 +253,38 @@ def _check_room(form: Form, asked: Mapping[str, Sequence[Question]], context: in
             raise DataError(
                 f"the prompt has {length:,} tokens, and the context {context:,}",
                 source=f"{name}: {question.row['synth_id']}",
-                remedy="choose other --tasks, shorten what is pinned in --config, or widen --context on your word",
+                remedy="choose other tasks, shorten what is pinned, or widen the context on your word",
             )
 
 
-def _answers(
-    opened: Opened, form: Form, asked: Mapping[str, Sequence[Question]], settings: Settings, chosen: Chosen
-) -> dict[str, list[Scored]]:
-    """By task: greedy answers, and drawn ones of which Harmony is judged."""
-
-    def ask(questions: Sequence[Question], check: Checker, label: str, **draw: Any) -> list[Scored]:
-        limits = {"max_new_tokens": settings.max_new_tokens, "context": chosen.context or opened.context}
-        rows = settings.batch_size
-        return answer(opened.model, form, questions, check, label=label, batch_size=rows, **limits, **draw)
-
-    greedy = [question for name, questions in asked.items() if name != HARMONY for question in questions]
-    given = iter(ask(greedy, is_right, SUITE))
-    draw = {"temperature": settings.temperature, "seed": settings.seed}
-    sampled = ask(asked.get(HARMONY, ()), is_right, HARMONY, **draw)
-    return {name: sampled if name == HARMONY else [next(given) for _ in questions] for name, questions in asked.items()}
+def _canaries_of(opened: Opened, settings: Settings, chosen: Chosen, say: Say) -> Canaries:
+    form = form_of(opened, plain=chosen.plain, system=chosen.system, developer=chosen.developer, say=say)
+    return Canaries.of(form, chosen, settings, chosen.context or opened.context)
 
 
-def _pinned_of(path: Path, pinned: Sequence[Question], settings: Settings, chosen: Chosen, say: Say) -> Outputs:
+def _outputs(canaries: Canaries, scored: Mapping[str, Sequence[Scored]]) -> dict[str, Record]:
+    return {one.question.row["synth_id"]: output_of(one, canaries.form) for one in scored.get(PINNED, ())}
+
+
+def _pinned_of(path: Path, settings: Settings, chosen: Chosen, say: Say) -> Outputs:
     """The pinned answers of another model, which is asked now."""
     with open_model(path, bf16=chosen.bf16) as opened:
-        form = form_of(opened, plain=chosen.plain, system=chosen.system, developer=chosen.developer, say=say)
-        _check_room(form, {PINNED: pinned}, chosen.context or opened.context)
-        scored = _answers(opened, form, {PINNED: pinned}, settings, chosen)[PINNED]
-        answers = {one.question.row["synth_id"]: output_of(one, form) for one in scored}
-        told = {"checkpoint": opened.entry, "vocabulary": opened.tokenizer.identity, "asked": form.entry}
+        canaries = _canaries_of(opened, settings, chosen, say)
+        answers = _outputs(canaries, canaries.answers(opened.model, quiet=chosen.quiet))
+        told = {"checkpoint": opened.entry, "vocabulary": opened.tokenizer.identity, "asked": canaries.form.entry}
         return Outputs.model_validate({**told, PINNED: answers})
 
 
-def _settings_entry(settings: Settings, chosen: Chosen, opened: Opened, form: Form) -> dict[str, Any]:
+def _settings_entry(canaries: Canaries, chosen: Chosen, opened: Opened) -> dict[str, Any]:
+    settings = canaries.settings
     return {
-        "form": form.entry["form"],
+        "form": canaries.form.entry["form"],
         "pinned_sha256": sha256_of_json(settings.pinned),
-        "size": chosen.size,
+        "size": chosen.size if chosen.items is None else f"{chosen.items} items",
         "max_new_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,
         "seed": settings.seed,
-        "context": chosen.context or opened.context,
+        "context": canaries.context,
         "bf16": opened.cfg.training.bf16,
         "batch_size": settings.batch_size,
     }

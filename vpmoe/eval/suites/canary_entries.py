@@ -85,7 +85,7 @@ def _answers_entry(records: Sequence[Record]) -> dict[str, Any]:
     tokens = [record["tokens"] for record in records]
     faults = Counter(record["fault"] for record in records if record["fault"] is not None)
     return {
-        **{name: mean(record[name] for record in records) for name in ("ended", "repetition")},
+        **{name: float(mean(record[name] for record in records)) for name in ("ended", "repetition")},
         "tokens": {"mean": mean(tokens), "median": median(tokens), "most": max(tokens)},
         "faults": dict(faults.most_common()),
         "levels": {level: _shares(some) for level, some in _grouped(records, "level").items()},

@@ -9,6 +9,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_vpmoe.errors import ConfigError
+from vpmoe.eval.suites import canaries
 from vpmoe.eval.suites.text import Asked
 from vpmoe.toml_file import validated
 
@@ -38,6 +39,27 @@ class Core8Options(SuiteOptions):
     """Longer prompts lose their beginning."""
     batch_size: int | None = Field(None, ge=1)
     """Continuations that a process scores at once."""
+
+
+class CanaryOptions(SuiteOptions):
+    """Of canaries."""
+
+    config: Path = Path("configs/eval/canaries.toml")
+    """Its settings and pinned prompts."""
+    tasks: tuple[str, ...] = ()
+    """Some of the suite; none: all that the vocabulary allows for."""
+    plain: bool = False
+    """Asked as plain text, though the vocabulary knows conversations."""
+    context: int | None = Field(None, ge=2)
+    """Tokens of prompt and answer together."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """A longer answer is cut."""
+    batch_size: int | None = Field(None, ge=1)
+    """Answers that a process decodes at once."""
+
+    def chosen(self, items: int | None) -> canaries.Chosen:
+        """With a budget of items."""
+        return canaries.Chosen(**self.model_dump(exclude={"config"}), items=items)
 
 
 class TextOptions(SuiteOptions):

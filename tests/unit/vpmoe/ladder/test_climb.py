@@ -13,7 +13,8 @@ from vpmoe.cli import main
 from vpmoe.errors import NotOursError, UpcycleError
 from vpmoe.ladder import climb as module
 from vpmoe.ladder.climb import Request, climb, listing
-from vpmoe.ladder.report import table, with_deltas
+from vpmoe.ladder.report import pinned_lines, table, with_deltas
+from vpmoe.ladder.suites import pinned_changes
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,8 @@ def test_climbing_twice_does_nothing_the_second_time(ladder: Path, monkeypatch: 
     def never(*_arguments: object, **_options: object) -> None:
         raise AssertionError("evaluated again")
 
-    for label, number in (("core8", "core8_centered_mean"), ("windows", "bits_per_byte")):
+    known_by = {"core8": "core8_centered_mean", "canaries": "exact_mean", "windows": "bits_per_byte"}
+    for label, number in known_by.items():
         suite, table = step["suites"][label], (folder / "ladder.md").read_text()
         assert suite["number"] == number and suite["delta"] == 0 and suite["time"]["seconds"] > 0
         assert f"{suite['value']:.4f} | +0.0000" in table
@@ -53,6 +55,8 @@ def test_climbing_twice_does_nothing_the_second_time(ladder: Path, monkeypatch: 
     assert "CORE-8, centered accuracy | Δ rung 1" in table and "windows, bits/byte" in table
     assert step["suites"]["windows"]["value"] == pytest.approx(written["tasks"]["text"]["bits_per_byte"])
     assert (written["settings"]["window"], written["tasks"]["text"]["n"]) == (24, 5)
+    assert step["suites"]["canaries"]["form"] == "text" and step["suites"]["canaries"]["pinned"] is None
+    assert step["suites"]["canaries"]["numbers"].keys() >= {"copying/accuracy", "pinned/repetition"}
     assert step["suites"]["core8"]["numbers"].keys() >= {"colors/accuracy", "last_word/centered"}
 
     monkeypatch.setattr(module, "evaluate", never)
@@ -109,6 +113,34 @@ def test_what_a_stage_gained_is_against_the_object_below() -> None:
     lines = table(found, [], {"seconds": 1, "processor_seconds": 1}).splitlines()
     assert "exact as conversation | Δ below" in lines[0] and "25.0 % (1/4), 4 valid |  |" in lines[3]
     assert "| heal, topk_kd |" in lines[4] and "75.0 % (3/4), 4 valid | +50.0 |" in lines[4]
+
+
+def test_pinned_answers_are_held_against_the_object_below(tmp_path: Path) -> None:
+    """By token, of two vocabularies by character; asked in another form they are not, and the table says why."""
+
+    def write(name: str, text: str, vocabulary: str, form: str = "text") -> Path:
+        output = {"prompt": "?", "ids": list(map(ord, text)), "text": text, "ended": True}
+        told = {"kind": "eval_suite", "checkpoint": {"run": name}, "vocabulary": {"sha256": vocabulary}}
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({**told, "asked": {"form": form}, "pinned": {"one": output} if text else {}}))
+        return path
+
+    old = write("old", "yes", "a")
+    assert pinned_changes(old, None) is None and pinned_changes(write("none", "", "a"), old) is None
+    found = {
+        name: pinned_changes(write(name, *how), old)
+        for name, how in {"same": ("yes", "a"), "other": ("yet", "b"), "talk": ("yes", "a", "conversation")}.items()
+    }
+    records = [
+        {"object": name, "input": "old", "suites": {"canaries": {"pinned": pinned}}} for name, pinned in found.items()
+    ]
+    assert pinned_lines(records)[:3] == [
+        "- canaries, pinned answers of `same`: 0 of 1 other than those of `old`",
+        "- canaries, pinned answers of `other`: 1 of 1 other than those of `old` by character, as the vocabularies "
+        "differ",
+        "- canaries, pinned answers of `talk`: not compared with those of `old`, which was asked otherwise (form or "
+        "messages)",
+    ]
 
 
 @pytest.mark.slow

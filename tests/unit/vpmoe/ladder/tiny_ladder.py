@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.suites_in_training import CORE8
+from tests.suites_in_training import CANARIES, CORE8
 from tests.tiny_core_bundle import write_bundle
 from tests.tiny_qwen3 import write_qwen3
 from vpmoe.data_curation.tasks.question_texts import write_texts
@@ -34,6 +34,10 @@ suite = "text"
 name = "windows"
 items = 5
 options = {{ texts = "{root}/texts/test.jsonl", window = 24 }}
+[[evaluation.suites]]
+suite = "canaries"
+items = 1
+options = {{ config = "{root}/canaries.toml", tasks = ["copying", "pinned"] }}
 [objects.model_hf]
 rung = 0
 [objects.model]
@@ -63,6 +67,7 @@ def write_ladder(root: Path, repository: Path) -> Path:
     save_bpe(train_bpe(texts, ROWS - 10), root / "model_hf")
     write_bundle(root / "bundle", 5)
     (root / "core8.toml").write_text(CORE8)
+    (root / "canaries.toml").write_text(CANARIES)
     path = root / "ladder.toml"
     path.write_text(LADDER.format(root=root, repository=repository, rows=ROWS, batch_size=4))
     return path
