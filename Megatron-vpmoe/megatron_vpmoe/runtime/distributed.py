@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import pickle
 import random
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,6 @@ from megatron_vpmoe.errors import VpmoeError, of_the_system
 from megatron_vpmoe.runtime.device import distributed_backend, has_gpu, prepare
 
 T = TypeVar("T")
-E = TypeVar("E", bound=Exception)
 _left: list[weakref.ref[dist.ProcessGroup]] = []
 """The groups of the last shutdown. A model that is garbage, in a reference cycle, keeps them and their threads."""
 
@@ -126,13 +126,22 @@ def on_every_rank(make: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def first_failure(failure: E | None) -> E | None:
+def first_failure(failure: BaseException | None) -> BaseException | None:
     """Of what ranks have met the first one's, on every rank; a collective."""
-    met: list[E | None] = [failure]
+    met = [failure]
     if world_size() > 1:
         met = [None] * world_size()
-        dist.all_gather_object(met, failure)
+        dist.all_gather_object(met, portable(failure))
     return next((each for each in met if each is not None), None)
+
+
+def portable(failure: BaseException | None) -> BaseException | None:
+    """``failure``, or where it cannot be sent to other ranks what it says."""
+    try:
+        pickle.loads(pickle.dumps(failure))
+    except Exception:  # whatever the exception's own class does
+        return RuntimeError(f"{type(failure).__name__}: {failure}")
+    return failure
 
 
 def _attempted(make: Callable[[], T]) -> tuple[T | None, VpmoeError | None]:

@@ -7,7 +7,6 @@ the device.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar, cast
@@ -93,7 +92,7 @@ class ExchangeAside(Exchange):
     def _all(self, told: _Told) -> list[_Told]:
         every = [told]
         if self._group is not None:
-            every = _gathered(told._replace(failure=_portable(told.failure)), self._group)
+            every = _gathered(told._replace(failure=distributed.portable(told.failure)), self._group)
             every[self._group.rank()] = told
         for one in every:
             if one.failure is not None:
@@ -106,12 +105,3 @@ def _gathered(value: T, group: dist.ProcessGroup) -> list[T]:
     if len(every) > 1:
         dist.all_gather_object(every, value, group=group)
     return every
-
-
-def _portable(failure: BaseException | None) -> BaseException | None:
-    """``failure``, or where it cannot be sent what it says."""
-    try:
-        pickle.loads(pickle.dumps(failure))
-    except Exception:  # whatever the exception's own class does
-        return RuntimeError(f"{type(failure).__name__}: {failure}")
-    return failure

@@ -13,7 +13,6 @@ from typing import Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_vpmoe.errors import VpmoeError
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.runtime.device import current_device
 
@@ -108,8 +107,7 @@ class StopRequest:
             if requested or failed:
                 for each in running:
                     each.cancel()
-                told = failure if isinstance(failure, VpmoeError | None) else RuntimeError(repr(failure))
-                raise Interrupted from (None if requested else distributed.first_failure(told))
+                raise Interrupted from (None if requested else distributed.first_failure(failure))
             if not pending:
                 return [each.result() for each in futures]
 
