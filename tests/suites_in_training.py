@@ -44,13 +44,6 @@ sum = "What is 1 + 2?"
 """
 
 
-def canary_suite(folder: Path, *tasks: str) -> dict[str, Any]:
-    """The same of canaries."""
-    (folder / "canaries.toml").write_text(CANARIES)
-    options = {"config": str(folder / "canaries.toml"), "tasks": ["copying", "pinned", *tasks], "context": 400}
-    return {"suite": "canaries", "interval": 4, "items": 1, "options": options}
-
-
 def core8_suite(folder: Path, bundle: Path, **changes: Any) -> dict[str, Any]:
     """An entry of ``eval_suites``; its settings are written into ``folder``."""
     (folder / "core8.toml").write_text(CORE8)

@@ -251,8 +251,8 @@ def _records(plan: _Climb) -> list[dict[str, Any]]:
             for label, state in states.items():
                 if state.receipt is None or state.due is not None:
                     continue
-                report = reports[label, spec.id] = plan.reports / "eval" / label / spec.id / f"{spec.id}.json"
-                pinned = pinned_changes(report, reports.get((label, record["input"])))
+                asked_of = reports[label, spec.id] = plan.reports / "eval" / label / spec.id / f"{spec.id}.json"
+                pinned = pinned_changes(asked_of, reports.get((label, record["input"])))
                 told = {"time": _time(state.receipt), "pinned": pinned}
                 record["suites"][label] = {**state.receipt["report"]["suite"], **told}
         found.append(record)

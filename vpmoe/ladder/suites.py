@@ -175,8 +175,9 @@ def _canaries(part: AskedSuite, settings: Evaluation, say: Say | None) -> RungSu
 
 def pinned_changes(report: Path, former: Path | None) -> dict[str, Any] | None:
     """Where the pinned answers of a suite's report part from those of the object below; None: one has none."""
-    pinned = [read_report(path, KIND).get("pinned") for path in (report, former) if path is not None]
-    return difference(Outputs.read(report), Outputs.read(former)) if former is not None and all(pinned) else None
+    if former is None or not all(read_report(path, KIND).get("pinned") for path in (report, former)):
+        return None
+    return difference(Outputs.read(report), Outputs.read(former))
 
 
 _SUITES: dict[str, Callable[[AskedSuite, Evaluation, Say | None], RungSuite]] = {

@@ -86,9 +86,9 @@ class Students:
             "live_topk": proof.run("live_topk", seed, settings.stage2, *begin, *plain, *live),
         }
         after = ("stored_topk", *settings.after)
-        for before, name in ((each, AFTER[each]) for each in after):
+        for before in after:
             own = ("--load-weights", str(runs[before].run), "--rollout-seed", str(seed))
-            runs[name] = proof.run(name, seed, settings.stage3, *plain, *live, *own)
+            runs[AFTER[before]] = proof.run(AFTER[before], seed, settings.stage3, *plain, *live, *own)
         return cls(seed, start, runs, after)
 
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 _LAST = 5
 """Steps whose mean is the gap in the end: one step has a few thousand sampled tokens."""
-_MEASURED = ("exact", "valid", "kl_to_teacher", "kl_top_k", "steps", "tokens")
-_GAP = ("gap_before", "gap_after")
 
 
 def write_distil_report(
@@ -107,7 +105,7 @@ def table(seeds: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for one in seeds:
         for name, student in one["students"].items():
-            gap = [f"{student[of]:.4f}" if of in student else "" for of in _GAP]
+            gap = [f"{student[of]:.4f}" if of in student else "" for of in ("gap_before", "gap_after")]
             shares = (percent(student["exact"]), percent(student["valid"]))
             distance = (f"{student['kl_to_teacher']:.4f}", f"{student['kl_top_k']:.4f}")
             rows.append(
@@ -154,9 +152,15 @@ def plot(
 def _measured(name: str, run: TrainedRun) -> dict[str, Any]:
     (whole, _), distance, curves = answers(run), evaluation(run)["to_teacher"], read_curves(run.metrics)
     tokens = curves["tokens/real"]
-    values = (whole["accuracy"], whole["validity"], distance["kl"], distance[f"kl_top_{TOP_K}"], len(tokens))
-    found: dict[str, Any] = dict(zip(_MEASURED, (*values, round(sum(value for _, value in tokens))), strict=True))
+    found: dict[str, Any] = {
+        "exact": whole["accuracy"],
+        "valid": whole["validity"],
+        "kl_to_teacher": distance["kl"],
+        "kl_top_k": distance[f"kl_top_{TOP_K}"],
+        "steps": len(tokens),
+        "tokens": round(sum(value for _, value in tokens)),
+    }
     if name in AFTER.values():
         gap = [value for _, value in curves["gap/total"]]
-        found |= dict(zip(_GAP, (gap[0], mean(gap[-_LAST:])), strict=True))
+        found |= {"gap_before": gap[0], "gap_after": mean(gap[-_LAST:])}
     return found
