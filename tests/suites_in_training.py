@@ -51,6 +51,14 @@ def core8_suite(folder: Path, bundle: Path, **changes: Any) -> dict[str, Any]:
     return {"suite": "core8", "interval": 2, "items": 4, "options": options, **changes}
 
 
+def canaries_suite(folder: Path, **changes: Any) -> dict[str, Any]:
+    """An entry of ``eval_suites``; its settings are written into ``folder``."""
+    (folder / "canaries.toml").write_text(CANARIES)
+    options = {"config": str(folder / "canaries.toml"), "tasks": ["copying", "harmony", "addition", "pinned"]}
+    options["context"] = 320
+    return {"suite": "canaries", "interval": 2, "items": 1, "options": options, **changes}
+
+
 def restless(request: SuiteRequest) -> Suite:
     """A suite that leaves everything behind that a suite could: draws, another mode, moved buffers."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from megatron_vpmoe.manifest import PromptsEntry
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.turns import generation_ends
 from vpmoe.data_curation.tasks import question_texts
@@ -120,6 +121,14 @@ class AsText:
 Form = AsConversation | AsText
 
 
+def form_for(tokenizer: Tokenizer, prompts: PromptsEntry | None, *, plain: bool) -> Form:
+    """How to ask a model that is trained on conversations with these messages, if its vocabulary knows any."""
+    if plain or not knows_conversations(tokenizer):
+        return AsText(tokenizer)
+    texts = {} if prompts is None else prompts.model_dump()
+    return AsConversation(tokenizer, _context(texts))
+
+
 def form_of(
     opened: Opened, *, plain: bool, system: str | None, developer: str | None, say: Callable[[str], None]
 ) -> Form:
@@ -156,9 +165,11 @@ def form_of(
         instead = f", but for the {' and '.join(given)} message given" if given else ""
         say(f"system and developer messages as stored with {opened.path}{instead}")
     texts = {message.role: message.content for message in opened.prompts or ()} | given
-    return AsConversation(
-        opened.tokenizer, tuple(Message(role, texts[role]) for role in ("system", "developer") if texts.get(role))
-    )
+    return AsConversation(opened.tokenizer, _context(texts))
+
+
+def _context(texts: Mapping[str, str | None]) -> tuple[Message, ...]:
+    return tuple(Message(role, text) for role in ("system", "developer") if (text := texts.get(role)))
 
 
 def decode_in_batches(

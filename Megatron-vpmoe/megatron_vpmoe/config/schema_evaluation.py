@@ -24,8 +24,8 @@ class AskedSuite(Section):
     """An evaluation suite, and what it is asked with."""
 
     suite: Annotated[Text, AfterValidator(_is_suite)]
-    """Name ("core8", "text"), or "module:function": takes a megatron_vpmoe.training.suites.SuiteRequest and returns
-    what is called with the model and a StopRequest, and gives numbers by name."""
+    """Name ("core8", "canaries", "text"), or "module:function": takes a megatron_vpmoe.training.suites.SuiteRequest and
+    returns what is called with the model and a StopRequest, and gives numbers by name."""
     items: Size | None = None
     """At most so many items (of each task, where there are several); null: as many as the suite takes by itself."""
     name: Name | None = None

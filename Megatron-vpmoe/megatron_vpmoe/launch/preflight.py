@@ -115,7 +115,7 @@ def check_suites(cfg: RunConfig) -> None:
         from megatron_vpmoe.manifest import read_manifest
         from megatron_vpmoe.training.suites import open_suites
 
-        open_suites(cfg, read_manifest(cfg.data.parts[0].path))
+        open_suites(cfg, [read_manifest(part.path) for part in cfg.data.parts])
 
 
 def check_run_directory(cfg: RunConfig) -> None:

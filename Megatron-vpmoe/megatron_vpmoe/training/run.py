@@ -54,7 +54,7 @@ from megatron_vpmoe.training.implementation import implementation_notes
 from megatron_vpmoe.training.initial_weights import load_initial_weights
 from megatron_vpmoe.training.provenance import collect_provenance
 from megatron_vpmoe.training.run_directory import continued
-from megatron_vpmoe.training.suites import OpenedSuite, open_suites
+from megatron_vpmoe.training.suites import OpenedSuite, open_suites, prompts_of
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -187,7 +187,7 @@ def open_run(cfg: RunConfig) -> Run:
             check_stored_reference(cfg, part.dataset.manifest)
     for name, gives in {"train": source, **stored}.items():
         check_needs(cfg.training.objective, objective.needs, gives, source=name)
-    suites = open_suites(cfg, train[0].dataset.manifest)
+    suites = open_suites(cfg, [part.dataset.manifest for part in train])
     model = build_model(cfg)
     started_from = found
     if found is None and cfg.checkpoint.load_weights is not None:
@@ -238,15 +238,13 @@ def open_run(cfg: RunConfig) -> Run:
 def _carried(started_from: checkpoint.Found | None, manifests: list[Manifest], cfg: RunConfig) -> checkpoint.Carried:
     """What the weights brought along; where they brought no vocabulary, the dataset's.
 
-    The system and developer messages are those of the first dataset that has any: the model learns to be asked so.
-
     Raises:
         CheckpointError: the weights mean another vocabulary than the dataset.
         TokenizerError: a file of the dataset's vocabulary is damaged.
     """
     carried, manifest = checkpoint.Carried.of(started_from), manifests[0]
     of_dataset = vocabulary_files(manifest)
-    prompts = next((manifest.prompts for manifest in manifests if manifest.prompts), None)
+    prompts = prompts_of(manifests)
     state = {**carried.state, **({"prompts": prompts.model_dump()} if prompts else {})}
     source = str(started_from.path if started_from else cfg.checkpoint.load_weights)
     if identity_of(carried.assets, source) is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +18,7 @@ import torch
 
 from megatron_vpmoe.config.schema_evaluation import EvalSuite
 from megatron_vpmoe.errors import ConfigError, DataError, VpmoeError
-from megatron_vpmoe.manifest import Manifest
+from megatron_vpmoe.manifest import Manifest, PromptsEntry
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.runtime import device
 from megatron_vpmoe.runtime.named import imported
@@ -42,6 +42,7 @@ class SuiteRequest:
         items: at most so many (of each task); None: as many as the suite takes by itself.
         options: of the suite, by name.
         manifest: of the run's first dataset, whose vocabulary is the model's.
+        prompts: the messages that its checkpoints will say it is asked with, see :func:`prompts_of`.
         cfg: of the run; its ``data.seq_length`` is the context that the model is trained for.
         source: the field, for messages.
     """
@@ -49,6 +50,7 @@ class SuiteRequest:
     items: int | None
     options: Mapping[str, Any]
     manifest: Manifest
+    prompts: PromptsEntry | None
     cfg: RunConfig
     source: str
 
@@ -88,24 +90,29 @@ class OpenedSuite:
         return {**found, SECONDS: time.perf_counter() - began}
 
 
-def open_suites(cfg: RunConfig, manifest: Manifest) -> list[OpenedSuite]:
-    """Every suite of ``evaluation.eval_suites``, ready to be asked.
+def prompts_of(manifests: Sequence[Manifest]) -> PromptsEntry | None:
+    """System and developer messages of the first dataset that has any: the model learns to be asked so."""
+    return next((manifest.prompts for manifest in manifests if manifest.prompts), None)
+
+
+def open_suites(cfg: RunConfig, manifests: Sequence[Manifest]) -> list[OpenedSuite]:
+    """Every suite of ``evaluation.eval_suites``, ready to be asked; ``manifests`` are those of the run's datasets.
 
     Raises:
         ConfigError: a suite cannot be had, or does not take its options.
         DataError, TokenizerError: what it asks is not there, or has no form in the vocabulary.
     """
-    return [OpenedSuite(part, _opened(part, cfg, manifest)) for part in cfg.evaluation.eval_suites or ()]
+    return [OpenedSuite(part, _opened(part, cfg, manifests)) for part in cfg.evaluation.eval_suites or ()]
 
 
-def _opened(part: EvalSuite, cfg: RunConfig, manifest: Manifest) -> Suite:
+def _opened(part: EvalSuite, cfg: RunConfig, manifests: Sequence[Manifest]) -> Suite:
     source = f"evaluation.eval_suites: {part.label}"
     name = part.suite if ":" in part.suite else f"{_NAMED}:{part.suite}"
     remedy = "name a suite that docs/eval_suite.md lists, or module:function in a module that Python finds (PYTHONPATH)"
     opener = imported(name, "suite", source=source, remedy=remedy)
     if not callable(opener):
         raise ConfigError(f"{name} is no suite: {opener!r}", source=source, remedy=remedy)
-    suite = opener(SuiteRequest(part.items, part.options, manifest, cfg, source))
+    suite = opener(SuiteRequest(part.items, part.options, manifests[0], prompts_of(manifests), cfg, source))
     if not callable(suite):
         raise ConfigError(f"{name} gave no suite but {suite!r}", source=source, remedy="return a function of a model")
     return cast(Suite, suite)

@@ -86,7 +86,8 @@ def _answers_entry(records: Sequence[Record]) -> dict[str, Any]:
     faults = Counter(record["fault"] for record in records if record["fault"] is not None)
     return {
         **{name: float(mean(record[name] for record in records)) for name in ("ended", "repetition")},
-        "tokens": {"mean": mean(tokens), "median": median(tokens), "most": max(tokens)},
+        "mean_tokens": float(mean(tokens)),
+        "tokens": {"median": median(tokens), "most": max(tokens)},
         "faults": dict(faults.most_common()),
         "levels": {level: _shares(some) for level, some in _grouped(records, "level").items()},
     }
@@ -102,7 +103,7 @@ def summary_lines(report: Mapping[str, Any]) -> str:
         if "ended" in entry:
             shown = {"valid": entry["validity"], "ended": entry["ended"], "repetition": entry["repetition"]}
             told = ", ".join(f"{label} {share:.3f}" for label, share in shown.items())
-            line += f"; {told}, {entry['tokens']['mean']:.0f} tokens"
+            line += f"; {told}, {entry['mean_tokens']:.0f} tokens"
         lines.append(line)
     lines += [f"{name:<24}left out: {reason}" for name, reason in report["left_out"].items()]
     if "against" in report:

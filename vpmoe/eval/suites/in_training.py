@@ -13,11 +13,13 @@ from megatron_vpmoe.errors import ConfigError, TokenizerError
 from megatron_vpmoe.manifest import Manifest
 from megatron_vpmoe.runtime.signals import StopRequest
 from megatron_vpmoe.training.suites import Suite, SuiteRequest
+from vpmoe.eval.asking import form_for
+from vpmoe.eval.suites import canaries as exact
 from vpmoe.eval.suites import text as texts
 from vpmoe.eval.suites.core8 import Items, Settings
 from vpmoe.eval.suites.fetch import bundle_folder
 from vpmoe.eval.suites.likelihood import measure
-from vpmoe.eval.suites.suite_options import Core8Options, TextOptions
+from vpmoe.eval.suites.suite_options import CanaryOptions, Core8Options, TextOptions
 from vpmoe.tokenizer.from_dataset import load_tokenizer
 
 if TYPE_CHECKING:
@@ -44,6 +46,22 @@ def core8(request: SuiteRequest) -> Suite:
         whole = set(settings.tasks) <= entries.keys()
         name, of = ("core8_centered_mean", settings.tasks) if whole else ("centered_mean", tuple(entries))
         return {name: sum(entries[task]["centered"] for task in of) / len(of), **told(entries)}
+
+    return ask
+
+
+def canaries(request: SuiteRequest) -> Suite:
+    """Canaries, as the run's data asks: in conversations with its messages, or as plain text; ``items`` of a level."""
+    options = CanaryOptions.of(request.options, request.source)
+    chosen, settings = options.chosen(request.items), exact.Settings.read(options.config)
+    exact.known(chosen)
+    form = form_for(load_tokenizer(request.manifest.root), request.prompts, plain=options.plain)
+    settings = settings.model_copy(update=chosen.instead)
+    asked = exact.Canaries.of(form, chosen, settings, options.context or request.cfg.data.seq_length)
+
+    def ask(model: VPModel, stop: StopRequest) -> dict[str, float]:
+        numbers = asked.numbers(asked.records(asked.answers(model, quiet=True, stop=stop)))
+        return {name: value for name, value in numbers.items() if isinstance(value, float)} | told(numbers["tasks"])
 
     return ask
 

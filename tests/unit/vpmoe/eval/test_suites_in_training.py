@@ -19,7 +19,7 @@ from megatron_vpmoe.training.suites import open_suites
 from megatron_vpmoe.training.throughput import Throughput
 from tests.fixtures_dataset import small_dataset
 from tests.mini_dataset import PADDED_VOCAB, SEQ_LENGTH
-from tests.suites_in_training import core8_suite
+from tests.suites_in_training import canaries_suite, core8_suite
 from tests.tiny import tiny_config
 from tests.tiny_core_bundle import write_bundle
 from tests.training_runs import checkpoint_tensors, losses, records
@@ -53,7 +53,7 @@ def test_a_run_is_the_same_bit_for_bit(
 ) -> None:
     """Without suites, with them, stopped within one and resumed; and their numbers are those of the commands."""
     bundle, dataset = write_bundle(tmp_path / "bundle"), data / "dataset"
-    core8 = core8_suite(tmp_path, bundle)
+    core8, canaries = core8_suite(tmp_path, bundle), canaries_suite(tmp_path)
     text = {"suite": "text", "interval": 4, "items": 3, "name": "held_out", "options": {"data_path": str(dataset)}}
     restless = {"suite": f"{HERE}:restless", "interval": 1}
     events: list[str] = []
@@ -64,7 +64,7 @@ def test_a_run_is_the_same_bit_for_bit(
         )
     plain = trained(data, tmp_path / "plain")
     events.clear()
-    trained(data, tmp_path / "with", eval_suites=[core8, text, restless], eval_at_start=True)
+    trained(data, tmp_path / "with", eval_suites=[core8, canaries, text, restless], eval_at_start=True)
     assert events == ["restart", "updating"] * 4 + ["restart"], "the clock begins anew after the suites"
     said = capsys.readouterr().out
     assert "step 4: core8 core8_centered_mean" in said and "step 4: held_out analysis/nats_per_token" in said
@@ -72,7 +72,7 @@ def test_a_run_is_the_same_bit_for_bit(
     assert plain.model.training
 
     steps = {name: [s for s in range(5) if f"eval/{name}/seconds" in measured(tmp_path / "with", s)] for name in LABELS}
-    assert steps == {"core8": [0, 2, 4], "held_out": [0, 4], "restless": [0, 1, 2, 3, 4]}
+    assert steps == {"core8": [0, 2, 4], "canaries": [0, 2, 4], "held_out": [0, 4], "restless": [0, 1, 2, 3, 4]}
     found = measured(tmp_path / "with", 4)
     assert not any(name.endswith(("/n", "/chance", "/tokens")) for name in found)
     words = ["eval", "core8", str(tmp_path / "plain"), "--bundle", str(bundle), "--output", str(tmp_path / "c.json")]
@@ -90,6 +90,15 @@ def test_a_run_is_the_same_bit_for_bit(
         for number in ("nats_per_token", "perplexity", "bits_per_byte"):
             assert found[f"eval/held_out/{name}/{number}"] == pytest.approx(entry[number], rel=1e-6)
 
+    words = ["eval", "canaries", str(tmp_path / "plain"), "--config", str(tmp_path / "canaries.toml")]
+    words += ["--tasks", ",".join(canaries["options"]["tasks"]), "--size", "smoke", "--context", "320"]
+    assert main([*words, "--output", str(tmp_path / "a.json")]) == 0
+    exact = json.loads((tmp_path / "a.json").read_text())
+    assert exact["asked"]["form"] == "conversation" and found["eval/canaries/exact_mean"] == exact["exact_mean"]
+    for name, entry in exact["tasks"].items():
+        for number in {"accuracy", "validity", "ended", "repetition", "mean_tokens"} & entry.keys():
+            assert found[f"eval/canaries/{name}/{number}"] == pytest.approx(entry[number]), (name, number)
+
     stopping = [{**core8, "suite": f"{HERE}:terminated", "interval": 1}]
     stopped = trained(data, tmp_path / "resumed", eval_suites=stopping)
     assert stopped.iteration == 1 and not measured(tmp_path / "resumed", 1)
@@ -103,7 +112,7 @@ def test_a_run_is_the_same_bit_for_bit(
         trained(data, tmp_path / "failing", eval_suites=[{"suite": f"{HERE}:failing", "interval": 1}])
 
 
-LABELS = ("core8", "held_out", "restless")
+LABELS = ("core8", "canaries", "held_out", "restless")
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +132,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"options": {"tasks": ["plains"]}}, DataError, "there is no task 'plains'"),
         ({"options": {"bundle": None}}, DataError, r"(?s)bundle is not there.*no_bundle_here.*vpmoe eval core8"),
         ({"options": {"bundle": "elsewhere"}}, DataError, "no CORE bundle"),
+        ({"suite": "canaries", "options": {"tasks": ["copy"]}}, ConfigError, r"(?s)no task 'copy'.*choose among"),
+        ({"suite": "canaries", "options": {"item": 3}}, ConfigError, r"(?s)item.*the options are config, tasks, plain"),
         ({"suite": "text", "options": {}}, ConfigError, "not one thing"),
         ({"suite": "text", "options": {"texts": "nothing/here"}}, DataError, "nothing/here"),
     ],
@@ -136,7 +147,7 @@ def test_what_cannot_be_had_is_refused_at_the_start(
     part |= {**changes, "options": options}
     cfg = tiny_config(data_path=dataset, eval_suites=[part])
     with pytest.raises(kind, match=what) as caught:
-        open_suites(cfg, read_manifest(dataset))
+        open_suites(cfg, [read_manifest(dataset)])
     assert caught.value.exit_code == 2
 
 
@@ -153,10 +164,10 @@ def test_another_vocabulary_is_refused(data: Path, dataset: Path, tmp_path: Path
     part = {"suite": "text", "interval": 1, "options": {"data_path": str(dataset)}}
     cfg = tiny_config(data_path=data / "dataset", padded_vocab_size=PADDED_VOCAB, eval_suites=[part])
     with pytest.raises(TokenizerError, match="they differ"):
-        open_suites(cfg, read_manifest(data / "dataset"))
+        open_suites(cfg, [read_manifest(data / "dataset")])
     cfg = tiny_config(data_path=dataset, eval_suites=[core8_suite(tmp_path, write_bundle(tmp_path / "bundle", 5))])
     with pytest.raises(TokenizerError, match="rank file"):  # a vocabulary that no version here has
-        open_suites(cfg, read_manifest(dataset))
+        open_suites(cfg, [read_manifest(dataset)])
 
 
 @pytest.mark.parametrize("name", ["Core8", "core8:", "a b:c", "core-8"])
