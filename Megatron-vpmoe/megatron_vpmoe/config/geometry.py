@@ -6,7 +6,9 @@ tensor products, E experts, V padded vocabulary, S sequence length, W window.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 from megatron_vpmoe.config.parameters import attention_sizes, feed_forward_sizes, projection_rows
@@ -115,24 +117,35 @@ def mean_keys(seq_length: int, window: int | None) -> float:
     return window - window * (window - 1) / (2 * seq_length)
 
 
-def forward_flops_per_token(cfg: RunConfig, seq_length: int | None = None) -> float:
+Keys = Callable[[int | None], float]
+"""Of a layer's window (None: it has none): the keys that a token sees on average."""
+
+
+def forward_flops_per_token(cfg: RunConfig, seq_length: int | None = None, *, keys: Keys | None = None) -> float:
     """FLOPs (a multiply-add is two) of one token's forward pass, every part of the model included.
 
-    Counts matrix products: projections, factor products of TPA, scores and weighted values (only keys inside the
-    window), feed-forward, router, output layer. A row of ``seq_length`` tokens is taken as one document, the upper
-    bound for packed rows.
+    Counts matrix products: projections, factor products of TPA, scores and weighted values (only keys in sight),
+    feed-forward, router, output layer.
+
+    Args:
+        cfg: the run.
+        seq_length: of the documents; None: a row, which for packed rows is an upper bound.
+        keys: in place of ``seq_length``, as they were counted in real documents.
     """
-    length = cfg.data.seq_length if seq_length is None else seq_length
-    return output_layer_flops(cfg) + sum(layer.flops(length) for layer in layer_geometries(cfg))
+    keys = keys or partial(mean_keys, cfg.data.seq_length if seq_length is None else seq_length)
+    layers = layer_geometries(cfg)
+    return output_layer_flops(cfg) + sum(
+        layer.product_flops + layer.flops_per_key * keys(layer.window) for layer in layers
+    )
 
 
-def training_flops_per_token(cfg: RunConfig, seq_length: int | None = None) -> float:
-    """Model FLOPs of one trained token: forward, and twice that backward.
+def training_flops_per_token(cfg: RunConfig, seq_length: int | None = None, *, keys: Keys | None = None) -> float:
+    """Model FLOPs of one trained token: forward, and twice that backward; arguments as above.
 
     Recomputation is not counted, as is usual for model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311,
     appendix B).
     """
-    return 3 * forward_flops_per_token(cfg, seq_length)
+    return 3 * forward_flops_per_token(cfg, seq_length, keys=keys)
 
 
 def kv_cache_bytes_per_token(cfg: RunConfig) -> int:

@@ -95,6 +95,14 @@ class VpOptimizer(ChainedOptimizer):
         self.finished_updates += 1
         return True, grad_norm, None
 
+    def normuon_flops(self) -> float:
+        """Of Polar Express in one step of all ranks; a collective."""
+        own = sum(member.optimizer.flops() for member in self.members if isinstance(member.optimizer, NorMuon))
+        total = torch.tensor(own, dtype=torch.float64, device=device.current_device())
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+        return total.item()
+
     def state_dict(self) -> dict[str, Any]:
         """Of this rank's share; checkpoints go through ``sharded_state_dict``."""
         members = {str(index): member.state_dict() for index, member in enumerate(self.members)}

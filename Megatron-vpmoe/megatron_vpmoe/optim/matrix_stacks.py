@@ -81,11 +81,18 @@ def matrix_layout(param: torch.Tensor, name: str = "a parameter", *, tensor_para
     return MatrixLayout(tuple(_runs(s.tolist()) for s in selected), 0, routed, split)
 
 
-def layout_flops(layout: MatrixLayout, shape: Sequence[int], dtype: torch.dtype, steps: int = 5) -> int:
-    """Operations of Polar Express over all matrices of a parameter of ``shape``, computed in ``dtype``."""
-    cols = shape[-1]
+def layout_flops(
+    layout: MatrixLayout, shape: Sequence[int], dtype: torch.dtype, steps: int = 5, tensor_parallel: int = 1
+) -> int:
+    """Operations of Polar Express over all matrices of a parameter of ``shape``, computed in ``dtype``.
+
+    Of matrices that ``tensor_parallel`` ranks split, each takes its share whole: what a rank has to do of them.
+    """
+    split = {} if layout.split is None else {layout.split: tensor_parallel}
+    cols, ranks = shape[-1] * split.get(1, 1), max(split.values(), default=1)
     rows = [sum(length for _, length in runs) for runs in layout.matrices] or [shape[1]] * layout.experts
-    return sum(polar_express_flops(r, cols, steps, choose_iteration(r, cols, dtype, steps)) for r in rows)
+    whole = [count * split.get(0, 1) for count in rows]
+    return sum(polar_express_flops(r, cols, steps, choose_iteration(r, cols, dtype, steps)) for r in whole) // ranks
 
 
 def _runs(rows: list[int]) -> tuple[Run, ...]:

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_vpmoe.errors import ConfigError
-from megatron_vpmoe.optim.matrix_stacks import MatrixLayout, Member, Stack, matrix_layout, plan_stacks
-from megatron_vpmoe.optim.polar_express import Workspace, polar_express
+from megatron_vpmoe.optim.matrix_stacks import MatrixLayout, Member, Stack, layout_flops, matrix_layout, plan_stacks
+from megatron_vpmoe.optim.polar_express import Workspace, compute_dtype, polar_express
 from megatron_vpmoe.optim.split_matrices import Split
 
 STACK_BYTES = {"cuda": 256 * 2**20, "cpu": 4 * 2**20}
@@ -246,6 +246,19 @@ class NorMuon(torch.optim.Optimizer):
             weight_NRC.mul_(1.0 - decay if active_N11 is None else 1.0 - decay * active_N11)
         weight_NRC.addcmul_(update_NRC, factor_NR1, value=-lr)
         stack.scatter(weight_NRC, params)
+
+    def flops(self) -> int:
+        """Of Polar Express in one step of this rank, no expert left out."""
+        ranks = 1 if self._tp_group is None else self._tp_group.size()
+        held = zip(self.param_groups, self._layouts, strict=True)
+        return sum(
+            layout_flops(layout, param.shape, self._dtype(param), self._options.steps, ranks)
+            for group, layouts in held
+            for param, layout in zip(group["params"], layouts, strict=True)
+        )
+
+    def _dtype(self, param: torch.Tensor) -> torch.dtype:
+        return self._options.compute_dtype or compute_dtype(param.device.type)
 
     def _split(self, stack: Stack) -> Split | None:
         if stack.split is None:

@@ -154,16 +154,29 @@ def available_memory() -> tuple[int, str, int]:
     return psutil.virtual_memory().available, "CPU", 1
 
 
-# Dense bf16 tensor-core peak of one device in FLOP/s, from the vendor's data sheets; by a part of the device's name.
-_BF16_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+# Dense bf16 tensor-core peak of a device in FLOP/s, from the vendor's data sheets; by the first part of its name here.
+_BF16_PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+}
+
+
+def device_name() -> str:
+    """As its driver calls the GPU that this process computes on; "CPU" where there is none."""
+    return torch.cuda.get_device_name() if has_gpu() else "CPU"
 
 
 def peak_flops(*, bf16: bool) -> float | None:
     """The stated matmul peak of this device in FLOP/s; None where it is not known (CPUs, fp32, other GPUs)."""
-    if not (bf16 and has_gpu()):
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for part, peak in _BF16_PEAKS.items() if part in name), None)
+    name = device_name()
+    return next((peak for part, peak in _BF16_PEAKS.items() if part in name), None) if bf16 else None
 
 
 @functools.cache

@@ -54,8 +54,10 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
     cfg, last = run.cfg, run.cfg.training.train_iters
     routers = RouterMonitor(run.model, cfg)
     samples = SampleWriter(run.valid_dataset, cfg, run.directory / "samples.jsonl", resume_step=run.iteration)
-    throughput = Throughput(cfg)
+    throughput = Throughput(cfg, run.optimizer.normuon_flops())
     progress.opened(run)
+    if throughput.note:
+        progress.note(throughput.note)
     stopping = False
     run.heed(stop)
     try:
@@ -80,7 +82,7 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
             run.scheduler.step(1)
             run.iteration += 1
             run.position = position
-            throughput.step(result.metrics["tokens/real"])
+            throughput.step(result.metrics["tokens/real"], batches)
             stopping = stop.agreed()
             step = run.iteration
 

@@ -1,11 +1,13 @@
-"""Real tokens per second between two reports, and the share of the device's peak that they use."""
+"""How fast a run is: real tokens per second between two reports, and what of the devices' peak that is."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_vpmoe.config import training_flops_per_token
+from megatron_vpmoe.data.batch import PADDING, Batch
 from megatron_vpmoe.runtime import device, distributed
 
 if TYPE_CHECKING:
@@ -16,13 +18,34 @@ class Throughput:
     """A stopwatch over training steps alone; whatever happens between two steps pauses it by ``restart``.
 
     A GPU works on after the calls that gave it work have returned: the clock is read when it has finished.
+
+    FLOPs are the model's (``config/geometry.py``): a recomputed product counts once, a padded position not at all, and
+    of scores those of keys in the token's own document and window, as counted in this rank's batches.
+
+    Args:
+        cfg: the run.
+        normuon_flops: of NorMuon's products in one step of all ranks; they are no work of the model's.
     """
 
-    def __init__(self, cfg: RunConfig) -> None:
-        self._flops_per_token = training_flops_per_token(cfg)
+    def __init__(self, cfg: RunConfig, normuon_flops: float = 0.0) -> None:
+        self._ranks, self._normuon_flops = distributed.world_size(), normuon_flops
         peak = device.peak_flops(bf16=cfg.training.bf16)
-        self._peak = None if peak is None else peak * distributed.world_size()
-        self._tokens, self._seconds, self._since = 0.0, 0.0, time.perf_counter()
+        self._peak = None if peak is None else peak * self._ranks
+        self.note: str | None = None
+        """Why there is no MFU, where there could be one."""
+        if device.has_gpu() and peak is None:
+            what = f"the peak of {device.device_name()!r}" if cfg.training.bf16 else "a peak for fp32"
+            self.note = f"no MFU: {what} is not in the table of runtime/device.py"
+        # Linear in the keys of each window.
+        windows = sorted({cfg.model.window_size, None}, key=str)
+        self._flops_without_keys = training_flops_per_token(cfg, keys=lambda _: 0.0)
+        self._flops_per_key = {
+            window: training_flops_per_token(cfg, keys=lambda of, window=window: float(of == window))
+            - self._flops_without_keys
+            for window in windows
+        }
+        self._tokens = self._seconds = self._flops = 0.0
+        self._steps, self._since = 0, time.perf_counter()
         self._update_began = self._update_seconds = 0.0
 
     def restart(self) -> None:
@@ -34,21 +57,46 @@ class Throughput:
         """The step's batches are there; what follows is its update."""
         self._update_began = time.perf_counter()
 
-    def step(self, real_tokens: float) -> None:
-        """A step over ``real_tokens`` (of all ranks, padding left out) is done."""
+    def step(self, real_tokens: float, batches: Sequence[Batch]) -> None:
+        """A step over ``real_tokens`` (of all ranks, without padding) is done; ``batches``: this rank's, on the CPU."""
         device.finish()
         now = time.perf_counter()
+        self._steps += 1
         self._tokens += real_tokens
+        self._flops += real_tokens * self._flops_per_token(batches)
         self._seconds += now - self._since
         self._since, self._update_seconds = now, now - self._update_began
 
+    def _flops_per_token(self, batches: Sequence[Batch]) -> float:
+        seen = [batch.position_ids[batch.document_id != PADDING] + 1 for batch in batches]
+        count = max(1, sum(len(keys) for keys in seen))
+        return self._flops_without_keys + sum(
+            flops * sum(int((keys if window is None else keys.clamp(max=window)).sum()) for keys in seen) / count
+            for window, flops in self._flops_per_key.items()
+        )
+
     def report(self) -> dict[str, float]:
-        """Tokens per second since the last report, seconds of the last update (beside them, a step waits for its
-        batches), and MFU in percent where the device's peak is known.
+        """Since the last report: tokens and model TFLOP per second of all ranks, and of a GPU; MFU in percent where the
+        device's peak is known, and NorMuon's products as a share of the same peak. Of the last step the seconds of its
+        update: beside them, a step waits for its batches.
         """
-        rate = self._tokens / max(self._seconds, 1e-9)
-        self._tokens = self._seconds = 0.0
-        values = {"throughput/tokens_per_second": rate, "throughput/seconds_updating": self._update_seconds}
+        seconds = max(self._seconds, 1e-9)
+        rate, flops, normuon = (
+            self._tokens / seconds,
+            self._flops / seconds,
+            self._normuon_flops * self._steps / seconds,
+        )
+        self._tokens = self._seconds = self._flops = 0.0
+        self._steps = 0
+        values = {
+            "throughput/tokens_per_second": rate,
+            "throughput/model_tflops": flops / 1e12,
+            "throughput/seconds_updating": self._update_seconds,
+        }
+        if device.has_gpu():
+            values["throughput/tokens_per_second_per_gpu"] = rate / self._ranks
+            values["throughput/model_tflops_per_gpu"] = flops / 1e12 / self._ranks
         if self._peak is not None:
-            values["throughput/mfu_pct"] = 100.0 * rate * self._flops_per_token / self._peak
+            values["throughput/mfu_pct"] = 100.0 * flops / self._peak
+            values["throughput/normuon_pct"] = 100.0 * normuon / self._peak
         return values
