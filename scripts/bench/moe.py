@@ -3,8 +3,8 @@
     python scripts/bench/moe.py                                  # 256 experts, top-4, hidden 256, FFN 128, 2048 tokens
     python scripts/bench/moe.py --experts 64 --dtype bf16
 
-Both sides have the same weights, routing settings (sigmoid scores, groups, expert bias, sequence balance loss), biases
-and dispatcher; outputs and gradients are compared first, and the benchmark ends with an error where they differ.
+Both sides have the same weights, routing settings (sigmoid scores, groups, expert bias, sequence balance loss), biases;
+outputs and gradients are compared first, and the benchmark ends with an error where they differ.
 Upstream's shared expert refuses biases, so the layer has none. A round is forward plus backward of either side. Prints
 one JSON object a dtype: milliseconds (fastest and median of the rounds), the ratio upstream / ours of each round (min,
 median, max) by wall and by processor time, and the experts' implementation.
@@ -201,6 +201,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     chosen = {"fp32": (torch.float32,), "bf16": (torch.bfloat16,), "both": (torch.float32, torch.bfloat16)}
+    device.keep_memory()  # as in training; of either side
     with distributed.single_process(seed=0):
         for dtype in chosen[arguments.dtype]:
             MoEAuxLossAutoScaler.main_loss_backward_scale = None

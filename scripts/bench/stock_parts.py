@@ -7,6 +7,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -76,8 +77,10 @@ class _Router(TopKRouter):
 
 
 def _stock_moe(layer: Any) -> None:
-    """Upstream's router (its bias, which the design has not, zero and frozen) and experts, with the same weights."""
+    """Upstream's router (its bias, which the design has not, zero and frozen), dispatcher and experts, with the same
+    weights."""
     groups, ours = get_default_pg_collection(), layer.router
+    layer.forward = MethodType(MoELayer.forward, layer)
     layer.router = _Router(config=layer.config, pg_collection=groups).to(ours.weight.device)
     layer.router.set_layer_number(ours.layer_number)
     stacked = layer.experts.state_dict()

@@ -16,7 +16,7 @@ ROWS = TINY["global_batch_size"]
 
 
 def train_steps(
-    expert_parallel: int, micro_batch_size: int, dispatcher: str = "allgather", favoured: int = 0
+    expert_parallel: int, micro_batch_size: int, dispatcher: str = "auto", favoured: int = 0
 ) -> dict[str, Any]:
     """A few steps of the tiny model on this process's share of fixed global batches.
 
@@ -94,11 +94,6 @@ def test_two_data_parallel_ranks(reference: dict[str, Any], tmp_path: Path) -> N
     results = run_workers(2, train_steps, 1, 2, folder=tmp_path)
     for result in results:
         assert_same(result, reference, result["parameters"])
-
-
-def test_dispatchers_agree(reference: dict[str, Any]) -> None:
-    result = train_steps(expert_parallel=1, micro_batch_size=4, dispatcher="alltoall")
-    assert_same(result, reference, result["parameters"])
 
 
 @pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])

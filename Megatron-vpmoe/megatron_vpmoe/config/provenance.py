@@ -15,7 +15,7 @@ _ABSENT = "(absent)"
 _ROLLOUTS = tuple(name for name, field in fields().items() if field.section == "rollouts")
 _WHOLE_SECTIONS = {
     "model": frozenset({"attention_backend"}),
-    "moe": frozenset({"moe_token_dispatcher_type", "moe_permute_fusion", "moe_router_fusion"}),
+    "moe": frozenset({"moe_token_dispatcher_type"}),
     "rollouts": frozenset({"rollout_prompts", "rollout_valid_prompts"}),
 }
 """Section -> its operational fields; all its other fields bind."""

@@ -92,6 +92,11 @@ REFUSED: tuple[Rule, ...] = (
         lambda c: c[_EP] > 1 and c.num_experts is None,
     ),
     refuse(
+        f"moe_token_dispatcher_type {_EP}",
+        "moves tokens between expert-parallel ranks and there is one; set it to auto",
+        lambda c: c.num_experts is not None and c[_EP] == 1 and c.moe_token_dispatcher_type != "auto",
+    ),
+    refuse(
         f"num_experts {_EP}",
         f"{{num_experts}} experts cannot be spread evenly over {{{_EP}}} ranks",
         lambda c: (c.num_experts or 0) % c[_EP],

@@ -166,11 +166,6 @@ REFUSED: tuple[Rule, ...] = (
         "no layer has experts whose choice could be replayed; set router_replay to off",
         lambda c: c.router_replay == "replay" and not any(c.sparse),
     ),
-    refuse(
-        "router_replay moe_router_fusion num_experts",
-        "the fused router chooses by itself and cannot replay; set moe_router_fusion to false, or router_replay to off",
-        lambda c: c.router_replay == "replay" and any(c.sparse) and c.moe_router_fusion,
-    ),
     *(
         refuse(
             f"{name} rewards",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import importlib.util
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -15,11 +14,6 @@ from megatron_vpmoe.config.parameters import is_trained, parameter_sizes
 from megatron_vpmoe.config.rule import Rule, View, refuse
 
 Facts = list[Mapping[str, object]]
-
-
-def _without_transformer_engine(name: str, c: View) -> bool:
-    asked = c.num_experts is not None and c[name]
-    return asked and importlib.util.find_spec("transformer_engine") is None
 
 
 def _unmatched(c: View) -> Facts:
@@ -71,14 +65,6 @@ _TRAINING = (
         "attention_backend local_position_embedding",
         "banded has no bias on distance (grape_a); use auto",
         lambda c: c.attention_backend == "banded" and not c.has_global and "grape_a" in c.positions,
-    ),
-    *(
-        refuse(
-            name,
-            "is a TransformerEngine kernel and TransformerEngine is not installed; set false",
-            partial(_without_transformer_engine, name),
-        )
-        for name in ("moe_permute_fusion", "moe_router_fusion")
     ),
     refuse("min_lr lr", "min_lr {min_lr:g} is above the peak {lr:g}; lower min_lr", lambda c: c.min_lr > c.lr),
     refuse(
@@ -168,16 +154,6 @@ _RECOMPUTATION = (
             ("recompute_num_layers", "full"),
             ("recompute_modules", "selective"),
         )
-    ),
-    refuse(
-        "moe_router_fusion recompute_granularity recompute_modules num_experts",
-        "the fused router chooses again where its layer is recomputed, and gradients would be of experts that the loss "
-        "never saw; set moe_router_fusion to false",
-        lambda c: (
-            c.num_experts is not None
-            and c.moe_router_fusion
-            and (c.recompute_granularity == "full" or "moe" in (c.recompute_modules or ()))
-        ),
     ),
     refuse(
         "recompute_num_layers num_layers",

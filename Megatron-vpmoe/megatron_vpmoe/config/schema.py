@@ -35,6 +35,8 @@ class Retired(NamedTuple):
 
 RETIRED = {
     "normalization": Retired("model", "RMSNorm", "every norm is an RMSNorm"),
+    "moe_permute_fusion": Retired("moe", False, "Transformer Engine's kernels are not used"),
+    "moe_router_fusion": Retired("moe", False, "Transformer Engine's router cannot be told what it chose before"),
     "moe_shared_expert_overlap": Retired("moe", False, "upstream's kernels for it refuse the biases of this design"),
     "normuon_tensor_parallel": Retired("optim", "whole", "matrices that ranks hold in parts are orthogonalised whole"),
     "virtual_pipeline_model_parallel_size": Retired(

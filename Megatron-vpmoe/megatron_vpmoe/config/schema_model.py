@@ -102,9 +102,4 @@ class MoeSection(Section):
     moe_router_dtype: Literal["fp32", "fp64"] | None = "fp32"
     """Precision of the router's logits; null: the model's."""
     moe_token_dispatcher_type: Literal["auto", "alltoall", "allgather"] = "auto"
-    """How tokens travel between expert-parallel ranks; "auto": alltoall, or with one such rank allgather, which then
-    moves nothing."""
-    moe_permute_fusion: bool = False
-    """Fused token permutation; needs TransformerEngine."""
-    moe_router_fusion: bool = False
-    """Fused routing; needs TransformerEngine."""
+    """How tokens travel between expert-parallel ranks; "auto": alltoall. With one such rank they do not travel."""

@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_vpmoe.generation.linear import Linear
+from megatron_vpmoe.model.moe.router import chosen_experts, weights_at
 
 _ALL, _GATHERED = 4, 0.125
 """Rows times K up to so many times E: every expert computes every row; up to the second: only theirs."""
@@ -60,31 +61,19 @@ class Experts:
             hidden_BH.addmm_(weight_BE.to(hidden_BH.dtype), self._b2)
 
     def _route(self, x_BH: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and experts [B, K]: ``VPMoERouter.routing`` in a third of its operations."""
+        """Weights and experts [B, K]: ``VPMoERouter.choose`` without what training wants."""
         router = self._router
         config, bias = router.config, router.expert_bias
-        sigmoid = router.score_function == "sigmoid"
         score_BE = torch.mm(x_BH.to(self._gate.dtype), self._gate)
-        if sigmoid:
+        if router.score_function == "sigmoid":
             score_BE = score_BE.sigmoid_()
         ranked_BE = score_BE if bias is None else score_BE + bias
-        if config.moe_router_group_topk:
-            grouped = ranked_BE.view(len(x_BH), config.moe_router_num_groups, -1)
-            best = grouped.topk(router.topk // config.moe_router_group_topk).values.sum(-1)
-            kept = best.topk(config.moe_router_group_topk).indices
-            closed = torch.full_like(best, -torch.inf).scatter_(1, kept, 0.0)
-            ranked_BE = (grouped + closed.unsqueeze(2)).view_as(score_BE)
-        chosen_BK = ranked_BE.topk(router.topk).indices
+        groups = config.moe_router_num_groups, config.moe_router_group_topk
+        chosen_BK = chosen_experts(ranked_BE, router.topk, *groups)
         if router.recorded is not None:
             router.recorded.append(chosen_BK)
-        weight_BK = score_BE.gather(1, chosen_BK)
-        if not sigmoid:
-            weight_BK = weight_BK.softmax(-1)
-        elif router.topk > 1:
-            weight_BK.div_(weight_BK.sum(-1, keepdim=True).add_(1e-20))
-        if config.moe_router_topk_scaling_factor:
-            weight_BK *= config.moe_router_topk_scaling_factor
-        return weight_BK, chosen_BK
+        scaling = config.moe_router_topk_scaling_factor
+        return weights_at(score_BE, chosen_BK, router.score_function, scaling), chosen_BK
 
 
 def _activated(up: Tensor, weight: Tensor) -> Tensor:

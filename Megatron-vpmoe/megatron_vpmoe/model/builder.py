@@ -16,7 +16,7 @@ from megatron_vpmoe.config.parameters import EMBEDDING, is_trained
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.model.precision import cast_parameters
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig, transformer_config
-from megatron_vpmoe.runtime.device import current_device
+from megatron_vpmoe.runtime.device import current_device, keep_memory
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -93,6 +93,7 @@ def wrap_for_training(model: VPModel, cfg: RunConfig) -> DistributedDataParallel
 
     Parameters that ``train_only`` leaves out are frozen first: they have no gradient buffer.
     """
+    keep_memory()
     freeze_parameters(model, cfg)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

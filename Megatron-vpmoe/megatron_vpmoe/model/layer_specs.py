@@ -7,7 +7,7 @@ from typing import cast
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules, RouterBuilder
+from megatron.core.transformer.moe.moe_layer import MoESubmodules, RouterBuilder
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from megatron_vpmoe.model.attention.self_attention import VPSelfAttention, VPSelfAttentionSubmodules
 from megatron_vpmoe.model.block import VPTransformerLayer
 from megatron_vpmoe.model.moe.experts import StackedExperts
+from megatron_vpmoe.model.moe.layer import VPMoELayer
 from megatron_vpmoe.model.moe.router import VPMoERouter
 from megatron_vpmoe.model.moe.shared_expert import VPSharedExpert
 from megatron_vpmoe.model.norm import RMSNorm
@@ -37,7 +38,7 @@ def layer_spec(config: VPTransformerConfig, layer_number: int) -> ModuleSpec:
     )
     if config.is_moe_layer(layer_number):
         mlp = ModuleSpec(
-            module=MoELayer,
+            module=VPMoELayer,
             submodules=MoESubmodules(
                 experts=ModuleSpec(module=StackedExperts),
                 shared_experts=ModuleSpec(module=VPSharedExpert, submodules=_LINEARS),

@@ -102,11 +102,9 @@ def transformer_config(cfg: RunConfig) -> VPTransformerConfig:
 
 
 def token_dispatcher(cfg: RunConfig) -> str:
-    """The dispatcher of the routed experts, "auto" resolved."""
-    if cfg.moe.moe_token_dispatcher_type != "auto":
-        return cfg.moe.moe_token_dispatcher_type
-    # With one rank alltoall copies every token once more than allgather, for nothing.
-    return "allgather" if cfg.parallel.expert_model_parallel_size == 1 else "alltoall"
+    """Upstream's dispatcher of the routed experts, "auto" resolved; with one expert-parallel rank none is asked."""
+    chosen = cfg.moe.moe_token_dispatcher_type
+    return "alltoall" if chosen == "auto" else chosen
 
 
 def _moe_fields(cfg: RunConfig) -> dict[str, Any]:

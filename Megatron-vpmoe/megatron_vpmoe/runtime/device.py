@@ -12,6 +12,7 @@ The two kinds are given apart: each only where that is missing. Without a GPU, b
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import logging
@@ -23,6 +24,8 @@ from typing import Any
 import torch
 
 from megatron_vpmoe.errors import DeviceError
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 _IMPORTED = (
     "parallel_state",
@@ -132,6 +135,18 @@ def finish() -> None:
     """Wait until the device has done all that it was given; a CPU is never behind."""
     if has_gpu():
         torch.cuda.synchronize()
+
+
+def keep_memory() -> None:
+    """On a CPU, have the C library keep what is freed, as torch does on a GPU.
+
+    A step asks for the same tensors again; a large one given anew costs a fault a page, which is more than the
+    arithmetic of 256 experts' gradients (docs/LOG.md, "experts"). Libraries other than glibc have no such settings.
+    """
+    mallopt = None if has_gpu() else getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def distributed_backend() -> str:

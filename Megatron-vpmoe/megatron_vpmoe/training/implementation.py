@@ -29,7 +29,8 @@ def implementation_notes(model: VPModel, cfg: RunConfig) -> list[str]:
     if cfg.moe.num_experts is not None:
         rule = layout_rule(model.config.params_dtype, current_device().type)
         ranks = cfg.parallel.expert_model_parallel_size
-        notes.append(f"experts: {token_dispatcher(cfg)} dispatcher, {ranks} ranks; {rule}")
+        travel = "all on each rank" if ranks == 1 else f"over {ranks} ranks by {token_dispatcher(cfg)}"
+        notes.append(f"experts: {travel}; {rule}")
     if cfg.training.train_only is not None:
         sizes = parameter_sizes(cfg)
         trained = sum(size for name, size in sizes.items() if is_trained(cfg, name))

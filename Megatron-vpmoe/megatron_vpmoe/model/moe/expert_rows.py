@@ -1,141 +1,189 @@
-"""Products of each expert with its own rows, in two layouts behind one interface, and the rule that chooses.
+"""Which rows each expert computes, and the products of every expert with its own rows, in two layouts.
 
-``GroupedRows`` leaves the rows as they come, sorted by expert, and hands them to torch's grouped GEMM. ``PaddedRows``
-gives every expert as many rows as the busiest one has and hands them to batched matrix products: more arithmetic, but
-arithmetic that runs faster. What an expert computes is written once, over either.
+A row is a token's copy for one of its experts. ``GroupedRows`` are sorted by expert, without gaps: their numbers stay
+on the device, and nothing there is waited for. ``PaddedRows`` give every expert as many places as the busiest one has
+rows, a number that has to be asked for; they are faster on a CPU with matrix units. Rows are gathered, never added by
+index, so that a pass repeats bit for bit.
 
-Shapes: E local experts, N rows (tokens times top-k), M rows of the busiest expert, W any width, O and I output and
-input width of a weight. "Rows" below are [N, W] when grouped and [E, M, W] when padded.
+Shapes: T tokens, K experts a token, E local experts, N = T K rows, P places (N, or padded E times the busiest's), W any
+width, O and I output and input width of a weight.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-PADDED_UP_TO = {torch.float32: 1.25, torch.bfloat16: 2.5}
-"""On a CPU: padding to at most this many times the rows is faster than grouped GEMM (docs/LOG.md, "experts")."""
-
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What torch's grouped GEMM computes in."""
+"""What torch's grouped product computes in; it wants widths of whole 16 bytes."""
 
-ALIGNED_BYTES = 16
-"""Grouped GEMM wants rows of whole multiples of this."""
+PADDED_UP_TO = 2.5
+"""With matrix units for bf16: padding to at most so many times the rows is faster (docs/LOG.md, "experts")."""
+
+_ALIGNED_BYTES = 16
 
 
 class GroupedRows:
-    """Rows as they come; products by torch's grouped GEMM. It wants widths of whole 16 bytes."""
+    """Rows sorted by expert; products by torch's grouped product.
+
+    Args:
+        expert_TK: integers, the experts of each token.
+        experts: how many there are.
+        in_order: the tokens are sorted by their only expert already, and so are rows.
+    """
 
     name = "grouped"
 
-    def __init__(self, tokens_per_expert: Tensor, device: torch.device) -> None:
-        self.sizes: list[int] = tokens_per_expert.tolist()
-        self.counts = tokens_per_expert.to(device)
-        self.offsets = self.counts.cumsum(0).to(torch.int32)
-        self.expert_N = torch.repeat_interleave(self.counts, output_size=sum(self.sizes))
+    def __init__(self, expert_TK: Tensor, experts: int, *, in_order: bool = False) -> None:
+        tokens, topk = expert_TK.shape
+        numbers = torch.arange(tokens * topk, device=expert_TK.device)
+        self._expert_N, order_N = expert_TK.flatten(), None
+        if not in_order:
+            self._expert_N, order_N = self._expert_N.sort(stable=True)
+        ids = torch.arange(experts, dtype=self._expert_N.dtype, device=expert_TK.device)
+        self._ends_E = torch.searchsorted(self._expert_N, ids, right=True, out_int32=True)
+        self._expert_TK, self._experts = expert_TK, experts
+        self.token_P: Tensor | None = None
+        self.place_TK = numbers.view(tokens, topk)
+        if order_N is not None:
+            self.token_P = order_N.div(topk, rounding_mode="floor")
+            self.place_TK = torch.empty_like(order_N).scatter_(0, order_N, numbers).view(tokens, topk)
+        self._order_N = order_N
 
-    def enter(self, x_NW: Tensor) -> Tensor:
-        """Rows sorted by expert -> rows in this layout; added ones are zero."""
-        return x_NW.contiguous()
+    def gather(self, x_TW: Tensor) -> Tensor:
+        """[P, W]: each place's token."""
+        return x_TW.contiguous() if self.token_P is None else x_TW.index_select(0, self.token_P)
 
-    def leave(self, rows: Tensor) -> Tensor:
-        """Rows in this layout -> [N, W] sorted by expert."""
-        return rows
+    def add_up(self, rows_PW: Tensor) -> Tensor:
+        """[T, W]: the sum of each token's rows, in fp32 or wider, in the order of its experts."""
+        return rows_PW if self.token_P is None else functional.embedding_bag(self.place_TK, rows_PW, mode="sum")
 
-    def linear(self, rows: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
-        """Each row times its expert's transposed matrix, plus its expert's bias: width I -> O."""
-        out = functional.grouped_mm(rows, weight_EOI.transpose(1, 2), offs=self.offsets)
-        return out if bias_EO is None else out.add_(self.spread(bias_EO))
+    def spread(self, value_TK: Tensor) -> Tensor:
+        """[P, 1]: each row's own value; 0 in places without a row."""
+        flat = value_TK.flatten()
+        return (flat if self._order_N is None else flat.index_select(0, self._order_N)).unsqueeze(1)
 
-    def linear_transposed(self, rows: Tensor, weight_EOI: Tensor) -> Tensor:
-        """Each row times its expert's matrix: width O -> I."""
-        return functional.grouped_mm(rows, weight_EOI, offs=self.offsets)
+    def collect(self, value_P: Tensor) -> Tensor:
+        """[T, K]: the value of each token's rows."""
+        return value_P.index_select(0, self.place_TK.flatten()).view(self.place_TK.shape)
 
-    def outer(self, left: Tensor, right: Tensor) -> Tensor:
-        """[E, W_left, W_right]: for each expert the sum over its rows of left_n right_n^T."""
-        return functional.grouped_mm(left.t(), right, offs=self.offsets)
+    def over_experts(self, value_TK: Tensor) -> Tensor:
+        """[T, E]: a token's value for each of its experts, else 0."""
+        tokens = len(self._expert_TK)
+        return value_TK.new_zeros(tokens, self._experts).scatter_(1, self._expert_TK.long(), value_TK)
 
-    def spread(self, bias_EW: Tensor) -> Tensor:
-        """Each row's expert's bias, shaped to broadcast against rows."""
-        return bias_EW.index_select(0, self.expert_N)
+    def at_experts(self, value_TE: Tensor) -> Tensor:
+        """[T, K]: of a value for each expert those of the token's own."""
+        return value_TE.gather(1, self._expert_TK.long())
 
-    def dot(self, rows: Tensor, vector_EW: Tensor) -> Tensor:
-        """Each row times its expert's vector: width W -> 1."""
-        if rows.is_cuda or rows.dtype != torch.float32:
-            return (rows * self.spread(vector_EW)).sum(-1, keepdim=True)
-        # A quarter of the time: no [N, W] of spread vectors, none of products. In bf16 such products are slow on a CPU.
-        parts = zip(rows.split(self.sizes), vector_EW.unsqueeze(2).unbind(), strict=True)
-        return torch.cat([part @ vector for part, vector in parts])
+    def linear(self, rows_PI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
+        """[P, O]: each row times its expert's transposed matrix, plus its expert's bias."""
+        out = self._product(rows_PI, weight_EOI.transpose(1, 2))
+        return out if bias_EO is None else out.add_(bias_EO.index_select(0, self._expert_N))
 
-    def total(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
-        """[E, W]: for each expert the sum of its rows, each times its weight ([N, 1] or [E, M, 1])."""
+    def linear_transposed(self, rows_PO: Tensor, weight_EOI: Tensor) -> Tensor:
+        """[P, I]: each row times its expert's matrix."""
+        return self._product(rows_PO, weight_EOI)
+
+    def outer(self, left_PW: Tensor, right_PW: Tensor) -> Tensor:
+        """[E, W_left, W_right]: for each expert the sum over its rows of left right^T."""
+        out = self._product(left_PW.t(), right_PW)
+        if out.is_cuda and torch.cuda.get_device_capability(out.device)[0] >= 10:
+            # Blackwell's kernel leaves what was in memory where an expert has no row (pytorch issue 172439).
+            idle_E = self._ends_E == functional.pad(self._ends_E, (1, 0))[:-1]
+            out.masked_fill_(idle_E[:, None, None], 0.0)
+        return out
+
+    def total(self, rows_PW: Tensor) -> Tensor:
+        """[E, W]: for each expert the sum of its rows."""
         # A product too: summed in fp32 and in a fixed order, which adding by index is not.
-        column = rows.new_ones(len(rows), 1) if weight is None else weight.to(rows.dtype)
-        return self.outer(column.expand(-1, ALIGNED_BYTES // rows.element_size()).contiguous(), rows)[:, 0]
+        ones = rows_PW.new_ones(len(rows_PW), _ALIGNED_BYTES // rows_PW.element_size())
+        return self.outer(ones, rows_PW)[:, 0]
+
+    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        if not _wider(left):
+            return functional.grouped_mm(left, right, offs=self._ends_E)
+        return functional.grouped_mm(left.float(), right.float(), offs=self._ends_E).to(left.dtype)
 
 
-class PaddedRows:
-    """Every expert with the rows of the busiest one, by batched products; methods as in ``GroupedRows``."""
+class PaddedRows(GroupedRows):
+    """Every expert with as many places as the busiest has rows; products in batches. Methods as above."""
 
     name = "padded"
 
-    def __init__(self, tokens_per_expert: Tensor, device: torch.device) -> None:
-        counts = tokens_per_expert.to(device)
-        self.experts, self.rows = len(tokens_per_expert), int(tokens_per_expert.max())
-        total = int(tokens_per_expert.sum())
-        # Row n of the sorted rows is the (n - begin of its expert)-th of its expert: its place is that, plus e * M.
-        shift_E = torch.arange(self.experts, device=device) * self.rows - (counts.cumsum(0) - counts)
-        self.place_N = torch.arange(total, device=device) + torch.repeat_interleave(shift_E, counts, output_size=total)
+    def __init__(self, expert_TK: Tensor, experts: int, *, in_order: bool = False) -> None:
+        super().__init__(expert_TK, experts, in_order=in_order)
+        ends_E = self._ends_E.long()
+        begins_E = functional.pad(ends_E, (1, 0))[:-1]
+        most = int((ends_E - begins_E).max())
+        # The n-th row, sorted, is the (n - begin of its expert)-th of its expert: its place is that, plus e * most.
+        shift_E = torch.arange(experts, device=ends_E.device) * most - begins_E
+        numbers = torch.arange(len(self._expert_N), device=ends_E.device)
+        place_N = numbers + shift_E.index_select(0, self._expert_N.long())
+        tokens = numbers if self.token_P is None else self.token_P
+        # Places without a row compute the first token again, with a weight of 0, and nobody reads them.
+        self.token_P = tokens.new_zeros(experts * most).scatter_(0, place_N, tokens)
+        self.place_TK = place_N.index_select(0, self.place_TK.flatten()).view(self.place_TK.shape)
 
-    def enter(self, x_NW: Tensor) -> Tensor:
-        padded = x_NW.new_zeros(self.experts * self.rows, x_NW.shape[1])
-        return padded.index_copy_(0, self.place_N, x_NW).view(self.experts, self.rows, -1)
+    def spread(self, value_TK: Tensor) -> Tensor:
+        assert self.token_P is not None
+        places = value_TK.new_zeros(len(self.token_P))
+        return places.scatter_(0, self.place_TK.flatten(), value_TK.flatten()).unsqueeze(1)
 
-    def leave(self, rows: Tensor) -> Tensor:
-        return rows.flatten(0, 1).index_select(0, self.place_N)
+    def linear(self, rows_PI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
+        rows, weight = self._by_expert(rows_PI), weight_EOI.transpose(1, 2)
+        out = torch.bmm(rows, weight) if bias_EO is None else torch.baddbmm(bias_EO.unsqueeze(1), rows, weight)
+        return out.flatten(0, 1)
 
-    def linear(self, rows: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
-        if bias_EO is None:
-            return torch.bmm(rows, weight_EOI.transpose(1, 2))
-        return torch.baddbmm(bias_EO.unsqueeze(1), rows, weight_EOI.transpose(1, 2))
+    def linear_transposed(self, rows_PO: Tensor, weight_EOI: Tensor) -> Tensor:
+        return torch.bmm(self._by_expert(rows_PO), weight_EOI).flatten(0, 1)
 
-    def linear_transposed(self, rows: Tensor, weight_EOI: Tensor) -> Tensor:
-        return torch.bmm(rows, weight_EOI)
+    def outer(self, left_PW: Tensor, right_PW: Tensor) -> Tensor:
+        return torch.bmm(self._by_expert(left_PW).transpose(1, 2), self._by_expert(right_PW))
 
-    def outer(self, left: Tensor, right: Tensor) -> Tensor:
-        return torch.bmm(left.transpose(1, 2), right)
+    def total(self, rows_PW: Tensor) -> Tensor:
+        return self._by_expert(rows_PW).sum(1)
 
-    def spread(self, bias_EW: Tensor) -> Tensor:
-        return bias_EW.unsqueeze(1)
-
-    def dot(self, rows: Tensor, vector_EW: Tensor) -> Tensor:
-        return torch.bmm(rows, vector_EW.unsqueeze(2))
-
-    def total(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
-        return rows.sum(1) if weight is None else torch.bmm(weight.to(rows.dtype).transpose(1, 2), rows).squeeze(1)
-
-
-ExpertRows = GroupedRows | PaddedRows
+    def _by_expert(self, rows_PW: Tensor) -> Tensor:
+        return rows_PW.view(self._experts, -1, rows_PW.shape[1])
 
 
-def choose_layout(tokens_per_expert: Tensor, dtype: torch.dtype, device_type: str) -> type[ExpertRows]:
-    """The faster layout for these loads; padding where grouped GEMM cannot compute in ``dtype`` at all.
+def layout_of(expert_TK: Tensor, experts: int, dtype: torch.dtype, *, in_order: bool = False) -> GroupedRows:
+    """The rows in the faster layout for these loads; padded where the grouped product does not know ``dtype``.
 
-    On a GPU always grouped: the loads are skewed there and memory is dear.
+    On a GPU always grouped: loads are skewed there, memory is dear, and to ask for a load is to wait for the device.
     """
+    layout = GroupedRows
     if dtype not in GROUPED_DTYPES:
-        return PaddedRows
-    rows, padded = int(tokens_per_expert.sum()), len(tokens_per_expert) * int(tokens_per_expert.max())
-    if device_type == "cpu" and 0 < padded <= PADDED_UP_TO.get(dtype, 0.0) * rows:
-        return PaddedRows
-    return GroupedRows
+        layout = PaddedRows
+    elif expert_TK.device.type == "cpu" and dtype == torch.bfloat16 and _matrix_units():
+        most = int(torch.bincount(expert_TK.flatten(), minlength=experts).max())
+        layout = PaddedRows if experts * most <= PADDED_UP_TO * expert_TK.numel() else GroupedRows
+    return layout(expert_TK, experts, in_order=in_order)
 
 
 def layout_rule(dtype: torch.dtype, device_type: str) -> str:
-    """``choose_layout`` in words, for the log of a run."""
+    """How ``layout_of`` chooses, for the log of a run."""
     if dtype not in GROUPED_DTYPES:
-        return f"padded bmm ({dtype} has no grouped GEMM)"
-    if device_type == "cpu" and dtype in PADDED_UP_TO:
-        return f"padded bmm while padding makes at most {PADDED_UP_TO[dtype]:g} times the rows, else grouped GEMM"
-    return "grouped GEMM"
+        return f"padded batches ({dtype} has no grouped product)"
+    if device_type == "cpu" and dtype == torch.bfloat16:
+        if _matrix_units():
+            return f"padded batches while padding makes at most {PADDED_UP_TO:g} times the rows, else grouped products"
+        return "grouped products" if _multiplies_bf16() else "grouped products in fp32, as this CPU has none in bf16"
+    return "grouped products"
+
+
+def _wider(x: Tensor) -> bool:
+    """Whether products are to be made in fp32: a CPU without instructions for bf16 takes many times longer there."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _multiplies_bf16()
+
+
+def _matrix_units() -> bool:
+    return cast(bool, torch.cpu._is_amx_tile_supported())
+
+
+def _multiplies_bf16() -> bool:
+    return cast(bool, torch.cpu._is_avx512_bf16_supported())

@@ -1,12 +1,13 @@
 """Routed experts as stacked 3-D weights: one product for all experts of a rank, with biases and ReLU².
 
-Shapes: N rows dispatched to this rank (top-k copies of tokens), E local experts, H hidden, F expert FFN width.
+Shapes: T tokens of K experts each, N rows dispatched to this rank (copies of tokens for one expert), P places of rows
+(``expert_rows``), E local experts, H hidden, F expert FFN width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from megatron_vpmoe.model.moe.expert_rows import ExpertRows, choose_layout
+from megatron_vpmoe.model.moe.expert_rows import GroupedRows, layout_of
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.runtime.ranges import annotated
 
@@ -31,53 +32,52 @@ classes describe it as one global tensor [E, ...] cut along its first axis, so e
 
 
 class _ExpertFeedForward(Function):
-    """p (W2 relu(W1 x + b1)² + b2) for every row with its own expert, and its derivative.
+    """For each token the sum over its experts of p (W2 relu(W1 x + b1)² + b2), and its derivative.
 
-    Written out because autograd would keep every step of the activation, and an [N, H] tensor of biases: here x, the
-    pre-activation, the weighted activation and p are kept. The weight p stays in its own precision (fp32).
+    Written out because autograd would keep every step: here the tokens, relu(W1 x + b1) and p are kept, and rows are
+    gathered again backward. The second bias is a product of p over all experts with the biases, never a row's.
+    The weight p and its gradient stay in their own precision (fp32).
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        rows: ExpertRows,
-        x_NH: Tensor,
-        p_N: Tensor,
+        rows: GroupedRows,
+        x_TH: Tensor,
+        p_TK: Tensor,
         w1_EFH: Tensor,
         b1_EF: Tensor | None,
         w2_EHF: Tensor,
         b2_EH: Tensor | None,
     ) -> Tensor:
-        x, p = rows.enter(x_NH), rows.enter(p_N.unsqueeze(1))
-        before = rows.linear(x, w1_EFH, b1_EF)
-        weighted = (torch.relu(before).square_() * p).to(x.dtype)
-        out = rows.linear(weighted, w2_EHF, None)
+        active_PF = rows.linear(rows.gather(x_TH), w1_EFH, b1_EF).relu_()
+        weighted_PF = (active_PF.square() * rows.spread(p_TK)).to(x_TH.dtype)
+        out_TH = rows.add_up(rows.linear(weighted_PF, w2_EHF, None))
         if b2_EH is not None:
-            out.addcmul_(rows.spread(b2_EH), p.to(x.dtype))
-        ctx.rows = rows
-        ctx.save_for_backward(x, p, before, weighted, w1_EFH, w2_EHF, b2_EH)
-        ctx.has_b1 = b1_EF is not None
-        return rows.leave(out)
+            out_TH.addmm_(rows.over_experts(p_TK.to(x_TH.dtype)), b2_EH)
+        ctx.rows, ctx.has_b1 = rows, b1_EF is not None
+        ctx.save_for_backward(x_TH, p_TK, active_PF, w1_EFH, w2_EHF, b2_EH)
+        return out_TH
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, p, before, weighted, w1_EFH, w2_EHF, b2_EH = ctx.saved_tensors
-        rows: ExpertRows = ctx.rows
-        grad = rows.enter(grad_NH)
-        active = torch.relu(before)
-        grad_w2 = rows.outer(grad, weighted)
-        grad_weighted = rows.linear_transposed(grad, w2_EHF)
-        grad_p = (grad_weighted * active.square()).sum(-1, keepdim=True)
-        grad_b2 = None
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x_TH, p_TK, active_PF, w1_EFH, w2_EHF, b2_EH = ctx.saved_tensors
+        rows: GroupedRows = ctx.rows
+        grad_TH, p_P1, squared_PF = grad_TH.contiguous(), rows.spread(p_TK), active_PF.square()
+        grad_PH = rows.gather(grad_TH)
+        grad_w2 = rows.outer(grad_PH, (squared_PF * p_P1).to(active_PF.dtype))
+        grad_PF = rows.linear_transposed(grad_PH, w2_EHF)
+        # The router's gradient: of products in its own precision, not of rounded ones.
+        grad_p, grad_b2 = rows.collect((grad_PF.to(p_TK.dtype) * squared_PF).sum(-1)), None
         if b2_EH is not None:
-            grad_p += rows.dot(grad, b2_EH)
-            grad_b2 = rows.total(grad, p)
-        grad_before = grad_weighted.mul_(active).mul_(2.0 * p)
-        grad_w1 = rows.outer(grad_before, x)
-        grad_b1 = rows.total(grad_before) if ctx.has_b1 else None
-        grad_x = rows.linear_transposed(grad_before, w1_EFH)
-        return None, rows.leave(grad_x), rows.leave(grad_p).squeeze(1).to(p.dtype), grad_w1, grad_b1, grad_w2, grad_b2
+            grad_p += rows.at_experts(grad_TH @ b2_EH.t())
+            grad_b2 = rows.over_experts(p_TK.to(grad_TH.dtype)).t() @ grad_TH
+        grad_PF = grad_PF.mul_(active_PF).mul_(2.0 * p_P1)
+        grad_w1 = rows.outer(grad_PF, rows.gather(x_TH))
+        grad_b1 = rows.total(grad_PF) if ctx.has_b1 else None
+        grad_x = rows.add_up(rows.linear_transposed(grad_PF, w1_EFH))
+        return None, grad_x, grad_p, grad_w1, grad_b1, grad_w2, grad_b2
 
 
 class StackedExperts(MegatronModule):
@@ -122,8 +122,28 @@ class StackedExperts(MegatronModule):
         parameter.allreduce = False  # type: ignore[attr-defined]
         return parameter
 
+    def of_tokens(self, x_TH: Tensor, expert_TK: Tensor, p_TK: Tensor, *, in_order: bool = False) -> Tensor:
+        """Each token's experts' outputs, weighted and added up.
+
+        Args:
+            x_TH: tokens.
+            expert_TK: integers, the experts of each.
+            p_TK: the router's weight of each.
+            in_order: the tokens are sorted by their only expert (K = 1).
+
+        Returns:
+            [T, H] in the dtype of x.
+        """
+        rows = layout_of(expert_TK, self.num_local_experts, x_TH.dtype, in_order=in_order)
+        self.last_layout = rows.name
+        with annotated("experts"):
+            out = _ExpertFeedForward.apply(
+                rows, x_TH, p_TK, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias
+            )
+        return cast(Tensor, out)
+
     def forward(self, x_NH: Tensor, tokens_per_expert: Tensor, probs_N: Tensor) -> tuple[Tensor, None]:
-        """Compute the experts' outputs.
+        """As upstream's dispatchers ask, where experts are spread over ranks.
 
         Args:
             x_NH: dispatched tokens sorted by local expert.
@@ -133,19 +153,14 @@ class StackedExperts(MegatronModule):
         Returns:
             the weighted outputs [N, H] in the dtype of x, and None: biases are inside.
         """
-        if x_NH.shape[0] == 0:
+        rows = x_NH.shape[0]
+        if rows == 0:
             # No product to make. The weights still need their (zero) gradients, and both inputs a path back: each came
             # through a collective of its own, whose backward pass the other ranks wait in.
             untouched = probs_N.sum() + sum(parameter.sum() for parameter in self.parameters())
             return x_NH + (untouched * 0.0).to(x_NH.dtype), None
-        layout = choose_layout(tokens_per_expert, x_NH.dtype, x_NH.device.type)
-        self.last_layout = layout.name
-        rows = layout(tokens_per_expert, x_NH.device)
-        with annotated("experts"):
-            out = _ExpertFeedForward.apply(
-                rows, x_NH, probs_N, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias
-            )
-        return out, None  # type: ignore[return-value]
+        expert_N = torch.repeat_interleave(tokens_per_expert.to(x_NH.device), output_size=rows)
+        return self.of_tokens(x_NH, expert_N.unsqueeze(1), probs_N.unsqueeze(1), in_order=True), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

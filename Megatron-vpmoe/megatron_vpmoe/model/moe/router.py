@@ -1,23 +1,20 @@
 """DeepSeek-V3 routing on Megatron-Core's TopKRouter, with exact bookkeeping for packed batches.
 
-Shapes: S sequence, B batch, E experts, N = S*B tokens.
+Shapes: S sequence, B batch, E experts, K experts a token, N = S*B tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
-from megatron.core.transformer.moe.moe_utils import (
-    MoEAuxLossAutoScaler,
-    compute_routing_scores_for_aux_loss,
-    topk_routing_with_score_function,
-)
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_vpmoe.model.precision import without_narrowing
@@ -25,13 +22,47 @@ from megatron_vpmoe.model.recompute import chosen_once, is_recomputing
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.runtime.ranges import annotated
 
+_TINY = 1e-20
+"""Upstream's, against a division by 0."""
+
+
+def chosen_experts(score_NE: Tensor, topk: int, groups: int | None, group_topk: int | None) -> Tensor:
+    """The ``topk`` best of each token, int64 [N, K]; of equal ``groups``, if any, only in its ``group_topk`` best.
+
+    A group is as good as its topk / group_topk best members together (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    With as many groups as experts that is its best member, the best experts lie in the best groups, and nothing is left
+    to limit.
+    """
+    if groups is not None and group_topk is not None and group_topk < topk:
+        grouped = score_NE.unflatten(1, (groups, -1))
+        best = grouped.topk(topk // group_topk).values.sum(-1)
+        closed = torch.full_like(best, -torch.inf).scatter_(1, best.topk(group_topk, sorted=False).indices, 0.0)
+        score_NE = (grouped + closed.unsqueeze(2)).flatten(1)
+    return score_NE.topk(topk).indices
+
+
+def weights_at(score_NE: Tensor, chosen_NK: Tensor, score_function: str, scaling: float | None) -> Tensor:
+    """[N, K]: the weights of the chosen experts, which add up to ``scaling``; one sigmoid alone is its own weight.
+
+    Args:
+        score_NE: sigmoids; of "softmax" the logits.
+        chosen_NK: int64.
+        score_function: "sigmoid" or "softmax".
+        scaling: None: 1.
+    """
+    weight = score_NE.gather(1, chosen_NK)
+    if score_function == "softmax":
+        weight = weight.softmax(-1)
+    elif chosen_NK.shape[1] > 1:
+        weight = weight / (weight.sum(-1, keepdim=True) + _TINY)
+    return weight * scaling if scaling else weight
+
 
 def sequence_balance_loss(
     scores_SBE: Tensor,
-    routing_map_SBE: Tensor,
+    chosen_SBK: Tensor,
     real_SB: Tensor,
     *,
-    topk: int,
     coefficient: float,
     sequence_group: ProcessGroup | None = None,
 ) -> Tensor:
@@ -43,7 +74,7 @@ def sequence_balance_loss(
 
     Args:
         scores_SBE: normalised scores, fp32.
-        routing_map_SBE: bool, the unbiased top-k.
+        chosen_SBK: int64, the unbiased top-k.
         real_SB: bool, False on padding.
         sequence_group: the ranks that hold the other parts of these sequences (sequence parallelism); each then
             computes the whole loss and its part's gradient.
@@ -51,51 +82,58 @@ def sequence_balance_loss(
     Returns:
         0-d fp32.
     """
-    experts = scores_SBE.shape[-1]
-    real_SB1 = real_SB.unsqueeze(-1)
-    scores_BE = (scores_SBE * real_SB1).sum(0)
-    tokens_BE = (routing_map_SBE & real_SB1).sum(0).to(scores_BE.dtype)
-    real_B = real_SB.sum(0)
+    _, rows, experts = scores_SBE.shape
+    real_SB1 = real_SB.unsqueeze(-1).to(scores_SBE.dtype)
+    scores_BE, real_B = (scores_SBE * real_SB1).sum(0), real_SB1.sum((0, 2))
+    # Whole numbers: in whatever order they are added, the sum is one.
+    at_SBK = chosen_SBK + experts * torch.arange(rows, device=chosen_SBK.device).unsqueeze(-1)
+    tokens_BE = scores_BE.new_zeros(rows * experts).scatter_add_(
+        0, at_SBK.flatten(), real_SB1.expand_as(chosen_SBK).flatten()
+    )
+    tokens_BE = tokens_BE.view_as(scores_BE)
     if sequence_group is not None:
         scores_BE = reduce_from_tensor_model_parallel_region(scores_BE, group=sequence_group)
         torch.distributed.all_reduce(tokens_BE, group=sequence_group)
         torch.distributed.all_reduce(real_B, group=sequence_group)
-    real_B = real_B.clamp(min=1)
-    return ((scores_BE * tokens_BE).sum(-1) * (experts * coefficient / topk) / real_B).sum()
+    per_token = experts * coefficient / chosen_SBK.shape[-1]
+    return ((scores_BE * tokens_BE).sum(-1) * per_token / real_B.clamp(min=1)).sum()
 
 
-class _Replay:
-    """Upstream's hook around the top-k: a recomputed pass sends every token where the first pass sent it, and where
-    routing is replayed, both send it where it was sent then.
+class _Logits(Function):
+    """x W^T in a wider precision than that of x, which is kept as it is; so is the sum of the weight's gradient.
 
-    Upstream's fused kernel (``moe_router_fusion``) chooses by itself and does not ask.
+    A GPU multiplies bf16 and adds up in fp32. The weight's gradient there is of two bf16 parts of the logits', 16 bits
+    of theirs together: as exact as fp32 to a part in 65,000, and several times as fast.
     """
 
-    def __init__(self, router: VPMoERouter) -> None:
-        self._router = router
+    @staticmethod
+    def forward(ctx: Any, x_NH: Tensor, weight_EH: Tensor, wide: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x_NH, weight_EH)
+        return _product(x_NH, weight_EH.t(), wide)
 
-    def get_replay_topk(
-        self,
-        scores_NE: Tensor,
-        topk: int,
-        num_groups: int | None,
-        group_topk: int | None,
-        choose: Callable[[Tensor, int, int | None, int | None], tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, Tensor]:
-        """Scores and int64 experts [N, topk]."""
-        router = self._router
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x_NH, weight_EH = ctx.saved_tensors
+        wide = grad_NE.dtype
+        if not _narrow(x_NH, wide):
+            grad_x = grad_NE @ weight_EH.to(wide)
+            return grad_x.to(x_NH.dtype), (grad_NE.t() @ x_NH.to(wide)).to(weight_EH.dtype), None
+        high = grad_NE.to(x_NH.dtype)
+        low = (grad_NE - high).to(x_NH.dtype)
+        grad_weight = _product(high.t(), x_NH, wide) + _product(low.t(), x_NH, wide)
+        return high @ weight_EH, grad_weight.to(weight_EH.dtype), None
 
-        def choice() -> Tensor:
-            chosen = choose(scores_NE.detach(), topk, num_groups, group_topk)[1]
-            if router.replayed is not None:
-                before, known = router.replayed
-                chosen = torch.where(known, before.long(), chosen)
-            return chosen.to(torch.int16)
 
-        chosen = chosen_once(router, choice).long()
-        if router.recorded is not None:
-            router.recorded.append(chosen)
-        return scores_NE.gather(1, chosen), chosen
+def _narrow(x: Tensor, wide: torch.dtype) -> bool:
+    """Whether the device multiplies x as it is, and adds up in ``wide``."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and wide == torch.float32
+
+
+def _product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
+    if _narrow(left, wide):
+        return torch.mm(left, right, out_dtype=wide)
+    return left.to(wide) @ right.to(wide)
 
 
 class VPMoERouter(TopKRouter):
@@ -124,67 +162,92 @@ class VPMoERouter(TopKRouter):
         self.register_buffer("balance_loss_sum", torch.zeros((), device=device), persistent=False)
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Upstream's: the logits of ``input`` [S, B, H], then ``routing``."""
-        with annotated("router"):
-            return super().forward(input, padding_mask)
+        """As upstream's dispatchers want it: what ``choose`` gives, as weights [N, E] (0 where not routed) and a bool
+        map [N, E]."""
+        weight_NK, chosen_NK = self.choose(input, padding_mask)
+        dense_NE = weight_NK.new_zeros(len(weight_NK), cast(int, self.config.num_moe_experts))
+        routed_NE = torch.zeros_like(dense_NE, dtype=torch.bool).scatter_(1, chosen_NK, True)
+        return dense_NE.scatter(1, chosen_NK, weight_NK), routed_NE
 
-    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Choose experts.
+    def choose(self, hidden_SBH: Tensor, padding_SB: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The experts of each token.
 
         Args:
-            logits: fp32 [S, B, E].
-            padding_mask: bool [S, B], True on padding.
+            hidden_SBH: tokens.
+            padding_SB: bool, True on padding.
 
         Returns:
-            weights [N, E] (zero where not routed) and the bool map [N, E].
+            weights and int64 experts, [N, K] each.
         """
-        config = self.config
-        experts = logits.shape[-1]
-        probs, routing_map = topk_routing_with_score_function(
-            logits.view(-1, experts),
-            self.topk,
-            use_pre_softmax=config.moe_router_pre_softmax,
-            num_groups=config.moe_router_num_groups,
-            group_topk=config.moe_router_group_topk,
-            scaling_factor=config.moe_router_topk_scaling_factor,
-            score_function=self.score_function,
-            expert_bias=self.expert_bias,
-            fused=config.moe_router_fusion,
-            router_replay=cast(Any, _Replay(self)),
-        )
-        if not (self.training and torch.is_grad_enabled()):
-            return probs, routing_map
-        real_SB = torch.ones_like(logits[..., 0], dtype=torch.bool) if padding_mask is None else ~padding_mask
-        self._count(routing_map, real_SB)
-        return self._with_balance_loss(probs, logits, real_SB), routing_map
+        with annotated("router"):
+            logits_NE = self.gating(hidden_SBH).flatten(0, -2)
+            config = self.config
+            score_NE = logits_NE.sigmoid() if self.score_function == "sigmoid" else logits_NE
+            chosen_NK = self._choose(score_NE.detach())
+            weight_NK = weights_at(score_NE, chosen_NK, self.score_function, config.moe_router_topk_scaling_factor)
+            if not (self.training and torch.is_grad_enabled()):
+                return weight_NK, chosen_NK
+            shape = hidden_SBH.shape[:-1]
+            if padding_SB is None:
+                padding_SB = torch.zeros(shape, dtype=torch.bool, device=logits_NE.device)
+            real_SB = ~padding_SB
+            self._count(chosen_NK, real_SB)
+            return self._with_balance_loss(weight_NK, score_NE.view(*shape, -1), real_SB), chosen_NK
 
-    def _count(self, routing_map: Tensor, real_SB: Tensor) -> None:
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits [..., E] in ``moe_router_dtype`` of tokens [..., H]."""
+        wide = {"fp32": torch.float32, "fp64": torch.float64, None: input.dtype}[self.config.moe_router_dtype]
+        logits = cast(Tensor, _Logits.apply(input.flatten(0, -2), self.weight, wide))
+        return logits.view(*input.shape[:-1], -1)
+
+    def _choose(self, score_NE: Tensor) -> Tensor:
+        """int64 [N, K]; a recomputed pass sends every token where the first pass sent it, and where routing is
+        replayed, both send it where it was sent then."""
+        config = self.config
+
+        def choice() -> Tensor:
+            ranked_NE = score_NE if self.expert_bias is None else score_NE + self.expert_bias
+            groups = config.moe_router_num_groups, config.moe_router_group_topk
+            chosen = chosen_experts(ranked_NE, self.topk, *groups)
+            if self.replayed is not None:
+                before, known = self.replayed
+                chosen = torch.where(known, before.long(), chosen)
+            return chosen
+
+        chosen = chosen_once(self, choice)
+        if self.recorded is not None:
+            self.recorded.append(chosen)
+        return chosen
+
+    def _count(self, chosen_NK: Tensor, real_SB: Tensor) -> None:
         if is_recomputing():
             return
         with torch.no_grad():
-            load = (routing_map & real_SB.reshape(-1, 1)).sum(0)
+            real_NK = real_SB.reshape(-1, 1).expand_as(chosen_NK).to(self.tokens_per_expert.dtype)
+            # Whole numbers, as above.
+            load = torch.zeros_like(self.tokens_per_expert).scatter_add_(0, chosen_NK.flatten(), real_NK.flatten())
             self.tokens_per_expert += load
             if self.local_tokens_per_expert is not None:
                 self.local_tokens_per_expert += load
 
-    def _with_balance_loss(self, probs: Tensor, logits: Tensor, real_SB: Tensor) -> Tensor:
+    def _with_balance_loss(self, weight_NK: Tensor, score_SBE: Tensor, real_SB: Tensor) -> Tensor:
         coefficient = self.get_aux_loss_coeff("seq_aux_loss")
         if coefficient == 0:
-            return probs
-        unbiased_map, scores = compute_routing_scores_for_aux_loss(
-            logits.view(-1, logits.shape[-1]), self.topk, self.score_function
-        )
+            return weight_NK
+        if self.score_function == "softmax":
+            share_SBE = score_SBE.softmax(-1, dtype=torch.float32)
+        else:
+            share_SBE = score_SBE / (score_SBE.sum(-1, keepdim=True) + _TINY)
         loss = sequence_balance_loss(
-            scores.view_as(logits),
-            unbiased_map.view_as(logits),
+            share_SBE,
+            share_SBE.detach().topk(self.topk).indices,
             real_SB,
-            topk=self.topk,
             coefficient=coefficient,
             sequence_group=self.tp_group if self.config.sequence_parallel else None,
         )
         if not is_recomputing():
             self.balance_loss_sum += loss.detach()
-        return MoEAuxLossAutoScaler.apply(probs, loss)
+        return MoEAuxLossAutoScaler.apply(weight_NK, loss)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Keep the bookkeeping and the expert bias in fp32 through ``.bfloat16()``: a bias step of 1e-3 needs it."""

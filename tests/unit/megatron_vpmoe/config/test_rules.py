@@ -37,7 +37,7 @@ SERVED = "--teacher-server http://a:1 --served-model x"
         (SAMPLED + ' --data-path null --blend [{"path":"a","weight":1}]', "blend", "one dataset"),
         (f"{SAMPLED} --skip-rows [3]", "skip_rows", "none is skipped"),
         (f"{SAMPLED} --num-experts null --router-dead-experts-warn null", "router_replay", "no layer has experts"),
-        (f"{SAMPLED} --moe-router-fusion", "moe_router_fusion", "cannot replay"),
+        ("--moe-token-dispatcher-type alltoall", "moe_token_dispatcher_type", "there is one"),
         ("--seq-length 16", "window_size", "never ends"),
         ("--attention-backend banded", "attention_backend", "global layers"),
         (
@@ -174,17 +174,11 @@ SERVED = "--teacher-server http://a:1 --served-model x"
             "recompute_modules",
             "leave shared_experts out",
         ),
-        ("--moe-router-fusion --recompute-granularity full", "recompute_granularity", "never saw"),
         (f"{TAUGHT} --rollout-staleness 5", "rollout_staleness", "serves 4 updates"),
         (f"{TAUGHT} --rollout-staleness 4 --expert-model-parallel-size 2", "rollout_staleness", "no common order"),
         (f"{TAUGHT} --rollout-staleness 4 --tensor-model-parallel-size 2", "rollout_staleness", "no common order"),
         ("--rollout-staleness 1", "rollout_staleness", "nothing is sampled"),
         (f"{TAUGHT} --curriculum [] --curriculum-tokens 9 --rollout-prompts p", "curriculum", "begins at 0"),
-        (
-            "--moe-router-fusion --recompute-granularity selective --recompute-modules [moe]",
-            "recompute_modules",
-            "never saw",
-        ),
     ],
 )
 def test_rule(small: Path, flags: str, named: str, text: str) -> None:
@@ -192,17 +186,6 @@ def test_rule(small: Path, flags: str, named: str, text: str) -> None:
     matching = [problem for problem in found if text in problem.text]
     assert len(matching) == 1, found
     assert named in matching[0].names
-
-
-def test_transformer_engine_toggles_need_it(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = _unchecked(small, ["--moe-permute-fusion", "--moe-router-fusion"])
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    assert [problem.names for problem in find_problems(cfg)] == [("moe_permute_fusion",), ("moe_router_fusion",)]
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: object())
-    assert find_problems(cfg) == []
-    # Recomputed shared experts leave the routing as it was.
-    again = ["--recompute-granularity", "selective", "--recompute-modules", "[shared_experts]"]
-    assert find_problems(_unchecked(small, ["--moe-router-fusion", *again])) == []
 
 
 def test_a_dense_run_is_not_bothered_by_expert_rules(small: Path) -> None:

@@ -73,7 +73,6 @@ ROUTING: dict[str, tuple[dict[str, Any], ...]] = {
     "balance loss": tuple({"moe_router_load_balancing_type": kind} for kind in ("seq_aux_loss", "none")),
     "shared expert": tuple({"moe_shared_expert_intermediate_size": width} for width in (48, None)),
     "logits": tuple({"moe_router_dtype": dtype} for dtype in ("fp32", None)),
-    "dispatcher": tuple({"moe_token_dispatcher_type": name} for name in ("auto", "alltoall", "allgather")),
     "activation": ({"activation": "squared_relu"}, {"activation": "swiglu"}),
     "linear biases": tuple({"add_bias_linear": on} for on in SWITCH),
 }

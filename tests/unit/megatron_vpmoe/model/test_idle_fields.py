@@ -61,8 +61,6 @@ ELSEWHERE = {
     "moe_router_dtype",
     "moe_router_bias_update_rate",
     "moe_token_dispatcher_type",
-    "moe_permute_fusion",
-    "moe_router_fusion",
 }
 BASES: dict[str, dict[str, Any]] = {
     "vpMoE": {},

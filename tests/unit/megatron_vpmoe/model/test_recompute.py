@@ -174,19 +174,19 @@ def test_bf16_gradients_do_not_change_either() -> None:
 def test_a_recomputed_token_goes_where_it_went(recompute: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums on a GPU may differ from pass to pass; here the second pass scores the experts quite differently."""
     maps: dict[str, list[torch.Tensor]] = {}
-    gating, routing = VPMoERouter.gating, VPMoERouter.routing
+    gating, choose = VPMoERouter.gating, VPMoERouter.choose
 
     def differing(router: VPMoERouter, hidden: torch.Tensor) -> torch.Tensor:
         logits = gating(router, hidden)
         return logits.flip(-1) if is_recomputing() else logits
 
     def watched(router: VPMoERouter, *arguments: torch.Tensor, **keywords: torch.Tensor):
-        result = routing(router, *arguments, **keywords)
+        result = choose(router, *arguments, **keywords)
         maps.setdefault(str(router.layer_number), []).append(result[1].clone())
         return result
 
     monkeypatch.setattr(VPMoERouter, "gating", differing)
-    monkeypatch.setattr(VPMoERouter, "routing", watched)
+    monkeypatch.setattr(VPMoERouter, "choose", watched)
     counted = step(**MOE, **recompute).bookkeeping
     assert len(maps) == 3
     for first, again in maps.values():

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from megatron.core.transformer.moe.moe_layer import get_default_pg_collection
 
+from megatron_vpmoe.model.moe import expert_rows
 from megatron_vpmoe.model.moe import experts as experts_module
-from megatron_vpmoe.model.moe.expert_rows import (
-    PADDED_UP_TO,
-    ExpertRows,
-    GroupedRows,
-    PaddedRows,
-    choose_layout,
-    layout_rule,
-)
+from megatron_vpmoe.model.moe.expert_rows import PADDED_UP_TO, GroupedRows, PaddedRows, layout_of, layout_rule
 from megatron_vpmoe.model.moe.experts import StackedExperts
 from megatron_vpmoe.model.transformer_config import transformer_config
 from tests.tiny import tiny_config
@@ -49,8 +45,12 @@ def random_experts(dtype: torch.dtype, *, biases: bool = True) -> StackedExperts
     return experts
 
 
-def use(layout: type[ExpertRows], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts_module, "choose_layout", lambda *_: layout)
+def use(layout: type[GroupedRows], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        experts_module,
+        "layout_of",
+        lambda chosen, experts, _dtype, in_order: layout(chosen, experts, in_order=in_order),
+    )
 
 
 @pytest.mark.parametrize("biases", [True, False])
@@ -61,7 +61,7 @@ def use(layout: type[ExpertRows], monkeypatch: pytest.MonkeyPatch) -> None:
 def test_equals_a_loop(
     counts: tuple[int, ...],
     biases: bool,
-    layout: type[ExpertRows],
+    layout: type[GroupedRows],
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -95,7 +95,7 @@ def test_gradient_by_finite_differences() -> None:
 
 
 @pytest.mark.parametrize("layout", [GroupedRows, PaddedRows])
-def test_bf16_agrees_with_fp32(layout: type[ExpertRows], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_agrees_with_fp32(layout: type[GroupedRows], monkeypatch: pytest.MonkeyPatch) -> None:
     use(layout, monkeypatch)
     exact = random_experts(torch.bfloat16).float()
     rounded = random_experts(torch.bfloat16)
@@ -118,7 +118,7 @@ def test_bf16_agrees_with_fp32(layout: type[ExpertRows], monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("layout", [GroupedRows, PaddedRows])
-def test_a_gradient_of_stride_zero(layout: type[ExpertRows], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_of_stride_zero(layout: type[GroupedRows], monkeypatch: pytest.MonkeyPatch) -> None:
     """What ``.sum()`` hands back; grouped GEMM refuses it as it comes."""
     use(layout, monkeypatch)
     experts = random_experts(torch.float32)
@@ -137,23 +137,69 @@ def test_no_token_at_all() -> None:
     assert x.grad is not None and probs.grad is not None, "their collectives would not be joined in the backward pass"
 
 
-def test_rule() -> None:
-    """Padding on a CPU up to a limit for each dtype; grouped GEMM elsewhere; padding where grouped GEMM cannot."""
-    even, skewed = torch.full((8,), 4), torch.tensor([25, 1, 1, 1, 1, 1, 1, 1])
-    for dtype, limit in PADDED_UP_TO.items():
-        assert choose_layout(even, dtype, "cpu") is PaddedRows
-        assert choose_layout(skewed, dtype, "cpu") is GroupedRows
-        assert choose_layout(even, dtype, "cuda") is GroupedRows
-        at_limit = torch.tensor([int(limit * 100), *[100] * 98, 200 - int(limit * 100)])
-        assert choose_layout(at_limit, dtype, "cpu") is PaddedRows
-        assert choose_layout(at_limit + torch.tensor([1, *[0] * 98, -1]), dtype, "cpu") is GroupedRows
-        assert f"{limit:g} times" in layout_rule(dtype, "cpu") and layout_rule(dtype, "cuda") == "grouped GEMM"
-    assert choose_layout(skewed, torch.float64, "cpu") is PaddedRows
-    assert "float64" in layout_rule(torch.float64, "cpu")
+CPUS = {"matrix units": (True, True), "bf16": (False, True), "neither": (False, False)}
 
 
-def test_experts_follow_the_rule() -> None:
-    experts = random_experts(torch.float32)
-    for counts, name in (((3,) * 8, "padded"), ((24, 0, 0, 0, 0, 0, 0, 0), "grouped")):
-        experts(torch.randn(24, 32), torch.tensor(counts), torch.ones(24))
-        assert experts.last_layout == name
+def pretend(cpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, has in zip(("_is_amx_tile_supported", "_is_avx512_bf16_supported"), CPUS[cpu], strict=True):
+        monkeypatch.setattr(torch.cpu, name, lambda has=has: has)
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_rule(cpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grouped, but for bf16 with a CPU's matrix units up to a limit of padding, and for what grouped cannot compute."""
+    pretend(cpu, monkeypatch)
+    limit = int(PADDED_UP_TO * 100)
+    at_limit = [limit, *[100] * 97, 50, 250 - limit]  # 100 on average
+    over = [limit + 1, *[100] * 97, 49, 250 - limit]
+    for loads, few in ((at_limit, True), (over, False)):
+        chosen = torch.repeat_interleave(torch.tensor(loads)).view(-1, 1)
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            padded = dtype == torch.float64 or (dtype == torch.bfloat16 and few and cpu == "matrix units")
+            assert type(layout_of(chosen, 100, dtype)) is (PaddedRows if padded else GroupedRows)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert layout_rule(dtype, "cuda") == "grouped products"
+    assert "float64" in layout_rule(torch.float64, "cpu") and layout_rule(torch.float32, "cpu") == "grouped products"
+    told = {"matrix units": f"{PADDED_UP_TO:g} times", "bf16": "grouped products", "neither": "in fp32"}
+    assert told[cpu] in layout_rule(torch.bfloat16, "cpu")
+
+
+def test_products_of_bf16_without_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32 of the same numbers: rounded once, so no further from fp32's own than bf16's unit."""
+    pretend("neither", monkeypatch)
+    seen: list[torch.dtype] = []
+    grouped = torch.nn.functional.grouped_mm
+
+    def watched(left: torch.Tensor, *arguments: object, **keywords: object) -> torch.Tensor:
+        seen.append(left.dtype)
+        return grouped(left, *arguments, **keywords)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(expert_rows.functional, "grouped_mm", watched)
+    rounded = random_experts(torch.bfloat16)
+    exact = random_experts(torch.bfloat16).float()
+    x, p, chosen = torch.randn(24, 32).bfloat16(), torch.rand(24, 2), torch.rand(24, 8).topk(2).indices
+    got = rounded.of_tokens(x, chosen, p)
+    got.sum().backward()
+    want = exact.of_tokens(x.float(), chosen, p)
+    assert set(seen) == {torch.float32} and got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), want, rtol=0.02, atol=0.02 * float(want.detach().abs().max()))
+
+
+@given(st.integers(1, 9), st.integers(1, 3), st.integers(0, 2**16))
+def test_every_token_meets_its_experts(tokens: int, topk: int, seed: int) -> None:
+    """For any choice: gathered rows are the tokens', each is added up once, values find their rows."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(tokens, 5, generator=generator).topk(topk).indices
+    x, p = torch.randn(tokens, 4, generator=generator), torch.rand(tokens, topk, generator=generator)
+    for layout in (GroupedRows, PaddedRows):
+        rows = layout(chosen, 5)
+        gathered, spread = rows.gather(x), rows.spread(p)
+        torch.testing.assert_close(rows.add_up(gathered * spread), x * p.sum(1, keepdim=True))
+        assert torch.equal(rows.collect(spread.flatten()), p)
+        dense = rows.over_experts(p)
+        assert torch.equal(rows.at_experts(dense), p) and dense.sum() == pytest.approx(float(p.sum()))
+        expected = torch.stack([x[(chosen == e).any(1)].sum(0) for e in range(5)])
+        torch.testing.assert_close(rows.total(gathered * (spread > 0)), expected)
+        numbers = torch.arange(5.0)[:, None, None].expand(5, 4, 4).contiguous()  # an expert's matrix is its number
+        told = rows.linear(gathered.abs() + 1, numbers, None).sum(1) / (gathered.abs() + 1).sum(1) / 4
+        torch.testing.assert_close(rows.collect(told), chosen.float())

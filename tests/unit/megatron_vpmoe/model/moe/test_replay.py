@@ -89,14 +89,15 @@ def test_a_recomputed_pass_replays_as_well(recompute: dict[str, object], monkeyp
     """Bit for bit, though the second pass scores the experts quite differently; it runs after the block has ended."""
     batch, given = random_batch(2, SEQ, 64, seed=1), routing_of(2, SEQ)
     maps: list[torch.Tensor] = []
-    routing = VPMoERouter.routing
+    choose = VPMoERouter.choose
 
-    def watched(router: VPMoERouter, logits: torch.Tensor, *arguments: torch.Tensor, **keywords: torch.Tensor):
-        result = routing(router, logits.flip(-1) if is_recomputing() else logits, *arguments, **keywords)
-        maps.append(result[1].clone())
+    def watched(router: VPMoERouter, hidden: torch.Tensor, *arguments: torch.Tensor, **keywords: torch.Tensor):
+        result = choose(router, -hidden if is_recomputing() else hidden, *arguments, **keywords)
+        chosen = result[1]
+        maps.append(torch.zeros(len(chosen), EXPERTS, dtype=torch.bool).scatter(1, chosen, True))
         return result
 
-    monkeypatch.setattr(VPMoERouter, "routing", watched)
+    monkeypatch.setattr(VPMoERouter, "choose", watched)
     model = model_of(**recompute)
     with replaying(model, given, batch.document_id):
         loss = run(model, batch)

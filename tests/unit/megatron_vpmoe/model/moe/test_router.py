@@ -24,27 +24,27 @@ def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(SEQ, ROWS, EXPERTS, generator=generator, dtype=torch.float64)
     scores = scores / scores.sum(-1, keepdim=True)
-    routing = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(TOPK, dim=-1).indices, True)
     real = torch.arange(SEQ)[:, None] < torch.tensor([12, 5, 9, 1])
-    return scores, routing, real
+    return scores, scores.topk(TOPK, dim=-1).indices, real
 
 
 def test_balance_loss_does_not_depend_on_the_split() -> None:
-    scores, routing, real = inputs()
-    whole = sequence_balance_loss(scores, routing, real, topk=TOPK, coefficient=0.1)
-    rows = zip(scores.split(1, dim=1), routing.split(1, dim=1), real.split(1, dim=1), strict=True)
-    parts = [sequence_balance_loss(*row, topk=TOPK, coefficient=0.1) for row in rows]
+    scores, chosen, real = inputs()
+    whole = sequence_balance_loss(scores, chosen, real, coefficient=0.1)
+    rows = zip(scores.split(1, dim=1), chosen.split(1, dim=1), real.split(1, dim=1), strict=True)
+    parts = [sequence_balance_loss(*row, coefficient=0.1) for row in rows]
     torch.testing.assert_close(torch.stack(parts).sum(), whole)
 
 
 def test_balance_loss_by_definition() -> None:
-    scores, routing, real = inputs()
+    scores, chosen, real = inputs()
+    routing = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
     expected = 0.0
     for row in range(ROWS):
         tokens = int(real[:, row].sum())
         load = routing[:tokens, row].double().sum(0) * EXPERTS / (TOPK * tokens)
         expected += tokens * 0.1 * float((load * scores[:tokens, row].mean(0)).sum())
-    assert sequence_balance_loss(scores, routing, real, topk=TOPK, coefficient=0.1) == pytest.approx(expected)
+    assert sequence_balance_loss(scores, chosen, real, coefficient=0.1) == pytest.approx(expected)
 
 
 @pytest.mark.usefixtures("single_process")

@@ -1,0 +1,37 @@
+"""The feed-forward of a layer with experts: where they all lie on this rank, nothing is dispatched or waited for."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from torch import Tensor
+
+from megatron_vpmoe.model.moe.experts import StackedExperts
+from megatron_vpmoe.model.moe.router import VPMoERouter
+
+
+class VPMoELayer(MoELayer):
+    """Upstream's layer; with one expert-parallel rank its dispatcher is left out.
+
+    There rows are gathered by expert and added up by token inside of :class:`StackedExperts`, in shapes that depend on
+    the number of tokens alone. Over more ranks upstream's dispatchers move tokens, and ask the device how many.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, intermediate_tensors: None = None, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """[S, B, H] -> [S, B, H], routed and shared experts added up, and None: biases are inside.
+
+        Args:
+            hidden_states: tokens, of this rank's part of a sequence.
+            intermediate_tensors: upstream's, for partly captured graphs.
+            padding_mask: bool [B, S], True on padding.
+        """
+        if self.ep_group.size() > 1:
+            return super().forward(hidden_states, intermediate_tensors, padding_mask)
+        router, experts = cast(VPMoERouter, self.router), cast(StackedExperts, self.experts)
+        shared = self.shared_experts_compute(hidden_states)
+        weight_TK, chosen_TK = router.choose(hidden_states, None if padding_mask is None else padding_mask.t())
+        out = experts.of_tokens(hidden_states.flatten(0, 1), chosen_TK, weight_TK).view_as(hidden_states)
+        return out if shared is None else out + shared, None
