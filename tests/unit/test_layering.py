@@ -39,6 +39,7 @@ TRAINER_FLOORS = {
     "sources": 5,
     "training": 6,
     "profiling": 6,
+    "planning": 6,
     "launch": 7,
     "pretrain": 7,
 }
@@ -62,11 +63,13 @@ SIDECAR_FLOORS = {
     "quickstart": 4,
     "cli": 5,
 }
-# On one floor only these cross: annotations are laid out as token files are; profiling runs steps; vocabularies
-# are found in Harmony's specials, questions are asked of what the data side generates.
+# On one floor only these cross: annotations are laid out as token files are; profiling and planning run steps;
+# vocabularies are found in Harmony's specials, questions are asked of what the data side generates.
 SAME_FLOOR = {
     ("annotation_files", "token_files"),
     ("profiling", "training"),
+    ("planning", "training"),
+    ("planning", "profiling"),
     ("harmony", "tokenizer"),
     ("eval", "data_curation"),
     ("eval", "hf"),

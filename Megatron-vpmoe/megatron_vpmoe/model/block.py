@@ -47,9 +47,9 @@ class VPTransformerLayer(TransformerLayer):
         Returns:
             the residual stream, and the values of layer 1.
         """
-        (attended, bias), value_SBGD = self.self_attention(
-            self.input_layernorm(hidden_SBH), layout, first_value_SBGD, computed
-        )
+        normed = self.input_layernorm(hidden_SBH)
+        with annotated("attention"):
+            (attended, bias), value_SBGD = self.self_attention(normed, layout, first_value_SBGD, computed)
         hidden_SBH = _add(hidden_SBH, attended, bias)
         normed = self.pre_mlp_layernorm(hidden_SBH)
         mlp_out, mlp_bias = self._feed_forward(normed, padding_BS)

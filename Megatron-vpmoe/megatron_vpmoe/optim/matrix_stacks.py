@@ -151,7 +151,7 @@ class Stack:
     def scatter(self, stack_NRX: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
         """Put ``stack_NRX`` back where ``gather`` took it from; nothing to do where that was a view."""
         targets = [segment.in_param(tensors) for segment in self.segments]
-        if len(targets) == 1 and targets[0].data_ptr() == stack_NRX.data_ptr():
+        if len(targets) == 1 and targets[0].dtype == stack_NRX.dtype:
             return
         torch._foreach_copy_(targets, self._slots(stack_NRX))
 

@@ -9,11 +9,13 @@ import torch
 
 RANGES = (
     "forward",
+    "attention",
     "feed_forward",
     "dispatch",
     "router",
     "experts",
     "shared_expert",
+    "loss",
     "backward",
     "optimizer",
     "communication",

@@ -134,7 +134,8 @@ def _forward_step(objective: Objective, totals: dict[str, float], check: Callabl
     real_tokens = totals["tokens/real"]
 
     def loss_of(batch: Batch, count: int, output: ModelOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        result = objective(output, batch, totals)
+        with annotated("loss"):
+            result = objective(output, batch, totals)
         # Filled there: a tensor made here is copied, and a copy waits for all that the device was given.
         num_tokens = torch.full((), count, dtype=torch.int, device=result.loss.device)
         return result.loss * real_tokens, num_tokens, result.metrics
