@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable
-from http.client import HTTPException
+from collections.abc import Callable, Iterator
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_vpmoe.errors import visible
-from megatron_vpmoe.files import inside, move_into_place, read_record, sha256_of_file, sync, write_record
+from megatron_vpmoe.files import inside, move_into_place, naming, read_record, sha256_of_file, sync, write_record
 from megatron_vpmoe.ownership import owned
 from vpmoe.data_curation.rows.hub import RETRY_SECONDS
 from vpmoe.errors import DataError
@@ -84,6 +85,7 @@ def fetch(url: str, sha256: str, path: Path, *, waits: tuple[float, ...] = RETRY
 
     Raises:
         DataError: the server refuses, the connection fails for good, or the hash is another.
+        OSError: the disk does not take it; what it took stays.
     """
     part = path if path.exists() else path.with_name(path.name + ".part")
     if part is not path:
@@ -116,7 +118,7 @@ def _receive(url: str, part: Path, waits: tuple[float, ...]) -> None:
             if error.code < 500:
                 raise _failed(url, error) from error
             failure = error
-        except (OSError, HTTPException) as error:
+        except HTTPException as error:
             failure = error
         arrived = part.exists() and part.stat().st_size > before
         attempt = 0 if arrived else attempt + 1
@@ -128,19 +130,38 @@ def _receive(url: str, part: Path, waits: tuple[float, ...]) -> None:
 def _is_whole_after(url: str, part: Path, before: int) -> bool:
     """Receive the rest behind the first ``before`` bytes, or all anew; False: the connection ended early."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={before}-"} if before else {})
-    with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as answer:
+    with _connection():
+        answer = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
+    with answer:
         if before and answer.status != _PARTIAL_CONTENT:
             before = 0
         length = answer.headers.get("Content-Length")
         expected = None if length is None else before + int(length)
         with (
+            naming(part),
             part.open("ab" if before else "wb") as stream,
             Progress("fetching", expected, unit="MB", scale=1e6, done_before=before) as progress,
         ):
-            while piece := answer.read(_PIECE):
+            while piece := _piece(answer):
                 stream.write(piece)
                 progress.add(len(piece))
     return expected is None or part.stat().st_size == expected
+
+
+def _piece(answer: HTTPResponse) -> bytes:
+    with _connection():
+        return answer.read(_PIECE)
+
+
+@contextlib.contextmanager
+def _connection() -> Iterator[None]:
+    """What fails here is the connection, which may come back; other errors of the system are the disk's."""
+    try:
+        yield
+    except urllib.error.HTTPError:
+        raise
+    except OSError as error:
+        raise HTTPException(str(error)) from error
 
 
 def _failed(url: str, error: Exception) -> DataError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import resource
+import signal
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -121,6 +123,23 @@ def test_a_refusal_is_final_and_names_the_way_out(server: Server, tmp_path: Path
     with pytest.raises((DataError, NotOursError), match="the sha256 is"):
         bundle_folder(target, say=lambda line: None)
     assert (tmp_path / "bundle.zip").read_bytes() == b"mine"
+
+
+def test_a_full_disk_is_told_at_once(server: Server, tmp_path: Path) -> None:
+    """It is no broken connection, which would be waited for; what was received stays."""
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    target = published(server, tmp_path)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, former[1]))
+        with pytest.raises(OSError, match="File too large") as error:
+            fetch(target.url, target.sha256, tmp_path / "b.zip")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert error.value.filename == str(tmp_path / "b.zip.part") and len(server.asked) == 1
+    fetch(target.url, target.sha256, tmp_path / "b.zip")
+    assert (tmp_path / "b.zip").read_bytes() == server.content
 
 
 def test_no_name_leads_out_of_the_folder(server: Server, tmp_path: Path) -> None:
