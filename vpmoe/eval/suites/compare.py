@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_vpmoe.errors import visible
 from vpmoe.errors import DataError
+from vpmoe.eval.suites import folded
 from vpmoe.eval.suites.bootstrap import RESAMPLES, SEED, interval, resampled
 from vpmoe.eval.suites.finished import Finished, Row
 from vpmoe.eval.suites.suite_report import MEASURES, items_file
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 _FREE = ("batch_size", "bf16", "samples", "texts", "dataset", "questions")
 """Settings that leave open what is asked: how it is computed, what is shown, and where the data lie (not what they
 are)."""
+_HEADINGS = ("task", "measure", "A", "B", "B - A", "95 %", "items", "differ", "B is")
+_PARTS = ((1, 2, 3, 6), (4, 5, 7, 8))
 FEWEST = 6
 """Items that have to differ: with fewer not even the exact sign test could tell at 5 %."""
 
@@ -91,7 +94,8 @@ def unlike(former: Finished, later: Finished) -> str | None:
     """Why two reports cannot be held against each other item by item; None: they can."""
     if former.report.suite != later.report.suite:
         return f"one report is of {former.report.suite}, the other of {later.report.suite}"
-    ours, theirs = _asked(former), _asked(later)
+    cut = any(entry.cut != 0 for one in (former, later) for entry in one.report.tasks.values())
+    ours, theirs = (_asked(one, cut) for one in (former, later))
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             return f"settings.{name} differs: {ours.get(name)!r}, {theirs.get(name)!r}"
@@ -99,9 +103,13 @@ def unlike(former: Finished, later: Finished) -> str | None:
     if not any(_of(former.rows, task) and _of(later.rows, task) for task in tasks):
         return "no task of one report is in the other"
     for task in tasks:
-        one, other = (report.report.bundle.get(task, {}).get("sha256") for report in (former, later))
-        if one != other:
-            return f"bundle.{task}.sha256 differs: the items of {task} are others"
+        one, other = ({**report.report.bundle.get(task, {}), "file": None} for report in (former, later))
+        for name in sorted(one.keys() | other.keys()):
+            if one.get(name) != other.get(name):
+                told = f"{one.get(name)!r}, {other.get(name)!r}"
+                return f"bundle.{task}.{name} differs: " + (
+                    f"the items of {task} are others" if name == "sha256" else told
+                )
     for report in (former, later):
         if not items_file(report.path).is_file():
             return f"no items beside {report.path}"
@@ -116,31 +124,24 @@ def _of(rows: Mapping[str, Row], task: str) -> bool:
     return any(part[0] == task for row in rows.values() for part in row.parts)
 
 
-def _asked(finished: Finished) -> dict[str, Any]:
-    """The settings that decide what is asked; where no item was cut, the context decides nothing."""
-    report = finished.report
-    asked = {name: value for name, value in report.settings.items() if name not in _FREE}
-    if all(entry.cut == 0 for entry in report.tasks.values()):
-        asked.pop("context", None)
-    return asked
+def _asked(finished: Finished, cut: bool) -> dict[str, Any]:
+    """The settings that decide what is asked; where neither model had an item cut, the context decides nothing."""
+    free = _FREE if cut else (*_FREE, "context")
+    return {name: value for name, value in finished.report.settings.items() if name not in free}
 
 
 def show(former: Finished, later: Finished, found: Mapping[str, Difference], console: Console) -> None:
     """Print a table of the differences, and what could not be compared."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table("task", title=Text(visible(f"A: {former.label}\nB: {later.label}")), title_justify="left")
-    table.add_column("measure")
-    for heading in ("A", "B", "B - A", "95 %", "items", "differ", "B is"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    rows = []
     for name, one in found.items():
         low, high = one.interval
         values = [f"{report.rows[name].value:.4f}" for report in (former, later)]
         cells = [name, later.rows[name].measure, *values, f"{one.value:+.4f}", f"[{low:+.4f}, {high:+.4f}]"]
-        cells += [str(one.n), str(one.differing), one.verdict]
-        table.add_row(*(Text(visible(cell)) for cell in cells), style="bold" if one.exceeds_noise else "")
-    console.print(table)
+        rows.append(([*cells, str(one.n), str(one.differing), one.verdict], one.exceeds_noise))
+    title = f"A: {former.label}\nB: {later.label}"
+    folded.show(console, title, _HEADINGS, [folded.Group(None, rows)], parts=_PARTS, left=(0, 1))
     for label, report in (("A", former), ("B", later)):
         if alone := [name for name in report.rows if name not in found]:
             console.print(Text(visible(f"not compared, in {label} only: {', '.join(alone)}")), soft_wrap=True)

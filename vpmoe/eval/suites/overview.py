@@ -14,8 +14,10 @@ from megatron_vpmoe.files import read_json, write_atomically
 from vpmoe.errors import DataError
 from vpmoe.eval.plots import along
 from vpmoe.eval.reports import markdown_table
+from vpmoe.eval.suites import folded
 from vpmoe.eval.suites.compare import Difference, differences, unlike
 from vpmoe.eval.suites.finished import Bounds, Finished, Row
+from vpmoe.eval.suites.folded import Group
 from vpmoe.eval.suites.suite_report import KIND
 from vpmoe.steps import MARK, check_replaceable, save_figure, save_page
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _HEADINGS = ("task", "measure", "checkpoint", "n", "value", "95 %", "Δ", "95 % of Δ", "Δ is")
+_SHOWN = ("number of", *_HEADINGS[3:])
+_PARTS = (range(1, 4), range(4, 7))
 _NAMES = ("report.md", "report.html", "report.png")
 _PAGE_WIDTH, _COLUMNS = 140, 4
 _UNPAIRED = "not paired"
@@ -92,27 +96,21 @@ class Overview:
                         pairs[former, place] = {} if fault else differences(mine[former], one)
                     before = None if former is None else mine[former].rows[name]
                     difference = None if former is None else pairs[former, place].get(name)
+                    if former is not None and before is not None and before.parts != one.rows[name].parts:
+                        told = f"{labels[place]} and {labels[former]}, {suite}: {name} is of other tasks or chances"
+                        before, notes[told] = None, None
                     lines.append(Line(suite, name, labels[place], one.rows[name], before, difference))
                     former = place
         return cls(tuple(lines), tuple(notes))
 
     def show(self, console: Console) -> None:
-        """Print a table a suite."""
-        from rich.table import Table
+        """Print a table a suite; on a narrow console two, the numbers and what changed."""
         from rich.text import Text
 
         for suite, lines in groupby(self.lines, lambda line: line.suite):
-            table = Table(title=Text(visible(suite)), title_justify="left")
-            for place, heading in enumerate(_HEADINGS):
-                number = 3 <= place < len(_HEADINGS) - 1
-                table.add_column(heading, justify="right" if number else "left", no_wrap=place > 2)
-            for name, some in groupby(lines, lambda line: line.name):
-                for place, line in enumerate(some):
-                    cells = line.cells if place == 0 else ["", "", *line.cells[2:]]
-                    table.add_row(*map(Text, cells), style="bold" if _told(line) else "")
-                table.add_section()
-                assert name
-            console.print(table)
+            named = groupby(lines, lambda line: line.name)
+            groups = [_group(name, list(some)) for name, some in named]
+            folded.show(console, suite, _SHOWN, groups, parts=_PARTS, left=(0, len(_SHOWN) - 1))
         for note in self.notes:
             console.print(Text(visible(note)), soft_wrap=True)
 
@@ -160,6 +158,12 @@ class Overview:
         save_page(page, self.show, title="evaluation", width=_PAGE_WIDTH, picture=picture)
         write_atomically(markdown, self.markdown().encode())
         return paths
+
+
+def _group(name: str, lines: Sequence[Line]) -> Group:
+    measure = lines[0].row.measure
+    rows = [((f"  {line.cells[2]}", *line.cells[3:]), _told(line)) for line in lines]
+    return Group(name if name.endswith(f".{measure}") else f"{name}, {measure}", rows)
 
 
 def places(folder: Path) -> list[Path]:

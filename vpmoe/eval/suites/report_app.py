@@ -37,7 +37,11 @@ def report(
 
     from vpmoe.eval.suites.overview import Overview, missed, places, read_reports
 
-    floors = dict(_floor(text) for text in fail_below or ())
+    floors: dict[str, float] = {}
+    for task, floor in map(_floor, fail_below or ()):
+        if task in floors:
+            raise ConfigError(f"{task} has two floors", source="--fail-below", remedy="give it one")
+        floors[task] = floor
     found = read_reports(reports or [_REPORTS])
     below = missed(found, floors)
     if output_dir is not None:

@@ -123,6 +123,8 @@ def change(name: str, **values: Any) -> Callable[[dict], None]:
         (change("settings", seed=1), "settings.seed differs: 1337, 1"),
         (change("settings", new=1), "settings.new differs: None, 1"),
         (change("bundle", x={"sha256": "b"}), "bundle.x.sha256 differs"),
+        (change("bundle", x={"sha256": "a", "shots": 3}), "bundle.x.shots differs: None, 3"),
+        (change("bundle", x={"sha256": "a", "file": "elsewhere.jsonl"}), None),
         (lambda report: (report["tasks"]["x"].update(cut=1), report["settings"].update(context=9)), "settings.context"),
         (lambda report: report.update(tasks={"z": {"accuracy": 0.5, "n": 0}}, means={}), "no task of one report"),
         (change("settings", batch_size=9, bf16=True, context=99), None),
@@ -140,6 +142,18 @@ def test_what_cannot_be_paired_is_refused_by_name(edit: Callable, told: str | No
     with pytest.raises(DataError, match=told) as error:
         differences(former, Finished.read(path))
     assert "a.json" in str(error.value) and "b.json" in str(error.value)
+
+
+def test_of_one_context_a_cut_item_hinders_no_comparison(tmp_path: Path) -> None:
+    """Another vocabulary has longer prompts: at the same context both were asked all that they could read."""
+    pair = []
+    for name, cut in (("a", 0), ("b", 1)):
+        path = write_choices(tmp_path / f"{name}.json", name, {"x": flags(0.5, 9, 1 + cut)})
+        report = json.loads(path.read_text())
+        report["settings"]["context"], report["tasks"]["x"]["cut"] = 9, cut
+        path.write_text(json.dumps(report))
+        pair.append(Finished.read(path))
+    assert differences(*pair).keys() == differences(*reversed(pair)).keys() == {"x", "core8_centered_mean"}
 
 
 def test_other_items_are_refused(tmp_path: Path) -> None:

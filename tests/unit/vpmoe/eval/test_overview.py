@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
     write_choices(core8 / "run_10.json", EVIL, {"easy": [True] * 40, "hard": [False] * 40})
     third = write_choices(core8 / "run_11.json", "third", {"easy": [True] * 39})
     report = json.loads(third.read_text())
-    third.write_text(json.dumps({**report, "settings": {**report["settings"], "size": "full"}}))
+    third.write_text(json.dumps({**report, "settings": {**report["settings"], "items": 500}}))
     write_texts(tmp_path / "reports" / "text" / "run_2.json", "second", {"final": [(3.0, 4), (2.0, 5)]})
     (tmp_path / "reports" / "other.json").write_text("{}")
     return tmp_path / "reports"
@@ -37,7 +37,7 @@ def test_everything_is_shown_and_written(folder: Path, capsys: pytest.CaptureFix
     easy = next(row for row in rows if any("script" in cell for cell in row))
     assert "+0.5000" in easy and "better" in easy
     assert any("not paired" in row and "third" in row for row in rows)
-    assert "settings.size differs: 'smoke', 'full'" in told
+    assert "settings.items differs: 50, 500" in told
     assert "core8_centered_mean" in told and "bits_per_byte" in told and "final" in told
     page, markdown = ((folder / "out" / f"report.{kind}").read_text() for kind in ("html", "md"))
     assert "<script" not in page and "&lt;script" in page and 'src="data:image/png;base64,' in page
@@ -50,6 +50,37 @@ def test_everything_is_shown_and_written(folder: Path, capsys: pytest.CaptureFix
     assert (folder / "out" / "report.html").read_bytes() == before
     (folder / "out" / "report.md").write_text("years of work")
     assert main(["eval", "report", str(folder), "--output-dir", str(folder / "out")]) == 2
+
+
+@pytest.mark.parametrize("width", [72, 80, 100, 200])
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_nothing_is_cut_on_a_narrow_terminal(
+    command: str, width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    names = ["lambada_openai", "special_tokens_as_text", "bigbench_repeat_copy_logic"]
+    runs = ["stage1_of_a_long_name, step 2000", "stage2"]
+    paths = [
+        str(write_choices(tmp_path / f"{at}.json", run, {name: [bool(at)] * 9 for name in names}))
+        for at, run in enumerate(runs)
+    ]
+    assert main(["eval", command, *paths]) == 0
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= width and "…" not in told
+    for text in (*names, *runs, "core8_centered_mean", "accuracy", "+1.0000", "better"):
+        assert text in told
+
+
+def test_means_of_other_tasks_have_no_difference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    write_choices(tmp_path / "1.json", "one", {"easy": [True] * 40, "hard": [False] * 40})
+    write_choices(tmp_path / "2.json", "two", {"easy": [True] * 40})
+    assert main(["eval", "report", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "two and one, core8: core8_centered_mean is of other tasks or chances" in told
+    assert told.count("+0.0000") == 1 and "not paired" not in told
 
 
 def test_the_order_is_that_of_the_command_line_and_of_numbers(folder: Path) -> None:
@@ -73,6 +104,8 @@ def test_floors(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert main([*command, floor]) == 2
         assert fault in capsys.readouterr().err
+    assert main([*command, "easy=0.9", "--fail-below", "easy=0.1"]) == 2
+    assert "easy has two floors" in capsys.readouterr().err
 
 
 def test_no_report_and_a_damaged_one(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ def write_choices(path: Path, run: str, answers: Mapping[str, Sequence[bool]], *
     tasks = {
         task: {**shares(sum(some), len(some), CHANCE), "chance": CHANCE, "cut": 0} for task, some in answers.items()
     }
-    settings = {"size": "smoke", "seed": 1337, "context": None, "batch_size": 4, "bf16": False}
+    settings = {"items": 50, "seed": 1337, "context": None, "batch_size": 4, "bf16": False}
     report = {
         **_head(run, "core8", settings),
         "bundle": {task: {"file": f"{task}.jsonl", "sha256": "a"} for task in answers},
