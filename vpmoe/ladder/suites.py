@@ -150,9 +150,10 @@ def _text(part: AskedSuite, settings: Evaluation, say: Say | None) -> RungSuite:
 
 
 def _canaries(part: AskedSuite, settings: Evaluation, say: Say | None) -> RungSuite:
-    options = CanaryOptions.of(part.options, f"evaluation.suites: {part.label}")
+    source = f"evaluation.suites: {part.label}"
+    options = CanaryOptions.of(part.options, source)
     chosen = replace(
-        options.chosen(part.items),
+        options.for_any_form(part.items, source),
         context=options.context or CONTEXT,
         bf16=settings.precision == "bfloat16",
         overwrite=True,

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 SUITE, PINNED, MEAN = "canaries", "pinned", "exact_mean"
 TASKS = (AS_TEXT, COPYING, SPELLED, HARMONY, *FAMILIES, PINNED)
-_OTHERS = (AS_TEXT, HARMONY, PINNED)
+OTHERS = (AS_TEXT, HARMONY, PINNED)
 """Without a right answer that has to be generated."""
 Say = Callable[[str], None]
 
@@ -66,6 +66,7 @@ class Chosen:
         size: of the settings' sizes, or "all".
         items: of each level, whatever the size; None: as the size says.
         tasks: some of :data:`TASKS`; empty: all that the model's vocabulary allows for.
+        leave_out: a named task that the model's vocabulary does not allow for is left out, not refused.
         against: a report of the canaries, or a model, whose pinned answers this one's are held against.
         system, developer, plain: how to ask, see :func:`vpmoe.eval.asking.form_of`.
         max_new_tokens, batch_size: instead of the settings'.
@@ -90,6 +91,7 @@ class Chosen:
     overwrite: bool = False
     items: int | None = None
     quiet: bool = False
+    leave_out: bool = False
 
     def limit(self, settings: Settings) -> int | None:
         """Items of each level; None: all."""
@@ -134,7 +136,7 @@ class Canaries:
         names = known(chosen)
         asked, left_out = _asked(names, settings, chosen.limit(settings)), {}
         if HARMONY in asked and not isinstance(form, AsConversation):
-            if chosen.tasks:
+            if chosen.tasks and not chosen.leave_out:
                 remedy = "leave it out of the tasks" + (", or do not ask plainly" if chosen.plain else "")
                 raise HarmonyError("this model is asked as plain text", source=f"tasks: {HARMONY}", remedy=remedy)
             del asked[HARMONY]
@@ -170,7 +172,7 @@ class Canaries:
     def records(self, scored: Mapping[str, Sequence[Scored]]) -> list[Record]:
         """A line an item."""
         return self.texts + [
-            record_of(name, one, self.form, None if name in _OTHERS else one.exact)
+            record_of(name, one, self.form, None if name in OTHERS else one.exact)
             for name, answers in scored.items()
             for one in answers
         ]
@@ -178,7 +180,7 @@ class Canaries:
     def numbers(self, records: Sequence[Record]) -> dict[str, Any]:
         """Of a report: ``tasks``, and of those with right answers the mean, ``exact_mean``."""
         entries = entries_of(records, self.settings.max_new_tokens)
-        exact = {name: {**entry, "chance": 0.0} for name, entry in entries.items() if name not in _OTHERS}
+        exact = {name: {**entry, "chance": 0.0} for name, entry in entries.items() if name not in OTHERS}
         return {"tasks": entries, **(suite_report.means({MEAN: tuple(exact)}, exact, records) if exact else {})}
 
 
@@ -237,7 +239,7 @@ def known(chosen: Chosen) -> tuple[str, ...]:
 
 def _asked(names: Iterable[str], settings: Settings, count: int | None) -> dict[str, list[Question]]:
     """The questions of each task whose answers are generated, in the order of :data:`TASKS`."""
-    right = {name: questions_of(name, count) for name in TASKS if name in names and name not in _OTHERS}
+    right = {name: questions_of(name, count) for name in TASKS if name in names and name not in OTHERS}
     rows = ({"synth_id": name, "query": text, "exercise": PINNED} for name, text in settings.pinned.items())
     pinned = [Question({**row, "constraints": PINNED, "synthetic_answer": ""}) for row in rows]
     drawn = [question for name in FAMILIES if HARMONY in names for question in questions_of(name, count)[:count]]
@@ -280,7 +282,7 @@ def _settings_entry(canaries: Canaries, chosen: Chosen, opened: Opened) -> dict[
     return {
         "form": canaries.form.entry["form"],
         "pinned_sha256": sha256_of_json(settings.pinned),
-        "size": chosen.size if chosen.items is None else f"{chosen.items} items",
+        "items": chosen.limit(settings),
         "max_new_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,
         "seed": settings.seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -60,6 +61,21 @@ class CanaryOptions(SuiteOptions):
     def chosen(self, items: int | None) -> canaries.Chosen:
         """With a budget of items."""
         return canaries.Chosen(**self.model_dump(exclude={"config"}), items=items)
+
+    def for_any_form(self, items: int | None, source: str) -> canaries.Chosen:
+        """The same of models in any form: of one that is asked as plain text, Harmony is left out.
+
+        Raises:
+            ConfigError: Harmony is named where all are asked plainly, or without a task that has right answers: then
+                there would be no number that one as plain text has too.
+        """
+        if canaries.HARMONY in self.tasks and (self.plain or set(self.tasks) <= {*canaries.OTHERS}):
+            what = "there is none where all are asked as plain text" if self.plain else "not each model has it"
+            remedy = (
+                "leave it out of the tasks" if self.plain else "name a task with right answers too, such as copying"
+            )
+            raise ConfigError(f"{canaries.HARMONY}: {what}", source=f"{source}: tasks", remedy=remedy)
+        return replace(self.chosen(items), leave_out=True)
 
 
 class TextOptions(SuiteOptions):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_vpmoe.errors import ConfigError
 from tests.unit.vpmoe.ladder.tiny_ladder import write_ladder
 from vpmoe.cli import main
 from vpmoe.errors import NotOursError, UpcycleError
@@ -57,6 +58,8 @@ def test_climbing_twice_does_nothing_the_second_time(ladder: Path, monkeypatch: 
     assert (written["settings"]["window"], written["tasks"]["text"]["n"]) == (24, 5)
     assert step["suites"]["canaries"]["form"] == "text" and step["suites"]["canaries"]["pinned"] is None
     assert step["suites"]["canaries"]["numbers"].keys() >= {"copying/accuracy", "pinned/repetition"}
+    canaries = json.loads((folder / "eval" / "canaries" / "model" / "model.json").read_text())
+    assert canaries["left_out"] == {"harmony": "asked as plain text"} and "harmony" not in canaries["tasks"]
     assert step["suites"]["core8"]["numbers"].keys() >= {"colors/accuracy", "last_word/centered"}
 
     monkeypatch.setattr(module, "evaluate", never)
@@ -141,6 +144,23 @@ def test_pinned_answers_are_held_against_the_object_below(tmp_path: Path) -> Non
         "- canaries, pinned answers of `talk`: not compared with those of `old`, which was asked otherwise (form or "
         "messages)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ('tasks = ["harmony", "copying"], plain = true', "harmony: there is none where all are asked as plain text"),
+        ('tasks = ["harmony", "pinned"]', "harmony: not each model has it"),
+    ],
+)
+def test_harmony_that_some_rungs_cannot_be_asked_is_refused_at_once(
+    options: str, told: str, tmp_path: Path, repository: Path
+) -> None:
+    path = write_ladder(tmp_path, repository)
+    path.write_text(path.read_text().replace('tasks = ["copying", "harmony", "pinned"]', options))
+    with pytest.raises(ConfigError, match=told) as error:
+        climb(Request(path, quiet=True), lambda line: None)
+    assert "evaluation.suites: canaries: tasks" in str(error.value) and not (tmp_path / "model").exists()
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ options = {{ texts = "{root}/texts/test.jsonl", window = 24 }}
 [[evaluation.suites]]
 suite = "canaries"
 items = 1
-options = {{ config = "{root}/canaries.toml", tasks = ["copying", "pinned"] }}
+options = {{ config = "{root}/canaries.toml", tasks = ["copying", "harmony", "pinned"] }}
 [objects.model_hf]
 rung = 0
 [objects.model]
