@@ -108,6 +108,9 @@ class VpmoeLM(LM):
         before = self._ids(context) or [self._tokenizer.eod_id]
         whole = self._ids(context + continuation)
         after = whole[len(before) :] if context else whole
+        if not after:
+            what = f"the continuation {continuation!r} adds no token to its context"
+            raise DataError(what, source="lm-eval's task", remedy="leave the task out, or mend its targets")
         return Request.of([*before, *after], len(before), len(after), self.context + 1)
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:

@@ -53,6 +53,9 @@ def test_likelihoods_and_generation(run_directory: Path) -> None:
             expected = log_p(ids[:-after], ids[-after:])
             assert found == (pytest.approx(expected[0], abs=1e-4), expected[1])
 
+        with pytest.raises(DataError, match="'' adds no token"):
+            lm.loglikelihood(instances("loglikelihood", [("One", "")]))
+
         texts = [("One and two are three. " * 4,), ("",), ("x",)]
         rolling = lm.loglikelihood_rolling(instances("loglikelihood_rolling", texts))
         first = encode(texts[0][0]).tolist()
