@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,33 @@ TASKS = {
     "last_word": ("language_modeling", 0, None, 0),
     "questions": ("language_modeling", 2, "\nAnswer: ", 0),
 }
+_ANSWER = "\nAnswer: "
+_CHOICE, _SCHEMA, _MODELLING = "multiple_choice", "schema", "language_modeling"
+CORE = {
+    "hellaswag_zeroshot": (_CHOICE, 0, None, 25),
+    "jeopardy": (_MODELLING, 10, _ANSWER, 0),
+    "bigbench_qa_wikidata": (_MODELLING, 10, None, 0),
+    "arc_easy": (_CHOICE, 10, _ANSWER, 25),
+    "arc_challenge": (_CHOICE, 10, _ANSWER, 25),
+    "copa": (_CHOICE, 0, None, 50),
+    "commonsense_qa": (_CHOICE, 10, None, 20),
+    "piqa": (_CHOICE, 10, _ANSWER, 50),
+    "openbook_qa": (_CHOICE, 0, None, 25),
+    "lambada_openai": (_MODELLING, 0, None, 0),
+    "hellaswag": (_CHOICE, 10, None, 25),
+    "winograd": (_SCHEMA, 0, None, 50),
+    "winogrande": (_SCHEMA, 0, None, 50),
+    "bigbench_dyck_languages": (_MODELLING, 10, None, 0),
+    "agi_eval_lsat_ar": (_CHOICE, 3, None, 25),
+    "bigbench_cs_algorithms": (_MODELLING, 10, None, 0),
+    "bigbench_operators": (_MODELLING, 10, None, 0),
+    "bigbench_repeat_copy_logic": (_MODELLING, 10, None, 0),
+    "squad": (_MODELLING, 10, None, 0),
+    "coqa": (_MODELLING, 0, None, 0),
+    "boolq": (_CHOICE, 10, _ANSWER, 62),
+    "bigbench_language_identification": (_CHOICE, 10, None, 25),
+}
+"""The 22 tasks of CORE: kind, examples, what stands before an answer, and the percentage of guessing."""
 
 
 def items_of(kind: str, count: int) -> list[dict[str, Any]]:
@@ -34,17 +62,29 @@ def items_of(kind: str, count: int) -> list[dict[str, Any]]:
     return items
 
 
-def write_bundle(folder: Path, count: int = 12, *, without: str = "") -> Path:
-    """The folder; ``without``: a task whose items are left out."""
+def write_bundle(
+    folder: Path,
+    count: int = 12,
+    *,
+    without: str = "",
+    tasks: Mapping[str, tuple[str, int, str | None, int]] = TASKS,
+) -> Path:
+    """The folder; ``without``: a task whose items are left out. Entries have keys of other harnesses, as the public."""
     entries = []
-    for name, (kind, shots, delimiter, _) in TASKS.items():
-        entry = {"label": name, "dataset_uri": f"some/{name}.jsonl", "num_fewshot": [shots], "icl_task_type": kind}
+    for name, (kind, shots, delimiter, _) in tasks.items():
+        entry: dict[str, Any] = {
+            "label": name,
+            "dataset_uri": f"some/{name}.jsonl",
+            "num_fewshot": [shots],
+            "icl_task_type": kind,
+        }
+        entry |= {"has_categories": True} if name == "jeopardy" else {}
         entries.append(entry if delimiter is None else {**entry, "continuation_delimiter": delimiter})
         path = folder / "eval_data" / "some" / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         if name != without:
             path.write_text("".join(json.dumps(item) + "\n" for item in items_of(kind, count)))
     (folder / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": entries}))
-    table = "".join(f"{name},{chance}\n" for name, (*_, chance) in TASKS.items())
+    table = "".join(f"{name},{chance}\n" for name, (*_, chance) in tasks.items())
     (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\n" + table)
     return folder

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_vpmoe.files import sha256_of_file
 from tests import training_runs
+from tests.suites_in_training import CORE8
 from tests.tiny import ROOT
 from tests.tiny_core_bundle import TASKS, write_bundle
 from tests.tiny_student import write_student, write_vocabulary
@@ -29,20 +35,26 @@ def by_processes(script: str, output: Path, *words: str) -> list[tuple[Any, list
     """Report, items and what was told, of one process and of two."""
     found = []
     for processes in ("1", "2"):
-        done = subprocess.run(
-            [str(ROOT / "scripts" / "eval" / script), *words, "--output", str(output), "--overwrite"],
-            env={**os.environ, **training_runs.ENVIRONMENT, "NPROC": processes},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            cwd=ROOT,
-        )
-        assert done.returncode == 0, done.stderr
-        report = json.loads(output.read_text())
-        assert report["machine"]["processes"] == int(processes)
+        report, told = command(script, output, processes, *words)
         lines = output.with_suffix(".items.jsonl").read_text().splitlines()
-        found.append((report, [json.loads(line) for line in lines], done.stdout))
+        found.append((report, [json.loads(line) for line in lines], told))
     return found
+
+
+def command(script: str, output: Path, processes: str, *words: str) -> tuple[Any, str]:
+    """The report, and what was told."""
+    done = subprocess.run(
+        [str(ROOT / "scripts" / "eval" / script), *words, "--output", str(output), "--overwrite"],
+        env={**os.environ, **training_runs.ENVIRONMENT, "NPROC": processes},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(output.read_text())
+    assert report["machine"]["processes"] == int(processes)
+    return report, done.stdout
 
 
 def test_two_processes_write_what_one_does(model: Path, tmp_path: Path) -> None:
@@ -56,6 +68,26 @@ def test_two_processes_write_what_one_does(model: Path, tmp_path: Path) -> None:
     for left, right in zip(items, same, strict=True):
         assert left.pop("log_likelihoods") == pytest.approx(right.pop("log_likelihoods"), abs=1e-5)
         assert left == right
+
+
+def test_two_processes_fetch_the_bundle_once(model: Path, tmp_path: Path) -> None:
+    """One fetches, the other waits for it; neither is refused because the other is at it."""
+    (tmp_path / "served").mkdir()
+    archive = shutil.make_archive(str(tmp_path / "served" / "b"), "zip", write_bundle(tmp_path / "bundle", 3))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        settings = CORE8.replace("localhost/bundle.zip", f"127.0.0.1:{server.server_port}/b.zip")
+        settings = settings.replace("0" * 64, sha256_of_file(Path(archive)))
+        found = []
+        for number in "12":
+            folder = tmp_path / f"data{number}"
+            (tmp_path / "core8.toml").write_text(settings.replace("no_bundle_here", str(folder)))
+            words = [str(model), "--config", str(tmp_path / "core8.toml")]
+            found.append(command("run_core8.sh", tmp_path / f"{number}.json", number, *words)[0])
+            assert (folder / "core.yaml").is_file()
+        server.shutdown()
+    assert found[0]["centered_mean"] == found[1]["centered_mean"]
 
 
 def test_two_processes_generate_what_one_does(model: Path, tmp_path: Path) -> None:

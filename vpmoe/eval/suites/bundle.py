@@ -6,7 +6,7 @@ import csv
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -29,7 +29,7 @@ class Task(BaseModel):
     name: str = Field(alias="label")
     uri: str = Field(alias="dataset_uri")
     kind: Kind = Field(alias="icl_task_type")
-    shots: tuple[int, ...] = Field(alias="num_fewshot", min_length=1)
+    shots: tuple[Annotated[int, Field(ge=0)], ...] = Field(alias="num_fewshot", min_length=1)
     """Solved examples before each item; the first number counts."""
     delimiter: str = Field(" ", alias="continuation_delimiter")
     """Between a question and its answer."""
@@ -58,9 +58,11 @@ class Bundle:
                 task = Task.model_validate({**entry, "chance": chance.get(task.name, 0.0)})
             except ValidationError as error:
                 faults = "; ".join(stored_faults(error))
-                raise DataError(f"a task cannot be read: {faults}", source=str(folder / TASKS)) from error
+                raise self._fault(f"the task {entry.get('label')!r} cannot be read: {faults}", TASKS) from error
             if task.name not in chance:
                 raise self._fault(f"there is no random baseline of {task.name}", BASELINES)
+            if task.name in self.tasks:
+                raise self._fault(f"two tasks are called {task.name}", TASKS)
             self.tasks[task.name] = task
 
     def _fault(self, what: str, name: str) -> DataError:
@@ -78,7 +80,7 @@ class Bundle:
         except (yaml.YAMLError, RecursionError) as error:
             raise self._fault(f"this is no YAML: {error}", TASKS) from error
         entries = read.get("icl_tasks") if isinstance(read, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
             raise self._fault("there is no list of tasks under icl_tasks", TASKS)
         return entries
 

@@ -7,6 +7,7 @@ centered so that chance is 0 and perfection 1.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from vpmoe.eval.suites.likelihoods import Likelihood, likelihoods
 from vpmoe.eval.suites.prompts import Asked, ask
 from vpmoe.eval.suites.suite_settings import ALL, SizedSettings
 from vpmoe.progress import Progress
+from vpmoe.weights.geometry import process_groups
 
 if TYPE_CHECKING:
     from megatron_vpmoe.model.gpt import VPModel
@@ -104,11 +106,16 @@ class Items:
         return cls(bundle, of_task, settings.shot_seed)
 
     @property
-    def files(self) -> dict[str, dict[str, str]]:
-        """The file of each task and its sha256."""
+    def files(self) -> dict[str, dict[str, Any]]:
+        """The file of each task, its sha256, and what the bundle says of how it is asked and scored."""
         return {
-            name: {"file": self.bundle.tasks[name].uri, "sha256": sha256_of_file(self.bundle.file_of(name))}
-            for name in self.of_task
+            name: {
+                "file": task.uri,
+                "sha256": sha256_of_file(self.bundle.file_of(name)),
+                **task.model_dump(include={"kind", "delimiter", "chance"}),
+                "shots": task.shots[0],
+            }
+            for name, task in ((name, self.bundle.tasks[name]) for name in self.of_task)
         }
 
     def asked(self, name: str, tokenizer: Tokenizer, context: int | None) -> list[Asked]:
@@ -150,9 +157,12 @@ def evaluate(path: Path, settings: Settings, chosen: Chosen, *, say: Say) -> dic
     """
     started = time.perf_counter()
     require_folder(path)
-    folder = chosen.bundle or bundle_folder(settings.bundle, say=say)
-    items = Items.read(folder, chosen.tasks or settings.tasks, chosen.limit(settings), settings)
-    with open_model(path, bf16=chosen.bf16) as opened:
+    limit = chosen.limit(settings)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(process_groups())  # processes that torchrun has started wait for the first one's fetching
+        folder = chosen.bundle or distributed.from_rank_0(lambda: bundle_folder(settings.bundle, say=say))
+        items = Items.read(folder, chosen.tasks or settings.tasks, limit, settings)
+        opened = stack.enter_context(open_model(path, bf16=chosen.bf16))
         output = suite_report.output_for(SUITE, opened, chosen.output, overwrite=chosen.overwrite)
         context = chosen.context or opened.context
         rows = chosen.batch_size or settings.batch_size
@@ -238,14 +248,14 @@ def summary_lines(report: Mapping[str, Any]) -> str:
     """The report as a few lines."""
     lines = [line_of(name, entry) for name, entry in report["tasks"].items()]
     name, mean = next(iter(report["means"].items()))
-    low, high = mean["interval"]
-    numbers = f"{mean['value']:.4f} [{low:.3f}, {high:.3f}]"
+    bounds = "" if mean["interval"] is None else " [{:.3f}, {:.3f}]".format(*mean["interval"])
+    numbers = f"{mean['value']:.4f}{bounds}"
     return "\n".join([*lines, f"{name:<24}{numbers} of {report['checkpoint']['run']}, {report['wall_seconds']:.1f} s"])
 
 
 def _settings_entry(settings: Settings, chosen: Chosen, context: int | None, opened: Opened) -> dict[str, Any]:
     return {
-        "size": chosen.size if chosen.items is None else f"{chosen.items} items",
+        "items": chosen.limit(settings),
         "seed": settings.seed,
         "shot_seed": settings.shot_seed,
         "context": context,

@@ -44,7 +44,7 @@ class Mean(BaseModel):
 
     tasks: list[str] = Field(min_length=1)
     value: FiniteFloat
-    interval: Bounds
+    interval: Bounds | None
 
 
 class Report(BaseModel):

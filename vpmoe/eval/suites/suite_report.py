@@ -118,6 +118,8 @@ def means(
 ) -> dict[str, Any]:
     """The means of a report whose tasks are all there, with 95 % intervals; and each one's value, else None, by name.
 
+    The interval is None where a task has one item alone: what another one would give nobody can say.
+
     Args:
         of: the tasks of each mean.
         entries: of the tasks that were evaluated; with ``centered`` and ``chance``.
@@ -131,7 +133,9 @@ def means(
         name: {
             "tasks": list(tasks),
             "value": float(np.mean([entries[task]["centered"] for task in tasks])),
-            "interval": interval(np.mean([drawn[task] for task in tasks], axis=0)),
+            "interval": interval(np.mean([drawn[task] for task in tasks], axis=0))
+            if all(entries[task]["n"] > 1 for task in tasks)
+            else None,
         }
         for name, tasks in of.items()
         if set(tasks) <= entries.keys()

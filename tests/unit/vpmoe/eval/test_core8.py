@@ -14,7 +14,7 @@ from megatron_vpmoe.model.attention.masks import left_padded
 from megatron_vpmoe.model.builder import build_model
 from ref.core_scoring import score_item
 from tests.tiny import tiny_config
-from tests.tiny_core_bundle import TASKS, WORDS, write_bundle
+from tests.tiny_core_bundle import CORE, TASKS, WORDS, write_bundle
 from tests.tiny_qwen3 import write_qwen3
 from tests.tiny_student import write_student, write_vocabulary
 from vpmoe.cli import main
@@ -22,6 +22,7 @@ from vpmoe.eval.open_model import open_model
 from vpmoe.eval.suites.bundle import Bundle, Task, drawn, examples
 from vpmoe.eval.suites.core8 import ask_all, score
 from vpmoe.eval.suites.prompts import ask
+from vpmoe.eval.suites.suite_report import centered
 from vpmoe.tokenizer import CompactVocabulary, Tokenizer
 from vpmoe.tokenizer.bpe import save_bpe, train_bpe
 from vpmoe.tokenizer.hf_directory import HFDirectory
@@ -135,6 +136,37 @@ def test_batch_and_selection_change_nothing(
         assert one == other
 
 
+@pytest.mark.slow
+def test_all_22_tasks_of_core_and_its_mean(models: dict[str, Path], settings: Path, tmp_path: Path) -> None:
+    """With as many items as examples and one: the mean is of all, the settings' own stays empty."""
+    bundle = write_bundle(tmp_path / "core", 11, tasks=CORE)
+    report, items = run(models["compact"], bundle, settings, tmp_path / "r.json", "--tasks", "all", "--size", "all")
+    assert list(report["tasks"]) == list(CORE) and len(CORE) == 22 and len(items) == 22 * 11
+    for name, (kind, shots, _, chance) in CORE.items():
+        entry = report["tasks"][name]
+        assert (entry["kind"], entry["shots"], entry["chance"]) == (kind, shots, chance / 100)
+        assert entry["centered"] == pytest.approx((entry["accuracy"] - chance / 100) / (1 - chance / 100))
+    mean = sum(entry["centered"] for entry in report["tasks"].values()) / 22
+    assert report["centered_mean"] == pytest.approx(mean) and report["core8_centered_mean"] is None
+    assert report["bundle"]["jeopardy"].items() >= {"shots": 10, "delimiter": "\nAnswer: ", "chance": 0.0}.items()
+
+
+def test_published_accuracies_give_the_published_mean() -> None:
+    """Those of Qwen3-0.6B with 50 items, as docs/eval_suite.md quotes them."""
+    published = {"arc_easy": 0.64, "arc_challenge": 0.42, "hellaswag": 0.40, "lambada_openai": 0.0}
+    published |= {"boolq": 0.78, "commonsense_qa": 0.66, "piqa": 0.72, "winogrande": 0.60}
+    mean = sum(centered(share, CORE[name][3] / 100) for name, share in published.items()) / 8
+    assert mean == pytest.approx(0.3228, abs=5e-5)
+
+
+@pytest.mark.slow
+def test_of_one_item_a_task_the_mean_has_no_interval(models: dict[str, Path], settings: Path, tmp_path: Path) -> None:
+    bundle, output = write_bundle(tmp_path / "one", 1), tmp_path / "r.json"
+    report, _ = run(models["compact"], bundle, settings, output)
+    assert report["means"]["centered_mean"]["interval"] is None and report["tasks"]["plain"]["interval"][1] > 0.5
+    assert main(["eval", "report", str(output)]) == 0
+
+
 @pytest.fixture(scope="module")
 def vocabularies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     folder, full = tmp_path_factory.mktemp("vocabularies"), load_o200k_harmony()
@@ -238,6 +270,24 @@ def test_an_item_of_another_form_is_named(name: str, line: str, told: str, tmp_p
     with pytest.raises(DataError, match=told) as error:
         Bundle(folder).read(name)
     assert f"{name}.jsonl:13" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("label: plain", "label: colors", "two tasks are called colors"),
+        ("  - 3", "  - -3", "the task 'colors' cannot be read: num_fewshot"),
+        ("icl_task_type: schema", "icl_task_type: other", "the task 'schemas' cannot be read: icl_task_type"),
+        ("icl_tasks:", "icl_tasks: []\nothers:", "there is no list of tasks"),
+    ],
+)
+def test_a_task_of_another_form_is_named(old: str, new: str, told: str, tmp_path: Path) -> None:
+    path = write_bundle(tmp_path) / "core.yaml"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(DataError, match=told) as error:
+        Bundle(tmp_path)
+    assert "core.yaml" in str(error.value) and "--bundle" in str(error.value)
 
 
 @pytest.mark.slow
