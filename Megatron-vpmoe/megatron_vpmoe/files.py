@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,6 +22,7 @@ RECEIPT = "receipt.json"
 """In a folder that a keyed step made: a record (:func:`write_record`) of its files, with their hashes."""
 Tell = Callable[[int], object]
 _PIECE_BYTES = 1 << 20
+_HASHING_THREADS = 8
 DEEPEST = 100
 """Levels of a document: far below what Python can recurse into; deeper ones could be read, and then not walked."""
 _ESCAPED = "backslashreplace"  # what UTF-8 has no bytes for (a file's name that is not UTF-8): as JSON escapes it
@@ -232,29 +234,43 @@ def file_entry(path: Path, tell: Tell | None = None) -> dict[str, Any]:
 def list_files(folder: Path, *, leave_out: Collection[str] = ()) -> dict[str, dict[str, Any]]:
     """Path relative to ``folder`` -> ``file_entry`` of every file below it, those under ``leave_out`` left out."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    named = {file.relative_to(folder): file for file in files}
-    return {name.as_posix(): file_entry(file) for name, file in named.items() if name.parts[0] not in leave_out}
+    files = [file for file in files if file.relative_to(folder).parts[0] not in leave_out]
+    return {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": digest}
+        for file, digest in zip(files, _hashes(files), strict=True)
+    }
+
+
+def _hashes(files: Sequence[Path], tell: Tell | None = None) -> Iterator[str]:
+    """``sha256_of_file`` of each, several at a time unless somebody is told."""
+    if tell is not None or len(files) < 2:
+        yield from (sha256_of_file(file, tell) for file in files)
+        return
+    with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1, _HASHING_THREADS)) as threads:
+        yield from threads.map(sha256_of_file, files)
 
 
 def first_damage(
     folder: Path, files: Mapping[str, Mapping[str, Any]], *, check_hashes: bool, tell: Tell | None = None
 ) -> str | None:
-    """The first file that is not as it was listed; None if all are.
+    """The first file that is not as it was listed; None if all are. Names and sizes come before contents.
 
     Args:
         files: from ``list_files``, or with ``sha256`` alone.
         check_hashes: compare contents, not only names and sizes.
         tell: as for :func:`sha256_of_file`.
     """
+    paths: dict[str, Path] = {}
     for name, expected in files.items():
         try:
-            file = inside(folder, name)
+            file = paths[name] = inside(folder, name)
         except DataError as error:
             return error.what
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != expected.get("bytes", file.stat().st_size):
             return f"{name} has {file.stat().st_size} bytes, {expected['bytes']} were written"
-        if check_hashes and sha256_of_file(file, tell) != expected["sha256"]:
+    for name, digest in zip(paths, _hashes(list(paths.values()), tell), strict=True) if check_hashes else ():
+        if digest != files[name]["sha256"]:
             return f"{name} does not have the sha256 that was written"
     return None

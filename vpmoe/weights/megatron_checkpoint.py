@@ -90,7 +90,7 @@ def write_checkpoint(
         the checkpoint's directory, and name -> ``tensor_sha256``.
     """
     prepare()
-    from megatron_vpmoe.training import checkpoint, torch_dist
+    from megatron_vpmoe.training import checkpoint, checkpoint_part
 
     final = checkpoint_in(directory)
     stored = _under_keys(weights, run_state)
@@ -101,12 +101,12 @@ def write_checkpoint(
     shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in stored.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is.*")
-        writer = torch_dist.Writer(str(partial), thread_count=1)
+        writer = checkpoint_part.Writer(str(partial), thread_count=1)
         try:
             save_plan(shapes, storage_writer=writer, planner=planner, no_dist=True)
         except CheckpointException as error:  # around what went wrong with a tensor or the disk
             raise error.failures[0][0] from error
-    torch_dist.write_common(partial, {"content_metadata": checkpoint.METADATA})
+    checkpoint_part.write_common(partial, {"content_metadata": checkpoint.METADATA})
     for asset in assets:
         (partial / checkpoint.ASSETS).mkdir(exist_ok=True)
         shutil.copyfile(asset, partial / checkpoint.ASSETS / asset.name)

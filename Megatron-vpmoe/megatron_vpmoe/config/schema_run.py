@@ -215,6 +215,8 @@ class CheckpointSection(Section):
 
     save_interval: Count | None = None
     """Iterations between checkpoints; null: only at the end of the run and on a signal."""
+    async_save: bool = True
+    """Copy what is saved to the host's memory and write it while training goes on; false: training waits."""
     keep_last: Count = 2
     """Newest checkpoints to keep."""
     keep_every: Count | None = None

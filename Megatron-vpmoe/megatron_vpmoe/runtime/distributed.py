@@ -128,11 +128,16 @@ def on_every_rank(make: Callable[[], T]) -> T:
 
 def first_failure(failure: BaseException | None) -> BaseException | None:
     """Of what ranks have met the first one's, on every rank; a collective."""
-    met = [failure]
-    if world_size() > 1:
-        met = [None] * world_size()
-        dist.all_gather_object(met, portable(failure))
+    met = [failure] if world_size() == 1 else gathered(portable(failure))
     return next((each for each in met if each is not None), None)
+
+
+def gathered(value: T) -> list[T]:
+    """What each rank passes, in order, on every rank; a collective. Small objects only."""
+    every = [value] * world_size()
+    if len(every) > 1:
+        dist.all_gather_object(every, value)
+    return every
 
 
 def portable(failure: BaseException | None) -> BaseException | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,12 +31,16 @@ from megatron_vpmoe.training.checkpoint_files import (
     open_checkpoint,
     seal,
 )
+from megatron_vpmoe.training.checkpoint_part import Part, Written
+from megatron_vpmoe.training.saving import Saving
 
 __all__ = [
     "ASSETS",
     "Carried",
     "Found",
+    "Saving",
     "begin",
+    "begin_save",
     "find_newest",
     "load",
     "load_arrays",
@@ -71,7 +78,12 @@ class Carried:
         return cls(state, {file.name: file.read_bytes() for file in files})
 
 
-def save(
+def save(directory: Path, run_state: dict[str, Any], *state: Any, **options: Any) -> Path:
+    """``begin_save``, waited for: write one checkpoint; a collective. Returns its directory."""
+    return begin_save(directory, run_state, *state, **options).wait()
+
+
+def begin_save(
     directory: Path,
     run_state: dict[str, Any],
     model: Any,
@@ -80,11 +92,13 @@ def save(
     *,
     arrays: Mapping[str, NDArray[Any]] | None = None,
     carried: Carried | None = None,
-) -> Path:
-    """Write one checkpoint; a collective. Returns its directory.
+    copy: bool = False,
+    then: Callable[[Path], list[str]] = lambda _: [],
+) -> Saving:
+    """Begin to write one checkpoint; a collective.
 
-    Written under a temporary name, fsynced, renamed; then the tracker moves. A crash at any moment leaves the older
-    checkpoints as they were.
+    Written under a temporary name, each rank's file hashed by its rank, fsynced, renamed; then the tracker moves. A
+    crash at any moment leaves the older checkpoints as they were.
 
     Args:
         directory: ``<run_dir>/checkpoints``.
@@ -94,7 +108,10 @@ def save(
         scheduler: an OptimizerParamScheduler.
         arrays: what of the state is too large for JSON, the same on every rank; rank 0 writes it.
         carried: from the checkpoint that the run started from.
+        copy: the state may change when this has returned; otherwise once the checkpoint stands.
+        then: called on rank 0 with the checkpoint that stands; returns lines for the log.
     """
+    began = time.perf_counter()
     final = directory / f"iter_{run_state['iteration']:07d}"
     partial = Path(distributed.from_rank_0(lambda: str(begin(final))))
     model_state = model.sharded_state_dict(metadata=dict(METADATA))
@@ -104,22 +121,27 @@ def save(
         "scheduler": scheduler.state_dict(),
         "rng": _rng_object(rng_state()),
     }
+    beside = {f"{ASSETS}/{name}": content for name, content in (carried.assets if carried else {}).items()}
+    if arrays:
+        stream = io.BytesIO()
+        np.savez(stream, **cast(Any, arrays))
+        beside[ARRAYS] = stream.getvalue()
+    described = deepcopy({**run_state, **(carried.state if carried else {})})
 
-    def finish() -> None:
-        for name, content in carried.assets.items() if carried else ():
-            write_atomically(partial / ASSETS / name, content)
-        if arrays:
-            np.savez(partial / ARRAYS, **cast(Any, arrays))
-        seal(partial, final, {**run_state, **(carried.state if carried else {})})
+    def finish(written: Sequence[Written]) -> list[str]:
+        part.finish(written)
+        for name, content in beside.items():
+            write_atomically(partial / name, content)
+        seal(partial, final, described, {name: entry for each in written for name, entry in each.files.items()})
+        return then(final)
 
     try:
-        torch_dist.write(partial, state, dict(METADATA))
-        distributed.from_rank_0(finish)
+        part = Part(partial, state, dict(METADATA), copy=copy)
     except VpmoeError:  # on every rank
         if distributed.rank() == 0:
             give_up(partial)
         raise
-    return final
+    return Saving(run_state["iteration"], final, part, finish, lambda: give_up(partial), began=began)
 
 
 def load(found: Found, model: Any, optimizer: Any = None, scheduler: Any = None) -> None:

@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.files import first_damage, json_bytes, list_files, read_json, sync, write_atomically
 from megatron_vpmoe.runtime import distributed
+from megatron_vpmoe.training.checkpoint_hashes import first_damaged
 
 ASSETS = "assets"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -33,7 +35,7 @@ RUN_STATE = "run_state.json"
 ARRAYS = "position.npz"
 _NAME = re.compile(r"iter_(\d{7,})")
 _SET_ASIDE = re.compile(r"iter_\d{7,}\.damaged(\.\d+)?")
-_REMOVABLE = re.compile(r"iter_\d{7,}\.(partial|pruned)")
+REMOVABLE = re.compile(r"iter_\d{7,}\.(partial|pruned)")
 # Every file that a save writes: torch_dist's, ours, and the beginnings of ours.
 _WRITTEN = re.compile(
     r"__\d+_\d+\.distcp|\.metadata|common\.pt|(metadata|run_state|files)\.json|position\.npz|assets/.+|\..+\.tmp"
@@ -73,10 +75,7 @@ def read_checkpoint(path: Path, *, check_hashes: bool = True) -> Found:
     if path.is_dir():
         files = read_json(path / FILES, error=CheckpointError, remedy=_REMEDY)
         reason = _wrong_list(files)
-        try:
-            reason = reason or first_damage(path, files, check_hashes=check_hashes)
-        except (OSError, ValueError) as error:
-            reason = f"a file cannot be read: {error}"
+        reason = reason or _first_damage(path, files, check_hashes=check_hashes)
     if reason is None:
         state = read_json(path / RUN_STATE, error=CheckpointError, remedy=_REMEDY)
         faults = [name for name in ("iteration", "world_size") if type(state.get(name)) is not int]
@@ -87,6 +86,14 @@ def read_checkpoint(path: Path, *, check_hashes: bool = True) -> Found:
     if reason is not None:
         raise CheckpointError(f"unusable checkpoint: {reason}", source=str(path), remedy=_REMEDY)
     return Found(path, state)
+
+
+def _first_damage(path: Path, files: dict[str, Any], *, check_hashes: bool) -> str | None:
+    try:
+        reason = first_damage(path, files, check_hashes=False)
+    except (OSError, ValueError) as error:
+        reason = f"a file cannot be read: {error}"
+    return first_damaged(path, files) if reason is None and check_hashes else reason
 
 
 _REMEDY = "choose another one, or restore its files from a copy"
@@ -118,7 +125,7 @@ def find_newest(directory: Path, *, check_hashes: bool = True) -> tuple[Found | 
         CheckpointError: ``directory`` is there and cannot be read.
     """
     damaged: list[Damaged] = []
-    for path in _by_age(directory):
+    for path in by_age(directory):
         reason = damage(path, check_hashes=check_hashes)
         if reason is None:
             return read_checkpoint(path, check_hashes=False), damaged
@@ -128,7 +135,7 @@ def find_newest(directory: Path, *, check_hashes: bool = True) -> tuple[Found | 
 
 def set_aside_before(directory: Path) -> list[Damaged]:
     """The damaged checkpoints that earlier runs have set aside."""
-    names = sorted(name for name in _names(directory) if _SET_ASIDE.fullmatch(name))
+    names = sorted(name for name in names_in(directory) if _SET_ASIDE.fullmatch(name))
     return [Damaged(directory / name, "set aside by an earlier run") for name in names]
 
 
@@ -151,7 +158,7 @@ def open_checkpoint(path: Path, *, check_hashes: bool = True) -> Found:
             source=str(directory),
             remedy="train first, or name a directory that holds iter_* checkpoints",
         )
-    for line in (*damaged, *(line for line in aside if _iteration(line.path) > found.iteration)):
+    for line in (*damaged, *(line for line in aside if iteration_of(line.path) > found.iteration)):
         if distributed.rank() == 0:
             print(f"warning: passed over {line}; {found.path.name} is used instead", file=sys.stderr, flush=True)
     return found
@@ -160,7 +167,7 @@ def open_checkpoint(path: Path, *, check_hashes: bool = True) -> Found:
 def begin(final: Path) -> Path:
     """The empty ``iter_NNNNNNN.partial`` beside ``final``, to be filled and sealed; what killed saves left goes."""
     partial = final.with_name(f"{final.name}.partial")
-    for name in filter(_REMOVABLE.fullmatch, _names(final.parent)):
+    for name in filter(REMOVABLE.fullmatch, names_in(final.parent)):
         give_up(final.parent / name)
     if os.path.lexists(partial):
         set_aside(partial)
@@ -170,22 +177,33 @@ def begin(final: Path) -> Path:
 
 def give_up(partial: Path, *, ignore_errors: bool = True) -> None:
     """Remove what a save or a removal has left, as far as it is ours; it may fill the disk."""
-    if _is_ours(partial):
+    if is_ours(partial):
         shutil.rmtree(partial, ignore_errors)
 
 
-def seal(partial: Path, final: Path, run_state: dict[str, Any]) -> None:
+def seal(partial: Path, final: Path, run_state: dict[str, Any], hashed: Mapping[str, Mapping[str, Any]] = {}) -> None:
     """Make a directory of torch_dist files a checkpoint: state, list of files with hashes, fsync, rename, tracker.
 
     Args:
         partial: a finished directory beside ``final``; gone afterwards.
         final: ``iter_NNNNNNN``; what has this name already is set aside.
         run_state: JSON-able; holds ``iteration`` and ``world_size``.
+        hashed: size and sha256, by name, of files whose writers have taken them already.
+
+    Raises:
+        CheckpointError: what a writer has written is not there.
     """
+    if (lacking := first_damage(partial, hashed, check_hashes=False)) is not None:
+        raise CheckpointError(
+            f"what a rank has written is not seen by rank 0: {lacking}",
+            source=str(partial),
+            remedy="let the run directory lie on a file system that all machines of the run share",
+        )
     write_atomically(partial / RUN_STATE, json_bytes(run_state))
     for path in partial.rglob("*"):
         sync(path)
-    write_atomically(partial / FILES, json_bytes(list_files(partial)))
+    files = {**list_files(partial, leave_out=hashed), **hashed}
+    write_atomically(partial / FILES, json_bytes(dict(sorted(files.items()))))
     if os.path.lexists(final):
         set_aside(final, "replaced" if damage(final, check_hashes=False) is None else "damaged")
     partial.rename(final)
@@ -203,67 +221,18 @@ def set_aside(path: Path, as_what: str = "damaged") -> Path:
     return aside
 
 
-class Retention:
-    """Which checkpoints of a run stay: the newest ones that are sound, multiples, the last written, the one restored.
-
-    Hashes are compared once a run, and only before an older checkpoint would go for the sake of the one in question;
-    names and sizes every time.
-
-    Args:
-        directory: the run's checkpoints; no other process writes there.
-        keep_last: sound checkpoints to keep.
-        keep_every: multiples of this stay too.
-        restored_from: the checkpoint that the run continues, found sound.
-    """
-
-    def __init__(
-        self, directory: Path, *, keep_last: int, keep_every: int | None, restored_from: Path | None = None
-    ) -> None:
-        self._directory, self._keep_last, self._keep_every = directory, keep_last, keep_every
-        self._restored_from, self._sound = restored_from, {restored_from}
-        self._mixed: set[Path] = set()
-
-    def prune(self, written: Path) -> list[str]:
-        """Remove what is no longer kept, now that ``written`` stands; returns lines on what is amiss."""
-        self._sound.add(written)
-        leftovers = [self._directory / name for name in _names(self._directory) if _REMOVABLE.fullmatch(name)]
-        # A link's target is not ours to count on or to remove.
-        paths = [path for path in _by_age(self._directory) if not path.is_symlink()]
-        notes, kept = [], 0
-        for path in (*leftovers, *(paths if len(paths) > self._keep_last else [])):
-            try:
-                if path in leftovers:
-                    give_up(path, ignore_errors=False)
-                elif kept < self._keep_last or not self._stays(path, written):
-                    counts = kept < self._keep_last
-                    reason = damage(path, check_hashes=counts and path not in self._sound)
-                    if reason is not None:
-                        notes.append(f"set aside as {set_aside(path).name}: {Damaged(path, reason)}")
-                    elif counts:
-                        self._sound.add(path)
-                        kept += 1
-                    elif not _discard(path):
-                        self._mixed.add(path)
-                        notes.append(f"{path} stays: it holds files that no save wrote")
-            except OSError as error:
-                notes.append(f"{path} cannot be pruned: {error}")
-        return notes
-
-    def _stays(self, path: Path, written: Path) -> bool:
-        is_multiple = self._keep_every is not None and _iteration(path) % self._keep_every == 0
-        return is_multiple or path in (written, self._restored_from) or path in self._mixed
-
-
-def _by_age(directory: Path) -> list[Path]:
+def by_age(directory: Path) -> list[Path]:
     """What bears a checkpoint's name, the newest first."""
-    return sorted((directory / name for name in _names(directory) if _NAME.fullmatch(name)), key=_iteration)[::-1]
+    return sorted((directory / name for name in names_in(directory) if _NAME.fullmatch(name)), key=iteration_of)[::-1]
 
 
-def _iteration(path: Path) -> int:
+def iteration_of(path: Path) -> int:
+    """The number in a checkpoint's name."""
     return int(path.name.removeprefix("iter_").split(".")[0])
 
 
-def _names(directory: Path) -> list[str]:
+def names_in(directory: Path) -> list[str]:
+    """What lies in a run's ``checkpoints``; nothing where there is no such folder."""
     try:
         return os.listdir(directory) if os.path.lexists(directory) else []
     except OSError as error:
@@ -274,18 +243,9 @@ def _names(directory: Path) -> list[str]:
         ) from error
 
 
-def _is_ours(folder: Path) -> bool:
+def is_ours(folder: Path) -> bool:
     """Whether a folder holds nothing but files that a save writes."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return all(_WRITTEN.fullmatch(path.relative_to(folder).as_posix()) for path in files)
-
-
-def _discard(path: Path) -> bool:
-    """Remove a checkpoint; False: the user put something into it, and it stays."""
-    if is_ours := _is_ours(path):
-        pruned = path.with_name(f"{path.name}.pruned")
-        path.rename(pruned)  # From here on it is no checkpoint, whatever becomes of the removal.
-        shutil.rmtree(pruned)
-    return is_ours

@@ -13,9 +13,9 @@ from megatron_vpmoe.config import geometry_diff, stored_faults
 from megatron_vpmoe.config.rules import OF_MODEL, find_problems
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.model.gpt import VPModel
-from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.runtime.finite import require_finite
 from megatron_vpmoe.training import checkpoint
+from megatron_vpmoe.training.checkpoint_hashes import with_all_ranks
 from megatron_vpmoe.training.torch_dist import Reader
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def find_weights(cfg: RunConfig, path: str, key: str) -> checkpoint.Found:
         CheckpointError: there is no usable checkpoint, or it is of a model that computes something else. Everything
             that differs is named.
     """
-    found = distributed.from_rank_0(lambda: checkpoint.open_checkpoint(Path(path)))
+    found = with_all_ranks(lambda: checkpoint.open_checkpoint(Path(path)))
     refuse_another_geometry(found.state.get("config"), cfg, f"{key} = {found.path}")
     return found
 
@@ -60,7 +60,7 @@ def geometry_of(cfg: RunConfig, path: str, key: str) -> tuple[checkpoint.Found, 
         CheckpointError: there is no usable checkpoint; its vocabulary is padded to another size; or the processes of
             this run cannot hold it. Everything that is wrong is named.
     """
-    found = distributed.from_rank_0(lambda: checkpoint.open_checkpoint(Path(path)))
+    found = with_all_ranks(lambda: checkpoint.open_checkpoint(Path(path)))
     source = f"{key} = {found.path}"
     stored = _stored_config(found.state.get("config"), cfg, source)
     sizes = [stored.model.padded_vocab_size, cfg.model.padded_vocab_size]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING
 
 from megatron_vpmoe.data.batch import Batch
-from megatron_vpmoe.errors import NonFiniteError
+from megatron_vpmoe.errors import NonFiniteError, VpmoeError
 from megatron_vpmoe.files import json_bytes, write_atomically
 from megatron_vpmoe.metrics import MetricStream, Sink, open_sinks
 from megatron_vpmoe.model.moe.router_health import check_thresholds
@@ -68,8 +69,9 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
         check = stop.check()
         while run.iteration < last and not stopping:
             batches, position, of_source = run.source.next_step()
-            for warning in check_collapse(of_source, cfg):
-                progress.note(warning)
+            with _by_all_ranks(run, progress):
+                for warning in check_collapse(of_source, cfg):
+                    progress.note(warning)
             throughput.updating()
             run.objective.begin_step(run.iteration + 1)
             routers.reset()
@@ -77,12 +79,14 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
             if result.updated:
                 run.objective.end_step(result.metrics)
             else:
-                _skip_or_stop(run, result, batches)
+                with _by_all_ranks(run, progress):
+                    _skip_or_stop(run, result, batches)
             lr = run.scheduler.get_lr({"max_lr": cfg.optim.lr, "min_lr": cfg.optim.min_lr})
             run.scheduler.step(1)
             run.iteration += 1
             run.position = position
             throughput.step(result.metrics["tokens/real"], batches)
+            _settle(run, progress, wait=False)
             stopping = stop.agreed()
             step = run.iteration
 
@@ -92,8 +96,9 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
                 values |= {"skipped_steps": float(run.skipped_steps), **of_source}
                 metrics.log(step, values)
                 progress.step(step, values)
-                for warning in check_thresholds(health, cfg):
-                    progress.note(warning)
+                with _by_all_ranks(run, progress):
+                    for warning in check_thresholds(health, cfg):
+                        progress.note(warning)
             if _due(step, cfg.evaluation.eval_interval, last):
                 _validate(run, metrics, progress, stop)
             if _due(step, cfg.evaluation.sample_interval, last):
@@ -110,14 +115,36 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
         if run.iteration > run.saved:
             _save(run, metrics, progress)
         if cause is not None:
+            _settle(run, progress)
             raise cause from None
+    _settle(run, progress)
     progress.finished(run.iteration, stopped=stopping and run.iteration < last)
 
 
 def _save(run: Run, metrics: MetricStream, progress: Progress) -> None:
     """A checkpoint at the run's step, before which its metrics are on disk; a collective."""
+    _settle(run, progress)
     metrics.sync()
-    progress.saved(run.iteration, run.save(progress.note))
+    run.save()
+    _settle(run, progress, wait=False)
+
+
+def _settle(run: Run, progress: Progress, *, wait: bool = True) -> None:
+    """Tell of a checkpoint that was being written, once it stands; a collective."""
+    if (saved := run.settle(wait=wait)) is not None:
+        for note in saved.notes:
+            progress.note(note)
+        progress.saved(saved)
+
+
+@contextmanager
+def _by_all_ranks(run: Run, progress: Progress) -> Iterator[None]:
+    """What every rank raises, or none: a checkpoint that is being written is there before the run ends of it."""
+    try:
+        yield
+    except VpmoeError:
+        _settle(run, progress)
+        raise
 
 
 def _validate(run: Run, metrics: MetricStream, progress: Progress, stop: StopRequest) -> None:

@@ -6,7 +6,6 @@ import atexit
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
@@ -20,6 +19,7 @@ from megatron_vpmoe.training.suites import SECONDS
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
     from megatron_vpmoe.training.run import Run
+    from megatron_vpmoe.training.saving import Saving
 
 _SMOOTHING = 0.2
 """Weight of the newest interval in the running mean of seconds per step."""
@@ -111,9 +111,10 @@ class Progress:
         told = "  ".join(f"{tag} {values[tag]:.4f}" for tag in shown)
         self.note(f"step {step}: {suite} {told}  ({duration(values[SECONDS])})")
 
-    def saved(self, step: int, path: Path) -> None:
-        """The state at ``step`` is in ``path``."""
-        self.note(f"step {step}: saved {path}")
+    def saved(self, saving: Saving) -> None:
+        """A checkpoint stands."""
+        waited = f"training waited {saving.waited:.1f} of {saving.seconds:.1f} s"
+        self.note(f"step {saving.iteration}: saved {saving.path}  ({waited})")
 
     def finished(self, step: int, *, stopped: bool) -> None:
         """The loop has ended after ``step``; ``stopped``: by a signal, before the end."""

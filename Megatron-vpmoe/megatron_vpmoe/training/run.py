@@ -47,12 +47,13 @@ from megatron_vpmoe.sources import (
     open_source,
 )
 from megatron_vpmoe.training import checkpoint
-from megatron_vpmoe.training.checkpoint_files import Retention
+from megatron_vpmoe.training.checkpoint_hashes import with_all_ranks
 from megatron_vpmoe.training.evaluate import Validation, validation
 from megatron_vpmoe.training.frozen import check_stored_reference, find_annotators
 from megatron_vpmoe.training.implementation import implementation_notes
 from megatron_vpmoe.training.initial_weights import load_initial_weights
 from megatron_vpmoe.training.provenance import collect_provenance
+from megatron_vpmoe.training.retention import Retention
 from megatron_vpmoe.training.run_directory import continued
 from megatron_vpmoe.training.suites import OpenedSuite, open_suites, prompts_of
 
@@ -75,7 +76,8 @@ class Run:
         iteration: finished optimizer steps.
         position: gives that of the source after them (skipped steps included); see ``Step``.
         skipped_steps: steps dropped under ``nonfinite_policy: skip``.
-        saved: the iteration of the newest checkpoint; 0 where there is none.
+        saved: the iteration of the newest checkpoint, also of one that is being written; 0 where there is none.
+        saving: the checkpoint that is being written.
         restored_from: the checkpoint that this run continues, if any.
         notes: lines about the restore, for the log.
         carried: what the weights brought along, for every checkpoint of the run.
@@ -100,6 +102,7 @@ class Run:
     position: Callable[[], Position] = lambda: Position(0, [])
     skipped_steps: int = 0
     saved: int = 0
+    saving: checkpoint.Saving | None = None
     restored_from: Path | None = None
     notes: tuple[str, ...] = ()
     carried: checkpoint.Carried | None = None
@@ -121,12 +124,12 @@ class Run:
         if self.rollouts is not None:
             self.rollouts.stop, self.rollouts.check = stop, stop.check()
 
-    def save(self, say: Callable[[str], None] = print) -> Path:
-        """Write a checkpoint of this position and drop those no longer kept; a collective.
+    def save(self) -> None:
+        """Begin to write a checkpoint of this position, after which those no longer kept are dropped; a collective.
 
-        Args:
-            say: told a line about each older checkpoint that is damaged or cannot be dropped.
+        One that is still being written is waited for first; this one at once, without ``async_save``.
         """
+        self.settle()
         position = self.position()
         state = {
             "iteration": self.iteration,
@@ -138,7 +141,7 @@ class Run:
             "config": self.cfg.model_dump(mode="json"),
             "provenance": self.provenance,
         }
-        path = checkpoint.save(
+        self.saving = checkpoint.begin_save(
             self.directory / "checkpoints",
             state,
             self.model,
@@ -146,11 +149,27 @@ class Run:
             self.scheduler,
             arrays=position.arrays,
             carried=self.carried,
+            copy=self.cfg.checkpoint.async_save,
+            then=self.retention.prune,
         )
         self.saved = self.iteration
-        for note in distributed.from_rank_0(lambda: self.retention.prune(path)):
-            say(note)
-        return path
+        if not self.cfg.checkpoint.async_save:
+            self.saving.wait()
+
+    def settle(self, *, wait: bool = True) -> checkpoint.Saving | None:
+        """The checkpoint that was being written, once it stands; a collective.
+
+        Args:
+            wait: until it stands; else None where it does not yet.
+
+        Raises:
+            VpmoeError: a rank could not write it; on every rank the same.
+        """
+        saving = self.saving
+        if saving is None or not (saving.wait() if wait else saving.advance()):
+            return None
+        self.saving = None
+        return saving
 
 
 def open_run(cfg: RunConfig) -> Run:
@@ -164,7 +183,7 @@ def open_run(cfg: RunConfig) -> Run:
         DataError, TokenizerError: the dataset is unusable or does not fit the model, or a suite lacks something.
     """
     directory = cfg.run_directory
-    found, notes = distributed.from_rank_0(lambda: continued(cfg))
+    found, notes = with_all_ranks(lambda: continued(cfg))
     data_parallel = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     train, valid_parts = (open_parts(cfg, split) for split in ("train", "valid"))
     objective = build_objective(cfg)

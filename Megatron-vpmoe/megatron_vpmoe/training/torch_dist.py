@@ -1,8 +1,6 @@
-"""Torch's distributed checkpoint files, written and read by this process alone, and read as data: no pickle runs.
+"""Torch's distributed checkpoint files, read by this process alone, and read as data: no pickle runs.
 
-Upstream writes through forked helpers and waits on a queue for them: one that is killed (the kernel does it when memory
-runs out) is waited for without end, and others outlive a killed trainer. Here each rank writes its own file, and what
-fails on one rank is raised on all. Torch reads ``.metadata`` and stored objects with pickle, which runs what a file
+``checkpoint_part`` writes them. Torch reads ``.metadata`` and stored objects with pickle, which runs what a file
 says; here only what torch's own metadata consists of is built from them.
 """
 
@@ -14,29 +12,27 @@ import pickle
 import re
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from torch.distributed.checkpoint import metadata as layout
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_vpmoe.errors import CheckpointError
-from megatron_vpmoe.files import json_bytes, read_json, write_atomically
+from megatron_vpmoe.files import read_json
 from megatron_vpmoe.runtime import device, distributed
 
 device.prepare()
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import torch as upstream  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy  # noqa: E402
 
 # What megatron.core.dist_checkpointing looks for beside torch's files: the backends that wrote the two parts.
-_BACKENDS = {
+BACKENDS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
@@ -55,79 +51,31 @@ _FILE = re.compile(r"__\d+_\d+\.distcp")
 _REMEDY = "restore it from a copy, or name another checkpoint; open only what you, or one whom you trust, have trained"
 
 
-def write(folder: Path, state: dict[str, Any], content: dict[str, Any]) -> None:
-    """Write a sharded state dict into an empty folder, each rank its own part; a collective.
-
-    Args:
-        folder: the same on every rank.
-        state: as for ``dist_checkpointing.save``; used up.
-        content: the metadata of the content, kept in ``common.pt``.
-
-    Raises:
-        CheckpointError: a rank could not write; on every rank the same.
-    """
-    sharded, common = save_preprocess({**state, "content_metadata": content})
-    distributed.from_rank_0(lambda: write_common(folder, common))
-    by_key, _, _ = upstream._replace_state_dict_keys_with_sharded_keys(cast(Any, sharded), keep_only_main_replica=True)
-    writer = Writer(str(folder), thread_count=1)  # torch forgets an error of any other thread
-    planner = upstream.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    try:
-        save(upstream.mcore_to_pyt_state_dict(by_key), storage_writer=writer, planner=planner)
-    except CheckpointException as error:
-        _refuse(
-            error,
-            "the checkpoint cannot be written",
-            folder,
-            "make room, or mend the path; the checkpoints before it stand: --resume",
-        )
-
-
-def write_common(folder: Path, common: dict[str, Any]) -> None:
-    """Write what upstream's loader wants beside torch's files; one process."""
-    stream = io.BytesIO()
-    torch.save(common, stream)
-    write_atomically(folder / "common.pt", stream.getvalue())
-    write_atomically(folder / "metadata.json", json_bytes(_BACKENDS))
-
-
 def read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     """Fill a sharded state dict from a checkpoint and add its common part; a collective.
 
     Raises:
         CheckpointError: a file is damaged, lacks something, or holds what no checkpoint consists of.
     """
-    if read_json(folder / "metadata.json", error=CheckpointError, remedy=_REMEDY) != _BACKENDS:
-        what = f"metadata.json names other formats than {_BACKENDS}"
+    if read_json(folder / "metadata.json", error=CheckpointError, remedy=_REMEDY) != BACKENDS:
+        what = f"metadata.json names other formats than {BACKENDS}"
         raise CheckpointError(what, source=str(folder / "metadata.json"), remedy=_REMEDY)
     try:
         return dist_checkpointing.load(state, str(folder), _ReadTensors(), _ReadCommon())  # type: ignore[return-value]
     except (CheckpointException, CheckpointingException) as error:
-        _refuse(error, "the checkpoint cannot be read", folder, _REMEDY)
+        refuse(error, "the checkpoint cannot be read", folder, _REMEDY)
 
 
-def _refuse(error: BaseException, what: str, folder: Path, remedy: str) -> NoReturn:
-    where = str(folder)
+def refuse(error: BaseException, what: str, folder: Path, remedy: str) -> NoReturn:
+    """Raise ``error``, of torch or the system, as a :class:`CheckpointError` that names the rank which has met it."""
+    where, rank = str(folder), distributed.rank()
     if isinstance(error, CheckpointException):
         rank, (cause, _) = min(error.failures.items())
-        where += f" (rank {rank})" if distributed.world_size() > 1 else ""
         if isinstance(cause, CheckpointError):
             raise cause from error
         error = cause
+    where += f" (rank {rank})" if distributed.world_size() > 1 else ""
     raise CheckpointError(f"{what}: {error}", source=where, remedy=remedy) from error
-
-
-class Writer(FileSystemWriter):
-    """Torch's, which names what the system said of a write that failed; for one thread."""
-
-    def write_data(self, plan: Any, planner: Any) -> Any:
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:
-            # Of a full disk torch says "unexpected pos 704 vs 598".
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__context__
-            raise (cause or error) from None
 
 
 class Reader(FileSystemReader):
@@ -174,7 +122,7 @@ class Reader(FileSystemReader):
                 warnings.filterwarnings("ignore", message=".*torch.distributed is.*")
                 load(target, storage_reader=self, no_dist=True)
         except CheckpointException as error:
-            _refuse(error, f"{key} cannot be read", self.file.parent, _REMEDY)
+            refuse(error, f"{key} cannot be read", self.file.parent, _REMEDY)
         return target[key]
 
 

@@ -10,8 +10,9 @@ import pytest
 
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.files import file_entry, json_bytes
-from megatron_vpmoe.training import checkpoint_files
-from megatron_vpmoe.training.checkpoint_files import Retention, begin, damage, find_newest, open_checkpoint, seal
+from megatron_vpmoe.training import checkpoint_files, retention
+from megatron_vpmoe.training.checkpoint_files import begin, damage, find_newest, open_checkpoint, seal
+from megatron_vpmoe.training.retention import Retention
 
 DATA = "__0_0.distcp"
 
@@ -82,7 +83,7 @@ def test_hashes_are_compared_once_and_only_where_something_would_go(
         checked.extend([path.name] if check_hashes else [])
         return real(path, check_hashes=check_hashes)
 
-    monkeypatch.setattr(checkpoint_files, "damage", watched)
+    monkeypatch.setattr(retention, "damage", watched)
     for number in (1, 2):
         written(tmp_path, number)
     keeping = Retention(tmp_path, keep_last=3, keep_every=None)

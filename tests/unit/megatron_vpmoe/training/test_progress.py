@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from megatron_vpmoe.training.progress import Progress, duration, losses, step_line
+from megatron_vpmoe.training.saving import Saving
 from tests.tiny import tiny_config
 
 VALUES = {
@@ -50,14 +53,14 @@ def test_a_log_gets_plain_lines_with_a_running_estimate():
     progress.note("router: [bold]2 experts[/bold]")
     progress.evaluated(20, {"loss/total": 2.0, "rewards/margin": 0.25, "accuracy/relative": 0.75})
     progress.evaluated(20, {"reward_mean": 0.25, "reward/exact": 0.25, "length_mean": 9.0})
-    progress.saved(20, Path("runs/x"))
+    progress.saved(cast(Saving, SimpleNamespace(iteration=20, path=Path("runs/x"), waited=0.31, seconds=2.0)))
     progress.finished(20, stopped=True)
     lines = stream.getvalue().splitlines()
     assert lines[0].startswith("step  20/100  loss 2.5000") and lines[0].endswith("eta 2m40s")
     assert lines[1] == "router: [bold]2 experts[/bold]"
     assert lines[2] == "step 20: validation loss 2.0000  margin 0.250  preferred 75%"
     assert lines[3] == "step 20: validation reward_mean 0.2500, reward/exact 0.2500"
-    assert lines[4] == "step 20: saved runs/x"
+    assert lines[4] == "step 20: saved runs/x  (training waited 0.3 of 2.0 s)"
     assert "stopped at step 20; --resume continues" in lines[5]
     assert "\x1b" not in stream.getvalue()
 

@@ -66,6 +66,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
                 parameter.mul_(1.01)
         torch.save({name: value.clone() for name, value in run.model.named_parameters()}, folder / "weights.pt")
         run.save()
+        run.settle()
         run.source.close()
     (folder / "metrics.jsonl").write_text('{"step": 1, "tag": "loss/final", "value": 2.0}\n')
     return folder

@@ -87,6 +87,7 @@ def test_losses_of_a_run_without_spans(data: Path, tmp_path: Path, capsys: pytes
     with single_process(seed=1):
         run = open_run(cfg)
         run.save()
+        run.settle()
         run.source.close()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "tag": "loss/total", "value": 2.0}\n')
     export_checkpoint(tmp_path / "run", tmp_path / "hf")

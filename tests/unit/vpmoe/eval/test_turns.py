@@ -125,6 +125,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             train_step(run.wrapped, run.optimizer, run.objective, run.source.next_step().batches)
             run.scheduler.step(1)
         run.save()
+        run.settle()
         run.source.close()
     return folder / "run"
 
