@@ -80,9 +80,10 @@ def test_terminated_in_the_middle_of_a_batch(tmp_path: Path, dataset: Path) -> N
     assert not [key for key in straight if not torch.equal(ours[key], straight[key])]
 
 
-def test_killed_and_resumed(tmp_path: Path, dataset: Path, straight: Path) -> None:
-    """kill -9 after step 12, with checkpoints at 5 and 10: steps 11 and 12 are done again, and logged once."""
-    assert training_runs.train_until(12, signal.SIGKILL, tmp_path, dataset) == -signal.SIGKILL
+@pytest.mark.parametrize("beside", [True, False])
+def test_killed_and_resumed(tmp_path: Path, dataset: Path, straight: Path, *, beside: bool) -> None:
+    """kill -9 after step 12, with checkpoints at 5 and 10: what came after the last is done again, and logged once."""
+    assert training_runs.train_until(12, signal.SIGKILL, tmp_path, dataset, async_save=beside) == -signal.SIGKILL
     done = training_runs.train(tmp_path, dataset, resume=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_run(tmp_path, straight)
