@@ -14,10 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron_vpmoe.annotation import REFERENCE_LOG_P
 from megatron_vpmoe.data.blend import open_parts
 from megatron_vpmoe.data.kd_dataset import KDDataset
-from megatron_vpmoe.data.vocabulary_files import another_vocabulary, identity_of, vocabulary_files
-from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.files import write_atomically
-from megatron_vpmoe.manifest import Manifest
 from megatron_vpmoe.model.builder import build_model, wrap_for_training
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.objectives import Objective, build_objective, check_kinds
@@ -47,6 +44,7 @@ from megatron_vpmoe.sources import (
     open_source,
 )
 from megatron_vpmoe.training import checkpoint
+from megatron_vpmoe.training.carried import carried_by
 from megatron_vpmoe.training.checkpoint_hashes import with_all_ranks
 from megatron_vpmoe.training.evaluate import Validation, validation
 from megatron_vpmoe.training.frozen import check_stored_reference, find_annotators
@@ -55,7 +53,7 @@ from megatron_vpmoe.training.initial_weights import load_initial_weights
 from megatron_vpmoe.training.provenance import collect_provenance
 from megatron_vpmoe.training.retention import Retention
 from megatron_vpmoe.training.run_directory import continued
-from megatron_vpmoe.training.suites import OpenedSuite, open_suites, prompts_of
+from megatron_vpmoe.training.suites import OpenedSuite, open_suites
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -239,7 +237,7 @@ def open_run(cfg: RunConfig) -> Run:
         suites=suites,
         provenance=collect_provenance(cfg, [part.dataset.manifest for part in train]),
         notes=(*notes, *implementation_notes(model, cfg)),
-        carried=_carried(started_from, [part.dataset.manifest for part in train], cfg),
+        carried=carried_by(started_from, [part.dataset.manifest for part in train], cfg),
         restored_from=found.path if found else None,
         assignment=[row for stage in stages.gather_stages(assignment_table(model, cfg)) for row in stage],
     )
@@ -252,32 +250,6 @@ def open_run(cfg: RunConfig) -> Run:
     if found is not None:
         _restore(run, found)
     return run
-
-
-def _carried(started_from: checkpoint.Found | None, manifests: list[Manifest], cfg: RunConfig) -> checkpoint.Carried:
-    """What the weights brought along; where they brought no vocabulary, the dataset's.
-
-    Raises:
-        CheckpointError: the weights mean another vocabulary than the dataset.
-        TokenizerError: a file of the dataset's vocabulary is damaged.
-    """
-    carried, manifest = checkpoint.Carried.of(started_from), manifests[0]
-    of_dataset = vocabulary_files(manifest)
-    prompts = prompts_of(manifests)
-    state = {**carried.state, **({"prompts": prompts.model_dump()} if prompts else {})}
-    source = str(started_from.path if started_from else cfg.checkpoint.load_weights)
-    if identity_of(carried.assets, source) is None:
-        return checkpoint.Carried(state, {**of_dataset, **carried.assets})
-    other = another_vocabulary(carried.assets, manifest, source)
-    if not other:
-        return checkpoint.Carried(state, carried.assets)
-    if not cfg.checkpoint.allow_provenance_change:
-        raise CheckpointError(
-            other,
-            source=source,
-            remedy="build the dataset with the weights' vocabulary; --allow-provenance-change trains on the dataset's",
-        )
-    return checkpoint.Carried(state, of_dataset)
 
 
 def _restore(run: Run, found: checkpoint.Found) -> None:
