@@ -32,8 +32,8 @@ def dataset(folder: Path, prompts: Any) -> Path:
     ],
 )
 def test_whose_messages_a_checkpoint_keeps(stored: Any, taught: list[Any], expected: Any, tmp_path: Path) -> None:
+    from megatron_vpmoe.training.carried import carried_by
     from megatron_vpmoe.training.checkpoint import Carried, Found
-    from megatron_vpmoe.training.run import _carried
 
     before = None
     if stored is not None:
@@ -41,7 +41,7 @@ def test_whose_messages_a_checkpoint_keeps(stored: Any, taught: list[Any], expec
         assert Carried.of(before).state == {"prompts": stored}
     manifests = [read_manifest(dataset(tmp_path / str(number), prompts)) for number, prompts in enumerate(taught)]
     cfg = tiny_config(data_path=manifests[0].root)
-    assert _carried(before, manifests, cfg).state.get("prompts") == expected
+    assert carried_by(before, manifests, cfg).state.get("prompts") == expected
 
 
 def test_a_manifest_without_messages_and_one_of_another_shape(tmp_path: Path) -> None:
@@ -52,17 +52,17 @@ def test_a_manifest_without_messages_and_one_of_another_shape(tmp_path: Path) ->
 
 
 def test_weights_in_another_vocabulary_are_refused_whatever_files_tell_it(tmp_path: Path) -> None:
+    from megatron_vpmoe.training.carried import carried_by
     from megatron_vpmoe.training.checkpoint import Found
-    from megatron_vpmoe.training.run import _carried
 
     manifest = read_manifest(small_dataset(tmp_path / "data"))
     (tmp_path / "weights" / "assets").mkdir(parents=True)
     (tmp_path / "weights" / "assets" / "tokenizer.json").write_bytes(b"{}")
     weights, cfg = Found(tmp_path / "weights", {"iteration": 0}), tiny_config(data_path=manifest.root)
     with pytest.raises(CheckpointError, match="vocabulary: name hf_tokenizer and o200k"):
-        _carried(weights, [manifest], cfg)
+        carried_by(weights, [manifest], cfg)
     cfg = tiny_config(data_path=manifest.root, allow_provenance_change=True)
-    assert _carried(weights, [manifest], cfg).assets.keys() == {"vocabulary.json"}
+    assert carried_by(weights, [manifest], cfg).assets.keys() == {"vocabulary.json"}
 
 
 @pytest.mark.parametrize("of_pairs", [False, True])
