@@ -90,7 +90,7 @@ def test_killed_and_resumed(tmp_path: Path, dataset: Path, straight: Path, *, be
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, dataset: Path, straight: Path) -> None:
-    assert training_runs.train_until(12, signal.SIGKILL, tmp_path, dataset) == -signal.SIGKILL
+    assert training_runs.train_until(12, signal.SIGKILL, tmp_path, dataset, async_save=False) == -signal.SIGKILL
     newest = max((tmp_path / "checkpoints").glob("iter_???????"))
     victim = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
     content = bytearray(victim.read_bytes())

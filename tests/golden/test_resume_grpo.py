@@ -26,6 +26,7 @@ SAMPLED = {
     "micro_batch_size": 2,
     "train_iters": 10,
     "save_interval": 3,  # four steps a sampling: within one and at its end
+    "async_save": False,  # a kill finds each checkpoint that was begun
     "num_layers": 2,
     "eval_interval": None,
     "keep_last": 9,

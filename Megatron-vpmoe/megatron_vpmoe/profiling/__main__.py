@@ -176,6 +176,8 @@ def work(wanted: Settings, cfg: RunConfig, directory: Path) -> None:
         report.write_text(json.dumps(summary, indent=1) + "\n")
         print(f"{summary['tokens_per_second']:,.0f} tokens/s, {found['step_ms']['median']:.1f} ms a step; ms by range:")
         print("  " + "  ".join(f"{name} {value:.1f}" for name, value in found["split_ms"].items()))
+        if (told := found["communication_ms"]) is not None:
+            print(f"  {told['total']:.1f} ms in collectives, {told['exposed']:.1f} of them not covered by computation")
         print(f"trace in {directory}, summary in {report}")
     distributed.shutdown()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import math
 import resource
 import shutil
@@ -20,7 +21,9 @@ from megatron_vpmoe.model.builder import build_model, wrap_for_training
 from megatron_vpmoe.objectives import build_objective
 from megatron_vpmoe.optim import build_optimizer
 from megatron_vpmoe.profiling.clock import RANGES, RangeClock, TraceMarks, UpstreamTimers
+from megatron_vpmoe.profiling.exposed import communication
 from megatron_vpmoe.profiling.mock import mock_step
+from megatron_vpmoe.runtime.device import finish
 from megatron_vpmoe.runtime.ranges import listening
 from megatron_vpmoe.training.router import RouterMonitor
 from megatron_vpmoe.training.step import train_step
@@ -82,23 +85,25 @@ def capture(cfg: RunConfig, directory: Path, window: Window, *, tool: str) -> di
         subject.step()
     bare = [_seconds(subject.step) for _ in range(window.steps)]
     clock = RangeClock()
-    _listen(subject, clock, window.steps)
-    split = {name: 1e3 * clock.seconds.get(name, 0.0) / window.steps for name in RANGES}
-    clocked = 1e3 * clock.seconds["step"] / window.steps + sum(split.values())
+    clocked = _seconds(lambda: _listen(subject, clock, window.steps))
     if tool == "nsys":
         torch.cuda.profiler.start()
         _listen(subject, TraceMarks(), window.steps)
         torch.cuda.profiler.stop()
-        operators: list[dict[str, Any]] = []
+        operators, exposed = list[dict[str, Any]](), None
     else:
-        operators = _traced(subject, window.steps, directory)
+        operators, exposed = _traced(subject, window.steps, directory)
     step = statistics.median(bare)
     return {
         "step_ms": {"min": _ms(min(bare)), "median": _ms(step), "max": _ms(max(bare))},
         "tokens_per_step": subject.tokens,
         "tokens_per_second": round(subject.tokens / step, 1),
-        "clocked_step_ms": round(clocked, 3),
-        "split_ms": {**{name: round(value, 3) for name, value in split.items()}, "other": _other(clock, window)},
+        "clocked_step_ms": _ms(clocked / window.steps),
+        "split_ms": {
+            ("other" if name == "step" else name): _ms(clock.seconds.get(name, 0.0) / window.steps)
+            for name in (*RANGES, "step")
+        },
+        "communication_ms": exposed and {name: round(value / window.steps, 3) for name, value in exposed.items()},
         "peak_memory_mib": _peak_memory_mib(),
         "router_agg": {tag: value for tag, value in subject.health.items() if tag.startswith("moe/router_agg/")},
         "top_operators": operators,
@@ -115,8 +120,8 @@ def _listen(subject: Subject, listener: Any, steps: int) -> None:
     subject.model.config.timers = None
 
 
-def _traced(subject: Subject, steps: int, directory: Path) -> list[dict[str, Any]]:
-    """Write ``trace.json.gz`` (Chrome, Perfetto) and return the operators that take most time themselves."""
+def _traced(subject: Subject, steps: int, directory: Path) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Write ``trace.json.gz`` (Chrome, Perfetto); the operators that take most time themselves, and communication."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -126,32 +131,27 @@ def _traced(subject: Subject, steps: int, directory: Path) -> list[dict[str, Any
     profile.export_chrome_trace(str(plain))
     with plain.open("rb") as source, gzip.open(directory / "trace.json.gz", "wb", compresslevel=4) as packed:
         shutil.copyfileobj(source, packed)
+    events = json.loads(plain.read_bytes())["traceEvents"]
     plain.unlink()
     where = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    events = [event for event in profile.key_averages() if event.key not in (*RANGES, "step")]
-    events.sort(key=lambda event: getattr(event, where), reverse=True)
+    operators = [event for event in profile.key_averages() if event.key not in (*RANGES, "step")]
+    operators.sort(key=lambda event: getattr(event, where), reverse=True)
     return [
         {"name": event.key, "self_ms": round(getattr(event, where) / 1e3 / steps, 3), "calls": event.count / steps}
-        for event in events[:TOP_OPERATORS]
-    ]
+        for event in operators[:TOP_OPERATORS]
+    ], communication(events)._asdict()
 
 
 def _seconds(run: Callable[[], None]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    finish()
     begin = time.perf_counter()
     run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    finish()
     return time.perf_counter() - begin
 
 
 def _ms(seconds: float) -> float:
     return round(1e3 * seconds, 3)
-
-
-def _other(clock: RangeClock, window: Window) -> float:
-    return round(1e3 * clock.seconds["step"] / window.steps, 3)
 
 
 def _peak_memory_mib() -> float:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from megatron_vpmoe.runtime.device import finish
+
 RANGES = (
     "forward",
     "attention",
@@ -56,8 +58,7 @@ class RangeClock:
             raise ValueError(f"range {name!r} ends inside {found!r}")
 
     def _settle(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        finish()
         now = time.perf_counter()
         if self._open:
             self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._since

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_vpmoe.config import load_config
 from megatron_vpmoe.errors import ConfigError, DeviceError
 from megatron_vpmoe.profiling import clock as clock_module
-from megatron_vpmoe.profiling.__main__ import settings
+from megatron_vpmoe.profiling.__main__ import launch, settings
 from megatron_vpmoe.profiling.capture import Window, capture
 from megatron_vpmoe.profiling.clock import RANGES, RangeClock, UpstreamTimers
 from megatron_vpmoe.profiling.mock import mock_step
 from megatron_vpmoe.runtime.ranges import annotated, listening
-from tests.tiny import tiny_config
+from tests.tiny import ROOT, tiny_config
 
 
 class Ticks:
@@ -85,12 +88,42 @@ def test_capture_splits_a_whole_step(tmp_path: Path) -> None:
     split = found["split_ms"]
     assert set(split) == {*RANGES, "other"}
     assert all(value > 0 for value in split.values()), split
-    assert sum(split.values()) == pytest.approx(found["clocked_step_ms"], rel=1e-3)
     assert found["tokens_per_second"] == pytest.approx(4 * 48 / found["step_ms"]["median"] * 1e3, rel=1e-2)
     assert found["router_agg"]["moe/router_agg/experts_active_mean"] > 0
     assert found["top_operators"] and found["peak_memory_mib"] > 0
     trace = json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))
     assert set(RANGES) <= {event.get("name") for event in trace["traceEvents"]}
+    assert found["communication_ms"]["total"] >= found["communication_ms"]["exposed"] >= 0
+
+
+@pytest.mark.usefixtures("single_process")
+def test_ranges_of_the_nano_step_sum_to_it(tmp_path: Path) -> None:
+    """Within 3 % of a clock around all steps: what is in no range but inside a step is "other"."""
+    cfg = load_config(ROOT / "configs" / "nano" / "stage1.yaml", settings({"PROFILE_SEQ_LEN": "384"}, []).overrides)
+    found = capture(cfg, tmp_path, Window(warm=1, steps=2), tool="torch")
+    split = found["split_ms"]
+    assert sum(split.values()) == pytest.approx(found["clocked_step_ms"], rel=0.03)
+    assert split["other"] < 0.25 * found["clocked_step_ms"]
+
+
+def test_nsys_traces_the_window_that_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the program and a GPU there, the workers run below it, and it listens between the profiler's two calls."""
+    program = tmp_path / "nsys"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    started: list[list[str]] = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda words, **_: started.append(words) or subprocess.CompletedProcess(words, 0)
+    )
+    assert launch(settings({"PROFILE_TOOL": "nsys", "PROFILE_NPROC_PER_NODE": "2"}, ["--bf16"])) == 0
+    (words,) = started
+    assert words[:2] == ["nsys", "profile"] and "--capture-range=cudaProfilerApi" in words and words[-1] == "--bf16"
+    assert words.index("torch.distributed.run") < words.index("megatron_vpmoe.profiling")
+    assert any(word.startswith("--output=artifacts/profiles/") and "nvidia-h100/nsys" in word for word in words)
 
 
 @pytest.mark.parametrize(
