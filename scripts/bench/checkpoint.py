@@ -65,7 +65,7 @@ class Bench:
         begin = time.perf_counter()
         state = {"iteration": self._saved, "world_size": distributed.world_size()}
         parts = self._subject.model, self._subject.optimizer, self._scheduler
-        saving = checkpoint.begin_save(self._folder, state, *parts, copy=copy, then=self._retention.prune)
+        saving = checkpoint.save(self._folder, state, *parts, copy=copy, then=self._retention.prune)
         stands = not copy and saving.wait().exists()
         still, taken = time.perf_counter() - begin, list[float]()
         while not stands or len(taken) < steps:

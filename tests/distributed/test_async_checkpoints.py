@@ -34,8 +34,8 @@ def _two_ranks(folder: str) -> dict[str, Any]:
     parts = model, optimizer, build_scheduler(optimizer, cfg)
     state, rank, said = {"world_size": 2}, distributed.rank(), []
     root = Path(folder)
-    checkpoint.save(root / "at once", {**state, "iteration": 1}, *parts)
-    saving = checkpoint.begin_save(root / "later", {**state, "iteration": 1}, *parts, copy=True)
+    checkpoint.save(root / "at once", {**state, "iteration": 1}, *parts).wait()
+    saving = checkpoint.save(root / "later", {**state, "iteration": 1}, *parts, copy=True)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
@@ -44,7 +44,7 @@ def _two_ranks(folder: str) -> dict[str, Any]:
     for limited_rank in (0, 1):  # as on a full disk
         if rank == limited_rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-        saving = checkpoint.begin_save(root / "later", {**state, "iteration": 2}, *parts, copy=True)
+        saving = checkpoint.save(root / "later", {**state, "iteration": 2}, *parts, copy=True)
         try:
             while not saving.advance(0.01):
                 pass

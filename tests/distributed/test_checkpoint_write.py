@@ -17,9 +17,10 @@ import torch
 from megatron_vpmoe.errors import CheckpointError, VpmoeError
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
-from megatron_vpmoe.training import checkpoint_part, torch_dist
+from megatron_vpmoe.training import torch_dist
 from tests.tiny import random_batch
 from tests.workers import run_workers
+from tests.written_part import write_part
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +51,7 @@ def _save(folder: str) -> list[tuple[str, int]]:
         path.mkdir(exist_ok=True)
         tensor = ShardedTensor.from_rank_offsets("w", torch.ones(1, 9000), (0, rank, 2))
         try:
-            checkpoint_part.write(path, {"w": tensor}, {})
+            write_part(path, {"w": tensor})
         except CheckpointError as error:
             said = str(error)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -47,7 +47,7 @@ def trained(expert_parallel: int, folder: str, load: bool, steps: int) -> dict[s
         scheduler.step(1)
     if not load:
         state = {"iteration": first + steps, "world_size": size}
-        checkpoint.save(Path(folder), state, model, optimizer, scheduler)
+        checkpoint.save(Path(folder), state, model, optimizer, scheduler).wait()
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     weights |= {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("expert_bias")}
     distributed.shutdown()

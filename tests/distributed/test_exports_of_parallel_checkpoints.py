@@ -63,7 +63,7 @@ def save_again(name: str, source: str, target: str) -> None:
     optimizer = build_optimizer([wrap_for_training(model, cfg)], cfg)
     state: dict[str, Any] = {"iteration": 1, "world_size": 2, "config": cfg.model_dump(mode="json")}
     scheduler = build_scheduler(optimizer, cfg)
-    checkpoint.save(Path(target), state, model, optimizer, scheduler, carried=checkpoint.Carried.of(found))
+    checkpoint.save(Path(target), state, model, optimizer, scheduler, carried=checkpoint.Carried.of(found)).wait()
     distributed.shutdown()
 
 

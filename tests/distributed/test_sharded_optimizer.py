@@ -46,7 +46,7 @@ def trained(folder: str, first: int, last: int, options: dict[str, Any]) -> dict
         scheduler.step(1)
     if first < last < STEPS:
         state = {"iteration": last, "world_size": distributed.world_size()}
-        checkpoint.save(Path(folder), state, model, optimizer, scheduler)
+        checkpoint.save(Path(folder), state, model, optimizer, scheduler).wait()
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     state = state_of_pieces(model, optimizer)
     distributed.shutdown()

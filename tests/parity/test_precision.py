@@ -119,7 +119,7 @@ def test_after_a_checkpoint(tmp_path: Path) -> None:
     saved = {name: tensor.clone() for name, tensor in islands(model).items()}
     rounded = [name for name, tensor in saved.items() if torch.equal(tensor, tensor.bfloat16().float())]
     assert not rounded, "moved by less than bf16 can tell, or kept in bf16"
-    path = checkpoint.save(tmp_path, {"iteration": 2, "world_size": 1}, model, optimizer, scheduler)
+    path = checkpoint.save(tmp_path, {"iteration": 2, "world_size": 1}, model, optimizer, scheduler).wait()
     on_disk = checkpoint_tensors(path)
     for name, tensor in saved.items():
         assert torch.equal(on_disk[name], tensor), name

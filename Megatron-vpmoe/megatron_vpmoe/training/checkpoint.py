@@ -40,7 +40,6 @@ __all__ = [
     "Found",
     "Saving",
     "begin",
-    "begin_save",
     "find_newest",
     "load",
     "load_arrays",
@@ -78,12 +77,7 @@ class Carried:
         return cls(state, {file.name: file.read_bytes() for file in files})
 
 
-def save(directory: Path, run_state: dict[str, Any], *state: Any, **options: Any) -> Path:
-    """``begin_save``, waited for: write one checkpoint; a collective. Returns its directory."""
-    return begin_save(directory, run_state, *state, **options).wait()
-
-
-def begin_save(
+def save(
     directory: Path,
     run_state: dict[str, Any],
     model: Any,

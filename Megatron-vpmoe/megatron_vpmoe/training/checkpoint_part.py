@@ -127,17 +127,6 @@ def _copied(data: Any) -> Any:
     return copy.copy_(data.detach(), non_blocking=True)
 
 
-def write(folder: Path, state: dict[str, Any], content: dict[str, Any]) -> None:
-    """Write a sharded state dict into an empty folder, each rank its own part; a collective. Arguments as for ``Part``.
-
-    Raises:
-        CheckpointError: a rank could not write; on every rank the same.
-    """
-    part = Part(folder, state, content)
-    written = distributed.gathered(distributed.on_every_rank(part.write))
-    distributed.from_rank_0(lambda: part.finish(written))
-
-
 def write_common(folder: Path, common: dict[str, Any]) -> None:
     """Write what upstream's loader wants beside torch's files; one process."""
     _write_beside(folder, _serialized(common))

@@ -139,7 +139,7 @@ class Run:
             "config": self.cfg.model_dump(mode="json"),
             "provenance": self.provenance,
         }
-        self.saving = checkpoint.begin_save(
+        self.saving = checkpoint.save(
             self.directory / "checkpoints",
             state,
             self.model,

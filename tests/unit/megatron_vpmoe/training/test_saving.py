@@ -39,7 +39,7 @@ def change(parts: Parts) -> None:
 
 
 def begin(folder: Path, iteration: int, parts: Parts, **options: Any) -> checkpoint.Saving:
-    return checkpoint.begin_save(folder, {"iteration": iteration, "world_size": 1}, *parts, copy=True, **options)
+    return checkpoint.save(folder, {"iteration": iteration, "world_size": 1}, *parts, copy=True, **options)
 
 
 def held(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
@@ -57,7 +57,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 def test_what_is_written_is_the_state_that_was_saved(
     tmp_path: Path, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at_once = checkpoint.save(tmp_path / "at once", {"iteration": 1, "world_size": 1}, *parts)
+    at_once = checkpoint.save(tmp_path / "at once", {"iteration": 1, "world_size": 1}, *parts).wait()
     go = held(monkeypatch)
     saving = begin(tmp_path / "later", 1, parts)
     change(parts)

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from megatron_vpmoe.errors import CheckpointError, VpmoeError
 from megatron_vpmoe.files import json_bytes, list_files
 from megatron_vpmoe.model.builder import build_model
-from megatron_vpmoe.training import checkpoint, checkpoint_part, torch_dist
+from megatron_vpmoe.training import checkpoint, torch_dist
 from megatron_vpmoe.training.initial_weights import load_initial_weights
 from tests.any_json import changed_json
 from tests.conftest import fuzz_settings
 from tests.tiny import tiny_config
+from tests.written_part import write_part
 from vpmoe.eval.open_model import open_model
 from vpmoe.weights.geometry import expected_shapes
 from vpmoe.weights.megatron_checkpoint import read_config, read_weights, write_checkpoint
@@ -96,11 +97,11 @@ def test_a_stored_object_is_data_too(single_process, tmp_path: Path) -> None:
     def rng(data: Any) -> dict[str, Any]:
         return {"rng": ShardedObject("rng", data, (1,), (0,), replica_id=0)}
 
-    checkpoint_part.write(tmp_path, rng({"cpu": torch.ones(3, dtype=torch.uint8)}), {})
+    write_part(tmp_path, rng({"cpu": torch.ones(3, dtype=torch.uint8)}))
     assert torch_dist.read(tmp_path, rng(None))["rng"]["cpu"].tolist() == [1, 1, 1]
     other, touched = tmp_path / "other", tmp_path / "touched"
     other.mkdir()
-    checkpoint_part.write(other, rng(Touch(touched)), {})
+    write_part(other, rng(Touch(touched)))
     with pytest.raises(CheckpointError, match="cannot be read"):
         torch_dist.read(other, rng(None))
     assert not touched.exists()
