@@ -5,8 +5,9 @@
 
 Every round saves once on either side, in turns which is first, and takes steps after that on both sides: as many as an
 asynchronous save needs until it stands. Of a side are told the seconds that training stood still (save, the questions
-whether it stands, the wait at the end), and beside them how much longer its steps took than the median of steps without
-a save. The share is asynchronous over synchronous within a round: min / median / max over rounds.
+whether it stands, the wait at the end), and beside them how much longer its steps took than the median of three steps
+of the same round without a save. The share is asynchronous over synchronous within a round: min / median / max over
+rounds.
 """
 
 from __future__ import annotations
@@ -48,7 +49,12 @@ class Bench:
         self._scheduler = build_scheduler(self._subject.optimizer, cfg)
         self._folder, self._saved = folder, 0
         self._retention = Retention(folder, keep_last=1, keep_every=None)
-        self.step = statistics.median(self.steps(3)[1:])
+        self.step = 0.0
+        """Seconds of a step without a save, as of the last ``settle_pace``."""
+
+    def settle_pace(self) -> None:
+        """Time some steps without a save."""
+        self.step = statistics.median(self.steps(3))
 
     def steps(self, count: int) -> list[float]:
         """Seconds of each."""
@@ -85,17 +91,23 @@ def measure(bench: Bench, rounds: int) -> None:
     _, steps = bench.save(copy=True)
     waited, aside = list[Cost](), list[Cost]()
     for number in range(rounds):
+        bench.settle_pace()
         for copy in (True, False) if number % 2 == 0 else (False, True):
             cost, taken = bench.save(copy=copy, steps=1 if copy else steps)
             (aside if copy else waited).append(cost)
             steps = taken
         if distributed.rank() == 0:
-            print(f"round {number + 1}: synchronous {waited[-1]}, asynchronous {aside[-1]}", flush=True)
+            still, slowed, stood = aside[-1]
+            beside = f"{still:.2f} s still, steps {slowed:+.2f} s, there after {stood:.1f} s"
+            print(
+                f"step {bench.step:.2f} s; waited for: {waited[-1].stood_still:.2f} s still; beside: {beside}",
+                flush=True,
+            )
     if distributed.rank() == 0:
         pairs = list(zip(aside, waited, strict=True))
         still = [100 * one.stood_still / other.stood_still for one, other in pairs]
         whole = [100 * (one.stood_still + one.slowed) / (other.stood_still + other.slowed) for one, other in pairs]
-        print(f"a step {bench.step:.2f} s; synchronous save {told([cost.stood_still for cost in waited], '.2f')} s")
+        print(f"synchronous save {told([cost.stood_still for cost in waited], '.2f')} s")
         print(f"asynchronous over synchronous, training stands still: {told(still, '.1f')} %")
         print(f"the same with what steps take longer: {told(whole, '.1f')} %")
 

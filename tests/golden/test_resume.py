@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_vpmoe.training.checkpoint_files import damage
 from megatron_vpmoe.training.run_directory import ownership
 from tests import training_runs
 from tests.fixtures_dataset import small_dataset
@@ -100,6 +101,13 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, dataset: 
     assert done.returncode == 0, done.stdout + done.stderr
     assert victim.name in done.stdout and "sha256" in done.stdout
     assert_same_run(tmp_path, straight)
+
+
+def test_a_run_that_all_ranks_end_leaves_the_checkpoint_that_was_being_written(tmp_path: Path, dataset: Path) -> None:
+    """Saved after step 5; step 6 is the first to be held against a limit, which it passes."""
+    ended = training_runs.train(tmp_path, dataset, log_interval=6, router_max_vio_fail=1e-6)
+    assert ended.returncode == 2 and "router collapse" in ended.stderr
+    assert "step 5: saved" in ended.stdout and damage(tmp_path / "checkpoints" / "iter_0000005") is None
 
 
 def spoil(path: Path) -> None:

@@ -18,6 +18,7 @@ import importlib
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -129,6 +130,13 @@ def has_gpu() -> bool:
 def current_device() -> torch.device:
     """The device that this process computes on."""
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
+
+
+def of_this_thread() -> Callable[[], None]:
+    """What another thread calls to work on the device of this one; else it would take the first."""
+    if not has_gpu():
+        return lambda: None
+    return functools.partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 def finish() -> None:

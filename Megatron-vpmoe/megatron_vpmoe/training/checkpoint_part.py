@@ -27,6 +27,8 @@ device.prepare()
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import torch as upstream  # noqa: E402
 
+_COPIED_AHEAD = 10_000_000
+"""Bytes that torch has under way from a GPU while it writes; its own default."""
 _REMEDY = "make room, or mend the path; the checkpoints before it stand: --resume"
 
 
@@ -49,7 +51,9 @@ class Part:
         by_key, _, _ = upstream._replace_state_dict_keys_with_sharded_keys(
             cast(Any, sharded), keep_only_main_replica=True
         )
-        self._folder, self._writer = folder, Writer(str(folder), thread_count=1)  # torch forgets an error of any other
+        # Of any further thread torch forgets errors; where it copies ahead it waits for all work of the device.
+        self._writer = Writer(str(folder), thread_count=1, per_thread_copy_ahead=0 if copy else _COPIED_AHEAD)
+        self._folder = folder
         planner = upstream.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         wrapper = _DistWrapper(None, dist.is_initialized(), 0)
         self._metadata: Metadata | None = None

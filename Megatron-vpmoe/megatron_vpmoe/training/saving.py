@@ -50,7 +50,7 @@ class Saving:
         self.iteration, self.path, self._began = iteration, path, began
         self._seal, self._give_up = seal, give_up
         self.notes, self.seconds = list[str](), 0.0
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=device.of_this_thread())
         self._sealing = False
         self._work: Future[Any] = self._thread.submit(part.write)
         self.waited = time.perf_counter() - began
