@@ -17,16 +17,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-from peak_memory import PeakMemory
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_vpmoe.profiling.stopwatch import PeakMemory, in_turns, measured_rates, seconds
 from megatron_vpmoe.runtime import distributed
-from megatron_vpmoe.runtime.device import current_device, prepare
+from megatron_vpmoe.runtime.device import current_device, has_gpu, prepare
 
 prepare()
 
@@ -39,6 +40,52 @@ from megatron_vpmoe.model.attention.grape import alibi_slopes  # noqa: E402
 from megatron_vpmoe.model.attention.masks import SequenceLayout  # noqa: E402
 
 Side = Callable[[], Tensor]
+FLASH = "flash, no sink"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's attention."""
+
+    seq: int
+    batch: int = 8
+    heads: int = 4
+    groups: int = 2
+    dim: int = 32
+    window: int = 32
+    """0: a global layer, with GRAPE-A's bias."""
+    documents: int = 1
+    """Of equal length that a row packs."""
+    bf16: bool = False
+
+    @property
+    def useful_flops(self) -> float:
+        """Of forward (2 products) and backward (5) over the pairs of one document a row that have to be looked at."""
+        return self._flops(min(self.window or self.seq, self.seq))
+
+    @property
+    def causal_flops(self) -> float:
+        """The same without the window."""
+        return self._flops(self.seq)
+
+    @property
+    def least_bytes(self) -> int:
+        """Read q, k, v and the output's gradient, write the output and three gradients; k and v with G heads."""
+        return self.batch * self.seq * self.dim * (5 * self.heads + 6 * self.groups) * (2 if self.bf16 else 4)
+
+    def _flops(self, window: int) -> float:
+        pairs = window * (window + 1) / 2 + (self.seq - window) * window
+        return 7 * 2 * self.batch * self.heads * self.dim * pairs
+
+
+@dataclass
+class Timing:
+    """Of one side of a layer, forward and backward."""
+
+    first_seconds: float
+    """The first call; of flex with the compilation."""
+    peak_mib: float
+    seconds: list[float]
 
 
 def arguments() -> argparse.Namespace:
@@ -56,39 +103,39 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def our_side(args: argparse.Namespace, backend: str, qkv: tuple[Tensor, ...], sink: Tensor) -> Side:
+def our_side(layer: Layer, backend: str, qkv: tuple[Tensor, ...], sink: Tensor) -> Side:
     """One of our backends; the masks are built anew in each call, as in the first layer of a step."""
     (seq, batch), device = qkv[0].shape[:2], qkv[0].device
     row = torch.arange(seq, device=device)
-    each = -(-seq // args.documents)
+    each = -(-seq // layer.documents)
     document, position = ((x).expand(batch, -1).contiguous() for x in ((row // each).int(), row % each))
 
     def run() -> Tensor:
         return core_attention(
             *(x.permute(1, 2, 0, 3) for x in qkv),
             layout=SequenceLayout(document, position),
-            window=args.window or None,
-            alibi_slopes_H=None if args.window else alibi_slopes(args.heads, device),
+            window=layer.window or None,
+            alibi_slopes_H=None if layer.window else alibi_slopes(layer.heads, device),
             sink_H=sink,
-            softmax_scale=args.dim**-0.5,
+            softmax_scale=layer.dim**-0.5,
             backend=backend,
         )
 
     return run
 
 
-def megatron_side(args: argparse.Namespace, qkv: tuple[Tensor, ...]) -> Side:
+def megatron_side(layer: Layer, qkv: tuple[Tensor, ...]) -> Side:
     """Megatron-Core's unfused attention with its learnable softmax offset; in global layers it has no distance bias."""
     config = TransformerConfig(
         num_layers=1,
-        hidden_size=args.heads * args.dim,
-        num_attention_heads=args.heads,
-        num_query_groups=args.groups,
-        kv_channels=args.dim,
+        hidden_size=layer.heads * layer.dim,
+        num_attention_heads=layer.heads,
+        num_query_groups=layer.groups,
+        kv_channels=layer.dim,
         attention_dropout=0.0,
         softmax_type="learnable",
-        window_size=(args.window - 1, 0) if args.window else None,
-        bf16=args.bf16,
+        window_size=(layer.window - 1, 0) if layer.window else None,
+        bf16=layer.bf16,
         params_dtype=qkv[0].dtype,
         masked_softmax_fusion=False,
     )
@@ -107,15 +154,6 @@ def flash_side(qkv: tuple[Tensor, ...]) -> Side:
     return run
 
 
-def seconds(side: Callable[[], object], device: torch.device) -> float:
-    """One call, everything that it launched included."""
-    _synchronize(device)
-    begin = time.perf_counter()
-    side()
-    _synchronize(device)
-    return time.perf_counter() - begin
-
-
 def step(side: Side, leaves: tuple[Tensor, ...]) -> None:
     """One forward and backward."""
     for leaf in leaves:
@@ -124,97 +162,58 @@ def step(side: Side, leaves: tuple[Tensor, ...]) -> None:
     out.backward(torch.ones_like(out))
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def ceilings(device: torch.device) -> tuple[float, float]:
-    """FLOP/s of a bf16 product of 8192-square matrices and byte/s of a copy of 1 GiB (read and write), best of 20."""
-    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    product = min(seconds(lambda: a @ a, device) for _ in range(20))
-    source = torch.empty(2**30, device=device, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    copy = min(seconds(lambda: target.copy_(source), device) for _ in range(20))
-    return 2 * 8192**3 / product, 2 * 2**30 / copy
-
-
-def useful_flops(args: argparse.Namespace, seq: int, window: int) -> float:
-    """Of forward (2 products) and backward (5) over the pairs of one document a row that attention has to look at."""
-    pairs = sum(min(i + 1, window or seq) for i in range(seq))
-    return 7 * 2 * args.batch * args.heads * args.dim * pairs
-
-
-def bench(args: argparse.Namespace, seq: int) -> None:
-    """Time all sides at one length and print the ratios."""
-    device, dtype = current_device(), torch.bfloat16 if args.bf16 else torch.float32
-    shapes = ((args.heads,), (args.groups,), (args.groups,))
-    qkv = tuple(torch.randn(seq, args.batch, *s, args.dim, device=device, dtype=dtype) for s in shapes)
-    sink = torch.zeros(args.heads, device=device)
+def measure(layer: Layer, rounds: int, calls: int = 1) -> tuple[str, dict[str, Timing], list[str]]:
+    """Time all sides: the backend that "auto" takes, what a side gave, and the sides that ran out of memory."""
+    device, dtype = current_device(), torch.bfloat16 if layer.bf16 else torch.float32
+    shapes = ((layer.heads,), (layer.groups,), (layer.groups,))
+    qkv = tuple(torch.randn(layer.seq, layer.batch, *s, layer.dim, device=device, dtype=dtype) for s in shapes)
+    sink = torch.zeros(layer.heads, device=device)
     leaves = tuple(x.requires_grad_() for x in (*qkv, sink))
-    ours = select_backend("auto", window=args.window or None, device=device)
-    sides: dict[str, Side] = {ours: our_side(args, ours, qkv, sink)}
+    ours = select_backend("auto", window=layer.window or None, device=device)
+    sides: dict[str, Side] = {ours: our_side(layer, ours, qkv, sink)}
     if device.type == "cpu" and ours != "sdpa":
-        sides["sdpa"] = our_side(args, "sdpa", qkv, sink)
-    if device.type == "cuda":
-        sides["flash, no sink"] = flash_side(qkv)
-    else:
-        sides["reference"] = our_side(args, "reference", qkv, sink)
-    sides["megatron-core"] = megatron_side(args, qkv)
-
-    print(
-        f"\nbatch {args.batch} x {seq}, {args.documents} documents, heads {args.heads}/{args.groups} of {args.dim}, "
-        f"window {args.window or 'none'}, {dtype}, {device}, {args.threads} threads, {args.rounds} rounds"
-    )
-    memory: dict[str, float] = {}
-    for name in list(sides):
+        sides["sdpa"] = our_side(layer, "sdpa", qkv, sink)
+    if has_gpu():
+        sides[FLASH] = flash_side(qkv)
+    sides["reference"] = our_side(layer, "reference", qkv, sink)
+    sides["megatron-core"] = megatron_side(layer, qkv)
+    found, failed = {}, []
+    steps = {name: partial(step, side, leaves) for name, side in sides.items()}
+    for name in sides:
         try:
-            first = seconds(lambda name=name: step(sides[name], leaves), device)
+            first = seconds(steps[name])
             for leaf in leaves:
                 leaf.grad = None
-            peak = PeakMemory(device)
-            step(sides[name], leaves)
-            memory[name] = peak.over_start() / 2**20
+            peak = PeakMemory()
+            steps[name]()
+            found[name] = Timing(first, peak.over_start() / 2**20, [])
         except torch.OutOfMemoryError:
-            print(f"{name}: out of memory")
-            del sides[name]
-            continue
-        if device.type == "cuda" and name == ours:
-            print(f"first call of {name}, compilation included: {first:.1f} s")
-
-    taken: dict[str, list[float]] = {name: [] for name in sides}
-    for round_number in range(-1, args.rounds):  # one more round to warm up
-        names = list(sides)
-        turn = round_number % len(names)
-        for name in names[turn:] + names[:turn]:
-            spent = seconds(lambda name=name: step(sides[name], leaves), device)
-            if round_number >= 0:
-                taken[name].append(spent)
-    report(args, seq, ours, taken, memory)
+            failed.append(name)
+    for name, times in in_turns({name: steps[name] for name in found}, rounds, calls).items():
+        found[name].seconds += times
+    return ours, found, failed
 
 
-def report(
-    args: argparse.Namespace, seq: int, ours: str, taken: dict[str, list[float]], memory: dict[str, float]
-) -> None:
+def report(layer: Layer, ours: str, found: dict[str, Timing]) -> None:
     """The table of one length."""
-    device = current_device()
     print(f"{'forward + backward':20s} {'median ms':>10s} {'peak MiB':>9s}   time over {ours}: min / median / max")
-    for name, times in taken.items():
-        ratios = sorted(other / mine for other, mine in zip(times, taken[ours], strict=True))
+    for name, timing in found.items():
+        times = timing.seconds
+        ratios = sorted(other / mine for other, mine in zip(times, found[ours].seconds, strict=True))
         summary = f"{ratios[0]:.2f} / {statistics.median(ratios):.2f} / {ratios[-1]:.2f}"
-        print(f"{name:20s} {1e3 * statistics.median(times):10.2f} {memory[name]:9.1f}   {summary}")
-    if device.type != "cuda":
+        print(f"{name:20s} {1e3 * statistics.median(times):10.2f} {timing.peak_mib:9.1f}   {summary}")
+    if not has_gpu():
         return
-    product, copy = ceilings(device)
-    print(f"this card: bf16 product {product / 1e12:.0f} TFLOP/s, copy {copy / 1e12:.2f} TB/s")
-    # Read q, k, v and the output's gradient, write the output and three gradients; k and v with G heads.
-    moved = args.batch * seq * args.dim * (5 * args.heads + 6 * args.groups) * (2 if args.bf16 else 4)
-    for name, times in taken.items():
-        window = 0 if name.startswith("flash") else args.window
-        flops, bandwidth = useful_flops(args, seq, window) / statistics.median(times), moved / statistics.median(times)
+    rates = measured_rates(torch.bfloat16)
+    print(f"first call of {ours}, compilation included: {found[ours].first_seconds:.1f} s")
+    print(f"this card: bf16 product {rates.flops / 1e12:.0f} TFLOP/s, copy {rates.bandwidth / 1e12:.2f} TB/s")
+    for name, timing in found.items():
+        took = statistics.median(timing.seconds)
+        flops = (layer.causal_flops if name == FLASH else layer.useful_flops) / took
+        bandwidth = layer.least_bytes / took
         print(
-            f"{name:20s} {flops / 1e12:6.1f} TFLOP/s, {100 * flops / product:5.1f} % of the product; "
-            f"at least {bandwidth / 1e12:.3f} TB/s, {100 * bandwidth / copy:5.1f} % of the copy"
+            f"{name:20s} {flops / 1e12:6.1f} TFLOP/s, {100 * flops / rates.flops:5.1f} % of the product; "
+            f"at least {bandwidth / 1e12:.3f} TB/s, {100 * bandwidth / rates.bandwidth:5.1f} % of the copy"
         )
 
 
@@ -224,7 +223,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     with distributed.single_process(seed=1):
         for seq in args.seq:
-            bench(args, seq)
+            layer = Layer(
+                seq, args.batch, args.heads, args.groups, args.dim, args.window, args.documents, bf16=args.bf16
+            )
+            ours, found, failed = measure(layer, args.rounds)
+            print(f"\n{layer}, {current_device()}, {args.threads} threads, {args.rounds} rounds")
+            for name in failed:
+                print(f"{name}: out of memory")
+            report(layer, ours, found)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ positions only. Both make the gradients of hidden states and projection.
 
 Every round runs each side once, in an order that rotates, and forms the ratios within the round. With one thread on a
 CPU the seconds are the processor's, which other work on the machine disturbs less. Memory is the peak over what was
-there before (peak_memory.py).
+there before (profiling/stopwatch.py).
 
     python scripts/bench/readings.py --hidden 1024 --supervised 60
     python scripts/bench/readings.py --reading divergence --hidden 128 --bf16
@@ -24,11 +24,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from peak_memory import PeakMemory
 from torch import Tensor
 from torch.nn import functional
 
 from megatron_vpmoe.model.output import CrossEntropy, Divergence, Term, log_probabilities, weighted_sum
+from megatron_vpmoe.profiling.stopwatch import PeakMemory
 from megatron_vpmoe.runtime.device import current_device
 
 READINGS = ("cross_entropy", "log_probabilities", "divergence", "topk_kd")
@@ -104,7 +104,7 @@ def run(side: Side, leaves: tuple[Tensor, ...]) -> tuple[float, float, float, li
     for leaf in leaves:
         leaf.grad = None
     on_gpu = leaves[0].is_cuda
-    memory = PeakMemory(leaves[0].device)
+    memory = PeakMemory()
     clock = time.perf_counter if on_gpu or torch.get_num_threads() > 1 else time.process_time
     begin = clock()
     loss = side()

@@ -152,11 +152,11 @@ def work(wanted: Settings, cfg: RunConfig, directory: Path) -> None:
     distributed.initialize(seed=cfg.training.seed, expert_model_parallel_size=cfg.parallel.expert_model_parallel_size)
     import torch
 
-    from megatron_vpmoe.profiling.capture import Window, capture
+    from megatron_vpmoe.profiling.capture import Subject, Window, capture
 
     trace = directory / f"rank{distributed.rank()}" if wanted.processes > 1 else directory
     trace.mkdir(exist_ok=True)
-    found = capture(cfg, trace, Window(wanted.warm, wanted.steps), tool=wanted.tool)
+    found = capture(Subject(cfg), trace, Window(wanted.warm, wanted.steps), tool=wanted.tool)
     if distributed.rank() == 0:
         summary = {
             "run": wanted.run,

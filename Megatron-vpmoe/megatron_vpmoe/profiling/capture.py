@@ -8,8 +8,6 @@ import math
 import resource
 import shutil
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +21,7 @@ from megatron_vpmoe.optim import build_optimizer
 from megatron_vpmoe.profiling.clock import RANGES, RangeClock, TraceMarks, UpstreamTimers
 from megatron_vpmoe.profiling.exposed import communication
 from megatron_vpmoe.profiling.mock import mock_step
-from megatron_vpmoe.runtime.device import finish
+from megatron_vpmoe.profiling.stopwatch import seconds
 from megatron_vpmoe.runtime.ranges import listening
 from megatron_vpmoe.training.router import RouterMonitor
 from megatron_vpmoe.training.step import train_step
@@ -58,34 +56,35 @@ class Subject:
         # Made in advance, as the loop's own thread does: making rows is no part of a step.
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         self.steps = [mock_step(cfg, step=step, dp_rank=rank, dp_size=size) for step in range(DIFFERENT_STEPS)]
-        self._step = 0
+        self.done = 0
+        """Steps so far, which says whose turn it is among ``steps``."""
 
     def step(self) -> None:
         """One step as the loop makes it, router health included."""
         self.monitor.reset()
-        batches = self.steps[self._step % len(self.steps)]
+        batches = self.steps[self.done % len(self.steps)]
         result = train_step(self.wrapped, self.optimizer, self.objective, batches)
         self.tokens, self.loss = result.metrics["tokens/real"], result.metrics["loss/total"]
         self.health = self.monitor.metrics(self.tokens)
-        self._step += 1
+        self.done += 1
 
 
-def capture(cfg: RunConfig, directory: Path, window: Window, *, tool: str) -> dict[str, Any]:
+def capture(subject: Subject, directory: Path, window: Window, *, tool: str) -> dict[str, Any]:
     """Three passes over the same steps: bare (speed), clocked (split by range), traced (operators).
 
     Args:
+        subject: what takes the steps.
         directory: for the trace of "torch"; Nsight Systems writes its own.
         tool: "torch", or "nsys" inside ``nsys profile --capture-range=cudaProfilerApi``.
 
     Returns:
         the summary's measurements; times in milliseconds a step.
     """
-    subject = Subject(cfg)
     for _ in range(window.warm):
         subject.step()
-    bare = [_seconds(subject.step) for _ in range(window.steps)]
+    bare = [seconds(subject.step) for _ in range(window.steps)]
     clock = RangeClock()
-    clocked = _seconds(lambda: _listen(subject, clock, window.steps))
+    clocked = seconds(lambda: _listen(subject, clock, window.steps))
     if tool == "nsys":
         torch.cuda.profiler.start()
         _listen(subject, TraceMarks(), window.steps)
@@ -140,14 +139,6 @@ def _traced(subject: Subject, steps: int, directory: Path) -> tuple[list[dict[st
         {"name": event.key, "self_ms": round(getattr(event, where) / 1e3 / steps, 3), "calls": event.count / steps}
         for event in operators[:TOP_OPERATORS]
     ], communication(events)._asdict()
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    finish()
-    begin = time.perf_counter()
-    run()
-    finish()
-    return time.perf_counter() - begin
 
 
 def _ms(seconds: float) -> float:

@@ -177,17 +177,19 @@ def available_memory() -> tuple[int, str, int]:
     return psutil.virtual_memory().available, "CPU", 1
 
 
-# Dense bf16 tensor-core peak of a device in FLOP/s, from the vendor's data sheets; by the first part of its name here.
-_BF16_PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H200 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "A100": 312e12,
-    "GB200": 2500e12,
-    "B200": 2250e12,
+# Of the vendor's data sheets: dense bf16 tensor-core FLOP/s and byte/s of memory; by the first part of a name here.
+_PEAKS = {
+    "H100 PCIe": (756e12, 2.0e12),
+    "H100 NVL": (835e12, 3.9e12),
+    "H200 NVL": (835e12, 4.8e12),
+    "H100": (989e12, 3.35e12),
+    "GH200": (989e12, 4.0e12),
+    "H200": (989e12, 4.8e12),
+    "A100-SXM4-80GB": (312e12, 2.039e12),
+    "A100 80GB PCIe": (312e12, 1.935e12),
+    "A100": (312e12, 1.555e12),
+    "GB200": (2500e12, 8.0e12),
+    "B200": (2250e12, 8.0e12),
 }
 
 
@@ -196,10 +198,19 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if has_gpu() else "CPU"
 
 
+def _stated_peaks() -> tuple[float, float] | tuple[None, None]:
+    name = device_name()
+    return next((peaks for part, peaks in _PEAKS.items() if part in name), (None, None))
+
+
 def peak_flops(*, bf16: bool) -> float | None:
     """The stated matmul peak of this device in FLOP/s; None where it is not known (CPUs, fp32, other GPUs)."""
-    name = device_name()
-    return next((peak for part, peak in _BF16_PEAKS.items() if part in name), None) if bf16 else None
+    return _stated_peaks()[0] if bf16 else None
+
+
+def peak_bandwidth() -> float | None:
+    """The stated bandwidth of this device's memory in byte/s; None where it is not known."""
+    return _stated_peaks()[1]
 
 
 @functools.cache
@@ -211,6 +222,9 @@ def prepare() -> None:
     Raises:
         DeviceError: megatron.core was imported before and has bound its compiled functions already.
     """
+    # To a layer with experts that is not its own upstream hands no process groups, and says so: ours takes the same.
+    layers_log = logging.getLogger("megatron.core.transformer.transformer_layer")
+    layers_log.addFilter(lambda record: "Unknown MLP type" not in record.getMessage())
     if has_gpu():
         _answer_without_transformer_engine()
         return

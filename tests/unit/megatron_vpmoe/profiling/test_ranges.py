@@ -14,7 +14,7 @@ from megatron_vpmoe.config import load_config
 from megatron_vpmoe.errors import ConfigError, DeviceError
 from megatron_vpmoe.profiling import clock as clock_module
 from megatron_vpmoe.profiling.__main__ import launch, settings
-from megatron_vpmoe.profiling.capture import Window, capture
+from megatron_vpmoe.profiling.capture import Subject, Window, capture
 from megatron_vpmoe.profiling.clock import RANGES, RangeClock, UpstreamTimers
 from megatron_vpmoe.profiling.mock import mock_step
 from megatron_vpmoe.runtime.ranges import annotated, listening
@@ -84,7 +84,7 @@ def test_mock_rows_are_full_and_repeatable() -> None:
 @pytest.mark.usefixtures("single_process")
 def test_capture_splits_a_whole_step(tmp_path: Path) -> None:
     """Every range of a step is found, the split adds up to the step, and the trace holds the ranges."""
-    found = capture(tiny_config(), tmp_path, Window(warm=1, steps=1), tool="torch")
+    found = capture(Subject(tiny_config()), tmp_path, Window(warm=1, steps=1), tool="torch")
     split = found["split_ms"]
     assert set(split) == {*RANGES, "other"}
     assert all(value > 0 for value in split.values()), split
@@ -100,7 +100,7 @@ def test_capture_splits_a_whole_step(tmp_path: Path) -> None:
 def test_ranges_of_the_nano_step_sum_to_it(tmp_path: Path) -> None:
     """Within 3 % of a clock around all steps: what is in no range but inside a step is "other"."""
     cfg = load_config(ROOT / "configs" / "nano" / "stage1.yaml", settings({"PROFILE_SEQ_LEN": "384"}, []).overrides)
-    found = capture(cfg, tmp_path, Window(warm=1, steps=2), tool="torch")
+    found = capture(Subject(cfg), tmp_path, Window(warm=1, steps=2), tool="torch")
     split = found["split_ms"]
     assert sum(split.values()) == pytest.approx(found["clocked_step_ms"], rel=0.03)
     assert split["other"] < 0.25 * found["clocked_step_ms"]
