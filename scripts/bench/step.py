@@ -4,7 +4,7 @@
     python scripts/bench/step.py --ours-only --config configs/vpmoe_stage1.yaml -- --num-layers 8    # on a GPU
 
 Both sides train the same configuration on the same mock data, starting from the same weights: forward, backward,
-optimizer, in one process. The stock side has upstream's TopKRouter, SequentialMLP, torch RMSNorm, unfused
+optimizer, in one process. The stock side has upstream's linears, TopKRouter, SequentialMLP, torch RMSNorm, unfused
 DotProductAttention under a mask of documents and windows (its mask function adds our distance bias), whole logits
 with upstream's cross-entropy, and NorMuon in a loop over matrices. What upstream has no part for (TPA, GRAPE-M, value
 residual, a shared expert with biases) is ours on both sides. Losses of the first steps are compared first.

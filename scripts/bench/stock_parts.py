@@ -30,6 +30,7 @@ from megatron_vpmoe.model.builder import build_model, wrap_for_training
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.model.norm import RMSNorm
 from megatron_vpmoe.model.output import ModelOutput
+from megatron_vpmoe.model.tensor_parallel import ColumnLinear, RowLinear
 from megatron_vpmoe.objectives import Objective, ObjectiveResult, build_objective
 from megatron_vpmoe.optim.assignment import assigned_parameters
 from megatron_vpmoe.optim.polar_express import COEFFICIENTS
@@ -51,6 +52,7 @@ class Stock:
         for layer in model.decoder.layers:
             if isinstance(layer.mlp, MoELayer):
                 _stock_moe(layer.mlp)
+        _stock_linears(model)
         _stock_norms(model)
         self.attention = _StockAttention(model)
         self.wrapped = wrap_for_training(model, cfg)
@@ -96,6 +98,13 @@ def _stock_moe(layer: Any) -> None:
         layer.router.weight.copy_(ours.weight)
         if layer.router.bias is not None:
             layer.router.bias.zero_().requires_grad_(False)
+
+
+def _stock_linears(model: VPModel) -> None:
+    for module in model.modules():
+        for ours, upstream in ((ColumnLinear, ColumnParallelLinear), (RowLinear, RowParallelLinear)):
+            if isinstance(module, ours):
+                module.forward = MethodType(upstream.forward, module)
 
 
 def _stock_norms(model: VPModel) -> None:

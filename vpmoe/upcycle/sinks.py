@@ -66,7 +66,7 @@ def log_sum_exp(attention: Any, hidden_SBH: Tensor, layout: Any) -> Tensor:
     """Of one layer's scaled, biased and masked scores, without its sink: fp32 [B, H, S]."""
     from megatron_vpmoe.model.attention.grape import alibi_slopes
 
-    query, key, _ = attention.scored_qkv(hidden_SBH, layout)
+    query, key, _ = attention.scored_qkv(hidden_SBH, attention.turns(layout))
     query, key = (x.permute(1, 2, 0, 3).float() for x in (query, key))
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     score = query @ key.transpose(-1, -2) * attention.softmax_scale

@@ -82,6 +82,11 @@ REFUSED: tuple[Rule, ...] = (
         for name in _SPLIT
     ),
     refuse(
+        f"compile {_TP}",
+        "cannot be taken in whole with upstream's linears, which tensor-parallel ranks need; set it to off",
+        lambda c: c.compile != "off" and c[_TP] > 1,
+    ),
+    refuse(
         f"sequence_parallel {_TP} num_experts",
         "without it every tensor-parallel rank would send every token to the experts; set sequence_parallel true",
         lambda c: c[_TP] > 1 and c.num_experts is not None and not c.sequence_parallel,

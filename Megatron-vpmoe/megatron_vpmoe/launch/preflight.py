@@ -22,10 +22,17 @@ def check_machine(cfg: RunConfig, config_path: Path) -> None:
     """Refuse a run that this machine cannot hold.
 
     Raises:
-        DeviceError: too little memory, or more processes than GPUs.
+        DeviceError: too little memory, more processes than GPUs, or nothing to compile with.
     """
     report = machine_report(cfg)
     check_fit(cfg, report, nano_counterpart(config_path))
+    compiler = os.environ.get("CXX", "g++")
+    if cfg.training.compile != "off" and report.device_kind == "CPU" and shutil.which(compiler) is None:
+        raise DeviceError(
+            f"there is no C++ compiler {compiler!r}, which compiles layers for a CPU",
+            source="training.compile",
+            remedy="install one, name it with CXX, or set --compile off",
+        )
     if report.device_kind != "CPU" and report.processes_per_device > 1:
         raise DeviceError(
             f"{cfg.parallel.nproc_per_node} processes are too many: {report.processes_per_device} would share one "

@@ -8,6 +8,7 @@ Shapes: S sequence, B batch, H hidden, G KV groups, D head dim.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_vpmoe.model.attention.masks import SequenceLayout
+from megatron_vpmoe.model.compilation import part
 from megatron_vpmoe.model.recompute import recomputed
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.runtime.ranges import annotated
@@ -47,21 +49,41 @@ class VPTransformerLayer(TransformerLayer):
         Returns:
             the residual stream, and the values of layer 1.
         """
-        normed = self.input_layernorm(hidden_SBH)
+        attention, compiled = self.self_attention, self.config.compiles and self.training
         with annotated("attention"):
-            (attended, bias), value_SBGD = self.self_attention(normed, layout, first_value_SBGD, computed)
-        hidden_SBH = _add(hidden_SBH, attended, bias)
-        normed = self.pre_mlp_layernorm(hidden_SBH)
+            query, key, value, own_SBGD = part(VPTransformerLayer.before_attention, compiled)(
+                self, hidden_SBH, attention.turns(layout), first_value_SBGD
+            )
+            attended_SBN = attention.attend(query, key, value, layout, computed)
+            hidden_SBH, normed = part(VPTransformerLayer.behind_attention, compiled)(self, hidden_SBH, attended_SBN)
         mlp_out, mlp_bias = self._feed_forward(normed, padding_BS)
-        first = value_SBGD if first_value_SBGD is None else first_value_SBGD
+        first = own_SBGD if first_value_SBGD is None else first_value_SBGD
         return _add(hidden_SBH, mlp_out, mlp_bias), first
+
+    def before_attention(
+        self, hidden_SBH: Tensor, turns: Tensor | None, first_value_SBGD: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``VPSelfAttention.before_scores`` of the normed residual stream."""
+        return self.self_attention.before_scores(self.input_layernorm(hidden_SBH), turns, first_value_SBGD)
+
+    def behind_attention(self, hidden_SBH: Tensor, attended_SBN: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream with the attention's projected output, and what the feed-forward reads of it."""
+        hidden_SBH = _add(hidden_SBH, *self.self_attention.linear_proj(attended_SBN))
+        return hidden_SBH, self.pre_mlp_layernorm(hidden_SBH)
 
     def _feed_forward(self, normed_SBH: Tensor, padding_BS: Tensor | None) -> tuple[Tensor, Tensor | None]:
         again = self.training and self.config.recomputation.recomputes("moe" if self.is_moe_layer else "mlp")
         keywords = {"padding_mask": padding_BS} if self.is_moe_layer else {}
+        run = self.mlp
+        if not self.is_moe_layer:
+            run = functools.partial(part(VPTransformerLayer.dense, self.config.compiles and self.training), self)
         # Of a MoE layer, what is not router, experts or shared expert is the way of the tokens.
         with annotated("dispatch" if self.is_moe_layer else "feed_forward"):
-            return recomputed(self.mlp, normed_SBH, **keywords) if again else self.mlp(normed_SBH, **keywords)
+            return recomputed(run, normed_SBH, **keywords) if again else run(normed_SBH, **keywords)
+
+    def dense(self, normed_SBH: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The feed-forward of a layer without experts: its output, and a bias that is still to be added."""
+        return self.mlp(normed_SBH)
 
 
 def _add(residual: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import cast
 
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules, RouterBuilder
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -19,9 +18,10 @@ from megatron_vpmoe.model.moe.layer import VPMoELayer
 from megatron_vpmoe.model.moe.router import VPMoERouter
 from megatron_vpmoe.model.moe.shared_expert import VPSharedExpert
 from megatron_vpmoe.model.norm import RMSNorm
+from megatron_vpmoe.model.tensor_parallel import ColumnLinear, RowLinear
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 
-_LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+_LINEARS = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
 
 
 def layer_spec(config: VPTransformerConfig, layer_number: int) -> ModuleSpec:
@@ -30,8 +30,8 @@ def layer_spec(config: VPTransformerConfig, layer_number: int) -> ModuleSpec:
     attention = ModuleSpec(
         module=VPSelfAttention,
         submodules=VPSelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            linear_proj=RowParallelLinear,
+            linear_qkv=ColumnLinear,
+            linear_proj=RowLinear,
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
         ),

@@ -1,4 +1,4 @@
-"""What stays fp32 in a bf16 model: parameters and buffers that bf16 could not move, such as a scale near 1."""
+"""What stays fp32 in a bf16 model: parameters and buffers that bf16 could not move, such as a scale near 1; sums."""
 
 from __future__ import annotations
 
@@ -34,3 +34,15 @@ def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
         wanted = torch.float32 if getattr(parameter, "keep_fp32", False) else dtype
         if parameter.is_floating_point() and parameter.dtype != wanted:
             parameter.data = parameter.data.to(wanted)
+
+
+def multiplies_narrow(x: Tensor, wide: torch.dtype) -> bool:
+    """Whether the device multiplies x as it is and adds up in ``wide``: a GPU bf16, in fp32."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and wide == torch.float32
+
+
+def wide_product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
+    """left right in ``wide``, of matrices of one narrower dtype."""
+    if multiplies_narrow(left, wide):
+        return torch.mm(left, right, out_dtype=wide)
+    return left.to(wide) @ right.to(wide)

@@ -1,4 +1,5 @@
-"""Tensor parallelism where upstream has no part for it: a weight that every rank holds whole, and whole sequences.
+"""Tensor parallelism where upstream has no part for it: a weight that every rank holds whole, whole sequences, and
+linears that are alone.
 
 Under sequence parallelism each tensor-parallel rank keeps its part of the sequence between attention and feed-forward.
 Where the parts begin and end is Megatron-Core's: the embedding scatters the sequence, column-parallel linears gather
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import functional
@@ -48,6 +50,28 @@ class ReplicatedLinear(MegatronModule):
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
         return functional.linear(x, self.weight)
+
+
+class _Alone:
+    """Upstream's linear, which on one tensor-parallel rank has nobody to talk to: there x Wᵀ + b in one product."""
+
+    tp_group: Any
+    weight: Parameter
+    bias: Parameter | None
+
+    def forward(self, input_: Tensor, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
+        """[..., I] -> [..., O], and the bias if it is still to be added."""
+        if self.tp_group.size() > 1:
+            return super().forward(input_, *arguments, **keywords)  # type: ignore[misc]
+        return functional.linear(input_, self.weight, self.bias), None
+
+
+class ColumnLinear(_Alone, ColumnParallelLinear):
+    """Ranks have rows of the weight."""
+
+
+class RowLinear(_Alone, RowParallelLinear):
+    """Ranks have columns of the weight, and their outputs are summed."""
 
 
 @contextlib.contextmanager

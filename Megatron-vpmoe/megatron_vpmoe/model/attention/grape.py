@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_vpmoe.model.attention.masks import SequenceLayout
+
 
 def rope_frequencies(head_dim: int, base: float) -> Tensor:
     """fp32 [F], radians per token: base^(-2j/D) for j = 0 .. F-1 (RoFormer, arXiv 2104.09864)."""
@@ -33,6 +35,15 @@ def initial_log_frequencies(head_dim: int, base: float, scale: float) -> Tensor:
 def rotation_angles(position_BS: Tensor, frequency_F: Tensor) -> Tensor:
     """Angles t · f in radians, [S, B, 1, F] in the dtype of the frequencies (fp32 or wider)."""
     return position_BS.t().to(frequency_F.dtype)[:, :, None, None] * frequency_F
+
+
+def rope_angles(layout: SequenceLayout, head_dim: int, base: float) -> Tensor:
+    """RoPE's angles of a layout's positions [S, B, 1, F], made once for all its layers."""
+
+    def angles() -> Tensor:
+        return rotation_angles(layout.position, rope_frequencies(head_dim, base).to(layout.position.device))
+
+    return layout.shared(("rope", head_dim, base), angles)
 
 
 def rotate(x_SBHD: Tensor, angle_SB1F: Tensor) -> Tensor:
@@ -71,6 +82,9 @@ class _Rotation(torch.autograd.Function):
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, cos.dtype)
     x, cos, sin = x.to(wide), cos.to(wide), sin.to(wide)
+    if torch.compiler.is_compiling():  # which writes no pass of its own for any of these
+        first, second = x.chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
     out = torch.empty_like(x)
     (first, second), (out_first, out_second) = x.chunk(2, -1), out.chunk(2, -1)
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)

@@ -48,6 +48,8 @@ from megatron_vpmoe.model.recompute import recomputed
 from megatron_vpmoe.model.tensor_parallel import ReplicatedLinear
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 
+_Computed = dict[int, tuple[Tensor, Tensor]] | None
+
 
 @dataclass
 class VPSelfAttentionSubmodules:
@@ -174,16 +176,12 @@ class VPSelfAttention(MegatronModule):
         return "reference" if name == "flex" and not recurs else name
 
     def forward(
-        self,
-        hidden_SBH: Tensor,
-        layout: SequenceLayout,
-        first_value: Tensor | None = None,
-        computed: dict[int, tuple[Tensor, Tensor]] | None = None,
+        self, hidden_SBH: Tensor, layout: SequenceLayout, first_value: Tensor | None = None, computed: _Computed = None
     ) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
         """Attend within documents.
 
         Args:
-            hidden_SBH: normed hidden states; under sequence parallelism this rank's S / T of them.
+            hidden_SBH: normed; under sequence parallelism this rank's S / T of them.
             layout: documents and positions.
             first_value: layer 1's values [S, B, G, D]; needed from layer 2 on by the value residual.
             computed: receives, under the layer's number, keys as the scores read them and mixed values [B, G, S, D].
@@ -192,16 +190,20 @@ class VPSelfAttention(MegatronModule):
             (output, of the shape of ``hidden_SBH``, and bias [hidden] still to be added, or None), and this layer's own
             values before any mixing [S, B, G, D].
         """
-        query, key, own_value = self.scored_qkv(hidden_SBH, layout)
-        value = self._mix_value(own_value, first_value)
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        query, key, value, own_value = self.before_scores(hidden_SBH, self.turns(layout), first_value)
+        return self.linear_proj(self.attend(query, key, value, layout, computed)), own_value
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, computed: _Computed = None
+    ) -> Tensor:
+        """[S, B, H D]: what ``before_scores`` gave, attended to within documents; ``computed`` as in ``forward``."""
         if computed is not None:
             computed[self.layer_number] = key, value
         slopes = None
         if self.position_embedding == "grape_a":
             part, parts = self.tp_group.rank(), self.tp_group.size()
             slopes = grape.alibi_slopes(self.num_heads * parts, query.device, part, parts)
-        attend = functools.partial(
+        core = functools.partial(
             core_attention,
             layout=layout,
             window=self.window,
@@ -211,9 +213,19 @@ class VPSelfAttention(MegatronModule):
             backend=self.backend_name(query.device, recurs=layout.recurs),
         )
         again = self.training and self.config.recomputation.recomputes("core_attn")
-        out_BHSD = recomputed(attend, query, key, value) if again else attend(query, key, value)
-        out_SBN = out_BHSD.permute(2, 0, 1, 3).flatten(2)
-        return self.linear_proj(out_SBN), own_value
+        out_BHSD = recomputed(core, query, key, value) if again else core(query, key, value)
+        return out_BHSD.permute(2, 0, 1, 3).flatten(2)
+
+    def before_scores(
+        self, hidden_SBH: Tensor, turns: Tensor | None, first_value: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries [B, H, S, D], keys and mixed values [B, G, S, D] as scores read them; own values [S, B, G, D].
+
+        It reads tensors alone, of which ``turns`` gives one: compiled, it serves all batches.
+        """
+        query, key, own_value = self.scored_qkv(hidden_SBH, turns)
+        value = self._mix_value(own_value, first_value)
+        return query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), own_value
 
     def project_qkv(self, hidden_SBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [S, B, H, D], keys and values [S, B, G, D], biases included, before norm and positions."""
@@ -234,29 +246,24 @@ class VPSelfAttention(MegatronModule):
         )
         return query, key, value
 
-    def scored_qkv(self, hidden_SBH: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
+    def scored_qkv(self, hidden_SBH: Tensor, turns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """``project_qkv`` with queries and keys as they meet in the scores: normed, and rotated where layers rotate."""
         query, key, value = self.project_qkv(hidden_SBH)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        return *self._rotate(query, key, layout), value
-
-    def _rotate(self, query: Tensor, key: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+        if turns is None:
+            return query, key, value
         if self.grape_log_freq is not None:
             log_freq = copy_to_tensor_model_parallel_region(self.grape_log_freq, group=self.tp_group)
-            frequency = torch.exp(log_freq / self.config.grapem_log_freq_scale)
-            angle = grape.rotation_angles(layout.position, frequency)
-        elif self.position_embedding == "rope":
-            base = self.config.rotary_base
-            angle = layout.shared(
-                ("rope", self.head_dim, base),
-                lambda: grape.rotation_angles(
-                    layout.position, grape.rope_frequencies(self.head_dim, base).to(query.device)
-                ),
-            )
-        else:
-            return query, key
-        return grape.rotate(query, angle), grape.rotate(key, angle)
+            turns = grape.rotation_angles(turns, torch.exp(log_freq / self.config.grapem_log_freq_scale))
+        return grape.rotate(query, turns), grape.rotate(key, turns), value
+
+    def turns(self, layout: SequenceLayout) -> Tensor | None:
+        """What turns queries and keys: positions, where frequencies are learned, else shared angles; or None."""
+        if self.grape_log_freq is not None:
+            return layout.position
+        rope = self.position_embedding == "rope"
+        return grape.rope_angles(layout, self.head_dim, self.config.rotary_base) if rope else None
 
     def _mix_value(self, value: Tensor, first_value: Tensor | None) -> Tensor:
         if self.value_residual_scale is None:

@@ -18,6 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megatron_vpmoe.model.moe.expert_rows import GroupedRows, layout_of
+from megatron_vpmoe.model.precision import wide_product
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.runtime.ranges import annotated
 
@@ -54,7 +55,7 @@ class _ExpertFeedForward(Function):
         weighted_PF = (active_PF.square() * rows.spread(p_TK)).to(x_TH.dtype)
         out_TH = rows.add_up(rows.linear(weighted_PF, w2_EHF, None))
         if b2_EH is not None:
-            out_TH.addmm_(rows.over_experts(p_TK.to(x_TH.dtype)), b2_EH)
+            out_TH += wide_product(rows.over_experts(p_TK.to(x_TH.dtype)), b2_EH, p_TK.dtype)
         ctx.rows, ctx.has_b1 = rows, b1_EF is not None
         ctx.save_for_backward(x_TH, p_TK, active_PF, w1_EFH, w2_EHF, b2_EH)
         return out_TH
@@ -71,8 +72,8 @@ class _ExpertFeedForward(Function):
         # The router's gradient: of products in its own precision, not of rounded ones.
         grad_p, grad_b2 = rows.collect((grad_PF.to(p_TK.dtype) * squared_PF).sum(-1)), None
         if b2_EH is not None:
-            grad_p += rows.at_experts(grad_TH @ b2_EH.t())
-            grad_b2 = rows.over_experts(p_TK.to(grad_TH.dtype)).t() @ grad_TH
+            grad_p += rows.at_experts(wide_product(grad_TH, b2_EH.t(), p_TK.dtype))
+            grad_b2 = wide_product(rows.over_experts(p_TK.to(grad_TH.dtype)).t(), grad_TH, p_TK.dtype).to(b2_EH.dtype)
         grad_PF = grad_PF.mul_(active_PF).mul_(2.0 * p_P1)
         grad_w1 = rows.outer(grad_PF, rows.gather(x_TH))
         grad_b1 = rows.total(grad_PF) if ctx.has_b1 else None

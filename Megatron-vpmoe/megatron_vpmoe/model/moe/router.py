@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_vpmoe.model.precision import without_narrowing
+from megatron_vpmoe.model.precision import multiplies_narrow, wide_product, without_narrowing
 from megatron_vpmoe.model.recompute import chosen_once, is_recomputing
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.runtime.ranges import annotated
@@ -109,31 +109,20 @@ class _Logits(Function):
     @staticmethod
     def forward(ctx: Any, x_NH: Tensor, weight_EH: Tensor, wide: torch.dtype) -> Tensor:
         ctx.save_for_backward(x_NH, weight_EH)
-        return _product(x_NH, weight_EH.t(), wide)
+        return wide_product(x_NH, weight_EH.t(), wide)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         x_NH, weight_EH = ctx.saved_tensors
         wide = grad_NE.dtype
-        if not _narrow(x_NH, wide):
+        if not multiplies_narrow(x_NH, wide):
             grad_x = grad_NE @ weight_EH.to(wide)
             return grad_x.to(x_NH.dtype), (grad_NE.t() @ x_NH.to(wide)).to(weight_EH.dtype), None
         high = grad_NE.to(x_NH.dtype)
         low = (grad_NE - high).to(x_NH.dtype)
-        grad_weight = _product(high.t(), x_NH, wide) + _product(low.t(), x_NH, wide)
+        grad_weight = wide_product(high.t(), x_NH, wide) + wide_product(low.t(), x_NH, wide)
         return high @ weight_EH, grad_weight.to(weight_EH.dtype), None
-
-
-def _narrow(x: Tensor, wide: torch.dtype) -> bool:
-    """Whether the device multiplies x as it is, and adds up in ``wide``."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and wide == torch.float32
-
-
-def _product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
-    if _narrow(left, wide):
-        return torch.mm(left, right, out_dtype=wide)
-    return left.to(wide) @ right.to(wide)
 
 
 class VPMoERouter(TopKRouter):

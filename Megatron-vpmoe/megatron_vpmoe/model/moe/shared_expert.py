@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import cast
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
 
+from megatron_vpmoe.model.compilation import part
 from megatron_vpmoe.model.recompute import recomputed
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.runtime.ranges import annotated
@@ -42,5 +44,10 @@ class VPSharedExpert(MLP):
 
     def _forward(self, hidden_SBH: Tensor) -> Tensor:
         again = self.training and self.config.recomputation.recomputes("shared_experts")
-        out, bias = recomputed(super().forward, hidden_SBH) if again else super().forward(hidden_SBH)
+        run = functools.partial(part(VPSharedExpert.whole, self.config.compiles and self.training), self)
+        return recomputed(run, hidden_SBH) if again else run(hidden_SBH)
+
+    def whole(self, hidden_SBH: Tensor) -> Tensor:
+        """``forward``, unmarked."""
+        out, bias = super().forward(hidden_SBH)
         return out if bias is None else out + bias

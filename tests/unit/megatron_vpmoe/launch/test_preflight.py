@@ -76,6 +76,15 @@ def test_a_machine_without_enough_memory(repository: Path, monkeypatch: pytest.M
         preflight.check_machine(load_config(stage1), stage1)
 
 
+def test_layers_are_compiled_by_something(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load_config(run_yaml, ["--compile", "layers"])
+    monkeypatch.setattr(preflight, "machine_report", lambda _cfg: fit_report(cfg, 2**40, "CPU", 1))
+    preflight.check_machine(cfg, run_yaml)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(DeviceError, match=r"no C\+\+ compiler 'no-such-compiler'(.|\n)*--compile off"):
+        preflight.check_machine(cfg, run_yaml)
+
+
 def test_a_teacher_is_looked_for_before_any_process_starts(run_yaml: Path, tmp_path: Path) -> None:
     cfg = load_config(run_yaml, ["--objective", "topk_kd", "--teacher-weights", str(tmp_path / "none")])
     with pytest.raises(CheckpointError, match="none"):

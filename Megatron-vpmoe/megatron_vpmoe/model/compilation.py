@@ -1,0 +1,29 @@
+"""Parts of a layer that are compiled where ``training.compile`` asks for it: what reads and gives tensors alone.
+
+A part is a method of a module, compiled once for all modules of one shape and all batches of one size: documents,
+positions and masks are tensors, or stay outside. It is compiled whole; what the compiler cannot take in is an error.
+Types, names and checkpoints stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_GRAPHS = 64
+"""Layers differ in a handful of ways; torch gives up after eight."""
+
+
+def part(method: F, compiled: bool) -> F:
+    """``method``, or what it compiles to: to be called with its module."""
+    return _compiled(method) if compiled else method
+
+
+@functools.cache
+def _compiled(method: F) -> F:
+    return torch.compile(method, fullgraph=True, dynamic=False, recompile_limit=_GRAPHS)  # type: ignore[return-value]
