@@ -29,7 +29,7 @@ class VPMoELayer(MoELayer):
             padding_mask: bool [B, S], True on padding.
         """
         if self.ep_group.size() > 1:
-            return super().forward(hidden_states, intermediate_tensors, padding_mask)
+            return cast(tuple[Tensor, None], super().forward(hidden_states, intermediate_tensors, padding_mask))
         router, experts = cast(VPMoERouter, self.router), cast(StackedExperts, self.experts)
         shared = self.shared_experts_compute(hidden_states)
         weight_TK, chosen_TK = router.choose(hidden_states, None if padding_mask is None else padding_mask.t())
