@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 
 from megatron_vpmoe.config import RunConfig, load_config
+from megatron_vpmoe.profiling.stopwatch import spread
 from megatron_vpmoe.runtime import device, distributed
 
 device.prepare()
@@ -123,22 +124,11 @@ class Side:
 
     def seconds(self) -> tuple[float, float]:
         """Wall and processor time of one ``run`` with the device idle before and after."""
-        synchronize()
+        device.finish()
         wall, processor = time.perf_counter(), time.process_time()
         self.run()
-        synchronize()
+        device.finish()
         return time.perf_counter() - wall, time.process_time() - processor
-
-
-def synchronize() -> None:
-    """Wait for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Min, median and max."""
-    return {name: round(f(values), 2) for name, f in (("min", min), ("median", statistics.median), ("max", max))}
 
 
 def differences(ours: Side, theirs: Side) -> dict[str, float]:
@@ -184,8 +174,8 @@ def measure(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, obje
         "load_average": round(os.getloadavg()[0], 1),
         "ours_ms": {"min": round(min(milliseconds[0]), 1), "median": round(statistics.median(milliseconds[0]), 1)},
         "upstream_ms": {"min": round(min(milliseconds[1]), 1), "median": round(statistics.median(milliseconds[1]), 1)},
-        "upstream_over_ours": spread(ratios),
-        "upstream_over_ours_processor_time": spread(processor),
+        "upstream_over_ours": spread(ratios, 2),
+        "upstream_over_ours_processor_time": spread(processor, 2),
     }
 
 

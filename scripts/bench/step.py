@@ -28,7 +28,8 @@ import torch
 from megatron_vpmoe.config import RunConfig, load_config
 from megatron_vpmoe.model.moe.router import VPMoERouter
 from megatron_vpmoe.profiling.capture import Subject
-from megatron_vpmoe.runtime import distributed
+from megatron_vpmoe.profiling.stopwatch import spread
+from megatron_vpmoe.runtime import device, distributed
 
 if TYPE_CHECKING:
     from stock_parts import Stock
@@ -38,12 +39,6 @@ LOSS_TOLERANCE = 2e-3
 """Relative difference of the losses of the first steps; upstream's balance loss is another function of the batch."""
 
 
-def synchronize() -> None:
-    """Wait for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 class Timed:
     """Wraps a function and adds up the wall time of its calls."""
 
@@ -51,10 +46,10 @@ class Timed:
         self.function, self.seconds = function, 0.0
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        synchronize()
+        device.finish()
         begin = time.perf_counter()
         result = self.function(*arguments, **keywords)
-        synchronize()
+        device.finish()
         self.seconds += time.perf_counter() - begin
         return result
 
@@ -84,17 +79,12 @@ def shares(subject: Subject, rounds: int) -> dict[str, Any]:
     return {name: spread(values) for name, values in found.items()}
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Min, median and max, to three digits after the point."""
-    return {name: round(f(values), 3) for name, f in (("min", min), ("median", statistics.median), ("max", max))}
-
-
 def seconds(side: Subject | Stock) -> tuple[float, float]:
     """Wall and processor time of one step."""
-    synchronize()
+    device.finish()
     wall, processor = time.perf_counter(), time.process_time()
     side.step()
-    synchronize()
+    device.finish()
     return time.perf_counter() - wall, time.process_time() - processor
 
 
