@@ -6,13 +6,17 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_vpmoe.files import read_json
+from megatron_vpmoe.model.moe.expert_rows import GroupedRows
+from megatron_vpmoe.optim.normuon import NorMuon
 from scripts.bench.attention import Layer
-from scripts.gpu import report
+from scripts.gpu import attention, designs, loss, report
 from scripts.gpu.__main__ import LONGEST_S, main
 from scripts.gpu.experts import Product
 from scripts.gpu.frame import Findings, Numbers, Section, perform
@@ -74,6 +78,74 @@ def test_a_section_that_goes_wrong_is_told_and_ends_alone(tmp_path: Path) -> Non
     entry, _ = performed(hangs, tmp_path, budget_s=1)
     assert entry["status"] == "died" and "1 s were over" in entry["died"] and time.monotonic() - begin < 10
     assert entry["notes"] == []
+
+
+def wider_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One key too many in a local layer."""
+    right = attention.core_attention
+
+    def wrong(*args: Any, window: int | None, **named: Any) -> Tensor:
+        return right(*args, window=window and window + 1, **named)
+
+    monkeypatch.setattr(attention, "core_attention", wrong)
+
+
+def garbage_of_idle_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight gradients of experts without a token are what was in memory."""
+    right = GroupedRows.outer
+
+    def wrong(self: GroupedRows, left: Tensor, rows: Tensor) -> Tensor:
+        out = right(self, left, rows)
+        out[~out.any(-1).any(-1)] = 0.5
+        return out
+
+    monkeypatch.setattr(GroupedRows, "outer", wrong)
+
+
+def loss_of_all_but_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last token is left out."""
+    right = loss.weighted_sum
+    monkeypatch.setattr(
+        loss,
+        "weighted_sum",
+        lambda hidden, projection, terms: right(
+            hidden[:-1], projection, [term.where(torch.arange(len(hidden)) < len(hidden) - 1) for term in terms]
+        ),
+    )
+
+
+def no_decay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight decay is forgotten."""
+    right = NorMuon.__init__
+    monkeypatch.setattr(NorMuon, "__init__", lambda self, params, lr, _, **named: right(self, params, lr, 0.0, **named))
+
+
+def forgotten_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resume takes the weights alone."""
+    right = designs.checkpoint.load
+    monkeypatch.setattr(designs.checkpoint, "load", lambda found, model, *_: right(found, model))
+
+
+@pytest.mark.usefixtures("single_process")
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("attention", wider_window),
+        ("experts", garbage_of_idle_experts),
+        ("loss", loss_of_all_but_one),
+        ("optimizer", no_decay),
+        ("resume", forgotten_optimizer),
+    ],
+)
+def test_a_fault_is_found(
+    name: str, fault: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faults of kernels and of what carries a run on, each in what the card would compute alone."""
+    section = next(each for each in SECTIONS if each.name == name)
+    numbers = section.numbers(True) if section.numbers else {}
+    fault(monkeypatch)
+    entry = perform(section, Findings(lambda _: None, True, lambda _: numbers, tmp_path))
+    assert entry["status"] == "failed" and entry["died"] is None, entry
 
 
 def test_the_exit_code_hangs_on_comparisons_alone() -> None:
