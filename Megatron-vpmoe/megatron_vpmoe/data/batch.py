@@ -5,8 +5,9 @@ Shapes: b rows of a micro-batch, s positions of a row (``seq_length``), L tokens
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import Any
 
@@ -100,8 +101,17 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        core = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **core, annotations={name: change(value) for name, value in self.annotations.items()})
+        core = {one.name: change(value) for one in fields(self) if isinstance(value := getattr(self, one.name), Tensor)}
+        changed = replace(self, **core, annotations={name: change(value) for name, value in self.annotations.items()})
+        vars(changed)["supervised"] = change(self.supervised)
+        return changed
+
+    @functools.cached_property
+    def supervised(self) -> Tensor:
+        """int64 [n]: where ``loss_mask`` holds, row-major. Of the host's batch it goes along to a device, which would
+        have to be waited for.
+        """
+        return self.loss_mask.flatten().nonzero().squeeze(1)
 
     def per_token(self, name: str) -> Tensor:
         """An annotation of documents, [b, d], at each of their tokens, [b, s]; that of document 0 in padding."""

@@ -24,6 +24,7 @@ from torch.nn.functional import logsigmoid
 from megatron_vpmoe.annotation import REFERENCE_LOG_P
 from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.model.output.terms import at_places
 from megatron_vpmoe.objectives.interface import Needs, Objective, ObjectiveResult
 
 if TYPE_CHECKING:
@@ -89,8 +90,9 @@ class DPO(Objective):
 
     def __call__(self, output: ModelOutput, batch: Batch, totals: dict[str, float]) -> ObjectiveResult:
         """See ``Objective``; ``totals`` holds ``pairs`` and ``tokens/{chosen,rejected}``."""
-        log_p, _ = output.log_probabilities(batch.labels, batch.loss_mask)
-        apart = log_p - batch.annotations[REFERENCE_LOG_P.name][batch.loss_mask]
+        places_N = batch.supervised
+        log_p, _ = output.log_probabilities(batch.labels, places_N)
+        apart = log_p - at_places(batch.annotations[REFERENCE_LOG_P.name], places_N)
         # Also without any supervised token it hangs on the graph: its rank takes part in the gradient exchange.
         empty_BS, answer_BDS = log_p.new_zeros(batch.labels.shape), _answers(batch)
         count_BD = _sums(batch.loss_mask.to(log_p.dtype), answer_BDS)
@@ -103,7 +105,7 @@ class DPO(Objective):
         margin_P = delta_P2[:, 0] - delta_P2[:, 1]
         smooth = self.label_smoothing
         losses_P = (1 - smooth) * self._at(margin_P) + smooth * self._at(-margin_P)
-        chosen = batch.document_id[batch.loss_mask] % 2 == 0
+        chosen = at_places(batch.document_id, places_N) % 2 == 0
         of_chosen = -(log_p * chosen).sum() / max(totals["tokens/chosen"], 1.0)
         loss = (losses_P * share_P).sum() + self.chosen_weight * of_chosen
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_vpmoe.annotation import REFERENCE_LOG_P, Annotation
 from megatron_vpmoe.data.batch import PADDING, Batch
+from megatron_vpmoe.model.output.terms import at_places
 from megatron_vpmoe.objectives.interface import Needs, Objective, ObjectiveResult
 
 if TYPE_CHECKING:
@@ -101,10 +102,10 @@ class GRPO(Objective):
 
     def __call__(self, output: ModelOutput, batch: Batch, totals: dict[str, float]) -> ObjectiveResult:
         """See ``Objective``; ``totals`` holds ``tokens/supervised`` and ``answers``."""
-        mask = batch.loss_mask
-        log_p, entropy = output.log_probabilities(batch.labels, mask, entropy=True, temperature=self.temperature)
+        places_N = batch.supervised
+        log_p, entropy = output.log_probabilities(batch.labels, places_N, entropy=True, temperature=self.temperature)
         assert entropy is not None
-        given = {name: values[mask].to(log_p.dtype) for name, values in _per_token(batch).items()}
+        given = {name: at_places(values, places_N).to(log_p.dtype) for name, values in _per_token(batch).items()}
         lengths = _lengths(batch)
         old, advantage = given["old_log_p"], given["advantage"]
 

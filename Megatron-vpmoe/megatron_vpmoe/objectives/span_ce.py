@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_vpmoe.data.batch import Batch, Span
 from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.model.output.terms import at_places
 from megatron_vpmoe.objectives.interface import Objective, ObjectiveResult
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def means_by_span(
         values_N: of the supervised positions, in row-major order.
         totals: holds ``<counts>/{analysis,final}``, what the sums are divided by.
     """
-    spans = batch.span_id[batch.loss_mask]
+    spans = at_places(batch.span_id, batch.supervised)
     return {
         f"{name}/{of}": torch.where(spans == span, values_N, 0).sum() / max(totals[f"{counts}/{of}"], 1.0)
         for of, span in _SPANS.items()
@@ -88,7 +89,7 @@ class SpanCE(Objective):
         """See ``Objective``; ``totals`` holds ``tokens/analysis`` and ``tokens/final``."""
         # The sum over no tokens is a zero that hangs on the graph: a micro-batch without supervised tokens still has a
         # gradient (of zero), and its rank takes part in the gradient exchange.
-        loss, losses = output.cross_entropy(batch.labels, batch.loss_mask, self.weight_of_each(batch, totals))
+        loss, losses = output.cross_entropy(batch.labels, batch.supervised, self.weight_of_each(batch, totals))
         metrics = means_by_span("loss", losses, batch, totals)
         return ObjectiveResult(loss, {"loss/total": loss.detach(), **metrics})
 

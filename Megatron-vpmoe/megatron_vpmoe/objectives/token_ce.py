@@ -34,5 +34,5 @@ class TokenCE(Objective):
         # The sum over no tokens is a zero that hangs on the graph, so every rank takes part in the gradient exchange.
         share = 1.0 / max(totals["tokens/supervised"], 1.0)
         weight = torch.full(batch.labels.shape, share, device=batch.labels.device)
-        loss, _ = output.cross_entropy(batch.labels, batch.loss_mask, weight)
+        loss, _ = output.cross_entropy(batch.labels, batch.supervised, weight)
         return ObjectiveResult(loss, {"loss/total": loss.detach()})

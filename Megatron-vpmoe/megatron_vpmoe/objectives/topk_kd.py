@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_vpmoe.annotation import TEACHER_IDS, TEACHER_LOG_P, of_teacher
 from megatron_vpmoe.data.batch import Batch, Span
 from megatron_vpmoe.model.output import CrossEntropy, Divergence
-from megatron_vpmoe.model.output.terms import Tail
+from megatron_vpmoe.model.output.terms import Tail, at_places
 from megatron_vpmoe.objectives.interface import Needs, Objective, ObjectiveResult
 from megatron_vpmoe.objectives.span_ce import SpanCE, means_by_span
 
@@ -84,7 +84,7 @@ class TopKKD(Objective):
 
     def __call__(self, output: ModelOutput, batch: Batch, totals: dict[str, float]) -> ObjectiveResult:
         """See ``Objective``; ``totals`` holds ``{tokens,recorded}/{analysis,final}``."""
-        mask, recorded = batch.loss_mask, _recorded(batch)
+        places_N, recorded = batch.supervised, _recorded(batch)
         ids, log_p = (batch.annotations[each.name][..., : self.top_k] for each in (TEACHER_IDS, TEACHER_LOG_P))
         weight = self.cross_entropy.weight_of_each(batch, totals)
         of_kd = self.alpha * recorded
@@ -98,9 +98,9 @@ class TopKKD(Objective):
             tail=self.tail,
         )
         terms = [divergence, CrossEntropy(labels=batch.labels, weight=weight * (1 - of_kd))]
-        loss, ((kd, log_q_of_first, agrees), (ce,)) = output.weighted_sum(mask, terms)
+        loss, ((kd, log_q_of_first, agrees), (ce,)) = output.weighted_sum(places_N, terms)
 
-        seen, p = recorded[mask], log_p[mask].exp()
+        seen, p = at_places(recorded, places_N), at_places(log_p, places_N).exp()
         captured = p.sum(-1)
         of_record = {
             "captured_mass": captured,

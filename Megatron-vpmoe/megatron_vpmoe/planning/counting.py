@@ -102,7 +102,10 @@ class Counting(TorchDispatchMode):
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         on_card = any(isinstance(tensor, FakeTensor) for tensor in tensors)
-        if not on_card and (tensors or not self._on_card):
+        asked: Any = kwargs.get("device")
+        if asked is not None and asked.type == "cuda":
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        elif not on_card and (tensors or not self._on_card):
             return func(*args, **kwargs)
         if func.namespace == "prim":
             return func(*args, **kwargs)

@@ -113,7 +113,11 @@ def _launches(name: str, given: dict[str, Any], inputs: list[Tensor], outputs: l
         return max(by_lists, -(-chunks // _MULTI_TENSOR_BLOCKS)) + (name == "_foreach_norm") * by_lists
     if name == "cat":
         return -(-len(inputs) // _CAT_TENSORS)
-    return _KERNELS.get(name, 1)
+    copied = 0
+    if name in ("addmm", "baddbmm"):  # a product is added in place; a vector joins in the product's own kernel
+        added, target = inputs[0], given.get("out", outputs[0])
+        copied = int(added is not given.get("out") and added.dim() > 1 and target is not added)
+    return _KERNELS.get(name, 1) + copied
 
 
 def _flops(name: str, args: Sequence[Any]) -> int:

@@ -103,7 +103,7 @@ class Teacher(FrozenModel):
         output, here = _output(model, batch)
         among = None if self._among is None else self._among.to(model.device)
         how = {"temperature": self._temperature, "among": among}
-        found = output.likeliest(here.labels, here.loss_mask, self._top_k, **how)
+        found = output.likeliest(here.labels, here.supervised, self._top_k, **how)
         return laid_over(here.loss_mask, self.annotations, found)
 
 
@@ -141,7 +141,7 @@ def log_p_of_labels(model: VPModel, batch: Batch, temperature: float = 1.0) -> T
         temperature: that the logits are divided by.
     """
     output, here = _output(model, batch)
-    log_p, _ = output.log_probabilities(here.labels, here.loss_mask, temperature=temperature)
+    log_p, _ = output.log_probabilities(here.labels, here.supervised, temperature=temperature)
     values = torch.zeros(here.labels.shape, device=here.labels.device)
     values[here.loss_mask] = log_p.float()
     return values.cpu()

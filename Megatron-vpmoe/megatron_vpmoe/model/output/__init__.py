@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
 from megatron_vpmoe.model.output.likeliest import likeliest
 from megatron_vpmoe.model.output.log_probabilities import log_probabilities
-from megatron_vpmoe.model.output.terms import CrossEntropy, Divergence, Term
+from megatron_vpmoe.model.output.terms import CrossEntropy, Divergence, Term, at_places
 from megatron_vpmoe.model.output.weighted_sum import weighted_sum
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ __all__ = ["CrossEntropy", "Divergence", "ModelOutput", "Term", "likeliest", "lo
 class ModelOutput:
     """The final hidden states of B rows of S positions, and ways to read them.
 
-    Nothing the size of [B, S, V] exists until it is asked for. Results over masked positions are [mask.sum()], in
-    row-major order, in fp32.
+    Nothing the size of [B, S, V] exists until it is asked for. Which positions are read is told by a mask, bool [B, S],
+    or by their n places in row-major order, int64 [n], as ``Batch.supervised`` has them: of a mask on a GPU the host
+    has to wait for n. Results are over those positions in that order, in fp32.
     """
 
     hidden_BSH: Tensor
@@ -40,70 +42,80 @@ class ModelOutput:
         """Logits of every position, [B, S, V] in the model's dtype."""
         return self.model.logits(self.hidden_BSH)
 
-    def cross_entropy(self, labels_BS: Tensor, mask_BS: Tensor, weight_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted sum of -log p(label) over the positions where the mask holds, and its terms without weights.
+    def cross_entropy(self, labels_BS: Tensor, where: Tensor, weight_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted sum of -log p(label) over the chosen positions, and its terms without weights.
 
         Args:
             labels_BS: int64.
-            mask_BS: bool.
+            where: mask or places.
             weight_BS: fp32, the weight of each position in the sum; takes no gradient.
 
         Returns:
-            fp32 0-d, differentiable once; fp32 [mask.sum()] without gradient.
+            fp32 0-d, differentiable once; fp32 [n] without gradient.
         """
-        total, (told,) = self.weighted_sum(mask_BS, [CrossEntropy(labels=labels_BS, weight=weight_BS)])
+        total, (told,) = self.weighted_sum(where, [CrossEntropy(labels=labels_BS, weight=weight_BS)])
         return total, told[0]
 
-    def weighted_sum(self, mask_BS: Tensor, terms: Sequence[Term]) -> tuple[Tensor, list[Tensor]]:
-        """The sum of weighted losses over the positions where the mask holds, and what each term tells of them.
+    def weighted_sum(self, where: Tensor, terms: Sequence[Term]) -> tuple[Tensor, list[Tensor]]:
+        """The sum of weighted losses over the chosen positions, and what each term tells of them.
 
         Args:
-            mask_BS: bool.
+            where: mask or places.
             terms: over [B, S]; such as a ``Divergence`` from a teacher beside a ``CrossEntropy``.
 
         Returns:
-            fp32 0-d, differentiable once; for each term fp32 [``tells``, mask.sum()] without gradient, its losses
+            fp32 0-d, differentiable once; for each term fp32 [``tells``, n] without gradient, its losses
             without weights first.
         """
-        chosen = [term.where(mask_BS) for term in terms]
-        return weighted_sum(self._hidden(mask_BS), self.model.output_weight(), chosen, self.model.pg_collection.tp)
+        places_N = places(where)
+        chosen = [term.at(places_N) for term in terms]
+        return weighted_sum(self._hidden(places_N), self.model.output_weight(), chosen, self.model.pg_collection.tp)
 
     def log_probabilities(
-        self, labels_BS: Tensor, mask_BS: Tensor, *, entropy: bool = False, temperature: float = 1.0
+        self, labels_BS: Tensor, where: Tensor, *, entropy: bool = False, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor | None]:
-        """log p(label), and if asked for the entropy of p in nats, where the mask holds; differentiable once.
+        """log p(label), and if asked for the entropy of p in nats, of the chosen positions; differentiable once.
 
         Args:
             labels_BS: int64.
-            mask_BS: bool.
+            where: mask or places.
             entropy: whether to calculate it.
             temperature: that the logits are divided by first.
         """
         projection, tp_group = self.model.output_weight(), self.model.pg_collection.tp
-        hidden = self._hidden(mask_BS)
+        places_N = places(where)
+        hidden = self._hidden(places_N)
         if temperature != 1:
             hidden = hidden / temperature  # logits are linear in it
-        return log_probabilities(hidden, projection, labels_BS[mask_BS], tp_group, entropy=entropy)
+        return log_probabilities(hidden, projection, at_places(labels_BS, places_N), tp_group, entropy=entropy)
 
     def likeliest(
-        self, labels_BS: Tensor, mask_BS: Tensor, count: int, *, temperature: float = 1.0, among: Tensor | None = None
+        self, labels_BS: Tensor, where: Tensor, count: int, *, temperature: float = 1.0, among: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The ``count`` likeliest ids where the mask holds, likeliest first, and log p of each and of the label.
+        """The ``count`` likeliest ids at the chosen positions, likeliest first, and log p of each and of the label.
 
         Args:
             labels_BS: int64.
-            mask_BS: bool.
+            where: mask or places.
             count: K.
             temperature: that the logits are divided by first.
             among: int64, ascending: the only ids to choose from; None: all.
 
         Returns:
-            int64 [mask.sum(), K], fp32 [mask.sum(), K] and [mask.sum()]; without gradient.
+            int64 [n, K], fp32 [n, K] and [n]; without gradient.
         """
         projection, tp_group = self.model.output_weight(), self.model.pg_collection.tp
-        hidden, labels = self.hidden_BSH[mask_BS], labels_BS[mask_BS]
+        places_N = places(where)
+        hidden, labels = at_places(self.hidden_BSH, places_N), at_places(labels_BS, places_N)
         return likeliest(hidden, projection, labels, count, tp_group, temperature=temperature, among=among)
 
-    def _hidden(self, mask_BS: Tensor) -> Tensor:
+    def _hidden(self, places_N: Tensor) -> Tensor:
         # Each tensor-parallel rank makes the part of the hidden states' gradient that comes from its own words.
-        return copy_to_tensor_model_parallel_region(self.hidden_BSH[mask_BS], group=self.model.pg_collection.tp)
+        return copy_to_tensor_model_parallel_region(
+            at_places(self.hidden_BSH, places_N), group=self.model.pg_collection.tp
+        )
+
+
+def places(where: Tensor) -> Tensor:
+    """int64 [n], row-major, of a bool mask, or of itself."""
+    return where if where.dtype == torch.int64 else where.flatten().nonzero().squeeze(1)

@@ -64,10 +64,10 @@ class Term(ABC):
     def read(self, rows: slice, q: OfIds) -> tuple[Tensor, Tensor, Tensor]:
         """What it tells, [``tells``, n]; the gradient of the weighted sum, for ``Distribution.gradient``."""
 
-    def where(self, mask: Tensor) -> Self:
-        """The same for the tokens where the mask holds."""
+    def at(self, places_N: Tensor) -> Self:
+        """Of a term over [B, S], the same for the tokens at N places of it in row-major order."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: value[mask] for name, value in tensors.items()})
+        return replace(self, **{name: at_places(value, places_N) for name, value in tensors.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,3 +167,8 @@ def _terms(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     of_q = (1 - beta) * q * (log_q - log_m)
     return beta * p * (log_p - log_m) + of_q, of_q
+
+
+def at_places(x_BS: Tensor, places_N: Tensor) -> Tensor:
+    """[N, ...]: rows of [B, S, ...] at places in row-major order."""
+    return x_BS.flatten(0, 1).index_select(0, places_N)
