@@ -73,13 +73,13 @@ def _train(stages: int, **changes: object) -> dict[str, Any]:
     optimizer, objective = build_optimizer([wrapped], cfg), build_objective(cfg)
     scheduler, monitor = build_scheduler(optimizer, cfg), RouterMonitor(model, cfg)
     gradients: list[dict[str, torch.Tensor]] = []
-    update = optimizer.step
+    prepare = optimizer.prepare_grads
 
-    def recorded_step() -> Any:
+    def recorded() -> Any:
         gradients.append({model.absolute_name(n): p.main_grad.clone() for n, p in model.named_parameters()})
-        return update()
+        return prepare()
 
-    optimizer.step = recorded_step
+    optimizer.prepare_grads = recorded
     share, losses, norms, health = ROWS // size, [], [], {}
     for step in range(STEPS):
         whole = random_batch(ROWS, TINY["seq_length"], TINY["padded_vocab_size"], seed=step)

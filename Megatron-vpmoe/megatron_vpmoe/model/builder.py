@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -88,6 +88,11 @@ class _Wrapped(DistributedDataParallel):
         return hook
 
 
+def _finalize_model_grads(model: list[torch.nn.Module], _num_tokens: object = None, **keywords: Any) -> None:
+    """Upstream's, without a division by tokens, for whose number it asks the device: losses are divided already."""
+    finalize_model_grads(model, None, **keywords)
+
+
 def wrap_for_training(model: VPModel, cfg: RunConfig) -> DistributedDataParallel:
     """Megatron-Core's DDP: fp32 gradient buffers, reduced as sums (the loss is normalised by global counts already).
 
@@ -103,6 +108,6 @@ def wrap_for_training(model: VPModel, cfg: RunConfig) -> DistributedDataParallel
     )
     wrapped = _Wrapped(config=model.config, ddp_config=ddp_config, module=model)
     wrapped.broadcast_params()
-    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.finalize_model_grads_func = _finalize_model_grads
     model.config.no_sync_func = wrapped.no_sync
     return wrapped

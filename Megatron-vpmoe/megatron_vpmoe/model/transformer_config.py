@@ -84,6 +84,7 @@ def transformer_config(cfg: RunConfig) -> VPTransformerConfig:
         **(_moe_fields(cfg) if moe.num_experts is not None else {}),
         expert_tensor_parallel_size=1,
         pipeline_dtype=dtype,
+        batch_p2p_sync=False,  # a wait for the device after each exchange of stages, for older versions of torch
         # What a stage has sent is kept for its graph alone.
         deallocate_pipeline_outputs=parallel.pipeline_model_parallel_size > 1,
         params_dtype=dtype,

@@ -51,9 +51,13 @@ class VpOptimizer(ChainedOptimizer):
         # Every rank of these groups takes part, also one that has no such parameters.
         self._norm_groups = {False: (groups.dp_cp, groups.mp), True: (groups.expt_dp, groups.tp_ep_pp)}
 
-    @torch.no_grad()
     def get_grad_norm(self) -> float:
-        """L2 norm of the whole model's gradient; call after ``prepare_grads``.
+        """L2 norm of the whole model's gradient, for which the host waits; call after ``prepare_grads``."""
+        return math.sqrt(self.squared_grad_norm().item())
+
+    @torch.no_grad()
+    def squared_grad_norm(self) -> torch.Tensor:
+        """The square of ``get_grad_norm``, fp64 0-d on the device.
 
         Gradients are complete on every rank of a data-parallel group; each rank takes its share, and the sum goes over
         the group and over the ranks that hold other parameters (experts, tensor- and pipeline-parallel shards).
@@ -67,11 +71,10 @@ class VpOptimizer(ChainedOptimizer):
                 if torch.distributed.get_world_size(group) > 1:
                     torch.distributed.all_reduce(square, group=group)
             total += square
-        return math.sqrt(total.item())
+        return total
 
-    @torch.no_grad()
     def step(self) -> tuple[bool, float, None]:  # type: ignore[override]
-        """Clip to the global norm; each rank updates its share, then everybody has the weights. A collective.
+        """``update`` by the gradient norm; a collective.
 
         Returns:
             whether the update was made, the gradient norm before clipping, and None in the place of upstream's count of
@@ -79,8 +82,18 @@ class VpOptimizer(ChainedOptimizer):
         """
         self.prepare_grads()
         grad_norm = self.get_grad_norm()
-        if not math.isfinite(grad_norm):
-            return False, grad_norm, None
+        is_finite = math.isfinite(grad_norm)
+        if is_finite:
+            self.update(grad_norm)
+        return is_finite, grad_norm, None
+
+    @torch.no_grad()
+    def update(self, grad_norm: float) -> None:
+        """Clip to the global norm; each rank updates its share, then everybody has the weights. A collective.
+
+        Args:
+            grad_norm: of all of the gradient, finite; ``prepare_grads`` has been called.
+        """
         assert self.config is not None
         clip = self.config.clip_grad
         if clip > 0.0 and grad_norm > clip:
@@ -93,7 +106,6 @@ class VpOptimizer(ChainedOptimizer):
         for member in self.members:
             member.gather_parameters()
         self.finished_updates += 1
-        return True, grad_norm, None
 
     def normuon_flops(self) -> float:
         """Of Polar Express in one step of all ranks; a collective."""

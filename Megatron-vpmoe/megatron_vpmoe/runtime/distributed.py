@@ -158,20 +158,17 @@ def _attempted(make: Callable[[], T]) -> tuple[T | None, VpmoeError | None]:
         return None, of_the_system(error)
 
 
-def sum_over_ranks(values: Mapping[str, float] | Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Sum each value over the data-parallel ranks, in fp64; every rank passes the same keys in the same order.
-
-    Args:
-        values: numbers, or 0-d tensors of the device, for which it is waited once.
-    """
-    from megatron.core import parallel_state
-
+def sum_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
+    """Sum each number over the data-parallel ranks, in fp64; every rank passes the same keys in the same order."""
     from megatron_vpmoe.runtime.device import current_device
 
-    device, listed = current_device(), list(values.values())
-    if any(isinstance(value, torch.Tensor) for value in listed):
-        packed = torch.stack([torch.as_tensor(value).to(device, torch.float64) for value in listed])
-    else:
-        packed = torch.tensor(listed, dtype=torch.float64, device=device)
-    dist.all_reduce(packed, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    return dict(zip(values, packed.tolist(), strict=True))
+    packed = torch.tensor(list(values.values()), dtype=torch.float64, device=current_device())
+    return dict(zip(values, summed_over_ranks(packed).tolist(), strict=True))
+
+
+def summed_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """``values``, of the device, after each was summed over the data-parallel ranks in place."""
+    from megatron.core import parallel_state
+
+    dist.all_reduce(values, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return values

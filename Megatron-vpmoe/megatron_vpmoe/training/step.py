@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -64,9 +63,9 @@ def train_step(
     """Run one step; neither parameters nor expert biases move when the loss or the gradient is not finite.
 
     The loss of a micro-batch is a sum of per-token terms already divided by the global totals, so that gradients are
-    plain sums over micro-batches and ranks. Megatron-Core's per-token convention divides the summed gradient by the
-    number of real tokens; the loss is multiplied by the same number first, and the router's balance loss, which
-    upstream weighs by tokens, comes out right.
+    plain sums over micro-batches and ranks.
+
+    From the start of the forward pass to the update the host waits for the device once: for metrics and norm together.
 
     Args:
         batches: this rank's micro-batches, on the CPU.
@@ -74,21 +73,25 @@ def train_step(
     """
     totals = global_totals(objective, batches)
     biases = [
-        (bias, bias.clone(), router.weight.requires_grad)
+        (bias, router.weight.requires_grad)
         for router in model.modules()
         if isinstance(router, VPMoERouter) and (bias := router.expert_bias) is not None
     ]
+    before = torch.stack([bias for bias, _ in biases]) if biases else ()
     model.zero_grad_buffer()
     optimizer.zero_grad()
-    metrics = run_micro_batches(model, objective, batches, totals, forward_only=False, check=check)
-    updated, grad_norm = False, math.nan
-    if math.isfinite(metrics["loss/total"]):
-        with annotated("optimizer"):
-            updated, grad_norm, _ = optimizer.step()
+    names, summed = _run(model, objective, batches, totals, forward_only=False, check=check)
+    with annotated("optimizer"):
+        optimizer.prepare_grads()
+        *sums, squared_norm = torch.cat([summed, optimizer.squared_grad_norm().view(1)]).tolist()
+        metrics = _global_metrics(objective, totals, names, sums)
+        grad_norm = math.sqrt(squared_norm) if math.isfinite(metrics["loss/total"]) else math.nan
+        if updated := math.isfinite(grad_norm):
+            optimizer.update(grad_norm)
     # Finalising the gradients has moved the expert biases already, those of frozen routers too.
-    for bias, before, is_router_trained in biases:
+    for (bias, is_router_trained), as_it_was in zip(biases, before, strict=True):
         if not (updated and is_router_trained):
-            bias.copy_(before)
+            bias.copy_(as_it_was)
     return StepResult(metrics, grad_norm, updated)
 
 
@@ -113,7 +116,22 @@ def run_micro_batches(
     Returns:
         the objective's metrics over the global batch, on every rank.
     """
+    names, summed = _run(model, objective, batches, totals, forward_only=forward_only, check=check)
+    return _global_metrics(objective, totals, names, summed.tolist())
+
+
+def _run(
+    model: DistributedDataParallel | VPModel,
+    objective: Objective,
+    batches: list[Batch],
+    totals: dict[str, float],
+    *,
+    forward_only: bool,
+    check: Callable[[], None],
+) -> tuple[list[str], Tensor]:
+    """``run_micro_batches``; the metrics' names and, on the device, fp64 values. None but on the last stage."""
     unwrapped: VPModel = model if isinstance(model, VPModel) else cast(VPModel, model.module)
+    unwrapped.config.grad_scale_func = partial(_scaled, totals["tokens/real"])
     is_pipeline = unwrapped.stage.count > 1
     if is_pipeline:
         check()
@@ -127,35 +145,41 @@ def run_micro_batches(
         forward_only=forward_only,
         adjust_tensor_shapes_fn=unwrapped.wire.adjust_shapes if is_pipeline else None,
     )
-    return stages.from_last_stage(_global_metrics(objective, collected, totals) if unwrapped.stage.is_last else None)
+    if not unwrapped.stage.is_last:
+        return [], torch.empty(0, dtype=torch.float64, device=current_device())
+    values = torch.stack([value.double() for metrics in collected for value in metrics.values()])
+    return list(collected[0]), distributed.summed_over_ranks(values.view(len(collected), -1).sum(0))
+
+
+def _scaled(real_tokens: float, of: Tensor) -> Tensor:
+    """What upstream differentiates: a loss of ours as it is; the scale of the router's, which is a sum over tokens,
+    divided by those of the global batch.
+    """
+    return of if of.requires_grad else of / real_tokens
 
 
 def _forward_step(objective: Objective, totals: dict[str, float], check: Callable[[], None]) -> Callable[..., Any]:
-    real_tokens = totals["tokens/real"]
-
-    def loss_of(batch: Batch, count: int, output: ModelOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def loss_of(batch: Batch, output: ModelOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         with annotated("loss"):
             result = objective(output, batch, totals)
-        # Filled there: a tensor made here is copied, and a copy waits for all that the device was given.
-        num_tokens = torch.full((), count, dtype=torch.int, device=result.loss.device)
-        return result.loss * real_tokens, num_tokens, result.metrics
+        return result.loss, torch.zeros((), dtype=torch.int), result.metrics  # of tokens upstream need know none
 
     def forward_step(
         data_iterator: Iterator[Batch], model: DistributedDataParallel | VPModel
     ) -> tuple[ModelOutput | Tensor, Any]:
         check()
-        here = next(data_iterator)
-        batch = here.to(current_device())
+        batch = next(data_iterator).to(current_device())
         with replaying(model, batch.annotations.get(ROUTING), batch.recorded_id):
             output = model(batch.tokens, layout_of(batch))
-        return output, partial(loss_of, batch, here.real_tokens)
+        return output, partial(loss_of, batch)
 
     return forward_step
 
 
 def _global_metrics(
-    objective: Objective, collected: list[dict[str, Tensor]], totals: dict[str, float]
+    objective: Objective, totals: dict[str, float], names: list[str], summed: list[float]
 ) -> dict[str, float]:
-    """Per-micro-batch metrics summed over micro-batches and data-parallel ranks, and what follows from the counts."""
-    local = {key: reduce(operator.add, (metrics[key].double() for metrics in collected)) for key in collected[0]}
-    return {**distributed.sum_over_ranks(local), **objective.summary(totals), "tokens/real": totals["tokens/real"]}
+    """On every stage: the last one's sums by name, and what follows from the counts."""
+    measured = dict(zip(names, summed, strict=True))
+    told = stages.from_last_stage(measured or None)
+    return {**told, **objective.summary(totals), "tokens/real": totals["tokens/real"]}
