@@ -73,7 +73,9 @@ class PrecisionProbe(TorchDispatchMode):
         for tensor in inputs:
             label = self._watched.get(tensor.data_ptr())
             if label is not None:
-                self._demand_wide(label, func, [tensor, *outputs])
+                # A tensor to write to takes no part in the promotion: what is written there is rounded at the end.
+                rounded_at_the_end = func._overloadname == "out" and tensor.dim() > 0
+                self._demand_wide(label, func, [tensor] if rounded_at_the_end else [tensor, *outputs])
         if name in ("cos", "sin"):
             for tensor in outputs:
                 self._alive.append(tensor)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -52,43 +53,53 @@ def rotate(x_SBHD: Tensor, angle_SB1F: Tensor) -> Tensor:
     The pairing and the sign are RoPE's in Megatron-Core and in HF (halves, not neighbours):
     (a, b) -> (a cos - b sin, b cos + a sin).
     """
-    return _Rotation.apply(x_SBHD, angle_SB1F, torch.cos(angle_SB1F), torch.sin(angle_SB1F))
+    return rotate_all([x_SBHD], angle_SB1F)[0]
+
+
+def rotate_all(xs_SBHD: Sequence[Tensor], angle_SB1F: Tensor) -> tuple[Tensor, ...]:
+    """``rotate`` of several tensors, of any numbers of heads, by the same angles."""
+    return _Rotation.apply(angle_SB1F, *xs_SBHD)  # type: ignore[no-any-return]
 
 
 class _Rotation(torch.autograd.Function):
     """The rotation with its derivative by hand: half the passes over memory that autograd would take.
 
-    The angle's gradient needs only the output: d(a', b')/dθ = (-b', a').
+    With d(a', b')/dθ = (-b', a') and the gradient (da, db) of (a, b), the angle's is a db - b da: no output is kept.
     """
 
     @staticmethod
-    def forward(ctx, x, angle, cos, sin):  # type: ignore[override]
-        out = _turn(x, cos, sin)
-        ctx.save_for_backward(out, cos, sin)
-        ctx.angle_shape = angle.shape
-        return out.to(x.dtype)
+    def forward(ctx, angle, *xs):  # type: ignore[override]
+        cos, sin = torch.cos(angle), torch.sin(angle)
+        ctx.save_for_backward(cos, sin, *xs)
+        return tuple(_turn(x, cos, sin, x.dtype) for x in xs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # type: ignore[override]
-        out, cos, sin = ctx.saved_tensors
-        grad_angle = None
-        if ctx.needs_input_grad[1]:
-            (first, second), (grad_first, grad_second) = out.chunk(2, -1), grad.to(out.dtype).chunk(2, -1)
-            grad_angle = (grad_second * first).sub_(grad_first * second).sum_to_size(ctx.angle_shape)
-        return _turn(grad, cos, -sin).to(grad.dtype), grad_angle, None, None
+    def backward(ctx, *grads):  # type: ignore[override]
+        cos, sin, *xs = ctx.saved_tensors
+        grad_angle, turned = None, []
+        for x, grad in zip(xs, grads, strict=True):
+            back = _turn(grad, cos, sin, torch.promote_types(x.dtype, cos.dtype), sign=-1)
+            if ctx.needs_input_grad[0]:
+                (first, second), (grad_first, grad_second) = x.chunk(2, -1), back.chunk(2, -1)
+                part = (grad_second * first).addcmul_(grad_first, second, value=-1).sum_to_size(cos.shape)
+                grad_angle = part if grad_angle is None else grad_angle + part
+            turned.append(back.to(x.dtype))
+        return grad_angle, *turned
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    wide = torch.promote_types(x.dtype, cos.dtype)
-    x, cos, sin = x.to(wide), cos.to(wide), sin.to(wide)
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, *, sign: int = 1) -> Tensor:
+    """By the angle, or with ``sign`` -1 back; computed in the wider of both dtypes, written in ``dtype``."""
     if torch.compiler.is_compiling():  # which writes no pass of its own for any of these
-        first, second = x.chunk(2, -1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-    out = torch.empty_like(x)
+        first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, -1)
+        sin = sin if sign == 1 else -sin
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(dtype)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
     (first, second), (out_first, out_second) = x.chunk(2, -1), out.chunk(2, -1)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+    for here, other, target, value in ((first, second, out_first, -sign), (second, first, out_second, sign)):
+        is_wide = dtype == torch.promote_types(x.dtype, cos.dtype)
+        product = torch.mul(here, cos, out=target) if is_wide else here * cos
+        torch.addcmul(product, other, sin, value=value, out=target)
     return out
 
 

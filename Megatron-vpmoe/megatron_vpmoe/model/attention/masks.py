@@ -54,6 +54,10 @@ class SequenceLayout:
                 self._shared[key] = make()
         return self._shared[key]  # type: ignore[return-value]
 
+    def position_in(self, dtype: torch.dtype) -> Tensor:
+        """``position`` in a floating dtype."""
+        return self.shared(("position", dtype), lambda: self.position.to(dtype))
+
     def visible(self, window: int | None) -> Tensor:
         """Bool [B, 1, S, S]: True where the query may see the key."""
         return self.shared(("visible", window), lambda: self._visible(window))

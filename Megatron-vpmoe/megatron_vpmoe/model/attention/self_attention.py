@@ -256,12 +256,13 @@ class VPSelfAttention(MegatronModule):
         if self.grape_log_freq is not None:
             log_freq = copy_to_tensor_model_parallel_region(self.grape_log_freq, group=self.tp_group)
             turns = grape.rotation_angles(turns, torch.exp(log_freq / self.config.grapem_log_freq_scale))
-        return grape.rotate(query, turns), grape.rotate(key, turns), value
+        query, key = grape.rotate_all((query, key), turns)
+        return query, key, value
 
     def turns(self, layout: SequenceLayout) -> Tensor | None:
         """What turns queries and keys: positions, where frequencies are learned, else shared angles; or None."""
         if self.grape_log_freq is not None:
-            return layout.position
+            return layout.position_in(self.grape_log_freq.dtype)
         rope = self.position_embedding == "rope"
         return grape.rope_angles(layout, self.head_dim, self.config.rotary_base) if rope else None
 

@@ -14,6 +14,5 @@ def mix_first_value(value_SBGD: Tensor, first_value_SBGD: Tensor, scale: Tensor)
         first_value_SBGD: layer 1's values before any mixing, same shape.
         scale: λ, a scalar; 1.0 is exactly the identity for finite v_1.
     """
-    wide = torch.promote_types(value_SBGD.dtype, scale.dtype)
-    value, first = value_SBGD.to(wide), first_value_SBGD.to(wide)
-    return (scale * value + (1 - scale) * first).to(value_SBGD.dtype)
+    wide = scale.to(torch.promote_types(value_SBGD.dtype, scale.dtype)).view(1)  # of a dimension: it decides the dtype
+    return torch.addcmul(first_value_SBGD * (1 - wide), value_SBGD, wide).to(value_SBGD.dtype)
