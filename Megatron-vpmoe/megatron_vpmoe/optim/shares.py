@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-BUCKET_BYTES = 64 * 2**20
-"""What a rank sends in one all-gather; buffers for that from every rank are held meanwhile."""
+BUCKET_BYTES = 512 * 2**20
+"""What all ranks together send in one all-gather, and each of them holds meanwhile."""
 
 
 class Units(NamedTuple):
@@ -93,7 +93,7 @@ class ParameterGather:
     Args:
         pieces: of each rank of the group.
         group: the data-parallel group.
-        bucket_bytes: what one rank sends at a time.
+        bucket_bytes: what all ranks together send at a time.
     """
 
     def __init__(self, pieces: Sequence[Sequence[Piece]], group: dist.ProcessGroup, bucket_bytes: int = BUCKET_BYTES):
@@ -112,7 +112,7 @@ class ParameterGather:
                 for share in self._pieces
             ]
             sizes = [sum(len(view) for view in views) for views in flat]
-            bucket = min(max(sizes), max(1, self._bucket_bytes // dtype.itemsize))
+            bucket = min(max(sizes), max(1, self._bucket_bytes // (self._ranks * dtype.itemsize)))
             for start in range(0, max(sizes), bucket):
                 self._gather_bucket([_cut(views, start, bucket) for views in flat], bucket, dtype)
 

@@ -19,8 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Logits and fp32 probabilities of one chunk: bounds the extra memory at any vocabulary size.
+# Logits and fp32 probabilities of one chunk: bounds the extra memory at any vocabulary size. With each chunk the whole
+# gradient of the projection is read and written once, which on a GPU takes as long as the products of 128 rows.
 CHUNK_BYTES = 256 * 2**20
+CHUNK_BYTES_OF_A_GPU = 2 * 2**30
+_TILE = 128  # rows of one tile of a GPU's product
 
 Read = Callable[[slice, Tensor, list[Tensor]], Tensor | None]
 """``read(rows, logits_nV, wide)``: the values of a chunk, and its gradient by the logits, fp32 [n, V] in one of the
@@ -48,7 +51,8 @@ def over_chunks(
         projection_VH: the output projection, or this rank's rows of it.
         read: see ``Read``.
         wanted: which gradients to make.
-        buffers: how many ``read`` works in; together with the logits they take CHUNK_BYTES.
+        buffers: how many ``read`` works in; together with the logits they take CHUNK_BYTES (on a GPU
+            those of one).
         into: where the projection's gradient is added; None makes a tensor for it.
 
     Returns:
@@ -64,7 +68,7 @@ def over_chunks(
     # The CPU's softmax may write where it reads; that of other devices need not.
     in_place = hidden_NH.is_cpu and hidden_NH.dtype == wide
     row_bytes = vocab * (buffers * wide.itemsize + (0 if in_place else hidden_NH.itemsize))
-    rows = max(1, min(count, CHUNK_BYTES // row_bytes))
+    rows = max(1, min(count, _rows_of_a_chunk(row_bytes, on_cpu=hidden_NH.is_cpu)))
     logits_nV = hidden_NH.new_empty(rows, vocab)
     apart = [hidden_NH.new_empty(rows, vocab, dtype=wide) for _ in range(buffers - 1 if in_place else buffers)]
     wide_nV = [*apart, logits_nV] if in_place else apart
@@ -82,6 +86,14 @@ def over_chunks(
         if grad_projection is not None:
             _add_product(grad_projection, narrow, gradient, hidden_nH, beta=0 if fresh and begin == 0 else 1)
     return grad_hidden, grad_projection
+
+
+def _rows_of_a_chunk(row_bytes: int, *, on_cpu: bool) -> int:
+    """As many as the bound allows; on a GPU of whole tiles."""
+    if on_cpu:
+        return CHUNK_BYTES // row_bytes
+    rows = CHUNK_BYTES_OF_A_GPU // row_bytes
+    return rows // _TILE * _TILE or rows
 
 
 def _add_product(sum_VH: Tensor, narrow_nV: Tensor, wide_nV: Tensor, hidden_nH: Tensor, *, beta: int) -> None:
