@@ -5,6 +5,7 @@
 says which differences forbid resuming a run.
 """
 
+from megatron_vpmoe.config.fit import FitReport, check_fit, fit_report
 from megatron_vpmoe.config.geometry import (
     LayerGeometry,
     ParameterCount,
@@ -15,7 +16,7 @@ from megatron_vpmoe.config.geometry import (
     training_flops_per_token,
 )
 from megatron_vpmoe.config.load import check_world, load_config
-from megatron_vpmoe.config.memory import FitReport, MemoryEstimate, check_fit, fit_report, memory_estimate
+from megatron_vpmoe.config.memory import MemoryEstimate, memory_estimate
 from megatron_vpmoe.config.provenance import FieldChange, deciding_fields, geometry_diff, provenance_diff, stored_faults
 from megatron_vpmoe.config.schema import RunConfig, config_hash
 

@@ -1,18 +1,18 @@
-"""Whether a run fits a machine: an estimate of one process's memory, and a refusal before anything is allocated."""
+"""How much memory one process of a run takes at the most, by arithmetic; `tests/gpu_shape` holds it to a count."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from megatron_vpmoe.config.geometry import parameter_count, stage_layers, tensor_parallel_rank
 from megatron_vpmoe.config.parameters import EMBEDDING, OUTPUT, ROUTED, is_matrix, is_trained, parameter_sizes
 from megatron_vpmoe.config.rules import idle_lines
 from megatron_vpmoe.config.schema import RunConfig
-from megatron_vpmoe.errors import DeviceError
 
 _FP32 = 4
-_LOGITS_CHUNK_BYTES = 256 * 2**20  # logits and probabilities that the cross-entropy holds at one time
+_STACK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # of NorMuon (optim/normuon)
+_GATHER_BYTES = 512 * 2**20  # of updated weights that all ranks send at a time (optim/shares)
+_LOGITS_CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}  # of the cross-entropy at one time (model/output/chunks)
 _POSITION_BYTES = 30  # of a batch: three times int64, an int32, a bool and a byte
 DECODED_ROWS = 32  # answers that the engine of ``generation`` grows at once
 _PROCESS_BYTES = 350 * 2**20  # interpreter, torch and megatron.core of one worker, as measured on Linux
@@ -106,14 +106,17 @@ def _activations(cfg: RunConfig, numbers: range, compute_bytes: int, on_cpu: boo
     return -(-count // run) * kept_input, max(sum(whole[i : i + run]) for i in range(0, count, run))
 
 
-def _loss(cfg: RunConfig, compute_bytes: int) -> int:
-    """Bytes that the loss takes: a chunk's logits and probabilities, and the trained output projection's gradient."""
+def _loss(cfg: RunConfig, compute_bytes: int, on_cpu: bool) -> int:
+    """Bytes that the loss takes at most: the trained output projection's gradient, and with it first a chunk's logits
+    and probabilities, then the zeros that autograd is handed in its place.
+    """
     vocab = cfg.model.padded_vocab_size // cfg.parallel.tensor_model_parallel_size
     tokens = cfg.training.micro_batch_size * cfg.data.seq_length
     softmaxes = 2 if cfg.training.objective == "topk_kd" and cfg.training.kd_temperature != 1 else 1
-    chunk = min(tokens * vocab * (softmaxes * _FP32 + compute_bytes), _LOGITS_CHUNK_BYTES)
+    chunk = min(tokens * vocab * (softmaxes * _FP32 + compute_bytes), _LOGITS_CHUNK_BYTES["cpu" if on_cpu else "cuda"])
     projection = OUTPUT if cfg.model.untie_embeddings_and_output_weights else EMBEDDING
-    return chunk + is_trained(cfg, projection) * vocab * cfg.model.hidden_size * _FP32
+    elements = is_trained(cfg, projection) * vocab * cfg.model.hidden_size
+    return max(chunk, elements * compute_bytes) + elements * _FP32
 
 
 def _batches(cfg: RunConfig) -> int:
@@ -140,6 +143,12 @@ def _sampling(cfg: RunConfig, layers: range, compute_bytes: int) -> int:
     return rows * (keys_values + m.padded_vocab_size * _FP32)
 
 
+def _dense_ranks(cfg: RunConfig) -> int:
+    """Data-parallel ranks of one machine."""
+    p = cfg.parallel
+    return max(1, p.nproc_per_node // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size))
+
+
 def _optimizer_state(cfg: RunConfig, trained: _Held) -> int:
     """Bytes of one rank's share of the optimizer state of the ``trained`` parameters.
 
@@ -150,10 +159,28 @@ def _optimizer_state(cfg: RunConfig, trained: _Held) -> int:
     moment = 2 if o.normuon_momentum_dtype == "bfloat16" else _FP32
     per_matrix_entry = moment if o.optimizer == "normuon" else 2 * _FP32
     master = _FP32 if cfg.training.bf16 else 0
-    dense_ranks = max(1, p.nproc_per_node // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size))
+    dense_ranks = _dense_ranks(cfg)
     expert_ranks = max(1, p.nproc_per_node // (p.expert_model_parallel_size * p.pipeline_model_parallel_size))
     dense = trained.matrices * (per_matrix_entry + master) + trained.others * (2 * _FP32 + master)
     return dense // dense_ranks + trained.experts * (per_matrix_entry + master) // expert_ranks
+
+
+def _update(cfg: RunConfig, trained: _Held, on_cpu: bool) -> tuple[int, int]:
+    """Bytes that NorMuon's buffers keep from step to step, and what an update takes beside them.
+
+    A stack of matrices is kept in fp32 and twice in what Polar Express computes in; gradients, momenta and weights of a
+    stack are gathered, and updated weights of all ranks.
+    """
+    o, device = cfg.optim, "cpu" if on_cpu else "cuda"
+    stack = _STACK_BYTES[device] if o.normuon_stack_mib is None else o.normuon_stack_mib * 2**20
+    # Experts of one parameter are a stack, other matrices of a rank's share together.
+    p = cfg.parallel
+    of_experts = (cfg.moe.num_experts or 0) // p.expert_model_parallel_size * cfg.moe.moe_ffn_hidden_size
+    own = max(of_experts * cfg.model.hidden_size if trained.experts else 0, trained.matrices // _dense_ranks(cfg))
+    stack = min(stack, own * _FP32) if o.optimizer == "normuon" else 0
+    halves = o.polar_express_dtype == "bfloat16" or (o.polar_express_dtype == "auto" and not on_cpu)
+    gathered = min(_GATHER_BYTES, trained.total * (2 if cfg.training.bf16 else _FP32))
+    return stack * (2 if halves else 3), max(3 * stack, gathered)
 
 
 def memory_estimate(cfg: RunConfig, *, on_cpu: bool = False, teacher: RunConfig | None = None) -> MemoryEstimate:
@@ -189,7 +216,9 @@ def _stage_estimate(cfg: RunConfig, layers: range, under_way: int, on_cpu: bool)
     kept, transient = _activations(cfg, layers, compute_bytes, on_cpu)
     if layers.start > 1:  # what the stage before has sent
         kept += (m.hidden_size + m.value_residual * m.num_query_groups * m.kv_channels) * compute_bytes
-    activations, loss = tokens * (under_way * kept + transient), _loss(cfg, compute_bytes) if is_last else 0
+    loss = _loss(cfg, compute_bytes, on_cpu) if is_last else 0
+    activations = tokens * under_way * kept + max(0, tokens * transient - loss)  # nothing runs again before it is gone
+    buffers, update = _update(cfg, trained, on_cpu)
     beside, sampling = cfg.rollouts.rollout_staleness > 0, _sampling(cfg, layers, compute_bytes)
     if not beside:  # but between two updates: what it takes above what a micro-batch does
         sampling = max(0, sampling - activations - loss)
@@ -199,8 +228,10 @@ def _stage_estimate(cfg: RunConfig, layers: range, under_way: int, on_cpu: bool)
             **({"reference": held.total * _frozen_bytes(cfg)} if t.reference_weights else {}),
             "gradients": trained.total * _FP32,
             "optimizer state": _optimizer_state(cfg, trained),
+            "optimizer's buffers": buffers,
             "activations": activations,
             "loss": loss,
+            **({"update, beyond those two": update} if (update := max(0, update - activations - loss)) else {}),
             **({"weights that sample": held.total * compute_bytes} if beside else {}),
             **({"sampling" if beside else "sampling, beyond those two": sampling} if sampling else {}),
             "batches": _batches(cfg) if on_cpu else 0,  # else in the machine's memory
@@ -209,7 +240,8 @@ def _stage_estimate(cfg: RunConfig, layers: range, under_way: int, on_cpu: bool)
     )
 
 
-def _gib(count: float) -> str:
+def gib(count: float) -> str:
+    """Bytes, as text."""
     return f"{count / 2**30:,.2f} GiB"
 
 
@@ -219,82 +251,7 @@ def describe_geometry(cfg: RunConfig, *, on_cpu: bool = False, teacher: RunConfi
     rows = [*count.parts.items(), ("total", count.total), ("active per token", count.active)]
     rows.append(("active without embeddings", count.active_without_embeddings))
     lines = ["parameters", *(f"  {name:<26}{value:>16,}" for name, value in rows)]
-    lines += ["memory of one process", *(f"  {name:<26}{_gib(value):>16}" for name, value in memory.parts.items())]
-    lines += [f"  {'total':<26}{_gib(memory.total):>16}"]
+    lines += ["memory of one process", *(f"  {name:<26}{gib(value):>16}" for name, value in memory.parts.items())]
+    lines += [f"  {'total':<26}{gib(memory.total):>16}"]
     idle = [f"  {line}" for line in idle_lines(cfg)]
     return "\n".join([*lines, *(["idle here", *idle] if idle else [])])
-
-
-@dataclass(frozen=True)
-class FitReport:
-    """What a run needs of one device and what is there, in bytes."""
-
-    estimate: MemoryEstimate
-    processes_per_device: int
-    available: int
-    device_kind: str
-
-    @property
-    def needed(self) -> int:
-        """Bytes needed of one device, over the processes that share it."""
-        return self.estimate.total * self.processes_per_device
-
-    @property
-    def fits(self) -> bool:
-        """Whether the estimate is within what is available."""
-        return self.needed <= self.available
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {_gib(value)}" for name, value in self.estimate.parts.items())
-        sharing = f" x {self.processes_per_device} processes on it" if self.processes_per_device > 1 else ""
-        return (
-            f"{_gib(self.needed)} needed of each device ({parts}{sharing}), "
-            f"{_gib(self.available)} free on {self.device_kind}"
-        )
-
-
-def fit_report(
-    cfg: RunConfig,
-    available_bytes_per_device: int,
-    device_kind: str,
-    device_count: int = 1,
-    teacher: RunConfig | None = None,
-) -> FitReport:
-    """Compare the estimate with a machine.
-
-    Args:
-        cfg: the run.
-        available_bytes_per_device: free memory of one device; on CPU that of the whole machine.
-        device_kind: the device's name; "CPU" when all processes share the machine's memory.
-        device_count: devices on this machine.
-        teacher: see ``memory_estimate``.
-    """
-    on_cpu = device_kind.upper() == "CPU"
-    sharing = math.ceil(cfg.parallel.nproc_per_node / max(1, device_count))
-    estimate = memory_estimate(cfg, on_cpu=on_cpu, teacher=teacher)
-    return FitReport(estimate, sharing, available_bytes_per_device, device_kind)
-
-
-def check_fit(cfg: RunConfig, report: FitReport, nano_config: str | None) -> None:
-    """Refuse a run that the machine cannot hold.
-
-    Args:
-        cfg: the run.
-        report: from ``fit_report``.
-        nano_config: path of the same run at a small geometry, if there is one.
-
-    Raises:
-        DeviceError: with the parameters, the estimate and what to try.
-    """
-    if report.fits:
-        return
-    count = parameter_count(cfg)
-    remedy = "lower micro_batch_size, seq_length or nproc_per_node, or set recompute_granularity to full"
-    if nano_config:
-        remedy = f"the same design at a size that fits: vpmoe train {nano_config}"
-    raise DeviceError(
-        f"this machine cannot hold {cfg.training.run_name}: {count.total:,} parameters "
-        f"({count.active:,} active); {report}",
-        source="memory estimate, before anything was allocated",
-        remedy=remedy,
-    )

@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from megatron_vpmoe.config import RunConfig, check_fit, fit_report
-from megatron_vpmoe.config.memory import FitReport
+from megatron_vpmoe.config.fit import FitReport
 from megatron_vpmoe.config.parameters import parameter_sizes
 from megatron_vpmoe.config.yaml_source import extended_paths
 from megatron_vpmoe.data.blend import open_parts
