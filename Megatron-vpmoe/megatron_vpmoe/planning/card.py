@@ -36,7 +36,7 @@ class _Inert:
     def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
 
     def __getattr__(self, _name: str) -> Any:
-        return lambda *_args, **_kwargs: _Inert()
+        return lambda *_args, **_kwargs: type(self)()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Inert)

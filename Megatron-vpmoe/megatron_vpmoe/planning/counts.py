@@ -17,7 +17,7 @@ class Counts:
         costs: by (pass, part, operation).
         syncs: times that the host waits for the device, by (pass, "file:line").
         collectives: (calls, bytes given by this rank) by (pass, name, ranks).
-        layers: the most kernels that one layer's forward pass launched, by (pass, kind of layer).
+        layers: kernels of a layer's forward pass by (pass, kind of layer), of one that makes nothing for others.
         peaks: bytes by category when most were held, by pass. What has no category of its own goes by the pass that
             made it.
     """

@@ -108,8 +108,9 @@ def _run(cfg: RunConfig, counting: Counting, on_card: Callable[[Tensor], Tensor]
     from megatron_vpmoe.training.step import train_step
 
     stand_ins.install_flex(flex, counting)
-    # What other stages say is not there: each is taken to say what this one does.
+    # What other stages say is not there: each is taken to say what this one does, and the last one that all is well.
     stages.gather_stages = lambda value: [value] * cfg.parallel.pipeline_model_parallel_size  # type: ignore[assignment]
+    stages.from_last_stage = lambda value: {"loss/total": 1.0} if value is None else value  # type: ignore[assignment]
     counting.ranges.is_again = is_recomputing
     model = build_model(cfg, device=torch.device("meta"))
     _put(model, on_card)
@@ -165,7 +166,8 @@ def _watch(layer: nn.Module, kind: str, counting: Counting) -> None:
 
     def after(*_: Any) -> None:
         key = counting.ranges.of_pass, kind
-        counting.counts.layers[key] = max(counting.counts.layers.get(key, 0), counting.launched - began[0])
+        launched = counting.launched - began[0]
+        counting.counts.layers[key] = min(counting.counts.layers.get(key, launched), launched)
 
     layer.register_forward_pre_hook(before)
     layer.register_forward_hook(after)
