@@ -99,3 +99,12 @@ def test_upstreams_dispatcher_waits_by_name() -> None:
     assert not [site for site in found if not site.startswith((*MADE_ONCE, *DISPATCHER))]
     # Split sizes once (an event), rows of the permuted tokens twice, rows of each expert.
     assert set(waits(counts, "forward").values()) == {3, 1} and len(waits(counts, "forward")) == 5
+
+
+@pytest.mark.slow
+def test_all_eighty_layers() -> None:
+    counts = counted("vpmoe_stage1.yaml", steps=1)  # its first step, which makes the optimizer's state
+    found = waits(counts, "forward", "again", "backward", "other")
+    assert not [site for site in found if not site.startswith(MADE_ONCE)]
+    assert counts.total("forward").launches <= 115 * 80 and counts.total("again").launches <= 100 * 80
+    assert counts.total("backward").launches <= 175 * 80 and counts.total("optimizer").launches <= 2400
