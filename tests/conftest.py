@@ -54,13 +54,35 @@ def repository() -> Path:
     return REPOSITORY
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Groups are kept from one test that wants them to the next; any other test starts without."""
+    if "single_process" not in getattr(item, "fixturenames", ()):
+        _leave_groups()
+
+
+def pytest_sessionfinish() -> None:
+    _leave_groups()
+
+
+def _leave_groups() -> None:
+    if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
+        from megatron_vpmoe.runtime import distributed
+
+        distributed.shutdown()
+
+
 @pytest.fixture
-def single_process():
-    """Process groups of a job of one, torn down after the test."""
+def single_process() -> None:
+    """Process groups of a job of one, and every generator seeded."""
+    import torch
+
     from megatron_vpmoe.runtime import distributed
 
-    with distributed.single_process(seed=1234):
-        yield
+    if torch.distributed.is_initialized():
+        distributed.seed_rank(1234)
+    else:
+        distributed.initialize(seed=1234)
 
 
 @pytest.fixture(autouse=True)

@@ -74,6 +74,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not missing
 
 
+@pytest.mark.slow
 def test_readme_is_short_and_names_every_room() -> None:
     text = README.read_text()
     assert len(text.splitlines()) <= 200

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from megatron_vpmoe.model.norm import RMSNorm, rms_norm
@@ -80,6 +81,8 @@ class ByOneDNN(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.matmul and args[1].dim() == 2 and args[1].stride(0) == 1 and goes_by_onednn(args[1]):
             return _onednn(args[0], args[1].t(), None, "none", [], "")
+        if func is functional.linear and not kwargs and goes_by_onednn(args[1]):
+            return _onednn(args[0], args[1], args[2] if len(args) > 2 else None, "none", [], "")
         return func(*args, **(kwargs or {}))
 
 

@@ -41,7 +41,6 @@ def initialize(
     if any(group() is not None for group in _left):
         gc.collect()
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     if has_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -63,6 +62,13 @@ def initialize(
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=timeout_minutes,
     )
+    seed_rank(seed)
+
+
+def seed_rank(seed: int) -> None:
+    """Seed every generator of this rank, whose process groups exist."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

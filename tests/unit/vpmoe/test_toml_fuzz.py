@@ -27,6 +27,7 @@ def files(repository: Path) -> dict[str, list[str]]:
     return {name: (repository / "configs" / name).read_text().splitlines() for name in names}
 
 
+@pytest.mark.slow
 @fuzz_settings(60)
 @given(data=st.data(), text=st.sampled_from(HOSTILE) | st.text(max_size=9))
 def test_any_value_of_a_setting(

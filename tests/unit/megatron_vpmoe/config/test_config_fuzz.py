@@ -56,6 +56,7 @@ def loaded(path: Path, flags: list[str], *named: str) -> RunConfig | None:
     return cfg
 
 
+@pytest.mark.slow
 @fuzz_settings(100)
 @given(spec=st.sampled_from(FIELDS), text=hostile)
 def test_any_value_in_the_file(spec: FieldSpec, text: str, child: Write, tmp_path: Path) -> None:
@@ -68,6 +69,7 @@ def test_any_value_in_the_file(spec: FieldSpec, text: str, child: Write, tmp_pat
         assert config_hash(load_config(again)) == config_hash(cfg)
 
 
+@pytest.mark.slow
 @fuzz_settings(100)
 @given(spec=st.sampled_from(FIELDS), text=hostile, attached=st.booleans())
 def test_any_value_of_a_flag(spec: FieldSpec, text: str, attached: bool, small: Path) -> None:
@@ -75,6 +77,7 @@ def test_any_value_of_a_flag(spec: FieldSpec, text: str, attached: bool, small: 
     loaded(small, words, spec.key, spec.flag, text)
 
 
+@pytest.mark.slow
 @fuzz_settings(50)
 @given(words=st.lists(hostile | st.sampled_from([spec.flag for spec in FIELDS]), max_size=4))
 def test_any_words(words: list[str], small: Path) -> None:

@@ -120,6 +120,7 @@ def load_or_error(path: Path, flags: list[str]) -> RunConfig | None:
         return None
 
 
+@pytest.mark.slow
 @relaxed
 @given(data=st.data())
 def test_a_flag_equals_the_same_value_in_the_file(data: st.DataObject, small: Path, child: Write) -> None:
@@ -133,6 +134,7 @@ def test_a_flag_equals_the_same_value_in_the_file(data: st.DataObject, small: Pa
         assert dumped[spec.section][spec.name] == value
 
 
+@pytest.mark.slow
 @relaxed
 @given(data=st.data())
 def test_the_resolved_configuration_reloads_to_the_same_hash(data: st.DataObject, small: Path, tmp_path: Path) -> None:

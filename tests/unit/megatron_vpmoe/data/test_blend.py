@@ -72,6 +72,7 @@ def straight(roots: list[Path], consumed: int) -> dict[int, list[int]]:
 STRAIGHT: dict[int, list[int]] = {}
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(consumed=st.integers(0, 400), gbs=st.sampled_from([1, 4, 12]))
 def test_a_stored_cursor_resumes_the_order_and_is_what_packing_again_finds(roots, consumed, gbs):

@@ -55,6 +55,7 @@ def by_full_passes(model: VPModel, prompt: list[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3, 32])
 def test_a_batch_gives_each_prompt_what_it_gets_alone(model: VPModel, rows: int) -> None:
     together = generate(model, asked(), SamplingOptions(24, (STOP,)), rows=rows)

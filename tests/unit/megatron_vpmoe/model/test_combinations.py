@@ -177,6 +177,7 @@ def covering_rows(axes: Axes, accepted: list[Row], together: int) -> tuple[list[
     return rows, never
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("core", GRIDS, indirect=True)
 def test_a_refusal_names_the_fields_that_decide(core: dict[Row, list[Rule]], request: pytest.FixtureRequest) -> None:
     """Whatever the rest is: with the named fields at values that go together, the refusal is gone."""
@@ -194,6 +195,7 @@ def test_a_refusal_names_the_fields_that_decide(core: dict[Row, list[Rule]], req
             assert not refusal.when(View(changed(cfg, original))), (refusal.names, cfg.model, cfg.moe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_refusal_reads_no_other_axis(grid: str) -> None:
     """Which is why the product of the axes that refusals name is the full product."""
@@ -216,6 +218,7 @@ def run(cfg: RunConfig) -> tuple[VPModel, float]:
     return model, loss.item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("core", GRIDS, indirect=True)
 def test_what_is_accepted_learns_and_what_is_not_has_a_reason(
     core: dict[Row, list[Rule]], request: pytest.FixtureRequest, single_process: None
@@ -242,6 +245,7 @@ def test_what_is_accepted_learns_and_what_is_not_has_a_reason(
         assert len(assignment_table(model, cfg)) == len(list(model.parameters()))  # each with its one optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("core", ["architecture"], indirect=True)
 def test_the_parts_are_those_that_were_asked_for(core: dict[Row, list[Rule]], single_process: None) -> None:
     """Each layer has the parameters of its parts, by name, and no others: a switch is not ignored."""

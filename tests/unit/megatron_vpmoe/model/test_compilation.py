@@ -54,6 +54,7 @@ def close(ones: list[torch.Tensor], others: list[torch.Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, DENSE, FULL], ids=["experts", "dense", "recomputed"])
 def test_whole_graphs_once_for_all_layers_and_documents(
     changes: dict[str, object], monkeypatch: pytest.MonkeyPatch

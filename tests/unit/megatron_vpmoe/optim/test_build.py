@@ -144,6 +144,7 @@ def train(model: ToyModel, optimizer: VpOptimizer, scheduler: Any, seeds: range)
         scheduler.step(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("saved_at", [0, 3])
 def test_a_checkpoint_continues_bit_for_bit(tmp_path: Path, bf16: bool, saved_at: int) -> None:

@@ -81,6 +81,7 @@ def test_mock_rows_are_full_and_repeatable() -> None:
     assert not other.tokens.equal(first.tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("single_process")
 def test_capture_splits_a_whole_step(tmp_path: Path) -> None:
     """Every range of a step is found, the split adds up to the step, and the trace holds the ranges."""
@@ -96,6 +97,7 @@ def test_capture_splits_a_whole_step(tmp_path: Path) -> None:
     assert found["communication_ms"]["total"] >= found["communication_ms"]["exposed"] >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("single_process")
 def test_ranges_of_the_nano_step_sum_to_it(tmp_path: Path) -> None:
     """Within 3 % of a clock around all steps: what is in no range but inside a step is "other"."""

@@ -31,7 +31,8 @@ def test_peak_is_of_the_stretch() -> None:
     del_me = torch.ones(2**24)
     del del_me
     kept = torch.ones(2**18)
-    assert 2**26 <= peak.over_start() < 2**26 + 2**25 and kept.any()
+    # Of a process that keeps its memory some pages may have been there before.
+    assert 0.9 * 2**26 <= peak.over_start() < 2**26 + 2**25 and kept.any()
 
 
 @pytest.mark.parametrize(

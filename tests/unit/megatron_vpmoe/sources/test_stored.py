@@ -65,6 +65,7 @@ def global_step(root: Path, consumed: int, gbs: int, mbs: int, dp_size: int) -> 
     return rows
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     consumed=st.integers(0, 120),

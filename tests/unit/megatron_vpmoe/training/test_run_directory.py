@@ -133,6 +133,7 @@ with ownership(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_another_process_at_work_is_named_and_a_dead_one_is_no_hindrance(cfg) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'Megatron-vpmoe'}:{ROOT}"}
     command = [sys.executable, "-c", HOLDER, str(cfg.run_directory)]

@@ -131,6 +131,7 @@ class Killed(BaseException):
     """As a kill: nothing catches it."""
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_point_leaves_the_old_or_the_new_one_complete(
     tmp_path: Path, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:

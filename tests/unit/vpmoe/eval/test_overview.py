@@ -28,6 +28,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "reports"
 
 
+@pytest.mark.slow
 def test_everything_is_shown_and_written(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["eval", "report", str(folder), "--output-dir", str(folder / "out")]) == 0

@@ -94,6 +94,7 @@ def vocabulary() -> Tokenizer:
     return CompactVocabulary.from_counts(FULL, counts, padded_vocab_size=320)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 3.0])
 def test_whatever_a_model_wants_to_say_is_valid(vocabulary: Tokenizer, temperature: float, single_process) -> None:
     torch.manual_seed(1)

@@ -109,6 +109,7 @@ def test_a_configuration_that_cannot_run_is_one_message(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_code_in_a_directory_is_run_on_the_users_word_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,6 +43,7 @@ def test_another_model_takes_the_place_of_an_import_only_when_asked(
     assert tree(target) != before
 
 
+@pytest.mark.slow
 def test_an_import_into_a_run_leaves_its_checkpoints_and_tracker_alone(
     qwen3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -58,6 +59,7 @@ def test_an_import_into_a_run_leaves_its_checkpoints_and_tracker_alone(
     assert tree(checkpoints) == before
 
 
+@pytest.mark.slow
 def test_an_export_replaces_exports_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = (write_student(tmp_path / name, num_layers=2, seed=seed) for seed, name in enumerate(("one", "two")))
     target = tmp_path / "hf"
@@ -95,6 +97,7 @@ def test_the_export_of_a_run_says_when_it_is_of_an_older_checkpoint(
     assert "common.pt is missing" in said and "iter_0000003 is used instead" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["qwen3", "student"])
 def test_prompts_travel_there_and_back(form: str, qwen3: Path, tmp_path: Path) -> None:
     if form == "qwen3":

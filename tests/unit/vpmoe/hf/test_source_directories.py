@@ -138,6 +138,7 @@ FAULTS: dict[str, tuple[Change, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_it_is_refused_by_name(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change, said = FAULTS[name]
@@ -236,6 +237,7 @@ def read_or_refused(folder: Path, name: str, content: bytes) -> None:
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.slow
 @fuzz_settings(80)
 @given(name=st.sampled_from(FILES), steps=STEPS, action=st.sampled_from(("replace", "remove", "add")), junk=JUNK)
 def test_one_place_of_a_file_changed(folder: Path, name: str, steps: list[int], action: str, junk: Any) -> None:

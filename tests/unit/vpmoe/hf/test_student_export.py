@@ -53,6 +53,7 @@ def exported(mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_checkpoint(mixture, tmp_path_factory.mktemp("exported") / "hf").path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNGS)
 def test_same_model_and_the_way_back(name: str, tmp_path: Path) -> None:
     checkpoint = write_student(tmp_path / "megatron", kept={"eos_token_id": 5}, **RUNGS[name])
@@ -120,6 +121,7 @@ def test_a_router_dtype_that_is_none_of_ours_is_named(exported: Path, tmp_path: 
         open_directory(tmp_path)
 
 
+@pytest.mark.slow
 def test_padding_rows_stay_out_of_every_export(tmp_path: Path) -> None:
     checkpoint = write_student(tmp_path / "megatron", vocab_size=60, **DENSE)
     written = export_checkpoint(checkpoint, tmp_path / "hf").path

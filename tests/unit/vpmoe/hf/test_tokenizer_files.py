@@ -25,6 +25,7 @@ def export(root: Path, assets: list[Path]) -> Path:
     return export_checkpoint(write_student(root / "megatron", assets=assets, **SMALL), root / "hf").path
 
 
+@pytest.mark.slow
 def test_files_of_another_tokenizer_are_copied_and_name_its_end(tmp_path: Path) -> None:
     save_bpe(train_bpe(["the ship left the harbour"], 300), tmp_path / "bpe")
     told = tmp_path / "bpe" / "tokenizer_config.json"
@@ -61,6 +62,7 @@ def test_a_checkpoint_of_others_names_no_code_in_an_export(tmp_path: Path) -> No
             Carried.of(checkpoint, cfg)
 
 
+@pytest.mark.slow
 def test_an_export_has_a_row_for_every_id(tmp_path: Path) -> None:
     save_bpe(train_bpe(["the ship left the harbour"], 300), tmp_path / "bpe")
     assets = tokenizer_files.assets_of(tmp_path / "bpe")
@@ -71,6 +73,7 @@ def test_an_export_has_a_row_for_every_id(tmp_path: Path) -> None:
         export_checkpoint(checkpoint, tmp_path / "hf")
 
 
+@pytest.mark.slow
 def test_whoever_has_harmonys_tokens_gets_our_template(tmp_path: Path) -> None:
     tokenizer = train_bpe(["the ship left the harbour"], 300)
     tokenizer.add_special_tokens([token for token in NAMED_SPECIAL_TOKENS if tokenizer.token_to_id(token) is None])
@@ -81,6 +84,7 @@ def test_whoever_has_harmonys_tokens_gets_our_template(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(exported, local_files_only=True).chat_template == chat_template(None)
 
 
+@pytest.mark.slow
 def test_a_compact_vocabulary_is_opened_without_running_the_directorys_code(tmp_path: Path) -> None:
     exported = export(tmp_path, write_vocabulary(tmp_path / "vocabulary", "the ship", ROWS))
     (exported / "tokenization_vpmoe.py").write_text("raise SystemExit")

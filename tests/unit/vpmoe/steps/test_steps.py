@@ -288,6 +288,7 @@ def test_in_place_work_is_gone_on_with_and_replaced_only_when_asked(tmp_path: Pa
     assert names(step.output) == {"0.txt", RECEIPT}
 
 
+@pytest.mark.slow
 def test_killed_at_any_write_it_ends_the_same_and_old_or_new_is_always_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,7 @@ def test_the_receipt_says_how_exact_it_is(init: str, exact: bool, tmp_path: Path
     assert torch.equal(experts[0], experts[4]) is (init == "virtual_groups")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

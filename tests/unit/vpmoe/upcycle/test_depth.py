@@ -74,6 +74,7 @@ def test_thirteen_blocks_between_seven() -> None:
     assert all(small.is_global_layer(a + 1) == large.is_global_layer(b + 1) for b, (a, _) in enumerate(layers))
 
 
+@pytest.mark.slow
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UpcycleError, match="4 -> 7 layers, where the schedule repeats every 2"):
         layer_sources(dense_config(num_layers=4), dense_config(num_layers=7), source="test")

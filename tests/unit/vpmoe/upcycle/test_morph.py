@@ -90,6 +90,7 @@ def test_constant_factors() -> None:
         assert bool((factor_b.flatten(1).norm(dim=1) > 0).all())
 
 
+@pytest.mark.slow
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = tiny_config(**PLAIN | SIZES)
     weights = random_weights(plain)

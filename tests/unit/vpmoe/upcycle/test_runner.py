@@ -69,6 +69,7 @@ def due(ladder: Ladder) -> str | None:
     return runner.plan(ladder, "tiny").step.state().due
 
 
+@pytest.mark.slow
 def test_made_once_then_left_alone_then_stale(ladder: Ladder, tmp_path: Path, repository: Path) -> None:
     receipt = make(ladder)
     report = receipt["report"]
@@ -105,6 +106,7 @@ def test_a_mended_conversion_makes_the_object_stale(ladder: Ladder, monkeypatch:
     assert "packages.transformers" in str(due(ladder))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(ladder: Ladder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_arguments: object, **_options: object) -> None:
         raise KeyboardInterrupt

@@ -103,6 +103,7 @@ def test_every_tensor_is_what_it_says(tmp_path: Path) -> None:
         make(tmp_path, "shape", tiny_config(**NEW | {"num_attention_heads": 6}), below, **SETTINGS)
 
 
+@pytest.mark.slow
 def test_a_nan_is_no_equality_and_no_figure_of_a_receipt(tmp_path: Path) -> None:
     good, bad = torch.zeros(2, 3), torch.tensor([[0.0, torch.nan, 0.0], [0.0, 0.0, 0.0]])
     for before, after in ((good, bad), (bad, good), (bad, bad)):

@@ -127,6 +127,7 @@ def test_a_donor_with_a_compact_vocabulary(tmp_path: Path, repository: Path) -> 
     assert read_vocabulary(tmp_path / "new" / "hf" / "vocabulary.json").identity() == compact_vocabulary(280).identity
 
 
+@pytest.mark.slow
 def test_what_cannot_be(tmp_path: Path, repository: Path) -> None:
     write_model(tmp_path / "model_hf")
     write_donor(tmp_path / "donor_hf")

@@ -24,6 +24,7 @@ def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
+@pytest.mark.slow
 def test_the_trainer_loads_it_and_it_reads_the_trainer(single_process, tmp_path: Path) -> None:
     from megatron.core import dist_checkpointing
 

@@ -109,6 +109,7 @@ def copies(folder: Path) -> Path:
     return folder / "conversations"
 
 
+@pytest.mark.slow
 def test_copies_across_splits_are_found_and_a_split_by_content_has_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -215,6 +215,7 @@ def test_an_interrupted_build_ends_with_the_same_bytes(
         build(doubled, tmp_path / "cut", HealingText(BASE, drop_long=True), extent)
 
 
+@pytest.mark.slow
 def test_a_hub_that_drops_the_connection_changes_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
