@@ -19,6 +19,7 @@ from torch.nn import Module
 
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.compilation import part
+from megatron_vpmoe.model.moe.router import RealTokens
 from megatron_vpmoe.model.recompute import recomputed
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.runtime.ranges import annotated
@@ -35,7 +36,7 @@ class VPTransformerLayer(TransformerLayer):
         layout: SequenceLayout,
         first_value_SBGD: Tensor | None,
         computed: dict[int, tuple[Tensor, Tensor]] | None,
-        padding_BS: Tensor | None,
+        real: RealTokens | None,
     ) -> tuple[Tensor, Tensor]:
         """One layer.
 
@@ -44,7 +45,7 @@ class VPTransformerLayer(TransformerLayer):
             layout: which positions belong to which document.
             first_value_SBGD: the values of layer 1; None in layer 1 itself.
             computed: receives each layer's keys and values; None where nothing goes on from them.
-            padding_BS: bool, True on padding, for the router's bookkeeping.
+            real: which tokens are no padding, for the routers' bookkeeping.
 
         Returns:
             the residual stream, and the values of layer 1.
@@ -56,7 +57,7 @@ class VPTransformerLayer(TransformerLayer):
             )
             attended_SBN = attention.attend(query, key, value, layout, computed)
             hidden_SBH, normed = part(VPTransformerLayer.behind_attention, compiled)(self, hidden_SBH, attended_SBN)
-        mlp_out, mlp_bias = self._feed_forward(normed, padding_BS)
+        mlp_out, mlp_bias = self._feed_forward(normed, real)
         first = own_SBGD if first_value_SBGD is None else first_value_SBGD
         return _add(hidden_SBH, mlp_out, mlp_bias), first
 
@@ -71,9 +72,9 @@ class VPTransformerLayer(TransformerLayer):
         hidden_SBH = _add(hidden_SBH, *self.self_attention.linear_proj(attended_SBN))
         return hidden_SBH, self.pre_mlp_layernorm(hidden_SBH)
 
-    def _feed_forward(self, normed_SBH: Tensor, padding_BS: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _feed_forward(self, normed_SBH: Tensor, real: RealTokens | None) -> tuple[Tensor, Tensor | None]:
         again = self.training and self.config.recomputation.recomputes("moe" if self.is_moe_layer else "mlp")
-        keywords = {"padding_mask": padding_BS} if self.is_moe_layer else {}
+        keywords = {"padding_mask": real} if self.is_moe_layer else {}
         run = self.mlp
         if not self.is_moe_layer:
             run = functools.partial(part(VPTransformerLayer.dense, self.config.compiles and self.training), self)
@@ -100,7 +101,7 @@ class VPTransformerBlock(TransformerBlock):
         hidden_SBH: Tensor,
         layout: SequenceLayout,
         computed: dict[int, tuple[Tensor, Tensor]] | None = None,
-        padding_BS: Tensor | None = None,
+        real: RealTokens | None = None,
         first_value: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Run every layer.
@@ -109,14 +110,14 @@ class VPTransformerBlock(TransformerBlock):
             hidden_SBH: the embedded tokens, or the residual stream of the stage before.
             layout: which positions belong to which document.
             computed: receives each layer's keys and values; None where nothing goes on from them.
-            padding_BS: bool, True on padding.
+            real: which tokens are no padding.
             first_value: layer 1's values [S, B, G, D] from the stage before; None on the first stage.
 
         Returns:
             the residual stream [S, B, H], normed on the last stage, and layer 1's values.
         """
         for layers, again in self.config.recomputation.runs(list(self.layers)):
-            arguments = (layers, hidden_SBH, layout, first_value, computed, padding_BS)
+            arguments = (layers, hidden_SBH, layout, first_value, computed, real)
             hidden_SBH, first_value = (
                 recomputed(_run_layers, *arguments) if again and self.training else _run_layers(*arguments)
             )
@@ -137,8 +138,8 @@ def _run_layers(
     layout: SequenceLayout,
     first_value_SBGD: Tensor | None,
     computed: dict[int, tuple[Tensor, Tensor]] | None,
-    padding_BS: Tensor | None,
+    real: RealTokens | None,
 ) -> tuple[Tensor, Tensor | None]:
     for layer in layers:
-        hidden_SBH, first_value_SBGD = layer(hidden_SBH, layout, first_value_SBGD, computed, padding_BS)
+        hidden_SBH, first_value_SBGD = layer(hidden_SBH, layout, first_value_SBGD, computed, real)
     return hidden_SBH, first_value_SBGD

@@ -28,6 +28,7 @@ from torch import Tensor
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.block import VPTransformerBlock
 from megatron_vpmoe.model.layer_specs import block_spec
+from megatron_vpmoe.model.moe.router import RealTokens
 from megatron_vpmoe.model.output import ModelOutput
 from megatron_vpmoe.model.pipeline import Stage, Wire, draw_preceding_weights
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
@@ -162,7 +163,8 @@ class VPModel(LanguageModule):
         tp, split = self.pg_collection.tp, self.config.sequence_parallel
         if split:
             padding_BS = padding_BS.chunk(tp.size(), dim=1)[tp.rank()]
-        hidden_SBH, first_value = self.decoder(hidden_SBH, layout, computed, padding_BS, first_value)
+        real = RealTokens(padding_BS, self.config.moe_router_topk)
+        hidden_SBH, first_value = self.decoder(hidden_SBH, layout, computed, real, first_value)
         if not self.post_process:
             return self.wire.pack(hidden_SBH, first_value)
         if split:

@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megatron_vpmoe.model.moe.expert_rows import GroupedRows, layout_of
-from megatron_vpmoe.model.precision import wide_product
+from megatron_vpmoe.model.precision import multiplies_narrow, wide_product
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.runtime.ranges import annotated
 
@@ -52,10 +52,15 @@ class _ExpertFeedForward(Function):
         b2_EH: Tensor | None,
     ) -> Tensor:
         active_PF = rows.linear(rows.gather(x_TH), w1_EFH, b1_EF).relu_()
-        weighted_PF = (active_PF.square() * rows.spread(p_TK)).to(x_TH.dtype)
+        weighted_PF = active_PF.square()
+        torch.mul(weighted_PF, rows.spread(p_TK), out=weighted_PF)  # in the precision of p, rounded once
         out_TH = rows.add_up(rows.linear(weighted_PF, w2_EHF, None))
         if b2_EH is not None:
-            out_TH += wide_product(rows.over_experts(p_TK.to(x_TH.dtype)), b2_EH, p_TK.dtype)
+            p_TE = rows.over_experts(p_TK.to(x_TH.dtype))
+            if multiplies_narrow(p_TE, p_TK.dtype):
+                out_TH.addmm_(p_TE, b2_EH)
+            else:
+                out_TH += wide_product(p_TE, b2_EH, p_TK.dtype)
         ctx.rows, ctx.has_b1 = rows, b1_EF is not None
         ctx.save_for_backward(x_TH, p_TK, active_PF, w1_EFH, w2_EHF, b2_EH)
         return out_TH

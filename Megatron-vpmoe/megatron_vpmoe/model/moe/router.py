@@ -5,6 +5,8 @@ Shapes: S sequence, B batch, E experts, K experts a token, N = S*B tokens.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -58,10 +60,44 @@ def weights_at(score_NE: Tensor, chosen_NK: Tensor, score_function: str, scaling
     return weight * scaling if scaling else weight
 
 
+@dataclass(frozen=True, eq=False)
+class RealTokens:
+    """Which tokens are no padding, in the forms that routers read; each is made once for all layers of a pass.
+
+    Attributes:
+        padding_BS: bool, True on padding.
+        topk: K.
+    """
+
+    padding_BS: Tensor
+    topk: int
+
+    @cached_property
+    def of_SB(self) -> Tensor:
+        """fp32, 1 for a token that is real and 0 for another."""
+        return (~self.padding_BS).t().float()
+
+    @cached_property
+    def of_NK(self) -> Tensor:
+        """The same for each choice of each token, [N K]."""
+        return self.of_SB.reshape(-1, 1).expand(-1, self.topk).flatten()
+
+    @cached_property
+    def of_BN(self) -> Tensor:
+        """The same by sequence, [B, S K]."""
+        return self.of_SB.t().unsqueeze(-1).expand(-1, -1, self.topk).flatten(1)
+
+    @cached_property
+    def per_sequence_B(self) -> Tensor:
+        """How many a sequence has."""
+        return self.of_SB.sum(0)
+
+
 def sequence_balance_loss(
-    scores_SBE: Tensor,
+    score_SBE: Tensor,
+    total_SB: Tensor,
     chosen_SBK: Tensor,
-    real_SB: Tensor,
+    real: RealTokens,
     *,
     coefficient: float,
     sequence_group: ProcessGroup | None = None,
@@ -73,30 +109,31 @@ def sequence_balance_loss(
     over any split of the global batch, divided by its real tokens, the same number.
 
     Args:
-        scores_SBE: normalised scores, fp32.
+        score_SBE: scores, fp32.
+        total_SB: what a token's scores are divided by: their sum.
         chosen_SBK: int64, the unbiased top-k.
-        real_SB: bool, False on padding.
+        real: which tokens are real.
         sequence_group: the ranks that hold the other parts of these sequences (sequence parallelism); each then
             computes the whole loss and its part's gradient.
 
     Returns:
         0-d fp32.
     """
-    _, rows, experts = scores_SBE.shape
-    real_SB1 = real_SB.unsqueeze(-1).to(scores_SBE.dtype)
-    scores_BE, real_B = (scores_SBE * real_SB1).sum(0), real_SB1.sum((0, 2))
+    share_SB = real.of_SB.to(score_SBE.dtype) / total_SB
+    scores_BE = torch.bmm(share_SB.t().unsqueeze(1), score_SBE.transpose(0, 1)).squeeze(1)
+    scores_BE = scores_BE.to(torch.promote_types(scores_BE.dtype, real.of_BN.dtype))
     # Whole numbers: in whatever order they are added, the sum is one.
-    at_SBK = chosen_SBK + experts * torch.arange(rows, device=chosen_SBK.device).unsqueeze(-1)
-    tokens_BE = scores_BE.new_zeros(rows * experts).scatter_add_(
-        0, at_SBK.flatten(), real_SB1.expand_as(chosen_SBK).flatten()
-    )
-    tokens_BE = tokens_BE.view_as(scores_BE)
+    chosen_BN = chosen_SBK.transpose(0, 1).flatten(1)
+    tokens_BE = torch.zeros_like(scores_BE).scatter_add_(1, chosen_BN, real.of_BN.to(scores_BE.dtype))
+    real_B = real.per_sequence_B
     if sequence_group is not None:
         scores_BE = reduce_from_tensor_model_parallel_region(scores_BE, group=sequence_group)
+        real_B = real_B.clone()
         torch.distributed.all_reduce(tokens_BE, group=sequence_group)
         torch.distributed.all_reduce(real_B, group=sequence_group)
-    per_token = experts * coefficient / chosen_SBK.shape[-1]
-    return ((scores_BE * tokens_BE).sum(-1) * per_token / real_B.clamp(min=1)).sum()
+    experts, topk = score_SBE.shape[-1], chosen_SBK.shape[-1]
+    load_BE = tokens_BE * (experts * coefficient / topk / real_B.clamp(min=1)).unsqueeze(1)
+    return torch.dot(scores_BE.flatten(), load_BE.flatten())
 
 
 class _Logits(Function):
@@ -153,17 +190,18 @@ class VPMoERouter(TopKRouter):
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As upstream's dispatchers want it: what ``choose`` gives, as weights [N, E] (0 where not routed) and a bool
         map [N, E]."""
-        weight_NK, chosen_NK = self.choose(input, padding_mask)
+        real = None if padding_mask is None else RealTokens(padding_mask.t(), self.topk)
+        weight_NK, chosen_NK = self.choose(input, real)
         dense_NE = weight_NK.new_zeros(len(weight_NK), cast(int, self.config.num_moe_experts))
         routed_NE = torch.zeros_like(dense_NE, dtype=torch.bool).scatter_(1, chosen_NK, True)
         return dense_NE.scatter(1, chosen_NK, weight_NK), routed_NE
 
-    def choose(self, hidden_SBH: Tensor, padding_SB: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def choose(self, hidden_SBH: Tensor, real: RealTokens | None = None) -> tuple[Tensor, Tensor]:
         """The experts of each token.
 
         Args:
             hidden_SBH: tokens.
-            padding_SB: bool, True on padding.
+            real: which of them are; None: all.
 
         Returns:
             weights and int64 experts, [N, K] each.
@@ -177,11 +215,11 @@ class VPMoERouter(TopKRouter):
             if not (self.training and torch.is_grad_enabled()):
                 return weight_NK, chosen_NK
             shape = hidden_SBH.shape[:-1]
-            if padding_SB is None:
-                padding_SB = torch.zeros(shape, dtype=torch.bool, device=logits_NE.device)
-            real_SB = ~padding_SB
-            self._count(chosen_NK, real_SB)
-            return self._with_balance_loss(weight_NK, score_NE.view(*shape, -1), real_SB), chosen_NK
+            if real is None:
+                nowhere = torch.zeros(shape, dtype=torch.bool, device=logits_NE.device)
+                real = RealTokens(nowhere.t(), self.topk)
+            self._count(chosen_NK, real)
+            return self._with_balance_loss(weight_NK, score_NE.view(*shape, -1), real), chosen_NK
 
     def gating(self, input: Tensor) -> Tensor:
         """Logits [..., E] in ``moe_router_dtype`` of tokens [..., H]."""
@@ -208,29 +246,25 @@ class VPMoERouter(TopKRouter):
             self.recorded.append(chosen)
         return chosen
 
-    def _count(self, chosen_NK: Tensor, real_SB: Tensor) -> None:
+    def _count(self, chosen_NK: Tensor, real: RealTokens) -> None:
         if is_recomputing():
             return
         with torch.no_grad():
-            real_NK = real_SB.reshape(-1, 1).expand_as(chosen_NK).to(self.tokens_per_expert.dtype)
-            # Whole numbers, as above.
-            load = torch.zeros_like(self.tokens_per_expert).scatter_add_(0, chosen_NK.flatten(), real_NK.flatten())
-            self.tokens_per_expert += load
-            if self.local_tokens_per_expert is not None:
-                self.local_tokens_per_expert += load
+            for loads in (self.tokens_per_expert, self.local_tokens_per_expert):
+                if loads is not None:
+                    loads.scatter_add_(0, chosen_NK.flatten(), real.of_NK.to(loads.dtype))  # whole numbers, as above
 
-    def _with_balance_loss(self, weight_NK: Tensor, score_SBE: Tensor, real_SB: Tensor) -> Tensor:
+    def _with_balance_loss(self, weight_NK: Tensor, score_SBE: Tensor, real: RealTokens) -> Tensor:
         coefficient = self.get_aux_loss_coeff("seq_aux_loss")
         if coefficient == 0:
             return weight_NK
         if self.score_function == "softmax":
-            share_SBE = score_SBE.softmax(-1, dtype=torch.float32)
-        else:
-            share_SBE = score_SBE / (score_SBE.sum(-1, keepdim=True) + _TINY)
+            score_SBE = score_SBE.softmax(-1, dtype=torch.float32)
         loss = sequence_balance_loss(
-            share_SBE,
-            share_SBE.detach().topk(self.topk).indices,
-            real_SB,
+            score_SBE,
+            score_SBE.sum(-1) + _TINY,
+            score_SBE.detach().topk(self.topk).indices,
+            real,
             coefficient=coefficient,
             sequence_group=self.tp_group if self.config.sequence_parallel else None,
         )

@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.moe.moe_layer import get_default_pg_collection
 
 from megatron_vpmoe.model.builder import build_model, wrap_for_training
-from megatron_vpmoe.model.moe.router import VPMoERouter, sequence_balance_loss
+from megatron_vpmoe.model.moe.router import RealTokens, VPMoERouter, sequence_balance_loss
 from megatron_vpmoe.model.transformer_config import transformer_config
 from megatron_vpmoe.objectives import build_objective
 from megatron_vpmoe.optim import build_optimizer
@@ -28,11 +28,16 @@ def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return scores, scores.topk(TOPK, dim=-1).indices, real
 
 
+def balance_loss(scores: torch.Tensor, chosen: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    tokens = RealTokens(~real.t(), TOPK)
+    return sequence_balance_loss(scores, scores.sum(-1), chosen, tokens, coefficient=0.1)
+
+
 def test_balance_loss_does_not_depend_on_the_split() -> None:
     scores, chosen, real = inputs()
-    whole = sequence_balance_loss(scores, chosen, real, coefficient=0.1)
+    whole = balance_loss(scores, chosen, real)
     rows = zip(scores.split(1, dim=1), chosen.split(1, dim=1), real.split(1, dim=1), strict=True)
-    parts = [sequence_balance_loss(*row, coefficient=0.1) for row in rows]
+    parts = [balance_loss(*row) for row in rows]
     torch.testing.assert_close(torch.stack(parts).sum(), whole)
 
 
@@ -44,7 +49,7 @@ def test_balance_loss_by_definition() -> None:
         tokens = int(real[:, row].sum())
         load = routing[:tokens, row].double().sum(0) * EXPERTS / (TOPK * tokens)
         expected += tokens * 0.1 * float((load * scores[:tokens, row].mean(0)).sum())
-    assert sequence_balance_loss(scores, chosen, real, coefficient=0.1) == pytest.approx(expected)
+    assert balance_loss(scores * 3, chosen, real) == pytest.approx(expected)
 
 
 @pytest.mark.usefixtures("single_process")
