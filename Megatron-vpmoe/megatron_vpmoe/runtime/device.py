@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from megatron_vpmoe.errors import DeviceError
+from megatron_vpmoe.runtime.machines import machine_of
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -177,40 +178,21 @@ def available_memory() -> tuple[int, str, int]:
     return psutil.virtual_memory().available, "CPU", 1
 
 
-# Of the vendor's data sheets: dense bf16 tensor-core FLOP/s and byte/s of memory; by the first part of a name here.
-_PEAKS = {
-    "H100 PCIe": (756e12, 2.0e12),
-    "H100 NVL": (835e12, 3.9e12),
-    "H200 NVL": (835e12, 4.8e12),
-    "H100": (989e12, 3.35e12),
-    "GH200": (989e12, 4.0e12),
-    "H200": (989e12, 4.8e12),
-    "A100-SXM4-80GB": (312e12, 2.039e12),
-    "A100 80GB PCIe": (312e12, 1.935e12),
-    "A100": (312e12, 1.555e12),
-    "GB200": (2500e12, 8.0e12),
-    "B200": (2250e12, 8.0e12),
-}
-
-
 def device_name() -> str:
     """As its driver calls the GPU that this process computes on; "CPU" where there is none."""
     return torch.cuda.get_device_name() if has_gpu() else "CPU"
 
 
-def _stated_peaks() -> tuple[float, float] | tuple[None, None]:
-    name = device_name()
-    return next((peaks for part, peaks in _PEAKS.items() if part in name), (None, None))
-
-
 def peak_flops(*, bf16: bool) -> float | None:
     """The stated matmul peak of this device in FLOP/s; None where it is not known (CPUs, fp32, other GPUs)."""
-    return _stated_peaks()[0] if bf16 else None
+    machine = machine_of(device_name()) if bf16 else None
+    return None if machine is None else machine.peak(bf16=True)
 
 
 def peak_bandwidth() -> float | None:
     """The stated bandwidth of this device's memory in byte/s; None where it is not known."""
-    return _stated_peaks()[1]
+    machine = machine_of(device_name())
+    return None if machine is None else 1e9 * machine.memory_gb_s
 
 
 @functools.cache
