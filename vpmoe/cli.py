@@ -44,6 +44,7 @@ VERBS = {
         "The o200k rank file, and your own vocabularies.",
     ),
     "train": ("vpmoe.trainer:train", "Train the run that a YAML file describes; --help explains every field."),
+    "plan": ("vpmoe.plan.app:app", "Predict a run on machines: layouts, step time, memory, MFU, days, cost."),
     "profile": ("vpmoe.trainer:profile", "Profile training steps on mock data; --help lists the variables."),
     "sample": ("vpmoe.eval.app:sample_app", "Ask a model one question."),
     "chat": ("vpmoe.eval.app:chat_app", "Talk with a model."),

@@ -55,6 +55,7 @@ SIDECAR_FLOORS = {
     "weights": 1,
     "data_curation": 2,
     "describe": 2,
+    "plan": 2,
     "hf": 2,
     "eval": 2,
     "teacher": 3,

@@ -12,7 +12,7 @@ from megatron_vpmoe.config.schema import RunConfig
 _FP32 = 4
 _STACK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # of NorMuon (optim/normuon)
 _GATHER_BYTES = 512 * 2**20  # of updated weights that all ranks send at a time (optim/shares)
-_LOGITS_CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}  # of the cross-entropy at one time (model/output/chunks)
+LOGITS_CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}  # of the cross-entropy at one time (model/output/chunks)
 _POSITION_BYTES = 30  # of a batch: three times int64, an int32, a bool and a byte
 DECODED_ROWS = 32  # answers that the engine of ``generation`` grows at once
 _PROCESS_BYTES = 350 * 2**20  # interpreter, torch and megatron.core of one worker, as measured on Linux
@@ -113,7 +113,7 @@ def _loss(cfg: RunConfig, compute_bytes: int, on_cpu: bool) -> int:
     vocab = cfg.model.padded_vocab_size // cfg.parallel.tensor_model_parallel_size
     tokens = cfg.training.micro_batch_size * cfg.data.seq_length
     softmaxes = 2 if cfg.training.objective == "topk_kd" and cfg.training.kd_temperature != 1 else 1
-    chunk = min(tokens * vocab * (softmaxes * _FP32 + compute_bytes), _LOGITS_CHUNK_BYTES["cpu" if on_cpu else "cuda"])
+    chunk = min(tokens * vocab * (softmaxes * _FP32 + compute_bytes), LOGITS_CHUNK_BYTES["cpu" if on_cpu else "cuda"])
     projection = OUTPUT if cfg.model.untie_embeddings_and_output_weights else EMBEDDING
     elements = is_trained(cfg, projection) * vocab * cfg.model.hidden_size
     return max(chunk, elements * compute_bytes) + elements * _FP32

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
+from megatron_vpmoe.config.orthogonal import Form as Iteration
+from megatron_vpmoe.config.orthogonal import polar_express_flops
 from megatron_vpmoe.errors import ConfigError
 
 COEFFICIENTS: tuple[tuple[float, float, float], ...] = (
@@ -23,8 +24,6 @@ COEFFICIENTS: tuple[tuple[float, float, float], ...] = (
 """(a, b, c) of each iteration: the minimax odd polynomials of degree 5 (Polar Express, arXiv 2505.16932)."""
 
 _NORM_FLOOR = 1e-6
-
-Iteration = Literal["direct", "gram"]
 
 
 def compute_dtype(device_type: str) -> torch.dtype:
@@ -156,12 +155,3 @@ def _small_side(x_NRC: torch.Tensor, workspace: Workspace, count: int) -> tuple[
     shape = (number, min(rows, cols), min(rows, cols))
     buffers = [workspace.take(f"small {i}", shape, x_NRC.dtype, x_NRC.device) for i in range(count)]
     return rows <= cols, buffers
-
-
-def polar_express_flops(rows: int, cols: int, steps: int = 5, iteration: Iteration = "direct") -> int:
-    """Multiplications and additions of the matrix products for one matrix of ``rows`` x ``cols``."""
-    small, large = min(rows, cols), max(rows, cols)
-    if iteration == "direct":
-        return steps * (4 * small * small * large + 2 * small**3)
-    # An iteration has A²; all but the first a product with Q; all but the last two for the next A.
-    return 4 * small * small * large + (steps + (steps - 1) + 2 * (steps - 1)) * 2 * small**3
