@@ -15,12 +15,16 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def run(arguments: list[str]) -> None:
     """Load the configuration, join the other processes, train, leave them."""
+    from functools import partial
+
     from megatron_vpmoe.config import check_world, load_config
+    from megatron_vpmoe.planning import here
     from megatron_vpmoe.runtime import distributed
     from megatron_vpmoe.training.loop import train
 
     cfg = load_config(arguments[0], arguments[1:])
-    check_world(cfg, int(os.environ.get("WORLD_SIZE", "1")))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    check_world(cfg, world)
     parallel = cfg.parallel
     distributed.initialize(
         seed=cfg.training.seed,
@@ -29,7 +33,8 @@ def run(arguments: list[str]) -> None:
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         timeout_minutes=parallel.distributed_timeout_minutes,
     )
-    train(cfg)
+    predicted = here.predicted(cfg, max(1, world // parallel.nproc_per_node))
+    train(cfg, partial(here.comparison, predicted))
     distributed.shutdown()
 
 

@@ -38,9 +38,6 @@ NANO = Path(__file__).resolve().parents[2] / "configs" / "nano" / "stage1.yaml"
 LOSS_TOLERANCE = 2e-3
 """Relative difference of the losses of the first steps; upstream's balance loss is another function of the batch."""
 
-_UPDATE = ("prepare_grads", "squared_grad_norm", "update")
-"""What a step asks of its optimizer."""
-
 
 class Timed:
     """Wraps a function and adds up the wall time of its calls."""
@@ -65,9 +62,7 @@ def shares(subject: Subject, rounds: int) -> dict[str, Any]:
     routers = [module for module in subject.model.modules() if isinstance(module, VPMoERouter)]
     found: dict[str, list[float]] = {"optimizer_pct": [], "router_health_pct": []}
     for _ in range(rounds):
-        kind = type(subject.optimizer)
-        optimizer = {name: Timed(getattr(kind, name).__get__(subject.optimizer)) for name in _UPDATE}
-        vars(subject.optimizer).update(optimizer)
+        optimizer = subject.optimizer.step = Timed(type(subject.optimizer).step.__get__(subject.optimizer))
         monitor = subject.monitor
         health = [Timed(type(monitor).reset.__get__(monitor)), Timed(type(monitor).metrics.__get__(monitor))]
         monitor.reset, monitor.metrics = health
@@ -76,11 +71,9 @@ def shares(subject: Subject, rounds: int) -> dict[str, Any]:
             health.append(router._count)
         step = Timed(subject.step)
         step()
-        found["optimizer_pct"].append(100 * sum(part.seconds for part in optimizer.values()) / step.seconds)
+        found["optimizer_pct"].append(100 * optimizer.seconds / step.seconds)
         found["router_health_pct"].append(100 * sum(part.seconds for part in health) / step.seconds)
-    for name in _UPDATE:
-        delattr(subject.optimizer, name)
-    del subject.monitor.reset, subject.monitor.metrics
+    del subject.optimizer.step, subject.monitor.reset, subject.monitor.metrics
     for router in routers:
         del router._count
     return {name: spread(values) for name, values in found.items()}

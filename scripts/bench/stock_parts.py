@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
@@ -71,13 +71,19 @@ class Stock:
         self._step += 1
 
 
+class _Router(TopKRouter):
+    """Upstream's, told of no padding (there is none): with a mask its count of loads fails (router.py:542)."""
+
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Any:
+        return super().forward(input)
+
+
 def _stock_moe(layer: Any) -> None:
     """Upstream's router (its bias, which the design has not, zero and frozen), dispatcher and experts, with the same
     weights."""
     groups, ours = get_default_pg_collection(), layer.router
-    # Told of no padding (there is none): with a mask its count of loads fails (router.py:542).
-    layer.forward = lambda hidden, **_padding: MoELayer.forward(layer, hidden)
-    layer.router = TopKRouter(config=layer.config, pg_collection=groups).to(ours.weight.device)
+    layer.forward = MethodType(MoELayer.forward, layer)
+    layer.router = _Router(config=layer.config, pg_collection=groups).to(ours.weight.device)
     layer.router.set_layer_number(ours.layer_number)
     stacked = layer.experts.state_dict()
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -148,11 +154,10 @@ class _StockAttention:
 class _StockOutput(ModelOutput):
     """All logits, and upstream's cross-entropy over them."""
 
-    def cross_entropy(self, labels_BS: Tensor, where: Tensor, weight_BS: Tensor) -> tuple[Tensor, Tensor]:
+    def cross_entropy(self, labels_BS: Tensor, mask_BS: Tensor, weight_BS: Tensor) -> tuple[Tensor, Tensor]:
         logits_SBV = self.logits().transpose(0, 1).contiguous()
         losses_BS = vocab_parallel_cross_entropy(logits_SBV.float(), labels_BS.t().contiguous()).t()
-        losses = losses_BS.flatten()[where]
-        return (losses * weight_BS.flatten()[where]).sum(), losses.detach()
+        return (losses_BS * weight_BS)[mask_BS].sum(), losses_BS[mask_BS].detach()
 
 
 @dataclass(frozen=True)
@@ -193,25 +198,17 @@ class PerMatrixOptimizer:
     def zero_grad(self) -> None:
         """Gradients live in Megatron's buffers, which the step empties."""
 
-    def prepare_grads(self) -> None:
-        """Hands on what Megatron's buffers hold."""
+    @torch.no_grad()
+    def step(self) -> tuple[bool, float, None]:
         for parameter in self.parameters:
             parameter.grad = parameter.main_grad  # type: ignore[attr-defined]
-
-    def squared_grad_norm(self) -> Tensor:
-        """fp64 0-d."""
-        return torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in self.parameters]).double().square()
-
-    @torch.no_grad()
-    def update(self, grad_norm: float) -> None:
-        """Clip, and step."""
-        limit, norm = self.cfg.optim.clip_grad, torch.tensor(grad_norm)
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.optim.clip_grad))
         for index in range(len(self.matrices)):
             self._normuon(index)
         self.adamw.step()
         for parameter in self.parameters:
             parameter.grad = None
+        return True, norm, None
 
     def _normuon(self, index: int) -> None:
         optim = self.cfg.optim

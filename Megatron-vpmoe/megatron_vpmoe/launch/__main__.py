@@ -15,6 +15,7 @@ from megatron_vpmoe.errors import ConfigError, DeviceError, VpmoeError, of_the_s
 from megatron_vpmoe.launch import preflight
 from megatron_vpmoe.launch.reference import help_text
 from megatron_vpmoe.launch.workers import Nodes, run_workers, share_cores
+from megatron_vpmoe.planning import here
 
 WORKER_MODULE = "megatron_vpmoe.pretrain"
 
@@ -44,13 +45,15 @@ def launch(arguments: list[str], *, debug: bool) -> int:
         print(*notes, sep="\n", end="\n" * bool(notes))
         print(f"{'fits' if report.fits else 'does not fit'}: {report}")
         return 0 if report.fits else DeviceError.exit_code
-    preflight.check_machine(cfg, config_path)
+    report = preflight.check_machine(cfg, config_path)
     preflight.check_dataset(cfg)
     preflight.check_suites(cfg)
     preflight.check_served_teacher(cfg)
     if nodes.rank == 0:  # whose worker owns the directory, perhaps by the time that another node looks
         preflight.check_run_directory(cfg)
     share_cores(cfg.parallel.nproc_per_node)
+    if nodes.rank == 0:
+        print(here.announcement(cfg, nodes.count, report.device_kind), flush=True)
     worker_arguments = [str(config_path), *overrides, *(["--debug"] if debug else [])]
     return run_workers(cfg, nodes, WORKER_MODULE, worker_arguments, debug=debug)
 

@@ -18,8 +18,8 @@ from megatron_vpmoe.files import place_of
 from megatron_vpmoe.ownership import check_free
 
 
-def check_machine(cfg: RunConfig, config_path: Path) -> None:
-    """Refuse a run that this machine cannot hold.
+def check_machine(cfg: RunConfig, config_path: Path) -> FitReport:
+    """Refuse a run that this machine cannot hold; returns what was compared.
 
     Raises:
         DeviceError: too little memory, more processes than GPUs, or nothing to compile with.
@@ -40,6 +40,7 @@ def check_machine(cfg: RunConfig, config_path: Path) -> None:
             source="parallel.nproc_per_node",
             remedy="one process a GPU: lower --nproc-per-node, and --expert-model-parallel-size with it",
         )
+    return report
 
 
 def machine_report(cfg: RunConfig) -> FitReport:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING
 
@@ -28,8 +28,12 @@ if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
 
-def train(cfg: RunConfig) -> Run:
+def train(cfg: RunConfig, of_pace: Callable[[float | None], str | None] = lambda _: None) -> Run:
     """Train as ``cfg`` says; process groups must exist. Returns the finished (or politely stopped) run.
+
+    Args:
+        cfg: the run.
+        of_pace: what is said at the end of the median seconds of a step.
 
     Raises:
         BusyError: another process trains in the run directory.
@@ -47,11 +51,17 @@ def train(cfg: RunConfig) -> Run:
         metrics = held.enter_context(closing(MetricStream(sinks)))
         # From here on there is something to save; a signal before ends the process as it would any other.
         stop = StopRequest().install()
-        _train(run, stop, metrics, Progress(cfg, start=run.iteration, enabled=is_main))
+        _train(run, stop, metrics, Progress(cfg, start=run.iteration, enabled=is_main), of_pace)
     return run
 
 
-def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progress) -> None:
+def _train(
+    run: Run,
+    stop: StopRequest,
+    metrics: MetricStream,
+    progress: Progress,
+    of_pace: Callable[[float | None], str | None],
+) -> None:
     cfg, last = run.cfg, run.cfg.training.train_iters
     routers = RouterMonitor(run.model, cfg)
     samples = SampleWriter(run.valid_dataset, cfg, run.directory / "samples.jsonl", resume_step=run.iteration)
@@ -119,6 +129,8 @@ def _train(run: Run, stop: StopRequest, metrics: MetricStream, progress: Progres
             raise cause from None
     _settle(run, progress)
     progress.finished(run.iteration, stopped=stopping and run.iteration < last)
+    if (said := of_pace(throughput.typical_step)) is not None:
+        progress.note(said)
 
 
 def _save(run: Run, metrics: MetricStream, progress: Progress) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -35,7 +36,7 @@ class Throughput:
         """Why there is no MFU, where there could be one."""
         if device.has_gpu() and peak is None:
             what = f"the peak of {device.device_name()!r}" if cfg.training.bf16 else "a peak for fp32"
-            self.note = f"no MFU: {what} is not in the table of runtime/device.py"
+            self.note = f"no MFU: {what} is not in runtime/machines.toml"
         # Linear in the keys of each window.
         windows = sorted({cfg.model.window_size, None}, key=str)
         self._flops_without_keys = training_flops_per_token(cfg, keys=lambda _: 0.0)
@@ -46,6 +47,7 @@ class Throughput:
         }
         self._tokens = self._seconds = self._flops = 0.0
         self._steps, self._since = 0, time.perf_counter()
+        self._of_steps: list[float] = []
         self._update_began = self._update_seconds = 0.0
 
     def restart(self) -> None:
@@ -65,6 +67,7 @@ class Throughput:
         self._tokens += real_tokens
         self._flops += real_tokens * self._flops_per_token(batches)
         self._seconds += now - self._since
+        self._of_steps.append(now - self._since)
         self._since, self._update_seconds = now, now - self._update_began
 
     def _flops_per_token(self, batches: Sequence[Batch]) -> float:
@@ -74,6 +77,11 @@ class Throughput:
             flops * sum(int((keys if window is None else keys.clamp(max=window)).sum()) for keys in seen) / count
             for window, flops in self._flops_per_key.items()
         )
+
+    @property
+    def typical_step(self) -> float | None:
+        """Median seconds of a step of this run, without the first, which makes what later ones have; None: too few."""
+        return statistics.median(self._of_steps[1:]) if len(self._of_steps) > 1 else None
 
     def report(self) -> dict[str, float]:
         """Since the last report: tokens and model TFLOP per second of all ranks, and of a GPU; MFU in percent where the
