@@ -28,11 +28,11 @@ class VPMoELayer(MoELayer):
             intermediate_tensors: upstream's, for partly captured graphs.
             padding_mask: bool [B, S], True on padding; or what is known of it already.
         """
-        real = RealTokens(padding_mask, self.router.topk) if isinstance(padding_mask, Tensor) else padding_mask
+        router, experts = cast(VPMoERouter, self.router), cast(StackedExperts, self.experts)
+        real = RealTokens(padding_mask, router.topk) if isinstance(padding_mask, Tensor) else padding_mask
         if self.ep_group.size() > 1:
             padding_mask = None if real is None else real.padding_BS
             return cast(tuple[Tensor, None], super().forward(hidden_states, intermediate_tensors, padding_mask))
-        router, experts = cast(VPMoERouter, self.router), cast(StackedExperts, self.experts)
         shared = self.shared_experts_compute(hidden_states)
         weight_TK, chosen_TK = router.choose(hidden_states, real)
         out = experts.of_tokens(hidden_states.flatten(0, 1), chosen_TK, weight_TK).view_as(hidden_states)
