@@ -217,13 +217,13 @@ def _moving(count: int) -> _Probe:
 
 
 def _overhead() -> _Probe:
-    """Operations on next to no numbers, with the views around them, autograd included."""
+    """Operations on next to no numbers, with as many views around them as a layer has, autograd included."""
     x, chain = torch.ones(2, 4, requires_grad=True), 64
 
     def both() -> None:
         y = x.flatten()
         for _ in range(chain):
-            y = (y.view(2, 4) * x).flatten()
+            y = (y.unflatten(0, (2, 4)).transpose(0, 1).unsqueeze(0).squeeze(0).t() * x).flatten()
         y.sum().backward()
 
     return _Probe(both, 4 * chain)  # two products and a sum of gradients backward
