@@ -185,7 +185,7 @@ def _sparse(shape: Shape) -> Passes:
     narrow = 4 / (2 if shape.size == 2 else 2 * _WIDER)  # scores are fp32 in every model
     found = (
         shape.product("router", tokens, h, experts, kind="product" if shape.size == 2 else "wide")
-        + shape.moves("router", tokens, (13 * narrow * experts, 34 * narrow * experts + 3 * h), (40, 34))
+        + shape.moves("router", tokens, (9 * narrow * experts, 21 * narrow * experts + 3 * h), (29, 30))
         + shape.product("experts", rows, h, gated * width, kind="experts", copies=held)
         + shape.product("experts", rows, width, h, kind="experts", copies=held)
         + shape.moves("experts", rows, (2 * h + 13 * width * gated, 3 * h + 24 * width * gated), (12, 23))
@@ -201,7 +201,7 @@ def _sparse(shape: Shape) -> Passes:
         found += shape.moves("experts", rows, (3 * h, 0), (1, 0))
         found += shape.product("experts", rows, held, h) if biased else NOTHING
     else:  # rows are gathered and added up here
-        found += shape.moves("experts", rows, (2 * h, 3 * h), (2, 3))
+        found += shape.moves("experts", rows, (1.25 * h, 3 * h), (2, 3))
         found += shape.product("experts", tokens, experts, h) if biased else NOTHING
     if moe.moe_shared_expert_intermediate_size:
         shared = moe.moe_shared_expert_intermediate_size
