@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from megatron_vpmoe.files import read_json
 from megatron_vpmoe.model.moe.expert_rows import GroupedRows
+from megatron_vpmoe.model.output.terms import Term
 from megatron_vpmoe.optim.normuon import NorMuon
 from scripts.bench.attention import Layer
 from scripts.gpu import attention, designs, loss, report
@@ -105,12 +107,14 @@ def garbage_of_idle_experts(monkeypatch: pytest.MonkeyPatch) -> None:
 def loss_of_all_but_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last token is left out."""
     right = loss.weighted_sum
+
+    def but_the_last(term: Term) -> Term:
+        return replace(term, **{name: of[:-1] for name, of in vars(term).items() if isinstance(of, Tensor)})
+
     monkeypatch.setattr(
         loss,
         "weighted_sum",
-        lambda hidden, projection, terms: right(
-            hidden[:-1], projection, [term.where(torch.arange(len(hidden)) < len(hidden) - 1) for term in terms]
-        ),
+        lambda hidden, projection, terms: right(hidden[:-1], projection, list(map(but_the_last, terms))),
     )
 
 

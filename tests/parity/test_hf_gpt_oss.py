@@ -119,7 +119,7 @@ def test_whole_attention_layer(sliding: bool, backend: str) -> None:
     hidden = torch.randn(1, LENGTH, HIDDEN, generator=torch.Generator().manual_seed(0))
     inputs = [hidden.clone().requires_grad_() for _ in range(2)]
     (projected, bias), _ = ours(inputs[0].transpose(0, 1), packed(LENGTH))
-    mine = (projected + bias).transpose(0, 1)
+    mine = (projected if bias is None else projected + bias).transpose(0, 1)
     rotary = modeling.GptOssRotaryEmbedding(gpt_oss_config(WINDOW))
     mask = mask_of(gpt_oss_config(WINDOW), LENGTH, sliding=sliding).float()
     reference, _ = theirs(inputs[1], rotary(inputs[1], torch.arange(LENGTH)[None]), mask)

@@ -28,7 +28,7 @@ def experts_reached(
 
     lengths = [_ROW] * (tokens // _ROW) + ([tokens % _ROW] if tokens % _ROW else [])
     prompts = random_prompts(vocab_size, lengths, seed)
-    reached: dict[int, int] = {}
+    chosen: dict[int, list[Tensor]] = {}
     with process_groups(), torch.no_grad():
         model = streamed_model(cfg, weights, source=source)
         tokens_BS, layout = left_padded(prompts, torch.device("cpu"))
@@ -36,12 +36,9 @@ def experts_reached(
         layers: Any = model.decoder.layers
         for number, layer in enumerate(layers, 1):
             if cfg.is_moe_layer(number):
-
-                def count(_router: Any, _arguments: Any, routed: tuple[Tensor, Tensor], number: int = number) -> None:
-                    reached[number] = int(routed[1][real_N].any(0).sum())
-
-                layer.mlp.router.register_forward_hook(count)
+                layer.mlp.router.recorded = chosen[number] = []
         model(tokens_BS, layout)
+    reached = {number: len(of_pass[real_N].unique()) for number, (of_pass,) in chosen.items()}
     return {
         "tokens": tokens,
         "experts": cfg.moe.num_experts,
