@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 
-from megatron_vpmoe.optim.normuon import STACK_BYTES, NorMuon
+from megatron_vpmoe.config.memory import STACK_BYTES
+from megatron_vpmoe.optim.normuon import NorMuon
 from megatron_vpmoe.optim.polar_express import COEFFICIENTS, choose_iteration, compute_dtype, polar_express_flops
 
 BETA, BETA2, EPS, LR, DECAY = 0.95, 0.95, 1e-10, 1e-3, 0.1

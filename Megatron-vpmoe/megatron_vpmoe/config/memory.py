@@ -10,9 +10,9 @@ from megatron_vpmoe.config.rules import idle_lines
 from megatron_vpmoe.config.schema import RunConfig
 
 _FP32 = 4
-_STACK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # of NorMuon (optim/normuon)
-_GATHER_BYTES = 512 * 2**20  # of updated weights that all ranks send at a time (optim/shares)
-LOGITS_CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}  # of the cross-entropy at one time (model/output/chunks)
+STACK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # of NorMuon's largest stack, where none is named
+GATHER_BYTES = 512 * 2**20  # of updated weights that all ranks send at a time
+LOGITS_CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}  # of the cross-entropy at one time
 _POSITION_BYTES = 30  # of a batch: three times int64, an int32, a bool and a byte
 DECODED_ROWS = 32  # answers that the engine of ``generation`` grows at once
 _PROCESS_BYTES = 350 * 2**20  # interpreter, torch and megatron.core of one worker, as measured on Linux
@@ -172,14 +172,14 @@ def _update(cfg: RunConfig, trained: _Held, on_cpu: bool) -> tuple[int, int]:
     stack are gathered, and updated weights of all ranks.
     """
     o, device = cfg.optim, "cpu" if on_cpu else "cuda"
-    stack = _STACK_BYTES[device] if o.normuon_stack_mib is None else o.normuon_stack_mib * 2**20
+    stack = STACK_BYTES[device] if o.normuon_stack_mib is None else o.normuon_stack_mib * 2**20
     # Experts of one parameter are a stack, other matrices of a rank's share together.
     p = cfg.parallel
     of_experts = (cfg.moe.num_experts or 0) // p.expert_model_parallel_size * cfg.moe.moe_ffn_hidden_size
     own = max(of_experts * cfg.model.hidden_size if trained.experts else 0, trained.matrices // _dense_ranks(cfg))
     stack = min(stack, own * _FP32) if o.optimizer == "normuon" else 0
     halves = o.polar_express_dtype == "bfloat16" or (o.polar_express_dtype == "auto" and not on_cpu)
-    gathered = min(_GATHER_BYTES, trained.total * (2 if cfg.training.bf16 else _FP32))
+    gathered = min(GATHER_BYTES, trained.total * (2 if cfg.training.bf16 else _FP32))
     return stack * (2 if halves else 3), max(3 * stack, gathered)
 
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_vpmoe.config.memory import STACK_BYTES
 from megatron_vpmoe.optim.assignment import RULES, AssignmentRow, Rule, assigned_parameters
 from megatron_vpmoe.optim.matrix_stacks import layout_flops, matrix_layout
-from megatron_vpmoe.optim.normuon import STACK_BYTES, NorMuon, NorMuonOptions
+from megatron_vpmoe.optim.normuon import NorMuon, NorMuonOptions
 from megatron_vpmoe.optim.polar_express import compute_dtype
 from megatron_vpmoe.optim.sharded_optimizer import ShardedOptimizer
 from megatron_vpmoe.optim.shares import Units

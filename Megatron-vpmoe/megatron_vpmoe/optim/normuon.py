@@ -21,13 +21,11 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 
+from megatron_vpmoe.config.memory import STACK_BYTES
 from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.optim.matrix_stacks import MatrixLayout, Member, Stack, layout_flops, matrix_layout, plan_stacks
 from megatron_vpmoe.optim.polar_express import Workspace, compute_dtype, polar_express
 from megatron_vpmoe.optim.split_matrices import Split
-
-STACK_BYTES = {"cuda": 256 * 2**20, "cpu": 4 * 2**20}
-"""Largest stack per device, where none is named: few launches on a GPU, what the caches hold on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,8 @@ class NorMuon(torch.optim.Optimizer):
         lr: learning rate.
         weight_decay: decoupled; w is multiplied by 1 - lr * weight_decay.
         options: the formulas' numbers.
-        stack_bytes: size of the largest stack, by default ``STACK_BYTES``; about four times as much is held.
+        stack_bytes: size of the largest stack, by default ``STACK_BYTES``: few launches on a
+            GPU, what the caches hold on a CPU; about four times as much is held.
         tp_group: the ranks that hold parts of the parameters which Megatron marks as ``tensor_model_parallel``; every
             ``step`` is a collective of them then.
 

@@ -18,8 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-BUCKET_BYTES = 512 * 2**20
-"""What all ranks together send in one all-gather, and each of them holds meanwhile."""
+from megatron_vpmoe.config.memory import GATHER_BYTES
 
 
 class Units(NamedTuple):
@@ -96,7 +95,7 @@ class ParameterGather:
         bucket_bytes: what all ranks together send at a time.
     """
 
-    def __init__(self, pieces: Sequence[Sequence[Piece]], group: dist.ProcessGroup, bucket_bytes: int = BUCKET_BYTES):
+    def __init__(self, pieces: Sequence[Sequence[Piece]], group: dist.ProcessGroup, bucket_bytes: int = GATHER_BYTES):
         self._pieces, self._group, self._bucket_bytes = pieces, group, bucket_bytes
         self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
         self._dtypes = sorted({piece.param.dtype for share in pieces for piece in share}, key=str)

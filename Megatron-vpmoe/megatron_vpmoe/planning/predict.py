@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from megatron_vpmoe.config.geometry import stage_layers, tensor_parallel_rank, training_flops_per_token
+from megatron_vpmoe.config.memory import STACK_BYTES
 from megatron_vpmoe.config.orthogonal import orthogonal_matrices, polar_express_flops
 from megatron_vpmoe.config.parameters import ROUTED, is_trained, parameter_sizes
 from megatron_vpmoe.config.schema import RunConfig
@@ -25,7 +26,6 @@ from megatron_vpmoe.runtime.machines import Fleet, Kind, Machine
 SPLIT = ("compute", "memory", "launches", "communication", "waiting")
 """What a step's seconds are split into: products; bytes; launches that the work does not hide; the wire where nothing
 covers it; a pipeline's stages that wait for each other."""
-_STACK_BYTES = {True: 4 * 2**20, False: 256 * 2**20}
 _RECOMPUTED = {
     "core_attn": ("attention",),
     "mlp": ("feed_forward",),
@@ -171,7 +171,7 @@ def _optimizer(cfg: RunConfig, layers: range, held: _Held, sharing: int, replica
         flops = min(polar_express_flops(rows, cols, cfg.optim.polar_express_steps, form) for form in forms)
         share = count / sharing
         numbers += share * rows * cols
-        stacks = max(1, math.ceil(share * rows * cols * 4 / _STACK_BYTES[on_cpu]))
+        stacks = max(1, math.ceil(share * rows * cols * 4 / STACK_BYTES["cpu" if on_cpu else "cuda"]))
         moved, kind = share * rows * cols * 128, "small" if in_bf16 or on_cpu else "wide"
         stack = share * rows * cols * 4 / stacks
         pieces.append(Work("optimizer", kind, share * flops, 0.0, 20 * stacks, min(rows, cols), 0.0))

@@ -19,10 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_vpmoe.config.memory import LOGITS_CHUNK_BYTES
+
 # Logits and fp32 probabilities of one chunk: bounds the extra memory at any vocabulary size. With each chunk the whole
 # gradient of the projection is read and written once, which on a GPU takes as long as the products of 128 rows.
-CHUNK_BYTES = 256 * 2**20
-CHUNK_BYTES_OF_A_GPU = 2 * 2**30
+CHUNK_BYTES, CHUNK_BYTES_OF_A_GPU = LOGITS_CHUNK_BYTES["cpu"], LOGITS_CHUNK_BYTES["cuda"]
 _TILE = 128  # rows of one tile of a GPU's product
 
 Read = Callable[[slice, Tensor, list[Tensor]], Tensor | None]
