@@ -6,8 +6,7 @@ from pathlib import Path
 
 from megatron_vpmoe.config import LayerGeometry, RunConfig, layer_geometries, parameter_count
 from vpmoe.describe.layers import POSITION_NAMES, amount, attention_words, feed_forward_words, kind_words
-from vpmoe.errors import DataError
-from vpmoe.steps import check_replaceable, save_figure
+from vpmoe.steps import check_replaceable, plotting, save_picture
 
 _COLOURS = {False: ("#8fbbdc", "#1f5a8c"), True: ("#c9c2b4", "#dd8a4f")}
 """Of attention (local, global) and of feed-forward layers (dense, experts)."""
@@ -36,11 +35,7 @@ def write_picture(cfg: RunConfig, path: Path) -> None:
         NotOursError: something else lies there.
     """
     check_replaceable(path)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "vpmoe", "svg.fonttype": "none"})
-    from matplotlib import pyplot
+    pyplot = plotting()
 
     count = parameter_count(cfg)
     figure, axes = pyplot.subplots(figsize=(8, max(3.0, 1.5 + 0.07 * cfg.model.num_layers)), layout="constrained")
@@ -58,7 +53,4 @@ def write_picture(cfg: RunConfig, path: Path) -> None:
         ylim=(0.4, cfg.model.num_layers + 0.6),
     )
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    try:
-        save_figure(figure, path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot write {path}: {error}", source="--picture", remedy="name another file") from error
+    save_picture(figure, path)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vpmoe.errors import DataError
-from vpmoe.steps import save_figure
+from vpmoe.steps import plotting, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,10 +45,7 @@ def plot_run(curves: Curves, tasks: Mapping[str, Any], output: Path, *, title: s
         output: the PNG.
         title: over the whole picture.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = plotting()
 
     figure, (losses, router, answers) = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     figure.suptitle(title)

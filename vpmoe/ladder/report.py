@@ -11,7 +11,7 @@ from megatron_vpmoe.files import sha256_of_file, write_atomically
 from megatron_vpmoe.software import git_state
 from vpmoe.eval.reports import markdown_table
 from vpmoe.eval.reports import write_report as write_json
-from vpmoe.steps import save_figure
+from vpmoe.steps import plotting, save_figure
 from vpmoe.upcycle.ladder_file import Ladder
 
 if TYPE_CHECKING:
@@ -224,10 +224,7 @@ def _time(time: dict[str, float]) -> str:
 
 def plot(evaluated: Sequence[Record], output: Path) -> None:
     """Bits per byte, accuracy and suites along the ladder, into a PNG which appears whole or not at all."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = plotting()
 
     suites = suites_of(evaluated)
     count = 2 + len(suites)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from megatron_vpmoe.planning.layouts import Plan
 from megatron_vpmoe.planning.predict import SPLIT
-from vpmoe.errors import DataError
 from vpmoe.plan.report import Figures
-from vpmoe.steps import check_replaceable, save_figure
+from vpmoe.steps import check_replaceable, plotting, save_picture
 
 _COLOURS = {
     "compute": "#1f5a8c",
@@ -27,11 +26,7 @@ def write_picture(plans: list[Plan], numbers: list[list[Figures]], path: Path, *
         NotOursError: something else lies there.
     """
     check_replaceable(path)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "vpmoe", "svg.fonttype": "none"})
-    from matplotlib import pyplot
+    pyplot = plotting()
 
     bars = []
     for made, of_plan in zip(plans, numbers, strict=True):
@@ -63,7 +58,4 @@ def write_picture(plans: list[Plan], numbers: list[list[Figures]], path: Path, *
     axes.set_yticklabels(names, fontsize=8)
     axes.invert_yaxis()
     axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=len(SPLIT), frameon=False, fontsize=8)
-    try:
-        save_figure(figure, path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot write {path}: {error}", source="--picture", remedy="name another file") from error
+    save_picture(figure, path)

@@ -14,7 +14,7 @@ from vpmoe.quickstart.distil import AFTER
 from vpmoe.quickstart.proof import answers, curve, evaluation, percent
 from vpmoe.quickstart.settings import DistilTargets
 from vpmoe.quickstart.trained import TrainedRun
-from vpmoe.steps import save_figure
+from vpmoe.steps import plotting, save_figure
 
 if TYPE_CHECKING:
     from vpmoe.quickstart.distil import Students, Teaching
@@ -118,10 +118,7 @@ def plot(
     classes: Sequence[Students], seeds: Sequence[Mapping[str, Any]], teacher: Mapping[str, Any], output: Path
 ) -> None:
     """KD while training, the gap on-policy, and every student's exact answers against its KL, into a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = plotting()
 
     figure, (stored, policy, students) = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     figure.suptitle("One student, the same tokens: texts alone, a teacher's top K, its own words")

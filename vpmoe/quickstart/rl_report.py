@@ -11,7 +11,7 @@ from vpmoe.eval.plots import read_curves
 from vpmoe.eval.reports import markdown_table
 from vpmoe.quickstart.proof import answers, curve, percent
 from vpmoe.quickstart.settings import RlTargets
-from vpmoe.steps import read_receipt, save_figure
+from vpmoe.steps import plotting, read_receipt, save_figure
 
 if TYPE_CHECKING:
     from vpmoe.quickstart.proof import Proof
@@ -74,10 +74,7 @@ def table(seeds: Sequence[Mapping[str, Any]]) -> str:
 
 def plot(plans: Sequence[SeedPlan], seeds: Sequence[Mapping[str, Any]], output: Path) -> None:
     """Rewards while sampling, exact answers to held-out questions before and after, and held-out pairs, into a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = plotting()
 
     figure, (rewards, answers, pairs) = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     figure.suptitle("From a model short of mastery: rewards (GRPO) and preferences (DPO)")

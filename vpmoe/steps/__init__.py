@@ -7,7 +7,7 @@ proof that the folder is ours: nothing without one is ever removed, and finished
 """
 
 from vpmoe.steps.receipt import RECEIPT, content_sha256, read_receipt
-from vpmoe.steps.single import MARK, check_replaceable, save_figure, save_page
+from vpmoe.steps.single import MARK, check_replaceable, plotting, save_figure, save_page, save_picture
 from vpmoe.steps.step import State, Step, check_place
 from vpmoe.steps.work import Say, Work, discard, run
 
@@ -22,8 +22,10 @@ __all__ = [
     "check_replaceable",
     "content_sha256",
     "discard",
+    "plotting",
     "read_receipt",
     "run",
     "save_figure",
     "save_page",
+    "save_picture",
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.files import write_atomically
-from vpmoe.errors import NotOursError
+from vpmoe.errors import DataError, NotOursError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,6 +48,25 @@ def check_replaceable(path: Path, mark: str = MARK) -> None:
                 source=str(path),
                 remedy="move it away, or name another file",
             )
+
+
+def plotting() -> Any:
+    """Matplotlib's pyplot, which opens no window and names the parts of an SVG alike each time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.hashsalt": "vpmoe", "svg.fonttype": "none"})
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """``save_figure`` to where ``--picture`` says; raises :class:`DataError` where that cannot be written."""
+    try:
+        save_figure(figure, path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot write {path}: {error}", source="--picture", remedy="name another file") from error
 
 
 def save_figure(figure: Figure, path: Path, **options: Any) -> None:

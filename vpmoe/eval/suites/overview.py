@@ -19,7 +19,7 @@ from vpmoe.eval.suites.compare import Difference, differences, unlike
 from vpmoe.eval.suites.finished import Bounds, Finished, Row
 from vpmoe.eval.suites.folded import Group
 from vpmoe.eval.suites.suite_report import KIND
-from vpmoe.steps import MARK, check_replaceable, save_figure, save_page
+from vpmoe.steps import MARK, check_replaceable, plotting, save_figure, save_page
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -124,10 +124,7 @@ class Overview:
 
     def plot(self, output: Path) -> None:
         """Draw each task's number over the checkpoints, with its 95 % interval, into a PNG."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        pyplot = plotting()
 
         drawn = [
             (suite, name, list(lines))
