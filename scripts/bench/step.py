@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from stock_parts import Stock
 
 NANO = Path(__file__).resolve().parents[2] / "configs" / "nano" / "stage1.yaml"
+UPDATING = ("prepare_grads", "squared_grad_norm", "update")
 LOSS_TOLERANCE = 2e-3
 """Relative difference of the losses of the first steps; upstream's balance loss is another function of the batch."""
 
@@ -61,9 +62,11 @@ def shares(subject: Subject, rounds: int) -> dict[str, Any]:
     """
     routers = [module for module in subject.model.modules() if isinstance(module, VPMoERouter)]
     found: dict[str, list[float]] = {"optimizer_pct": [], "router_health_pct": []}
+    optimizer, monitor = subject.optimizer, subject.monitor
     for _ in range(rounds):
-        optimizer = subject.optimizer.step = Timed(type(subject.optimizer).step.__get__(subject.optimizer))
-        monitor = subject.monitor
+        updating = [Timed(getattr(type(optimizer), name).__get__(optimizer)) for name in UPDATING]
+        for name, timed in zip(UPDATING, updating, strict=True):
+            setattr(optimizer, name, timed)
         health = [Timed(type(monitor).reset.__get__(monitor)), Timed(type(monitor).metrics.__get__(monitor))]
         monitor.reset, monitor.metrics = health
         for router in routers:
@@ -71,9 +74,11 @@ def shares(subject: Subject, rounds: int) -> dict[str, Any]:
             health.append(router._count)
         step = Timed(subject.step)
         step()
-        found["optimizer_pct"].append(100 * optimizer.seconds / step.seconds)
+        found["optimizer_pct"].append(100 * sum(part.seconds for part in updating) / step.seconds)
         found["router_health_pct"].append(100 * sum(part.seconds for part in health) / step.seconds)
-    del subject.optimizer.step, subject.monitor.reset, subject.monitor.metrics
+    for name in UPDATING:
+        delattr(optimizer, name)
+    del monitor.reset, monitor.metrics
     for router in routers:
         del router._count
     return {name: spread(values) for name, values in found.items()}

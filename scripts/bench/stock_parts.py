@@ -78,11 +78,16 @@ class _Router(TopKRouter):
         return super().forward(input)
 
 
+def _stock_forward(layer: Any, hidden_states: Tensor, padding_mask: Any = None) -> Any:
+    """Upstream's, of which the router wants no mask either."""
+    return MoELayer.forward(layer, hidden_states)
+
+
 def _stock_moe(layer: Any) -> None:
     """Upstream's router (its bias, which the design has not, zero and frozen), dispatcher and experts, with the same
     weights."""
     groups, ours = get_default_pg_collection(), layer.router
-    layer.forward = MethodType(MoELayer.forward, layer)
+    layer.forward = MethodType(_stock_forward, layer)
     layer.router = _Router(config=layer.config, pg_collection=groups).to(ours.weight.device)
     layer.router.set_layer_number(ours.layer_number)
     stacked = layer.experts.state_dict()
@@ -154,10 +159,11 @@ class _StockAttention:
 class _StockOutput(ModelOutput):
     """All logits, and upstream's cross-entropy over them."""
 
-    def cross_entropy(self, labels_BS: Tensor, mask_BS: Tensor, weight_BS: Tensor) -> tuple[Tensor, Tensor]:
+    def cross_entropy(self, labels_BS: Tensor, where: Tensor, weight_BS: Tensor) -> tuple[Tensor, Tensor]:
         logits_SBV = self.logits().transpose(0, 1).contiguous()
         losses_BS = vocab_parallel_cross_entropy(logits_SBV.float(), labels_BS.t().contiguous()).t()
-        return (losses_BS * weight_BS)[mask_BS].sum(), losses_BS[mask_BS].detach()
+        chosen = losses_BS.flatten()[where]
+        return (chosen * weight_BS.flatten()[where]).sum(), chosen.detach()
 
 
 @dataclass(frozen=True)
@@ -198,17 +204,21 @@ class PerMatrixOptimizer:
     def zero_grad(self) -> None:
         """Gradients live in Megatron's buffers, which the step empties."""
 
-    @torch.no_grad()
-    def step(self) -> tuple[bool, float, None]:
+    def prepare_grads(self) -> None:
         for parameter in self.parameters:
             parameter.grad = parameter.main_grad  # type: ignore[attr-defined]
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.optim.clip_grad))
+
+    def squared_grad_norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([parameter.grad for parameter in self.parameters]).double().square()
+
+    @torch.no_grad()
+    def update(self, grad_norm: float) -> None:
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.cfg.optim.clip_grad, torch.tensor(grad_norm))
         for index in range(len(self.matrices)):
             self._normuon(index)
         self.adamw.step()
         for parameter in self.parameters:
             parameter.grad = None
-        return True, norm, None
 
     def _normuon(self, index: int) -> None:
         optim = self.cfg.optim
