@@ -1,11 +1,11 @@
-"""A training step with and without ``training.compile``, interleaved: what it saves, and after how many steps it has paid.
+"""A training step with and without ``training.compile``, interleaved: what it saves, and when it has paid.
 
     python scripts/bench/compile.py --threads 1
     python scripts/bench/compile.py --case dense-50m --choices off layers
 
 Every choice trains the same configuration from the same weights on the same mock batches. A choice's first step, in
-which it compiles, is timed apart, from an empty cache of inductor's; losses of the first steps are compared. Then rounds
-of one step each, in an order that rotates.
+which it compiles, is timed apart, from an empty cache of inductor's; losses of the first steps are compared. Then
+rounds of one step each, in an order that rotates.
 
 Prints one JSON object: for each choice seconds of the first step, of a step by the clock and by the process's processor
 time, the ratio off / choice of each (min, median, max), and the steps after which what compiling took has been saved.
