@@ -87,6 +87,17 @@ REFUSED: tuple[Rule, ...] = (
         lambda c: c.compile != "off" and c[_TP] > 1,
     ),
     refuse(
+        "compile num_experts",
+        "step compiles experts, and there are none; set it to layers",
+        lambda c: c.compile == "step" and c.num_experts is None,
+    ),
+    refuse(
+        f"compile {_EP}",
+        "step cannot take in the way of tokens between expert-parallel ranks, which is asked of the device; "
+        "set it to layers",
+        lambda c: c.compile == "step" and c[_EP] > 1,
+    ),
+    refuse(
         f"sequence_parallel {_TP} num_experts",
         "without it every tensor-parallel rank would send every token to the experts; set sequence_parallel true",
         lambda c: c[_TP] > 1 and c.num_experts is not None and not c.sequence_parallel,

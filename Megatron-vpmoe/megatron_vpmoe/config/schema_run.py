@@ -196,9 +196,10 @@ class TrainingSection(ObjectiveFields):
     are, bit for bit; an expert bias moves only where its router's weight is trained. null: everything is trained."""
     bf16: bool
     """Compute in bfloat16 with fp32 master weights; false: fp32 throughout."""
-    compile: Literal["off", "layers"] = "off"
+    compile: Literal["off", "layers", "step"] = "off"
     """"layers": torch.compile what lies around attention's scores and the experts in each layer (norms, projections,
-    rotation, residuals, shared expert); it takes a minute or more before the first step."""
+    rotation, residuals, shared expert); "step": the choice of experts, their weights, their products and the balance
+    loss as well. It takes a minute or more before the first step."""
     recompute_granularity: Literal["selective", "full"] | None = None
     """Computed again backward, not kept: whole layers ("full"), recompute_modules ("selective"), nothing (null)."""
     recompute_method: Literal["uniform", "block"] | None = None

@@ -50,7 +50,7 @@ class VPTransformerLayer(TransformerLayer):
         Returns:
             the residual stream, and the values of layer 1.
         """
-        attention, compiled = self.self_attention, self.config.compiles and self.training
+        attention, compiled = self.self_attention, self._is_compiled()
         with annotated("attention"):
             query, key, value, own_SBGD = part(VPTransformerLayer.before_attention, compiled)(
                 self, hidden_SBH, attention.turns(layout), first_value_SBGD
@@ -77,10 +77,13 @@ class VPTransformerLayer(TransformerLayer):
         keywords = {"padding_mask": real} if self.is_moe_layer else {}
         run = self.mlp
         if not self.is_moe_layer:
-            run = functools.partial(part(VPTransformerLayer.dense, self.config.compiles and self.training), self)
+            run = functools.partial(part(VPTransformerLayer.dense, self._is_compiled()), self)
         # Of a MoE layer, what is not router, experts or shared expert is the way of the tokens.
         with annotated("dispatch" if self.is_moe_layer else "feed_forward"):
             return recomputed(run, normed_SBH, **keywords) if again else run(normed_SBH, **keywords)
+
+    def _is_compiled(self) -> bool:
+        return self.training and self.config.compiled != "off"
 
     def dense(self, normed_SBH: Tensor) -> tuple[Tensor, Tensor | None]:
         """The feed-forward of a layer without experts: its output, and a bias that is still to be added."""

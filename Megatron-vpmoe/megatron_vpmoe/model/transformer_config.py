@@ -41,7 +41,7 @@ class VPTransformerConfig(TransformerConfig):
     attention_backend_name: str = "auto"
     first_layer_dense: bool = True
     recomputation: Recomputation = field(default_factory=Recomputation)
-    compiles: bool = False
+    compiled: str = "off"
 
     def is_global_layer(self, layer_number: int) -> bool:
         """Whether layer ``layer_number`` attends to the whole document (every ``window_attn_skip_freq``-th does)."""
@@ -97,7 +97,7 @@ def transformer_config(cfg: RunConfig) -> VPTransformerConfig:
             num_layers=training.recompute_num_layers or 1,
             modules=tuple(training.recompute_modules or ("core_attn",)),
         ),
-        compiles=training.compile == "layers",
+        compiled=training.compile,
         cuda_graph_scope=[],
         gradient_accumulation_fusion=False,
         use_cpu_initialization=True,

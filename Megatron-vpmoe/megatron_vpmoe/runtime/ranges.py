@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Protocol
 
+import torch
+
 
 class RangeListener(Protocol):
     """Told of every range of this process, properly nested."""
@@ -25,8 +27,8 @@ _listener: RangeListener | None = None
 @contextlib.contextmanager
 def annotated(name: str) -> Iterator[None]:
     """Mark what runs inside as part of the range ``name``."""
-    listener = _listener
-    if listener is None:
+    # First: what is compiled is one range, whoever listens.
+    if torch.compiler.is_compiling() or (listener := _listener) is None:
         yield
         return
     listener.enter(name)

@@ -27,7 +27,7 @@ def implementation_notes(model: VPModel, cfg: RunConfig) -> list[str]:
     chosen = {kind: backend for _, of_stage in told for kind, backend in of_stage.items()}
     notes = ["attention: " + ", ".join(f"{kind} layers on {backend}" for kind, backend in chosen.items())]
     if cfg.moe.num_experts is not None:
-        rule = layout_rule(model.config.params_dtype, current_device().type)
+        rule = layout_rule(model.config.params_dtype, current_device().type, compiled=cfg.training.compile == "step")
         ranks = cfg.parallel.expert_model_parallel_size
         travel = "all on each rank" if ranks == 1 else f"over {ranks} ranks by {token_dispatcher(cfg)}"
         notes.append(f"experts: {travel}; {rule}")

@@ -105,8 +105,8 @@ class GroupedRows:
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         if not _wider(left):
-            return functional.grouped_mm(left, right, offs=self._ends_E)
-        return functional.grouped_mm(left.float(), right.float(), offs=self._ends_E).to(left.dtype)
+            return _grouped(left, right, self._ends_E)
+        return _grouped(left.float(), right.float(), self._ends_E).to(left.dtype)
 
 
 class PaddedRows(GroupedRows):
@@ -151,26 +151,45 @@ class PaddedRows(GroupedRows):
         return rows_PW.view(self._experts, -1, rows_PW.shape[1])
 
 
+def _grouped(left: Tensor, right: Tensor, ends_E: Tensor) -> Tensor:
+    """Torch's grouped product, of whose shapes its compiler knows those in bf16 alone."""
+    if torch.compiler.is_compiling() and left.dtype != torch.bfloat16:
+        return _grouped_by_name(left, right, ends_E)
+    return functional.grouped_mm(left, right, offs=ends_E)
+
+
+@torch.library.custom_op("vpmoe::grouped_product", mutates_args=())
+def _grouped_by_name(left: Tensor, right: Tensor, ends_E: Tensor) -> Tensor:
+    return functional.grouped_mm(left, right, offs=ends_E)
+
+
+@_grouped_by_name.register_fake
+def _(left: Tensor, right: Tensor, ends_E: Tensor) -> Tensor:
+    shape = (len(ends_E), *left.shape[:1]) if right.dim() == 2 else left.shape[:1]
+    return left.new_empty(*shape, right.shape[-1])
+
+
 def layout_of(expert_TK: Tensor, experts: int, dtype: torch.dtype, *, in_order: bool = False) -> GroupedRows:
     """The rows in the faster layout for these loads; padded where the grouped product does not know ``dtype``.
 
     On a GPU always grouped: loads are skewed there, memory is dear, and to ask for a load is to wait for the device.
+    So in what is compiled, which can ask for nothing.
     """
     layout = GroupedRows
     if dtype not in GROUPED_DTYPES:
         layout = PaddedRows
-    elif expert_TK.device.type == "cpu" and dtype == torch.bfloat16 and _matrix_units():
+    elif not torch.compiler.is_compiling() and expert_TK.device.type == "cpu" and _pads(dtype):
         most = int(torch.bincount(expert_TK.flatten(), minlength=experts).max())
         layout = PaddedRows if experts * most <= PADDED_UP_TO * expert_TK.numel() else GroupedRows
     return layout(expert_TK, experts, in_order=in_order)
 
 
-def layout_rule(dtype: torch.dtype, device_type: str) -> str:
+def layout_rule(dtype: torch.dtype, device_type: str, *, compiled: bool = False) -> str:
     """How ``layout_of`` chooses, for the log of a run."""
     if dtype not in GROUPED_DTYPES:
         return f"padded batches ({dtype} has no grouped product)"
     if device_type == "cpu" and dtype == torch.bfloat16:
-        if _matrix_units():
+        if not compiled and _pads(dtype):
             return f"padded batches while padding makes at most {PADDED_UP_TO:g} times the rows, else grouped products"
         return "grouped products" if _multiplies_bf16() else "grouped products in fp32, as this CPU has none in bf16"
     return "grouped products"
@@ -179,6 +198,10 @@ def layout_rule(dtype: torch.dtype, device_type: str) -> str:
 def _wider(x: Tensor) -> bool:
     """Whether products are to be made in fp32: a CPU without instructions for bf16 takes many times longer there."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _multiplies_bf16()
+
+
+def _pads(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and _matrix_units()
 
 
 def _matrix_units() -> bool:

@@ -7,8 +7,11 @@ from typing import cast
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
+from megatron_vpmoe.model.compilation import part
 from megatron_vpmoe.model.moe.experts import StackedExperts
 from megatron_vpmoe.model.moe.router import RealTokens, VPMoERouter
+from megatron_vpmoe.model.transformer_config import VPTransformerConfig
+from megatron_vpmoe.runtime.ranges import annotated
 
 
 class VPMoELayer(MoELayer):
@@ -17,6 +20,8 @@ class VPMoELayer(MoELayer):
     There rows are gathered by expert and added up by token inside of :class:`StackedExperts`, in shapes that depend on
     the number of tokens alone. Over more ranks upstream's dispatchers move tokens, and ask the device how many.
     """
+
+    config: VPTransformerConfig
 
     def forward(
         self, hidden_states: Tensor, intermediate_tensors: None = None, padding_mask: RealTokens | Tensor | None = None
@@ -28,12 +33,24 @@ class VPMoELayer(MoELayer):
             intermediate_tensors: upstream's, for partly captured graphs.
             padding_mask: bool [B, S], True on padding; or what is known of it already.
         """
-        router, experts = cast(VPMoERouter, self.router), cast(StackedExperts, self.experts)
+        router = cast(VPMoERouter, self.router)
         real = RealTokens(padding_mask, router.topk) if isinstance(padding_mask, Tensor) else padding_mask
         if self.ep_group.size() > 1:
             padding_mask = None if real is None else real.padding_BS
             return cast(tuple[Tensor, None], super().forward(hidden_states, intermediate_tensors, padding_mask))
-        shared = self.shared_experts_compute(hidden_states)
-        weight_TK, chosen_TK = router.choose(hidden_states, real)
-        out = experts.of_tokens(hidden_states.flatten(0, 1), chosen_TK, weight_TK).view_as(hidden_states)
-        return out if shared is None else out + shared, None
+        compiled = self.training and self.config.compiled == "step"
+        shared, score_SBE = self.shared_experts_compute(hidden_states), router.scores(hidden_states)
+        real = real or RealTokens.all_of(score_SBE, router.topk)
+        chosen_TK, computed = router.chosen(score_SBE, real), part(VPMoELayer.computed, compiled)
+        out, loss = computed(self, hidden_states, shared, score_SBE, chosen_TK, real.made() if compiled else real)
+        return router.with_loss(out, loss), None
+
+    def computed(
+        self, hidden_SBH: Tensor, shared_SBH: Tensor | None, score_SBE: Tensor, chosen_TK: Tensor, real: RealTokens
+    ) -> tuple[Tensor, Tensor | None]:
+        """What follows from the choice, of tensors alone: all experts' outputs added up, and the balance loss."""
+        router, experts = cast(VPMoERouter, self.router), cast(StackedExperts, self.experts)
+        with annotated("router"):
+            weight_TK, loss = router.weighed(score_SBE, chosen_TK, real)
+        out = experts.of_tokens(hidden_SBH.flatten(0, 1), chosen_TK, weight_TK).view_as(hidden_SBH)
+        return out if shared_SBH is None else out + shared_SBH, loss

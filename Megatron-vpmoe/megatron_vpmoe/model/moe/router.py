@@ -19,6 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megatron_vpmoe.model.compilation import part
 from megatron_vpmoe.model.precision import multiplies_narrow, wide_product, without_narrowing
 from megatron_vpmoe.model.recompute import chosen_once, is_recomputing
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
@@ -71,6 +72,16 @@ class RealTokens:
 
     padding_BS: Tensor
     topk: int
+
+    @classmethod
+    def all_of(cls, score_SBE: Tensor, topk: int) -> RealTokens:
+        """None is padding."""
+        return cls(score_SBE.new_zeros(score_SBE.shape[:2], dtype=torch.bool).t(), topk)
+
+    def made(self) -> RealTokens:
+        """Itself with all of its forms: what is compiled makes none."""
+        _ = self.of_NK, self.of_BN, self.per_sequence_B
+        return self
 
     @cached_property
     def of_SB(self) -> Tensor:
@@ -206,58 +217,38 @@ class VPMoERouter(TopKRouter):
         Returns:
             weights and int64 experts, [N, K] each.
         """
+        score_SBE = self.scores(hidden_SBH)
+        real = real or RealTokens.all_of(score_SBE, self.topk)
+        chosen_NK = self.chosen(score_SBE, real)
         with annotated("router"):
-            logits_NE = self.gating(hidden_SBH).flatten(0, -2)
-            config = self.config
-            score_NE = logits_NE.sigmoid() if self.score_function == "sigmoid" else logits_NE
-            chosen_NK = self._choose(score_NE.detach())
-            weight_NK = weights_at(score_NE, chosen_NK, self.score_function, config.moe_router_topk_scaling_factor)
-            if not (self.training and torch.is_grad_enabled()):
-                return weight_NK, chosen_NK
-            shape = hidden_SBH.shape[:-1]
-            if real is None:
-                nowhere = torch.zeros(shape, dtype=torch.bool, device=logits_NE.device)
-                real = RealTokens(nowhere.t(), self.topk)
+            weight_NK, loss = self.weighed(score_SBE, chosen_NK, real)
+        return self.with_loss(weight_NK, loss), chosen_NK
+
+    def scores(self, hidden_SBH: Tensor) -> Tensor:
+        """[S, B, E] in the router's precision: sigmoids; of "softmax" the logits."""
+        with annotated("router"):
+            logits_SBE = self.gating(hidden_SBH)
+            return logits_SBE.sigmoid() if self.score_function == "sigmoid" else logits_SBE
+
+    def chosen(self, score_SBE: Tensor, real: RealTokens) -> Tensor:
+        """int64 [N, K], counted in training; a recomputed pass sends every token where the first pass sent it, and
+        where routing is replayed, both send it where it was sent then."""
+        with annotated("router"), torch.no_grad():
+            best = part(VPMoERouter.best, self.training and self.config.compiled == "step")
+            chosen_NK = chosen_once(self, lambda: best(self, score_SBE.flatten(0, -2)))
+            if self.recorded is not None:
+                self.recorded.append(chosen_NK)
+        if self.training and torch.is_grad_enabled():
             self._count(chosen_NK, real)
-            return self._with_balance_loss(weight_NK, score_NE.view(*shape, -1), real), chosen_NK
+        return chosen_NK
 
-    def gating(self, input: Tensor) -> Tensor:
-        """Logits [..., E] in ``moe_router_dtype`` of tokens [..., H]."""
-        wide = {"fp32": torch.float32, "fp64": torch.float64, None: input.dtype}[self.config.moe_router_dtype]
-        logits = cast(Tensor, _Logits.apply(input.flatten(0, -2), self.weight, wide))
-        return logits.view(*input.shape[:-1], -1)
-
-    def _choose(self, score_NE: Tensor) -> Tensor:
-        """int64 [N, K]; a recomputed pass sends every token where the first pass sent it, and where routing is
-        replayed, both send it where it was sent then."""
-        config = self.config
-
-        def choice() -> Tensor:
-            ranked_NE = score_NE if self.expert_bias is None else score_NE + self.expert_bias
-            groups = config.moe_router_num_groups, config.moe_router_group_topk
-            chosen = chosen_experts(ranked_NE, self.topk, *groups)
-            if self.replayed is not None:
-                before, known = self.replayed
-                chosen = torch.where(known, before.long(), chosen)
-            return chosen
-
-        chosen = chosen_once(self, choice)
-        if self.recorded is not None:
-            self.recorded.append(chosen)
-        return chosen
-
-    def _count(self, chosen_NK: Tensor, real: RealTokens) -> None:
-        if is_recomputing():
-            return
-        with torch.no_grad():
-            for loads in (self.tokens_per_expert, self.local_tokens_per_expert):
-                if loads is not None:
-                    loads.scatter_add_(0, chosen_NK.flatten(), real.of_NK.to(loads.dtype))  # whole numbers, as above
-
-    def _with_balance_loss(self, weight_NK: Tensor, score_SBE: Tensor, real: RealTokens) -> Tensor:
+    def weighed(self, score_SBE: Tensor, chosen_NK: Tensor, real: RealTokens) -> tuple[Tensor, Tensor | None]:
+        """Weights [N, K] of the chosen experts, and the balance loss, if one is asked."""
+        scaling = self.config.moe_router_topk_scaling_factor
+        weight_NK = weights_at(score_SBE.flatten(0, -2), chosen_NK, self.score_function, scaling)
         coefficient = self.get_aux_loss_coeff("seq_aux_loss")
-        if coefficient == 0:
-            return weight_NK
+        if coefficient == 0 or not (self.training and torch.is_grad_enabled()):
+            return weight_NK, None
         if self.score_function == "softmax":
             score_SBE = score_SBE.softmax(-1, dtype=torch.float32)
         loss = sequence_balance_loss(
@@ -268,9 +259,39 @@ class VPMoERouter(TopKRouter):
             coefficient=coefficient,
             sequence_group=self.tp_group if self.config.sequence_parallel else None,
         )
+        return weight_NK, loss
+
+    def with_loss(self, x: Tensor, loss: Tensor | None) -> Tensor:
+        """``x``, through which the loss gets its gradient; never compiled, as upstream sets its scale afterwards."""
+        if loss is None:
+            return x
         if not is_recomputing():
             self.balance_loss_sum += loss.detach()
-        return MoEAuxLossAutoScaler.apply(weight_NK, loss)
+        return cast(Tensor, MoEAuxLossAutoScaler.apply(x, loss))
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits [..., E] in ``moe_router_dtype`` of tokens [..., H]."""
+        wide = {"fp32": torch.float32, "fp64": torch.float64, None: input.dtype}[self.config.moe_router_dtype]
+        logits = cast(Tensor, _Logits.apply(input.flatten(0, -2), self.weight, wide))
+        return logits.view(*input.shape[:-1], -1)
+
+    def best(self, score_NE: Tensor) -> Tensor:
+        """int64 [N, K]: of biased scores, but where routing is replayed."""
+        ranked_NE = score_NE if self.expert_bias is None else score_NE + self.expert_bias
+        groups = self.config.moe_router_num_groups, self.config.moe_router_group_topk
+        chosen = chosen_experts(ranked_NE, self.topk, *groups)
+        if self.replayed is not None:
+            before, known = self.replayed
+            chosen = torch.where(known, before.long(), chosen)
+        return chosen
+
+    def _count(self, chosen_NK: Tensor, real: RealTokens) -> None:
+        if is_recomputing():
+            return
+        with torch.no_grad():
+            for loads in (self.tokens_per_expert, self.local_tokens_per_expert):
+                if loads is not None:
+                    loads.scatter_add_(0, chosen_NK.flatten(), real.of_NK.to(loads.dtype))  # whole numbers, as above
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Keep the bookkeeping and the expert bias in fp32 through ``.bfloat16()``: a bias step of 1e-3 needs it."""

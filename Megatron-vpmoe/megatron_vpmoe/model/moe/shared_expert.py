@@ -44,7 +44,7 @@ class VPSharedExpert(MLP):
 
     def _forward(self, hidden_SBH: Tensor) -> Tensor:
         again = self.training and self.config.recomputation.recomputes("shared_experts")
-        run = functools.partial(part(VPSharedExpert.whole, self.config.compiles and self.training), self)
+        run = functools.partial(part(VPSharedExpert.whole, self.training and self.config.compiled != "off"), self)
         return recomputed(run, hidden_SBH) if again else run(hidden_SBH)
 
     def whole(self, hidden_SBH: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.model.gpt import VPModel
-from megatron_vpmoe.model.moe.router import VPMoERouter
+from megatron_vpmoe.model.moe.router import RealTokens, VPMoERouter
 from megatron_vpmoe.model.recompute import Recomputation, is_recomputing, recomputed
 from tests.tiny import random_batch, tiny_config
 
@@ -174,19 +174,19 @@ def test_bf16_gradients_do_not_change_either() -> None:
 def test_a_recomputed_token_goes_where_it_went(recompute: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums on a GPU may differ from pass to pass; here the second pass scores the experts quite differently."""
     maps: dict[str, list[torch.Tensor]] = {}
-    gating, choose = VPMoERouter.gating, VPMoERouter.choose
+    gating, choose = VPMoERouter.gating, VPMoERouter.chosen
 
     def differing(router: VPMoERouter, hidden: torch.Tensor) -> torch.Tensor:
         logits = gating(router, hidden)
         return logits.flip(-1) if is_recomputing() else logits
 
-    def watched(router: VPMoERouter, *arguments: torch.Tensor, **keywords: torch.Tensor):
-        result = choose(router, *arguments, **keywords)
-        maps.setdefault(str(router.layer_number), []).append(result[1].clone())
-        return result
+    def watched(router: VPMoERouter, score: torch.Tensor, real: RealTokens) -> torch.Tensor:
+        chosen = choose(router, score, real)
+        maps.setdefault(str(router.layer_number), []).append(chosen.clone())
+        return chosen
 
     monkeypatch.setattr(VPMoERouter, "gating", differing)
-    monkeypatch.setattr(VPMoERouter, "choose", watched)
+    monkeypatch.setattr(VPMoERouter, "chosen", watched)
     counted = step(**MOE, **recompute).bookkeeping
     assert len(maps) == 3
     for first, again in maps.values():

@@ -11,7 +11,7 @@ from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.model.moe.replay import recording, replaying
-from megatron_vpmoe.model.moe.router import VPMoERouter
+from megatron_vpmoe.model.moe.router import RealTokens, VPMoERouter
 from megatron_vpmoe.model.recompute import is_recomputing
 from megatron_vpmoe.model.transformer_config import transformer_config
 from tests.tiny import random_batch, tiny_config
@@ -89,15 +89,14 @@ def test_a_recomputed_pass_replays_as_well(recompute: dict[str, object], monkeyp
     """Bit for bit, though the second pass scores the experts quite differently; it runs after the block has ended."""
     batch, given = random_batch(2, SEQ, 64, seed=1), routing_of(2, SEQ)
     maps: list[torch.Tensor] = []
-    choose = VPMoERouter.choose
+    choose = VPMoERouter.chosen
 
-    def watched(router: VPMoERouter, hidden: torch.Tensor, *arguments: torch.Tensor, **keywords: torch.Tensor):
-        result = choose(router, -hidden if is_recomputing() else hidden, *arguments, **keywords)
-        chosen = result[1]
+    def watched(router: VPMoERouter, score: torch.Tensor, real: RealTokens) -> torch.Tensor:
+        chosen = choose(router, 1 - score if is_recomputing() else score, real)
         maps.append(torch.zeros(len(chosen), EXPERTS, dtype=torch.bool).scatter(1, chosen, True))
-        return result
+        return chosen
 
-    monkeypatch.setattr(VPMoERouter, "choose", watched)
+    monkeypatch.setattr(VPMoERouter, "chosen", watched)
     model = model_of(**recompute)
     with replaying(model, given, batch.document_id):
         loss = run(model, batch)
