@@ -57,6 +57,8 @@ class Layer:
     documents: int = 1
     """Of equal length that a row packs."""
     bf16: bool = False
+    masks_kept: bool = False
+    """Masks are made before the first call, as the layers of a step share them; else anew in each."""
 
     @property
     def useful_flops(self) -> float:
@@ -103,17 +105,22 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def documents(layer: Layer) -> SequenceLayout:
+    """Those of each row, on the device; no mask is made of them yet."""
+    row = torch.arange(layer.seq, device=current_device())
+    each = -(-layer.seq // layer.documents)
+    ids, position = (x.expand(layer.batch, -1).contiguous() for x in ((row // each).int(), row % each))
+    return SequenceLayout(ids, position)
+
+
 def our_side(layer: Layer, backend: str, qkv: tuple[Tensor, ...], sink: Tensor) -> Side:
-    """One of our backends; the masks are built anew in each call, as in the first layer of a step."""
-    (seq, batch), device = qkv[0].shape[:2], qkv[0].device
-    row = torch.arange(seq, device=device)
-    each = -(-seq // layer.documents)
-    document, position = ((x).expand(batch, -1).contiguous() for x in ((row // each).int(), row % each))
+    """One of our backends."""
+    device, layout = qkv[0].device, documents(layer)
 
     def run() -> Tensor:
         return core_attention(
             *(x.permute(1, 2, 0, 3) for x in qkv),
-            layout=SequenceLayout(document, position),
+            layout=layout if layer.masks_kept else SequenceLayout(layout.document_id, layout.position),
             window=layer.window or None,
             alibi_slopes_H=None if layer.window else alibi_slopes(layer.heads, device),
             sink_H=sink,

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from megatron_vpmoe.model.attention.backends import core_attention
+from megatron_vpmoe.model.attention.backends.flex import block_mask
 from megatron_vpmoe.model.attention.grape import alibi_slopes
 from megatron_vpmoe.model.attention.masks import SequenceLayout
-from megatron_vpmoe.profiling.stopwatch import spread
+from megatron_vpmoe.profiling.stopwatch import seconds, spread
 from megatron_vpmoe.runtime.device import current_device, has_gpu
-from scripts.bench.attention import FLASH, Layer, measure
+from scripts.bench.attention import FLASH, Layer, documents, measure
 from scripts.gpu.frame import Findings, Numbers
 from scripts.gpu.rates import rates_of_card
 
@@ -41,8 +42,9 @@ def check(findings: Findings) -> None:
             fused = ["flex" if has_gpu() else "sdpa"] if dtype == torch.bfloat16 else []
             for backend in ["reference", *banded, *fused]:
                 want = {name.partition("/")[2]: x for name, x in expected.items() if name.startswith(f"{case}/")}
-                got = _outputs(case, backend, dtype, device, findings.dry)
-                findings.compare(f"{backend}, {case} layer, {_name(dtype)}", got, want, limit)
+                name = f"{backend}, {case} layer, {_name(dtype)}"
+                with findings.case(name):
+                    findings.compare(name, _outputs(case, backend, dtype, device, findings.dry), want, limit)
 
 
 def _outputs(case: str, backend: str, dtype: torch.dtype, device: torch.device, dry: bool) -> Numbers:
@@ -84,34 +86,41 @@ def _layout(rows: list[list[int]]) -> SequenceLayout:
 
 
 def speed(findings: Findings) -> None:
-    """A full-scale layer of either kind, one row of one document; forward and backward, in turns."""
-    rates = rates_of_card(findings.dry)
+    """A full-scale layer of either kind, one row of one document; forward and backward, in turns.
+
+    Masks are there already, as in all layers of a step but the first of each kind; what they take is told apart.
+    """
     geometry = (1, 4, 2, 32) if findings.dry else (1, 8, 2, 128)
     for seq in (64, 128) if findings.dry else LENGTHS:
         for kind, window in (("local", 32 if findings.dry else 128), ("global", 0)):
-            layer = Layer(seq, *geometry, window=window, bf16=True)
-            calls = 1 if findings.dry else max(1, 16_384 // seq)
-            if has_gpu():  # what has seen other lengths is compiled for any length; a training has one
-                torch.compiler.reset()
-            ours, found, failed = measure(layer, 1 if findings.dry else ROUNDS, calls)
-            for name, timing in found.items():
-                took = statistics.median(timing.seconds)
-                flops = layer.causal_flops if name == FLASH else layer.useful_flops
-                findings.row(
-                    seq=seq,
-                    layer=kind,
-                    side=name,
-                    ms=spread([1e3 * x for x in timing.seconds]),
-                    over_ours=statistics.median(
-                        a / b for a, b in zip(timing.seconds, found[ours].seconds, strict=True)
-                    ),
-                    tflops=flops / took / 1e12,
-                    floor_share=rates.floor(flops, layer.least_bytes) / took,
-                    peak_mib=round(timing.peak_mib, 1),
-                    first_call_s=round(timing.first_seconds, 2),
-                )
-            for name in failed:
-                findings.note(f"{name}, {kind} layer, {seq} tokens: out of memory")
+            with findings.case(f"{kind} layer, {seq} tokens"):
+                _timed(findings, kind, Layer(seq, *geometry, window=window, bf16=True, masks_kept=True))
+
+
+def _timed(findings: Findings, kind: str, layer: Layer) -> None:
+    rates, calls = rates_of_card(findings.dry), 1 if findings.dry else max(1, 16_384 // layer.seq)
+    if has_gpu():  # what has seen other lengths is compiled for any length; a training has one
+        torch.compiler.reset()
+    ours, found, failed = measure(layer, 1 if findings.dry else ROUNDS, calls)
+    for name, timing in found.items():
+        took = statistics.median(timing.seconds)
+        flops = layer.causal_flops if name == FLASH else layer.useful_flops
+        findings.row(
+            seq=layer.seq,
+            layer=kind,
+            side=name,
+            ms=spread([1e3 * x for x in timing.seconds]),
+            over_ours=statistics.median(a / b for a, b in zip(timing.seconds, found[ours].seconds, strict=True)),
+            tflops=flops / took / 1e12,
+            floor_share=rates.floor(flops, layer.least_bytes) / took,
+            peak_mib=round(timing.peak_mib, 1),
+            first_call_s=round(timing.first_seconds, 2),
+        )
+    for name in failed:
+        findings.note(f"{name}, {kind} layer, {layer.seq} tokens: out of memory")
+    if ours == "flex":
+        mask = min(seconds(lambda: block_mask(documents(layer), layer.window or None), calls) for _ in range(ROUNDS))
+        findings.note(f"{kind} layer, {layer.seq} tokens: its mask, made once a micro-batch, takes {1e3 * mask:.3g} ms")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -46,18 +46,19 @@ def check(findings: Findings) -> None:
         of_design = {name.partition("/")[2]: x for name, x in expected.items() if name.startswith(f"{design}/")}
         weights = {name.removeprefix("weight/"): x for name, x in of_design.items() if name.startswith("weight/")}
         for precision, (of_loss, of_gradient) in LIMITS.items():
-            subject = Subject(_configuration(design, findings.dry, bf16=precision == "bf16"))
-            with torch.no_grad():
-                for name, parameter in subject.model.named_parameters():
-                    parameter.copy_(weights[name])
-            subject.optimizer.reload_model_params()
-            got = _steps(subject)
             case = f"{design}, {precision}"
-            findings.compare(f"{case}, losses", {"losses": got["losses"]}, {"losses": of_design["losses"]}, of_loss)
-            findings.compare(f"{case}, gradients", _gradient(got), _gradient(of_design), of_gradient)
-            before = {name: weights[name].to(x) for name, x in subject.model.named_parameters()}
-            still = sum(torch.equal(before[name], x) for name, x in subject.model.named_parameters())
-            findings.check(f"{case}, parameters that did not move", still, 0)
+            with findings.case(case):
+                subject = Subject(_configuration(design, findings.dry, bf16=precision == "bf16"))
+                with torch.no_grad():
+                    for name, parameter in subject.model.named_parameters():
+                        parameter.copy_(weights[name])
+                subject.optimizer.reload_model_params()
+                got = _steps(subject)
+                findings.compare(f"{case}, losses", {"losses": got["losses"]}, {"losses": of_design["losses"]}, of_loss)
+                findings.compare(f"{case}, gradients", _gradient(got), _gradient(of_design), of_gradient)
+                before = {name: weights[name].to(x) for name, x in subject.model.named_parameters()}
+                still = sum(torch.equal(before[name], x) for name, x in subject.model.named_parameters())
+                findings.check(f"{case}, parameters that did not move", still, 0)
 
 
 def _configuration(design: str, dry: bool, *, bf16: bool) -> RunConfig:

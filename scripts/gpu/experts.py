@@ -52,13 +52,14 @@ def check(findings: Findings) -> None:
     chosen = want.pop("chosen")
     for dtype, limit in LIMITS.items():
         name = "fp32" if dtype == torch.float32 else "bf16"
-        got = _numbers(findings.dry, dtype, current_device(), chosen)
-        elsewhere = float((got.pop("chosen").cpu() != chosen).any(1).double().mean())
-        findings.compare(f"MoE layer, {name}", got, want, limit)
-        findings.check(f"share of tokens routed otherwise, {name}", elsewhere, 2e-3)
-        again = _numbers(findings.dry, dtype, current_device(), chosen)
-        different = sum(not torch.equal(again[key], value) for key, value in got.items())
-        findings.check(f"tensors that a second pass makes otherwise, {name}", different, 0)
+        with findings.case(name):
+            got = _numbers(findings.dry, dtype, current_device(), chosen)
+            elsewhere = float((got.pop("chosen").cpu() != chosen).any(1).double().mean())
+            findings.compare(f"MoE layer, {name}", got, want, limit)
+            findings.check(f"share of tokens routed otherwise, {name}", elsewhere, 2e-3)
+            again = _numbers(findings.dry, dtype, current_device(), chosen)
+            different = sum(not torch.equal(again[key], value) for key, value in got.items())
+            findings.check(f"tensors that a second pass makes otherwise, {name}", different, 0)
 
 
 def _numbers(dry: bool, dtype: torch.dtype, where: torch.device, replayed: Tensor | None) -> Numbers:
@@ -131,37 +132,41 @@ def roofline(parts: list[Product], rates: Rates) -> float:
 
 def speed(findings: Findings) -> None:
     """A full-scale layer in bf16: forward, and forward and backward."""
-    dry, where = findings.dry, current_device()
-    cfg = _configuration(torch.bfloat16, **(DRY if dry else {}))
-    m, moe = cfg.model, cfg.moe
-    layer = _layer(cfg, where, torch.bfloat16)
-    for tokens in (64, 128) if dry else (4096, 16_384, 32_768):
-        x, grad = (torch.randn(tokens, 1, m.hidden_size, device=where, dtype=torch.bfloat16) for _ in range(2))
-        MoEAuxLossAutoScaler.main_loss_backward_scale = None
-        side = Side(layer, x, grad)
-
-        def forward(side: Side = side) -> None:
-            with torch.no_grad():
-                side.layer(side.x)
-
-        of_layer = products(tokens, moe.moe_router_topk, moe.num_experts or 0, m.hidden_size, moe.moe_ffn_hidden_size)
-        passes = {"forward": (forward, of_layer[:2]), "forward and backward": (side.run, of_layer)}
-        for name, (run, parts) in passes.items():
-            run()
-            times = [seconds(run, 1 if dry else 10) for _ in range(2 if dry else ROUNDS)]
-            took, stated = statistics.median(times), stated_rates()
-            findings.row(
-                tokens=tokens,
-                rows_an_expert=tokens * moe.moe_router_topk / (moe.num_experts or 1),
-                what=name,
-                ms=spread([1e3 * x for x in times]),
-                tflops=sum(part.flops for part in parts) / took / 1e12,
-                gigabytes=sum(part.moved for part in parts) / 1e9,
-                roofline_share=roofline(parts, rates_of_card(dry)) / took,
-                roofline_share_of_stated=None if stated is None else roofline(parts, stated) / took,
-            )
-        MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    layer = _layer(_configuration(torch.bfloat16, **(DRY if findings.dry else {})), current_device(), torch.bfloat16)
+    for tokens in (64, 128) if findings.dry else (4096, 16_384, 32_768):
+        with findings.case(f"{tokens} tokens"):
+            _timed(findings, layer, tokens)
     layout = layer.experts.last_layout
     findings.note(f"rows of experts: {layout}; the layer also has its router and its shared expert")
     if has_gpu():
         findings.note("the roofline: six grouped products, each operand moved once")
+
+
+def _timed(findings: Findings, layer: Any, tokens: int) -> None:
+    dry, where, config = findings.dry, current_device(), layer.config
+    experts, topk, hidden = config.num_moe_experts, config.moe_router_topk, config.hidden_size
+    x, grad = (torch.randn(tokens, 1, hidden, device=where, dtype=torch.bfloat16) for _ in range(2))
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    side = Side(layer, x, grad)
+
+    def forward() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    of_layer = products(tokens, topk, experts, hidden, config.moe_ffn_hidden_size)
+    passes = {"forward": (forward, of_layer[:2]), "forward and backward": (side.run, of_layer)}
+    for name, (run, parts) in passes.items():
+        run()
+        times = [seconds(run, 1 if dry else 10) for _ in range(2 if dry else ROUNDS)]
+        took, stated = statistics.median(times), stated_rates()
+        findings.row(
+            tokens=tokens,
+            rows_an_expert=tokens * topk / experts,
+            what=name,
+            ms=spread([1e3 * x for x in times]),
+            tflops=sum(part.flops for part in parts) / took / 1e12,
+            gigabytes=sum(part.moved for part in parts) / 1e9,
+            roofline_share=roofline(parts, rates_of_card(dry)) / took,
+            roofline_share_of_stated=None if stated is None else roofline(parts, stated) / took,
+        )
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None

@@ -45,6 +45,7 @@ class Findings:
         checks: {"name", "error", "limit", "passed"} each.
         rows: the section's table.
         notes: lines beside it.
+        lost: what cases died of.
     """
 
     say: Say
@@ -54,6 +55,29 @@ class Findings:
     checks: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def case(self, name: str) -> Iterator[None]:
+        """One of several: what it dies of ends it alone, and the section counts as died when the others have run."""
+        if self.lost:  # by now nothing holds the frames of what died
+            _tidy()
+        try:
+            yield
+        except Exception as error:
+            self.lose(error, f"{name}: ")
+
+    def lose(self, error: Exception, name: str = "") -> None:
+        """Note what something died of."""
+        said = (str(error).splitlines() or [""])[0]
+        if isinstance(error, torch.OutOfMemoryError):
+            cause = f"out of memory: {said}"
+        else:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            cause = f"{type(error).__name__}: {said} ({frame.filename}:{frame.lineno})"
+            self.say("".join(traceback.format_exception(error)).rstrip())
+        self.lost.append(name + cause)
+        self.say(f"died: {self.lost[-1]}")
 
     def check(self, name: str, error: float, limit: float) -> None:
         """Hold an error to its limit; what is no number does not pass."""
@@ -117,21 +141,17 @@ class Section:
 
 def perform(section: Section, findings: Findings) -> dict[str, Any]:
     """Run a section to its end, its budget or its death; the report's entry of it."""
-    begin, died = time.monotonic(), None
+    begin = time.monotonic()
     try:
         with _alarm(section.budget_s):
             section.run(findings)
             device.finish()
     except OverBudget:
-        died = f"stopped: its {section.budget_s} s were over"
-    except torch.OutOfMemoryError as error:
-        died = f"out of memory: {str(error).splitlines()[0]}"
+        findings.lost.append(f"stopped: its {section.budget_s} s were over")
+        findings.say(f"died: {findings.lost[-1]}")
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)[-1]
-        died = f"{type(error).__name__}: {error} ({frames.filename}:{frames.lineno})"
-        findings.say("".join(traceback.format_exception(error)).rstrip())
-    if died:
-        findings.say(f"died: {died}")
+        findings.lose(error)
+    died = "; ".join(findings.lost) or None
     failed = [check["name"] for check in findings.checks if not check["passed"]]
     status = "failed" if failed else "died" if died else "passed" if findings.checks else "measured"
     _tidy()

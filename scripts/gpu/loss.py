@@ -29,8 +29,9 @@ def check(findings: Findings) -> None:
     for dtype, limit in LIMITS.items():
         for reading in READINGS:
             want = {name.partition("/")[2]: x for name, x in expected.items() if name.startswith(f"{reading}/")}
-            got = _numbers(reading, dtype, current_device(), findings.dry)
-            findings.compare(f"{reading}, {'fp32' if dtype == torch.float32 else 'bf16'}", got, want, limit)
+            name = f"{reading}, {'fp32' if dtype == torch.float32 else 'bf16'}"
+            with findings.case(name):
+                findings.compare(name, _numbers(reading, dtype, current_device(), findings.dry), want, limit)
 
 
 def _numbers(reading: str, dtype: torch.dtype, where: torch.device, dry: bool) -> Numbers:

@@ -36,8 +36,9 @@ def check(findings: Findings) -> None:
     for name, limit in LIMITS.items():
         kind, _, dtype = name.partition(", ")
         computed = torch.float32 if dtype == "fp32" else torch.bfloat16
-        got = _moved(kind, torch.float32, current_device(), findings.dry, computed)
-        findings.compare(f"{name}, weights after {STEPS} steps", {kind: got}, {kind: want[kind]}, limit)
+        with findings.case(name):
+            got = _moved(kind, torch.float32, current_device(), findings.dry, computed)
+            findings.compare(f"{name}, weights after {STEPS} steps", {kind: got}, {kind: want[kind]}, limit)
 
 
 def _moved(

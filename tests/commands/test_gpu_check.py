@@ -82,6 +82,19 @@ def test_a_section_that_goes_wrong_is_told_and_ends_alone(tmp_path: Path) -> Non
     assert entry["notes"] == []
 
 
+def test_a_case_that_dies_ends_alone(tmp_path: Path) -> None:
+    def cases(findings: Findings) -> None:
+        for number in range(3):
+            with findings.case(f"case {number}"):
+                if number == 1:
+                    raise RuntimeError("no such kernel\nand more")
+                findings.check(f"case {number}", 0.0, 0.1)
+
+    entry, _ = performed(cases, tmp_path)
+    assert [check["name"] for check in entry["checks"]] == ["case 0", "case 2"]
+    assert entry["status"] == "died" and entry["died"].startswith("case 1: RuntimeError: no such kernel (")
+
+
 def wider_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """One key too many in a local layer."""
     right = attention.core_attention
