@@ -13,7 +13,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from megatron_vpmoe.config.geometry import stage_layers, tensor_parallel_rank, training_flops_per_token
+from megatron_vpmoe.config.geometry import (
+    output_layer_flops,
+    stage_layers,
+    tensor_parallel_rank,
+    training_flops_per_token,
+)
 from megatron_vpmoe.config.memory import STACK_BYTES
 from megatron_vpmoe.config.orthogonal import orthogonal_matrices, polar_express_flops
 from megatron_vpmoe.config.parameters import ROUTED, is_trained, parameter_sizes
@@ -176,7 +181,8 @@ def _optimizer(cfg: RunConfig, layers: range, held: _Held, sharing: int, replica
         stack = share * rows * cols * 4 / stacks
         pieces.append(Work("optimizer", kind, share * flops, 0.0, 20 * stacks, min(rows, cols), 0.0))
         pieces.append(Work("optimizer", "memory", 0.0, moved, 25 * stacks, 1, stack))
-    others = max(0.0, (held.dense + held.experts) / replicas - numbers)
+    of_experts = held.experts * cfg.parallel.expert_model_parallel_size / sharing
+    others = max(0.0, held.dense / replicas + of_experts - numbers)
     copied = 4 * held.all if replicas > 1 else 0.0
     pieces.append(Work("optimizer", "memory", 0.0, others * (50 if bf16 else 40) + copied, 120, 1, 2.0**26))
     zeroed = 4 * (held.dense + held.experts)  # before the step
@@ -243,7 +249,7 @@ def predict(cfg: RunConfig, fleet: Fleet, *, supervised: float = 1.0) -> Predict
         split={key: step[key] for key in SPLIT},
         parts=of_parts,
         tokens=step_tokens,
-        model_flops=training_flops_per_token(cfg) * step_tokens,
+        model_flops=step_tokens * (training_flops_per_token(cfg) - 3 * (1 - supervised) * output_layer_flops(cfg)),
         gpus=fleet.gpus,
         peak=fleet.gpus * machine.peak(bf16=t.bf16),
     )

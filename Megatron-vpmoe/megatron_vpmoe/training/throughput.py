@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_vpmoe.config import training_flops_per_token
+from megatron_vpmoe.config.geometry import output_layer_flops
 from megatron_vpmoe.data.batch import PADDING, Batch
 from megatron_vpmoe.runtime import device, distributed
 
@@ -20,8 +21,9 @@ class Throughput:
 
     A GPU works on after the calls that gave it work have returned: the clock is read when it has finished.
 
-    FLOPs are the model's (``config/geometry.py``): a recomputed product counts once, a padded position not at all, and
-    of scores those of keys in the token's own document and window, as counted in this rank's batches.
+    FLOPs are the model's (``config/geometry.py``): a recomputed product counts once, a padded position not at all, of
+    the output layer what supervised positions ask, and of scores those of keys in the token's own document and window,
+    as counted in this rank's batches.
 
     Args:
         cfg: the run.
@@ -39,12 +41,13 @@ class Throughput:
             self.note = f"no MFU: {what} is not in runtime/machines.toml"
         # Linear in the keys of each window.
         windows = sorted({cfg.model.window_size, None}, key=str)
-        self._flops_without_keys = training_flops_per_token(cfg, keys=lambda _: 0.0)
+        without_keys = training_flops_per_token(cfg, keys=lambda _: 0.0)
         self._flops_per_key = {
-            window: training_flops_per_token(cfg, keys=lambda of, window=window: float(of == window))
-            - self._flops_without_keys
+            window: training_flops_per_token(cfg, keys=lambda of, window=window: float(of == window)) - without_keys
             for window in windows
         }
+        self._flops_of_output = 3.0 * output_layer_flops(cfg)
+        self._flops_of_layers = without_keys - self._flops_of_output
         self._tokens = self._seconds = self._flops = 0.0
         self._steps, self._since = 0, time.perf_counter()
         self._of_steps: list[float] = []
@@ -72,11 +75,10 @@ class Throughput:
 
     def _flops_per_token(self, batches: Sequence[Batch]) -> float:
         seen = [batch.position_ids[batch.document_id != PADDING] + 1 for batch in batches]
-        count = max(1, sum(len(keys) for keys in seen))
-        return self._flops_without_keys + sum(
-            flops * sum(int((keys if window is None else keys.clamp(max=window)).sum()) for keys in seen) / count
-            for window, flops in self._flops_per_key.items()
-        )
+        flops = self._flops_of_output * sum(len(batch.supervised) for batch in batches)
+        for window, of_key in self._flops_per_key.items():
+            flops += of_key * sum(int((keys if window is None else keys.clamp(max=window)).sum()) for keys in seen)
+        return self._flops_of_layers + flops / max(1, sum(len(keys) for keys in seen))
 
     @property
     def typical_step(self) -> float | None:

@@ -50,7 +50,9 @@ def test_the_clock_stops_when_the_device_has_finished(monkeypatch: pytest.Monkey
 
 @pytest.mark.usefixtures("single_process")
 def test_mfu_is_of_the_model_s_flops_in_real_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padding does nothing, and a token sees the keys of its own document; NorMuon's products are told apart."""
+    """Padding does nothing, nor does the output layer where no loss is asked; a token sees the keys of its own document;
+    NorMuon's products are told apart.
+    """
     cfg, device = tiny_config(), Device(monkeypatch)
     batch = random_batch(2, cfg.data.seq_length, cfg.model.padded_vocab_size, seed=1)
     seen = (batch.position_ids + 1)[batch.document_id >= 0]
@@ -64,7 +66,10 @@ def test_mfu_is_of_the_model_s_flops_in_real_documents(monkeypatch: pytest.Monke
     found = throughput.report()
     pairs = {None: int(seen.sum()), cfg.model.window_size: int(seen.clamp(max=cfg.model.window_size).sum())}
     of_keys = 3 * sum(layer.flops_per_key * pairs[layer.window] for layer in layer_geometries(cfg))
+    unread = len(seen) - int(batch.loss_mask.sum())
+    assert 0 < unread < len(seen)
     flops = training_flops_per_token(cfg, keys=lambda _: 0.0) * len(seen) + of_keys
+    flops -= 3 * 2 * cfg.model.padded_vocab_size * cfg.model.hidden_size * unread
     assert found["throughput/model_tflops"] == pytest.approx(flops / 2 / 1e12)
     assert found["throughput/mfu_pct"] == pytest.approx(100 * flops / 2 / 989e12)
     assert found["throughput/normuon_pct"] == pytest.approx(50)
