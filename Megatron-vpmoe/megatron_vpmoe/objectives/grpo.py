@@ -111,7 +111,8 @@ class GRPO(Objective):
 
         log_ratio = log_p - old
         if self.ratio == "sequence":
-            means = torch.segment_reduce(log_ratio, "sum", lengths=lengths) / lengths.clamp(min=1)
+            # Unsafe: not to ask the device whether the lengths add up to the tokens.
+            means = torch.segment_reduce(log_ratio, "sum", lengths=lengths, unsafe=True) / lengths.clamp(min=1)
             log_ratio = means.repeat_interleave(lengths, output_size=len(log_p))
         ratio = log_ratio.exp()
         is_cispo, above = self.surrogate == "cispo", ratio > 1 + self.clip_high
@@ -169,5 +170,6 @@ def _lengths(batch: Batch) -> Tensor:
     """int64 [b * d]; supervised tokens of each document, in the order in which masked tokens follow each other."""
     documents = batch.annotations[ADVANTAGE.name].shape[1]
     rows = torch.arange(len(batch.tokens), device=batch.tokens.device).unsqueeze(1) * documents
-    chosen = (rows + batch.document_id)[batch.loss_mask & (batch.document_id != PADDING)].long()
-    return torch.bincount(chosen, minlength=len(batch.tokens) * documents)
+    counted = (batch.loss_mask & (batch.document_id != PADDING)).long()
+    lengths = torch.zeros(len(batch.tokens) * documents, dtype=torch.int64, device=batch.tokens.device)
+    return lengths.scatter_add_(0, (rows + batch.document_id.clamp(min=0)).flatten(), counted.flatten())

@@ -50,7 +50,7 @@ class _Placing(TorchFunctionMode):
     def __init__(self, counting: Counting) -> None:
         super().__init__()
         self._counting = counting
-        self._pinned: set[int] = set()
+        self._pinned: dict[int, Tensor] = {}  # which keeps them, so that nothing else gets their place
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -60,7 +60,7 @@ class _Placing(TorchFunctionMode):
         fake = next((leaf for leaf in leaves if isinstance(leaf, FakeTensor)), None)
         if name == "pin_memory":
             copy = args[0].clone()
-            self._pinned.add(copy.untyped_storage()._cdata)
+            self._pinned[copy.untyped_storage()._cdata] = copy
             return copy
         if fake is not None and name in ("cpu", "tolist", "numpy"):
             return self._downloaded(fake) if name == "cpu" else getattr(self._downloaded(fake), name)()

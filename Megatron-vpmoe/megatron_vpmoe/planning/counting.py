@@ -81,7 +81,7 @@ class Counting(TorchDispatchMode):
             result = run()
         finally:
             self._within_one = False
-        written = sum(moved(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        written = sum(map(moved, _tensors(result)))
         self._add(name, Cost(launches, flops, sum(map(moved, inputs)), written))
         return result
 
@@ -100,7 +100,7 @@ class Counting(TorchDispatchMode):
             self.inside = was_inside
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = _tensors((args, kwargs))
         on_card = any(isinstance(tensor, FakeTensor) for tensor in tensors)
         asked: Any = kwargs.get("device")
         if asked is not None and asked.type == "cuda":
@@ -111,10 +111,12 @@ class Counting(TorchDispatchMode):
             return func(*args, **kwargs)
         args, kwargs = tree_map_only(Tensor, self._number, (args, kwargs))
         if func.namespace == "c10d":
-            return self._collective(func, args, kwargs, tensors)
+            return self._collective(func, args, kwargs)
         name = operation(func)
         if name == "index" or name == "index_put":
             args = self._chosen(name, args)
+        if name == "segment_reduce" and not kwargs.get("unsafe"):
+            self.waits()  # whether the lengths add up
         if name in _ASKS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
             self.waits()
             result = self._answer(name, args)
@@ -172,18 +174,26 @@ class Counting(TorchDispatchMode):
                 return torch.empty(self._length_of(args[1]), dtype=asked.dtype)
             return torch.empty(self._length_of(asked), dtype=torch.int64)
 
-    def _collective(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+    def _collective(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         at = next(place for place, argument in enumerate(func._schema.arguments) if argument.name == "process_group")
         ranks = torch.distributed.ProcessGroup.unbox(args[at]).size()
         key = self.ranges.of_pass, operation(func), ranks
         # Of results and what they are made from, a rank gives the smaller, but what it scatters is the larger.
-        chosen = max if "reduce_scatter" in key[1] else sum if key[1] in ("allreduce", "broadcast") else min
+        chosen = max if "reduce_scatter" in key[1] else min
+        sizes = [sum(map(moved, of_one)) for each in args if (of_one := _tensors(each))]
+        if key[1] == "barrier":
+            sizes = [0]
+            self.waits()
         calls, given = self.counts.collectives.get(key, (0, 0))
-        self.counts.collectives[key] = calls + 1, given + chosen([moved(tensor) for tensor in tensors])
+        self.counts.collectives[key] = calls + 1, given + chosen(sizes)
         # Torch knows few of these on fake tensors; the group does nothing, so that small ones make its handle.
         length = 1 if key[1].startswith("alltoall") else 0  # whose rows have to add up
         small = tree_map_only(Tensor, lambda tensor: torch.empty(tensor.shape[:length].numel() * length), args)
         return func(*small, **kwargs)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def site() -> str:

@@ -64,8 +64,9 @@ def cost(function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any
     targets = [leaf for key in _written(function) for leaf in _tensors(given.get(key))]
     if name.startswith("_foreach_"):
         outputs = targets or outputs
-    elif name == "_fused_adamw":
-        outputs = targets
+    elif name == "_fused_adamw":  # each parameter with its gradient and moments; gradients are told to be written too
+        outputs = _tensors(given["self"])
+        targets = [leaf for key in ("self", "exp_avgs", "exp_avg_sqs") for leaf in _tensors(given[key])]
     if not any(tensor.numel() for tensor in (*outputs, *targets)):
         return NOTHING
     pure = {id(tensor) for tensor in _tensors(given.get("out"))}
@@ -107,7 +108,8 @@ def moved(tensor: Tensor) -> int:
 
 def _launches(name: str, given: dict[str, Any], inputs: list[Tensor], outputs: list[Tensor]) -> int:
     if name.startswith(("_foreach_", "_fused_adam")):
-        lists = max(1, sum(isinstance(value, (list, tuple)) and bool(_tensors(value)) for value in given.values()))
+        listed = [key for key, value in given.items() if isinstance(value, (list, tuple)) and _tensors(value)]
+        lists = max(1, len([key for key in listed if key != "state_steps"]))
         chunks = sum(-(-tensor.numel() // _MULTI_TENSOR_CHUNK) for tensor in outputs)
         by_lists = -(-len(outputs) // _MULTI_TENSOR_LISTS[min(lists, 5)])
         return max(by_lists, -(-chunks // _MULTI_TENSOR_BLOCKS)) + (name == "_foreach_norm") * by_lists

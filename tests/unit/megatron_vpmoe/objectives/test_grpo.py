@@ -17,6 +17,8 @@ from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.model.output import ModelOutput
 from megatron_vpmoe.objectives import GRPO, build_objective
+from megatron_vpmoe.planning.card import CARD, fake_mode, on_paper
+from megatron_vpmoe.planning.counting import Counting
 from tests.tiny import random_batch, rows_of, tiny_config
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -221,3 +223,15 @@ def test_what_cannot_be_trained_is_refused_by_name(field: dict[str, Any]):
     tiny_config(**sampled)
     with pytest.raises(ConfigError, match=next(iter(field))):
         tiny_config(**{**sampled, **field})
+
+
+@pytest.mark.parametrize("variant", [{}, {"ratio": "sequence", "normalisation": "sequence", "kl": 0.3}])
+def test_a_gpu_is_not_waited_for(variant: dict[str, Any]) -> None:
+    objective, batch = GRPO(**variant), sampled_batch(2, seed=3)
+    model = output_of(logits_for(batch)).model
+    totals, rows, counting = totals_of(objective, [batch]), batch.tokens.numel(), Counting(fake_mode(), 1, Tensor.numel)
+    with on_paper("NVIDIA H100 80GB HBM3", 80 * 2**30, 1, counting) as on_card:
+        hidden, weight = on_card(torch.empty(2, rows // 2, VOCAB)).requires_grad_(), on_card(torch.empty(VOCAB, VOCAB))
+        model.output_weight = lambda: weight  # type: ignore[method-assign]
+        objective(ModelOutput(hidden, model), batch.pinned().to(CARD), totals).loss.backward()
+    assert counting.launched and not counting.counts.syncs

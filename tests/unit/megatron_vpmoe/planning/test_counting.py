@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_vpmoe.planning.card import CARD, fake_mode, on_paper
 from megatron_vpmoe.planning.counting import Counting
@@ -60,6 +62,40 @@ def test_many_tensors_in_one_call(counting: Counting) -> None:
     assert counting.counts.total() == Cost(2, 0, 111 * 8, 111 * 8)
 
 
+def test_a_fused_update_is_few_calls(counting: Counting) -> None:
+    params = [torch.nn.Parameter(on_card(100, dtype=torch.float32)) for _ in range(70)]
+    for param in params:
+        param.grad = on_card(100, dtype=torch.float32)
+    torch.optim.AdamW(params, fused=True).step()
+    found = counting.counts.total(name="_fused_adamw")
+    # CUDA's kernel takes 36 parameters at a time; it reads weight, gradient, two moments and a count, and writes three.
+    assert found == Cost(2, 0, 70 * 4 * (4 * 100 + 1), 70 * 4 * 3 * 100)
+
+
+@pytest.fixture
+def ranks() -> Iterator[int]:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield 8
+    dist.destroy_process_group()
+
+
+def test_a_rank_gives_what_is_its_own(ranks: int, counting: Counting) -> None:
+    one, two, all_of_one = on_card(4), on_card(2), on_card(32)
+    dist.all_reduce(one)
+    dist.all_reduce_coalesced([one, two])
+    dist.all_gather_into_tensor(all_of_one, one)
+    dist.reduce_scatter_tensor(one, all_of_one)
+    dist.all_to_all_single(all_of_one, all_of_one.clone())
+    assert not counting.counts.syncs
+    dist.barrier()
+    assert sum(counting.counts.syncs.values()) == 1
+    given = {name: given for (_, name, of), (_, given) in counting.counts.collectives.items() if of == ranks}
+    assert given == {
+        "allreduce": 8, "allreduce_coalesced": 12, "_allgather_base": 8, "_reduce_scatter_base": 64,
+        "alltoall_base": 64, "barrier": 0,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "ask",
     [
@@ -75,6 +111,7 @@ def test_many_tensors_in_one_call(counting: Counting) -> None:
         lambda x: torch.zeros(3).to(CARD),
         lambda x: torch.zeros(3).to(CARD, non_blocking=True),
         lambda x: torch.cuda.synchronize(),
+        lambda x: torch.segment_reduce(x.float(), "sum", lengths=x.long()),
     ],
 )
 def test_the_host_waits(counting: Counting, ask: object) -> None:

@@ -50,8 +50,8 @@ def test_the_clock_stops_when_the_device_has_finished(monkeypatch: pytest.Monkey
 
 @pytest.mark.usefixtures("single_process")
 def test_mfu_is_of_the_model_s_flops_in_real_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padding does nothing, nor does the output layer where no loss is asked; a token sees the keys of its own document;
-    NorMuon's products are told apart.
+    """Padding does nothing, nor does the output layer where no loss is asked; a token sees the keys of its own
+    document; NorMuon's products are told apart.
     """
     cfg, device = tiny_config(), Device(monkeypatch)
     batch = random_batch(2, cfg.data.seq_length, cfg.model.padded_vocab_size, seed=1)
