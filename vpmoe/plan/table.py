@@ -83,6 +83,8 @@ def _notes(made: Plan, pairs: list[tuple[Planned, Figures]], shown: int) -> list
     for text, count in sorted(made.refused.items(), key=lambda pair: -pair[1]):
         lines.append(("refused", f"{count} times: {text}"))
     lines.append(("mb, again", "rows of a micro-batch; what the backward pass computes again"))
+    if any(each.layout.given["compile"] != "off" for each, _ in pairs):
+        lines.append(("layers, step", "what is compiled; of the fastest layouts alone, and what it saves is assumed"))
     lines.append(("prod, bytes", "device time bound by products, and by memory; launch: what launches add to both"))
     lines.append(("comm, wait", "communication that no work covers; stages of a pipeline that wait"))
     lines.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from megatron_vpmoe.config.memory import memory_estimate
 from megatron_vpmoe.config.rules import find_problems
@@ -22,12 +22,15 @@ _FIELDS = (
     "nproc_per_node",
     "overlap_grad_reduce",
     "micro_batch_size",
+    "compile",
     "recompute_granularity",
     "recompute_method",
     "recompute_num_layers",
     "recompute_modules",
 )
 _KEPT: dict[str, Any] = dict.fromkeys(_FIELDS[-4:])
+_TO_COMPILE = 12
+"""So many layouts, the fastest that fit, are tried with ``compile`` too, which hastens all alike."""
 
 
 @functools.cache
@@ -105,7 +108,9 @@ class Planned:
 
     def __str__(self) -> str:
         spread = " ".join(f"{name}{count}" for name, count in self.gpus.items() if count > 1) or "1 GPU"
-        return f"{spread} mb{self.micro_batch} {self.recomputation}"
+        choice = self.layout.given["compile"]
+        compiled = "" if choice == "off" else f", {choice}"
+        return f"{spread} mb{self.micro_batch} {self.recomputation}{compiled}"
 
 
 @dataclass
@@ -150,8 +155,26 @@ def plan(cfg: RunConfig, fleet: Fleet, tell: Callable[[int, int], object] = lamb
     for done, (layout, applied) in enumerate(admitted.items()):
         tell(done, len(admitted))
         made.layouts.append(planned(layout, applied, fleet, is_own=layout == own))
-    made.layouts.sort(key=lambda each: (not each.fits, each.prediction.step_seconds if each.fits else each.memory))
+    made.layouts.sort(key=_order)
+    made.layouts += list(_compiled(cfg, made, own))
+    made.layouts.sort(key=_order)
     return made
+
+
+def _order(each: Planned) -> tuple[bool, float]:
+    return not each.fits, each.prediction.step_seconds if each.fits else each.memory
+
+
+def _compiled(cfg: RunConfig, made: Plan, own: Layout) -> Iterator[Planned]:
+    """The fastest layouts with ``compile``; of a CPU none: what it saves there is measured and small."""
+    if made.fleet.machine.is_cpu:
+        return
+    fastest = [each for each in made.layouts[:_TO_COMPILE] if each.fits and each.layout.given["compile"] == "off"]
+    for each in fastest:
+        for choice in get_args(_known()["compile"].info.annotation)[1:]:
+            layout = Layout.of(each.layout.given | {"compile": choice})
+            if layout != own and (applied := _admitted(layout, cfg, made.fleet, made)) is not None:
+                yield planned(layout, applied, made.fleet, is_own=False)
 
 
 def planned(layout: Layout, applied: RunConfig, fleet: Fleet, *, is_own: bool) -> Planned:
@@ -209,6 +232,7 @@ def _spreads(cfg: RunConfig, fleet: Fleet) -> Iterator[dict[str, Any]]:
                         "nproc_per_node": fleet.per_node,
                         "micro_batch_size": micro_batch,
                         "overlap_grad_reduce": True,
+                        "compile": "off",
                         **_KEPT,
                     }
 

@@ -20,8 +20,12 @@ from megatron_vpmoe.runtime.machines import Kind
 _TILE = 128  # of FlexAttention
 _ROUTED_ROW_BYTES = 1600  # sorting and placing one row: integers of 8 bytes
 _WIDER = 1.5  # bytes of an fp32 model over those of a bf16 one, part of whose steps are in fp32 already
-_COMPILED = {"attention": 0.3, "norms and residuals": 0.4, "feed_forward": 0.4, "shared_expert": 0.4}
+_COMPILED = {
+    "layers": (layers := {"attention": 0.3, "norms and residuals": 0.4, "feed_forward": 0.4, "shared_expert": 0.4}),
+    "step": {**layers, "router": 0.4, "experts": 0.6},
+}
 """Assumed: what fusing leaves of the steps between products, in bytes and launches (``training.compile``)."""
+_COMPILED_ON_CPU = 0.7  # of the same parts: of what the nano step saves there (docs/LOG.md, "compiled steps")
 _CPU_COPIES = 11  # of queries, keys, values and output, in the order of tiles and back
 _MASK_LAUNCHES = 90  # of a micro-batch, for each kind of layer
 
@@ -83,7 +87,8 @@ class Shape(NamedTuple):
     def moves(self, part: str, tokens: float, widths: tuple[float, float], launches: tuple[float, float]) -> Passes:
         """Steps without products: numbers of a token that move, forward and backward."""
         size = 2 if self.size == 2 else 2 * _WIDER
-        left = _COMPILED.get(part, 1.0) if self.cfg.training.compile == "layers" else 1.0
+        left = _COMPILED.get(self.cfg.training.compile, {}).get(part, 1.0)
+        left = _COMPILED_ON_CPU if self.on_cpu and left < 1.0 else left
         tensor = tokens * self.cfg.model.hidden_size * self.size
         made = [
             Work(part, "memory", 0.0, left * tokens * width * size, left * count, 1, tensor)

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_vpmoe.config import load_config, memory_estimate
 from megatron_vpmoe.errors import ConfigError
-from megatron_vpmoe.planning.layouts import Plan, plan
+from megatron_vpmoe.planning.layouts import Layout, Plan, plan
 from megatron_vpmoe.runtime.machines import fleet
 
 ROWS = ["--num-layers=8", "--global-batch-size=32"]
@@ -41,6 +41,17 @@ def test_every_kind_is_tried(short: Plan) -> None:
     assert {gpus["TP"] for gpus, _ in seen} == {1, 2}, "two key-value heads"
     assert {gpus["PP"] for gpus, _ in seen} == {1, 2, 4}, "a first stage of one dense layer has no experts"
     assert {way for _, way in seen} == {None, "selective", "full"}
+
+
+def test_the_fastest_are_tried_compiled(short: Plan) -> None:
+    best = short.best
+    assert best is not None and best.layout.given["compile"] == "step" and str(best).endswith(", step")
+    plain = {each.layout: each for each in short.layouts if each.layout.given["compile"] == "off"}
+    compiled = [each for each in short.layouts if each.layout.given["compile"] != "off"]
+    assert {each.layout.given["compile"] for each in compiled} == {"layers", "step"}
+    for each in compiled:
+        alike = plain[Layout.of(each.layout.given | {"compile": "off"})]
+        assert each.prediction.step_seconds < alike.prediction.step_seconds and each.memory == alike.memory
 
 
 def test_what_is_refused_is_refused_by_the_rules(path: Path, short: Plan) -> None:
