@@ -103,7 +103,8 @@ class Batch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         core = {one.name: change(value) for one in fields(self) if isinstance(value := getattr(self, one.name), Tensor)}
         changed = replace(self, **core, annotations={name: change(value) for name, value in self.annotations.items()})
-        vars(changed)["supervised"] = change(self.supervised)
+        asked = ("supervised", *(("sampled", "anchor") if IS_SAMPLED.name in self.annotations else ()))
+        vars(changed).update({name: change(getattr(self, name)) for name in asked}, documents=self.documents)
         return changed
 
     @functools.cached_property
@@ -111,7 +112,22 @@ class Batch:
         """int64 [n]: where ``loss_mask`` holds, row-major. Of the host's batch it goes along to a device, which would
         have to be waited for.
         """
-        return self.loss_mask.flatten().nonzero().squeeze(1)
+        return _places(self.loss_mask)
+
+    @functools.cached_property
+    def sampled(self) -> Tensor:
+        """int64 [m]: those of ``supervised`` that a model has sampled (``IS_SAMPLED``); goes along as they do."""
+        return _places(self.loss_mask & self.per_token(IS_SAMPLED.name).bool())
+
+    @functools.cached_property
+    def anchor(self) -> Tensor:
+        """int64 [n - m]: the others."""
+        return _places(self.loss_mask & ~self.per_token(IS_SAMPLED.name).bool())
+
+    @functools.cached_property
+    def documents(self) -> int:
+        """The most that a row holds; goes along as ``supervised`` does."""
+        return int(self.document_id.max()) + 1
 
     def per_token(self, name: str) -> Tensor:
         """An annotation of documents, [b, d], at each of their tokens, [b, s]; that of document 0 in padding."""
@@ -132,6 +148,10 @@ class Batch:
     def span_count(self, span: int) -> int:
         """Supervised labels of one span."""
         return int((self.loss_mask & (self.span_id == span)).sum())
+
+
+def _places(mask: Tensor) -> Tensor:
+    return mask.flatten().nonzero().squeeze(1)
 
 
 def assemble(

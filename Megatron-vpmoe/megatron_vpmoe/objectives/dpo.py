@@ -131,8 +131,8 @@ class DPO(Objective):
 
 
 def _answers(batch: Batch) -> Tensor:
-    """Bool [B, D, S], which positions are each document's, D even and at least 2; waits for the device once."""
-    most = max(int(batch.document_id.max()) + 1, 2)
+    """Bool [B, D, S], which positions are each document's, D even and at least 2."""
+    most = max(batch.documents, 2)
     document_D1 = torch.arange(most + most % 2, device=batch.document_id.device).unsqueeze(-1)
     return batch.document_id.unsqueeze(1) == document_D1
 

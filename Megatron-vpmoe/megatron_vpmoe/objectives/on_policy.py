@@ -11,7 +11,7 @@ value is told as -w a, the estimate of that divergence, which falls as the stude
 
 A token of the anchor costs -log p at temperature 1. The loss is the sum over all of them, divided by N.
 
-Shapes: b rows, s positions, d documents of a row, n sampled tokens of the micro-batch, K ids a token.
+Shapes: b rows, s positions, d documents of a row, m sampled tokens of the micro-batch, K ids a token.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_vpmoe.annotation import IS_SAMPLED, TEACHER_IDS, TEACHER_LABEL_LOG_P, TEACHER_LOG_P, of_teacher
 from megatron_vpmoe.data.batch import Batch, Span
 from megatron_vpmoe.model.output import CrossEntropy, Divergence
+from megatron_vpmoe.model.output.terms import at_places
 from megatron_vpmoe.objectives.grpo import SAMPLED
 from megatron_vpmoe.objectives.interface import Needs, Objective, ObjectiveResult
 
@@ -76,30 +77,29 @@ class OnPolicy(Objective):
         """Sampled tokens, those of each span and those of the anchor, in this rank's share of the global batch."""
         counts = dict.fromkeys(("tokens/sampled", "tokens/anchor", *(f"sampled/{name}" for name in _SPANS)), 0)
         for batch in batches:
-            sampled, anchor = _parts(batch)
-            counts["tokens/sampled"] += int(sampled.sum())
-            counts["tokens/anchor"] += int(anchor.sum())
+            counts["tokens/sampled"] += len(batch.sampled)
+            counts["tokens/anchor"] += len(batch.anchor)
             for name, span in _SPANS.items():
-                counts[f"sampled/{name}"] += int((sampled & (batch.span_id == span)).sum())
+                counts[f"sampled/{name}"] += int((at_places(batch.span_id, batch.sampled) == span).sum())
         return counts
 
     def __call__(self, output: ModelOutput, batch: Batch, totals: dict[str, float]) -> ObjectiveResult:
         """See ``Objective``; ``totals`` holds the counts."""
-        sampled, anchor = _parts(batch)
+        sampled_M = batch.sampled
         share = 1.0 / max(totals["tokens/sampled"] + totals["tokens/anchor"], 1.0)
         read = self._by_teachers_ids if self.loss == "topk" else self._by_sampled_token
-        loss, costs, log_p, more = read(output, batch, sampled, share)
+        loss, costs, log_p, more = read(output, batch, sampled_M, share)
         # A sum over no tokens is a zero that hangs on the graph, so every rank takes part in the gradient exchange.
         weight = torch.full_like(batch.labels, share, dtype=log_p.dtype)
-        of_anchor, losses = output.cross_entropy(batch.labels, anchor, weight)
+        of_anchor, losses = output.cross_entropy(batch.labels, batch.anchor, weight)
         loss = loss + of_anchor
 
-        gap = log_p - batch.annotations[TEACHER_LABEL_LOG_P.name][sampled].to(log_p.dtype)
-        sampler_gap = (log_p - batch.annotations[SAMPLED.name][sampled].to(log_p.dtype)).abs()
+        gap = log_p - at_places(batch.annotations[TEACHER_LABEL_LOG_P.name], sampled_M).to(log_p.dtype)
+        sampler_gap = (log_p - at_places(batch.annotations[SAMPLED.name], sampled_M).to(log_p.dtype)).abs()
         means = {"loss/policy": costs, "gap/total": gap, "policy/sampler_gap": sampler_gap, **more}
         of_all = max(totals["tokens/sampled"], 1.0)
         metrics = {tag: values.to(log_p.dtype).sum() / of_all for tag, values in means.items()}
-        spans = batch.span_id[sampled]
+        spans = at_places(batch.span_id, sampled_M)
         for name, span in _SPANS.items():
             metrics[f"gap/{name}"] = torch.where(spans == span, gap, 0).sum() / max(totals[f"sampled/{name}"], 1.0)
         if totals["tokens/anchor"]:
@@ -107,13 +107,13 @@ class OnPolicy(Objective):
         return ObjectiveResult(loss, {"loss/total": loss.detach(), **metrics})
 
     def _by_sampled_token(
-        self, output: ModelOutput, batch: Batch, sampled: Tensor, share: float
+        self, output: ModelOutput, batch: Batch, sampled_M: Tensor, share: float
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """The part of the loss; its cost and log p of each sampled token, [n]; numbers to take the means of."""
-        log_p, _ = output.log_probabilities(batch.labels, sampled, temperature=self.temperature)
+        """The part of the loss; its cost and log p of each sampled token, [m]; numbers to take the means of."""
+        log_p, _ = output.log_probabilities(batch.labels, sampled_M, temperature=self.temperature)
         now = log_p.detach()
         of_teacher, as_sampled = (
-            batch.annotations[one.name][sampled].to(now.dtype) for one in (TEACHER_LABEL_LOG_P, SAMPLED)
+            at_places(batch.annotations[one.name], sampled_M).to(now.dtype) for one in (TEACHER_LABEL_LOG_P, SAMPLED)
         )
         importance = (now - as_sampled).exp()
         clamp = torch.inf if self.clamp is None else self.clamp
@@ -122,7 +122,7 @@ class OnPolicy(Objective):
         return loss, costs, now, {"policy/clamped_share": importance > clamp}
 
     def _by_teachers_ids(
-        self, output: ModelOutput, batch: Batch, sampled: Tensor, share: float
+        self, output: ModelOutput, batch: Batch, sampled_M: Tensor, share: float
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """As ``_by_sampled_token``."""
         ids, log_p = (batch.annotations[each.name][..., : self.top_k] for each in (TEACHER_IDS, TEACHER_LOG_P))
@@ -132,17 +132,11 @@ class OnPolicy(Objective):
             teacher_ids=ids, teacher_log_p=log_p, weight=weight, temperature=self.temperature, beta=1.0
         )
         told_alone = CrossEntropy(labels=batch.labels, weight=torch.zeros_like(weight), temperature=self.temperature)
-        loss, ((costs, _, agrees), (ce,)) = output.weighted_sum(sampled, [divergence, told_alone])
-        captured = log_p[sampled].exp().sum(-1)
+        loss, ((costs, _, agrees), (ce,)) = output.weighted_sum(sampled_M, [divergence, told_alone])
+        captured = at_places(log_p, sampled_M).exp().sum(-1)
         return loss, costs / squared, -ce, {"teacher/captured_mass": captured, "teacher/agreement": agrees}
 
     def summary(self, totals: dict[str, float]) -> dict[str, float]:
         """The counts, and ``anchor/share``."""
         sampled, anchor = totals["tokens/sampled"], totals["tokens/anchor"]
         return {**totals, "anchor/share": anchor / max(sampled + anchor, 1.0)}
-
-
-def _parts(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Bool [b, s]: supervised tokens that were sampled, and those of the anchor."""
-    of_model = batch.per_token(IS_SAMPLED.name).bool()
-    return batch.loss_mask & of_model, batch.loss_mask & ~of_model

@@ -88,9 +88,10 @@ class TopKKD(Objective):
         ids, log_p = (batch.annotations[each.name][..., : self.top_k] for each in (TEACHER_IDS, TEACHER_LOG_P))
         weight = self.cross_entropy.weight_of_each(batch, totals)
         of_kd = self.alpha * recorded
+        any_ids = torch.arange(self.top_k, dtype=ids.dtype, device=ids.device)
         divergence = Divergence(
             # Where there is no record any ids will do, as long as they differ: they weigh nothing.
-            teacher_ids=torch.where(recorded.unsqueeze(-1), ids, torch.arange(self.top_k).to(ids)),
+            teacher_ids=torch.where(recorded.unsqueeze(-1), ids, any_ids),
             teacher_log_p=log_p,
             weight=weight * of_kd,
             temperature=self.temperature,

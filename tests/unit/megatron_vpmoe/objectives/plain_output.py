@@ -1,4 +1,4 @@
-"""A model output that is nothing but logits, for the objectives."""
+"""A model output that is nothing but logits, for the objectives; and what they would ask of a GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.model.output import ModelOutput
+from megatron_vpmoe.objectives import Objective
+from megatron_vpmoe.planning.card import CARD, fake_mode, on_paper
+from megatron_vpmoe.planning.counting import Counting
 
 VOCAB = 17
 
@@ -19,6 +22,20 @@ def logits_output(logits_BSV: Tensor, dtype: torch.dtype = torch.float32) -> Mod
     groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
     model = SimpleNamespace(output_weight=lambda: torch.eye(VOCAB, dtype=dtype), pg_collection=groups)
     return ModelOutput(logits_BSV.to(dtype), model)  # type: ignore[arg-type]
+
+
+def waits_of(objective: Objective, batch: Batch) -> list[str]:
+    """Where the host would wait for a GPU, in the forward pass or the backward one."""
+    groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
+    totals = {key: float(value) for key, value in objective.counts([batch]).items()}
+    counting = Counting(fake_mode(), batch.tokens.numel(), Tensor.numel)
+    with on_paper("NVIDIA H100 80GB HBM3", 80 * 2**30, 1, counting) as on_card:
+        weight = on_card(torch.empty(VOCAB, VOCAB))
+        model = SimpleNamespace(output_weight=lambda: weight, pg_collection=groups)
+        hidden = on_card(torch.empty(*batch.tokens.shape, VOCAB)).requires_grad_()
+        objective(ModelOutput(hidden, model), batch.pinned().to(CARD), totals).loss.backward()  # type: ignore[arg-type]
+    assert counting.counts.total().flops
+    return [site for _, site in counting.counts.syncs]
 
 
 def logits_for(batch: Batch) -> Tensor:

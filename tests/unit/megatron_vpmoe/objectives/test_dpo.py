@@ -7,7 +7,7 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 import torch
-from plain_output import VOCAB, logits_for, logits_output
+from plain_output import VOCAB, logits_for, logits_output, waits_of
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -156,3 +156,7 @@ def test_settings_and_their_bounds() -> None:
     ]:
         with pytest.raises(ConfigError, match=name.replace("_", "[_-]")):
             tiny_config(objective="dpo", **{name: value})
+
+
+def test_a_gpu_is_not_waited_for() -> None:
+    assert waits_of(VARIANTS[0], pairs()) == []

@@ -5,24 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
+from plain_output import VOCAB, logits_for, logits_output, waits_of
 from torch import Tensor
 
 from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.errors import ConfigError
-from megatron_vpmoe.model.output import ModelOutput
 from megatron_vpmoe.objectives import GRPO, build_objective
-from megatron_vpmoe.planning.card import CARD, fake_mode, on_paper
-from megatron_vpmoe.planning.counting import Counting
 from tests.tiny import random_batch, rows_of, tiny_config
 
 pytestmark = pytest.mark.usefixtures("single_process")
-VOCAB = 17
 REWARDS = [{"function": "finished"}]
 
 
@@ -35,18 +30,6 @@ def sampled_batch(rows: int, seed: int) -> Batch:
     names = ("sampled_log_p", "old_log_p", "reference_log_p")
     annotations = {**dict(zip(names, about, strict=True)), "advantage": advantage}
     return replace(batch, annotations=annotations)
-
-
-def output_of(logits_BSV: Tensor) -> ModelOutput:
-    groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
-    projection = torch.eye(VOCAB, dtype=logits_BSV.dtype)
-    model = SimpleNamespace(output_weight=lambda: projection, pg_collection=groups)
-    return ModelOutput(logits_BSV, model)  # type: ignore[arg-type]
-
-
-def logits_for(batch: Batch) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(*batch.tokens.shape, VOCAB, generator=generator, dtype=torch.float64).requires_grad_()
 
 
 def by_definition(logits: Tensor, batch: Batch, o: GRPO) -> Tensor:
@@ -105,7 +88,7 @@ def test_equals_the_formula_in_value_and_gradient(variant: dict[str, Any], cuts:
     parts = [rows_of(batch, begin, end) for begin, end in pairwise(cuts)]
     totals = totals_of(objective, parts)
     results = [
-        objective(output_of(logits[begin:end]), part, totals)
+        objective(logits_output(logits[begin:end], torch.float64), part, totals)
         for part, (begin, end) in zip(parts, pairwise(cuts), strict=True)
     ]
     loss = torch.stack([result.loss for result in results]).sum()
@@ -120,7 +103,7 @@ def test_equals_the_formula_in_value_and_gradient(variant: dict[str, Any], cuts:
 def test_metrics_are_means_over_tokens():
     batch, objective = sampled_batch(3, 1), GRPO(kl=0.1, clip_low=0.1, clip_high=0.3)
     logits = logits_for(batch)
-    metrics = objective(output_of(logits), batch, totals_of(objective, [batch])).metrics
+    metrics = objective(logits_output(logits, torch.float64), batch, totals_of(objective, [batch])).metrics
     mask = batch.loss_mask
     log_probs = logits.detach().log_softmax(-1)
     p = log_probs.gather(-1, batch.labels.unsqueeze(-1)).squeeze(-1)[mask]
@@ -140,7 +123,7 @@ def test_metrics_are_means_over_tokens():
         assert float(metrics[tag]) == pytest.approx(float(values.double().mean()), rel=1e-9), tag
         assert float(metrics[tag]) > 0, tag
     of_cispo = GRPO(surrogate="cispo", clip_high=0.3)
-    told = of_cispo(output_of(logits), batch, totals_of(of_cispo, [batch])).metrics
+    told = of_cispo(logits_output(logits, torch.float64), batch, totals_of(of_cispo, [batch])).metrics
     assert float(told["policy/clip_share_low"]) == 0
     assert float(told["policy/clip_share_high"]) == pytest.approx(float((rho > 1.3).double().mean()))
 
@@ -155,7 +138,7 @@ def test_without_a_step_between_the_gradient_is_the_policy_gradient():
     wanted = torch.autograd.grad(-(p * batch.per_token("advantage"))[batch.loss_mask].mean(), logits)[0]
     for surrogate in ("clip", "cispo"):
         objective = GRPO(surrogate=surrogate)
-        loss = objective(output_of(logits), batch, totals_of(objective, [batch])).loss
+        loss = objective(logits_output(logits, torch.float64), batch, totals_of(objective, [batch])).loss
         torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], wanted)
 
 
@@ -165,7 +148,9 @@ def test_a_batch_of_padding_has_a_zero_loss_with_a_gradient(elsewhere: float):
     batch, objective = sampled_batch(2, 5), GRPO(ratio="sequence", normalisation="sequence", kl=0.1)
     batch.loss_mask.zero_()
     logits = logits_for(batch)
-    result = objective(output_of(logits), batch, {"tokens/supervised": elsewhere, "answers": elsewhere / 25})
+    result = objective(
+        logits_output(logits, torch.float64), batch, {"tokens/supervised": elsewhere, "answers": elsewhere / 25}
+    )
     result.loss.backward()
     assert float(result.loss.detach()) == 0.0 and not any(float(value) for value in result.metrics.values())
     assert logits.grad is not None and not logits.grad.any()
@@ -182,9 +167,10 @@ def test_a_reference_is_needed_where_it_counts():
     batch = sampled_batch(2, 3)
     logits, totals = logits_for(batch), totals_of(GRPO(), [batch])
     without = {name: value for name, value in batch.annotations.items() if name != "reference_log_p"}
-    measured = GRPO()(output_of(logits), batch, totals)
+    output = logits_output(logits, torch.float64)
+    measured = GRPO()(output, batch, totals)
     assert float(measured.metrics["policy/kl_reference"]) > 0
-    assert torch.equal(measured.loss, GRPO()(output_of(logits), replace(batch, annotations=without), totals).loss)
+    assert torch.equal(measured.loss, GRPO()(output, replace(batch, annotations=without), totals).loss)
 
 
 def test_built_from_the_configuration():
@@ -227,11 +213,4 @@ def test_what_cannot_be_trained_is_refused_by_name(field: dict[str, Any]):
 
 @pytest.mark.parametrize("variant", [{}, {"ratio": "sequence", "normalisation": "sequence", "kl": 0.3}])
 def test_a_gpu_is_not_waited_for(variant: dict[str, Any]) -> None:
-    objective, batch = GRPO(**variant), sampled_batch(2, seed=3)
-    model = output_of(logits_for(batch)).model
-    totals, rows, counting = totals_of(objective, [batch]), batch.tokens.numel(), Counting(fake_mode(), 1, Tensor.numel)
-    with on_paper("NVIDIA H100 80GB HBM3", 80 * 2**30, 1, counting) as on_card:
-        hidden, weight = on_card(torch.empty(2, rows // 2, VOCAB)).requires_grad_(), on_card(torch.empty(VOCAB, VOCAB))
-        model.output_weight = lambda: weight  # type: ignore[method-assign]
-        objective(ModelOutput(hidden, model), batch.pinned().to(CARD), totals).loss.backward()
-    assert counting.launched and not counting.counts.syncs
+    assert waits_of(GRPO(**variant), sampled_batch(2, seed=3)) == []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_output import VOCAB, logits_for, logits_output
+from plain_output import VOCAB, logits_for, logits_output, waits_of
 from torch import Tensor
 
 from megatron_vpmoe.data.batch import Batch, Span
@@ -223,3 +223,8 @@ def test_what_cannot_be_trained_is_refused_by_name(field: dict[str, Any]) -> Non
     tiny_config(**{**ASKED, **PARTS})
     with pytest.raises(ConfigError, match=next(iter(field))):
         tiny_config(**{**ASKED, **field})
+
+
+@pytest.mark.parametrize("variant", [{}, {"loss": "topk", "top_k": 4}], ids=str)
+def test_a_gpu_is_not_waited_for(variant: dict[str, Any]) -> None:
+    assert waits_of(OnPolicy(**variant), scored(2, 3, OnPolicy(**variant))) == []

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from plain_output import VOCAB, logits_for, logits_output
+from plain_output import VOCAB, logits_for, logits_output, waits_of
 from torch import Tensor
 from torch.nn import functional
 
@@ -114,3 +114,7 @@ def test_supervised_context_is_refused():
 def test_built_from_the_configuration():
     objective = build_objective(tiny_config(kd_span_weight_reasoning=0.25, kd_span_weight_final=3.0))
     assert objective == SpanCE(0.25, 3.0)
+
+
+def test_a_gpu_is_not_waited_for() -> None:
+    assert waits_of(SpanCE(0.7, 1.9), random_batch(2, 32, VOCAB, seed=0)) == []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain_output import VOCAB, logits_for, logits_output
+from plain_output import VOCAB, logits_for, logits_output, waits_of
 from torch import Tensor
 from torch.nn import functional
 
@@ -184,3 +184,8 @@ def test_records_of_another_teacher_than_asked_for_are_refused(tmp_path: Path) -
         with pytest.raises(DataError, match="its records are of run nano, name iter_0000900, weights_sha256 0123"):
             check_kinds(TopKKD(SpanCE(1.0, 1.0)), cfg, [plain, stored])
         check_kinds(SpanCE(1.0, 1.0), cfg, [stored])  # reads none
+
+
+def test_a_gpu_is_not_waited_for() -> None:
+    objective = TopKKD(SpanCE(0.7, 1.9), 0.5, 0.0, 5, 2.0, "bucket")
+    assert waits_of(objective, scored(2, 5, 2.0, seed=2)[0]) == []
