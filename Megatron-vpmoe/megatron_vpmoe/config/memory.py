@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_vpmoe.config.expert_formats import FORMATS
 from megatron_vpmoe.config.geometry import parameter_count, stage_layers, tensor_parallel_rank
 from megatron_vpmoe.config.parameters import EMBEDDING, OUTPUT, ROUTED, is_matrix, is_trained, parameter_sizes
 from megatron_vpmoe.config.rules import idle_lines
@@ -53,6 +54,15 @@ def _held(cfg: RunConfig, layers: range, *, trained_only: bool) -> _Held:
     return _Held(counts["matrices"], counts["experts"] // cfg.parallel.expert_model_parallel_size, counts["others"])
 
 
+def _expert_rows(cfg: RunConfig) -> float:
+    """Rows of experts for each token: its choices, with the padding of a narrow format."""
+    moe, tokens = cfg.moe, cfg.training.micro_batch_size * cfg.data.seq_length
+    if moe.experts_precision is None:
+        return moe.moe_router_topk
+    experts = (moe.num_experts or 0) // cfg.parallel.expert_model_parallel_size
+    return FORMATS[moe.experts_precision].places(tokens * moe.moe_router_topk, experts) / tokens
+
+
 def _layer_activations(cfg: RunConfig, layer_number: int, compute_bytes: int, on_cpu: bool) -> dict[str, int]:
     """Bytes per token that one layer of a process keeps for its backward pass, by the part that can be recomputed."""
     m, moe = cfg.model, cfg.moe
@@ -64,8 +74,8 @@ def _layer_activations(cfg: RunConfig, layer_number: int, compute_bytes: int, on
         rest += (m.tpa_q_rank + 2 * m.tpa_rank) * m.kv_channels
     parts = {"rest": rest * compute_bytes}
     if cfg.is_moe_layer(layer_number):
-        chosen = moe.moe_router_topk * (2 * m.hidden_size + 3 * moe.moe_ffn_hidden_size) * compute_bytes
-        parts["moe"] = chosen // parts_of_sequence
+        chosen = _expert_rows(cfg) * (2 * m.hidden_size + 3 * moe.moe_ffn_hidden_size) * compute_bytes
+        parts["moe"] = round(chosen / parts_of_sequence)
         parts["shared_experts"] = 3 * (moe.moe_shared_expert_intermediate_size or 0) * compute_bytes
     else:
         parts["mlp"] = 3 * m.ffn_hidden_size * compute_bytes

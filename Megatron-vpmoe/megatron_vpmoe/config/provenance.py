@@ -121,7 +121,13 @@ def deciding_fields(cfg: RunConfig) -> dict[str, dict[str, Any]]:
 
 # Of the sections model and moe: what decides how a model is trained, and not what it computes.
 _TRAINING_ONLY = frozenset(
-    {"init_method_std", "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_router_bias_update_rate"}
+    {
+        "init_method_std",
+        "moe_router_load_balancing_type",
+        "moe_aux_loss_coeff",
+        "moe_router_bias_update_rate",
+        "experts_precision",
+    }
 )
 
 
@@ -133,7 +139,8 @@ def geometry_diff(old: RunConfig, new: RunConfig) -> list[FieldChange]:
 
 
 # Binding fields that checkpoints from before them lack, where the default is what was done then.
-_LATER_FIELDS = ("blend", "blend_schedule", "skip_rows", "train_only", "reference_weights", *OWNED, *_ROLLOUTS)
+_OF_BLEND = ("blend", "blend_schedule", "skip_rows")
+_LATER_FIELDS = (*_OF_BLEND, "train_only", "reference_weights", "experts_precision", *OWNED, *_ROLLOUTS)
 
 
 def _bound(name: str, value: Any) -> Any:

@@ -6,6 +6,7 @@ idle, and `vpmoe model describe` lists it. A test walks the grid of all choices.
 
 from __future__ import annotations
 
+from megatron_vpmoe.config.expert_formats import FORMATS
 from megatron_vpmoe.config.rule import Rule, View, idle, refuse
 from megatron_vpmoe.config.schema import section_types
 
@@ -18,6 +19,13 @@ def _groups_too_small(c: View) -> bool:
         return False
     held = c.moe_router_group_topk * (c.num_experts // c.moe_router_num_groups)
     return c.moe_router_topk % c.moe_router_group_topk == 0 and c.moe_router_topk > held
+
+
+def _outside_format(c: View) -> list[dict[str, int]]:
+    if c.num_experts is None or c.experts_precision is None:
+        return []
+    block = FORMATS[c.experts_precision].block
+    return [{"block": block}] if c.hidden_size % block or c.moe_ffn_hidden_size % block else []
 
 
 def _unaligned(c: View) -> bool:
@@ -113,6 +121,23 @@ REFUSED: tuple[Rule, ...] = (
         "the experts' grouped product wants rows of whole 16 bytes: sizes {hidden_size} and {moe_ffn_hidden_size} must "
         "be multiples of 8 in bf16 and of 4 in fp32",
         _unaligned,
+    ),
+    refuse(
+        "experts_precision bf16 num_experts",
+        "the products of {experts_precision} come back in bf16; set bf16 to true, or experts_precision to null",
+        lambda c: c.num_experts is not None and c.experts_precision is not None and not c.bf16,
+    ),
+    refuse(
+        "experts_precision compile num_experts",
+        "the conversions to {experts_precision} are not compiled with the experts; take compile: layers, which leaves "
+        "them as they are",
+        lambda c: c.num_experts is not None and c.experts_precision is not None and c.compile == "step",
+    ),
+    refuse(
+        "experts_precision hidden_size moe_ffn_hidden_size num_experts",
+        "{experts_precision} wants whole blocks: sizes {hidden_size} and {moe_ffn_hidden_size} must be multiples of "
+        "{block}",
+        _outside_format,
     ),
 )
 """Every combination of architecture that is refused."""

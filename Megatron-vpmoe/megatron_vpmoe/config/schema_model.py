@@ -101,5 +101,9 @@ class MoeSection(Section):
     """Step of the expert bias after each iteration."""
     moe_router_dtype: Literal["fp32", "fp64"] | None = "fp32"
     """Precision of the router's logits; null: the model's."""
+    experts_precision: Literal["fp8_rowwise", "mxfp8"] | None = None
+    """Format of the routed experts' products in training, through torchao (docs/performance.md): e4m3 with a scale a
+    row, or a scale every 32 values. Sampling and evaluation take the plain weights. A GPU needs the kernels; without
+    one the format's rounding is emulated. null: the run's own precision."""
     moe_token_dispatcher_type: Literal["auto", "alltoall", "allgather"] = "auto"
     """How tokens travel between expert-parallel ranks; "auto": alltoall. With one such rank they do not travel."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_vpmoe.config import RunConfig, check_fit, fit_report
 from megatron_vpmoe.config.fit import FitReport
@@ -17,13 +19,18 @@ from megatron_vpmoe.errors import CheckpointError, ConfigError, DeviceError
 from megatron_vpmoe.files import place_of
 from megatron_vpmoe.ownership import check_free
 
+Answer = TypeVar("Answer")
+
 
 def check_machine(cfg: RunConfig, config_path: Path) -> FitReport:
     """Refuse a run that this machine cannot hold; returns what was compared.
 
     Raises:
-        DeviceError: too little memory, more processes than GPUs, or nothing to compile with.
+        DeviceError: too little memory, more processes than GPUs, nothing to compile with, or a format of the experts
+            that is not for this machine.
     """
+    from megatron_vpmoe.runtime import device, expert_formats
+
     report = machine_report(cfg)
     check_fit(cfg, report, nano_counterpart(config_path))
     compiler = os.environ.get("CXX", "g++")
@@ -40,6 +47,10 @@ def check_machine(cfg: RunConfig, config_path: Path) -> FitReport:
             source="parallel.nproc_per_node",
             remedy="one process a GPU: lower --nproc-per-node, and --expert-model-parallel-size with it",
         )
+    if cfg.moe.num_experts is not None and cfg.moe.experts_precision is not None:
+        widths = cfg.model.hidden_size, cfg.moe.moe_ffn_hidden_size
+        capability = _of_device(device.compute_capability)
+        expert_formats.check_format(cfg.moe.experts_precision, *widths, capability)
     return report
 
 
@@ -47,13 +58,18 @@ def machine_report(cfg: RunConfig) -> FitReport:
     """The memory estimate against this machine's devices."""
     from megatron_vpmoe.runtime import device
 
-    if device.has_gpu():
-        # Asking a GPU for its free memory opens a context on it for the life of the process: let a child do it.
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            available, kind, count = pool.submit(device.available_memory).result()
-    else:
-        available, kind, count = device.available_memory()
-    return fit_report(cfg, available, kind, count, teacher_of(cfg))
+    return fit_report(cfg, *_of_device(device.available_memory), teacher_of(cfg))
+
+
+def _of_device(ask: Callable[[], Answer]) -> Answer:
+    """What a function of ``runtime.device`` answers."""
+    from megatron_vpmoe.runtime import device
+
+    if not device.has_gpu():
+        return ask()
+    # To ask a GPU opens a context on it for the life of the process: let a child do it.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(ask).result()
 
 
 def teacher_of(cfg: RunConfig) -> RunConfig | None:

@@ -42,6 +42,7 @@ class VPTransformerConfig(TransformerConfig):
     first_layer_dense: bool = True
     recomputation: Recomputation = field(default_factory=Recomputation)
     compiled: str = "off"
+    experts_precision: str | None = None
 
     def is_global_layer(self, layer_number: int) -> bool:
         """Whether layer ``layer_number`` attends to the whole document (every ``window_attn_skip_freq``-th does)."""

@@ -133,6 +133,11 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
+def compute_capability() -> tuple[int, int] | None:
+    """Of the GPU that this process computes on; None where there is none."""
+    return torch.cuda.get_device_capability() if has_gpu() else None
+
+
 def of_this_thread() -> Callable[[], None]:
     """What another thread calls to work on the device of this one; else it would take the first."""
     if not has_gpu():

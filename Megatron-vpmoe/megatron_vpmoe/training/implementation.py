@@ -8,6 +8,7 @@ from megatron_vpmoe.config.parameters import is_trained, parameter_sizes
 from megatron_vpmoe.model.attention.self_attention import VPSelfAttention
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.model.moe.expert_rows import layout_rule
+from megatron_vpmoe.model.moe.narrow_rows import narrow_rule
 from megatron_vpmoe.model.transformer_config import token_dispatcher
 from megatron_vpmoe.runtime import stages
 from megatron_vpmoe.runtime.device import current_device
@@ -27,7 +28,10 @@ def implementation_notes(model: VPModel, cfg: RunConfig) -> list[str]:
     chosen = {kind: backend for _, of_stage in told for kind, backend in of_stage.items()}
     notes = ["attention: " + ", ".join(f"{kind} layers on {backend}" for kind, backend in chosen.items())]
     if cfg.moe.num_experts is not None:
-        rule = layout_rule(model.config.params_dtype, current_device().type, compiled=cfg.training.compile == "step")
+        precision, device_type = cfg.moe.experts_precision, current_device().type
+        rule = layout_rule(model.config.params_dtype, device_type, compiled=cfg.training.compile == "step")
+        if precision is not None:
+            rule = narrow_rule(precision, device_type)
         ranks = cfg.parallel.expert_model_parallel_size
         travel = "all on each rank" if ranks == 1 else f"over {ranks} ranks by {token_dispatcher(cfg)}"
         notes.append(f"experts: {travel}; {rule}")

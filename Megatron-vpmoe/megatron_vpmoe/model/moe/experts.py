@@ -18,6 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megatron_vpmoe.model.moe.expert_rows import GroupedRows, layout_of
+from megatron_vpmoe.model.moe.narrow_rows import narrow_rows
 from megatron_vpmoe.model.precision import multiplies_narrow, wide_product
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.runtime.ranges import annotated
@@ -95,6 +96,8 @@ class StackedExperts(MegatronModule):
     ``last_layout`` names the layout that the rule chose last.
     """
 
+    config: VPTransformerConfig
+
     def __init__(
         self, num_local_experts: int, config: VPTransformerConfig, pg_collection: ProcessGroupCollection
     ) -> None:
@@ -140,13 +143,21 @@ class StackedExperts(MegatronModule):
         Returns:
             [T, H] in the dtype of x.
         """
-        rows = layout_of(expert_TK, self.num_local_experts, x_TH.dtype, in_order=in_order)
+        rows = self._rows(expert_TK, x_TH.dtype, in_order)
         self.last_layout = rows.name
         with annotated("experts"):
             out = _ExpertFeedForward.apply(
                 rows, x_TH, p_TK, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias
             )
         return cast(Tensor, out)
+
+    def _rows(self, expert_TK: Tensor, dtype: torch.dtype, in_order: bool) -> GroupedRows:
+        """In training in the format that was asked for; sampling and evaluation take the weights as they are."""
+        experts, precision = self.num_local_experts, self.config.experts_precision
+        if precision is None or not self.training:
+            return layout_of(expert_TK, experts, dtype, in_order=in_order)
+        _, ffn, hidden = self.fc1_weight.shape
+        return narrow_rows(precision, expert_TK, experts, hidden=hidden, ffn=ffn, in_order=in_order)
 
     def forward(self, x_NH: Tensor, tokens_per_expert: Tensor, probs_N: Tensor) -> tuple[Tensor, None]:
         """As upstream's dispatchers ask, where experts are spread over ranks.

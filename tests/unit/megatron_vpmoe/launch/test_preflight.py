@@ -76,6 +76,17 @@ def test_a_machine_without_enough_memory(repository: Path, monkeypatch: pytest.M
         preflight.check_machine(load_config(stage1), stage1)
 
 
+def test_a_format_of_the_experts_that_is_not_for_this_machine(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found before a process starts, by the card that a child process asked."""
+    monkeypatch.setattr(device, "available_memory", lambda: (400 * 2**30, "NVIDIA H100", 8))
+    monkeypatch.setattr(device, "compute_capability", lambda: (9, 0))
+    stage1 = repository / "configs" / "vpmoe_stage1.yaml"
+    with pytest.raises(DeviceError, match=r"mxfp8 wants a card of compute capability 10\.0, and this one's is 9\.0"):
+        preflight.check_machine(load_config(stage1, ["--experts-precision", "mxfp8"]), stage1)
+
+
 def test_layers_are_compiled_by_something(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = load_config(run_yaml, ["--compile", "layers"])
     monkeypatch.setattr(preflight, "machine_report", lambda _cfg: fit_report(cfg, 2**40, "CPU", 1))

@@ -58,6 +58,7 @@ OTHER: dict[str, list[Any]] = {
 # These choose how the same numbers are computed, or act after the backward pass; their own tests hold them.
 ELSEWHERE = {
     "attention_backend",
+    "experts_precision",
     "moe_router_dtype",
     "moe_router_bias_update_rate",
     "moe_token_dispatcher_type",
