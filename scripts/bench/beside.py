@@ -75,14 +75,14 @@ class Side:
                 step.position()
 
 
-def dataset(folder: Path) -> Path:
+def dataset(folder: Path, questions: int = 400) -> Path:
     """Conversations of generated arithmetic."""
     rows, conversations, built = (str(folder / name) for name in ("rows", "conversations", "kd"))
     vocabulary = ["--compact-vocab-size", "500", "--padded-vocab-size", "512", "--valid-fraction", "0.05"]
     build = ["--input-dir", conversations, "--output-dir", built, "--seq-len", "384", "--quiet"]
     with contextlib.redirect_stdout(io.StringIO()):
         told = [
-            vpmoe(["data", "synth-mini", "--output-dir", rows, "--rows", "400"]),
+            vpmoe(["data", "synth-mini", "--output-dir", rows, "--rows", str(questions)]),
             vpmoe(["data", "convert", "--input", rows, "--output-dir", conversations, "--num-shards", "1"]),
             vpmoe(["data", "build", *build, *vocabulary]),
         ]

@@ -43,7 +43,7 @@ ROUNDS = 7
 
 def numbers(dry: bool) -> Numbers:
     """Output, gradients and choice of experts, in fp64."""
-    return _numbers(dry, torch.float64, torch.device("cpu"), None)
+    return numbers_of(dry, torch.float64, torch.device("cpu"), None)
 
 
 def check(findings: Findings) -> None:
@@ -53,17 +53,21 @@ def check(findings: Findings) -> None:
     for dtype, limit in LIMITS.items():
         name = "fp32" if dtype == torch.float32 else "bf16"
         with findings.case(name):
-            got = _numbers(findings.dry, dtype, current_device(), chosen)
+            got = numbers_of(findings.dry, dtype, current_device(), chosen)
             elsewhere = float((got.pop("chosen").cpu() != chosen).any(1).double().mean())
             findings.compare(f"MoE layer, {name}", got, want, limit)
             findings.check(f"share of tokens routed otherwise, {name}", elsewhere, 2e-3)
-            again = _numbers(findings.dry, dtype, current_device(), chosen)
+            again = numbers_of(findings.dry, dtype, current_device(), chosen)
             different = sum(not torch.equal(again[key], value) for key, value in got.items())
             findings.check(f"tensors that a second pass makes otherwise, {name}", different, 0)
 
 
-def _numbers(dry: bool, dtype: torch.dtype, where: torch.device, replayed: Tensor | None) -> Numbers:
-    layer = _layer(_configuration(dtype, **(DRY if dry else SMALL)), where, dtype)
+def numbers_of(
+    dry: bool, dtype: torch.dtype, where: torch.device, replayed: Tensor | None, precision: str | None = None
+) -> Numbers:
+    """One pass over a small layer, routed by itself or as ``replayed``; ``precision`` is the experts'."""
+    sizes = DRY if dry else SMALL
+    layer = layer_of(configuration(dtype, **sizes, experts_precision=precision or "null"), where, dtype)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
@@ -89,13 +93,13 @@ def _numbers(dry: bool, dtype: torch.dtype, where: torch.device, replayed: Tenso
     return {"output": out.detach(), "gradient of the input": cast(Tensor, x.grad), **gradients, "chosen": chosen}
 
 
-def _configuration(dtype: torch.dtype, **fields: object) -> RunConfig:
+def configuration(dtype: torch.dtype, **fields: object) -> RunConfig:
     alone = {"nproc_per_node": 1, "expert_model_parallel_size": 1, "bf16": str(dtype == torch.bfloat16).lower()}
     flags = {"router_dead_experts_warn": "null", **alone, **fields}
     return load_config(FULL_SCALE, [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()])
 
 
-def _layer(cfg: RunConfig, where: torch.device, dtype: torch.dtype) -> Any:
+def layer_of(cfg: RunConfig, where: torch.device, dtype: torch.dtype) -> Any:
     return our_layer(transformer_config(cfg)).to(where, dtype).train()
 
 
@@ -132,7 +136,7 @@ def roofline(parts: list[Product], rates: Rates) -> float:
 
 def speed(findings: Findings) -> None:
     """A full-scale layer in bf16: forward, and forward and backward."""
-    layer = _layer(_configuration(torch.bfloat16, **(DRY if findings.dry else {})), current_device(), torch.bfloat16)
+    layer = layer_of(configuration(torch.bfloat16, **(DRY if findings.dry else {})), current_device(), torch.bfloat16)
     for tokens in (64, 128) if findings.dry else (4096, 16_384, 32_768):
         with findings.case(f"{tokens} tokens"):
             _timed(findings, layer, tokens)

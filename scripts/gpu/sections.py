@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from scripts.gpu import attention, designs, experts, loss, optimizer, step
+from scripts.gpu import attention, designs, experts, loss, narrow, optimizer, step
 from scripts.gpu.frame import Section
 
 SECTIONS = [
     Section(
         "attention",
         "every attention backend against dense attention in fp64 on the CPU",
-        70,
+        65,
         attention.check,
         attention.numbers,
         decides=True,
     ),
     Section(
         "experts", "the MoE layer against itself in fp64 on the CPU", 20, experts.check, experts.numbers, decides=True
+    ),
+    Section(
+        "narrow", "experts in narrow formats against bf16 and against their emulation", 40, narrow.check, decides=True
     ),
     Section("loss", "losses over chunks of logits against fp64 on the CPU", 20, loss.check, loss.numbers, decides=True),
     Section(
@@ -24,14 +27,14 @@ SECTIONS = [
     Section(
         "designs",
         "training steps of nano dense and nano vpMoE, in fp32 and bf16, against fp32 on the CPU",
-        65,
+        60,
         designs.check,
         designs.numbers,
         decides=True,
     ),
     Section("resume", "a resumed run against one that went on, bit for bit", 30, designs.resume, decides=True),
-    Section("attention-speed", "flex against unfused attention, and flash without a sink", 110, attention.speed),
+    Section("attention-speed", "flex against unfused attention, and flash without a sink", 90, attention.speed),
     Section("experts-speed", "a full-scale MoE layer against its roofline", 20, experts.speed),
     Section("optimizer-speed", "NorMuon on as many full-size layers as fit, against its floor", 25, optimizer.speed),
-    Section("step", "a step of eight full-width layers: MFU, profile, memory against the estimate", 70, step.speed),
+    Section("step", "a step of eight full-width layers: MFU, profile, memory against the estimate", 60, step.speed),
 ]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_vpmoe.files import read_json
 from megatron_vpmoe.model.moe.expert_rows import GroupedRows
+from megatron_vpmoe.model.moe.narrow_rows import Float8Rows
 from megatron_vpmoe.model.output.terms import Term
 from megatron_vpmoe.optim.normuon import NorMuon
 from scripts.bench.attention import Layer
@@ -117,6 +118,21 @@ def garbage_of_idle_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GroupedRows, "outer", wrong)
 
 
+def scales_of_another_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is narrowed by an expert's scales is widened by its neighbour's."""
+    right = Float8Rows._emulated_by_expert
+
+    def wrong(self: Float8Rows, rows: Tensor) -> Tensor:
+        own = self._expert_P
+        self._expert_P = (own + 1) % self._experts
+        try:
+            return right(self, rows)
+        finally:
+            self._expert_P = own
+
+    monkeypatch.setattr(Float8Rows, "_emulated_by_expert", wrong)
+
+
 def loss_of_all_but_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last token is left out."""
     right = loss.weighted_sum
@@ -149,6 +165,7 @@ def forgotten_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("attention", wider_window),
         ("experts", garbage_of_idle_experts),
+        ("narrow", scales_of_another_expert),
         ("loss", loss_of_all_but_one),
         ("optimizer", no_decay),
         ("resume", forgotten_optimizer),
