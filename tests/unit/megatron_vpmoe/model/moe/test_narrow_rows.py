@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
+from megatron_vpmoe.config import load_config, memory_estimate
 from megatron_vpmoe.config.expert_formats import FORMATS
 from megatron_vpmoe.errors import DeviceError
 from megatron_vpmoe.model.moe import narrow_rows as narrow_module
@@ -180,6 +181,17 @@ def test_padding_changes_nothing(name: str) -> None:
     torch.testing.assert_close(other[beside.place_TK[:40].flatten()], told, rtol=8e-3, atol=1e-3)
 
 
+@FORMAT
+def test_dispatched_rows(name: str) -> None:
+    """Sorted rows of upstream's dispatchers, of one expert each, are the same products."""
+    experts, counts = experts_of(name), torch.tensor([5, 0, 17, 1, 0, 33, 2, 9])
+    x, p = draw(int(counts.sum()), HIDDEN, seed=1), torch.rand(int(counts.sum()))
+    mixed = torch.randperm(len(x), generator=torch.Generator().manual_seed(7))
+    chosen = torch.repeat_interleave(counts)[mixed].unsqueeze(1)
+    together = experts.of_tokens(x[mixed], chosen, p[mixed].unsqueeze(1))
+    torch.testing.assert_close(together, experts(x, counts, p)[0][mixed], rtol=8e-3, atol=1e-3)
+
+
 def test_sampling_and_evaluation_take_the_plain_weights() -> None:
     plain, narrow, chosen = experts_of(None).eval(), experts_of("mxfp8").eval(), choice()
     x, p = draw(len(chosen), HIDDEN, seed=1), torch.rand(chosen.shape)
@@ -337,7 +349,12 @@ def test_what_is_checked_is_what_is_pinned(repository: Path) -> None:
     assert all(lock[package] == gpu[package] for package in gpu.keys() & lock.keys())
 
 
-def test_places_are_few_enough() -> None:
+def test_places_are_few_enough_and_estimated(repository: Path) -> None:
     """At full scale: 16,384 tokens of 4 of 256 experts."""
+    full, kept = repository / "configs" / "vpmoe_stage1.yaml", ["--recompute-granularity", "null"]
+    plain = memory_estimate(load_config(full, kept)).parts["activations"]
     for name, most in (("fp8_rowwise", 1.07), ("mxfp8", 1.5)):
         assert FORMATS[name].places(65_536, 256) <= most * 65_536
+        more = memory_estimate(load_config(full, [*kept, "--experts-precision", name])).parts["activations"] - plain
+        a_row = 2 * (2 * 1024 + 3 * 128)  # bytes that each of 79 layers keeps for one
+        assert 0.8 < more / ((most - 1) * 65_536 * a_row * 79) <= 1
