@@ -42,21 +42,19 @@ class BlockRows(GroupedRows):
 
     def __init__(self, expert_TK: Tensor, experts: int, wanted: ExpertFormat, *, in_order: bool = False) -> None:
         super().__init__(expert_TK, experts, in_order=in_order)
-        device, count = expert_TK.device, expert_TK.numel()
-        ends_E = self._ends_E.long()
+        ends_E, of_blocks = self._ends_E, wanted.rows - 1
         begins_E = functional.pad(ends_E, (1, 0))[:-1]
-        rows_E = ends_E - begins_E
-        places_E = rows_E.add(wanted.rows - 1).div_(wanted.rows, rounding_mode="floor").clamp_(min=1).mul_(wanted.rows)
-        places_end_E = places_E.cumsum(0)
-        places_begin_E = places_end_E - places_E
-        place_P = torch.arange(wanted.places(count, experts), device=device)
-        self._expert_P = torch.searchsorted(places_end_E, place_P, right=True).clamp_(max=experts - 1)
-        row_P = torch.minimum(place_P - places_begin_E[self._expert_P], rows_E[self._expert_P] - 1)
-        row_P = row_P.add_(begins_E[self._expert_P]).clamp_(0, count - 1)  # an expert without rows has another's
-        place_N = torch.arange(count, device=device) + (places_begin_E - begins_E)[self._expert_N.long()]
+        places_E = (
+            (ends_E - begins_E).clamp_(min=1).add_(of_blocks).bitwise_and_(~of_blocks)
+        )  # blocks are powers of two
+        self._ends_E = places_E.cumsum(0, dtype=torch.int32)
+        shift_E = self._ends_E - places_E - begins_E
+        place_P = torch.arange(wanted.places(expert_TK.numel(), experts), dtype=torch.int32, device=expert_TK.device)
+        self._expert_P = torch.searchsorted(self._ends_E[:-1], place_P, right=True, out_int32=True)
+        last_P, shift_P = (of_E.index_select(0, self._expert_P) for of_E in (ends_E - 1, shift_E))
+        row_P = torch.minimum(place_P - shift_P, last_P).clamp_(min=0)  # an expert without rows has another's
         self.token_P = row_P if self.token_P is None else self.token_P.index_select(0, row_P)
-        self.place_TK = place_N.index_select(0, self.place_TK.flatten()).view(self.place_TK.shape)
-        self._ends_E = places_end_E.int()
+        self.place_TK = self.place_TK + shift_E.index_select(0, expert_TK.flatten()).view(expert_TK.shape)
 
     @property
     def on_card(self) -> bool:
