@@ -169,7 +169,7 @@ def _feed_forward(shape: Shape, part: str, tokens: float, width: float, *, launc
     between = (
         (7.0 * width, 13.0 * width)
         if gated == 2
-        else (4.0 * width, 9.0 * width + 2 * m.add_bias_linear * m.hidden_size)
+        else (4.0 * width, 5.0 * width + 2 * m.add_bias_linear * m.hidden_size)
     )
     return (
         shape.product(part, tokens, m.hidden_size, gated * width)
@@ -179,7 +179,7 @@ def _feed_forward(shape: Shape, part: str, tokens: float, width: float, *, launc
 
 
 def _dense(shape: Shape) -> Passes:
-    return _feed_forward(shape, "feed_forward", shape.tokens, shape.cfg.model.ffn_hidden_size, launches=(2, 6))
+    return _feed_forward(shape, "feed_forward", shape.tokens, shape.cfg.model.ffn_hidden_size, launches=(2, 4))
 
 
 def _sparse(shape: Shape) -> Passes:
@@ -210,7 +210,7 @@ def _sparse(shape: Shape) -> Passes:
         found += shape.product("experts", tokens, experts, h) if biased else NOTHING
     if moe.moe_shared_expert_intermediate_size:
         shared = moe.moe_shared_expert_intermediate_size
-        found += _feed_forward(shape, "shared_expert", shape.tokens, shared, launches=(2, 7))
+        found += _feed_forward(shape, "shared_expert", shape.tokens, shared, launches=(2, 5))
         found += shape.moves("shared_expert", shape.tokens, (0, 2 * h), (0, 0))
     return found
 
