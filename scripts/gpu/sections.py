@@ -26,7 +26,7 @@ SECTIONS = [
     ),
     Section(
         "designs",
-        "training steps of nano dense and nano vpMoE, in fp32 and bf16, against fp32 on the CPU",
+        "training steps of nano dense and nano vpMoE, in fp32 and bf16, one compiled, against fp32 on the CPU",
         60,
         designs.check,
         designs.numbers,

@@ -18,7 +18,25 @@ TOP = 8
 
 
 def speed(findings: Findings) -> None:
-    """First step (compilation), bare steps, clocked and traced ones."""
+    """First step (compilation), bare steps, clocked and traced ones; the same compiled, against them."""
+    eager = _whole(findings)
+    if not findings.dry:
+        with findings.case("compiled"):
+            _compiled(findings, eager)
+
+
+def _compiled(findings: Findings, eager_s: float) -> None:
+    """Bare steps with ``compile: step``, which a first step compiles."""
+    torch.compiler.reset()
+    subject = Subject(_configuration(findings.dry, "--compile=step"))
+    first = seconds(subject.step)
+    subject.step()
+    step = seconds(subject.step, STEPS)
+    findings.row(compile="step", step_ms=1e3 * step, eager_over_it=eager_s / step, first_step_s=round(first, 2))
+
+
+def _whole(findings: Findings) -> float:
+    """The eager step from all sides; returns its seconds."""
     cfg, on_gpu = _configuration(findings.dry), device.has_gpu()
     if on_gpu:  # what has seen other lengths is compiled for any length; a training has one
         torch.compiler.reset()
@@ -68,9 +86,10 @@ def speed(findings: Findings) -> None:
     findings.note("ms of a step by operator: " + _listed(top))
     findings.note("GiB estimated: " + ", ".join(f"{part} {size / 2**30:.2f}" for part, size in estimate.items()))
     findings.note(f"trace in {findings.traces}")
+    return tokens / rate
 
 
-def _configuration(dry: bool) -> RunConfig:
+def _configuration(dry: bool, *more: str) -> RunConfig:
     """Four micro-batches a step, as one of eight GPUs has them; but this one updates all matrices of its layers."""
     alone = ["--nproc-per-node=1", "--expert-model-parallel-size=1"]
     if dry:
@@ -78,7 +97,7 @@ def _configuration(dry: bool) -> RunConfig:
         return load_config("configs/nano/stage1.yaml", [*alone, *small, "--global-batch-size=2", "--bf16=true"])
     size = load_config("configs/vpmoe_stage1.yaml").training.micro_batch_size
     return load_config(
-        "configs/vpmoe_stage1.yaml", [*alone, f"--num-layers={LAYERS}", f"--global-batch-size={4 * size}"]
+        "configs/vpmoe_stage1.yaml", [*alone, f"--num-layers={LAYERS}", f"--global-batch-size={4 * size}", *more]
     )
 
 

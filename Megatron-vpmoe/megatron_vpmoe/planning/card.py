@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -127,7 +128,8 @@ def on_paper(name: str, memory: int, devices: int, counting: Counting) -> Iterat
     host_only = {
         "is_available": lambda: True, "device_count": lambda: devices, "current_device": lambda: 0,
         "set_device": lambda *_: None, "get_device_name": lambda *_: name, "mem_get_info": lambda *_: (memory, memory),
-        "get_device_capability": lambda *_: (9, 0), "current_stream": timeline, "default_stream": timeline,
+        "get_device_capability": lambda *_: (9, 0), "get_device_properties": lambda *_: SimpleNamespace(major=9),
+        "current_stream": timeline, "default_stream": timeline,
         "stream": lambda _: contextlib.nullcontext(), "Stream": timeline, "Event": timeline,
         "manual_seed": lambda *_: None, "get_rng_state": lambda *_, **__: torch.get_rng_state(),
         "set_rng_state": lambda *_, **__: None, "_lazy_call": lambda *_, **__: None, "_lazy_init": lambda: None,

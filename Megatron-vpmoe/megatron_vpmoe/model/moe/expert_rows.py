@@ -91,7 +91,8 @@ class GroupedRows:
     def outer(self, left_PW: Tensor, right_PW: Tensor) -> Tensor:
         """[E, W_left, W_right]: for each expert the sum over its rows of left right^T."""
         out = self._product(left_PW.t(), right_PW)
-        if out.is_cuda and torch.cuda.get_device_capability(out.device)[0] >= 10:
+        # Not its capability, of which torch's compiler makes no constant.
+        if out.is_cuda and torch.cuda.get_device_properties(out.device).major >= 10:
             # Blackwell's kernel leaves what was in memory where an expert has no row (pytorch issue 172439).
             idle_E = self._ends_E == functional.pad(self._ends_E, (1, 0))[:-1]
             out.masked_fill_(idle_E[:, None, None], 0.0)
