@@ -70,10 +70,7 @@ def test_every_part_is_counted(run: str) -> None:
 def test_a_layer_is_few_launches() -> None:
     dense, moe = step("dense on 8"), step("moe on 8")
     assert dense.layers["forward", "local dense"] <= 80 and dense.layers["forward", "global dense"] <= 80
-    outside = sum(moe.total("again", part).launches for part in ("attention", "forward", "shared_expert"))
-    assert outside <= 45 * 8
-    # Router, experts and the way between them take more than half of the layer.
-    assert moe.layers["forward", "local moe"] <= 100 and moe.layers["forward", "global moe"] <= 80
+    assert moe.layers["forward", "local moe"] <= 80 and moe.layers["forward", "global moe"] <= 80
 
 
 @pytest.mark.slow
@@ -106,5 +103,5 @@ def test_all_eighty_layers() -> None:
     counts = counted("vpmoe_stage1.yaml", steps=1)  # its first step, which makes the optimizer's state
     found = waits(counts, "forward", "again", "backward", "other")
     assert not [site for site in found if not site.startswith(MADE_ONCE)]
-    assert counts.total("forward").launches <= 100 * 80 and counts.total("again").launches <= 85 * 80
+    assert counts.total("forward").launches <= 85 * 80 and counts.total("again").launches <= 75 * 80
     assert counts.total("backward").launches <= 165 * 80 and counts.total("optimizer").launches <= 2400

@@ -19,7 +19,7 @@ from torch.nn import Module
 
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.compilation import part
-from megatron_vpmoe.model.moe.router import RealTokens
+from megatron_vpmoe.model.moe.real_tokens import RealTokens
 from megatron_vpmoe.model.recompute import recomputed
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.runtime.ranges import annotated

@@ -28,7 +28,7 @@ from torch import Tensor
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.block import VPTransformerBlock
 from megatron_vpmoe.model.layer_specs import block_spec
-from megatron_vpmoe.model.moe.router import RealTokens
+from megatron_vpmoe.model.moe.real_tokens import RealTokens
 from megatron_vpmoe.model.output import ModelOutput
 from megatron_vpmoe.model.pipeline import Stage, Wire, draw_preceding_weights
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig

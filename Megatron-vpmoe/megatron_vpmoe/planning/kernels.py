@@ -43,7 +43,6 @@ _KERNELS = {
     "nonzero": 4,
     "repeat_interleave": 2,
     "sort": 4,
-    "topk": 3,
 }
 _MULTI_TENSOR_CHUNK, _MULTI_TENSOR_BLOCKS = 65536, 320
 _MULTI_TENSOR_LISTS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
@@ -115,6 +114,8 @@ def _launches(name: str, given: dict[str, Any], inputs: list[Tensor], outputs: l
         return max(by_lists, -(-chunks // _MULTI_TENSOR_BLOCKS)) + (name == "_foreach_norm") * by_lists
     if name == "cat":
         return -(-len(inputs) // _CAT_TENSORS)
+    if name == "topk":  # the best of each row are selected, then put in order
+        return 1 + bool(given.get("sorted", True))
     copied = 0
     if name in ("addmm", "baddbmm"):  # a product is added in place; a vector joins in the product's own kernel
         added, target = inputs[0], given.get("out", outputs[0])

@@ -123,12 +123,12 @@ def _attention(shape: Shape, number: int) -> Passes:
         found += shape.product(part, tokens, m.hidden_size, width)
     forward, backward = [3 * m.hidden_size + 4 * qkv, 4.0], [3 * m.hidden_size + 10 * qkv, 10.0]
     for holds, ahead, launched, back, launched_back in (
-        (position in ("grape_m", "rope"), 8 * (queries + keys), 9, 8 * (queries + keys), 7),
+        (position in ("grape_m", "rope"), 8 * (queries + keys), 7, 8 * (queries + keys), 5),
         (position == "grape_m", 0, 5, 8 * (queries + keys), 10),
         (m.softmax_type == "learnable", 3 * queries, 1, 2 * queries, 3),
-        (m.add_qkv_bias, 2 * qkv, 1, qkv, 2),
-        (m.value_residual and number > 1, 16 * keys, 2, 16 * keys, 4),
-        (cfg.is_tpa_layer(number), 2 * sum(rows.values()), 7, 9 * sum(rows.values()), 13),
+        (m.add_qkv_bias, 2 * qkv, 0, qkv, 2),
+        (m.value_residual and number > 1, 8 * keys, 0, 16 * keys, 4),
+        (cfg.is_tpa_layer(number), 2 * sum(rows.values()), 3, 9 * sum(rows.values()), 7),
     ):
         if holds:
             forward = [forward[0] + ahead, forward[1] + launched]
@@ -190,15 +190,15 @@ def _sparse(shape: Shape) -> Passes:
     narrow = 4 / (2 if shape.size == 2 else 2 * _WIDER)  # scores are fp32 in every model
     found = (
         shape.product("router", tokens, h, experts, kind="product" if shape.size == 2 else "wide")
-        + shape.moves("router", tokens, (9 * narrow * experts, 21 * narrow * experts + 3 * h), (29, 30))
+        + shape.moves("router", tokens, (9 * narrow * experts, 21 * narrow * experts + 3 * h), (21, 30))
         + shape.product("experts", rows, h, gated * width, kind="experts", copies=held)
         + shape.product("experts", rows, width, h, kind="experts", copies=held)
-        + shape.moves("experts", rows, (2 * h + 13 * width * gated, 3 * h + 24 * width * gated), (12, 23))
+        + shape.moves("experts", rows, (2 * h + 13 * width * gated, 3 * h + 24 * width * gated), (11, 23))
     )
     # The gradient of the router's weight is of two parts of the logits'.
     again = found.backward[0]
     found += Passes([], [again._replace(flops=again.flops / 2, moved=again.moved / 2, launches=1)])
-    placing = Work("dispatch", "memory", 0.0, rows * _ROUTED_ROW_BYTES, 10, 1, rows * 8.0)
+    placing = Work("dispatch", "memory", 0.0, rows * _ROUTED_ROW_BYTES, 8, 1, rows * 8.0)
     found += Passes([placing], [])
     biased = cfg.model.add_bias_linear  # the second bias is a product over all experts of the rank
     if ranks > 1:

@@ -96,10 +96,11 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, *, sign: int 
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     (first, second), (out_first, out_second) = x.chunk(2, -1), out.chunk(2, -1)
-    for here, other, target, value in ((first, second, out_first, -sign), (second, first, out_second, sign)):
-        is_wide = dtype == torch.promote_types(x.dtype, cos.dtype)
-        product = torch.mul(here, cos, out=target) if is_wide else here * cos
-        torch.addcmul(product, other, sin, value=value, out=target)
+    halves, cos = x.unflatten(-1, (2, -1)), cos.unsqueeze(-2)
+    is_wide = dtype == torch.promote_types(x.dtype, cos.dtype)
+    product = torch.mul(halves, cos, out=out.view(halves.shape)) if is_wide else halves * cos
+    torch.addcmul(product[..., 0, :], second, sin, value=-sign, out=out_first)
+    torch.addcmul(product[..., 1, :], first, sin, value=sign, out=out_second)
     return out
 
 

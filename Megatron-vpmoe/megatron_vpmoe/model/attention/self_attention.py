@@ -237,14 +237,7 @@ class VPSelfAttention(MegatronModule):
             factor_b = gather_from_sequence_parallel_region(factor_b, group=self.tp_group)
         else:
             factor_b = copy_to_tensor_model_parallel_region(factor_b, group=self.tp_group)
-        qkv = contract_factors(self.linear_tpa_a(hidden_SBH)[0], factor_b, self.tpa)
-        if self.qkv_bias is None:
-            return qkv
-        query, key, value = (
-            x + bias
-            for x, bias in zip(qkv, split_mixed_qkv(self.qkv_bias, self.num_heads, self.num_groups), strict=True)
-        )
-        return query, key, value
+        return contract_factors(self.linear_tpa_a(hidden_SBH)[0], factor_b, self.tpa, self.qkv_bias)
 
     def scored_qkv(self, hidden_SBH: Tensor, turns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """``project_qkv`` with queries and keys as they meet in the scores: normed, and rotated where layers rotate."""

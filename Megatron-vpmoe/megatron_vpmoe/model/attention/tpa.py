@@ -14,11 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -46,22 +48,56 @@ class TPAGeometry:
         return self.q_rank * self.head_dim, self.rank * self.head_dim, self.rank * self.head_dim
 
 
-def contract_factors(a_SBN: Tensor, b_SBN: Tensor, geometry: TPAGeometry) -> tuple[Tensor, Tensor, Tensor]:
+def contract_factors(
+    a_SBN: Tensor, b_SBN: Tensor, geometry: TPAGeometry, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [S, B, H, D], keys and values [S, B, G, D] from the outputs of the two factor projections.
 
     Args:
         a_SBN: [S, B, sum(a_sizes)].
         b_SBN: [S, B, sum(b_sizes)].
         geometry: the sizes.
+        bias: [G·(P + 2)·D], of what comes out, in Megatron's mixed layout; None: none.
     """
     g = geometry
     a_q, a_kv = a_SBN.split([g.a_sizes[0], 2 * g.a_sizes[1]], dim=-1)
     b_q, b_kv = b_SBN.split([g.b_sizes[0], 2 * g.b_sizes[1]], dim=-1)
-    # The small factor carries the division by the rank.
-    query = (a_q.unflatten(-1, (g.num_heads, g.q_rank)) / g.q_rank) @ b_q.unflatten(-1, (g.q_rank, g.head_dim))
-    key_value = (a_kv.unflatten(-1, (2, g.num_groups, g.rank)) / g.rank) @ b_kv.unflatten(-1, (2, g.rank, g.head_dim))
-    key, value = key_value.unbind(2)
+    bias_q = bias_kv = None
+    if bias is not None:
+        per_group = g.num_heads // g.num_groups
+        bias_q, bias_kv = bias.view(g.num_groups, per_group + 2, g.head_dim).split([per_group, 2], dim=1)
+        bias_kv = bias_kv.transpose(0, 1)
+    a_q, b_q = a_q.unflatten(-1, (g.num_heads, g.q_rank)), b_q.unflatten(-1, (g.q_rank, g.head_dim))
+    a_kv, b_kv = a_kv.unflatten(-1, (2, g.num_groups, g.rank)), b_kv.unflatten(-1, (2, g.rank, g.head_dim))
+    query = cast(Tensor, _Contraction.apply(a_q, b_q, bias_q))
+    key, value = cast(Tensor, _Contraction.apply(a_kv, b_kv, bias_kv)).unbind(2)
     return query, key, value
+
+
+class _Contraction(Function):
+    """a b / R + bias in one product; the division goes into it, and into those of the derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+        """[S, B, .., N, D] of a [S, B, .., N, R] and b [S, B, .., R, D]; the bias is one token's."""
+        out = a.new_empty(*a.shape[:-1], b.shape[-1])
+        if bias is not None:
+            out.view(*a.shape[:2], *bias.shape).copy_(bias)
+        a, b = a.flatten(0, -3), b.flatten(0, -3)
+        ctx.save_for_backward(a, b)
+        ctx.bias = None if bias is None else bias.shape
+        out.flatten(0, -3).baddbmm_(a, b, beta=int(bias is not None), alpha=1 / a.shape[-1])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[override]
+        a, b = ctx.saved_tensors
+        batch, of_one = grad.shape[:-2], grad.flatten(0, -3)
+        grad_a = torch.empty_like(a).baddbmm_(of_one, b.mT, beta=0, alpha=1 / a.shape[-1])
+        grad_b = torch.empty_like(b).baddbmm_(a.mT, of_one, beta=0, alpha=1 / a.shape[-1])
+        grad_bias = None if ctx.bias is None else grad.flatten(2).sum((0, 1)).view(ctx.bias)
+        return grad_a.view(*batch, *a.shape[1:]), grad_b.view(*batch, *b.shape[1:]), grad_bias
 
 
 def factor_a_init(geometry: TPAGeometry, ranks: int = 1) -> Callable[[Tensor], Tensor]:

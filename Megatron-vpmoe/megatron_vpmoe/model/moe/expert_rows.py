@@ -26,31 +26,50 @@ PADDED_UP_TO = 2.5
 _ALIGNED_BYTES = 16
 
 
+class Numbers:
+    """int64 numbers on a device, counted up from 0: those of all layers of a pass, each row of them made once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._made: dict[tuple[int, int], Tensor] = {}
+
+    def below(self, end: int, step: int = 1) -> Tensor:
+        """0, ``step``, ..., to be read only."""
+        if (end, step) not in self._made:
+            self._made[end, step] = torch.arange(0, end, step, device=self._device)
+        return self._made[end, step]
+
+
 class GroupedRows:
     """Rows sorted by expert; products by torch's grouped product.
 
     Args:
         expert_TK: integers, the experts of each token.
         experts: how many there are.
+        numbers: shared with other layers; None: its own.
         in_order: the tokens are sorted by their only expert already, and so are rows.
     """
 
     name = "grouped"
 
-    def __init__(self, expert_TK: Tensor, experts: int, *, in_order: bool = False) -> None:
+    def __init__(
+        self, expert_TK: Tensor, experts: int, numbers: Numbers | None = None, *, in_order: bool = False
+    ) -> None:
         tokens, topk = expert_TK.shape
-        numbers = torch.arange(tokens * topk, device=expert_TK.device)
+        numbers = numbers or Numbers(expert_TK.device)
+        numbers_N = numbers.below(tokens * topk)
         self._expert_N, order_N = expert_TK.flatten(), None
         if not in_order:
             self._expert_N, order_N = self._expert_N.sort(stable=True)
-        ids = torch.arange(experts, dtype=self._expert_N.dtype, device=expert_TK.device)
+        ids = numbers.below(experts).to(self._expert_N.dtype)
         self._ends_E = torch.searchsorted(self._expert_N, ids, right=True, out_int32=True)
         self._expert_TK, self._experts = expert_TK, experts
+        self._starts_T = numbers.below(tokens * topk, topk)
         self.token_P: Tensor | None = None
-        self.place_TK = numbers.view(tokens, topk)
+        self.place_TK = numbers_N.view(tokens, topk)
         if order_N is not None:
             self.token_P = order_N.div(topk, rounding_mode="floor")
-            self.place_TK = torch.empty_like(order_N).scatter_(0, order_N, numbers).view(tokens, topk)
+            self.place_TK = torch.empty_like(order_N).scatter_(0, order_N, numbers_N).view(tokens, topk)
         self._order_N = order_N
 
     def gather(self, x_TW: Tensor) -> Tensor:
@@ -59,7 +78,9 @@ class GroupedRows:
 
     def add_up(self, rows_PW: Tensor) -> Tensor:
         """[T, W]: the sum of each token's rows, in fp32 or wider, in the order of its experts."""
-        return rows_PW if self.token_P is None else functional.embedding_bag(self.place_TK, rows_PW, mode="sum")
+        if self.token_P is None:
+            return rows_PW
+        return functional.embedding_bag(self.place_TK.flatten(), rows_PW, self._starts_T, mode="sum")
 
     def spread(self, value_TK: Tensor) -> Tensor:
         """[P, 1]: each row's own value; 0 in places without a row."""
@@ -115,16 +136,19 @@ class PaddedRows(GroupedRows):
 
     name = "padded"
 
-    def __init__(self, expert_TK: Tensor, experts: int, *, in_order: bool = False) -> None:
-        super().__init__(expert_TK, experts, in_order=in_order)
+    def __init__(
+        self, expert_TK: Tensor, experts: int, numbers: Numbers | None = None, *, in_order: bool = False
+    ) -> None:
+        numbers = numbers or Numbers(expert_TK.device)
+        super().__init__(expert_TK, experts, numbers, in_order=in_order)
         ends_E = self._ends_E.long()
         begins_E = functional.pad(ends_E, (1, 0))[:-1]
         most = int((ends_E - begins_E).max())
         # The n-th row, sorted, is the (n - begin of its expert)-th of its expert: its place is that, plus e * most.
-        shift_E = torch.arange(experts, device=ends_E.device) * most - begins_E
-        numbers = torch.arange(len(self._expert_N), device=ends_E.device)
-        place_N = numbers + shift_E.index_select(0, self._expert_N.long())
-        tokens = numbers if self.token_P is None else self.token_P
+        shift_E = numbers.below(experts) * most - begins_E
+        numbers_N = numbers.below(len(self._expert_N))
+        place_N = numbers_N + shift_E.index_select(0, self._expert_N.long())
+        tokens = numbers_N if self.token_P is None else self.token_P
         # Places without a row compute the first token again, with a weight of 0, and nobody reads them.
         self.token_P = tokens.new_zeros(experts * most).scatter_(0, place_N, tokens)
         self.place_TK = place_N.index_select(0, self.place_TK.flatten()).view(self.place_TK.shape)
@@ -170,7 +194,9 @@ def _(left: Tensor, right: Tensor, ends_E: Tensor) -> Tensor:
     return left.new_empty(*shape, right.shape[-1])
 
 
-def layout_of(expert_TK: Tensor, experts: int, dtype: torch.dtype, *, in_order: bool = False) -> GroupedRows:
+def layout_of(
+    expert_TK: Tensor, experts: int, dtype: torch.dtype, numbers: Numbers | None = None, *, in_order: bool = False
+) -> GroupedRows:
     """The rows in the faster layout for these loads; padded where the grouped product does not know ``dtype``.
 
     On a GPU always grouped: loads are skewed there, memory is dear, and to ask for a load is to wait for the device.
@@ -182,7 +208,7 @@ def layout_of(expert_TK: Tensor, experts: int, dtype: torch.dtype, *, in_order: 
     elif not torch.compiler.is_compiling() and expert_TK.device.type == "cpu" and _pads(dtype):
         most = int(torch.bincount(expert_TK.flatten(), minlength=experts).max())
         layout = PaddedRows if experts * most <= PADDED_UP_TO * expert_TK.numel() else GroupedRows
-    return layout(expert_TK, experts, in_order=in_order)
+    return layout(expert_TK, experts, numbers, in_order=in_order)
 
 
 def layout_rule(dtype: torch.dtype, device_type: str, *, compiled: bool = False) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from megatron_vpmoe.model.moe.expert_rows import GroupedRows, layout_of
+from megatron_vpmoe.model.moe.expert_rows import GroupedRows, Numbers, layout_of
 from megatron_vpmoe.model.moe.narrow_rows import narrow_rows
 from megatron_vpmoe.model.precision import multiplies_narrow, wide_product
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
@@ -131,19 +131,28 @@ class StackedExperts(MegatronModule):
         parameter.allreduce = False  # type: ignore[attr-defined]
         return parameter
 
-    def of_tokens(self, x_TH: Tensor, expert_TK: Tensor, p_TK: Tensor, *, in_order: bool = False) -> Tensor:
+    def of_tokens(
+        self,
+        x_TH: Tensor,
+        expert_TK: Tensor,
+        p_TK: Tensor,
+        numbers: Numbers | None = None,
+        *,
+        in_order: bool = False,
+    ) -> Tensor:
         """Each token's experts' outputs, weighted and added up.
 
         Args:
             x_TH: tokens.
             expert_TK: integers, the experts of each.
             p_TK: the router's weight of each.
+            numbers: shared with other layers of the pass.
             in_order: the tokens are sorted by their only expert (K = 1).
 
         Returns:
             [T, H] in the dtype of x.
         """
-        rows = self._rows(expert_TK, x_TH.dtype, in_order)
+        rows = self._rows(expert_TK, x_TH.dtype, numbers, in_order)
         self.last_layout = rows.name
         with annotated("experts"):
             out = _ExpertFeedForward.apply(
@@ -151,11 +160,11 @@ class StackedExperts(MegatronModule):
             )
         return cast(Tensor, out)
 
-    def _rows(self, expert_TK: Tensor, dtype: torch.dtype, in_order: bool) -> GroupedRows:
+    def _rows(self, expert_TK: Tensor, dtype: torch.dtype, numbers: Numbers | None, in_order: bool) -> GroupedRows:
         """In training in the format that was asked for; sampling and evaluation take the weights as they are."""
         experts, precision = self.num_local_experts, self.config.experts_precision
         if precision is None or not self.training:
-            return layout_of(expert_TK, experts, dtype, in_order=in_order)
+            return layout_of(expert_TK, experts, dtype, numbers, in_order=in_order)
         _, ffn, hidden = self.fc1_weight.shape
         return narrow_rows(precision, expert_TK, experts, hidden=hidden, ffn=ffn, in_order=in_order)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_vpmoe.model.compilation import part
 from megatron_vpmoe.model.moe.experts import StackedExperts
-from megatron_vpmoe.model.moe.router import RealTokens, VPMoERouter
+from megatron_vpmoe.model.moe.real_tokens import RealTokens
+from megatron_vpmoe.model.moe.router import VPMoERouter
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.runtime.ranges import annotated
 
@@ -42,7 +44,9 @@ class VPMoELayer(MoELayer):
         shared, score_SBE = self.shared_experts_compute(hidden_states), router.scores(hidden_states)
         real = real or RealTokens.all_of(score_SBE, router.topk)
         chosen_TK, computed = router.chosen(score_SBE, real), part(VPMoELayer.computed, compiled)
-        out, loss = computed(self, hidden_states, shared, score_SBE, chosen_TK, real.made() if compiled else real)
+        if compiled:
+            router.make(real, score_SBE.dtype)
+        out, loss = computed(self, hidden_states, shared, score_SBE, chosen_TK, real)
         return router.with_loss(out, loss), None
 
     def computed(
@@ -52,5 +56,6 @@ class VPMoELayer(MoELayer):
         router, experts = cast(VPMoERouter, self.router), cast(StackedExperts, self.experts)
         with annotated("router"):
             weight_TK, loss = router.weighed(score_SBE, chosen_TK, real)
-        out = experts.of_tokens(hidden_SBH.flatten(0, 1), chosen_TK, weight_TK).view_as(hidden_SBH)
+        numbers = None if torch.compiler.is_compiling() else real.numbers
+        out = experts.of_tokens(hidden_SBH.flatten(0, 1), chosen_TK, weight_TK, numbers).view_as(hidden_SBH)
         return out if shared_SBH is None else out + shared_SBH, loss

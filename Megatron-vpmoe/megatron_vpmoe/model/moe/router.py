@@ -5,8 +5,6 @@ Shapes: S sequence, B batch, E experts, K experts a token, N = S*B tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -20,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_vpmoe.model.compilation import part
+from megatron_vpmoe.model.moe.real_tokens import RealTokens
 from megatron_vpmoe.model.precision import multiplies_narrow, wide_product, without_narrowing
 from megatron_vpmoe.model.recompute import chosen_once, is_recomputing
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
@@ -61,53 +60,10 @@ def weights_at(score_NE: Tensor, chosen_NK: Tensor, score_function: str, scaling
     return weight * scaling if scaling else weight
 
 
-@dataclass(frozen=True, eq=False)
-class RealTokens:
-    """Which tokens are no padding, in the forms that routers read; each is made once for all layers of a pass.
-
-    Attributes:
-        padding_BS: bool, True on padding.
-        topk: K.
-    """
-
-    padding_BS: Tensor
-    topk: int
-
-    @classmethod
-    def all_of(cls, score_SBE: Tensor, topk: int) -> RealTokens:
-        """None is padding."""
-        return cls(score_SBE.new_zeros(score_SBE.shape[:2], dtype=torch.bool).t(), topk)
-
-    def made(self) -> RealTokens:
-        """Itself with all of its forms: what is compiled makes none."""
-        _ = self.of_NK, self.of_BN, self.per_sequence_B
-        return self
-
-    @cached_property
-    def of_SB(self) -> Tensor:
-        """fp32, 1 for a token that is real and 0 for another."""
-        return (~self.padding_BS).t().float()
-
-    @cached_property
-    def of_NK(self) -> Tensor:
-        """The same for each choice of each token, [N K]."""
-        return self.of_SB.reshape(-1, 1).expand(-1, self.topk).flatten()
-
-    @cached_property
-    def of_BN(self) -> Tensor:
-        """The same by sequence, [B, S K]."""
-        return self.of_SB.t().unsqueeze(-1).expand(-1, -1, self.topk).flatten(1)
-
-    @cached_property
-    def per_sequence_B(self) -> Tensor:
-        """How many a sequence has."""
-        return self.of_SB.sum(0)
-
-
 def sequence_balance_loss(
     score_SBE: Tensor,
     total_SB: Tensor,
-    chosen_SBK: Tensor,
+    chosen_BSK: Tensor,
     real: RealTokens,
     *,
     coefficient: float,
@@ -122,7 +78,7 @@ def sequence_balance_loss(
     Args:
         score_SBE: scores, fp32.
         total_SB: what a token's scores are divided by: their sum.
-        chosen_SBK: int64, the unbiased top-k.
+        chosen_BSK: int64, the unbiased top-k, by sequence.
         real: which tokens are real.
         sequence_group: the ranks that hold the other parts of these sequences (sequence parallelism); each then
             computes the whole loss and its part's gradient.
@@ -130,21 +86,16 @@ def sequence_balance_loss(
     Returns:
         0-d fp32.
     """
-    share_SB = real.of_SB.to(score_SBE.dtype) / total_SB
+    factor = coefficient * score_SBE.shape[-1] / chosen_BSK.shape[-1]
+    share_SB = real.share_SB(factor, total_SB.dtype, sequence_group) / total_SB
     scores_BE = torch.bmm(share_SB.t().unsqueeze(1), score_SBE.transpose(0, 1)).squeeze(1)
     scores_BE = scores_BE.to(torch.promote_types(scores_BE.dtype, real.of_BN.dtype))
     # Whole numbers: in whatever order they are added, the sum is one.
-    chosen_BN = chosen_SBK.transpose(0, 1).flatten(1)
-    tokens_BE = torch.zeros_like(scores_BE).scatter_add_(1, chosen_BN, real.of_BN.to(scores_BE.dtype))
-    real_B = real.per_sequence_B
+    tokens_BE = torch.zeros_like(scores_BE).scatter_add_(1, chosen_BSK.flatten(1), real.of_BN.to(scores_BE.dtype))
     if sequence_group is not None:
         scores_BE = reduce_from_tensor_model_parallel_region(scores_BE, group=sequence_group)
-        real_B = real_B.clone()
         torch.distributed.all_reduce(tokens_BE, group=sequence_group)
-        torch.distributed.all_reduce(real_B, group=sequence_group)
-    experts, topk = score_SBE.shape[-1], chosen_SBK.shape[-1]
-    load_BE = tokens_BE * (experts * coefficient / topk / real_B.clamp(min=1)).unsqueeze(1)
-    return torch.dot(scores_BE.flatten(), load_BE.flatten())
+    return torch.dot(scores_BE.flatten(), tokens_BE.flatten())
 
 
 class _Logits(Function):
@@ -254,12 +205,22 @@ class VPMoERouter(TopKRouter):
         loss = sequence_balance_loss(
             score_SBE,
             score_SBE.sum(-1) + _TINY,
-            score_SBE.detach().topk(self.topk).indices,
+            score_SBE.detach().transpose(0, 1).topk(self.topk, sorted=False).indices,
             real,
             coefficient=coefficient,
-            sequence_group=self.tp_group if self.config.sequence_parallel else None,
+            sequence_group=self._sequence_group,
         )
         return weight_NK, loss
+
+    def make(self, real: RealTokens, dtype: torch.dtype) -> None:
+        """All that ``weighed`` reads of the real tokens, for scores of ``dtype``: what is compiled makes none of it."""
+        experts = cast(int, self.config.num_moe_experts)
+        factor = self.get_aux_loss_coeff("seq_aux_loss") * experts / self.topk
+        _ = real.of_BN, real.share_SB(factor, dtype, self._sequence_group)
+
+    @property
+    def _sequence_group(self) -> ProcessGroup | None:
+        return self.tp_group if self.config.sequence_parallel else None
 
     def with_loss(self, x: Tensor, loss: Tensor | None) -> Tensor:
         """``x``, through which the loss gets its gradient; never compiled, as upstream sets its scale afterwards."""

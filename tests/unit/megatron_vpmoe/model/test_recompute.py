@@ -10,7 +10,8 @@ import torch
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.model.gpt import VPModel
-from megatron_vpmoe.model.moe.router import RealTokens, VPMoERouter
+from megatron_vpmoe.model.moe.real_tokens import RealTokens
+from megatron_vpmoe.model.moe.router import VPMoERouter
 from megatron_vpmoe.model.recompute import Recomputation, is_recomputing, recomputed
 from tests.tiny import random_batch, tiny_config
 

@@ -49,7 +49,7 @@ def use(layout: type[GroupedRows], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         experts_module,
         "layout_of",
-        lambda chosen, experts, _dtype, in_order: layout(chosen, experts, in_order=in_order),
+        lambda chosen, experts, _dtype, numbers, in_order: layout(chosen, experts, numbers, in_order=in_order),
     )
 
 

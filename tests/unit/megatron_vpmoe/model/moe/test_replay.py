@@ -10,8 +10,9 @@ from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.model.moe.real_tokens import RealTokens
 from megatron_vpmoe.model.moe.replay import recording, replaying
-from megatron_vpmoe.model.moe.router import RealTokens, VPMoERouter
+from megatron_vpmoe.model.moe.router import VPMoERouter
 from megatron_vpmoe.model.recompute import is_recomputing
 from megatron_vpmoe.model.transformer_config import transformer_config
 from tests.tiny import random_batch, tiny_config

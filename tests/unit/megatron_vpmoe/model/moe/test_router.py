@@ -9,7 +9,8 @@ import torch
 from megatron.core.transformer.moe.moe_layer import get_default_pg_collection
 
 from megatron_vpmoe.model.builder import build_model, wrap_for_training
-from megatron_vpmoe.model.moe.router import RealTokens, VPMoERouter, sequence_balance_loss
+from megatron_vpmoe.model.moe.real_tokens import RealTokens
+from megatron_vpmoe.model.moe.router import VPMoERouter, sequence_balance_loss
 from megatron_vpmoe.model.transformer_config import transformer_config
 from megatron_vpmoe.objectives import build_objective
 from megatron_vpmoe.optim import build_optimizer
@@ -30,7 +31,7 @@ def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def balance_loss(scores: torch.Tensor, chosen: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     tokens = RealTokens(~real.t(), TOPK)
-    return sequence_balance_loss(scores, scores.sum(-1), chosen, tokens, coefficient=0.1)
+    return sequence_balance_loss(scores, scores.sum(-1), chosen.transpose(0, 1), tokens, coefficient=0.1)
 
 
 def test_balance_loss_does_not_depend_on_the_split() -> None:
