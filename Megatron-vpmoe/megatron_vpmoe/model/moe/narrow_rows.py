@@ -44,9 +44,8 @@ class BlockRows(GroupedRows):
         super().__init__(expert_TK, experts, in_order=in_order)
         ends_E, of_blocks = self._ends_E, wanted.rows - 1
         begins_E = functional.pad(ends_E, (1, 0))[:-1]
-        places_E = (
-            (ends_E - begins_E).clamp_(min=1).add_(of_blocks).bitwise_and_(~of_blocks)
-        )  # blocks are powers of two
+        rows_E = (ends_E - begins_E).clamp_(min=1)
+        places_E = rows_E.add_(of_blocks).bitwise_and_(~of_blocks)  # blocks are powers of two
         self._ends_E = places_E.cumsum(0, dtype=torch.int32)
         shift_E = self._ends_E - places_E - begins_E
         place_P = torch.arange(wanted.places(expert_TK.numel(), experts), dtype=torch.int32, device=expert_TK.device)

@@ -24,6 +24,7 @@ from megatron_vpmoe.model.moe.narrow_rows import BlockRows, narrow_rows
 from megatron_vpmoe.model.transformer_config import transformer_config
 from megatron_vpmoe.runtime import expert_formats
 from megatron_vpmoe.runtime.expert_formats import TORCHAO, check_format
+from tests.conftest import fuzz_settings
 from tests.tiny import tiny_config
 
 pytest.importorskip("torchao", reason="torchao is not installed: make setup, or pip install torchao==0.18.0")
@@ -139,6 +140,7 @@ def rounded(name: str, x: Tensor, along: int) -> Tensor:
     return narrow.flatten(-2).movedim(-1, along)
 
 
+@fuzz_settings(60)
 @given(st.integers(1, 70), st.integers(1, 3), st.booleans(), st.integers(0, 2**16))
 def test_places(tokens: int, topk: int, in_order: bool, seed: int) -> None:
     """For any choice: every row has a place of its own in a block of its expert; the rest repeats its expert's rows."""
