@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tests.gradients import whole_gradients
 from tests.tiny import TINY, random_batch, rows_of, tiny_config
 
 STEPS = 3
@@ -74,6 +75,7 @@ def train_steps(model_fields: dict[str, object], layout: Layout, **changes: obje
         health = monitor.metrics(result.metrics["tokens/real"])
         records.append({**result.metrics, "grad_norm": result.grad_norm, **health})
         scheduler.step(1)
+    gradients = whole_gradients(wrapped)
     parallel_state.destroy_model_parallel()
     parameters: list[tuple[str, Any]] = list(model.named_parameters())
     estimated = dict(parameter_count(tensor_parallel_rank(cfg)).parts)
@@ -82,7 +84,7 @@ def train_steps(model_fields: dict[str, object], layout: Layout, **changes: obje
         "records": records,
         "held": (sum(parameter.numel() for _, parameter in parameters), sum(estimated.values())),
         "start": start,
-        "gradients": {name: parameter.main_grad.clone() for name, parameter in parameters},
+        "gradients": gradients,
         "parameters": {name: parameter.detach().clone() for name, parameter in parameters},
         "biases": {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("expert_bias")},
     }

@@ -24,13 +24,13 @@ pytestmark = pytest.mark.slow
 
 
 def _two_ranks(folder: str) -> dict[str, Any]:
-    from megatron_vpmoe.model.builder import build_model
+    from megatron_vpmoe.model.builder import build_model, wrap_for_training
     from megatron_vpmoe.optim import build_optimizer, build_scheduler
 
     distributed.initialize(seed=1)
     cfg = tiny_config(num_layers=2, nproc_per_node=2)
     model = build_model(cfg)
-    optimizer = build_optimizer([model], cfg)
+    optimizer = build_optimizer([wrap_for_training(model, cfg)], cfg)
     parts = model, optimizer, build_scheduler(optimizer, cfg)
     state, rank, said = {"world_size": 2}, distributed.rank(), []
     root = Path(folder)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.gradients import whole_gradients
 from tests.tiny import TINY, random_batch, rows_of, tiny_config
 from tests.workers import run_workers
 
@@ -76,7 +77,7 @@ def _train(stages: int, **changes: object) -> dict[str, Any]:
     prepare = optimizer.prepare_grads
 
     def recorded() -> Any:
-        gradients.append({model.absolute_name(n): p.main_grad.clone() for n, p in model.named_parameters()})
+        gradients.append({model.absolute_name(name): grad for name, grad in whole_gradients(wrapped).items()})
         return prepare()
 
     optimizer.prepare_grads = recorded

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from megatron_vpmoe.config import load_config, memory_estimate
+from megatron_vpmoe.config.buffers import held_buckets
 from megatron_vpmoe.planning.counts import Counts
 from tests.counted import ROOT, SHORT, counted
 
@@ -81,12 +82,38 @@ def test_an_update_is_few_launches() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["dense on 8", "moe on 8", "dense of two tensor-parallel ranks"])
+@pytest.mark.parametrize("run", [run for run in RUNS if "stages" not in run])  # of one micro-batch, not those under way
 def test_memory_is_as_estimated(run: str) -> None:
-    (config, *overrides), _ = RUNS[run]
-    estimate = memory_estimate(load_config(ROOT / "configs" / config, overrides))
+    (config, *overrides), place = RUNS[run]
+    estimate = memory_estimate(load_config(ROOT / "configs" / config, overrides), world=place.get("world"))
     outside = estimate.parts["process"] + estimate.parts["batches"]
     assert step(run).peak == pytest.approx(estimate.total - outside, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "run", [f"{design} {world}" for design in ("dense", "moe") for world in ("on 8", "on 64", "on 1,024")]
+)
+def test_a_rank_sends_what_the_formula_says(run: str) -> None:
+    """Each bucket once: fp32 gradients by a reduce-scatter beside the backward pass, weights by an all-gather.
+
+    Both by an all-reduce where slices are unequal.
+    """
+    (config, *overrides), place = RUNS[run]
+    cfg, world = load_config(ROOT / "configs" / config, overrides), place.get("world", 8)
+    buckets = held_buckets(cfg, range(1, cfg.model.num_layers + 1), world=world, on_cpu=False)
+    even = [held for held in buckets if held.bucket.even]
+    unequal = [held for held in buckets if not held.bucket.even]
+    sent = step(run).collectives
+    assert sent["backward", "_reduce_scatter_base", world] == (len(even), sum(4 * x.bucket.size for x in even))
+    gathered = sum(x.weight_bytes * x.bucket.size // world for x in even)
+    assert sent["optimizer", "_allgather_base", world] == (len(even), gathered)
+    reduced = sum(4 * x.bucket.size for x in unequal)
+    assert sent.get(("backward", "allreduce", world), (0, 0)) == (len(unequal), reduced)
+    # Beside these the optimizer sums two squared norms, and what was measured.
+    calls, size = sent["optimizer", "allreduce", world]
+    assert (calls, size) == (2 + len(unequal), 16 + sum(x.weight_bytes * x.bucket.size for x in unequal))
+    assert sum(x.bucket.size for x in buckets) <= 1.2 * sum(x.bucket.elements for x in buckets)
 
 
 @pytest.mark.slow

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_vpmoe.config.buffers import Held, held_buckets
 from megatron_vpmoe.config.expert_formats import FORMATS
 from megatron_vpmoe.config.geometry import parameter_count, stage_layers, tensor_parallel_rank
-from megatron_vpmoe.config.parameters import EMBEDDING, OUTPUT, ROUTED, is_matrix, is_trained, parameter_sizes
+from megatron_vpmoe.config.parameters import EMBEDDING, OUTPUT, ROUTED, is_trained, parameter_sizes
 from megatron_vpmoe.config.rules import idle_lines
 from megatron_vpmoe.config.schema import RunConfig
 
 _FP32 = 4
 STACK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # of NorMuon's largest stack, where none is named
-GATHER_BYTES = 512 * 2**20  # of updated weights that all ranks send at a time
 LOGITS_CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}  # of the cross-entropy at one time
 _POSITION_BYTES = 30  # of a batch: three times int64, an int32, a bool and a byte
 DECODED_ROWS = 32  # answers that the engine of ``generation`` grows at once
@@ -31,27 +31,10 @@ class MemoryEstimate:
         return sum(self.parts.values())
 
 
-@dataclass(frozen=True)
-class _Held:
-    """Parameters of one rank by what their optimizer state takes."""
-
-    matrices: int
-    experts: int
-    others: int
-
-    @property
-    def total(self) -> int:
-        return self.matrices + self.experts + self.others
-
-
-def _held(cfg: RunConfig, layers: range, *, trained_only: bool) -> _Held:
-    """What a rank holds of ``layers``, experts spread, or what of it is trained; ``cfg`` is the rank's."""
-    counts = {"matrices": 0, "experts": 0, "others": 0}
-    for name, size in parameter_sizes(cfg, layers).items():
-        if trained_only and not is_trained(cfg, name):
-            continue
-        counts["experts" if ROUTED in name else "matrices" if is_matrix(name) else "others"] += size
-    return _Held(counts["matrices"], counts["experts"] // cfg.parallel.expert_model_parallel_size, counts["others"])
+def _held(cfg: RunConfig, layers: range) -> int:
+    """Parameters of ``layers`` that a rank holds, experts spread; ``cfg`` is the rank's."""
+    experts = cfg.parallel.expert_model_parallel_size
+    return sum(size // experts if ROUTED in name else size for name, size in parameter_sizes(cfg, layers).items())
 
 
 def _expert_rows(cfg: RunConfig) -> float:
@@ -153,47 +136,34 @@ def _sampling(cfg: RunConfig, layers: range, compute_bytes: int) -> int:
     return rows * (keys_values + m.padded_vocab_size * _FP32)
 
 
-def _dense_ranks(cfg: RunConfig) -> int:
-    """Data-parallel ranks of one machine."""
-    p = cfg.parallel
-    return max(1, p.nproc_per_node // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size))
+def _optimizer_state(cfg: RunConfig, buckets: list[Held]) -> int:
+    """Bytes of the largest share of the optimizer state.
 
-
-def _optimizer_state(cfg: RunConfig, trained: _Held) -> int:
-    """Bytes of one rank's share of the optimizer state of the ``trained`` parameters.
-
-    NorMuon keeps one moment a matrix entry, AdamW two; bf16 parameters have an fp32 master copy. Data-parallel ranks
-    share it; as many as one machine has are counted, more leave less to each.
+    NorMuon keeps one moment a matrix entry, AdamW two; bf16 parameters have an fp32 master copy.
     """
-    o, p = cfg.optim, cfg.parallel
-    moment = 2 if o.normuon_momentum_dtype == "bfloat16" else _FP32
-    per_matrix_entry = moment if o.optimizer == "normuon" else 2 * _FP32
+    moment = 2 if cfg.optim.normuon_momentum_dtype == "bfloat16" else _FP32
+    of_matrix = moment if cfg.optim.optimizer == "normuon" else 2 * _FP32
     master = _FP32 if cfg.training.bf16 else 0
-    dense_ranks = _dense_ranks(cfg)
-    expert_ranks = max(1, p.nproc_per_node // (p.expert_model_parallel_size * p.pipeline_model_parallel_size))
-    dense = trained.matrices * (per_matrix_entry + master) + trained.others * (2 * _FP32 + master)
-    return dense // dense_ranks + trained.experts * (per_matrix_entry + master) // expert_ranks
+    return sum(held.slice * (master + (2 * _FP32 if held.kind == "rows" else of_matrix)) for held in buckets)
 
 
-def _update(cfg: RunConfig, trained: _Held, on_cpu: bool) -> tuple[int, int]:
+def _update(cfg: RunConfig, buckets: list[Held], on_cpu: bool) -> tuple[int, int]:
     """Bytes that NorMuon's buffers keep from step to step, and what an update takes beside them.
 
     A stack of matrices is kept in fp32 and twice in what Polar Express computes in; gradients, momenta and weights of a
-    stack are gathered, and updated weights of all ranks.
+    stack are gathered.
     """
     o, device = cfg.optim, "cpu" if on_cpu else "cuda"
     stack = STACK_BYTES[device] if o.normuon_stack_mib is None else o.normuon_stack_mib * 2**20
-    # Experts of one parameter are a stack, other matrices of a rank's share together.
-    p = cfg.parallel
-    of_experts = (cfg.moe.num_experts or 0) // p.expert_model_parallel_size * cfg.moe.moe_ffn_hidden_size
-    own = max(of_experts * cfg.model.hidden_size if trained.experts else 0, trained.matrices // _dense_ranks(cfg))
+    own = max(sum(held.slice for held in buckets if held.kind == kind) for kind in ("matrices", "experts"))
     stack = min(stack, own * _FP32) if o.optimizer == "normuon" else 0
     halves = o.polar_express_dtype == "bfloat16" or (o.polar_express_dtype == "auto" and not on_cpu)
-    gathered = min(GATHER_BYTES, trained.total * (2 if cfg.training.bf16 else _FP32))
-    return stack * (2 if halves else 3), max(3 * stack, gathered)
+    return stack * (2 if halves else 3), 3 * stack
 
 
-def memory_estimate(cfg: RunConfig, *, on_cpu: bool = False, teacher: RunConfig | None = None) -> MemoryEstimate:
+def memory_estimate(
+    cfg: RunConfig, *, on_cpu: bool = False, teacher: RunConfig | None = None, world: int | None = None
+) -> MemoryEstimate:
     """Memory of one process of the run; of a pipeline, that of the stage that needs most.
 
     Gradients are accumulated in fp32; frozen parameters have none, and no optimizer state. Activations are what
@@ -204,14 +174,15 @@ def memory_estimate(cfg: RunConfig, *, on_cpu: bool = False, teacher: RunConfig 
         cfg: the run.
         on_cpu: the machine has no GPU, which decides the attention backend that "auto" takes.
         teacher: ``cfg`` with the geometry of ``training.teacher_weights``, whose parameters are counted; None: none.
+        world: processes of the run; None: those of one machine, more leave less to each.
     """
     cfg = tensor_parallel_rank(cfg)
     stages = stage_layers(cfg)
-    estimates = [_stage_estimate(cfg, layers, len(stages) - i, on_cpu) for i, layers in enumerate(stages)]
+    estimates = [_stage_estimate(cfg, layers, len(stages) - i, on_cpu, world) for i, layers in enumerate(stages)]
     estimate = max(estimates, key=lambda estimate: estimate.total)
     if teacher is not None:
-        held = _held(tensor_parallel_rank(teacher), range(1, teacher.model.num_layers + 1), trained_only=False)
-        estimate.parts["teacher"] = held.total * _frozen_bytes(cfg)
+        held = _held(tensor_parallel_rank(teacher), range(1, teacher.model.num_layers + 1))
+        estimate.parts["teacher"] = held * _frozen_bytes(cfg)
     return estimate
 
 
@@ -219,30 +190,33 @@ def _frozen_bytes(cfg: RunConfig) -> int:
     return 2 if cfg.training.bf16 or cfg.training.reference_bf16 else _FP32
 
 
-def _stage_estimate(cfg: RunConfig, layers: range, under_way: int, on_cpu: bool) -> MemoryEstimate:
+def _stage_estimate(cfg: RunConfig, layers: range, under_way: int, on_cpu: bool, world: int | None) -> MemoryEstimate:
     m, t, is_last = cfg.model, cfg.training, layers.stop == cfg.model.num_layers + 1
-    held, trained = (_held(cfg, layers, trained_only=only) for only in (False, True))
+    held = _held(cfg, layers)
+    buckets = held_buckets(cfg, layers, world=world, on_cpu=on_cpu)
+    # Of one rank alone, parameters stay where they are.
+    padding = sum(x.weight_bytes * (x.bucket.size - x.bucket.elements) for x in buckets if x.ranks > 1)
     compute_bytes, tokens = 2 if t.bf16 else _FP32, t.micro_batch_size * cfg.data.seq_length
     kept, transient = _activations(cfg, layers, compute_bytes, on_cpu)
     if layers.start > 1:  # what the stage before has sent
         kept += (m.hidden_size + m.value_residual * m.num_query_groups * m.kv_channels) * compute_bytes
     loss = _loss(cfg, compute_bytes, on_cpu) if is_last else 0
     activations = tokens * under_way * kept + max(0, tokens * transient - loss)  # nothing runs again before it is gone
-    buffers, update = _update(cfg, trained, on_cpu)
+    buffers, update = _update(cfg, buckets, on_cpu)
     beside, sampling = cfg.rollouts.rollout_staleness > 0, _sampling(cfg, layers, compute_bytes)
     if not beside:  # but between two updates: what it takes above what a micro-batch does
         sampling = max(0, sampling - activations - loss)
     return MemoryEstimate(
         {
-            "parameters": held.total * compute_bytes,
-            **({"reference": held.total * _frozen_bytes(cfg)} if t.reference_weights else {}),
-            "gradients": trained.total * _FP32,
-            "optimizer state": _optimizer_state(cfg, trained),
+            "parameters": held * compute_bytes + padding,
+            **({"reference": held * _frozen_bytes(cfg)} if t.reference_weights else {}),
+            "gradients": sum(each.bucket.size for each in buckets) * _FP32,
+            "optimizer state": _optimizer_state(cfg, buckets),
             "optimizer's buffers": buffers,
             "activations": activations,
             "loss": loss,
             **({"update, beyond those two": update} if (update := max(0, update - activations - loss)) else {}),
-            **({"weights that sample": held.total * compute_bytes} if beside else {}),
+            **({"weights that sample": held * compute_bytes} if beside else {}),
             **({"sampling" if beside else "sampling, beyond those two": sampling} if sampling else {}),
             "batches": _batches(cfg) if on_cpu else 0,  # else in the machine's memory
             "process": _PROCESS_BYTES,

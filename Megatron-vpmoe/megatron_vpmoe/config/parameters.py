@@ -13,6 +13,7 @@ from megatron_vpmoe.config.schema import RunConfig
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 ROUTED = ".mlp.experts."
+KEPT_FP32 = (".sink", ".grape_log_freq", ".value_residual_scale")  # in a bf16 model
 
 
 def parameter_sizes(cfg: RunConfig, layers: range | None = None) -> dict[str, int]:
@@ -103,8 +104,3 @@ def is_trained(cfg: RunConfig, name: str) -> bool:
     """Whether ``training.train_only`` leaves the parameter ``name`` trainable; without it everything is."""
     patterns = cfg.training.train_only
     return patterns is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def is_matrix(name: str) -> bool:
-    """Whether the memory estimate takes a parameter for a hidden matrix, as it does with their small neighbours."""
-    return ".self_attention." in name or (".mlp." in name and not name.endswith(".mlp.router.weight"))

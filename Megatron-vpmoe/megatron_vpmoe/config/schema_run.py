@@ -118,8 +118,8 @@ class ParallelSection(Section):
     """Layers of the last stage, which has the output layer as well; null: as many as the others."""
     expert_model_parallel_size: Few = 1
     """Ranks over which the experts are spread; divides the world size and num_experts."""
-    overlap_grad_reduce: bool = False
-    """Sum gradients over data-parallel ranks bucket by bucket while the backward pass still runs."""
+    overlap_grad_reduce: bool = True
+    """Sum gradients over data-parallel ranks while the backward pass still runs; false: after it."""
     nproc_per_node: Few = 1
     """Worker processes on each machine: one a GPU, or as many as pay on a CPU."""
     distributed_timeout_minutes: Annotated[int, within(1, 10_080, "a dead run would not be noticed for a week")] = 10

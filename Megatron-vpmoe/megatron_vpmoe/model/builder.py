@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP
@@ -17,6 +14,7 @@ from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.model.precision import cast_parameters
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig, transformer_config
 from megatron_vpmoe.runtime.device import current_device, keep_memory
+from megatron_vpmoe.runtime.sharded_data_parallel import ShardedDataParallel
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -70,43 +68,19 @@ def freeze_parameters(model: VPModel, cfg: RunConfig) -> None:
         parameter.requires_grad_(is_trained(cfg, whole))
 
 
-class _Wrapped(DistributedDataParallel):
-    """Upstream's, which can be collected.
-
-    Its hooks hang on autograd's nodes and hold it, and it holds the nodes: a cycle through C++, unseen by Python's
-    collector. The model, its buffers and its process groups with all their threads would outlive their last user.
-    """
-
-    def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable[..., None]:
-        reference = weakref.ref(self)
-
-        def hook(*_grads: object) -> None:
-            wrapped = reference()
-            if wrapped is not None:
-                super(_Wrapped, wrapped)._make_backward_post_hook(param)()
-
-        return hook
-
-
 def _finalize_model_grads(model: list[torch.nn.Module], _num_tokens: object = None, **keywords: Any) -> None:
     """Upstream's, without a division by tokens, for whose number it asks the device: losses are divided already."""
     finalize_model_grads(model, None, **keywords)
 
 
-def wrap_for_training(model: VPModel, cfg: RunConfig) -> DistributedDataParallel:
-    """Megatron-Core's DDP: fp32 gradient buffers, reduced as sums (the loss is normalised by global counts already).
+def wrap_for_training(model: VPModel, cfg: RunConfig) -> ShardedDataParallel:
+    """The model with fp32 gradients that are summed over ranks (the loss is normalised by global counts already).
 
-    Parameters that ``train_only`` leaves out are frozen first: they have no gradient buffer.
+    Parameters that ``train_only`` leaves out are frozen first: they have no gradient.
     """
     keep_memory()
     freeze_parameters(model, cfg)
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=cfg.parallel.overlap_grad_reduce,
-        use_distributed_optimizer=False,
-        check_for_nan_in_grad=False,
-    )
-    wrapped = _Wrapped(config=model.config, ddp_config=ddp_config, module=model)
+    wrapped = ShardedDataParallel(model.config, model, overlap_grad_reduce=cfg.parallel.overlap_grad_reduce)
     wrapped.broadcast_params()
     model.config.finalize_model_grads_func = _finalize_model_grads
     model.config.no_sync_func = wrapped.no_sync

@@ -14,12 +14,12 @@ import torch
 
 from megatron_vpmoe.config.memory import STACK_BYTES
 from megatron_vpmoe.optim.assignment import RULES, AssignmentRow, Rule, assigned_parameters
-from megatron_vpmoe.optim.matrix_stacks import layout_flops, matrix_layout
+from megatron_vpmoe.optim.gathering import Gathering, own_pieces
 from megatron_vpmoe.optim.normuon import NorMuon, NorMuonOptions
 from megatron_vpmoe.optim.polar_express import compute_dtype
 from megatron_vpmoe.optim.sharded_optimizer import ShardedOptimizer
-from megatron_vpmoe.optim.shares import Units
 from megatron_vpmoe.runtime import device
+from megatron_vpmoe.runtime.sharded_data_parallel import BucketGroup, Piece
 
 device.prepare()
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig  # noqa: E402
@@ -40,15 +40,21 @@ class VpOptimizer(ChainedOptimizer):
         members: the chain.
         config: upstream's, the members' own.
         groups: of this rank.
+        buckets: in which the weights are gathered, in the order in which they are updated.
     """
 
     def __init__(
-        self, members: Sequence[ShardedOptimizer], config: OptimizerConfig, groups: ProcessGroupCollection
+        self,
+        members: Sequence[ShardedOptimizer],
+        config: OptimizerConfig,
+        groups: ProcessGroupCollection,
+        buckets: Sequence[BucketGroup],
     ) -> None:
         super().__init__(list(members))
         self.config = config
         self.members = list(members)
         self.finished_updates = 0
+        self._gathering = Gathering(buckets)
         # Every rank of these groups takes part, also one that has no such parameters.
         self._norm_groups = {False: (groups.dp_cp, groups.mp), True: (groups.expt_dp, groups.tp_ep_pp)}
 
@@ -60,8 +66,8 @@ class VpOptimizer(ChainedOptimizer):
     def squared_grad_norm(self) -> torch.Tensor:
         """The square of ``get_grad_norm``, fp64 0-d on the device.
 
-        Gradients are complete on every rank of a data-parallel group; each rank takes its share, and the sum goes over
-        the group and over the ranks that hold other parameters (experts, tensor- and pipeline-parallel shards).
+        A gradient is complete on the rank that updates its parameter; the sum goes over the data-parallel group and
+        over the ranks that hold other parameters (experts, tensor- and pipeline-parallel shards).
         """
         total = torch.zeros((), dtype=torch.float64, device=device.current_device())
         for expert, groups in self._norm_groups.items():
@@ -102,10 +108,10 @@ class VpOptimizer(ChainedOptimizer):
             grads = [param.grad for param in params if param.grad is not None]
             if grads:  # a rank whose parameters are all frozen has none
                 torch._foreach_mul_(grads, clip / (grad_norm + 1e-6))
+        self._gathering.begin()
         for member in self.members:
-            member.step_with_ready_grads()
-        for member in self.members:
-            member.gather_parameters()
+            member.step_with_ready_grads(self._gathering.updated)
+        self._gathering.finish()
         self.finished_updates += 1
 
     def normuon_flops(self) -> float:
@@ -153,7 +159,7 @@ def build_optimizer(
     bf16 each member keeps fp32 master weights; parameters that are fp32 already stay their own.
 
     Args:
-        model_chunks: the model, wrapped in Megatron's DistributedDataParallel or bare.
+        model_chunks: the model, wrapped in ``ShardedDataParallel``; in a process of its own also bare.
         cfg: sections ``optim`` and ``training.bf16``.
         rules: the assignment rules.
         groups: this rank's process groups; None: those of ``parallel_state``.
@@ -172,13 +178,18 @@ def build_optimizer(
     )
     groups = ProcessGroupCollection.use_mpu_process_groups() if groups is None else groups
     assigned = assigned_parameters(list(model_chunks), cfg, rules)
+    buckets = [bucket for chunk in model_chunks for bucket in getattr(chunk, "sharded_buckets", ())]
     members: list[ShardedOptimizer] = []
-    for expert in (False, True):
-        for kind in ("normuon", "adamw"):
+    last = dict.fromkeys(buckets, -1)  # that updates anything of a bucket
+    for kind in ("adamw", "normuon"):  # the short one first: what it updated travels meanwhile
+        for expert in (False, True):
             chosen = [(row, param) for row, param in assigned if (row.optimizer, row.expert) == (kind, expert)]
             if chosen:
-                members.append(_member(kind, expert, _param_groups(chosen, cfg), config, cfg, groups))
-    return VpOptimizer(members, config, groups)
+                params = [param for _, param in chosen]
+                last |= {bucket: len(members) for bucket in buckets if not bucket.params.isdisjoint(params)}
+                pieces = own_pieces(params, buckets, groups.expt_dp if expert else groups.dp_cp)
+                members.append(_member(kind, expert, _param_groups(chosen, cfg), pieces, config, cfg, groups))
+    return VpOptimizer(members, config, groups, sorted(buckets, key=last.__getitem__))
 
 
 def _param_groups(chosen: list[tuple[AssignmentRow, torch.nn.Parameter]], cfg: RunConfig) -> list[dict[str, Any]]:
@@ -210,6 +221,7 @@ def _member(
     kind: str,
     expert: bool,
     param_groups: list[dict[str, Any]],
+    pieces: list[Piece],
     config: OptimizerConfig,
     cfg: RunConfig,
     groups: ProcessGroupCollection,
@@ -219,39 +231,23 @@ def _member(
     if kind == "normuon":
         split_over = None if expert else groups.tp  # an expert is never split
         build = partial(NorMuon, lr=optim.lr, options=options, stack_bytes=stack_bytes, tp_group=split_over)
-        units = partial(_matrix_units, options=options)
         initialize = _initialize_normuon_state
     else:
         # Fused: one kernel over all tensors on CUDA, one C++ loop on a CPU.
         betas = (optim.adam_beta1, optim.adam_beta2)
         build = partial(torch.optim.AdamW, lr=0.0, betas=betas, eps=optim.adam_eps, weight_decay=0.0, fused=True)
-        units, initialize = _element_units, _initialize_adamw_state
+        initialize = _initialize_adamw_state
     return ShardedOptimizer(
         param_groups,
         build,
         initialize,
         config,
-        units=units,
-        data_parallel_group=groups.expt_dp if expert else groups.dp_cp,
+        pieces=pieces,
         # An expert is never split, so that each rank's gradients of experts count.
         tp_group=groups.expt_tp if expert else groups.tp,
         expert=expert,
         gathers_rows=kind == "normuon",
     )
-
-
-def _matrix_units(param: torch.nn.Parameter, options: NorMuonOptions) -> Units:
-    """A 2-D weight is one unit, a stack has one an expert; they cost what Polar Express does."""
-    layout = matrix_layout(param)
-    dtype = options.compute_dtype or compute_dtype(param.device.type)
-    flops = layout_flops(layout, param.shape, dtype, options.steps)
-    return Units(layout.experts, flops // layout.experts) if layout.experts else Units(1, flops)
-
-
-def _element_units(param: torch.nn.Parameter) -> Units:
-    """Rows of plain 2-D parameters (embedding, output layer, experts' biases), others whole; by their elements."""
-    divisible = param.ndim > 1 and not hasattr(param, "matrix_rows")
-    return Units(param.shape[0], param.numel() // param.shape[0]) if divisible else Units(1, param.numel())
 
 
 def _initialize_normuon_state(optimizer: torch.optim.Optimizer) -> None:

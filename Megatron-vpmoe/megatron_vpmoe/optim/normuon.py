@@ -189,11 +189,17 @@ class NorMuon(torch.optim.Optimizer):
                 state["momentum_buffer"] = state["momentum_buffer"].to(self._options.momentum_dtype)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        stepped: Callable[[list[tuple[torch.Tensor, int]]], None] = lambda _: None,
+    ) -> None:
         """Update every parameter that has a gradient.
 
         Args:
             closure: refused; gradients are ready when Megatron's optimizer calls this.
+            stepped: called after each stack with the parameters it had part of, and how many indices of dimension 0.
         """
         if closure is not None:
             raise ValueError("NorMuon takes no closure")
@@ -210,6 +216,7 @@ class NorMuon(torch.optim.Optimizer):
         second_moments = [self.state[p]["second_moment"] for p in params]
         for stack in self._stacks(places):
             self._step_stack(stack, params, grads, momenta, second_moments)
+            stepped([(params[segment.index], segment.length) for segment in stack.segments])
 
     def _step_stack(
         self,

@@ -9,16 +9,17 @@ state exist for this rank's pieces alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_vpmoe.errors import CheckpointError
+from megatron_vpmoe.optim.normuon import NorMuon
 from megatron_vpmoe.optim.sharded_state import piece_sharding, sharding_of_parameters
-from megatron_vpmoe.optim.shares import ParameterGather, Piece, Units, pieces_of_ranks
 from megatron_vpmoe.runtime import device
+from megatron_vpmoe.runtime.sharded_data_parallel import Piece
 
 device.prepare()
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig  # noqa: E402
@@ -37,8 +38,7 @@ class ShardedOptimizer(MegatronOptimizer):
         build: makes the torch optimizer of the groups.
         initialize_state: creates missing state, as the first step would.
         config: upstream's.
-        units: how a parameter may be divided.
-        data_parallel_group: the ranks that hold the same parameters and gradients.
+        pieces: of all parameters, what this rank updates, in the order in which it is sent.
         tp_group: decides which rank counts a gradient that tensor-parallel ranks share.
         expert: whether these are routed experts' parameters.
         gathers_rows: row statistics are over whole rows also where tensor-parallel ranks split the columns.
@@ -53,23 +53,18 @@ class ShardedOptimizer(MegatronOptimizer):
         initialize_state: Callable[[torch.optim.Optimizer], None],
         config: OptimizerConfig,
         *,
-        units: Callable[[torch.nn.Parameter], Units],
-        data_parallel_group: dist.ProcessGroup,
+        pieces: Iterable[Piece],
         tp_group: dist.ProcessGroup,
         expert: bool,
         gathers_rows: bool = False,
     ) -> None:
-        params = [param for group in groups for param in group["params"]]
-        ranks, rank = dist.get_world_size(data_parallel_group), dist.get_rank(data_parallel_group)
-        shares = pieces_of_ranks(params, [units(param) for param in params], ranks)
-        self.pieces = shares[rank]
+        place = {param: place for place, group in enumerate(groups) for param in group["params"]}
+        self.pieces = sorted((piece for piece in pieces if piece.param in place), key=lambda p: place[p.param])
         self._held = [(piece, _leaf(piece)) for piece in self.pieces]
-        held = {id(piece.param): leaf for piece, leaf in self._held}
-        for group in groups:
-            group["params"] = [held[id(param)] for param in group["params"] if id(param) in held]
+        for number, group in enumerate(groups):
+            group["params"] = [leaf for piece, leaf in self._held if place[piece.param] == number]
         super().__init__(build(groups), config, initialize_state)
         self.tp_group, self.expert, self._gathers_rows = tp_group, expert, gathers_rows
-        self._gather = ParameterGather(shares, data_parallel_group)
 
     @property
     def model_params(self) -> list[torch.nn.Parameter]:
@@ -90,17 +85,31 @@ class ShardedOptimizer(MegatronOptimizer):
         return False
 
     @torch.no_grad()
-    def step_with_ready_grads(self) -> bool:
-        """Update this rank's pieces; ``gather_parameters`` has to follow."""
-        self.optimizer.step()
-        apart = [(p.of(p.param.data), leaf.data) for p, leaf in self._held if _apart(p)]
-        if apart:
-            torch._foreach_copy_([model for model, _ in apart], [master for _, master in apart])
-        return True
+    def step_with_ready_grads(self, updated: Callable[[list[Piece]], None] = lambda _: None) -> bool:
+        """Update this rank's pieces.
 
-    def gather_parameters(self) -> None:
-        """Bring the other ranks' pieces up to date; a collective of the data-parallel group."""
-        self._gather.run()
+        Args:
+            updated: called with pieces as soon as their weights are the new ones, in all with each once.
+        """
+        left = {leaf: piece.length for piece, leaf in self._held}
+        piece_of = {leaf: piece for piece, leaf in self._held}
+
+        def stepped(parts: list[tuple[torch.Tensor, int]]) -> None:
+            for leaf, length in parts:
+                left[leaf] -= length
+            done = [leaf for leaf in dict.fromkeys(leaf for leaf, _ in parts) if not left[leaf]]
+            apart = [leaf for leaf in done if _apart(piece_of[leaf])]
+            if apart:
+                own = [piece_of[leaf].of(piece_of[leaf].param.data) for leaf in apart]
+                torch._foreach_copy_(own, [leaf.data for leaf in apart])
+            updated([piece_of[leaf] for leaf in done])
+
+        if isinstance(self.optimizer, NorMuon):
+            self.optimizer.step(stepped=stepped)
+        else:
+            self.optimizer.step()
+        stepped([(leaf, length) for leaf, length in left.items() if length])  # those without a gradient too
+        return True
 
     def reload_model_params(self, state_dict: dict[str, Any] | None = None) -> None:
         """Masters from the model's weights: after weights were loaded without optimizer state."""

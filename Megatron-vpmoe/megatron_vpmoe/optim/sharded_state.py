@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from megatron_vpmoe.errors import CheckpointError
-from megatron_vpmoe.optim.shares import Piece
 from megatron_vpmoe.runtime import device
+from megatron_vpmoe.runtime.sharded_data_parallel import Piece
 
 device.prepare()
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory  # noqa: E402

@@ -186,7 +186,7 @@ def planned(layout: Layout, applied: RunConfig, fleet: Fleet, *, is_own: bool) -
         {"DP": fleet.gpus // (tp * pp), "EP": p.expert_model_parallel_size, "TP": tp, "PP": pp},
         applied.training.micro_batch_size,
         recomputation_words(applied),
-        memory_estimate(applied, on_cpu=fleet.machine.is_cpu).total,
+        memory_estimate(applied, on_cpu=fleet.machine.is_cpu, world=fleet.gpus).total,
         int(fleet.machine.memory_gib * 2**30 * fleet.machine.usable),
         predict(applied, fleet),
         is_own,

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+from megatron_vpmoe.config.buffers import held_buckets
 from megatron_vpmoe.config.geometry import (
     output_layer_flops,
     stage_layers,
@@ -156,7 +157,7 @@ def _again(cfg: RunConfig, of_one: Passes, numbers: list[int], layers: range) ->
 
 
 def _optimizer(cfg: RunConfig, layers: range, held: _Held, sharing: int, replicas: int, on_cpu: bool) -> list[Work]:
-    """Gradient norm, NorMuon, AdamW and the copies around the gathering of weights, of one rank's share.
+    """Gradient norm, NorMuon and AdamW, of one rank's share.
 
     Args:
         cfg: the run, whole.
@@ -183,8 +184,7 @@ def _optimizer(cfg: RunConfig, layers: range, held: _Held, sharing: int, replica
         pieces.append(Work("optimizer", "memory", 0.0, moved, 25 * stacks, 1, stack))
     of_experts = held.experts * cfg.parallel.expert_model_parallel_size / sharing
     others = max(0.0, held.dense / replicas + of_experts - numbers)
-    copied = 4 * held.all if replicas > 1 else 0.0
-    pieces.append(Work("optimizer", "memory", 0.0, others * (50 if bf16 else 40) + copied, 120, 1, 2.0**26))
+    pieces.append(Work("optimizer", "memory", 0.0, others * (50 if bf16 else 40), 120, 1, 2.0**26))
     zeroed = 4 * (held.dense + held.experts)  # before the step
     return [*pieces, Work("other", "memory", 0.0, zeroed, 36, 1, 2.0**26)]
 
@@ -230,13 +230,12 @@ def predict(cfg: RunConfig, fleet: Fleet, *, supervised: float = 1.0) -> Predict
         micro = _sum(forward.split(), again.split(), backward.split(), {"communication": sent})
         parts = _sum(forward.parts, again.parts, backward.parts, times=micro_batches)
         update = clock().run(_optimizer(cfg, layers, held, of_stage, replicas, machine.is_cpu))
-        reduced = all_reduce(machine, 4 * held.dense, data_ranks)
-        reduced += all_reduce(machine, 4 * held.experts, expert_data_ranks)
-        if p.overlap_grad_reduce:
-            reduced = max(0.1 * reduced, reduced - sum(_sum(again.split(), backward.split()).values()))
-        gathered = all_gather(machine, size * held.dense, data_ranks)
-        gathered += all_gather(machine, size * held.experts, expert_data_ranks)
-        once = _sum(update.split(), {"communication": reduced + gathered})
+        reduced, gathered = _shared(shape.cfg, layers, fleet, data_ranks, expert_data_ranks)
+        if p.overlap_grad_reduce and reduced:  # the last bucket's are complete when the pass is
+            reduced = [max(reduced[-1], sum(reduced) - sum(_sum(again.split(), backward.split()).values()))]
+        if gathered:
+            gathered = [max(gathered[-1], sum(gathered) - sum(update.split().values()))]
+        once = _sum(update.split(), {"communication": sum(reduced) + sum(gathered)})
         step = _sum(_sum(micro, times=micro_batches), once)
         step["waiting"] = (pp - 1) * sum(micro.values())
         total = sum(step.values())
@@ -253,6 +252,19 @@ def predict(cfg: RunConfig, fleet: Fleet, *, supervised: float = 1.0) -> Predict
         gpus=fleet.gpus,
         peak=fleet.gpus * machine.peak(bf16=t.bf16),
     )
+
+
+def _shared(
+    cfg: RunConfig, layers: range, fleet: Fleet, data_ranks: Ranks, expert_data_ranks: Ranks
+) -> tuple[list[float], list[float]]:
+    """Seconds that each bucket of fp32 gradients takes to be summed, and each of weights to be gathered."""
+    machine, reduced, gathered = fleet.machine, [], []
+    for held in held_buckets(cfg, layers, world=fleet.gpus, on_cpu=machine.is_cpu):
+        ranks = expert_data_ranks if held.kind == "experts" else data_ranks
+        travel = all_gather if held.bucket.even else all_reduce
+        reduced.append(travel(machine, 4 * held.bucket.size, ranks))
+        gathered.append(travel(machine, held.weight_bytes * held.bucket.size, ranks))
+    return reduced, gathered
 
 
 def _sent(shape: Shape, layers: range, fleet: Fleet, tensor_ranks: Ranks, expert_ranks: Ranks, *, again: bool) -> float:

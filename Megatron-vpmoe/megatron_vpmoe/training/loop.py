@@ -12,7 +12,7 @@ from megatron_vpmoe.errors import NonFiniteError, VpmoeError
 from megatron_vpmoe.files import json_bytes, write_atomically
 from megatron_vpmoe.metrics import MetricStream, Sink, open_sinks
 from megatron_vpmoe.model.moe.router_health import check_thresholds
-from megatron_vpmoe.runtime import distributed, stages
+from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
 from megatron_vpmoe.sources import check_collapse
 from megatron_vpmoe.training.progress import Progress
@@ -203,7 +203,7 @@ def _skip_or_stop(run: Run, result: StepResult, batches: list[Batch]) -> None:
     if training.nonfinite_policy == "skip" and run.skipped_steps <= training.nonfinite_max_skips:
         return
     what = "loss" if not math.isfinite(result.metrics["loss/total"]) else "gradient"
-    first = [name for names in stages.gather_stages(report["parameters"]) for name in names][:1]
+    first = [name for names in distributed.gathered(report["parameters"]) for name in names][:1]
     named = f", first in {first[0]}" if first else ""
     raise NonFiniteError(
         f"the {what} of iteration {run.iteration + 1} is not finite{named}",

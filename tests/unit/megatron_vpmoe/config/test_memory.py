@@ -19,9 +19,12 @@ def test_states_by_hand(small: Path) -> None:
     cfg = load_config(small, ["--optimizer", "adam", "--nproc-per-node", "1"])
     total = parameter_count(cfg).total
     parts = memory_estimate(cfg).parts
-    assert (parts["parameters"], parts["gradients"], parts["optimizer state"]) == (4 * total, 4 * total, 8 * total)
+    assert parts["parameters"] == 4 * total
+    # Aligned in their buffers; state is counted with that.
+    assert parts["gradients"] == pytest.approx(4 * total, rel=2e-3) and parts["gradients"] > 4 * total
+    assert parts["optimizer state"] == 2 * parts["gradients"]
     half = memory_estimate(load_config(small, ["--optimizer", "adam", "--nproc-per-node", "1", "--bf16"])).parts
-    assert (half["parameters"], half["optimizer state"]) == (2 * total, 12 * total)
+    assert (half["parameters"], half["optimizer state"]) == (2 * total, 3 * parts["gradients"])
 
 
 def test_a_live_teacher_counts_with_its_own_geometry(small: Path) -> None:
@@ -76,10 +79,10 @@ def test_recomputing_more_is_estimated_lower(small: Path) -> None:
 
 def test_data_parallel_ranks_share_the_optimizer_state(small: Path) -> None:
     one, two = (memory_estimate(load_config(small, ["--nproc-per-node", n])).parts for n in ("1", "2"))
-    assert two["optimizer state"] == pytest.approx(one["optimizer state"] / 2)
+    assert two["optimizer state"] == pytest.approx(one["optimizer state"] / 2, rel=0.01)
     # Two expert-parallel ranks hold half of the experts each, and nobody to share those with.
     experts = memory_estimate(load_config(small, ["--nproc-per-node", "2", "--expert-model-parallel-size", "2"])).parts
-    assert experts["optimizer state"] == pytest.approx(two["optimizer state"])
+    assert experts["optimizer state"] == pytest.approx(two["optimizer state"], rel=0.01)
 
 
 def test_a_stage_holds_its_share(small: Path) -> None:
@@ -112,7 +115,8 @@ def test_rollouts_take_what_their_cache_takes(small: Path) -> None:
     beside = memory_estimate(
         cfg.model_copy(update={"rollouts": cfg.rollouts.model_copy(update={"rollout_staleness": 1})})
     )
-    assert beside.parts["weights that sample"] == parts["parameters"] == beside.parts["parameters"]
+    assert beside.parts["parameters"] == parts["parameters"]
+    assert beside.parts["weights that sample"] == 4 * parameter_count(cfg).total
     assert beside.parts["sampling"] == cache.nbytes + logits
 
 

@@ -9,13 +9,15 @@ from toy_model import ToyModel, toy_config
 
 from megatron_vpmoe.optim import VpOptimizer, build_optimizer
 from megatron_vpmoe.runtime import distributed
+from megatron_vpmoe.runtime.sharded_data_parallel import ShardedDataParallel
 
 
 def toy_run(rank: int, ranks: int) -> tuple[ToyModel, VpOptimizer]:
     """The same model on any number of expert-parallel ranks."""
     torch.manual_seed(7)
     model = ToyModel(rank=rank, ranks=ranks)
-    return model, build_optimizer([model], toy_config())
+    wrapped = ShardedDataParallel(model.config, model, overlap_grad_reduce=False)
+    return model, build_optimizer([wrapped], toy_config())
 
 
 def train_and_save(rank: int, ranks: int, port: int, directory: str) -> None:

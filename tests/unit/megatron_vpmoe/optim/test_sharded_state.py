@@ -16,7 +16,7 @@ from toy_model import EXPERTS, FFN, HIDDEN, ToyModel, toy_config
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.optim import build_optimizer
 from megatron_vpmoe.optim.sharded_state import piece_sharding
-from megatron_vpmoe.optim.shares import Piece
+from megatron_vpmoe.runtime.sharded_data_parallel import Piece
 
 
 def row_statistic_sharding(model_param: ShardedTensor | ShardedTensorFactory, row: torch.Tensor, **kw: bool) -> Any:
@@ -114,7 +114,7 @@ def test_two_expert_parallel_ranks_save_and_one_continues(tmp_path: Path, single
     assert loaded["grad_norm"] == pytest.approx(grad_norm, rel=1e-6)
 
     experts = model.get_parameter("decoder.layers.0.mlp.experts.fc1_weight")
-    state = optimizer.chained_optimizers[2].state[experts]
+    state = optimizer.chained_optimizers[3].state[experts]
     assert state["momentum_buffer"].shape == (EXPERTS, FFN, HIDDEN)
     for run, run_optimizer in ((straight, straight_optimizer), (model, optimizer)):
         run.set_gradients(2)

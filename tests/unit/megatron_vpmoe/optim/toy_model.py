@@ -107,4 +107,7 @@ class ToyModel(MegatronModule):
             else:
                 grad = torch.randn((EXPERTS, *param.shape[1:]), generator=generator)
                 grad = grad.narrow(0, self.rank * param.shape[0], param.shape[0]).clone()
-            param.main_grad = grad * scale  # type: ignore[attr-defined]
+            if hasattr(param, "main_grad"):  # which belongs to a buffer
+                param.main_grad.copy_(grad * scale)
+            else:
+                param.main_grad = grad * scale  # type: ignore[attr-defined]

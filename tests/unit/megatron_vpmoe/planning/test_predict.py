@@ -11,7 +11,7 @@ from megatron_vpmoe.config import RunConfig, forward_flops_per_token, load_confi
 from megatron_vpmoe.config.geometry import mean_keys
 from megatron_vpmoe.config.memory import memory_estimate
 from megatron_vpmoe.config.orthogonal import orthogonal_matrices
-from megatron_vpmoe.config.parameters import is_matrix, parameter_sizes
+from megatron_vpmoe.config.parameters import parameter_sizes
 from megatron_vpmoe.planning import here, work
 from megatron_vpmoe.planning.predict import SPLIT, predict
 from megatron_vpmoe.planning.wire import Ranks, all_gather, all_reduce, all_to_all
@@ -71,7 +71,9 @@ def test_matrices_are_the_parameters_that_normuon_has(cfg: RunConfig) -> None:
     stored = sum(
         size
         for name, size in parameter_sizes(cfg).items()
-        if is_matrix(name) and name.endswith("weight") and "layernorm" not in name
+        if name.startswith("decoder.layers")
+        and name.endswith("weight")
+        and not name.endswith(("norm.weight", "router.weight"))
     )
     assert numbers == stored
     frozen = cfg.training.model_copy(update={"train_only": ["output_layer.weight", "embedding.*"]})
@@ -104,14 +106,9 @@ def test_overlapped_and_compiled_steps_are_not_slower(repository: Path) -> None:
     path = repository / "configs" / "vpmoe_stage1.yaml"
     plain, overlapped, layers, whole = (
         predict(load_config(path, flags), H100).step_seconds
-        for flags in (
-            ["--compile=off"],
-            ["--compile=off", "--overlap-grad-reduce"],
-            ["--compile=layers"],
-            ["--compile=step"],
-        )
+        for flags in (["--overlap-grad-reduce=false"], [], ["--compile=layers"], ["--compile=step"])
     )
-    assert overlapped < plain and whole < layers < plain
+    assert overlapped < plain and whole < layers < overlapped
 
 
 def test_launches_are_hidden_by_work_alone(repository: Path) -> None:
