@@ -115,7 +115,9 @@ def _under(every: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine_of(device_name: str) -> Machine | None:
-    """The machine whose device a driver calls so; None: it is not in the table."""
+    """The machine whose device a driver calls so; None: it is not in the table, or a part of a card (MIG)."""
+    if " MIG " in device_name:
+        return None
     found = (machine for machine in machines().values() for part in machine.match if part in device_name)
     return next(found, None)
 

@@ -36,7 +36,7 @@ def test_a_device_finds_its_line(name: str, machine: str, monkeypatch: pytest.Mo
     assert device.peak_bandwidth() == 1e9 * found.memory_gb_s
 
 
-@pytest.mark.parametrize("name", ["CPU", "NVIDIA GeForce RTX 4090"])
+@pytest.mark.parametrize("name", ["CPU", "NVIDIA GeForce RTX 4090", "NVIDIA H100 80GB HBM3 MIG 3g.40gb"])
 def test_an_unknown_device_has_none(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "device_name", lambda: name)
     assert machine_of(name) is device.peak_flops(bf16=True) is device.peak_bandwidth() is None
