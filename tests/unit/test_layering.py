@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import linecache
 import re
@@ -82,6 +83,7 @@ NO_MODEL = ("steps", "tokenizer", "harmony", "data_curation")
 GROUND = tuple(f"megatron_vpmoe.{room}" for room, floor in TRAINER_FLOORS.items() if floor <= 0)
 
 
+@functools.cache
 def imports_of(path: Path) -> list[tuple[str, int]]:
     """Every absolute module that a file imports at run time, with its line; TYPE_CHECKING blocks are left out."""
     tree = ast.parse(path.read_text())
