@@ -7,8 +7,11 @@ By arithmetic alone, so that a pattern without a match is found before any proce
 from __future__ import annotations
 
 import fnmatch
+import functools
+from dataclasses import dataclass, field
 
 from megatron_vpmoe.config.schema import RunConfig
+from megatron_vpmoe.config.schema_model import ModelSection, MoeSection
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
@@ -24,8 +27,23 @@ def parameter_sizes(cfg: RunConfig, layers: range | None = None) -> dict[str, in
         layers: those of the pipeline stage of these layer numbers (from 1) alone; None: the whole model. The copy of a
             tied embedding on the last of several stages is listed under the embedding's name.
     """
-    m = cfg.model
-    layers = range(1, m.num_layers + 1) if layers is None else layers
+    layers = range(1, cfg.model.num_layers + 1) if layers is None else layers
+    return dict(_sizes(_Asked(cfg.model, cfg.moe, layers, cfg)))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What sizes depend on; a planner asks for the same ones with every layout."""
+
+    model: ModelSection
+    moe: MoeSection
+    layers: range
+    cfg: RunConfig = field(compare=False)
+
+
+@functools.lru_cache(maxsize=64)
+def _sizes(asked: _Asked) -> dict[str, int]:
+    cfg, m, layers = asked.cfg, asked.model, asked.layers
     is_first, is_last = layers.start == 1, layers.stop == m.num_layers + 1
     vocabulary = m.padded_vocab_size * m.hidden_size
     sizes: dict[str, int] = {EMBEDDING: vocabulary} if is_first else {}

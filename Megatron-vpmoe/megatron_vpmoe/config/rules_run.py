@@ -17,11 +17,13 @@ Facts = list[Mapping[str, object]]
 
 
 def _unmatched(c: View) -> Facts:
+    if not c.train_only:
+        return []
     names = list(parameter_sizes(c.cfg))
     kinds = list({re.sub(r"layers\.\d+", "layers.*", name): name for name in names})  # of any depth, a few dozen
     return [
         {"pattern": pattern, "near": ", ".join(nearest(pattern, kinds))}
-        for pattern in c.train_only or ()
+        for pattern in c.train_only
         if not fnmatch.filter(names, pattern)
     ]
 
