@@ -86,7 +86,7 @@ class _Contraction(Function):
         a, b = a.flatten(0, -3), b.flatten(0, -3)
         ctx.save_for_backward(a, b)
         ctx.bias = None if bias is None else bias.shape
-        out.flatten(0, -3).baddbmm_(a, b, beta=int(bias is not None), alpha=1 / a.shape[-1])
+        _add_products(out.flatten(0, -3), a, b, 1 / a.shape[-1], beta=int(bias is not None))
         return out
 
     @staticmethod
@@ -94,10 +94,28 @@ class _Contraction(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[override]
         a, b = ctx.saved_tensors
         batch, of_one = grad.shape[:-2], grad.flatten(0, -3)
-        grad_a = torch.empty_like(a).baddbmm_(of_one, b.mT, beta=0, alpha=1 / a.shape[-1])
-        grad_b = torch.empty_like(b).baddbmm_(a.mT, of_one, beta=0, alpha=1 / a.shape[-1])
+        grad_a = _add_products(torch.empty_like(a), of_one, b.mT, 1 / a.shape[-1])
+        grad_b = _add_products(torch.empty_like(b), a.mT, of_one, 1 / a.shape[-1])
         grad_bias = None if ctx.bias is None else grad.flatten(2).sum((0, 1)).view(ctx.bias)
         return grad_a.view(*batch, *a.shape[1:]), grad_b.view(*batch, *b.shape[1:]), grad_bias
+
+
+_LOOPED_BELOW, _FEW = 400, 4
+"""A batched product of fewer multiplications a matrix is a plain loop of torch's on a CPU (aten's LinearAlgebra.cpp),
+which takes up to four times as long as a few outer products one after the other."""
+
+
+def _add_products(out: Tensor, left: Tensor, right: Tensor, alpha: float, *, beta: int = 0) -> Tensor:
+    """beta out + alpha left right, in place, of batches of matrices; beta is 0 or 1."""
+    (rows, few), columns = left.shape[-2:], right.shape[-1]
+    if not (out.is_cpu and few <= _FEW and rows * few * columns < _LOOPED_BELOW):
+        return out.baddbmm_(left, right, beta=beta, alpha=alpha)
+    left = left * alpha
+    if beta == 0:
+        torch.mul(left[..., :1], right[..., :1, :], out=out)
+    for k in range(1 - beta, few):
+        out.addcmul_(left[..., k : k + 1], right[..., k : k + 1, :])
+    return out
 
 
 def factor_a_init(geometry: TPAGeometry, ranks: int = 1) -> Callable[[Tensor], Tensor]:

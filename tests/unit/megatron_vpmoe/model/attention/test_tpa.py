@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from megatron_vpmoe.model.attention.tpa import TPAGeometry, contract_factors, factor_a_init, section_rows
@@ -13,9 +16,14 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_gradients_by_finite_differences() -> None:
-    a, b = draw(2, 1, sum(GEOMETRY.a_sizes)).requires_grad_(), draw(2, 1, sum(GEOMETRY.b_sizes)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, b: contract_factors(a, b, GEOMETRY), (a, b))
+@pytest.mark.parametrize("head_dim", [6, 104])
+def test_gradients_by_finite_differences(head_dim: int) -> None:
+    """Of products small enough to be summed up by hand, and of others."""
+    geometry = replace(GEOMETRY, head_dim=head_dim)
+    a, b = (draw(2, 1, sum(sizes)).requires_grad_() for sizes in (geometry.a_sizes, geometry.b_sizes))
+    bias = draw(head_dim * (4 + 2 * 2), seed=1).requires_grad_()
+    for biases in ((), (bias,)):
+        assert torch.autograd.gradcheck(lambda a, b, *bias: contract_factors(a, b, geometry, *bias), (a, b, *biases))
 
 
 def test_identity_factors_give_a_dense_projection_exactly() -> None:
