@@ -16,7 +16,7 @@ from tests.counted import ROOT
 
 @pytest.mark.slow
 def test_the_host_runs_ahead_of_narrow_experts(tmp_path: Path) -> None:
-    """With a launch for each of torchao's kernels; a layer has a quarter more of them."""
+    """With a launch for each of torchao's kernels; a layer has 23 more of them forward."""
     place, out = {"world": 8, "rank": 0, "steps": 1}, tmp_path / "counts.json"
     words = ["--num-layers", "4", "--global-batch-size", "64", "--experts-precision", "fp8_rowwise"]
     script = ["-m", "tests.gpu_shape.narrow_kernels", str(ROOT / "configs" / "vpmoe_stage1.yaml")]
@@ -27,5 +27,5 @@ def test_the_host_runs_ahead_of_narrow_experts(tmp_path: Path) -> None:
     counts = Counts.from_json(out.read_text())
     waits = [(of_pass, site) for of_pass, site in counts.syncs if of_pass in ("forward", "again", "backward")]
     assert [site for _, site in waits if not site.startswith("model/attention/grape.py")] == []  # its slopes, once
-    assert counts.layers["forward", "local moe"] <= 125
+    assert counts.layers["forward", "local moe"] <= 110
     assert counts.total("backward", "experts").launches > counts.total("forward", "experts").launches > 0

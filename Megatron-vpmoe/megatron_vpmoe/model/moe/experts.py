@@ -166,7 +166,7 @@ class StackedExperts(MegatronModule):
         if precision is None or not self.training:
             return layout_of(expert_TK, experts, dtype, numbers, in_order=in_order)
         _, ffn, hidden = self.fc1_weight.shape
-        return narrow_rows(precision, expert_TK, experts, hidden=hidden, ffn=ffn, in_order=in_order)
+        return narrow_rows(precision, expert_TK, experts, numbers, hidden=hidden, ffn=ffn, in_order=in_order)
 
     def forward(self, x_NH: Tensor, tokens_per_expert: Tensor, probs_N: Tensor) -> tuple[Tensor, None]:
         """As upstream's dispatchers ask, where experts are spread over ranks.

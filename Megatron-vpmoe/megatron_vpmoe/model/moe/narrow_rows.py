@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_vpmoe.config.expert_formats import FORMATS, ExpertFormat
-from megatron_vpmoe.model.moe.expert_rows import GroupedRows, PaddedRows
+from megatron_vpmoe.model.moe.expert_rows import GroupedRows, Numbers, PaddedRows
 from megatron_vpmoe.runtime.expert_formats import TORCHAO, check_format
 
 _E4M3 = torch.float8_e4m3fn
@@ -37,23 +37,34 @@ class BlockRows(GroupedRows):
         expert_TK: integers, the experts of each token.
         experts: how many there are.
         wanted: whose blocks.
+        numbers: shared with other layers; None: its own.
         in_order: the tokens are sorted by their only expert already.
     """
 
-    def __init__(self, expert_TK: Tensor, experts: int, wanted: ExpertFormat, *, in_order: bool = False) -> None:
-        super().__init__(expert_TK, experts, in_order=in_order)
+    def __init__(
+        self,
+        expert_TK: Tensor,
+        experts: int,
+        wanted: ExpertFormat,
+        numbers: Numbers | None = None,
+        *,
+        in_order: bool = False,
+    ) -> None:
+        numbers = numbers or Numbers(expert_TK.device)
+        super().__init__(expert_TK, experts, numbers, in_order=in_order)
         ends_E, of_blocks = self._ends_E, wanted.rows - 1
         begins_E = functional.pad(ends_E, (1, 0))[:-1]
         rows_E = (ends_E - begins_E).clamp_(min=1)
         places_E = rows_E.add_(of_blocks).bitwise_and_(~of_blocks)  # blocks are powers of two
-        self._ends_E = places_E.cumsum(0, dtype=torch.int32)
-        shift_E = self._ends_E - places_E - begins_E
-        place_P = torch.arange(wanted.places(expert_TK.numel(), experts), dtype=torch.int32, device=expert_TK.device)
-        self._expert_P = torch.searchsorted(self._ends_E[:-1], place_P, right=True, out_int32=True)
+        places_end_E = places_E.cumsum(0)
+        shift_E = places_end_E - places_E - begins_E
+        place_P = numbers.below(wanted.places(expert_TK.numel(), experts))
+        self._expert_P = torch.searchsorted(places_end_E[:-1], place_P, right=True)
         last_P, shift_P = (of_E.index_select(0, self._expert_P) for of_E in (ends_E - 1, shift_E))
         row_P = torch.minimum(place_P - shift_P, last_P).clamp_(min=0)  # an expert without rows has another's
         self.token_P = row_P if self.token_P is None else self.token_P.index_select(0, row_P)
         self.place_TK = self.place_TK + shift_E.index_select(0, expert_TK.flatten()).view(expert_TK.shape)
+        self._ends_E = places_end_E.int()
 
     @property
     def on_card(self) -> bool:
@@ -149,12 +160,19 @@ _LAYOUTS: dict[str, type[BlockRows]] = {layout.name: layout for layout in (Float
 
 
 def narrow_rows(
-    precision: str, expert_TK: Tensor, experts: int, *, hidden: int, ffn: int, in_order: bool = False
+    precision: str,
+    expert_TK: Tensor,
+    experts: int,
+    numbers: Numbers | None = None,
+    *,
+    hidden: int,
+    ffn: int,
+    in_order: bool = False,
 ) -> BlockRows:
     """The rows of a format of ``FORMATS``; raises what ``check_format`` does. Arguments as ``BlockRows`` has them."""
     on_card = expert_TK.is_cuda
     check_format(precision, hidden, ffn, torch.cuda.get_device_capability(expert_TK.device) if on_card else None)
-    return _LAYOUTS[precision](expert_TK, experts, FORMATS[precision], in_order=in_order)
+    return _LAYOUTS[precision](expert_TK, experts, FORMATS[precision], numbers, in_order=in_order)
 
 
 def narrow_rule(precision: str, device_type: str) -> str:
