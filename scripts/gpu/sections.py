@@ -18,7 +18,12 @@ SECTIONS = [
         "experts", "the MoE layer against itself in fp64 on the CPU", 20, experts.check, experts.numbers, decides=True
     ),
     Section(
-        "narrow", "experts in narrow formats against bf16 and against their emulation", 40, narrow.check, decides=True
+        "narrow",
+        "experts in narrow formats against bf16, and against their emulation on the CPU",
+        40,
+        narrow.check,
+        narrow.numbers,
+        decides=True,
     ),
     Section("loss", "losses over chunks of logits against fp64 on the CPU", 20, loss.check, loss.numbers, decides=True),
     Section(
