@@ -112,7 +112,7 @@ def check(asked: argparse.Namespace) -> int:
             left = [each.name for each in chosen[number:]]
             report.write(path, entries, left, dry=asked.dry_run, seconds=time.monotonic() - begin)
     faulthandler.cancel_dump_traceback_later()
-    failed = [entry["name"] for entry in entries if entry["decides"] and entry["status"] != "passed"]
+    failed = [entry["name"] for entry in entries if not report.passed([entry])]
     print(f"\n{'FAILED: ' + ', '.join(failed) if failed else 'all comparisons hold'}; {path} and .md")
     return 1 if failed else 0
 

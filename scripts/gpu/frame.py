@@ -46,6 +46,7 @@ class Findings:
         rows: the section's table.
         notes: lines beside it.
         lost: what cases died of.
+        absent: what could not be compared, since this machine has it not.
     """
 
     say: Say
@@ -56,6 +57,7 @@ class Findings:
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
     def case(self, name: str) -> Iterator[None]:
@@ -96,6 +98,11 @@ class Findings:
         """A line of the table."""
         self.rows.append(cells)
         self.say("  ".join(f"{key} {shown(value)}" for key, value in cells.items()))
+
+    def skip(self, name: str, why: str) -> None:
+        """Note what this machine does not have; a section that could compare nothing for it is no failure."""
+        self.absent.append(name)
+        self.note(f"{name}: not here: {why}")
 
     def note(self, text: str) -> None:
         """A line beside the table."""
@@ -153,7 +160,8 @@ def perform(section: Section, findings: Findings) -> dict[str, Any]:
         findings.lose(error)
     died = "; ".join(findings.lost) or None
     failed = [check["name"] for check in findings.checks if not check["passed"]]
-    status = "failed" if failed else "died" if died else "passed" if findings.checks else "measured"
+    without = "skipped" if findings.absent else "measured"
+    status = "failed" if failed else "died" if died else "passed" if findings.checks else without
     _tidy()
     return {
         "name": section.name,

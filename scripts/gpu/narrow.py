@@ -43,7 +43,7 @@ def check(findings: Findings) -> None:
         try:
             check_format(name, sizes["hidden_size"], sizes["moe_ffn_hidden_size"], compute_capability())
         except DeviceError as error:
-            findings.note(f"{name}: not here: {error.what}")
+            findings.skip(name, error.what)
             continue
         with findings.case(name):
             got, again = (numbers_of(findings.dry, torch.bfloat16, where, chosen, name) for _ in range(2))

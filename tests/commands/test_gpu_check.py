@@ -96,6 +96,13 @@ def test_a_case_that_dies_ends_alone(tmp_path: Path) -> None:
     assert entry["status"] == "died" and entry["died"].startswith("case 1: RuntimeError: no such kernel (")
 
 
+def test_what_a_machine_does_not_have_is_no_failure(tmp_path: Path) -> None:
+    entry, told = performed(lambda findings: findings.skip("mxfp8", "no torchao"), tmp_path)
+    assert entry["status"] == "skipped" and report.passed([entry]) and told == ["mxfp8: not here: no torchao"]
+    entry, _ = performed(lambda findings: None, tmp_path)
+    assert not report.passed([entry]), "it should have compared something"
+
+
 def wider_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """One key too many in a local layer."""
     right = attention.core_attention
