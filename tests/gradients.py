@@ -17,9 +17,10 @@ def whole_gradients(wrapped: ShardedDataParallel) -> dict[str, torch.Tensor]:
     for bucket in wrapped.sharded_buckets:
         own = {piece.param: piece for piece in bucket.pieces}
         for param in bucket.buckets[0].params_list:
-            whole = torch.zeros_like(param.main_grad)
+            gradient: torch.Tensor = param.main_grad  # type: ignore[attr-defined]
+            whole = torch.zeros_like(gradient)
             if param in own:
-                own[param].of(whole).copy_(own[param].of(param.main_grad))
+                own[param].of(whole).copy_(own[param].of(gradient))
             dist.all_reduce(whole, group=bucket.intra_distributed_optimizer_instance_group)
             found[param] = whole
     return {name: found[param] for name, param in wrapped.module.named_parameters() if param in found}

@@ -49,7 +49,7 @@ def watched_step(options: dict[str, Any]) -> dict[str, Any]:
 
         return collective
 
-    wrapped.module.embedding.word_embeddings.weight.register_hook(lambda _: events.append("embedding"))
+    model.embedding.word_embeddings.weight.register_hook(lambda _: events.append("embedding"))
     for member in optimizer.members:
         member.optimizer.register_step_post_hook(lambda *_: events.append("updated"))
     patches = [
@@ -67,8 +67,9 @@ def watched_step(options: dict[str, Any]) -> dict[str, Any]:
         for p in [bucket.buckets[0].params_list[0]]
     ]
     views = all(
-        p.data_ptr() - bucket.buckets[0].param_data.data_ptr() < bucket.buckets[0].param_data.nbytes
+        weights is not None and 0 <= p.data_ptr() - weights.data_ptr() < weights.nbytes
         for bucket in wrapped.sharded_buckets
+        for weights in [bucket.buckets[0].param_data]
         for p in bucket.params
     )
     distributed.shutdown()

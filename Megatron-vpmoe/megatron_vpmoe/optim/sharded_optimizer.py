@@ -91,8 +91,8 @@ class ShardedOptimizer(MegatronOptimizer):
         Args:
             updated: called with pieces as soon as their weights are the new ones, in all with each once.
         """
-        left = {leaf: piece.length for piece, leaf in self._held}
-        piece_of = {leaf: piece for piece, leaf in self._held}
+        left: dict[torch.Tensor, int] = {leaf: piece.length for piece, leaf in self._held}
+        piece_of: dict[torch.Tensor, Piece] = {leaf: piece for piece, leaf in self._held}
 
         def stepped(parts: list[tuple[torch.Tensor, int]]) -> None:
             for leaf, length in parts:

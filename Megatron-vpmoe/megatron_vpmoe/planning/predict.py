@@ -231,10 +231,11 @@ def predict(cfg: RunConfig, fleet: Fleet, *, supervised: float = 1.0) -> Predict
         parts = _sum(forward.parts, again.parts, backward.parts, times=micro_batches)
         update = clock().run(_optimizer(cfg, layers, held, of_stage, replicas, machine.is_cpu))
         reduced, gathered = _shared(shape.cfg, layers, fleet, data_ranks, expert_data_ranks)
-        if p.overlap_grad_reduce and reduced:  # the last bucket's are complete when the pass is
-            reduced = [max(reduced[-1], sum(reduced) - sum(_sum(again.split(), backward.split()).values()))]
+        # One bucket at least is complete only when the pass, or the update, is.
+        if p.overlap_grad_reduce and reduced:
+            reduced = [max(*reduced, sum(reduced) - sum(_sum(again.split(), backward.split()).values()))]
         if gathered:
-            gathered = [max(gathered[-1], sum(gathered) - sum(update.split().values()))]
+            gathered = [max(*gathered, sum(gathered) - sum(update.split().values()))]
         once = _sum(update.split(), {"communication": sum(reduced) + sum(gathered)})
         step = _sum(_sum(micro, times=micro_batches), once)
         step["waiting"] = (pp - 1) * sum(micro.values())

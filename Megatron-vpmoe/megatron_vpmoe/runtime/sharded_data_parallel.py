@@ -231,7 +231,7 @@ class ShardedDataParallel(DistributedDataParallel):
         self.params_with_grad = list(trained.values())
         dense = {name: param for name, param in trained.items() if getattr(param, "allreduce", True)}
         experts = {name: param for name, param in trained.items() if name not in dense}
-        self.buffers, self.bucket_groups = self._laid_out(dense, self.intra_dp_cp_group)
+        self.buffers, self.bucket_groups = self._laid_out(dense, self.intra_dp_cp_group)  # type: ignore[assignment]
         self.expert_parallel_buffers, self.expert_parallel_bucket_groups = self._laid_out(
             experts, self.intra_expt_dp_group
         )
@@ -239,7 +239,7 @@ class ShardedDataParallel(DistributedDataParallel):
             self.param_to_bucket_group |= dict.fromkeys(group.params, group)
         for param in self.params_with_grad:
             param.grad_added_to_main_grad = False  # type: ignore[attr-defined]
-            node = param.expand_as(param).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+            node: Any = param.expand_as(param).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
             node.register_hook(self._make_backward_post_hook(param))
             self.grad_accs.append(node)
 
