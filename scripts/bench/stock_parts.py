@@ -209,7 +209,7 @@ class PerMatrixOptimizer:
             parameter.grad = parameter.main_grad  # type: ignore[attr-defined]
 
     def squared_grad_norm(self) -> Tensor:
-        return torch.nn.utils.get_total_norm([parameter.grad for parameter in self.parameters]).double().square()
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]).double().square()
 
     @torch.no_grad()
     def update(self, grad_norm: float) -> None:
