@@ -16,8 +16,8 @@ from scripts.gpu.experts import DRY, SMALL, MoEAuxLossAutoScaler, configuration,
 from scripts.gpu.frame import Findings, Numbers
 
 FROM_BF16, FROM_EMULATION = 0.1, 0.03
-"""Two operands of four bits a product, two products deep; the same rounding of sums made in another order, some of which
-then fall to another number of the format."""
+"""Two operands of four bits a product, two products deep; the same rounding of sums in another order, where some fall
+to another number of the format."""
 ROUNDS = 7
 
 
