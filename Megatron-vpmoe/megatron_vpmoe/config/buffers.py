@@ -35,7 +35,7 @@ class Held(NamedTuple):
 
 
 def held_buckets(cfg: RunConfig, layers: range, *, world: int | None, on_cpu: bool) -> list[Held]:
-    """Of the trained parameters of a pipeline stage, in the order in which they are sent, experts last.
+    """Of the trained parameters of a pipeline stage, those of experts last.
 
     Args:
         cfg: of one tensor-parallel rank (``geometry.tensor_parallel_rank``).

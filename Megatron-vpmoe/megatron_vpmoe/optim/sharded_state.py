@@ -64,7 +64,7 @@ def piece_sharding(
     if not piece.whole and (isinstance(model_param, ShardedTensorFactory) or model_param.prepend_axis_num):
         raise CheckpointError(
             f"{model_param.key} is stored as several tensors or along prepended axes, and data-parallel ranks share it",
-            remedy="let its units be one whole (optim/build.py)",
+            remedy="let it be one unit (config/slices.py)",
         )
     if isinstance(model_param, ShardedTensorFactory):
         return replace(model_param, key=key, data=tensor, replica_id=_only_holder(model_param.replica_id))

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -107,24 +108,23 @@ class BucketGroup(_ParamAndGradBucketGroup):
         bucket: of a buffer.
         ddp_config: upstream's.
         group: the ranks that hold the same parameters.
-        before: the bucket that is sent before this one, in the same order on every rank; None: this is the first.
     """
 
     def __init__(
-        self,
-        bucket: _ParamAndGradBucket,
-        ddp_config: DistributedDataParallelConfig,
-        group: dist.ProcessGroup,
-        before: BucketGroup | None,
+        self, bucket: _ParamAndGradBucket, ddp_config: DistributedDataParallelConfig, group: dist.ProcessGroup
     ) -> None:
         super().__init__([bucket], ddp_config, group, group.size())
-        self._bucket, self._group, self._before, self._after = bucket, group, before, None
-        if before is not None:
-            before._after = self
+        self._bucket, self._group = bucket, group
+        self._before: BucketGroup | None = None
+        self._after: BucketGroup | None = None
         self._plan: Bucket = bucket.plan  # type: ignore[attr-defined]
         self._grad_work: dist.Work | None = None
         self._weight_work: dist.Work | None = None
         self._sent = False
+
+    def follow(self, before: BucketGroup) -> None:
+        """``before`` is sent before this one, on every rank."""
+        self._before, before._after = before, self
 
     @property
     def _own(self) -> slice:
@@ -150,7 +150,8 @@ class BucketGroup(_ParamAndGradBucketGroup):
         """The gradient of ``param`` is complete if this is the last micro-batch; the last one of a bucket sends it.
 
         Buckets are sent in one order, whatever order their gradients come in: ranks differ in it where experts of one
-        see no token.
+        see no token. That goes for dense ones and experts together: two groups of ranks whose collectives cross could
+        wait for each other on a GPU.
         """
         if not self.is_last_microbatch:
             return
@@ -212,6 +213,8 @@ class ShardedDataParallel(DistributedDataParallel):
     Python's collector. The model, its buffers and its process groups with all their threads would outlive their last
     user.
 
+    ``sharded_buckets`` are all buckets, in the order in which they are sent.
+
     Args:
         config: of the model.
         overlap_grad_reduce: send a bucket's gradients as soon as they are there, and not after the backward pass.
@@ -235,6 +238,13 @@ class ShardedDataParallel(DistributedDataParallel):
         self.expert_parallel_buffers, self.expert_parallel_bucket_groups = self._laid_out(
             experts, self.intra_expt_dp_group
         )
+        order = {param: place for place, param in enumerate(trained.values())}
+        self.sharded_buckets: list[BucketGroup] = sorted(
+            [*self.bucket_groups, *self.expert_parallel_bucket_groups],
+            key=lambda bucket: -min(order[param] for param in bucket.params),
+        )
+        for before, after in pairwise(self.sharded_buckets):
+            after.follow(before)
         for group in self.sharded_buckets:
             self.param_to_bucket_group |= dict.fromkeys(group.params, group)
         for param in self.params_with_grad:
@@ -243,23 +253,20 @@ class ShardedDataParallel(DistributedDataParallel):
             node.register_hook(self._make_backward_post_hook(param))
             self.grad_accs.append(node)
 
-    @property
-    def sharded_buckets(self) -> list[BucketGroup]:
-        """All buckets, in the order in which they are sent."""
-        return [*self.bucket_groups, *self.expert_parallel_bucket_groups]
+    def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
+        """Wait for every bucket's sum, in the order in which they are sent."""
+        for bucket in self.sharded_buckets:
+            bucket.finish_grad_sync(force_all_reduce)
 
     def _laid_out(
         self, params: dict[str, torch.nn.Parameter], group: dist.ProcessGroup
     ) -> tuple[list[_Buffer], list[BucketGroup]]:
-        buffers, groups = [], []
+        buffers = []
         for dtype in dict.fromkeys(param.dtype for param in params.values()):
             of_dtype = [(name, param) for name, param in params.items() if param.dtype == dtype]
             buffers.append(_Buffer(self.ddp_config, of_dtype, group))
-        order = {param: place for place, param in enumerate(params.values())}
         buckets = [bucket for buffer in buffers for bucket in buffer.buckets]
-        for bucket in sorted(buckets, key=lambda bucket: -min(order[param] for param in bucket.params)):
-            groups.append(BucketGroup(bucket, self.ddp_config, group, groups[-1] if groups else None))
-        return buffers, groups
+        return buffers, [BucketGroup(bucket, self.ddp_config, group) for bucket in buckets]
 
     def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable[..., None]:
         reference = weakref.ref(self)
