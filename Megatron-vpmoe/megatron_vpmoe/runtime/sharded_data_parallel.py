@@ -8,7 +8,7 @@ backward pass goes on, and after the update everybody gets its weights.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -217,8 +217,8 @@ class ShardedDataParallel(DistributedDataParallel):
 
     Args:
         config: of the model.
-        overlap_grad_reduce: send a bucket's gradients as soon as they are there, and not after the backward pass.
         module: the model, whose frozen parameters stay as they are.
+        overlap_grad_reduce: send a bucket's gradients as soon as they are there, and not after the backward pass.
     """
 
     def __init__(self, config: Any, module: torch.nn.Module, *, overlap_grad_reduce: bool) -> None:
@@ -280,7 +280,7 @@ class ShardedDataParallel(DistributedDataParallel):
 
 
 @contextmanager
-def _hidden(params: Any) -> Iterator[None]:
+def _hidden(params: Iterable[torch.nn.Parameter]) -> Iterator[None]:
     """They ask for no gradient meanwhile."""
     for param in params:
         param.requires_grad_(False)
