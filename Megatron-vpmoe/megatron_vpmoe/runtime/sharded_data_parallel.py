@@ -24,6 +24,7 @@ from megatron_vpmoe.runtime import device
 device.prepare()
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
 from megatron.core.distributed.param_and_grad_buffer import (  # noqa: E402
+    BufferType,
     _ParamAndGradBucket,
     _ParamAndGradBucketGroup,
     _ParamAndGradBuffer,
@@ -81,19 +82,22 @@ class _Buffer(_ParamAndGradBuffer):
         plan = plan_buckets([units_of(name, param) for name, param in params], ranks, target)
         *begins, self.numel = starts(plan, ranks)
         self.bucket_indices = [(begin, begin + bucket.size) for begin, bucket in zip(begins, plan, strict=True)]
+        self.param_data = None
+        if ranks > 1:  # before there are gradients: each parameter's own memory is free again then
+            self.param_data = torch.zeros(self.numel, dtype=self.param_dtype, device=first.device)
+            for begin, bucket in zip(begins, plan, strict=True):
+                for index, offset in bucket.places:
+                    param = self.params[index]
+                    param.data = self._get(param.shape, begin + offset, BufferType.PARAM).copy_(param.data)
         self.grad_data = torch.zeros(self.numel, dtype=self.grad_dtype, device=first.device)
-        self.param_data = torch.zeros(self.numel, dtype=self.param_dtype, device=first.device) if ranks > 1 else None
         for number, (begin, bucket) in enumerate(zip(begins, plan, strict=True)):
             self.buckets.append(self._filled(number, begin, bucket))
 
     def _filled(self, number: int, begin: int, plan: Bucket) -> _ParamAndGradBucket:
-        """The bucket, to whose memory its parameters and their gradients now belong."""
+        """The bucket, to whose memory the gradients of its parameters now belong."""
         placed = [(self.params[index], begin + offset) for index, offset in plan.places]
         for param, offset in placed:
-            span = slice(offset, offset + param.numel())
-            param.main_grad = self.grad_data[span].view(param.shape)  # type: ignore[attr-defined]
-            if self.param_data is not None:
-                param.data = self.param_data[span].view(param.shape).copy_(param.data)
+            param.main_grad = self._get(param.shape, offset, BufferType.GRAD)  # type: ignore[attr-defined]
         elements = sum(param.numel() for param, _ in placed)
         bucket = self._new_bucket([param for param, _ in placed], begin, begin + plan.size, elements, number)
         bucket.param_to_index = {param: (at - begin, at - begin + param.numel()) for param, at in placed}
