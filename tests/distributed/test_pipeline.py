@@ -167,5 +167,8 @@ def test_two_stages(case: str, two_stages: list[dict[str, dict[str, Any]]]) -> N
 
 @pytest.mark.slow
 def test_two_pipelines_of_two_stages(tmp_path: Path) -> None:
-    results = [result["moe"] for result in run_workers(4, train_cases, 2, {"moe": {}}, folder=tmp_path)]
-    assert_same(results, train_cases(1, {"moe": {}})["moe"], tied=False, bf16=False)
+    """Also of a tied embedding, both of whose copies are divided alike."""
+    cases = {case: CASES[case] for case in ("moe", "tied embeddings")}
+    results = run_workers(4, train_cases, 2, cases, folder=tmp_path)
+    for case, expected in train_cases(1, cases).items():
+        assert_same([result[case] for result in results], expected, tied=case.startswith("tied"), bf16=False)
