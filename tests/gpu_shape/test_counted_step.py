@@ -76,9 +76,9 @@ def test_a_layer_is_few_launches() -> None:
 
 @pytest.mark.slow
 def test_an_update_is_few_launches() -> None:
-    # 57 a stack of matrices, 25 of them Polar Express; with experts each parameter of them is a stack.
+    # About 55 a stack of matrices, 25 of them Polar Express, and 6 a parameter of experts.
     assert step("dense on 8").total("optimizer").launches <= 450
-    assert step("moe on 8").total("optimizer").launches <= 600
+    assert step("moe on 8").total("optimizer").launches <= 550
 
 
 @pytest.mark.slow
@@ -131,4 +131,4 @@ def test_all_eighty_layers() -> None:
     found = waits(counts, "forward", "again", "backward", "other")
     assert not [site for site in found if not site.startswith(MADE_ONCE)]
     assert counts.total("forward").launches <= 85 * 80 and counts.total("again").launches <= 75 * 80
-    assert counts.total("backward").launches <= 165 * 80 and counts.total("optimizer").launches <= 2400
+    assert counts.total("backward").launches <= 165 * 80 and counts.total("optimizer").launches <= 1400

@@ -12,7 +12,7 @@ from megatron_vpmoe.config.rules import idle_lines
 from megatron_vpmoe.config.schema import RunConfig
 
 _FP32 = 4
-STACK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # of NorMuon's largest stack, where none is named
+STACK_BYTES = {"cpu": 4 * 2**20, "cuda": 2**30}  # of NorMuon's largest stack, where none is named
 LOGITS_CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}  # of the cross-entropy at one time
 _POSITION_BYTES = 30  # of a batch: three times int64, an int32, a bool and a byte
 DECODED_ROWS = 32  # answers that the engine of ``generation`` grows at once
@@ -148,17 +148,24 @@ def _optimizer_state(cfg: RunConfig, buckets: list[Held]) -> int:
 
 
 def _update(cfg: RunConfig, buckets: list[Held], on_cpu: bool) -> tuple[int, int]:
-    """Bytes that NorMuon's buffers keep from step to step, and what an update takes beside them.
+    """Bytes that NorMuon's buffers keep from step to step, on a CPU alone, and what an update takes beside them.
 
-    A stack of matrices is kept in fp32 and twice in what Polar Express computes in; gradients, momenta and weights of a
-    stack are gathered.
+    Buffers are a stack of matrices in fp32, twice in what Polar Express computes in, and products of rows with rows. Of
+    dense matrices gradients, momenta and weights are gathered beside them.
     """
     o, device = cfg.optim, "cpu" if on_cpu else "cuda"
+    if o.optimizer != "normuon":
+        return 0, 0
     stack = STACK_BYTES[device] if o.normuon_stack_mib is None else o.normuon_stack_mib * 2**20
-    own = max(sum(held.slice for held in buckets if held.kind == kind) for kind in ("matrices", "experts"))
-    stack = min(stack, own * _FP32) if o.optimizer == "normuon" else 0
-    halves = o.polar_express_dtype == "bfloat16" or (o.polar_express_dtype == "auto" and not on_cpu)
-    return stack * (2 if halves else 3), 3 * stack
+    dense, experts = (
+        min(stack, _FP32 * sum(held.slice for held in buckets if held.kind == kind)) for kind in ("matrices", "experts")
+    )
+    in_bf16 = o.polar_express_dtype == "bfloat16" or (o.polar_express_dtype == "auto" and not on_cpu)
+    copies = 2 if in_bf16 else 3
+    if on_cpu:
+        return copies * max(experts, dense), 3 * max(experts, dense)
+    narrow = min(1.0, cfg.moe.moe_ffn_hidden_size / cfg.model.hidden_size) if experts else 0.0
+    return 0, max(round((copies + (copies - 1) * narrow) * experts), (3 + copies) * dense)
 
 
 def memory_estimate(

@@ -3,7 +3,7 @@
 A parameter is one matrix [out, in], several matrices fused along its rows (``param.matrix_rows``), or a stack of
 experts [E, out, in]. A plan lists stacks; a stack lists segments; a segment is one contiguous piece of a parameter and
 its place in the stack. Gathering and
-scattering are one ``_foreach_copy_`` each, or views where a stack is one piece of one parameter.
+scattering are one ``_foreach_copy_`` each, or views: of experts that are many enough, piece by piece.
 
 Shapes: N matrices in a stack, R rows (out), C columns (in), E experts in a parameter.
 """
@@ -23,8 +23,8 @@ import torch
 from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.optim.polar_express import choose_iteration, polar_express_flops
 
-_OWN_STACK_SHARE = 4
-"""Experts of one parameter that fill a quarter of a stack are not copied together with others."""
+_IN_PLACE_SHARE, _IN_PLACE_BYTES = 4, 64 * 2**20
+"""Experts of one parameter that fill a quarter of a stack, or so many bytes, are worked on where they lie."""
 
 Run = tuple[int, int]
 """First row and number of rows of a contiguous piece of a matrix."""
@@ -131,13 +131,14 @@ class Stack:
     group: int
     routed: bool
     split: int | None = None
+    in_place: bool = False
     count: int = 0
     segments: list[Segment] = field(default_factory=list)
 
     def gather(self, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """[N, R, X] from tensors [..., X] laid out like the parameters; a view where the layout allows it.
+        """[N, R, X] from tensors [..., X] laid out like the parameters.
 
-        It does where the stack is one piece of one parameter and has ``dtype`` already: experts, plain matrices.
+        A view where the stack is one piece of one parameter and has ``dtype`` already: experts, plain matrices.
         """
         first = self.segments[0]
         if len(self.segments) == 1:
@@ -155,6 +156,23 @@ class Stack:
             return
         torch._foreach_copy_(targets, self._slots(stack_NRX))
 
+    def take(self, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        """The stack in pieces [n, R, C], in order: where they lie, if it is worked on in place, else one copy."""
+        if not self.in_place:
+            return [self.gather(tensors, dtype)]
+        return [segment.in_param(tensors).to(dtype) for segment in self.segments]
+
+    def put(self, pieces: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
+        """Back where ``take`` had them from, if they are no views."""
+        if not self.in_place:
+            self.scatter(pieces[0], tensors)
+        elif tensors[self.segments[0].index].dtype != pieces[0].dtype:
+            torch._foreach_copy_([segment.in_param(tensors) for segment in self.segments], list(pieces))
+
+    def cut(self, stack_NRX: torch.Tensor) -> list[torch.Tensor]:
+        """What stands beside each piece of ``take`` in a tensor of the whole stack: views."""
+        return self._slots(stack_NRX) if self.in_place else [stack_NRX]
+
     def _slots(self, stack_NRX: torch.Tensor) -> list[torch.Tensor]:
         return [segment.in_stack(stack_NRX) for segment in self.segments]
 
@@ -167,6 +185,7 @@ class _Kind(NamedTuple):
     group: int
     routed: bool
     split: int | None
+    in_place: bool = False
 
 
 class Member(NamedTuple):
@@ -180,8 +199,8 @@ class Member(NamedTuple):
 def plan_stacks(members: Sequence[Member], *, stack_bytes: int, element_size: int = 4) -> list[Stack]:
     """Distribute the logical matrices of ``members`` over stacks of equal shape, group and kind.
 
-    Experts that fill a good part of a stack by themselves get stacks of their own, which are views of the parameter;
-    smaller ones share stacks, which takes copies and saves calls.
+    Parameters of many experts share stacks that are worked on in place; of fewer, ones that are copied, which saves
+    calls.
 
     Args:
         members: the parameters; ``Segment.index`` counts along them.
@@ -191,14 +210,11 @@ def plan_stacks(members: Sequence[Member], *, stack_bytes: int, element_size: in
     plan: list[Stack] = []
     open_stacks: dict[_Kind, Stack] = {}
 
-    def new_stack(kind: _Kind) -> Stack:
-        plan.append(Stack(*kind))
-        return plan[-1]
-
     def shared_stack(key: _Kind, capacity: int) -> Stack:
         stack = open_stacks.get(key)
         if stack is None or stack.count == capacity:
-            stack = open_stacks[key] = new_stack(key)
+            stack = open_stacks[key] = Stack(*key)
+            plan.append(stack)
         return stack
 
     for index, (shape, layout, group) in enumerate(members):
@@ -212,14 +228,12 @@ def plan_stacks(members: Sequence[Member], *, stack_bytes: int, element_size: in
             stack.count += 1
         start = 0
         while start < layout.experts:
-            key = _Kind(shape[1], shape[2], group, layout.routed, layout.split)
+            own = min(stack_bytes // _IN_PLACE_SHARE, _IN_PLACE_BYTES)
+            in_place = math.prod(shape) * element_size >= own
+            key = _Kind(shape[1], shape[2], group, layout.routed, layout.split, in_place)
             capacity = _capacity(key, stack_bytes, element_size)
-            if layout.experts * _OWN_STACK_SHARE >= capacity:
-                stacks_left = math.ceil((layout.experts - start) / capacity)
-                stack, length = new_stack(key), math.ceil((layout.experts - start) / stacks_left)
-            else:
-                stack = shared_stack(key, capacity)
-                length = min(capacity - stack.count, layout.experts - start)
+            stack = shared_stack(key, capacity)
+            length = min(capacity - stack.count, layout.experts - start)
             stack.segments.append(Segment(index, start, length, stack.count, None))
             stack.count += length
             start += length

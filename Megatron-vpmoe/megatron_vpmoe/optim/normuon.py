@@ -82,29 +82,40 @@ def row_factors(
     second_moment_NR1.lerp_(power_NR1 / cols, weight)
     inverse_NR1 = (second_moment_NR1 + eps).reciprocal_()
     # The rescaling needs only the row norms, so the matrix itself is touched once. Zero matrices give 0 / tiny = 0.
-    sums_2N11 = torch.stack([(power_NR1 * inverse_NR1).sum(dim=1, keepdim=True), power_NR1.sum(dim=1, keepdim=True)])
+    normed_N11, whole_N11 = (power_NR1 * inverse_NR1).sum(dim=1, keepdim=True), power_NR1.sum(dim=1, keepdim=True)
     if split is not None and split.dim == 0:
-        sums_2N11, rows = split.sum(sums_2N11), rows * split.group.size()
-    normed_N11, whole_N11 = sums_2N11.unbind()
+        normed_N11, whole_N11 = split.sum(torch.stack([normed_N11, whole_N11])).unbind()
+        rows *= split.group.size()
     factor_NR1 = inverse_NR1.sqrt_().mul_((whole_N11 / normed_N11.clamp_min_(torch.finfo(dtype).tiny)).sqrt_())
-    factor_NR1 *= max(1.0, rows / cols) ** 0.5
+    if rows > cols:
+        factor_NR1 *= (rows / cols) ** 0.5
     return factor_NR1 if active_N11 is None else factor_NR1.mul_(active_N11)
 
 
-def active_matrices(grad_NRC: torch.Tensor) -> torch.Tensor | None:
+def active_matrices(pieces: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """1.0 where any element of a matrix's gradient differs from zero (or is NaN), else 0.0; [N, 1, 1].
 
     None where all matrices are known to be active: on a CPU, which need not wait to look at an answer, one pass finds
     that out in all but odd cases.
 
     Args:
-        grad_NRC: gradients of a stack.
+        pieces: gradients of a stack, [n, R, C] each.
     """
     # Reductions without a temporary; a norm would be slower (1, inf) or underflow to zero (2), and so would aminmax.
-    largest_N11 = grad_NRC.amax((1, 2), keepdim=True)
-    if not grad_NRC.is_cuda and bool((largest_N11 != 0).all()):
+    largest_N11 = torch.cat([grad.amax((1, 2), keepdim=True) for grad in pieces])
+    if not largest_N11.is_cuda and bool((largest_N11 != 0).all()):
         return None
-    return ((largest_N11 != 0) | (grad_NRC.amin((1, 2), keepdim=True) != 0)).to(grad_NRC.dtype)
+    least_N11 = torch.cat([grad.amin((1, 2), keepdim=True) for grad in pieces])
+    return ((largest_N11 != 0) | (least_N11 != 0)).to(largest_N11.dtype)
+
+
+def _each(
+    stack: Stack, number: float, active_N11: torch.Tensor | None, idle: float = 0.0
+) -> Sequence[float | torch.Tensor]:
+    """For each piece of ``stack.take`` what its matrices get: ``idle``, and ``number`` more where they are active."""
+    if active_N11 is None:
+        return [idle + number] * (len(stack.segments) if stack.in_place else 1)
+    return stack.cut(idle + number * active_N11 if idle else number * active_N11)
 
 
 class NorMuon(torch.optim.Optimizer):
@@ -127,7 +138,7 @@ class NorMuon(torch.optim.Optimizer):
         weight_decay: decoupled; w is multiplied by 1 - lr * weight_decay.
         options: the formulas' numbers.
         stack_bytes: size of the largest stack, by default ``STACK_BYTES``: few launches on a
-            GPU, what the caches hold on a CPU; about four times as much is held.
+            GPU, what the caches hold on a CPU; two to five times as much is in use.
         tp_group: the ranks that hold parts of the parameters which Megatron marks as ``tensor_model_parallel``; every
             ``step`` is a collective of them then.
 
@@ -217,6 +228,8 @@ class NorMuon(torch.optim.Optimizer):
         for stack in self._stacks(places):
             self._step_stack(stack, params, grads, momenta, second_moments)
             stepped([(params[segment.index], segment.length) for segment in stack.segments])
+        if any(param.is_cuda for param in params):
+            self._workspace = Workspace()  # its memory goes to the next forward pass: there fresh buffers cost nothing
 
     def _step_stack(
         self,
@@ -230,14 +243,13 @@ class NorMuon(torch.optim.Optimizer):
         options, split, workspace = self._options, self._split(stack), self._workspace
         lr, weight_decay = (self.param_groups[stack.group][name] for name in ("lr", "weight_decay"))
         dtype = params[stack.segments[0].index].dtype
-        grad_NRC = stack.gather(grads, dtype)
-        active_N11 = active_matrices(grad_NRC) if stack.routed and options.idle_expert_policy == "skip" else None
-        momentum_NRC = stack.gather(momenta, dtype)
-        weight = 1.0 - options.momentum
-        momentum_NRC.lerp_(grad_NRC, weight if active_N11 is None else weight * active_N11)
-        stack.scatter(momentum_NRC, momenta)
-        nesterov_NRC = workspace.take("nesterov", grad_NRC.shape, dtype, grad_NRC.device)
-        torch.lerp(grad_NRC, momentum_NRC, options.momentum, out=nesterov_NRC)
+        grads = stack.take(grads, dtype)
+        active_N11 = active_matrices(grads) if stack.routed and options.idle_expert_policy == "skip" else None
+        nesterov_NRC = workspace.take("nesterov", (stack.count, stack.rows, stack.cols), dtype, grads[0].device)
+        advanced, weights = stack.take(momenta, dtype), _each(stack, 1.0 - options.momentum, active_N11)
+        for grad, momentum, weight, target in zip(grads, advanced, weights, stack.cut(nesterov_NRC), strict=True):
+            torch.lerp(grad, momentum.lerp_(grad, weight), options.momentum, out=target)
+        stack.put(advanced, momenta)
         orthogonalise = partial(
             polar_express, steps=options.steps, safety=options.safety, dtype=options.compute_dtype, workspace=workspace
         )
@@ -247,11 +259,14 @@ class NorMuon(torch.optim.Optimizer):
             update_NRC, second_moment_NR1, active_N11, beta2=options.beta2, eps=options.eps, split=split
         )
         stack.scatter(second_moment_NR1, second_moments)
-        weight_NRC = stack.gather(params, dtype)
-        if decay := lr * weight_decay:
-            weight_NRC.mul_(1.0 - decay if active_N11 is None else 1.0 - decay * active_N11)
-        weight_NRC.addcmul_(update_NRC, factor_NR1, value=-lr)
-        stack.scatter(weight_NRC, params)
+        matrices, keeps = stack.take(params, dtype), _each(stack, -lr * weight_decay, active_N11, 1.0)
+        for weight, keep, update, factor in zip(
+            matrices, keeps, stack.cut(update_NRC), stack.cut(factor_NR1), strict=True
+        ):
+            if lr * weight_decay:
+                weight.mul_(keep)
+            weight.addcmul_(update, factor, value=-lr)
+        stack.put(matrices, params)
 
     def flops(self) -> int:
         """Of Polar Express in one step of this rank, no expert left out."""

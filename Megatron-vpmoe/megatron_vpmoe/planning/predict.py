@@ -169,19 +169,21 @@ def _optimizer(cfg: RunConfig, layers: range, held: _Held, sharing: int, replica
     """
     bf16, narrow = cfg.training.bf16, cfg.optim.polar_express_dtype
     in_bf16 = narrow == "bfloat16" or (narrow == "auto" and not on_cpu)
-    dense, routed = orthogonal_matrices(cfg, layers)
-    shapes = dense + routed
+    stack_mib, experts = cfg.optim.normuon_stack_mib, cfg.moe.num_experts or 1
+    stack_bytes = STACK_BYTES["cpu" if on_cpu else "cuda"] if stack_mib is None else stack_mib * 2**20
     pieces, numbers = [], 0.0
-    for (rows, cols), count in shapes.items():
-        forms = ("direct",) if in_bf16 else ("direct", "gram")
-        flops = min(polar_express_flops(rows, cols, cfg.optim.polar_express_steps, form) for form in forms)
-        share = count / sharing
-        numbers += share * rows * cols
-        stacks = max(1, math.ceil(share * rows * cols * 4 / STACK_BYTES["cpu" if on_cpu else "cuda"]))
-        moved, kind = share * rows * cols * 128, "small" if in_bf16 or on_cpu else "wide"
-        stack = share * rows * cols * 4 / stacks
-        pieces.append(Work("optimizer", kind, share * flops, 0.0, 20 * stacks, min(rows, cols), 0.0))
-        pieces.append(Work("optimizer", "memory", 0.0, moved, 25 * stacks, 1, stack))
+    for shapes, of_param in zip(orthogonal_matrices(cfg, layers), (math.inf, experts), strict=True):
+        for (rows, cols), count in shapes.items():
+            forms = ("direct",) if in_bf16 else ("direct", "gram")
+            flops = min(polar_express_flops(rows, cols, cfg.optim.polar_express_steps, form) for form in forms)
+            share = count / sharing
+            numbers += share * rows * cols
+            stacks = max(1, math.ceil(share * rows * cols * 4 / stack_bytes))
+            moved, kind = share * rows * cols * 128, "small" if in_bf16 or on_cpu else "wide"
+            stack = share * rows * cols * 4 / stacks
+            launches = 32 * stacks + 6 * share / of_param  # experts are worked on parameter by parameter
+            pieces.append(Work("optimizer", kind, share * flops, 0.0, 25 * stacks, min(rows, cols), 0.0))
+            pieces.append(Work("optimizer", "memory", 0.0, moved, launches, 1, stack))
     of_experts = held.experts * cfg.parallel.expert_model_parallel_size / sharing
     others = max(0.0, held.dense / replicas + of_experts - numbers)
     pieces.append(Work("optimizer", "memory", 0.0, others * (50 if bf16 else 40), 120, 1, 2.0**26))
