@@ -10,7 +10,7 @@ from megatron_vpmoe.config.parameters import KEPT_FP32, ROUTED, is_trained, para
 from megatron_vpmoe.config.schema import RunConfig
 from megatron_vpmoe.config.slices import Bucket, Units, is_divided, plan_buckets
 
-BUCKET_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}  # of fp32 gradients that are reduced in one call, about
+BUCKET_BYTES = {"cpu": 16 * 2**20, "cuda": 2**30}  # of fp32 gradients that are reduced in one call, about
 
 
 class Held(NamedTuple):

@@ -110,7 +110,10 @@ def plan_buckets(params: Sequence[Units], ranks: int, bucket_elements: int) -> l
     last_whole: list[int] | None = None
     for index in reversed(range(len(params))):
         param = params[index]
-        if param.alone:
+        padding = -param.elements % (ranks * param.size)
+        if param.alone or (
+            param.count > 1 and 2 * param.elements >= bucket_elements and _SPARE * padding <= param.elements
+        ):  # half a bucket need not wait for another half: the output layer for the embedding
             closed.append([index])
             continue
         if param.count == 1:
