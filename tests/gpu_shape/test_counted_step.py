@@ -76,7 +76,7 @@ def test_a_layer_is_few_launches() -> None:
 
 @pytest.mark.slow
 def test_an_update_is_few_launches() -> None:
-    # About 55 a stack of matrices, 25 of them Polar Express, and 6 a parameter of experts.
+    # About 55 a stack of matrices, 25 of them Polar Express, and 5 a piece of a parameter of experts.
     assert step("dense on 8").total("optimizer").launches <= 450
     assert step("moe on 8").total("optimizer").launches <= 550
 

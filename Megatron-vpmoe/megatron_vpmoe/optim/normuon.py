@@ -13,6 +13,7 @@ Shapes: N matrices in a stack, R rows (out), C columns (in), E experts of a para
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -101,12 +102,11 @@ def active_matrices(pieces: Sequence[torch.Tensor]) -> torch.Tensor | None:
     Args:
         pieces: gradients of a stack, [n, R, C] each.
     """
-    # Reductions without a temporary; a norm would be slower (1, inf) or underflow to zero (2), and so would aminmax.
-    largest_N11 = torch.cat([grad.amax((1, 2), keepdim=True) for grad in pieces])
-    if not largest_N11.is_cuda and bool((largest_N11 != 0).all()):
+    # The maximum is a CPU's fastest reduction without a temporary; a norm of 2 would underflow to zero.
+    if not pieces[0].is_cuda and all(bool((grad.amax((1, 2)) != 0).all()) for grad in pieces):
         return None
-    least_N11 = torch.cat([grad.amin((1, 2), keepdim=True) for grad in pieces])
-    return ((largest_N11 != 0) | (least_N11 != 0)).to(largest_N11.dtype)
+    largest_N11 = torch.cat([torch.linalg.vector_norm(grad, math.inf, (1, 2), keepdim=True) for grad in pieces])
+    return (largest_N11 != 0).to(largest_N11.dtype)
 
 
 def _each(

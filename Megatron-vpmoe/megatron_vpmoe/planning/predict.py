@@ -181,7 +181,7 @@ def _optimizer(cfg: RunConfig, layers: range, held: _Held, sharing: int, replica
             stacks = max(1, math.ceil(share * rows * cols * 4 / stack_bytes))
             moved, kind = share * rows * cols * 128, "small" if in_bf16 or on_cpu else "wide"
             stack = share * rows * cols * 4 / stacks
-            launches = 32 * stacks + 6 * share / of_param  # experts are worked on parameter by parameter
+            launches = 30 * stacks + 5 * share / of_param  # experts are worked on parameter by parameter
             pieces.append(Work("optimizer", kind, share * flops, 0.0, 25 * stacks, min(rows, cols), 0.0))
             pieces.append(Work("optimizer", "memory", 0.0, moved, launches, 1, stack))
     of_experts = held.experts * cfg.parallel.expert_model_parallel_size / sharing
