@@ -155,7 +155,9 @@ class VPModel(LanguageModule):
             on the last stage what an objective reads; on others the tensor for the next stage.
         """
         if self._received is None:
-            hidden_SBH, first_value = self.embedding(input_ids=tokens_BS, position_ids=None), None
+            embedded_SBH = self.embedding(input_ids=tokens_BS, position_ids=None)
+            # Of a single row upstream transposes the strides: as layers have them, or the first is compiled apart.
+            hidden_SBH, first_value = embedded_SBH.view(embedded_SBH.shape), None
         else:
             hidden_SBH, first_value = self.wire.unpack(self._received)
             self._received = None
