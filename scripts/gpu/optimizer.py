@@ -7,6 +7,7 @@ import statistics
 import torch
 
 from megatron_vpmoe.config import load_config
+from megatron_vpmoe.config.memory import STACK_BYTES
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.optim import assignment_table
 from megatron_vpmoe.optim.build import normuon_options
@@ -22,7 +23,7 @@ LR, DECAY, STEPS = 1e-2, 0.1, 3
 LIMITS = {"adamw, fp32": 3e-5, "normuon, fp32": 1e-3, "normuon, bf16": 3e-2}
 """Of what the weights moved by. bf16 is that of Polar Express's products: Gaussian matrices come out within 2 %
 (docs/optimizer.md)."""
-WORKING_BYTES = 3 * 2**30
+WORKING_BYTES = 3 * STACK_BYTES["cuda"]
 
 
 def numbers(dry: bool) -> Numbers:

@@ -76,9 +76,9 @@ def test_a_layer_is_few_launches() -> None:
 
 @pytest.mark.slow
 def test_an_update_is_few_launches() -> None:
-    # About 55 a stack of matrices, 25 of them Polar Express, and 5 a piece of a parameter of experts.
-    assert step("dense on 8").total("optimizer").launches <= 450
-    assert step("moe on 8").total("optimizer").launches <= 550
+    # About 50 a stack of matrices, 25 of them Polar Express, and 4 a piece of a parameter of experts.
+    assert step("dense on 8").total("optimizer").launches <= 400
+    assert step("moe on 8").total("optimizer").launches <= 400
 
 
 @pytest.mark.slow
@@ -127,8 +127,8 @@ def test_upstreams_dispatcher_waits_by_name() -> None:
 
 @pytest.mark.slow
 def test_all_eighty_layers() -> None:
-    counts = counted("vpmoe_stage1.yaml", steps=1)  # its first step, which makes the optimizer's state
+    counts = counted("vpmoe_stage1.yaml", rank=5)  # whose slices make the most stacks of matrices
     found = waits(counts, "forward", "again", "backward", "other")
     assert not [site for site in found if not site.startswith(MADE_ONCE)]
     assert counts.total("forward").launches <= 85 * 80 and counts.total("again").launches <= 75 * 80
-    assert counts.total("backward").launches <= 165 * 80 and counts.total("optimizer").launches <= 1300
+    assert counts.total("backward").launches <= 165 * 80 and counts.total("optimizer").launches <= 400

@@ -12,8 +12,9 @@ from megatron_vpmoe.config.rules import idle_lines
 from megatron_vpmoe.config.schema import RunConfig
 
 _FP32 = 4
-STACK_BYTES = {"cpu": 4 * 2**20, "cuda": 2**30}  # of NorMuon's largest stack, where none is named
-LOGITS_CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}  # of the cross-entropy at one time
+STACK_BYTES = {"cpu": 4 * 2**20, "cuda": 3 * 2**30}  # of NorMuon's largest stack, where none is named
+FILL_FLOPS = {"cpu": 0.0, "cuda": 4e11}  # of zeros in a stack of matrices of few rows: under a millisecond
+LOGITS_CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 3 * 2**30}  # of the cross-entropy at one time
 _POSITION_BYTES = 30  # of a batch: three times int64, an int32, a bool and a byte
 DECODED_ROWS = 32  # answers that the engine of ``generation`` grows at once
 _PROCESS_BYTES = 350 * 2**20  # interpreter, torch and megatron.core of one worker, as measured on Linux
@@ -157,9 +158,8 @@ def _update(cfg: RunConfig, buckets: list[Held], on_cpu: bool) -> tuple[int, int
     if o.optimizer != "normuon":
         return 0, 0
     stack = STACK_BYTES[device] if o.normuon_stack_mib is None else o.normuon_stack_mib * 2**20
-    dense, experts = (
-        min(stack, _FP32 * sum(held.slice for held in buckets if held.kind == kind)) for kind in ("matrices", "experts")
-    )
+    held = {kind: _FP32 * sum(each.slice for each in buckets if each.kind == kind) for kind in ("matrices", "experts")}
+    dense, experts = min(stack, held["matrices"]), min(stack, held["experts"] // 2)  # into the experts, and out of them
     in_bf16 = o.polar_express_dtype == "bfloat16" or (o.polar_express_dtype == "auto" and not on_cpu)
     copies = 2 if in_bf16 else 3
     if on_cpu:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Literal
 
 from megatron_vpmoe.config.parameters import is_trained
@@ -55,3 +56,25 @@ def orthogonal_matrices(cfg: RunConfig, layers: range) -> tuple[Counter[tuple[in
 def _feed_forward(cfg: RunConfig, width: int) -> dict[str, list[tuple[int, int]]]:
     h = cfg.model.hidden_size
     return {"linear_fc1": (2 if cfg.model.activation == "swiglu" else 1) * [(width, h)], "linear_fc2": [(h, width)]}
+
+
+def slot_rows(counts: Mapping[tuple[int, int], float], most: float) -> dict[tuple[int, int], int]:
+    """How many rows the matrices of each shape (rows, columns) get in a stack: their own, or those of taller ones.
+
+    Rows of zeros change nothing of the others' orthogonalised form, and few stacks are few launches. Beyond a square
+    the smaller side would be another one: those keep theirs.
+
+    Args:
+        counts: of each shape.
+        most: operations of Polar Express that the zeros of one stack may take; 0: no zeros.
+    """
+    slots = {(rows, cols): rows for rows, cols in counts}
+    for cols in {cols for _, cols in counts}:
+        together: list[int] = []
+        for height in sorted(rows for rows, of_cols in counts if of_cols == cols and rows <= cols):
+            taken = (
+                counts[r, cols] * (polar_express_flops(height, cols) - polar_express_flops(r, cols)) for r in together
+            )
+            together = [*together, height] if sum(taken) <= most else [height]
+            slots |= {(rows, cols): height for rows in together}
+    return slots

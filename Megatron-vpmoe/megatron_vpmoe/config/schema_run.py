@@ -98,7 +98,7 @@ class OptimSection(Section):
     normuon_momentum_dtype: Literal["float32", "bfloat16"] = "float32"
     """What NorMuon's momentum is kept in between steps."""
     normuon_stack_mib: Size | None = None
-    """Largest stack of matrices, MiB of fp32 (two to five times as much is in use); null: 1024 on a GPU, 4 on a CPU."""
+    """Largest stack of matrices, MiB of fp32 (two to five times as much is in use); null: 3072 on a GPU, 4 on a CPU."""
     normuon_idle_expert_policy: Literal["skip", "step"] = "skip"
     """Experts without tokens in a step: "skip" leaves them as they are, "step" updates them from old momentum too."""
 

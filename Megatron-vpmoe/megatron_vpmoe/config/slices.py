@@ -20,8 +20,6 @@ ALIGNMENT = 8
 """Parameters begin at multiples of this: 16 bytes in bf16, which vectorised kernels and grouped products ask for."""
 _SPARE = 16
 """A bucket that is large enough goes on while more than one part in so many is padding."""
-_MIXED = 64
-"""Divided parameters of different units share a bucket where a unit a rank is at most one part in so many of it."""
 _WHOLE = 8
 """A bucket of whole parameters has at least so many of the largest a rank: longest-first leaves under a part in so many
 free."""
@@ -90,7 +88,7 @@ _Layout = tuple[list[tuple[int, int]], list[int]]
 class _Open:
     """A bucket that still takes parameters."""
 
-    unit: int  # elements of the largest unit; 0: of whole parameters
+    unit: int  # elements of a unit; 0: of whole parameters
     members: list[int] = field(default_factory=list)
     elements: int = 0
     largest: int = 0
@@ -119,7 +117,7 @@ def plan_buckets(params: Sequence[Units], ranks: int, bucket_elements: int) -> l
         if param.count == 1:
             bucket = whole
         else:
-            bucket = next((b for b in divided if _may_share(b.unit, param.size, ranks, bucket_elements)), None)
+            bucket = next((b for b in divided if b.unit == param.size), None)
             if bucket is None:
                 bucket = _Open(param.size)
                 divided.append(bucket)
@@ -132,7 +130,6 @@ def plan_buckets(params: Sequence[Units], ranks: int, bucket_elements: int) -> l
                 closed.append(last_whole)
                 whole = _Open(0)
             continue
-        bucket.unit = max(bucket.unit, param.size)
         padding = -bucket.elements % (ranks * bucket.unit)
         if bucket.elements >= bucket_elements and _SPARE * padding <= bucket.elements:
             closed.append(bucket.members)
@@ -143,13 +140,6 @@ def plan_buckets(params: Sequence[Units], ranks: int, bucket_elements: int) -> l
         closed.append(whole.members)
     closed += [bucket.members for bucket in divided]
     return sorted((_laid_out(members, params, ranks) for members in closed), key=lambda bucket: -bucket.ready)
-
-
-def _may_share(unit: int, size: int, ranks: int, bucket_elements: int) -> bool:
-    if unit == size:
-        return True
-    large, small = max(unit, size), min(unit, size)
-    return large % small == 0 and ranks * large * _MIXED <= bucket_elements
 
 
 def _laid_out(members: Sequence[int], params: Sequence[Units], ranks: int) -> Bucket:

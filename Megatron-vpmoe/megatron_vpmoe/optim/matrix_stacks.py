@@ -2,8 +2,8 @@
 
 A parameter is one matrix [out, in], several matrices fused along its rows (``param.matrix_rows``), or a stack of
 experts [E, out, in]. A plan lists stacks; a stack lists segments; a segment is one contiguous piece of a parameter and
-its place in the stack. Gathering and
-scattering are one ``_foreach_copy_`` each, or views: of experts that are many enough, piece by piece.
+its place in the stack. Gathering and scattering are one copy of all pieces each, or views: of experts that are many
+enough, piece by piece.
 
 Shapes: N matrices in a stack, R rows (out), C columns (in), E experts in a parameter.
 """
@@ -14,17 +14,22 @@ Shapes: N matrices in a stack, R rows (out), C columns (in), E experts in a para
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
+from megatron_vpmoe.config.orthogonal import slot_rows
 from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.optim.polar_express import choose_iteration, polar_express_flops
 
 _IN_PLACE_SHARE, _IN_PLACE_BYTES = 4, 64 * 2**20
 """Experts of one parameter that fill a quarter of a stack, or so many bytes, are worked on where they lie."""
+
+_ONE_LAUNCH = 320 * 65_536
+"""Elements that a kernel over many tensors takes at the most (blocks times chunk of ATen's MultiTensorApply.cuh)."""
 
 Run = tuple[int, int]
 """First row and number of rows of a contiguous piece of a matrix."""
@@ -90,7 +95,7 @@ def layout_flops(
     """
     split = {} if layout.split is None else {layout.split: tensor_parallel}
     cols, ranks = shape[-1] * split.get(1, 1), max(split.values(), default=1)
-    rows = [sum(length for _, length in runs) for runs in layout.matrices] or [shape[1]] * layout.experts
+    rows = [_height(runs) for runs in layout.matrices] or [shape[1]] * layout.experts
     whole = [count * split.get(0, 1) for count in rows]
     return sum(polar_express_flops(r, cols, steps, choose_iteration(r, cols, dtype, steps)) for r in whole) // ranks
 
@@ -124,7 +129,7 @@ class Segment(NamedTuple):
 
 @dataclass
 class Stack:
-    """N matrices of one shape [R, C], one parameter group and one kind; of split ones R and C are this rank's."""
+    """N matrices of one group and kind, [R, C] or (``has_gaps``) with zeros for rows; R and C of a split one's part."""
 
     rows: int
     cols: int
@@ -132,42 +137,59 @@ class Stack:
     routed: bool
     split: int | None = None
     in_place: bool = False
+    has_gaps: bool = False
     count: int = 0
     segments: list[Segment] = field(default_factory=list)
 
-    def gather(self, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """[N, R, X] from tensors [..., X] laid out like the parameters.
+    def take(
+        self, statistics: Sequence[torch.Tensor], lists: Sequence[Sequence[torch.Tensor]], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
+        """The stack of tensors that are laid out like the parameters, [..., X].
 
-        A view where the stack is one piece of one parameter and has ``dtype`` already: experts, plain matrices.
+        That of ``statistics``, [N, R, 1]; and of each of ``lists`` its pieces [n, R, C] in order: where they lie, if it
+        is worked on in place, else one, a copy. What needs none is a view.
         """
+        if not self.in_place:
+            statistic_NR1, *stacks = self._gathered([statistics, *lists], dtype)
+            return statistic_NR1, [[stack_NRC] for stack_NRC in stacks]
+        (statistic_NR1,) = self._gathered([statistics], dtype)
+        return statistic_NR1, [[x.to(dtype) for x in self._pieces(tensors)] for tensors in lists]
+
+    def put(
+        self,
+        statistics: Sequence[torch.Tensor],
+        statistic_NR1: torch.Tensor,
+        lists: Sequence[tuple[Sequence[torch.Tensor], list[torch.Tensor]]],
+    ) -> None:
+        """Back where ``take`` had them from, but for views."""
+        targets, sources = [], []
+        for tensors, pieces in ((statistics, [statistic_NR1]), *lists):
+            in_place = self.in_place and tensors is not statistics
+            if tensors[self.segments[0].index].dtype != pieces[0].dtype or not (in_place or self._is_one):
+                targets += self._pieces(tensors)
+                sources += pieces if in_place else self._slots(pieces[0])
+        copy_each(targets, sources)
+
+    def _gathered(self, lists: Sequence[Sequence[torch.Tensor]], dtype: torch.dtype) -> list[torch.Tensor]:
+        """[N, R, X] of each list: copies, made together, or views."""
         first = self.segments[0]
-        if len(self.segments) == 1:
-            view = first.in_param(tensors)
-            return (view if first.row is None else view.unsqueeze(0)).to(dtype)
-        like = tensors[first.index]
-        stack_NRX = torch.empty(self.count, self.rows, like.shape[-1], dtype=dtype, device=like.device)
-        torch._foreach_copy_(self._slots(stack_NRX), [segment.in_param(tensors) for segment in self.segments])
-        return stack_NRX
+        if self._is_one:
+            views = [first.in_param(tensors) for tensors in lists]
+            return [(view if first.row is None else view.unsqueeze(0)).to(dtype) for view in views]
+        new = torch.zeros if self.has_gaps else torch.empty
+        like = [tensors[first.index] for tensors in lists]
+        stacks = [new(self.count, self.rows, x.shape[-1], dtype=dtype, device=x.device) for x in like]
+        slots = [slot for stack_NRX in stacks for slot in self._slots(stack_NRX)]
+        copy_each(slots, [piece for tensors in lists for piece in self._pieces(tensors)])
+        return stacks
 
-    def scatter(self, stack_NRX: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
-        """Put ``stack_NRX`` back where ``gather`` took it from; nothing to do where that was a view."""
-        targets = [segment.in_param(tensors) for segment in self.segments]
-        if len(targets) == 1 and targets[0].dtype == stack_NRX.dtype:
-            return
-        torch._foreach_copy_(targets, self._slots(stack_NRX))
+    @property
+    def _is_one(self) -> bool:
+        """It is one piece of one parameter and can be worked on where it lies."""
+        return len(self.segments) == 1 and not self.has_gaps
 
-    def take(self, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-        """The stack in pieces [n, R, C], in order: where they lie, if it is worked on in place, else one copy."""
-        if not self.in_place:
-            return [self.gather(tensors, dtype)]
-        return [segment.in_param(tensors).to(dtype) for segment in self.segments]
-
-    def put(self, pieces: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
-        """Back where ``take`` had them from, if they are no views."""
-        if not self.in_place:
-            self.scatter(pieces[0], tensors)
-        elif tensors[self.segments[0].index].dtype != pieces[0].dtype:
-            torch._foreach_copy_([segment.in_param(tensors) for segment in self.segments], list(pieces))
+    def _pieces(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [segment.in_param(tensors) for segment in self.segments]
 
     def cut(self, stack_NRX: torch.Tensor) -> list[torch.Tensor]:
         """What stands beside each piece of ``take`` in a tensor of the whole stack: views."""
@@ -175,6 +197,18 @@ class Stack:
 
     def _slots(self, stack_NRX: torch.Tensor) -> list[torch.Tensor]:
         return [segment.in_stack(stack_NRX) for segment in self.segments]
+
+
+def copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy each source to its target: many small ones at once; a large one alone, for which that would be no more."""
+    together: dict[tuple[torch.dtype, torch.dtype], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        if target.numel() >= _ONE_LAUNCH:
+            target.copy_(source)
+        else:
+            together.setdefault((target.dtype, source.dtype), []).append((target, source))
+    for pairs in together.values():
+        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
 
 
 class _Kind(NamedTuple):
@@ -196,18 +230,22 @@ class Member(NamedTuple):
     group: int
 
 
-def plan_stacks(members: Sequence[Member], *, stack_bytes: int, element_size: int = 4) -> list[Stack]:
+def plan_stacks(
+    members: Sequence[Member], *, stack_bytes: int, fill_flops: float = 0.0, element_size: int = 4
+) -> list[Stack]:
     """Distribute the logical matrices of ``members`` over stacks of equal shape, group and kind.
 
-    Parameters of many experts share stacks that are worked on in place; of fewer, ones that are copied, which saves
-    calls.
+    Matrices of fewer rows share a taller one's stack where that takes few zeros (``config.orthogonal.slot_rows``).
+    Parameters of many experts share stacks that are worked on in place; of fewer, ones that are copied.
 
     Args:
         members: the parameters; ``Segment.index`` counts along them.
         stack_bytes: largest stack; a single matrix beyond it is a stack of its own.
+        fill_flops: of Polar Express that a stack's zeros may take.
         element_size: bytes of one element of a stack.
     """
     plan: list[Stack] = []
+    slots = _slots_of(members, fill_flops)
     open_stacks: dict[_Kind, Stack] = {}
 
     def shared_stack(key: _Kind, capacity: int) -> Stack:
@@ -219,8 +257,10 @@ def plan_stacks(members: Sequence[Member], *, stack_bytes: int, element_size: in
 
     for index, (shape, layout, group) in enumerate(members):
         for runs in layout.matrices:
-            key = _Kind(sum(length for _, length in runs), shape[1], group, layout.routed, layout.split)
+            own = _Kind(_height(runs), shape[1], group, layout.routed, layout.split)
+            key = own._replace(rows=slots[own])
             stack = shared_stack(key, _capacity(key, stack_bytes, element_size))
+            stack.has_gaps |= key != own
             row = 0
             for start, length in runs:
                 stack.segments.append(Segment(index, start, length, stack.count, row))
@@ -231,13 +271,29 @@ def plan_stacks(members: Sequence[Member], *, stack_bytes: int, element_size: in
             own = min(stack_bytes // _IN_PLACE_SHARE, _IN_PLACE_BYTES)
             in_place = math.prod(shape) * element_size >= own
             key = _Kind(shape[1], shape[2], group, layout.routed, layout.split, in_place)
-            capacity = _capacity(key, stack_bytes, element_size)
-            stack = shared_stack(key, capacity)
+            stack = shared_stack(key, capacity := _capacity(key, stack_bytes, element_size))
             length = min(capacity - stack.count, layout.experts - start)
             stack.segments.append(Segment(index, start, length, stack.count, None))
             stack.count += length
             start += length
     return plan
+
+
+def _height(runs: tuple[Run, ...]) -> int:
+    return sum(length for _, length in runs)
+
+
+def _slots_of(members: Sequence[Member], most: float) -> dict[_Kind, int]:
+    """The rows of a stack that matrices of 2-D parameters have, by kind; parts of matrices have their own."""
+    counts: dict[tuple[int, bool, int | None], Counter[tuple[int, int]]] = defaultdict(Counter)
+    for shape, layout, group in members:
+        for runs in layout.matrices:
+            counts[group, layout.routed, layout.split][_height(runs), shape[1]] += 1
+    return {
+        _Kind(rows, cols, *alike): slot
+        for alike, of_shape in counts.items()
+        for (rows, cols), slot in slot_rows(of_shape, most if alike[2] is None else 0.0).items()
+    }
 
 
 def _capacity(kind: _Kind, stack_bytes: int, element_size: int) -> int:

@@ -22,7 +22,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 
-from megatron_vpmoe.config.memory import STACK_BYTES
+from megatron_vpmoe.config.memory import FILL_FLOPS, STACK_BYTES
 from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.optim.matrix_stacks import MatrixLayout, Member, Stack, layout_flops, matrix_layout, plan_stacks
 from megatron_vpmoe.optim.polar_express import Workspace, compute_dtype, polar_express
@@ -58,6 +58,7 @@ def row_factors(
     *,
     beta2: float,
     eps: float,
+    scale: float = 1.0,
     split: Split | None = None,
 ) -> torch.Tensor:
     """What each row of the orthogonalised update is multiplied by: row normalisation, restored norm and scale in one.
@@ -68,28 +69,32 @@ def row_factors(
         active_N11: 1 for matrices that take part, 0 for those whose update is zero and whose statistic stays.
         beta2: decay of the row statistic.
         eps: added to it before the root.
+        scale: a further factor.
         split: tensor-parallel ranks hold parts of these matrices; the statistic is of whole rows, the norm of whole
             matrices.
 
     Returns:
-        [N, R, 1] in the dtype of the statistic; the update is to be multiplied by it and by -lr.
+        [N, R, 1] in the dtype of the statistic.
     """
     rows, cols = update_NRC.shape[1:]
     dtype = second_moment_NR1.dtype
-    power_NR1 = torch.linalg.vector_norm(update_NRC, dim=2, keepdim=True, dtype=dtype).square_()
+    norm_NR1 = torch.linalg.vector_norm(update_NRC, dim=2, keepdim=True, dtype=dtype)
+    power_NR1 = norm_NR1.square()
     if split is not None and split.dim == 1:
         power_NR1, cols = split.sum(power_NR1), cols * split.group.size()
+        norm_NR1 = power_NR1.sqrt()
     weight = 1.0 - beta2 if active_N11 is None else (1.0 - beta2) * active_N11
-    second_moment_NR1.lerp_(power_NR1 / cols, weight)
-    inverse_NR1 = (second_moment_NR1 + eps).reciprocal_()
+    second_moment_NR1.lerp_(power_NR1.div_(cols), weight)
+    factor_NR1 = (second_moment_NR1 + eps).rsqrt_()
     # The rescaling needs only the row norms, so the matrix itself is touched once. Zero matrices give 0 / tiny = 0.
-    normed_N11, whole_N11 = (power_NR1 * inverse_NR1).sum(dim=1, keepdim=True), power_NR1.sum(dim=1, keepdim=True)
+    normed_N11, whole_N11 = (
+        torch.linalg.vector_norm(norms, dim=1, keepdim=True) for norms in (norm_NR1 * factor_NR1, norm_NR1)
+    )
     if split is not None and split.dim == 0:
-        normed_N11, whole_N11 = split.sum(torch.stack([normed_N11, whole_N11])).unbind()
+        normed_N11, whole_N11 = split.sum(torch.stack([normed_N11, whole_N11]).square_()).sqrt_().unbind()
         rows *= split.group.size()
-    factor_NR1 = inverse_NR1.sqrt_().mul_((whole_N11 / normed_N11.clamp_min_(torch.finfo(dtype).tiny)).sqrt_())
-    if rows > cols:
-        factor_NR1 *= (rows / cols) ** 0.5
+    scale *= max(1.0, rows / cols) ** 0.5
+    factor_NR1 *= whole_N11.div_(torch.rsub(normed_N11, torch.finfo(dtype).tiny, alpha=-1.0 / scale))
     return factor_NR1 if active_N11 is None else factor_NR1.mul_(active_N11)
 
 
@@ -105,17 +110,17 @@ def active_matrices(pieces: Sequence[torch.Tensor]) -> torch.Tensor | None:
     # The maximum is a CPU's fastest reduction without a temporary; a norm of 2 would underflow to zero.
     if not pieces[0].is_cuda and all(bool((grad.amax((1, 2)) != 0).all()) for grad in pieces):
         return None
-    largest_N11 = torch.cat([torch.linalg.vector_norm(grad, math.inf, (1, 2), keepdim=True) for grad in pieces])
-    return (largest_N11 != 0).to(largest_N11.dtype)
+    largest_N11 = pieces[0].new_empty(sum(map(len, pieces)), 1, 1)
+    for grad, largest in zip(pieces, largest_N11.split([len(grad) for grad in pieces]), strict=True):
+        torch.linalg.vector_norm(grad, math.inf, (1, 2), keepdim=True, out=largest)
+    return largest_N11.ne_(0)
 
 
-def _each(
-    stack: Stack, number: float, active_N11: torch.Tensor | None, idle: float = 0.0
-) -> Sequence[float | torch.Tensor]:
-    """For each piece of ``stack.take`` what its matrices get: ``idle``, and ``number`` more where they are active."""
+def _each(stack: Stack, number: float, active_N11: torch.Tensor | None) -> Sequence[float | torch.Tensor]:
+    """For each piece of ``stack.take`` what its matrices get: ``number`` where they are active, else 0."""
     if active_N11 is None:
-        return [idle + number] * (len(stack.segments) if stack.in_place else 1)
-    return stack.cut(idle + number * active_N11 if idle else number * active_N11)
+        return [number] * (len(stack.segments) if stack.in_place else 1)
+    return stack.cut(number * active_N11)
 
 
 class NorMuon(torch.optim.Optimizer):
@@ -243,30 +248,25 @@ class NorMuon(torch.optim.Optimizer):
         options, split, workspace = self._options, self._split(stack), self._workspace
         lr, weight_decay = (self.param_groups[stack.group][name] for name in ("lr", "weight_decay"))
         dtype = params[stack.segments[0].index].dtype
-        grads = stack.take(grads, dtype)
+        second_moment_NR1, (grads, advanced, matrices) = stack.take(second_moments, (grads, momenta, params), dtype)
         active_N11 = active_matrices(grads) if stack.routed and options.idle_expert_policy == "skip" else None
         nesterov_NRC = workspace.take("nesterov", (stack.count, stack.rows, stack.cols), dtype, grads[0].device)
-        advanced, weights = stack.take(momenta, dtype), _each(stack, 1.0 - options.momentum, active_N11)
+        weights = _each(stack, 1.0 - options.momentum, active_N11)
         for grad, momentum, weight, target in zip(grads, advanced, weights, stack.cut(nesterov_NRC), strict=True):
             torch.lerp(grad, momentum.lerp_(grad, weight), options.momentum, out=target)
-        stack.put(advanced, momenta)
         orthogonalise = partial(
             polar_express, steps=options.steps, safety=options.safety, dtype=options.compute_dtype, workspace=workspace
         )
         update_NRC = orthogonalise(nesterov_NRC) if split is None else split.apply_whole(nesterov_NRC, orthogonalise)
-        second_moment_NR1 = stack.gather(second_moments, dtype)
+        # w (1 - lr decay) - lr u is w on the way to -u / decay, by lr decay of it: one pass over w.
+        share, scale = (lr * weight_decay, -1.0 / weight_decay) if weight_decay else (lr, -1.0)
         factor_NR1 = row_factors(
-            update_NRC, second_moment_NR1, active_N11, beta2=options.beta2, eps=options.eps, split=split
+            update_NRC, second_moment_NR1, active_N11, beta2=options.beta2, eps=options.eps, scale=scale, split=split
         )
-        stack.scatter(second_moment_NR1, second_moments)
-        matrices, keeps = stack.take(params, dtype), _each(stack, -lr * weight_decay, active_N11, 1.0)
-        for weight, keep, update, factor in zip(
-            matrices, keeps, stack.cut(update_NRC), stack.cut(factor_NR1), strict=True
-        ):
-            if lr * weight_decay:
-                weight.mul_(keep)
-            weight.addcmul_(update, factor, value=-lr)
-        stack.put(matrices, params)
+        target_NRC = torch.mul(update_NRC, factor_NR1, out=nesterov_NRC)
+        for matrix, part, target in zip(matrices, _each(stack, share, active_N11), stack.cut(target_NRC), strict=True):
+            matrix.lerp_(target, part) if weight_decay else matrix.add_(target, alpha=lr)
+        stack.put(second_moments, second_moment_NR1, ((momenta, advanced), (params, matrices)))
 
     def flops(self) -> int:
         """Of Polar Express in one step of this rank, no expert left out."""
@@ -291,7 +291,10 @@ class NorMuon(torch.optim.Optimizer):
         if places not in self._plans:
             params = [self.param_groups[g]["params"][i] for g, i in places]
             members = [Member(p.shape, self._layouts[g][i], g) for p, (g, i) in zip(params, places, strict=True)]
-            element_size = max((p.element_size() for p in params), default=1)
-            stack_bytes = self._stack_bytes or STACK_BYTES[params[0].device.type if params else "cpu"]
-            self._plans[places] = plan_stacks(members, stack_bytes=stack_bytes, element_size=element_size)
+            size, device = (
+                max((p.element_size() for p in params), default=1),
+                params[0].device.type if params else "cpu",
+            )
+            stack, fill = self._stack_bytes or STACK_BYTES[device], FILL_FLOPS[device]
+            self._plans[places] = plan_stacks(members, stack_bytes=stack, fill_flops=fill, element_size=size)
         return self._plans[places]

@@ -95,7 +95,7 @@ def polar_express(
 
 
 def _normalizer(norm_N11: torch.Tensor, safety: float) -> torch.Tensor:
-    return norm_N11.mul(1.0 + safety).add_(_NORM_FLOOR).reciprocal_()
+    return torch.rsub(norm_N11, _NORM_FLOOR, alpha=-1.0 - safety).reciprocal_()  # of floor + norm (1 + safety)
 
 
 class Workspace:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vpmoe.errors import CheckpointError
+from megatron_vpmoe.optim.matrix_stacks import copy_each
 from megatron_vpmoe.optim.normuon import NorMuon
 from megatron_vpmoe.optim.sharded_state import piece_sharding, sharding_of_parameters
 from megatron_vpmoe.runtime import device
@@ -101,7 +102,7 @@ class ShardedOptimizer(MegatronOptimizer):
             apart = [leaf for leaf in done if _apart(piece_of[leaf])]
             if apart:
                 own = [piece_of[leaf].of(piece_of[leaf].param.data) for leaf in apart]
-                torch._foreach_copy_(own, [leaf.data for leaf in apart])
+                copy_each(own, [leaf.data for leaf in apart])
             updated([piece_of[leaf] for leaf in done])
 
         if isinstance(self.optimizer, NorMuon):

@@ -8,7 +8,7 @@ docs/performance.md.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +20,8 @@ from megatron_vpmoe.config.geometry import (
     tensor_parallel_rank,
     training_flops_per_token,
 )
-from megatron_vpmoe.config.memory import STACK_BYTES
-from megatron_vpmoe.config.orthogonal import orthogonal_matrices, polar_express_flops
+from megatron_vpmoe.config.memory import FILL_FLOPS, STACK_BYTES
+from megatron_vpmoe.config.orthogonal import orthogonal_matrices, polar_express_flops, slot_rows
 from megatron_vpmoe.config.parameters import ROUTED, is_trained, parameter_sizes
 from megatron_vpmoe.config.schema import RunConfig
 from megatron_vpmoe.planning import work
@@ -170,18 +170,23 @@ def _optimizer(cfg: RunConfig, layers: range, held: _Held, sharing: int, replica
     bf16, narrow = cfg.training.bf16, cfg.optim.polar_express_dtype
     in_bf16 = narrow == "bfloat16" or (narrow == "auto" and not on_cpu)
     stack_mib, experts = cfg.optim.normuon_stack_mib, cfg.moe.num_experts or 1
-    stack_bytes = STACK_BYTES["cpu" if on_cpu else "cuda"] if stack_mib is None else stack_mib * 2**20
+    device = "cpu" if on_cpu else "cuda"
+    stack_bytes, fill = STACK_BYTES[device] if stack_mib is None else stack_mib * 2**20, FILL_FLOPS[device]
     pieces, numbers = [], 0.0
     for shapes, of_param in zip(orthogonal_matrices(cfg, layers), (math.inf, experts), strict=True):
+        slots = slot_rows({shape: count / sharing for shape, count in shapes.items()}, fill)
+        stacked = Counter[tuple[int, int]]()
         for (rows, cols), count in shapes.items():
+            numbers += count / sharing * rows * cols
+            stacked[slots[rows, cols], cols] += count
+        for (rows, cols), count in stacked.items():
             forms = ("direct",) if in_bf16 else ("direct", "gram")
             flops = min(polar_express_flops(rows, cols, cfg.optim.polar_express_steps, form) for form in forms)
             share = count / sharing
-            numbers += share * rows * cols
             stacks = max(1, math.ceil(share * rows * cols * 4 / stack_bytes))
             moved, kind = share * rows * cols * 128, "small" if in_bf16 or on_cpu else "wide"
             stack = share * rows * cols * 4 / stacks
-            launches = 30 * stacks + 5 * share / of_param  # experts are worked on parameter by parameter
+            launches = 27 * stacks + 5 * share / of_param  # experts are worked on parameter by parameter
             pieces.append(Work("optimizer", kind, share * flops, 0.0, 25 * stacks, min(rows, cols), 0.0))
             pieces.append(Work("optimizer", "memory", 0.0, moved, launches, 1, stack))
     of_experts = held.experts * cfg.parallel.expert_model_parallel_size / sharing

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_vpmoe.config import RunConfig, forward_flops_per_token, layer_geometries
+from megatron_vpmoe.model.attention import tpa
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.builder import build_model
 from tests.tiny import tiny_config
@@ -28,16 +29,30 @@ DESIGNS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def products_are_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest of TPA's are sums on a CPU, which no counter takes for products."""
+    monkeypatch.setattr(tpa, "_FEW", 0)
+
+
 def grouped_flops(x: tuple[int, ...], weight: tuple[int, ...], *_: object, **__: object) -> int:
     """torch.grouped_mm of [N, I] with [E, I, O]: each row meets one expert."""
     return 2 * x[0] * x[1] * weight[2]
+
+
+def product_flops(_: tuple[int, ...], left: tuple[int, ...], right: tuple[int, ...], **__: object) -> int:
+    """torch.baddbmm_ of [N, R, K] and [N, K, C], of which torch's counter knows the form that is not in place."""
+    return 2 * left[0] * left[1] * left[2] * right[2]
+
+
+OURS = {torch.ops.aten._grouped_mm: grouped_flops, torch.ops.aten.baddbmm_: product_flops}
 
 
 def counted(cfg: RunConfig, tokens: int) -> int:
     """FLOPs of one forward pass and the logits over one document, on the backend with dense scores."""
     model = build_model(cfg).eval()
     layout = SequenceLayout(torch.zeros(1, tokens, dtype=torch.int32), torch.arange(tokens)[None])
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops})
+    counter = FlopCounterMode(display=False, custom_mapping=OURS)
     with torch.no_grad(), counter:
         model(torch.ones(1, tokens, dtype=torch.int64), layout).logits()
     return counter.get_total_flops()

@@ -51,24 +51,29 @@ def test_other_dimensions_are_refused(shape: tuple[int, ...]) -> None:
     experts=st.lists(st.integers(1, 9), max_size=3),
     splits=st.lists(st.permutations(range(6)), max_size=4),
     stack_bytes=st.sampled_from([1, 100, 400, 10_000]),
+    fill_flops=st.sampled_from([0.0, 1e3, 1e9]),
 )
-def test_gather_then_scatter_is_the_identity(experts: list[int], splits: list[list[int]], stack_bytes: int) -> None:
+def test_put_after_take_is_the_identity(
+    experts: list[int], splits: list[list[int]], stack_bytes: int, fill_flops: float
+) -> None:
     params = [parameter(count, 4, 5) for count in experts]
     params += [parameter(6, 5, rows=(torch.tensor(p[:4]), torch.tensor(p[4:]))) for p in splits]
     members = [Member(p.shape, matrix_layout(p), i % 2) for i, p in enumerate(params)]
-    values = [p.detach() for p in params]
-    restored = [torch.full_like(v, torch.nan) for v in values]
-    plan = plan_stacks(members, stack_bytes=stack_bytes)
-    for stack in plan:
-        assert stack.count == 1 or stack.count * stack.rows * stack.cols * 4 <= stack_bytes
-        gathered = torch.full((stack.count, stack.rows, stack.cols), torch.nan)
-        for segment in stack.segments:
-            assert members[segment.index].group == stack.group
-            segment.in_stack(gathered).copy_(segment.in_param(values))
-        assert gathered.isfinite().all()
-        for segment in stack.segments:
-            segment.in_param(restored).copy_(segment.in_stack(gathered))
-    assert all(torch.equal(a, b) for a, b in zip(values, restored, strict=True))
+    values, statistics = [p.detach() for p in params], [torch.randn(*p.shape[:-1], 1) for p in params]
+    plan = plan_stacks(members, stack_bytes=stack_bytes, fill_flops=fill_flops)
+    for dtype in (torch.float32, torch.float64):
+        doubled, doubled_statistics = [v.clone() for v in values], [v.clone() for v in statistics]
+        for stack in plan:
+            assert all(members[segment.index].group == stack.group for segment in stack.segments)
+            assert stack.count == 1 or stack.count * stack.rows * stack.cols * 4 <= stack_bytes
+            statistic_NR1, (pieces,) = stack.take(doubled_statistics, [doubled], dtype)
+            assert statistic_NR1.shape == (stack.count, stack.rows, 1) and sum(map(len, pieces)) == stack.count
+            assert stack.has_gaps == any((x == 0).all(-1).any() for x in pieces)
+            for tensor in (statistic_NR1, *pieces):
+                tensor.mul_(2)
+            stack.put(doubled_statistics, statistic_NR1, [(doubled, pieces)])
+        for before, after in ((values, doubled), (statistics, doubled_statistics)):
+            assert all(torch.equal(2 * a, b) for a, b in zip(before, after, strict=True))
     assert sum(stack.count for stack in plan) == sum(m.layout.count for m in members)
 
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from megatron_vpmoe.config.memory import FILL_FLOPS
 from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.optim.matrix_stacks import Member, matrix_layout, plan_stacks
 from megatron_vpmoe.optim.normuon import NorMuon, NorMuonOptions, row_factors
@@ -222,5 +223,25 @@ def test_experts_that_fill_stacks_are_stepped_in_place() -> None:
     stacks = plan_stacks([Member(p.shape, matrix_layout(p), 0) for p in params], stack_bytes=3 * 16 * 32 * 4)
     assert [stack.count for stack in stacks] == [3, 3, 2]
     for stack in stacks:
-        view = stack.gather(params, torch.float32)
+        _, ((view,),) = stack.take(params, [params], torch.float32)
         assert view.untyped_storage().data_ptr() == params[0].untyped_storage().data_ptr()
+
+
+def test_matrices_filled_up_with_zeros_move_as_those_that_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of zeros leave the others' orthogonalised form, statistic and norm as they are."""
+    shapes = [(16, 24), (7, 24), (1, 24), (24, 16), (24, 24), (7, 12)]
+    torch.manual_seed(0)
+    start = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    grads = [[torch.randn_like(x) for x in start] for _ in range(3)]
+    moved, stacks = [], []
+    for fill_flops in (0.0, 1e9):
+        monkeypatch.setitem(FILL_FLOPS, "cpu", fill_flops)
+        params = [torch.nn.Parameter(x.clone()) for x in start]
+        optimizer = NorMuon(params, 0.1, 0.5)
+        for grad in grads:
+            step_with(optimizer, *grad)
+        moved.append([*params, *(value for p in params for value in optimizer.state[p].values())])
+        (plan,) = optimizer._plans.values()
+        stacks.append(len(plan))
+    assert stacks == [6, 3]
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*moved, strict=True))
