@@ -38,12 +38,16 @@ def pytest_collection_finish() -> None:
         workers.start_fork_server()
 
 
+# A machine that runs other things beside the tests is slow, and nothing is wrong with it.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
+
+
 def fuzz_settings(max_examples: int) -> settings:
     """Decorates a fuzzer above ``@given``: the same examples every time, N times as many with ``--fuzz N``."""
     return settings(
         max_examples=max_examples * _fuzz_factor,
         derandomize=True,
-        deadline=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
 

@@ -81,14 +81,14 @@ def test_special_tokens_are_the_same() -> None:
     assert encoding.special_tokens_set - set(ALL_SPECIAL_TOKENS) == {f"<|reserved_{VOCAB_SIZE}|>"}
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(user=TEXTS, analysis=TEXTS, final=TEXTS, turns=st.integers(1, 2))
 def test_hostile_text_renders_the_same(fast: FastRenderer, user: str, analysis: str, final: str, turns: int) -> None:
     ours = fast.render(own_turn(user, analysis, final) * turns).tokens()
     assert ours.tolist() == training_ids(turn(user, analysis, final) * turns)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(texts=st.tuples(*[st.lists(HOSTILE, max_size=14).map("".join)] * 3))
 def test_directions_emoji_blanks_and_line_ends_render_the_same(fast: FastRenderer, texts: tuple[str, str, str]) -> None:
     ours = fast.render(own_turn(*texts))
@@ -96,7 +96,7 @@ def test_directions_emoji_blanks_and_line_ends_render_the_same(fast: FastRendere
     assert Parser(fast.tokenizer).messages(ours.tokens()) == tuple(own_turn(*texts))
 
 
-@settings(deadline=None, max_examples=5)
+@settings(max_examples=5)
 @given(text=LONG)
 def test_fields_of_100_000_characters_render_the_same(fast: FastRenderer, text: str) -> None:
     ours = fast.render(own_turn("q", text, "f"))
@@ -109,7 +109,7 @@ def test_a_lone_surrogate_is_refused_where_the_official_renderer_replaces_it_or_
         fast.render(own_turn("a\ud800b", "a", "f"))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     identity=LINES,
     cutoff=LINES,
@@ -143,7 +143,7 @@ def test_system_and_developer_messages_are_the_same(
     assert ours.tolist() == training_ids([*theirs, *turn("q", "a", "f")])
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(user=TEXTS)
 def test_generation_prompts_are_the_same(fast: FastRenderer, user: str) -> None:
     messages = [*Prompts().messages(), Message("user", user)]
@@ -151,7 +151,7 @@ def test_generation_prompts_are_the_same(fast: FastRenderer, user: str) -> None:
     assert fast.generation_prompt(messages).tolist() == theirs.tolist()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(user=TEXTS, analysis=TEXTS, final=TEXTS)
 def test_official_renderer_gives_the_same_pieces(fast: FastRenderer, user: str, analysis: str, final: str) -> None:
     messages = [*Prompts().messages(), *own_turn(user, analysis, final)]

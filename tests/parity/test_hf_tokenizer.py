@@ -74,7 +74,7 @@ def ordinary(tokenizer: Any, text: str) -> list[int]:
 
 
 @given(text=TEXTS)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_same_ids_and_the_way_back(both: tuple[Tokenizer, Any], text: str) -> None:
     ours, theirs = both
     ids = ours.encode_ordinary(text).tolist()
@@ -117,14 +117,14 @@ def rank_tables(draw: st.DrawFn) -> dict[bytes, int]:
 
 
 @given(ranks=rank_tables(), letters=st.lists(st.integers(0, 2), min_size=1, max_size=60))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_merging_is_by_rank_and_then_from_the_left(ranks: dict[bytes, int], letters: list[int]) -> None:
     data = bytes(b"abc"[letter] for letter in letters if bytes([b"abc"[letter]]) in ranks) or b"a"
     assert tokenization_vpmoe.merge(data, ranks) == merged_step_by_step(data, ranks)
 
 
 @given(text=st.lists(ANY | PARTS, min_size=1, max_size=20).map("".join).filter(bool))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_real_ranks_merge_as_ever(compact: tuple[Tokenizer, Any], text: str) -> None:
     """Whole texts as one cut."""
     ranks = compact[1]._ranks
@@ -206,7 +206,7 @@ def conversations(draw: st.DrawFn) -> list[Message]:
 
 
 @given(messages=conversations())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_template_renders_what_the_renderer_does(both: tuple[Tokenizer, Any], messages: list[Message]) -> None:
     ours, theirs = both
     renderer = FastRenderer(ours)
@@ -227,7 +227,7 @@ def test_the_template_renders_what_the_renderer_does(both: tuple[Tokenizer, Any]
     ),
     analysis=PLAIN.filter(bool),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_prompts_are_set_by_name(both: tuple[Tokenizer, Any], prompts: Prompts, analysis: str) -> None:
     ours, theirs = both
     settings_ = {name: getattr(prompts, name) for name in Prompts.__dataclass_fields__}
@@ -247,7 +247,7 @@ def test_what_a_bare_question_becomes(both: tuple[Tokenizer, Any]) -> None:
 
 
 @given(system=PLAIN.filter(bool), developer=st.one_of(st.none(), PLAIN))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_model_taught_under_other_texts_begins_with_those(
     both: tuple[Tokenizer, Any], system: str, developer: str | None
 ) -> None:

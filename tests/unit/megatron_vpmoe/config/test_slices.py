@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vpmoe.config.slices import ALIGNMENT, Bucket, Units, plan_buckets, starts
@@ -31,7 +31,6 @@ def holders(bucket: Bucket, params: list[Units]) -> dict[tuple[int, int], int]:
     return found
 
 
-@settings(deadline=None)
 @given(params=PARAMS, ranks=RANKS, target=TARGET)
 def test_every_unit_lies_whole_in_one_slice(params: list[Units], ranks: int, target: int) -> None:
     buckets = plan_buckets(params, ranks, target)
@@ -49,7 +48,6 @@ def test_every_unit_lies_whole_in_one_slice(params: list[Units], ranks: int, tar
         assert not any((begin + offset) % ALIGNMENT for _, offset in bucket.places)
 
 
-@settings(deadline=None)
 @given(params=PARAMS, ranks=RANKS, target=TARGET)
 def test_padding_is_bounded(params: list[Units], ranks: int, target: int) -> None:
     """Twice the aligned elements at the most where slices are equal; else what aligns parameters and the end."""
@@ -59,7 +57,6 @@ def test_padding_is_bounded(params: list[Units], ranks: int, target: int) -> Non
         assert bucket.size <= (2 * aligned if bucket.even else aligned + ALIGNMENT * ranks)
 
 
-@settings(deadline=None)
 @given(params=PARAMS, ranks=RANKS, target=TARGET)
 def test_the_order_is_the_backward_passes(params: list[Units], ranks: int, target: int) -> None:
     ready = [bucket.ready for bucket in plan_buckets(params, ranks, target)]

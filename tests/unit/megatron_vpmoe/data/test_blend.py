@@ -46,7 +46,7 @@ def rows(source: StoredSource, consumed: int) -> dict[int, list[int]]:
     }
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(consumed=st.integers(0, 200), split=st.sampled_from([(1, 1), (3, 2), (1, 12), (2, 3), (6, 1)]))
 @pytest.mark.slow
 def test_any_cursor_and_any_number_of_ranks_continue_the_same_order(roots, consumed, split):
@@ -73,7 +73,7 @@ STRAIGHT: dict[int, list[int]] = {}
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(consumed=st.integers(0, 400), gbs=st.sampled_from([1, 4, 12]))
 def test_a_stored_cursor_resumes_the_order_and_is_what_packing_again_finds(roots, consumed, gbs):
     cfg = config(roots, gbs=gbs, mbs=1)

@@ -25,7 +25,7 @@ def schedules(draw: st.DrawFn) -> list[Weights]:
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(schedules())
 def test_every_prefix_keeps_to_the_shares(entries: list[Weights]) -> None:
     """Never a whole row ahead; behind at most 1/2 + ... + 1/k, which is under one row for up to three datasets."""
@@ -45,7 +45,7 @@ def test_every_prefix_keeps_to_the_shares(entries: list[Weights]) -> None:
         assert mixture.may_have_given(sample + 1, counts)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(schedules(), st.integers(0, 250), st.integers(0, 60))
 def test_going_on_from_counts_is_going_straight(entries: list[Weights], stop: int, further: int) -> None:
     straight, resumed = Mixture(entries), Mixture(entries)
@@ -55,7 +55,7 @@ def test_going_on_from_counts_is_going_straight(entries: list[Weights], stop: in
     assert straight.counts(stop) == counts, "an earlier row is found again"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(schedules(), st.integers(1, 100))
 def test_a_later_change_leaves_what_came_before(entries: list[Weights], moved: int) -> None:
     changed = [*entries, Weights(entries[-1].first_sample + moved, entries[0].values)]

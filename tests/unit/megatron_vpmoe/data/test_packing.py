@@ -30,7 +30,7 @@ def check(rows: list[list[int]], lengths: np.ndarray, capacity: int) -> None:
     assert all(row and lengths[row].sum() <= capacity for row in rows)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     capacity=st.integers(1, 80),
     data=st.data(),
@@ -45,7 +45,7 @@ def test_every_conversation_lands_in_exactly_one_row_that_holds_it(capacity, dat
     assert len(loads) < 2 or loads[0] + loads[1] > capacity
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=60))
 def test_equal_arguments_give_equal_rows(lengths):
     array = np.array(lengths, np.int32)

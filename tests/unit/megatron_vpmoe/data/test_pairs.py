@@ -25,7 +25,7 @@ def test_pairs_are_summed_and_laid_out_chosen_first():
 
 
 @given(LENGTHS)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_packed_pairs_share_a_row_side_by_side(values: list[int]):
     lengths = np.array(values, np.int32)
     pairs = grouped_lengths(lengths, 2, seq_length=CAPACITY)
@@ -39,7 +39,7 @@ def test_packed_pairs_share_a_row_side_by_side(values: list[int]):
 
 
 @given(LENGTHS)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_groups_of_one_change_nothing(values: list[int]):
     lengths = np.array(values, np.int32)
     assert np.array_equal(grouped_lengths(lengths, 1, seq_length=CAPACITY), lengths)

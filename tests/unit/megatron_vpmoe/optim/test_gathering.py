@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from toy_model import ToyModel
 
@@ -30,7 +30,6 @@ class Bucket:
         self.waited += 1
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_a_bucket_leaves_when_it_and_those_before_are_updated(data: Any) -> None:
     sent: list[Bucket] = []

@@ -46,7 +46,7 @@ def test_other_dimensions_are_refused(shape: tuple[int, ...]) -> None:
         matrix_layout(parameter(*shape), "sink")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     experts=st.lists(st.integers(1, 9), max_size=3),
     splits=st.lists(st.permutations(range(6)), max_size=4),

@@ -66,7 +66,7 @@ def global_step(root: Path, consumed: int, gbs: int, mbs: int, dp_size: int) -> 
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     consumed=st.integers(0, 120),
     split=st.sampled_from([(1, 1), (1, 2), (2, 1), (3, 2), (12, 1), (1, 12), (6, 2), (4, 3)]),

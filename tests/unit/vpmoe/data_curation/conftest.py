@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 from conftest_dataset import OPTIONS, ROWS
-from hypothesis import settings
 
 from vpmoe.data_curation.conversations import store as conversation_shards
 from vpmoe.data_curation.conversations.convert import convert
@@ -12,9 +11,6 @@ from vpmoe.data_curation.conversations.synth import resolve_synth
 from vpmoe.data_curation.datasets.kd import build
 from vpmoe.data_curation.tasks import synth_mini
 from vpmoe.harmony.prompts import Prompts
-
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,10 @@
 
 import numpy as np
 import pytest
-from hypothesis import settings
 
 from vpmoe.tokenizer.compact import CompactVocabulary
 from vpmoe.tokenizer.interface import Tokenizer
 from vpmoe.tokenizer.o200k_harmony import VOCAB_SIZE, O200kHarmony, load_o200k_harmony
-
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")

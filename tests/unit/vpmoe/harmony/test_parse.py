@@ -14,7 +14,7 @@ from vpmoe.harmony.renderer import FastRenderer
 from vpmoe.harmony.spans import documents
 from vpmoe.tokenizer.interface import Tokenizer
 
-SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 ANALYSIS = "<|start|>assistant<|channel|>analysis<|message|>2+2=4<|end|>"
 FINAL = "<|start|>assistant<|channel|>final<|message|>4<|return|>"
 VALID = "<|start|>user<|message|>2 + 2?<|end|>" + ANALYSIS + FINAL

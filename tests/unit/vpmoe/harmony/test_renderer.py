@@ -10,7 +10,7 @@ from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.renderer import FastRenderer, make_renderer
 from vpmoe.tokenizer.interface import Tokenizer
 
-SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 EXAMPLE = (
     Message("system", "Reasoning: low"),
     Message("user", "2 + 2?"),

@@ -41,7 +41,7 @@ def theirs(folder: Path):
     return AutoTokenizer.from_pretrained(folder)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from("Question 12\n"))))
 def test_ids_are_those_of_transformers_and_give_the_text_back(ours: HFDirectory, theirs, text: str) -> None:
     ids = ours.encode_ordinary(text)

@@ -30,7 +30,7 @@ def test_window_counts_the_query_itself() -> None:
         assert visible[i].nonzero().flatten().tolist() == list(range(max(0, i - 127), i + 1))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(rows, st.integers(1, 7) | st.none())
 def test_visible_is_the_definition(documents: list[int], window: int | None) -> None:
     keys = range(len(documents))
@@ -39,7 +39,7 @@ def test_visible_is_the_definition(documents: list[int], window: int | None) -> 
     assert visible.tolist() == expected
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(rows, st.integers(1, 7))
 def test_blocks_hold_every_visible_pair_and_no_other(documents: list[int], window: int) -> None:
     blocks = layout_of(documents).blocks_visible(window)[0]

@@ -87,7 +87,7 @@ rows = st.lists(st.tuples(st.integers(1, 300), st.booleans()), min_size=1, max_s
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(rows, st.sampled_from([None, 1, 100, 128, 129, 256, 400]))
 def test_tiles_hold_every_visible_pair_and_no_other(lengths: list[int], window: int | None) -> None:
     """Padding may stand anywhere, in several runs."""

@@ -48,7 +48,7 @@ def with_gradients(function, inputs: Inputs, dtype: torch.dtype, factor: float =
     return [total.detach(), losses, *gradients]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     tokens=st.integers(0, 23),
     hidden=st.integers(1, 9),

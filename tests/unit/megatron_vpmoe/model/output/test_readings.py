@@ -114,7 +114,7 @@ def of_divergence(
     return ours, plain
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     tokens=st.integers(1, 13),
     vocab=st.integers(1, 30),
@@ -147,7 +147,7 @@ def test_readings_equal_their_definitions(
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-@settings(deadline=None, max_examples=12, derandomize=True)
+@settings(max_examples=12, derandomize=True)
 @given(
     vocab=st.integers(1, 30),
     percent=st.integers(0, 100),
