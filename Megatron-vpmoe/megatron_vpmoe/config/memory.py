@@ -14,7 +14,7 @@ from megatron_vpmoe.config.schema import RunConfig
 _FP32 = 4
 STACK_BYTES = {"cpu": 4 * 2**20, "cuda": 3 * 2**30}  # of NorMuon's largest stack, where none is named
 FILL_FLOPS = {"cpu": 0.0, "cuda": 4e11}  # of zeros in a stack of matrices of few rows: under a millisecond
-LOGITS_CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 3 * 2**30}  # of the cross-entropy at one time
+LOGITS_CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}  # of the cross-entropy at one time
 _POSITION_BYTES = 30  # of a batch: three times int64, an int32, a bool and a byte
 DECODED_ROWS = 32  # answers that the engine of ``generation`` grows at once
 _PROCESS_BYTES = 350 * 2**20  # interpreter, torch and megatron.core of one worker, as measured on Linux

@@ -82,7 +82,8 @@ def test_more_gpus_take_no_more_memory_of_each(path: Path, short: Plan) -> None:
     pairs = [(each, larger[each.layout]) for each in short.layouts if each.layout in larger]
     assert pairs
     assert all(more.memory <= each.memory for each, more in pairs)
-    assert all(more.prediction.step_seconds >= 0.99 * each.prediction.step_seconds for each, more in pairs)
+    # As long but for the update, which more ranks share.
+    assert all(more.prediction.step_seconds >= 0.98 * each.prediction.step_seconds for each, more in pairs)
 
 
 @pytest.mark.slow
