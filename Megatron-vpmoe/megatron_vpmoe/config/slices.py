@@ -156,7 +156,7 @@ def _laid_out(members: Sequence[int], params: Sequence[Units], ranks: int) -> Bu
 
 
 def _line(order: Sequence[int], params: Sequence[Units], ranks: int) -> _Layout:
-    """Parameters one after another; slices are multiples of all their units, and so are their offsets."""
+    """Parameters of one unit one after another; slices are multiples of it, and so are their offsets."""
     places, end = _in_line(order, params, at_multiples=True)
     unit = params[order[0]].size
     share = -(-end // (ranks * unit)) * unit

@@ -27,7 +27,6 @@ from megatron_vpmoe.optim.polar_express import choose_iteration, polar_express_f
 
 _IN_PLACE_SHARE, _IN_PLACE_BYTES = 4, 64 * 2**20
 """Experts of one parameter that fill a quarter of a stack, or so many bytes, are worked on where they lie."""
-
 _ONE_LAUNCH = 320 * 65_536
 """Elements that a kernel over many tensors takes at the most (blocks times chunk of ATen's MultiTensorApply.cuh)."""
 
@@ -266,12 +265,13 @@ def plan_stacks(
                 stack.segments.append(Segment(index, start, length, stack.count, row))
                 row += length
             stack.count += 1
-        start = 0
+        if not layout.experts:
+            continue
+        in_place = math.prod(shape) * element_size >= min(stack_bytes // _IN_PLACE_SHARE, _IN_PLACE_BYTES)
+        key = _Kind(shape[1], shape[2], group, layout.routed, layout.split, in_place)
+        start, capacity = 0, _capacity(key, stack_bytes, element_size)
         while start < layout.experts:
-            own = min(stack_bytes // _IN_PLACE_SHARE, _IN_PLACE_BYTES)
-            in_place = math.prod(shape) * element_size >= own
-            key = _Kind(shape[1], shape[2], group, layout.routed, layout.split, in_place)
-            stack = shared_stack(key, capacity := _capacity(key, stack_bytes, element_size))
+            stack = shared_stack(key, capacity)
             length = min(capacity - stack.count, layout.experts - start)
             stack.segments.append(Segment(index, start, length, stack.count, None))
             stack.count += length

@@ -251,8 +251,8 @@ class NorMuon(torch.optim.Optimizer):
         second_moment_NR1, (grads, advanced, matrices) = stack.take(second_moments, (grads, momenta, params), dtype)
         active_N11 = active_matrices(grads) if stack.routed and options.idle_expert_policy == "skip" else None
         nesterov_NRC = workspace.take("nesterov", (stack.count, stack.rows, stack.cols), dtype, grads[0].device)
-        weights = _each(stack, 1.0 - options.momentum, active_N11)
-        for grad, momentum, weight, target in zip(grads, advanced, weights, stack.cut(nesterov_NRC), strict=True):
+        weights, targets = _each(stack, 1.0 - options.momentum, active_N11), stack.cut(nesterov_NRC)
+        for grad, momentum, weight, target in zip(grads, advanced, weights, targets, strict=True):
             torch.lerp(grad, momentum.lerp_(grad, weight), options.momentum, out=target)
         orthogonalise = partial(
             polar_express, steps=options.steps, safety=options.safety, dtype=options.compute_dtype, workspace=workspace
@@ -263,8 +263,8 @@ class NorMuon(torch.optim.Optimizer):
         factor_NR1 = row_factors(
             update_NRC, second_moment_NR1, active_N11, beta2=options.beta2, eps=options.eps, scale=scale, split=split
         )
-        target_NRC = torch.mul(update_NRC, factor_NR1, out=nesterov_NRC)
-        for matrix, part, target in zip(matrices, _each(stack, share, active_N11), stack.cut(target_NRC), strict=True):
+        torch.mul(update_NRC, factor_NR1, out=nesterov_NRC)  # the targets now
+        for matrix, part, target in zip(matrices, _each(stack, share, active_N11), targets, strict=True):
             matrix.lerp_(target, part) if weight_decay else matrix.add_(target, alpha=lr)
         stack.put(second_moments, second_moment_NR1, ((momenta, advanced), (params, matrices)))
 

@@ -62,6 +62,7 @@ class ShardedOptimizer(MegatronOptimizer):
         place = {param: place for place, group in enumerate(groups) for param in group["params"]}
         self.pieces = sorted((piece for piece in pieces if piece.param in place), key=lambda p: place[p.param])
         self._held = [(piece, _leaf(piece)) for piece in self.pieces]
+        self._piece_of: dict[torch.Tensor, Piece] = {leaf: piece for piece, leaf in self._held}
         for number, group in enumerate(groups):
             group["params"] = [leaf for piece, leaf in self._held if place[piece.param] == number]
         super().__init__(build(groups), config, initialize_state)
@@ -93,7 +94,7 @@ class ShardedOptimizer(MegatronOptimizer):
             updated: called with pieces as soon as their weights are the new ones, in all with each once.
         """
         left: dict[torch.Tensor, int] = {leaf: piece.length for piece, leaf in self._held}
-        piece_of: dict[torch.Tensor, Piece] = {leaf: piece for piece, leaf in self._held}
+        piece_of = self._piece_of
 
         def stepped(parts: list[tuple[torch.Tensor, int]]) -> None:
             for leaf, length in parts:

@@ -8,7 +8,7 @@ docs/performance.md.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -174,15 +174,14 @@ def _optimizer(cfg: RunConfig, layers: range, held: _Held, sharing: int, replica
     stack_bytes, fill = STACK_BYTES[device] if stack_mib is None else stack_mib * 2**20, FILL_FLOPS[device]
     pieces, numbers = [], 0.0
     for shapes, of_param in zip(orthogonal_matrices(cfg, layers), (math.inf, experts), strict=True):
-        slots = slot_rows({shape: count / sharing for shape, count in shapes.items()}, fill)
-        stacked = Counter[tuple[int, int]]()
-        for (rows, cols), count in shapes.items():
-            numbers += count / sharing * rows * cols
-            stacked[slots[rows, cols], cols] += count
-        for (rows, cols), count in stacked.items():
+        shares = {shape: count / sharing for shape, count in shapes.items()}
+        numbers += sum(share * rows * cols for (rows, cols), share in shares.items())
+        stacked: dict[tuple[int, int], float] = defaultdict(float)
+        for (rows, cols), slot in slot_rows(shares, fill).items():
+            stacked[slot, cols] += shares[rows, cols]
+        for (rows, cols), share in stacked.items():
             forms = ("direct",) if in_bf16 else ("direct", "gram")
             flops = min(polar_express_flops(rows, cols, cfg.optim.polar_express_steps, form) for form in forms)
-            share = count / sharing
             stacks = max(1, math.ceil(share * rows * cols * 4 / stack_bytes))
             moved, kind = share * rows * cols * 128, "small" if in_bf16 or on_cpu else "wide"
             stack = share * rows * cols * 4 / stacks
