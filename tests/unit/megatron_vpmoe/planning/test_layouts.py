@@ -83,7 +83,9 @@ def test_more_gpus_take_no_more_memory_of_each(path: Path, short: Plan) -> None:
     assert pairs
     assert all(more.memory <= each.memory for each, more in pairs)
     # As long but for the update, which more ranks share.
-    assert all(more.prediction.step_seconds >= 0.98 * each.prediction.step_seconds for each, more in pairs)
+    for made in pairs:
+        each, more = (of.prediction.step_seconds - of.prediction.parts["optimizer"] for of in made)
+        assert more >= 0.99 * each
 
 
 @pytest.mark.slow
