@@ -1,12 +1,20 @@
-"""What computes: the revision of the code and the versions of packages."""
+"""What computes: the revision of the code, the versions of packages and the hardware."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import os
 import platform
 import subprocess
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+_CPU_INFO = Path("/proc/cpuinfo")
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+_GIB = 2**30
 
 
 def git_state(folder: Path | None = None) -> dict[str, str | bool | None]:
@@ -34,10 +42,65 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
     return versions
 
 
+def hardware() -> dict[str, Any]:
+    """What this process computes on; JSON-ready. Asked for once a process; no GPU's context is opened.
+
+    Returns:
+        ``cpu`` (the model's name), ``cores`` (that this process may use), ``memory_gib`` (of the machine), ``gpus``
+        (name of each; None where a driver is loaded and ``nvidia-smi`` does not answer), ``gpu_memory_gib`` (of the
+        first), ``driver`` and ``cuda`` (versions of NVIDIA's driver and of the CUDA that it brings), each None without,
+        and ``hosts`` (machines of the run, as torchrun counts its agents).
+    """
+    return {**_machine(), "hosts": int(os.environ.get("GROUP_WORLD_SIZE", "1"))}
+
+
+@functools.cache
+def _machine() -> dict[str, Any]:
+    gpus = _gpus()
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB),
+        "gpus": None if gpus is None else [name for name, _, _ in gpus],
+        "gpu_memory_gib": round(int(gpus[0][1]) / 1024) if gpus and gpus[0][1].isdecimal() else None,
+        "driver": gpus[0][2] if gpus else None,
+        "cuda": _cuda_of_driver(),
+    }
+
+
+def _cpu_model() -> str:
+    """As the kernel names it; the architecture where it gives no name, as on most of ARM's."""
+    lines = _CPU_INFO.read_text().splitlines() if _CPU_INFO.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _gpus() -> list[list[str]] | None:
+    """Name, MiB and driver's version of each; None where there may be some that nobody tells of."""
+    told = _said("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits")
+    if told is None:
+        return None if _NVIDIA_DRIVER.exists() else []
+    return [[cell.strip() for cell in line.rsplit(",", 2)] for line in told.splitlines()]
+
+
+def _cuda_of_driver() -> str | None:
+    """cuDriverGetVersion answers before cuInit: no GPU's context is opened."""
+    number = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except OSError:
+        return None
+    return None if failed else f"{number.value // 1000}.{number.value % 1000 // 10}"
+
+
 def _git(folder: Path, *arguments: str) -> str | None:
-    command = ["git", "-C", str(folder), *arguments]
+    return _said("git", "-C", str(folder), *arguments)
+
+
+def _said(*command: str) -> str | None:
+    """What a program printed; None: it is not there, failed or took more than ten seconds."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

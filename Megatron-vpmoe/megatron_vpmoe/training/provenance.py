@@ -11,7 +11,7 @@ from megatron_vpmoe.config.provenance import FieldChange, provenance_diff
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.files import sha256_of_file
 from megatron_vpmoe.manifest import Manifest, read_manifest
-from megatron_vpmoe.software import git_state, package_versions
+from megatron_vpmoe.software import git_state, hardware, package_versions
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -28,8 +28,8 @@ def collect_provenance(cfg: RunConfig, manifests: Sequence[Manifest]) -> dict[st
 
     Returns:
         ``git`` {sha, dirty} (both None outside a repository), ``config_hash``, ``tokenizer`` (its identity),
-        ``dataset_manifest_sha256`` (of a blend a list), ``rollout_prompts_sha256`` where there is such a file, and
-        ``packages`` (name -> version, "python" included).
+        ``dataset_manifest_sha256`` (of a blend a list), ``rollout_prompts_sha256`` where there is such a file,
+        ``packages`` (name -> version, "python" included) and ``hardware``.
     """
     hashes, prompts = [manifest.sha256 for manifest in manifests], cfg.rollouts.rollout_prompts
     return {
@@ -39,14 +39,15 @@ def collect_provenance(cfg: RunConfig, manifests: Sequence[Manifest]) -> dict[st
         "dataset_manifest_sha256": hashes[0] if len(hashes) == 1 else hashes,
         **({} if prompts is None else {"rollout_prompts_sha256": sha256_of_file(Path(prompts))}),
         "packages": package_versions(_PACKAGES),
+        "hardware": hardware(),
     }
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[FieldChange], list[FieldChange]]:
     """Differences between two origins: those with which the one run cannot soundly continue the other, and the free.
 
-    Model, order and objective fields, vocabulary and dataset bind. Code and package versions are told but free, and of
-    the operational configuration fields nothing is told.
+    Model, order and objective fields, vocabulary and dataset bind. Code, package versions and hardware are told but
+    free, and of the operational configuration fields nothing is told.
 
     Args:
         old: {"config": the resolved configuration by section, "provenance": from ``collect_provenance``}.

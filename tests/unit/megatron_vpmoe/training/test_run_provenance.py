@@ -88,13 +88,15 @@ def test_another_vocabulary_binds(root: Path):
         check_provenance(state, cfg, source="c")
 
 
-def test_code_and_packages_are_told_but_free(root: Path):
+def test_code_packages_and_hardware_are_told_but_free(root: Path):
     cfg = tiny_config(data_path=root)
     state = state_of(cfg, root)
     state["provenance"]["git"] = {"sha": "abc", "dirty": True}
     state["provenance"]["packages"]["torch"] = "1.0"
+    state["provenance"]["hardware"]["cpu"] = "Analytical Engine"
     notes = "\n".join(check_provenance(state, cfg, source="c"))
     assert "packages.torch: '1.0' -> " in notes and "git.sha: 'abc' -> " in notes
+    assert "hardware.cpu: 'Analytical Engine' -> " in notes
 
 
 def test_what_binds_and_what_is_free(root: Path):
