@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import torch
 
+from megatron_vpmoe.metrics.expert_loads import FILE_NAME, read_expert_loads
 from tests.tiny import ROOT, TINY, flag_text
 from tests.workers import Started, run_workers
 
@@ -148,6 +149,13 @@ def records(run_dir: Path) -> list[dict]:
 def losses(run_dir: Path) -> dict[int, float]:
     """Step -> training loss, as logged (exact: JSON keeps every digit of a double)."""
     return {record["step"]: record["value"] for record in records(run_dir) if record["tag"] == "loss/total"}
+
+
+def expert_loads(run_dir: Path) -> dict[int, np.ndarray]:
+    """Step -> loads [L, E] as recorded, once each."""
+    found = read_expert_loads(run_dir / FILE_NAME)
+    assert len({*found.steps.tolist()}) == len(found.steps)
+    return dict(zip(found.steps.tolist(), found.load_TLE, strict=True))
 
 
 def sampled(checkpoint: Path) -> dict[str, np.ndarray]:

@@ -64,7 +64,14 @@ def train_steps(
     parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     biases = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("expert_bias")}
     distributed.shutdown()
-    return {"losses": losses, "norms": norms, "parameters": parameters, "biases": biases, "health": health}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "parameters": parameters,
+        "biases": biases,
+        "health": health,
+        "load": monitor.load_LE,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +87,7 @@ def assert_same(result: dict[str, Any], reference: dict[str, Any], parameters: d
         torch.testing.assert_close(parameters[name], expected, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
     for name, expected in reference["biases"].items():
         torch.testing.assert_close(result["biases"][name], expected, rtol=0, atol=0)
+    assert result["load"].sum() > 0 and torch.equal(result["load"], reference["load"])
     for tag, expected in reference["health"].items():
         assert result["health"][tag] == pytest.approx(expected, rel=1e-5), tag
 

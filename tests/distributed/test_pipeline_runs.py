@@ -46,6 +46,8 @@ def assert_same_run(run_dir: Path, straight: Path) -> None:
     assert kept.keys() <= ours.keys() and any("loss/total" in tag for _, tag in kept)
     for key, value in kept.items():
         assert ours[key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
+    loads, expected = training_runs.expert_loads(run_dir), training_runs.expert_loads(straight)
+    assert all((loads[step] == expected[step]).all() for step in (HALF, LAST))
     samples = [json.loads((path / "samples.jsonl").read_text().splitlines()[-1]) for path in (run_dir, straight)]
     assert samples[0] == samples[1]
     last = f"checkpoints/iter_{LAST:07d}"

@@ -42,6 +42,9 @@ def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def assert_same_run(run_dir: Path, straight: Path) -> None:
     assert training_runs.losses(run_dir) == training_runs.losses(straight)
+    loads, as_straight = training_runs.expert_loads(run_dir), training_runs.expert_loads(straight)
+    assert [*loads] == [*range(1, LAST + 1)]
+    assert all((loads[step] == as_straight[step]).all() for step in loads)
     ours, expected = final_state(run_dir), final_state(straight)
     assert ours.keys() == expected.keys() and len(ours) > 50
     different = [key for key in expected if not torch.equal(ours[key], expected[key])]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_vpmoe.metrics.expert_loads import FILE_NAME, ExpertLoadFile
 from megatron_vpmoe.metrics.jsonl import JsonlSink, read_records
 from megatron_vpmoe.metrics.records import MetricStream, Record, Sink
 from megatron_vpmoe.metrics.wandb import WandbSink
@@ -13,7 +14,17 @@ from megatron_vpmoe.metrics.wandb import WandbSink
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
-__all__ = ["JsonlSink", "MetricStream", "Record", "Sink", "WandbSink", "open_sinks", "read_records"]
+__all__ = [
+    "ExpertLoadFile",
+    "JsonlSink",
+    "MetricStream",
+    "Record",
+    "Sink",
+    "WandbSink",
+    "open_loads",
+    "open_sinks",
+    "read_records",
+]
 
 
 def open_sinks(cfg: RunConfig, directory: Path, *, resume_step: int = 0) -> Sequence[Sink]:
@@ -37,3 +48,11 @@ def open_sinks(cfg: RunConfig, directory: Path, *, resume_step: int = 0) -> Sequ
             )
         )
     return sinks
+
+
+def open_loads(cfg: RunConfig, directory: Path, *, resume_step: int = 0) -> Sequence[ExpertLoadFile]:
+    """The file in ``directory`` that has the loads of experts; none for a model without any."""
+    if cfg.moe.num_experts is None:
+        return []
+    layers = [number for number in range(1, cfg.model.num_layers + 1) if cfg.is_moe_layer(number)]
+    return [ExpertLoadFile(directory / FILE_NAME, layers, cfg.moe.num_experts, resume_step=resume_step)]

@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from megatron_vpmoe.metrics.expert_loads import ExpertLoadFile
+
 
 class Record(NamedTuple):
     """One measured value.
@@ -43,10 +45,11 @@ class MetricStream:
 
     Args:
         sinks: may be empty, as on every rank but the first.
+        loads: where those of experts are recorded; likewise.
     """
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._sinks = list(sinks)
+    def __init__(self, sinks: Sequence[Sink], loads: Sequence[ExpertLoadFile] = ()) -> None:
+        self._sinks, self._loads = list(sinks), list(loads)
 
     def log(self, step: int, values: Mapping[str, float | Tensor]) -> None:
         """Record ``values`` (tag -> number or 0-d tensor) at ``step``."""
@@ -54,12 +57,17 @@ class MetricStream:
         for sink in self._sinks:
             sink.write(records)
 
+    def log_loads(self, step: int, load_LE: Tensor | None) -> None:
+        """Record how many tokens each expert got at ``step``; on the host."""
+        for file in self._loads if load_LE is not None else ():
+            file.write(step, load_LE)
+
     def sync(self) -> None:
         """Before a checkpoint is sealed: a run that goes on from it finds every record up to there."""
-        for sink in self._sinks:
-            sink.sync()
+        for each in (*self._sinks, *self._loads):
+            each.sync()
 
     def close(self) -> None:
         """Close every sink."""
-        for sink in self._sinks:
-            sink.close()
+        for each in (*self._sinks, *self._loads):
+            each.close()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.errors import NonFiniteError, VpmoeError
 from megatron_vpmoe.files import json_bytes, write_atomically
-from megatron_vpmoe.metrics import MetricStream, Sink, open_sinks
+from megatron_vpmoe.metrics import ExpertLoadFile, MetricStream, Sink, open_loads, open_sinks
 from megatron_vpmoe.model.moe.router_health import check_thresholds
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
@@ -47,8 +47,10 @@ def train(cfg: RunConfig, of_pace: Callable[[float | None], str | None] = lambda
         if former is not None:
             run.notes += (f"the run before, process {former.get('pid')} on {former.get('host')}, ended abruptly",)
         sinks: list[Sink] = []
+        loads: list[ExpertLoadFile] = []
         distributed.from_rank_0(lambda: sinks.extend(open_sinks(cfg, run.directory, resume_step=run.iteration)))
-        metrics = held.enter_context(closing(MetricStream(sinks)))
+        distributed.from_rank_0(lambda: loads.extend(open_loads(cfg, run.directory, resume_step=run.iteration)))
+        metrics = held.enter_context(closing(MetricStream(sinks, loads)))
         # From here on there is something to save; a signal before ends the process as it would any other.
         stop = StopRequest().install()
         _train(run, stop, metrics, Progress(cfg, start=run.iteration, enabled=is_main), of_pace)
@@ -105,6 +107,7 @@ def _train(
                 values = {**result.metrics, "grad_norm": result.grad_norm, "lr": lr, **throughput.report(), **health}
                 values |= {"skipped_steps": float(run.skipped_steps), **of_source}
                 metrics.log(step, values)
+                metrics.log_loads(step, routers.load_LE)
                 progress.step(step, values)
                 with _by_all_ranks(run, progress):
                     for warning in check_thresholds(health, cfg):

@@ -26,7 +26,13 @@ class RouterMonitor:
     Args:
         model: the bare model, or this rank's part of it; a dense one has no routers and yields no metrics.
         cfg: ``logging.moe_per_layer_logging``.
+
+    Attributes:
+        load_LE: tokens that each expert of each layer with experts got in the step of the last ``metrics``, float64 on
+            the host; None before.
     """
+
+    load_LE: Tensor | None = None
 
     def __init__(self, model: VPModel, cfg: RunConfig) -> None:
         self._experts, self._has_bias = cfg.moe.num_experts or 0, cfg.moe.moe_router_enable_expert_bias
@@ -52,6 +58,7 @@ class RouterMonitor:
         if not self._numbers:
             return {}
         load_LE, bias_LE, balance_L = self._of_all_ranks()
+        self.load_LE = load_LE
         tags = router_health(load_LE, expert_bias_LE=bias_LE, layer_numbers=self._numbers, per_layer=self._per_layer)
         return {**tags, "moe/seq_aux_loss": balance_L.sum().item() / max(real_tokens, 1.0)}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.errors import CheckpointError, NotOursError
+from megatron_vpmoe.metrics.expert_loads import FILE_NAME
 from megatron_vpmoe.ownership import owned
 from megatron_vpmoe.training.checkpoint_files import (
     RUN_STATE,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 LOCK = ".lock"
 _SIGNS = (LOCK, "checkpoints", "metrics.jsonl")
+_LOGS = ("metrics.jsonl", "samples.jsonl", FILE_NAME)
 
 
 def _is_count(value: Any) -> bool:
@@ -103,6 +105,6 @@ def continued(cfg: RunConfig) -> tuple[Found | None, list[str]]:
     """
     found, damaged, notes = restorable(cfg)
     notes += [f"set aside as {set_aside(line.path)}" for line in damaged]
-    logs = (cfg.run_directory / name for name in ("metrics.jsonl", "samples.jsonl")) if found is None else ()
+    logs = (cfg.run_directory / name for name in _LOGS) if found is None else ()
     notes += [f"kept of a run before: {set_aside(log, 'before')}" for log in logs if log.is_file()]
     return found, notes

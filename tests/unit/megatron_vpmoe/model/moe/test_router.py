@@ -128,3 +128,5 @@ def test_bias_moves_against_the_load() -> None:
         torch.testing.assert_close(router.expert_bias, 1e-3 * torch.sign(load.mean() - load))
     health = monitor.metrics(result.metrics["tokens/real"])
     assert health["moe/router_agg/expert_bias_range"] == pytest.approx(2e-3)
+    assert monitor.load_LE is not None
+    assert monitor.load_LE.tolist() == [router.tokens_per_expert.tolist() for router in routers]
