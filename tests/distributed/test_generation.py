@@ -43,6 +43,9 @@ def complete(counts: tuple[int, ...], changes: dict[str, object]) -> tuple[list[
     told = []
     for count in counts:
         told.append(generate(model, prompts[:count], options, rows=3, record_routing=True))
+    if "expert_model_parallel_size" not in changes:
+        whole = generate(model, prompts, options, rows=3, cached=False)
+        assert [one.ids for one in whole] == [one.ids for one in told[0]]
     given = [Prompt(ids, given=[[number, 3], [7] * number]) for number, ids in enumerate(PROMPTS, 1)]
     told.append(generate(model, given, SamplingOptions(1, ()), rows=3, record_routing=True))
     batch = random_batch(2, 48, 64, seed=1)

@@ -95,7 +95,9 @@ def _train(stages: int, **changes: object) -> dict[str, Any]:
     whole = random_batch(ROWS, TINY["seq_length"], TINY["padded_vocab_size"], seed=STEPS)
     mine = [rows_of(whole, row, row + 1) for row in range(rank * share, (rank + 1) * share)]
     valid = evaluate(model, objective, mine)
-    samples = [one.ids for one in generate(model, [Prompt(ids) for ids in PROMPTS], SamplingOptions(12, stop_ids=(1,)))]
+    prompts, options = [Prompt(ids) for ids in PROMPTS], SamplingOptions(12, stop_ids=(1,))
+    samples = [one.ids for one in generate(model, prompts, options)]
+    assert [one.ids for one in generate(model, prompts, options, cached=False)] == samples
     state = {model.absolute_name(n): p.detach().clone() for n, p in model.named_parameters()}
     biases = {model.absolute_name(n): b.clone() for n, b in model.named_buffers() if n.endswith("expert_bias")}
     return {

@@ -32,6 +32,7 @@ from megatron_vpmoe.generation.positions import Here, Kind, kind_of
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.attention.self_attention import VPSelfAttention
 from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.model.output import ModelOutput
 from megatron_vpmoe.runtime import stages
 
 _ROUND = 32
@@ -79,13 +80,9 @@ class Decoder:
         """A whole row through the model's own forward pass: of each layer (global number) its keys and values as they
         are stored, [1, G, S, D].
         """
-        model, computed = self._model, {}
-        if not model.stage.is_first:
-            model.set_input_tensor([received(model, layout.length, 1)])
+        computed: dict[int, tuple[Tensor, Tensor]] = {}
         with self._linears:
-            output = model(token_1S, layout, computed)
-        if isinstance(output, Tensor):
-            stages.send_to_next_stage(output)
+            forward_of_stage(self._model, token_1S, layout, computed)
         return computed
 
     def step(self, token_B: Tensor, position_B: Tensor, cache: KVCache, longest: int) -> Tensor | None:
@@ -134,6 +131,25 @@ class Decoder:
         hidden_BH = functional.embedding(own_B.where(inside_B, 0), words.weight) * inside_B.unsqueeze(1)
         torch.distributed.all_reduce(hidden_BH, group=tp)
         return hidden_BH
+
+
+def forward_of_stage(
+    model: VPModel, token_BS: Tensor, layout: SequenceLayout, computed: dict[int, tuple[Tensor, Tensor]] | None = None
+) -> ModelOutput | Tensor:
+    """The model's forward pass between the stage before, if any, and the one after, which gets what it returns.
+
+    Args:
+        model: this rank's part.
+        token_BS: int64.
+        layout: of them.
+        computed: as in ``VPModel.forward``.
+    """
+    if not model.stage.is_first:
+        model.set_input_tensor([received(model, *reversed(token_BS.shape))])
+    output = model(token_BS, layout, computed)
+    if isinstance(output, Tensor):
+        stages.send_to_next_stage(output)
+    return output
 
 
 def received(model: VPModel, positions: int, rows: int) -> Tensor:

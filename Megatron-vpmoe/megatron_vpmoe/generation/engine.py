@@ -7,9 +7,8 @@ of it; the last token is a row's first step.
 Prompts are shared out over data-parallel ranks, and every rank gets all completions. With experts spread over ranks a
 forward pass is a collective: the ranks then agree on what comes next, fill up to the largest, and end together.
 
-Host synchronisations in a step: for the chosen tokens, where routing is recorded, and for that agreement. Memory beside
-the weights: the cache (`kv_cache`), keys and values of one pack of prompts, [rows, V] logits in fp32, and on a CPU a
-second copy of large fp32 weights while many tokens are generated (`linear`).
+Host synchronisations in a step: for the chosen tokens, recorded routing and that agreement. Memory beside the weights:
+the cache (`kv_cache`), one pack's keys and values, fp32 logits [rows, V], on a CPU a copy of large weights (`linear`).
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from megatron_vpmoe.generation.grammar import AllowedTokens, TokenGrammar
 from megatron_vpmoe.generation.kv_cache import Past
 from megatron_vpmoe.generation.prompts import Completion, Prompt, budgets_of
 from megatron_vpmoe.generation.sampling import SamplingOptions, choose, draw_key, uniform
+from megatron_vpmoe.generation.uncached import WholeTexts
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.model.moe.replay import recording
@@ -60,6 +60,7 @@ def generate(
     stop: Callable[[], bool] | None = None,
     record_routing: bool = False,
     exchange: Exchange | None = None,
+    cached: bool = True,
 ) -> list[Completion]:
     """Continue each prompt until a stop token or the limit.
 
@@ -75,6 +76,7 @@ def generate(
         stop: asked before each token; once a rank's says so, what is unfinished is given up.
         record_routing: completions tell which experts their tokens went to; one pipeline stage.
         exchange: by which completions are gathered; None: by the run's groups.
+        cached: keep keys and values from step to step; if not, each token is a pass over its whole text (`uncached`).
 
     Returns:
         the completions of the first prompt, of the second, ...
@@ -90,8 +92,10 @@ def generate(
     model.eval()
     try:
         with whole_sequences(model), recording(model, record_routing) as routing:
-            engine = _Engine(model, prompts, budgets, options, rows, grammar, weight_version, watch, stop, routing)
-            gathered = (exchange or Exchange()).gather(engine.run())
+            made = _Engine(
+                model, prompts, budgets, options, rows, grammar, weight_version, watch, stop, routing, cached
+            )
+            gathered = (exchange or Exchange()).gather(made.run())
     finally:
         model.train(was_training)
     return sorted((one for part in gathered for one in part), key=lambda one: (one.place, one.sample))
@@ -131,6 +135,7 @@ class _Engine:
         watch: Callable[[Completion], None] | None,
         stop: Callable[[], bool] | None,
         routing: Callable[[], Tensor] | None,
+        cached: bool,
     ) -> None:
         from megatron.core import parallel_state
 
@@ -145,7 +150,7 @@ class _Engine:
         self._waiting = deque((place, sample) for place in mine for sample in range(len(budgets[place])))
         self._capacity = min(rows, -(-len(prompts) // self._group.size()) * max(map(len, budgets)))
         steps = sum(map(sum, budgets)) / (self._capacity * self._group.size())
-        self._decoder = Decoder(model, packed=steps >= _PACKED_FROM)
+        self._decoder: Any = Decoder(model, packed=steps >= _PACKED_FROM) if cached else WholeTexts(model, routing)
         self._cache = self._decoder.cache(self._capacity)
         self._rows: list[_Row] = []
         self._done: list[Completion] = []

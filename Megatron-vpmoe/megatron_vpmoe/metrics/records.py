@@ -59,8 +59,9 @@ class MetricStream:
 
     def log_loads(self, step: int, load_LE: Tensor | None) -> None:
         """Record how many tokens each expert got at ``step``; on the host."""
-        for file in self._loads if load_LE is not None else ():
-            file.write(step, load_LE)
+        if load_LE is not None:
+            for file in self._loads:
+                file.write(step, load_LE)
 
     def sync(self) -> None:
         """Before a checkpoint is sealed: a run that goes on from it finds every record up to there."""

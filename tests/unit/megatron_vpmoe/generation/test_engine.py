@@ -254,3 +254,26 @@ def test_given_completions_are_not_mixed_with_drawn_ones(model: VPModel) -> None
             generate(model, prompts, options)
     with pytest.raises(DataError, match="limits 0"):
         generate(model, [Prompt([1], given=[[2], []])], SamplingOptions(1, ()))
+
+
+def test_without_a_cache_the_same_tokens_come(model: VPModel) -> None:
+    """Greedy and drawn, in rows that start and end at different times, and beyond one block of columns."""
+    for options in (SamplingOptions(6, (STOP,)), SamplingOptions(6, (STOP,), temperature=0.9, seed=3, samples=2)):
+        cached, whole = (generate(model, asked(), options, rows=3, cached=how) for how in (True, False))
+        assert ids_of(whole) == ids_of(cached)
+        for one, other in zip(whole, cached, strict=True):
+            assert one.finish == other.finish
+            np.testing.assert_allclose(one.untempered, other.untempered, atol=1e-4)
+    long = [Prompt([*range(1, 60)] * 2 + [3] * 7)]
+    cached, whole = (generate(model, long, SamplingOptions(6, ()), cached=how) for how in (True, False))
+    assert ids_of(whole) == ids_of(cached)
+
+
+def test_without_a_cache_every_token_is_a_pass_over_the_whole_text(model: VPModel) -> None:
+    lengths: list[int] = []
+    hook = model.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
+    generate(model, [Prompt([5, 9, 3])], SamplingOptions(4, ()), cached=False)
+    hook.remove()
+    assert lengths == [3, 4, 5, 6]
+    with pytest.raises(DataError, match="recorded routing, and no cache"):
+        generate(model, asked(), SamplingOptions(4, ()), cached=False, record_routing=True)

@@ -1,0 +1,235 @@
+"""A conversation with a model, turn by turn, whoever shows it: the terminal's chat and the app have it from here."""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vpmoe.errors import DataError, HarmonyError
+from vpmoe.eval.asking import AsConversation, AsText, Form, form_of
+from vpmoe.eval.display import spell
+from vpmoe.harmony.conversation import Message, check_text
+from vpmoe.harmony.parse import Judgement
+from vpmoe.harmony.prompts import with_reasoning_effort
+from vpmoe.tokenizer.interface import Tokenizer
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.generation.grammar import TokenGrammar
+    from megatron_vpmoe.generation.prompts import Completion
+    from megatron_vpmoe.generation.sampling import SamplingOptions
+    from megatron_vpmoe.model.gpt import VPModel
+    from vpmoe.eval.open_model import Opened
+
+CONTEXT = 2048
+"""Tokens, where nobody says what the model was trained on."""
+
+
+class Answer:
+    """A completion read token by token: ``messages``, of each its channel and the text so far.
+
+    Who shows it overrides ``opened``, ``said`` and ``closed``, which do nothing here. Plain text is one message on the
+    channel ``final``.
+    """
+
+    def __init__(self, form: Form) -> None:
+        self.messages: list[list[str]] = []
+        self.tokenizer: Tokenizer = form.tokenizer
+        self._plain = isinstance(form, AsText)
+        self._header: list[int] = []
+        self._open = False
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def opened(self, channel: str) -> None:
+        """A message begins."""
+
+    def said(self, text: str) -> None:
+        """It goes on."""
+
+    def closed(self) -> None:
+        """It has ended."""
+
+    @property
+    def final(self) -> str:
+        """What was said on the channel ``final``."""
+        return "".join(text for channel, text in self.messages if channel == "final")
+
+    def take(self, token: int) -> None:
+        """The next token."""
+        if self._plain and not self._open and not self.tokenizer.is_special(token):
+            self._begin("final")
+        if self.tokenizer.is_special(token):
+            self.close()
+            if self.tokenizer.decode([token]) == "<|message|>":
+                self._begin(spell(self._header, self.tokenizer))
+            self._header = []
+        elif not self._open:
+            self._header.append(token)
+        else:  # an id outside of the vocabulary is a padding row of the embedding
+            known = token < self.tokenizer.vocab_size
+            piece = self.tokenizer.decode_bytes([token]) if known else spell([token], self.tokenizer).encode()
+            self._say(self._decoder.decode(piece))
+
+    def close(self) -> None:
+        """The message that is being written, if any, ends here."""
+        if self._open:
+            self._say(self._decoder.decode(b"", final=True))
+            self._open = False
+            self.closed()
+
+    def _begin(self, channel: str) -> None:
+        self._open = True
+        self.messages.append([channel, ""])
+        self.opened(channel)
+
+    def _say(self, text: str) -> None:
+        self.messages[-1][1] += text
+        self.said(text)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a question.
+
+    Attributes:
+        prompt_tokens: of the conversation up to the answer.
+        completion: None where it was interrupted.
+        judgement: None without a completion.
+        fills_context: the answer may have no more tokens than the context leaves, fewer than the options allow.
+        prefill_seconds: until the first token.
+        decode_seconds: from the first token to the last.
+        tokens: that came, also of one that was interrupted.
+    """
+
+    prompt_tokens: int
+    completion: Completion | None
+    judgement: Judgement | None
+    fills_context: bool
+    prefill_seconds: float
+    decode_seconds: float
+    tokens: int
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the tokens after the first one; None where there are none."""
+        return (self.tokens - 1) / self.decode_seconds if self.tokens > 1 and self.decode_seconds > 0 else None
+
+
+@dataclass
+class Conversation:
+    """What was said, ``messages``: of each earlier turn the user's and the final one, as Harmony's rule has it.
+
+    The rule: analysis is for the answer that it leads to, and is not read again. Plain text has no turns: each question
+    is asked alone.
+    """
+
+    model: VPModel
+    form: Form
+    options: SamplingOptions
+    grammar: TokenGrammar | None
+    context: int
+    cached: bool = True
+    messages: list[Message] = field(default_factory=list)
+
+    def ask(self, text: str, answer: Answer, stop: Callable[[], bool] | None = None) -> Outcome:
+        """Let the model answer the user's next message; a turn without a final one, even in part, does not count.
+
+        Args:
+            text: what the user says.
+            answer: is told token by token.
+            stop: asked before each token; True gives the answer up.
+
+        Raises:
+            HarmonyError: the text cannot be said.
+            DataError: the context is full.
+        """
+        from megatron_vpmoe.generation.engine import generate
+        from megatron_vpmoe.generation.prompts import Prompt
+
+        check_text(text, "your message")
+        prompt = self.form.prompt(text) if isinstance(self.form, AsText) else self.form.prompt(text, self.messages)
+        room = self.context - len(prompt)
+        if room < 1:
+            raise DataError(
+                f"the context of {self.context:,} tokens is full: with this message there would be {len(prompt):,}",
+                remedy="begin a new conversation, or allow a wider context. Nothing was dropped",
+            )
+        times: list[float] = []
+
+        def watch(completion: Completion) -> None:
+            times.append(time.perf_counter())
+            answer.take(completion.ids[-1])
+
+        began = time.perf_counter()
+        done = generate(
+            self.model,
+            [Prompt(prompt, max_new_tokens=room)],
+            self.options,
+            grammar=self.grammar,
+            watch=watch,
+            stop=stop,
+            cached=self.cached,
+        )
+        answer.close()
+        if answer.final.strip() and isinstance(self.form, AsConversation):
+            self.messages += [Message("user", text), Message("assistant", answer.final, "final")]
+        return Outcome(
+            prompt_tokens=len(prompt),
+            completion=done[0] if done else None,
+            judgement=self.form.judge(done[0].ids) if done else None,
+            fills_context=room < self.options.max_new_tokens,
+            prefill_seconds=times[0] - began if times else 0.0,
+            decode_seconds=times[-1] - times[0] if times else 0.0,
+            tokens=len(times),
+        )
+
+
+def open_conversation(
+    opened: Opened,
+    draw: Mapping[str, Any],
+    *,
+    plain: bool = False,
+    system: str | None = None,
+    developer: str | None = None,
+    reasoning: str | None = None,
+    only_valid: bool = False,
+    context: int | None = None,
+    cached: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> Conversation:
+    """A new conversation.
+
+    Args:
+        opened: the model.
+        draw: fields of :class:`megatron_vpmoe.generation.sampling.SamplingOptions`, but for ``stop_ids``.
+        plain: as plain text, even though the vocabulary knows conversations.
+        system: see :func:`vpmoe.eval.asking.form_of`.
+        developer: likewise.
+        reasoning: effort that the system message asks for; None: what it says already.
+        only_valid: nothing but valid Harmony can be chosen.
+        context: tokens of the conversation and its next answer together; None: what it was trained on.
+        cached: as :func:`megatron_vpmoe.generation.engine.generate` takes it.
+        say: told where system and developer message come from.
+
+    Raises:
+        HarmonyError: the system message has no effort to change, or plain text is asked for what it has not.
+        DataError: unusable sampling options.
+    """
+    from megatron_vpmoe.generation.grammar import TokenGrammar
+    from megatron_vpmoe.generation.sampling import SamplingOptions
+
+    form = form_of(opened, plain=plain, system=system, developer=developer, say=say)
+    if reasoning is not None:
+        if isinstance(form, AsText):
+            raise HarmonyError(
+                "plain text has no reasoning effort", source="--reasoning", remedy="leave the effort as it is"
+            )
+        form = AsConversation(opened.tokenizer, with_reasoning_effort(form.context, reasoning))
+    options = SamplingOptions(stop_ids=form.stop_ids, **draw)
+    grammar = None
+    if only_valid:
+        grammar = TokenGrammar(*form.automaton)
+        grammar.check(opened.model.vocab_size, options.max_new_tokens)
+    return Conversation(opened.model, form, options, grammar, context or opened.context or CONTEXT, cached)
