@@ -2,6 +2,9 @@
 
 The lock is the kernel's record lock on the file (``fcntl.lockf``): it ends with the process however that ends, and a
 forked child does not hold it on. The file stays; what it says of an owner who did not take leave tells of a crash.
+
+Some shared file systems take locks that other hosts do not see. So an owner touches its file every few seconds, and who
+gets the lock of one on another host that did not take leave watches first whether the file is still touched.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import fcntl
 import json
 import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +26,11 @@ from typing import Any
 from megatron_vpmoe.errors import BusyError, NotOursError
 from megatron_vpmoe.files import json_bytes, naming
 
+_SECONDS_BETWEEN_TOUCHES = 10.0
+_SECONDS_WATCHED = 45.0
+"""NFS shows the touch of a file at work after 3 s, or after twice as long as the last time that it was unchanged."""
+_SECONDS_TO_WRITE = 1.0
+_BEGINNING = b'{\n  "host": '
 _HELD: set[Path] = set()
 """A process may take its own record lock twice; this says that it has it."""
 
@@ -34,7 +44,8 @@ def owned(lock: Path, what: str) -> Iterator[dict[str, Any] | None]:
         what: what is owned, for the message.
 
     Raises:
-        BusyError: another process, or this one elsewhere, holds it; names host, pid and since when.
+        BusyError: another process, or this one elsewhere, holds it; names host, pid and since when. Or the file system
+            takes no locks.
         NotOursError: a file of others lies there.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -55,13 +66,16 @@ def owned(lock: Path, what: str) -> Iterator[dict[str, Any] | None]:
         stream.seek(0)
         content = stream.read()
         former = _parsed(content)
-        if former is None and content:
+        if former is None and not _is_torn(content):
             raise NotOursError("this file is no lock of ours", source=str(lock), remedy="move it away")
+        if former is not None and former.get("host") != _here()["host"]:
+            _check_silent(lock, what, former)
         _HELD.add(path)
         try:
             with naming(lock):
                 _write(stream.fileno(), json_bytes({**_here(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}))
-            yield former
+            with _touched(path):
+                yield former
         finally:
             _HELD.discard(path)
             _write(stream.fileno(), b"")
@@ -83,6 +97,37 @@ def check_free(lock: Path, what: str) -> None:
                 raise _busy(what, lock, _owner(lock)) from None
 
 
+@contextmanager
+def _touched(path: Path) -> Iterator[None]:
+    """Touch a file now and then for the block, from a thread."""
+    ended = threading.Event()
+
+    def touch() -> None:
+        while not ended.wait(_SECONDS_BETWEEN_TOUCHES):
+            with contextlib.suppress(OSError):  # a file system that is away for a moment ends no work
+                os.utime(path)
+
+    threading.Thread(target=touch, name="owner", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _check_silent(lock: Path, what: str, former: dict[str, Any]) -> None:
+    """Watch whether an owner on another host, which did not take leave, is still at work.
+
+    Opens nothing: closing a second descriptor of the file would give our own lock up.
+    """
+    named = f"process {former.get('pid')} on {former.get('host')}"
+    print(f"{what}: {named} did not take leave; watching for {_SECONDS_WATCHED:.0f} s", file=sys.stderr, flush=True)
+    before, deadline = os.stat(lock).st_mtime_ns, time.monotonic() + _SECONDS_WATCHED
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, _SECONDS_WATCHED / 10))
+        if os.stat(lock).st_mtime_ns != before:
+            raise _busy(what, lock, former)
+
+
 def _write(descriptor: int, content: bytes) -> None:
     os.ftruncate(descriptor, 0)
     os.write(descriptor, content)
@@ -90,7 +135,11 @@ def _write(descriptor: int, content: bytes) -> None:
 
 
 def _owner(lock: Path) -> dict[str, Any]:
-    return _parsed(lock.read_bytes()) or {}
+    """What the holder says of itself; it writes that a moment after it has got the lock."""
+    deadline = time.monotonic() + _SECONDS_TO_WRITE
+    while (owner := _parsed(lock.read_bytes())) is None and time.monotonic() < deadline:
+        time.sleep(_SECONDS_TO_WRITE / 50)
+    return owner or {}
 
 
 def _parsed(content: bytes) -> dict[str, Any] | None:
@@ -99,6 +148,12 @@ def _parsed(content: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return owner if isinstance(owner, dict) else None
+
+
+def _is_torn(content: bytes) -> bool:
+    """Whether it is nothing, or what a kill or a lost disk leaves of an owner's name: its beginning, or zeros."""
+    text = content.strip(b"\0")[: len(_BEGINNING)]
+    return text == _BEGINNING[: len(text)]
 
 
 def _here() -> dict[str, Any]:

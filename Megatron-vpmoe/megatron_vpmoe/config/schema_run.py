@@ -230,6 +230,8 @@ class CheckpointSection(Section):
     A resumed run goes on from its own checkpoint."""
     resume: bool = False
     """Continue from the newest complete checkpoint in the run directory."""
+    strict_resume: bool = False
+    """End where newer checkpoints are damaged or not there, instead of continuing from an older one."""
     allow_provenance_change: bool = False
     """Resume although the data, its order or the objective differ (never the model); the differences are printed."""
 

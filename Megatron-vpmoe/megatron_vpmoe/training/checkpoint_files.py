@@ -33,6 +33,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 FILES = "files.json"
 RUN_STATE = "run_state.json"
 ARRAYS = "position.npz"
+_TRACKER_BYTES = 32
 _NAME = re.compile(r"iter_(\d{7,})")
 _SET_ASIDE = re.compile(r"iter_\d{7,}\.damaged(\.\d+)?")
 REMOVABLE = re.compile(r"iter_\d{7,}\.(partial|pruned)")
@@ -72,7 +73,11 @@ def read_checkpoint(path: Path, *, check_hashes: bool = True) -> Found:
     """
     reason: str | None = "it is not a folder" if os.path.lexists(path) else "there is no such folder"
     state: dict[str, Any] = {}
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:
+        is_folder, reason = False, f"it cannot be read: {error.strerror}"
+    if is_folder:
         files = read_json(path / FILES, error=CheckpointError, remedy=_REMEDY)
         reason = _wrong_list(files)
         reason = reason or _first_damage(path, files, check_hashes=check_hashes)
@@ -131,6 +136,25 @@ def find_newest(directory: Path, *, check_hashes: bool = True) -> tuple[Found | 
             return read_checkpoint(path, check_hashes=False), damaged
         damaged.append(Damaged(path, reason))
     return None, damaged
+
+
+def tracker_fault(directory: Path, newest: Found | None) -> str | None:
+    """What is wrong with upstream's tracker file beside the newest sound checkpoint.
+
+    None also where there is no tracker, or an older checkpoint is named, as after a kill.
+    """
+    path = directory / TRACKER
+    if not os.path.lexists(path):
+        return None
+    try:
+        text = path.read_bytes()[:_TRACKER_BYTES]
+    except OSError as error:
+        return f"{path}: it cannot be read: {error.strerror}"
+    if not re.fullmatch(rb"\d+\s*", text):
+        return f"{path}: it names no iteration: {text!r}"
+    if int(text) > (newest.iteration if newest else 0):
+        return f"{path}: it names iteration {int(text)}, of which there is no sound checkpoint"
+    return None
 
 
 def set_aside_before(directory: Path) -> list[Damaged]:
@@ -207,7 +231,9 @@ def seal(partial: Path, final: Path, run_state: dict[str, Any], hashed: Mapping[
     if os.path.lexists(final):
         set_aside(final, "replaced" if damage(final, check_hashes=False) is None else "damaged")
     partial.rename(final)
-    write_atomically(final.parent / TRACKER, f"{run_state['iteration']}\n".encode())
+    if (tracker := final.parent / TRACKER).is_dir() and not tracker.is_symlink():
+        set_aside(tracker)
+    write_atomically(tracker, f"{run_state['iteration']}\n".encode())
 
 
 def set_aside(path: Path, as_what: str = "damaged") -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,14 @@ from megatron_vpmoe.metrics.expert_loads import FILE_NAME
 from megatron_vpmoe.ownership import owned
 from megatron_vpmoe.training.checkpoint_files import (
     RUN_STATE,
+    TRACKER,
     Damaged,
     Found,
     find_newest,
+    names_in,
     set_aside,
     set_aside_before,
+    tracker_fault,
 )
 from megatron_vpmoe.training.provenance import check_provenance
 
@@ -25,6 +29,9 @@ if TYPE_CHECKING:
 LOCK = ".lock"
 _SIGNS = (LOCK, "checkpoints", "metrics.jsonl")
 _LOGS = ("metrics.jsonl", "samples.jsonl", FILE_NAME)
+_WRITTEN = "|".join(re.escape(name) for name in ("config.yaml", "assignment.json", TRACKER, *_LOGS))
+# What ``write_atomically`` has not finished of a run's own files.
+_BEGINNING = re.compile(rf"\.({_WRITTEN}|nonfinite_\d+_rank\d+\.json)\.\d+\.tmp")
 
 
 def _is_count(value: Any) -> bool:
@@ -66,7 +73,8 @@ def restorable(cfg: RunConfig, *, check_hashes: bool = True) -> tuple[Found | No
         check_hashes: compare the contents of its files too, not only names and sizes.
 
     Returns:
-        the checkpoint, the newer ones that are damaged, and lines for the log.
+        the checkpoint, the newer ones that are damaged, and lines for the log: what was passed over, and a tracker that
+        names what is not there.
 
     Raises:
         CheckpointError: see ``open_run``.
@@ -86,24 +94,37 @@ def restorable(cfg: RunConfig, *, check_hashes: bool = True) -> tuple[Found | No
             source=str(found.path),
             remedy="--resume continues it; another --run-name starts afresh",
         )
+    fault = tracker_fault(directory, found)
+    newer = [*map(str, damaged), *([] if fault is None else [fault])]
+    if newer and cfg.checkpoint.strict_resume:
+        sound = "nothing sound is there" if found is None else f"{found.path.name} is the newest sound one"
+        raise CheckpointError(
+            f"the run would not go on from its newest checkpoint ({sound}):\n    " + "\n    ".join(newer),
+            source=f"{directory}, with strict_resume",
+            remedy="restore what is damaged from a copy; without --strict-resume it is passed over",
+        )
+    notes = [f"passed over {line}" for line in newer]
     if found is None:
-        return None, [], []
+        return None, [], notes
     if lacking := [name for name, is_sound in _RESUMED.items() if not is_sound(found.state.get(name))]:
         raise CheckpointError(
             f"no training run wrote this checkpoint: it does not say {', '.join(lacking)}",
             source=str(found.path / RUN_STATE),
             remedy="--load-weights starts another run from its weights",
         )
-    notes = [f"passed over {line}" for line in damaged]
     return found, damaged, notes + check_provenance(found.state, cfg, source=str(found.path))
 
 
 def continued(cfg: RunConfig) -> tuple[Found | None, list[str]]:
     """As ``restorable``, for the run that owns the directory: what is damaged loses its checkpoint's name.
 
-    A run that starts afresh moves out of its way what one before it has logged, whose checkpoints are gone.
+    A run that starts afresh moves out of its way what one before it has logged, whose checkpoints are gone. Files that
+    a killed run had begun to write are removed.
     """
     found, damaged, notes = restorable(cfg)
+    for folder in (cfg.run_directory, cfg.run_directory / "checkpoints"):
+        for name in filter(_BEGINNING.fullmatch, names_in(folder)):
+            (folder / name).unlink(missing_ok=True)
     notes += [f"set aside as {set_aside(line.path)}" for line in damaged]
     logs = (cfg.run_directory / name for name in _LOGS) if found is None else ()
     notes += [f"kept of a run before: {set_aside(log, 'before')}" for log in logs if log.is_file()]

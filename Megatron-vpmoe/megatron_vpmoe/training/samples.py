@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,8 @@ class SampleWriter:
                     "completion_ids": completion.ids,
                 }
                 stream.write(json_line(record))
+            stream.flush()
+            os.fsync(stream.fileno())  # before a checkpoint that counts on it
 
 
 def _drop_after(path: Path, step: int) -> None:

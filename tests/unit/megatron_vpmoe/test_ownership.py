@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from megatron_vpmoe import ownership
 from megatron_vpmoe.errors import BusyError, NotOursError
+from megatron_vpmoe.files import json_bytes
 from megatron_vpmoe.ownership import check_free, owned
 
 
@@ -61,3 +65,47 @@ def test_a_file_of_the_users_is_no_lock(tmp_path: Path) -> None:
     with pytest.raises(NotOursError, match=r"\.data\.lock"), owned(lock, "data"):
         pytest.fail("taken")
     assert lock.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("left", [b"", b"\0" * 80, b'{\n  "host": "node', b'{\n  "ho', b'{\n  "host": "n",\n\0\0'])
+def test_what_a_lost_disk_leaves_of_a_lock_is_no_hindrance(tmp_path: Path, left: bytes) -> None:
+    lock = tmp_path / ".lock"
+    lock.write_bytes(left)
+    with owned(lock, "the run") as former:
+        assert former is None and b'"pid"' in lock.read_bytes()
+
+
+def test_an_owner_on_another_host_is_watched_before_it_is_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a file system whose locks do not reach that host: it touches its file as long as it is there."""
+    monkeypatch.setattr(ownership, "_SECONDS_WATCHED", 0.5)
+    lock = tmp_path / ".lock"
+    lock.write_bytes(json_bytes({"host": "elsewhere", "pid": 7, "since": "then"}))
+    touching = threading.Event()
+
+    def touch() -> None:
+        while not touching.wait(0.02):
+            os.utime(lock)
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    with pytest.raises(BusyError, match="process 7 on elsewhere works there since then"), owned(lock, "the run"):
+        pytest.fail("taken")
+    touching.set()
+    thread.join()
+    assert b"elsewhere" in lock.read_bytes()
+    with owned(lock, "the run") as former:
+        assert former == {"host": "elsewhere", "pid": 7, "since": "then"}
+    assert capsys.readouterr().err.count("process 7 on elsewhere did not take leave") == 2
+
+
+def test_an_owner_touches_its_file_until_it_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "_SECONDS_BETWEEN_TOUCHES", 0.01)
+    lock = tmp_path / ".lock"
+    with owned(lock, "the run"):
+        for _ in range(2):
+            before, deadline = lock.stat().st_mtime_ns, time.monotonic() + 30
+            while lock.stat().st_mtime_ns == before:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)

@@ -16,7 +16,7 @@ from megatron_vpmoe.errors import BusyError, CheckpointError, NotOursError, Vpmo
 from megatron_vpmoe.files import json_bytes, list_files
 from megatron_vpmoe.launch import preflight
 from megatron_vpmoe.manifest import read_manifest
-from megatron_vpmoe.training.checkpoint_files import begin, seal
+from megatron_vpmoe.training.checkpoint_files import TRACKER, begin, seal
 from megatron_vpmoe.training.provenance import collect_provenance
 from megatron_vpmoe.training.run_directory import continued, ownership, restorable
 from tests.any_json import changed_json
@@ -77,6 +77,63 @@ def test_damaged_ones_lose_the_name_and_are_named(cfg) -> None:
     assert found is not None and found.path == older
     assert any(str(newer) in note and "sha256" in note for note in notes)
     assert not newer.exists() and (newer.parent / "iter_0000009.damaged").is_dir()
+
+
+@pytest.mark.parametrize("stated", ["9", "", "nine", "12\n", None, "folder"])
+def test_a_tracker_that_names_what_is_not_there_is_named(cfg, tmp_path: Path, stated: str | None) -> None:
+    """The newest checkpoint is taken all the same, but not under strict_resume; one that lags behind says nothing."""
+    newest = written(cfg, 6)
+    tracker = newest.parent / TRACKER
+    strict = tiny_config(data_path=cfg.data.data_path, run_dir=cfg.run_directory, resume=True, strict_resume=True)
+    for behind in ("6\n", "3\n"):
+        tracker.write_text(behind)
+        assert continued(strict)[1] == []
+    tracker.unlink()
+    assert continued(strict)[1] == []
+    match stated:
+        case None:
+            tracker.symlink_to(tmp_path / "nowhere")
+        case "folder":
+            tracker.mkdir()
+            (tracker / "mine.txt").write_text("kept")
+        case _:
+            tracker.write_text(stated)
+    with pytest.raises(CheckpointError, match=TRACKER) as caught:
+        continued(strict)
+    assert "iter_0000006" in str(caught.value) and "--strict-resume" in str(caught.value)
+    found, (note,) = continued(cfg)
+    assert found is not None and found.path == newest and f"passed over {tracker}" in note
+    written(cfg, 9)
+    assert tracker.read_text() == "9\n" and continued(strict)[1] == []
+    assert stated != "folder" or (tracker.with_name(f"{TRACKER}.damaged") / "mine.txt").read_text() == "kept"
+
+
+def test_a_damaged_newer_checkpoint_ends_a_strict_run_and_stays_where_it_is(cfg) -> None:
+    strict = tiny_config(data_path=cfg.data.data_path, run_dir=cfg.run_directory, resume=True, strict_resume=True)
+    (cfg.run_directory / "checkpoints").mkdir(parents=True)
+    assert continued(strict) == (None, [])
+    (cfg.run_directory / "checkpoints" / TRACKER).write_text("9\n")
+    with pytest.raises(CheckpointError, match="nothing sound"):
+        continued(strict)
+    assert "iteration 9" in str(continued(cfg)[1])
+    older, newer = written(cfg, 6), written(cfg, 9)
+    spoil(newer)
+    for look in (restorable, continued):
+        with pytest.raises(CheckpointError, match=r"iter_0000006 is the newest sound one") as caught:
+            look(strict)
+        assert f"{newer}: common.pt" in str(caught.value) and newer.exists()
+    assert continued(cfg)[0].path == older
+
+
+def test_what_a_killed_run_had_begun_to_write_goes_and_nothing_else(cfg) -> None:
+    checkpoints = cfg.run_directory / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    ours = [cfg.run_directory / ".metrics.jsonl.71.tmp", checkpoints / f".{TRACKER}.71.tmp"]
+    users = [cfg.run_directory / name for name in (".notes.71.tmp", ".metrics.jsonl.tmp", "metrics.jsonl.71.tmp")]
+    for path in (*ours, *users):
+        path.write_text("x")
+    continued(cfg)
+    assert [path.exists() for path in (*ours, *users)] == [False] * 2 + [True] * 3
 
 
 @pytest.mark.parametrize("resume", [True, False])
