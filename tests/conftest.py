@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 # Small tensors: one thread computes them faster than two, and worker processes do not compete.
@@ -21,6 +24,10 @@ gc.freeze()  # what is imported stays: a collection need not look at it
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ["PYTHONPATH"] = str(REPOSITORY)  # processes that tests start import `tests`, wherever they start
+# Runs of tests register themselves apart from those of whoever runs the tests.
+_RUN_STORE = tempfile.mkdtemp(prefix="vpmoe_runs_")
+os.environ["VPMOE_RUN_STORE"] = f"{_RUN_STORE}/registry.sqlite"
+_OWNER = os.getpid()
 _fuzz_factor = 1
 
 
@@ -67,6 +74,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_sessionfinish() -> None:
     _leave_groups()
+
+
+@atexit.register
+def _remove_run_store() -> None:
+    if os.getpid() == _OWNER:  # and not a process forked from here
+        shutil.rmtree(_RUN_STORE, ignore_errors=True)
 
 
 def _leave_groups() -> None:

@@ -61,6 +61,7 @@ SIDECAR_FLOORS = {
     "eval": 2,
     "teacher": 3,
     "upcycle": 3,
+    "runs": 3,
     "ladder": 4,
     "quickstart": 4,
     "cli": 5,

@@ -17,6 +17,7 @@ from megatron_vpmoe.config.yaml_source import extended_paths
 from megatron_vpmoe.data.blend import open_parts
 from megatron_vpmoe.errors import CheckpointError, ConfigError, DeviceError
 from megatron_vpmoe.files import place_of
+from megatron_vpmoe.metrics.run_store import check_store, store_path
 from megatron_vpmoe.ownership import check_free
 
 Answer = TypeVar("Answer")
@@ -150,11 +151,13 @@ def check_run_directory(cfg: RunConfig) -> None:
         BusyError: another process trains in the run directory.
         CheckpointError: they are of another model, vocabulary or dataset, ``resume`` is off and there is one, or there
             is none in ``load_weights``.
+        NotOursError, DataError: the run store is none, or cannot be used.
     """
     from megatron_vpmoe.training.checkpoint_files import open_checkpoint
     from megatron_vpmoe.training.run_directory import LOCK, restorable
 
     _check_place(cfg)
+    check_store(store_path(cfg.logging.run_store))
     check_free(cfg.run_directory / LOCK, f"the run directory {cfg.run_directory}")
     found, _, _ = restorable(cfg, check_hashes=False)
     if found is None and cfg.checkpoint.load_weights is not None:

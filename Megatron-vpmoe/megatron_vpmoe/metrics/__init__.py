@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vpmoe.metrics.expert_loads import FILE_NAME, ExpertLoadFile
-from megatron_vpmoe.metrics.jsonl import JsonlSink, read_records
+from megatron_vpmoe.metrics.jsonl import METRICS, JsonlSink, read_records
 from megatron_vpmoe.metrics.records import MetricStream, Record, Sink
+from megatron_vpmoe.metrics.registration import RunStoreSink
 from megatron_vpmoe.metrics.wandb import WandbSink
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
 __all__ = [
+    "METRICS",
     "ExpertLoadFile",
     "JsonlSink",
     "MetricStream",
     "Record",
+    "RunStoreSink",
     "Sink",
     "WandbSink",
     "open_loads",
@@ -34,7 +37,7 @@ def open_sinks(cfg: RunConfig, directory: Path, *, resume_step: int = 0) -> Sequ
         directory: of the run.
         resume_step: last step whose records stay; later ones are of steps that will be done again.
     """
-    path = directory / "metrics.jsonl"
+    path = directory / METRICS
     sinks: list[Sink] = [JsonlSink(path, resume_step=resume_step)]
     if cfg.logging.wandb_mode != "disabled":
         sinks.append(

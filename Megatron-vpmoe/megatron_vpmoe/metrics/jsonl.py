@@ -13,6 +13,9 @@ from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.files import json_line, naming, read_json_lines, sync, write_atomically
 from megatron_vpmoe.metrics.records import Record
 
+METRICS = "metrics.jsonl"
+"""In a run's directory."""
+
 
 class JsonlSink:
     """Appends to a file of records.
@@ -45,7 +48,7 @@ class JsonlSink:
         """Have every record on disk."""
         sync(self._path)
 
-    def close(self) -> None:
+    def close(self, failure: str | None = None) -> None:
         """Close the file."""
         with naming(self._path):  # what could not be written is tried again
             self._stream.close()

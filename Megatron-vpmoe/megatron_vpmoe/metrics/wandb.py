@@ -5,7 +5,6 @@ Offline by default: W&B then writes under the run's directory, and ``wandb sync`
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import groupby
@@ -15,14 +14,10 @@ from threading import Thread
 from time import monotonic
 from typing import Any, Literal
 
-from megatron_vpmoe.metrics.records import Record
+from megatron_vpmoe.metrics.records import Record, once, to_stderr
 
 _QUEUED_STEPS = 1024
 _PATIENCE_SECONDS = 30.0
-
-
-def _to_stderr(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 class WandbSink:
@@ -50,7 +45,7 @@ class WandbSink:
         directory: Path,
         config: dict[str, Any],
         history: Callable[[], Iterable[Record]] = tuple,
-        report: Callable[[str], None] = _to_stderr,
+        report: Callable[[str], None] = to_stderr,
     ) -> None:
         self._settings = {
             "project": project,
@@ -62,8 +57,8 @@ class WandbSink:
             "config": config,
         }
         self._history = history
-        self._report, self._reported = report, False
-        self._dropped = 0
+        self._fail = once(report, "Weights & Biases is out of action, training goes on without it")
+        self._dropped = self._exit_code = 0
         self._queue: Queue[Sequence[Record] | None] = Queue(_QUEUED_STEPS)
         # A daemon: a hung upload must not keep the process from ending.
         self._thread = Thread(target=self._run, name="wandb", daemon=True)
@@ -79,8 +74,9 @@ class WandbSink:
     def sync(self) -> None:
         """Nothing counts on W&B's files."""
 
-    def close(self) -> None:
+    def close(self, failure: str | None = None) -> None:
         """Let W&B finish, for half a minute at most."""
+        self._exit_code = int(failure is not None)
         end = monotonic() + _PATIENCE_SECONDS
         while self._thread.is_alive() and monotonic() < end:  # a thread that has failed empties no full queue
             with suppress(Full):
@@ -88,9 +84,9 @@ class WandbSink:
                 break
         self._thread.join(max(0.0, end - monotonic()))
         if self._thread.is_alive():
-            self._report_once(f"it has not finished within {_PATIENCE_SECONDS:.0f} s")
+            self._fail(f"it has not finished within {_PATIENCE_SECONDS:.0f} s")
         if self._dropped:
-            self._report_once(f"the records of {self._dropped} steps were dropped")
+            self._fail(f"the records of {self._dropped} steps were dropped")
 
     def _run(self) -> None:
         try:
@@ -104,15 +100,9 @@ class WandbSink:
             _log(run, self._history() if offline else ())
             while (records := self._queue.get()) is not None:
                 _log(run, records)
-            run.finish()
+            run.finish(exit_code=self._exit_code)
         except Exception as error:
-            self._report_once(f"{type(error).__name__}: {error}")
-
-    def _report_once(self, reason: str) -> None:
-        if not self._reported:
-            self._reported = True
-            first_line = reason.splitlines()[0] if reason else "unknown"
-            self._report(f"Weights & Biases is out of action, training goes on without it: {first_line}")
+            self._fail(f"{type(error).__name__}: {error}")
 
 
 def _log(run: Any, records: Iterable[Record]) -> None:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from megatron_vpmoe.data.batch import Batch
 from megatron_vpmoe.errors import NonFiniteError, VpmoeError
 from megatron_vpmoe.files import json_bytes, write_atomically
 from megatron_vpmoe.metrics import ExpertLoadFile, MetricStream, Sink, open_loads, open_sinks
+from megatron_vpmoe.metrics.run_store import check_store, store_path
 from megatron_vpmoe.model.moe.router_health import check_thresholds
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
 from megatron_vpmoe.sources import check_collapse
 from megatron_vpmoe.training.progress import Progress
 from megatron_vpmoe.training.router import RouterMonitor
-from megatron_vpmoe.training.run import Run, open_run
+from megatron_vpmoe.training.run import Run, open_run, register
 from megatron_vpmoe.training.run_directory import ownership
 from megatron_vpmoe.training.samples import SampleWriter
 from megatron_vpmoe.training.step import StepResult, train_step
@@ -37,20 +38,23 @@ def train(cfg: RunConfig, of_pace: Callable[[float | None], str | None] = lambda
 
     Raises:
         BusyError: another process trains in the run directory.
+        NotOursError, DataError: the run store is none, or cannot be used.
         VpmoeError: a served teacher is away; what was trained is saved.
     """
     is_main = distributed.rank() == 0
     with ExitStack() as held:
         former = distributed.from_rank_0(lambda: held.enter_context(ownership(cfg.run_directory)))
+        distributed.from_rank_0(lambda: check_store(store_path(cfg.logging.run_store)))
         run = open_run(cfg)
         held.callback(run.source.close)
         if former is not None:
             run.notes += (f"the run before, process {former.get('pid')} on {former.get('host')}, ended abruptly",)
         sinks: list[Sink] = []
         loads: list[ExpertLoadFile] = []
+        metrics = held.enter_context(MetricStream(sinks, loads, run.elapsed.place))
+        distributed.from_rank_0(lambda: sinks.append(register(run)))
         distributed.from_rank_0(lambda: sinks.extend(open_sinks(cfg, run.directory, resume_step=run.iteration)))
         distributed.from_rank_0(lambda: loads.extend(open_loads(cfg, run.directory, resume_step=run.iteration)))
-        metrics = held.enter_context(closing(MetricStream(sinks, loads)))
         # From here on there is something to save; a signal before ends the process as it would any other.
         stop = StopRequest().install()
         _train(run, stop, metrics, Progress(cfg, start=run.iteration, enabled=is_main), of_pace)
@@ -98,6 +102,7 @@ def _train(
             run.iteration += 1
             run.position = position
             throughput.step(result.metrics["tokens/real"], batches)
+            run.elapsed.tokens += result.metrics["tokens/real"]
             _settle(run, progress, wait=False)
             stopping = stop.agreed()
             step = run.iteration

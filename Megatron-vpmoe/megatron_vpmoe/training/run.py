@@ -15,6 +15,7 @@ from megatron_vpmoe.annotation import REFERENCE_LOG_P
 from megatron_vpmoe.data.blend import open_parts
 from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.files import write_atomically
+from megatron_vpmoe.metrics import RunStoreSink
 from megatron_vpmoe.model.builder import build_model, wrap_for_training
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.objectives import Objective, build_objective, check_kinds
@@ -46,6 +47,7 @@ from megatron_vpmoe.sources import (
 from megatron_vpmoe.training import checkpoint
 from megatron_vpmoe.training.carried import carried_by
 from megatron_vpmoe.training.checkpoint_hashes import with_all_ranks
+from megatron_vpmoe.training.elapsed import Elapsed
 from megatron_vpmoe.training.evaluate import Validation, validation
 from megatron_vpmoe.training.frozen import check_stored_reference, find_annotators
 from megatron_vpmoe.training.implementation import implementation_notes
@@ -73,6 +75,7 @@ class Run:
         assignment: which parameter goes to which optimizer.
         iteration: finished optimizer steps.
         position: gives that of the source after them (skipped steps included); see ``Step``.
+        elapsed: tokens and seconds of training so far, over all the times that the run was continued.
         skipped_steps: steps dropped under ``nonfinite_policy: skip``.
         saved: the iteration of the newest checkpoint, also of one that is being written; 0 where there is none.
         saving: the checkpoint that is being written.
@@ -98,6 +101,7 @@ class Run:
     assignment: list[AssignmentRow]
     iteration: int = 0
     position: Callable[[], Position] = lambda: Position(0, [])
+    elapsed: Elapsed = field(default_factory=Elapsed)
     skipped_steps: int = 0
     saved: int = 0
     saving: checkpoint.Saving | None = None
@@ -134,6 +138,7 @@ class Run:
             "consumed_samples": position.consumed_samples,
             "data": position.data,
             "skipped_steps": self.skipped_steps,
+            "elapsed": self.elapsed.place(),
             "objective": {"name": self.cfg.training.objective, "state": self.objective.state()},
             "world_size": distributed.world_size(),
             "config": self.cfg.model_dump(mode="json"),
@@ -252,6 +257,12 @@ def open_run(cfg: RunConfig) -> Run:
     return run
 
 
+def register(run: Run) -> RunStoreSink:
+    """The run in the run store; rank 0's alone. Raises what ``RunStoreSink`` does."""
+    world_size = distributed.world_size()
+    return RunStoreSink(run.cfg, run.directory, provenance=run.provenance, step=run.iteration, world_size=world_size)
+
+
 def _restore(run: Run, found: checkpoint.Found) -> None:
     checkpoint.load(found, run.model, run.optimizer, run.scheduler)
     run.iteration = run.saved = found.iteration
@@ -259,6 +270,10 @@ def _restore(run: Run, found: checkpoint.Found) -> None:
     position = Position(consumed, data, checkpoint.load_arrays(found))
     run.position = lambda: position
     run.skipped_steps = int(found.state["skipped_steps"])
+    if (elapsed := Elapsed.since(found.state.get("elapsed"))) is None:
+        run.notes += ("the checkpoint counts neither tokens nor seconds: both are counted from here on",)
+    else:
+        run.elapsed = elapsed
     run.notes += tuple(
         run.source.resume(
             position,

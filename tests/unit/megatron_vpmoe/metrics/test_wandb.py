@@ -39,8 +39,8 @@ class FakeWandb(ModuleType):
     def _log(self, values: dict, step: int) -> None:
         self.logged.append((step, values))
 
-    def _finish(self) -> None:
-        self.finished = True
+    def _finish(self, exit_code: int) -> None:
+        self.finished = exit_code == 0
 
 
 @pytest.fixture

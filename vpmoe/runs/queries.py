@@ -1,0 +1,138 @@
+"""The metrics of runs, asked in place: DuckDB reads every ``metrics.jsonl`` where it lies, also while it is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import duckdb
+
+from vpmoe.errors import DataError
+from vpmoe.runs.registry import RunEntry, list_runs
+
+if TYPE_CHECKING:
+    import pandas
+
+TOKENS, SECONDS = "elapsed/tokens", "elapsed/seconds"
+"""Tags that the trainer records once a step."""
+AXES = {"step": "step", "tokens": "tokens", "time": "seconds"}
+"""What curves can be laid over, and the column of it."""
+
+_RUNS = """CREATE TABLE runs (
+  run VARCHAR, name VARCHAR, experiment VARCHAR, status VARCHAR, started TIMESTAMP, ended TIMESTAMP, step BIGINT,
+  directory VARCHAR, host VARCHAR, pid BIGINT, world_size BIGINT, error VARCHAR, tags VARCHAR[], note VARCHAR,
+  git VARCHAR, config JSON, provenance JSON, results MAP(VARCHAR, DOUBLE), file VARCHAR
+)"""
+_COLUMNS = "columns = {step: 'BIGINT', tag: 'VARCHAR', value: 'DOUBLE'}"
+# A last line that is still being written, or that a kill has cut, is a row of nulls.
+_METRICS = f"""CREATE VIEW metrics AS
+WITH records AS (
+  SELECT runs.run, read.step, read.tag, read.value
+  FROM read_json($files, format = 'newline_delimited', {_COLUMNS}, filename = 'file', ignore_errors = true) read
+  JOIN runs USING (file)
+  WHERE read.step IS NOT NULL
+),
+places AS (
+  SELECT run, step, max(value) FILTER (tag = '{TOKENS}') AS tokens, max(value) FILTER (tag = '{SECONDS}') AS seconds
+  FROM records WHERE tag IN ('{TOKENS}', '{SECONDS}') GROUP BY run, step
+)
+SELECT run, step, tag, value, tokens, seconds FROM records LEFT JOIN places USING (run, step)"""
+_NO_METRICS = """CREATE VIEW metrics AS SELECT NULL::VARCHAR AS run, NULL::BIGINT AS step, NULL::VARCHAR AS tag,
+NULL::DOUBLE AS value, NULL::DOUBLE AS tokens, NULL::DOUBLE AS seconds WHERE false"""
+
+# Of each run and tag: buckets of equally many points, of which the lowest, the highest and the ends stay.
+_SERIES = """
+WITH points AS (
+  SELECT run, tag, {x}::DOUBLE AS x, value, row_number() OVER curve - 1 AS number,
+    count(*) OVER (PARTITION BY run, tag) AS total
+  FROM metrics WHERE list_contains($tags, tag) AND {x} IS NOT NULL
+  WINDOW curve AS (PARTITION BY run, tag ORDER BY {x}, step)
+),
+placed AS (
+  SELECT *, CASE WHEN total <= $points THEN number ELSE number * greatest($points // 2, 1) // total END AS bucket,
+    isfinite(value) AS is_number
+  FROM points
+),
+kept AS (
+  SELECT run, tag, bucket, any_value(total) AS total, min(number) AS first, max(number) AS last,
+    arg_min(number, value) FILTER (is_number) AS lowest, arg_max(number, value) FILTER (is_number) AS highest,
+    min(number) FILTER (NOT is_number) AS broken
+  FROM placed GROUP BY run, tag, bucket
+)
+SELECT run, tag, x, value FROM placed JOIN kept USING (run, tag, bucket)
+WHERE number IN (lowest, highest, broken) OR number = 0 OR number = placed.total - 1
+ORDER BY run, tag, number
+"""
+
+
+def connect(store: Path | None = None) -> duckdb.DuckDBPyConnection:
+    """An in-memory database with what the runs of a store are and measured.
+
+    ``runs``: one row a run as it is now, ``run`` being its id. ``metrics``: (run, step, tag, value, tokens, seconds),
+    a view over the files; ``tokens`` and ``seconds`` say where the step lies, NULL in runs that do not record it.
+
+    Raises:
+        NotOursError, DataError, BusyError: as ``registry.list_runs``.
+    """
+    return connected(list_runs(store))
+
+
+def connected(runs: Sequence[RunEntry]) -> duckdb.DuckDBPyConnection:
+    """``connect`` over some runs."""
+    database = duckdb.connect()
+    database.execute("SET TimeZone = 'UTC'")
+    database.execute(_RUNS)
+    if runs:
+        database.executemany(f"INSERT INTO runs VALUES ({', '.join(['?'] * 19)})", [_row(run) for run in runs])
+    files = sorted({str(run.metrics) for run in runs if run.metrics.is_file()})
+    quoted = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
+    database.execute(_METRICS.replace("$files", f"[{quoted}]") if files else _NO_METRICS)
+    return database
+
+
+def _row(run: RunEntry) -> list[object]:
+    import datetime
+
+    def at(seconds: float | None) -> datetime.datetime | None:
+        return None if seconds is None else datetime.datetime.fromtimestamp(seconds, datetime.UTC).replace(tzinfo=None)
+
+    git = run.provenance.get("git") or {}
+    return [
+        *(run.id, run.name, run.experiment, run.status, at(run.started), at(run.ended), run.step),
+        *(str(run.directory), run.host, run.pid, run.world_size, run.error, list(run.tags), run.note),
+        *(git.get("sha"), json.dumps(run.config), json.dumps(run.provenance), run.results, str(run.metrics)),
+    ]
+
+
+def tags_of(runs: Sequence[RunEntry]) -> list[str]:
+    """Every tag that one of the runs has recorded, sorted."""
+    with connected(runs) as database:
+        return [tag for (tag,) in database.execute("SELECT DISTINCT tag FROM metrics ORDER BY tag").fetchall()]
+
+
+def series(runs: Sequence[RunEntry], tags: Sequence[str], *, by: str = "step", points: int = 2000) -> pandas.DataFrame:
+    """Curves: columns ``run`` (id), ``tag``, ``x`` and ``value``, in the order of x.
+
+    Args:
+        runs: whose metrics.
+        tags: exact.
+        by: "step", "tokens" or "time" (seconds); points that do not record where they lie are left out.
+        points: a curve of more is thinned in DuckDB to about as many: of each stretch the lowest and the highest stay,
+            the first that is no finite number, and the ends of the whole.
+
+    Raises:
+        DataError: ``by`` is none of them.
+    """
+    if by not in AXES:
+        raise DataError(f"there is no axis {by!r}", source="by", remedy=f"one of {', '.join(AXES)}")
+    with connected(runs) as database:
+        return database.execute(_SERIES.format(x=AXES[by]), {"tags": list(tags), "points": points}).df()
+
+
+def last_values(run: RunEntry) -> dict[str, float]:
+    """The last value of each tag."""
+    with connected([run]) as database:
+        found = database.execute("SELECT tag, arg_max(value, step) FROM metrics GROUP BY tag ORDER BY tag").fetchall()
+    return dict(found)

@@ -1,0 +1,182 @@
+"""The runs of a run store as they are now, found by what a person calls them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from megatron_vpmoe.metrics.jsonl import METRICS
+from megatron_vpmoe.metrics.run_store import (
+    found_directory,
+    identity_of,
+    read_directory,
+    read_store,
+    store_path,
+)
+from megatron_vpmoe.ownership import holder
+from vpmoe.errors import DataError
+
+LOCK = ".lock"
+STATUSES = ("running", "finished", "stopped", "failed", "killed", "unknown")
+"""Of a run: at work; its last step is done; it was asked to stop; it ended in an error; it ended without taking leave;
+it works, or worked, on another machine in a directory that is not seen from here."""
+
+
+@dataclass(frozen=True)
+class RunEntry:
+    """One run.
+
+    Attributes:
+        id: twelve hex digits, also in ``run.json`` of its directory.
+        name: ``training.run_name``.
+        experiment: ``logging.experiment``, or the name of the folder that its directory lies in.
+        directory: where it is, or was when it was last seen.
+        status: one of ``STATUSES``.
+        started: seconds since the epoch.
+        ended: likewise; None where it did not conclude.
+        config: the resolved configuration by section.
+        provenance: of ``collect_provenance``: git, config_hash, tokenizer, datasets, packages, hardware.
+        results: the last values by tag of losses, validation, suites, rewards and throughput.
+        tags: what a person has put on it.
+        note: likewise.
+        host: of rank 0.
+        pid: of rank 0.
+        world_size: processes.
+        step: the last one recorded.
+        error: what it failed of.
+        segments: each start of it, the first and those that resumed it, as rows of the store.
+        is_there: whether its directory is.
+    """
+
+    id: str
+    name: str
+    experiment: str
+    directory: Path
+    status: str
+    started: float
+    ended: float | None
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    results: dict[str, float]
+    tags: tuple[str, ...]
+    note: str
+    host: str
+    pid: int
+    world_size: int = 1
+    step: int = 0
+    error: str | None = None
+    segments: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    is_there: bool = True
+
+    @property
+    def metrics(self) -> Path:
+        """Its ``metrics.jsonl``."""
+        return self.directory / METRICS
+
+
+def list_runs(store: Path | None = None) -> list[RunEntry]:
+    """Every run of a run store, the newest first; none where there is no store yet.
+
+    Args:
+        store: None: as ``run_store.store_path`` says.
+
+    Raises:
+        NotOursError, DataError, BusyError: as ``run_store.read_store``.
+    """
+    path = store_path(store)
+    with read_store(path) as connection:
+        if connection is None:
+            return []
+        rows = [dict(row) for row in connection.execute("SELECT * FROM runs ORDER BY started DESC, id")]
+        tags, segments = _by_run(connection, "tags", "tag"), _by_run(connection, "segments", "number")
+    return [_entry(path, row, tags.get(row["id"], []), segments.get(row["id"], [])) for row in rows]
+
+
+def _by_run(connection: sqlite3.Connection, table: str, order: str) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in connection.execute(f"SELECT * FROM {table} ORDER BY {order}"):
+        found.setdefault(row["run"], []).append(dict(row))
+    return found
+
+
+def _entry(store: Path, row: dict[str, Any], tags: list[dict[str, Any]], segments: list[dict[str, Any]]) -> RunEntry:
+    there = found_directory(store, row["directory"], row["id"])
+    directory = there or read_directory(store, row["directory"])
+    try:
+        config, provenance, results = (json.loads(row[name]) for name in ("config", "provenance", "results"))
+    except ValueError as error:
+        raise DataError(
+            f"the run {row['id']} holds no JSON: {error}", source=str(store), remedy=f"vpmoe runs rm {row['id']}"
+        ) from error
+    return RunEntry(
+        **{name: row[name] for name in ("id", "name", "experiment", "started", "ended", "note", "host", "pid")},
+        **{name: row[name] for name in ("world_size", "step", "error")},
+        directory=directory,
+        status=_status(row, directory),
+        config=config,
+        provenance=provenance,
+        results={tag: float(value) for tag, value in results.items()},
+        tags=tuple(each["tag"] for each in tags),
+        segments=tuple(segments),
+        is_there=there is not None,
+    )
+
+
+def _status(row: Mapping[str, Any], directory: Path) -> str:
+    """Of a run that has not concluded its lock tells; where that is not seen, its process."""
+    if row["status"] != "running":
+        return row["status"]
+    if (directory / LOCK).is_file():
+        return "killed" if holder(directory / LOCK) is None else "running"
+    if row["host"] != socket.gethostname():
+        return "unknown"
+    try:
+        return "running" if psutil.Process(row["pid"]).create_time() <= row["started"] else "killed"
+    except psutil.Error:
+        return "killed"
+
+
+def find_run(text: str, store: Path | None = None) -> RunEntry:
+    """The run that ``text`` names: by its id, the beginning of one, its name (the newest of it), or its directory.
+
+    Raises:
+        DataError: there is none, or the beginning is of several ids; lists them.
+    """
+    return choose(text, list_runs(store), store_path(store))
+
+
+def choose(text: str, runs: list[RunEntry], store: Path) -> RunEntry:
+    """``find_run`` among ``runs``, the newest first."""
+    if exact := [run for run in runs if run.id == text]:
+        return exact[0]
+    if named := [run for run in runs if run.name == text]:
+        return named[0]
+    if Path(text).is_dir():
+        here, known = os.path.realpath(text), identity_of(Path(text))
+        if inside := [run for run in runs if known in (run.id, None) and os.path.realpath(run.directory) == here]:
+            return inside[0]
+    begun = [run for run in runs if run.id.startswith(text)] if text else []
+    if len(begun) == 1:
+        return begun[0]
+    if begun:
+        raise DataError(
+            f"several runs begin with {text!r}: " + ", ".join(f"{run.id} ({run.name})" for run in begun),
+            source=str(store),
+            remedy="write more of the id",
+        )
+    if Path(text).is_dir():
+        raise DataError("this directory is of no run in the store", source=text, remedy=f"vpmoe runs add {text}")
+    near = ", ".join(dict.fromkeys(run.name for run in runs[:5])) or "none"
+    raise DataError(
+        f"no run is called {text!r}; the newest are: {near}",
+        source=str(store),
+        remedy="vpmoe runs list shows all of them",
+    )
