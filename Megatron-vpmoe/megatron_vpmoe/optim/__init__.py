@@ -11,7 +11,7 @@ from megatron_vpmoe.optim.assignment import (
     write_assignment_table,
 )
 from megatron_vpmoe.optim.build import VpOptimizer, build_optimizer, describe_arithmetic
-from megatron_vpmoe.optim.schedules import IterationScheduler, build_scheduler
+from megatron_vpmoe.optim.schedules import IterationScheduler, build_scheduler, learning_rates
 
 __all__ = [
     "AssignmentRow",
@@ -21,6 +21,7 @@ __all__ = [
     "build_optimizer",
     "build_scheduler",
     "describe_arithmetic",
+    "learning_rates",
     "render_assignment_table",
     "write_assignment_table",
 ]

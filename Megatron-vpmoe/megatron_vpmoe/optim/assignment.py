@@ -70,6 +70,11 @@ RULES: tuple[Rule, ...] = (
 """The rules of the vpMoE, vpDense and Qwen3 layers."""
 
 
+def slug(rule: str) -> str:
+    """A rule's name as it stands in metrics' tags, such as "feed_forward_matrices"."""
+    return rule.replace(" ", "_").replace("-", "_")
+
+
 FROZEN = "frozen"
 """In the place of an optimizer: the parameter is not trained."""
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import torch
 from megatron_vpmoe.config.memory import STACK_BYTES
 from megatron_vpmoe.optim.assignment import RULES, AssignmentRow, Rule, assigned_parameters
 from megatron_vpmoe.optim.gathering import Gathering, own_pieces
+from megatron_vpmoe.optim.group_sizes import GroupSizes, sum_over
 from megatron_vpmoe.optim.normuon import NorMuon, NorMuonOptions
 from megatron_vpmoe.optim.polar_express import compute_dtype
 from megatron_vpmoe.optim.sharded_optimizer import ShardedOptimizer
@@ -41,6 +42,7 @@ class VpOptimizer(ChainedOptimizer):
         config: upstream's, the members' own.
         groups: of this rank.
         buckets: in which the weights are gathered, in the order in which they are updated.
+        rule_of: the assignment rule of each parameter; ``rules``: all rules' names, the same on every rank.
     """
 
     def __init__(
@@ -49,9 +51,12 @@ class VpOptimizer(ChainedOptimizer):
         config: OptimizerConfig,
         groups: ProcessGroupCollection,
         buckets: Sequence[BucketGroup],
+        *,
+        rule_of: Mapping[torch.nn.Parameter, str],
+        rules: Sequence[str],
     ) -> None:
         super().__init__(list(members))
-        self.config = config
+        self.config, self._rule_of, self._rules = config, rule_of, rules
         self.members = list(members)
         self.finished_updates = 0
         self._gathering = Gathering(buckets)
@@ -74,10 +79,7 @@ class VpOptimizer(ChainedOptimizer):
             grads = [g for m in self.members if m.expert == expert for g in m.get_main_grads_for_grad_norm()]
             norms = torch._foreach_norm(grads) if grads else ()
             square = torch.stack(norms).double().square_().sum() if norms else torch.zeros_like(total)
-            for group in groups:
-                if torch.distributed.get_world_size(group) > 1:
-                    torch.distributed.all_reduce(square, group=group)
-            total += square
+            total += sum_over(groups, square)
         return total
 
     def step(self) -> tuple[bool, float, None]:  # type: ignore[override]
@@ -95,13 +97,17 @@ class VpOptimizer(ChainedOptimizer):
         return is_finite, grad_norm, None
 
     @torch.no_grad()
-    def update(self, grad_norm: float) -> None:
+    def update(self, grad_norm: float, *, measure: bool = False) -> dict[str, float]:
         """Clip to the global norm; each rank updates its share, then everybody has the weights. A collective.
 
         Args:
             grad_norm: of all of the gradient, finite; ``prepare_grads`` has been called.
+            measure: return ``GroupSizes``' metrics of this update, which moves the weights the same; else nothing.
         """
         assert self.config is not None
+        sizes = GroupSizes(self.members, self._rule_of, self._rules, self._norm_groups) if measure else None
+        if sizes:
+            sizes.gradients()
         clip = self.config.clip_grad
         if clip > 0.0 and grad_norm > clip:
             params = (param for member in self.members for param in member.get_parameters())
@@ -110,9 +116,10 @@ class VpOptimizer(ChainedOptimizer):
                 torch._foreach_mul_(grads, clip / (grad_norm + 1e-6))
         self._gathering.begin()
         for member in self.members:
-            member.step_with_ready_grads(self._gathering.updated)
+            member.step_with_ready_grads(self._gathering.updated, sizes.moved if sizes else None)
         self._gathering.finish()
         self.finished_updates += 1
+        return sizes.finish() if sizes else {}
 
     def normuon_flops(self) -> float:
         """Of Polar Express in one step of all ranks; a collective."""
@@ -189,7 +196,8 @@ def build_optimizer(
                 last |= {bucket: len(members) for bucket in buckets if not bucket.params.isdisjoint(params)}
                 pieces = own_pieces(params, buckets, groups.expt_dp if expert else groups.dp_cp)
                 members.append(_member(kind, expert, _param_groups(chosen, cfg), pieces, config, cfg, groups))
-    return VpOptimizer(members, config, groups, sorted(buckets, key=last.__getitem__))
+    rule_of, names = {param: row.rule for row, param in assigned}, [rule.name for rule in rules]
+    return VpOptimizer(members, config, groups, sorted(buckets, key=last.__getitem__), rule_of=rule_of, rules=names)
 
 
 def _param_groups(chosen: list[tuple[AssignmentRow, torch.nn.Parameter]], cfg: RunConfig) -> list[dict[str, Any]]:

@@ -166,7 +166,7 @@ class Stack:
             in_place = self.in_place and tensors is not statistics
             if tensors[self.segments[0].index].dtype != pieces[0].dtype or not (in_place or self._is_one):
                 targets += self._pieces(tensors)
-                sources += pieces if in_place else self._slots(pieces[0])
+                sources += pieces if in_place else self.slots(pieces[0])
         copy_each(targets, sources)
 
     def _gathered(self, lists: Sequence[Sequence[torch.Tensor]], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -178,7 +178,7 @@ class Stack:
         new = torch.zeros if self.has_gaps else torch.empty
         like = [tensors[first.index] for tensors in lists]
         stacks = [new(self.count, self.rows, x.shape[-1], dtype=dtype, device=x.device) for x in like]
-        slots = [slot for stack_NRX in stacks for slot in self._slots(stack_NRX)]
+        slots = [slot for stack_NRX in stacks for slot in self.slots(stack_NRX)]
         copy_each(slots, [piece for tensors in lists for piece in self._pieces(tensors)])
         return stacks
 
@@ -192,9 +192,10 @@ class Stack:
 
     def cut(self, stack_NRX: torch.Tensor) -> list[torch.Tensor]:
         """What stands beside each piece of ``take`` in a tensor of the whole stack: views."""
-        return self._slots(stack_NRX) if self.in_place else [stack_NRX]
+        return self.slots(stack_NRX) if self.in_place else [stack_NRX]
 
-    def _slots(self, stack_NRX: torch.Tensor) -> list[torch.Tensor]:
+    def slots(self, stack_NRX: torch.Tensor) -> list[torch.Tensor]:
+        """The part of each segment in a tensor of the whole stack: views."""
         return [segment.in_stack(stack_NRX) for segment in self.segments]
 
 
@@ -244,8 +245,7 @@ def plan_stacks(
         element_size: bytes of one element of a stack.
     """
     plan: list[Stack] = []
-    slots = _slots_of(members, fill_flops)
-    open_stacks: dict[_Kind, Stack] = {}
+    slots, open_stacks = _slots_of(members, fill_flops), dict[_Kind, Stack]()
 
     def shared_stack(key: _Kind, capacity: int) -> Stack:
         stack = open_stacks.get(key)

@@ -13,7 +13,6 @@ Shapes: N matrices in a stack, R rows (out), C columns (in), E experts of a para
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +23,13 @@ import torch.distributed as dist
 
 from megatron_vpmoe.config.memory import FILL_FLOPS, STACK_BYTES
 from megatron_vpmoe.errors import ConfigError
+from megatron_vpmoe.optim.active_matrices import active_matrices, by_piece
 from megatron_vpmoe.optim.matrix_stacks import MatrixLayout, Member, Stack, layout_flops, matrix_layout, plan_stacks
 from megatron_vpmoe.optim.polar_express import Workspace, compute_dtype, polar_express
 from megatron_vpmoe.optim.split_matrices import Split
+
+Moved = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
+"""Takes pieces and what is added to them, or to a part of each; those tensors do not last."""
 
 
 @dataclass(frozen=True)
@@ -96,31 +99,6 @@ def row_factors(
     scale *= max(1.0, rows / cols) ** 0.5
     factor_NR1 *= whole_N11.div_(torch.rsub(normed_N11, torch.finfo(dtype).tiny, alpha=-1.0 / scale))
     return factor_NR1 if active_N11 is None else factor_NR1.mul_(active_N11)
-
-
-def active_matrices(pieces: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """1.0 where any element of a matrix's gradient differs from zero (or is NaN), else 0.0; [N, 1, 1].
-
-    None where all matrices are known to be active: on a CPU, which need not wait to look at an answer, one pass finds
-    that out in all but odd cases.
-
-    Args:
-        pieces: gradients of a stack, [n, R, C] each.
-    """
-    # The maximum is a CPU's fastest reduction without a temporary; a norm of 2 would underflow to zero.
-    if not pieces[0].is_cuda and all(bool((grad.amax((1, 2)) != 0).all()) for grad in pieces):
-        return None
-    largest_N11 = pieces[0].new_empty(sum(map(len, pieces)), 1, 1)
-    for grad, largest in zip(pieces, largest_N11.split([len(grad) for grad in pieces]), strict=True):
-        torch.linalg.vector_norm(grad, math.inf, (1, 2), keepdim=True, out=largest)
-    return largest_N11.ne_(0)
-
-
-def _each(stack: Stack, number: float, active_N11: torch.Tensor | None) -> Sequence[float | torch.Tensor]:
-    """For each piece of ``stack.take`` what its matrices get: ``number`` where they are active, else 0."""
-    if active_N11 is None:
-        return [number] * (len(stack.segments) if stack.in_place else 1)
-    return stack.cut(number * active_N11)
 
 
 class NorMuon(torch.optim.Optimizer):
@@ -210,12 +188,14 @@ class NorMuon(torch.optim.Optimizer):
         closure: Callable[[], float] | None = None,
         *,
         stepped: Callable[[list[tuple[torch.Tensor, int]]], None] = lambda _: None,
+        moved: Moved | None = None,
     ) -> None:
         """Update every parameter that has a gradient.
 
         Args:
             closure: refused; gradients are ready when Megatron's optimizer calls this.
             stepped: called after each stack with the parameters it had part of, and how many indices of dimension 0.
+            moved: told of each stack what is added to which parameters; None: that is not written down.
         """
         if closure is not None:
             raise ValueError("NorMuon takes no closure")
@@ -231,7 +211,7 @@ class NorMuon(torch.optim.Optimizer):
         momenta = [self.state[p]["momentum_buffer"] for p in params]
         second_moments = [self.state[p]["second_moment"] for p in params]
         for stack in self._stacks(places):
-            self._step_stack(stack, params, grads, momenta, second_moments)
+            self._step_stack(stack, params, grads, momenta, second_moments, moved)
             stepped([(params[segment.index], segment.length) for segment in stack.segments])
         if any(param.is_cuda for param in params):
             self._workspace = Workspace()  # its memory goes to the next forward pass: there fresh buffers cost nothing
@@ -243,6 +223,7 @@ class NorMuon(torch.optim.Optimizer):
         grads: Sequence[torch.Tensor],
         momenta: Sequence[torch.Tensor],
         second_moments: Sequence[torch.Tensor],
+        moved: Moved | None,
     ) -> None:
         """Update the matrices of ``stack`` and their state in place; the lists are those that its segments index."""
         options, split, workspace = self._options, self._split(stack), self._workspace
@@ -251,7 +232,7 @@ class NorMuon(torch.optim.Optimizer):
         second_moment_NR1, (grads, advanced, matrices) = stack.take(second_moments, (grads, momenta, params), dtype)
         active_N11 = active_matrices(grads) if stack.routed and options.idle_expert_policy == "skip" else None
         nesterov_NRC = workspace.take("nesterov", (stack.count, stack.rows, stack.cols), dtype, grads[0].device)
-        weights, targets = _each(stack, 1.0 - options.momentum, active_N11), stack.cut(nesterov_NRC)
+        weights, targets = by_piece(stack, 1.0 - options.momentum, active_N11), stack.cut(nesterov_NRC)
         for grad, momentum, weight, target in zip(grads, advanced, weights, targets, strict=True):
             torch.lerp(grad, momentum.lerp_(grad, weight), options.momentum, out=target)
         orthogonalise = partial(
@@ -264,7 +245,12 @@ class NorMuon(torch.optim.Optimizer):
             update_NRC, second_moment_NR1, active_N11, beta2=options.beta2, eps=options.eps, scale=scale, split=split
         )
         torch.mul(update_NRC, factor_NR1, out=nesterov_NRC)  # the targets now
-        for matrix, part, target in zip(matrices, _each(stack, share, active_N11), targets, strict=True):
+        parts = by_piece(stack, share, active_N11)
+        if moved is not None:  # written over the update, which has been used
+            for matrix, part, target, change in zip(matrices, parts, targets, stack.cut(update_NRC), strict=True):
+                torch.sub(target, matrix, out=change).mul_(part) if weight_decay else torch.mul(target, lr, out=change)
+            moved([params[segment.index] for segment in stack.segments], stack.slots(update_NRC))
+        for matrix, part, target in zip(matrices, parts, targets, strict=True):
             matrix.lerp_(target, part) if weight_decay else matrix.add_(target, alpha=lr)
         stack.put(second_moments, second_moment_NR1, ((momenta, advanced), (params, matrices)))
 

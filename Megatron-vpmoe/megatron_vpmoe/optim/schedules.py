@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from megatron_vpmoe.optim.assignment import FROZEN, AssignmentRow, slug
 from megatron_vpmoe.runtime import device
 
 device.prepare()
@@ -35,6 +37,22 @@ class IterationScheduler(OptimizerParamScheduler):
         """Continue at the position of ``state_dict`` and set every group's learning rate for it."""
         self.num_steps = 0
         super().load_state_dict(state_dict)
+
+
+def learning_rates(
+    scheduler: IterationScheduler, assignment: Iterable[AssignmentRow], cfg: RunConfig
+) -> dict[str, float]:
+    """Of the next update: ``lr``, that of ``optim.lr``, and ``lr/<rule>`` of every rule with a trained parameter.
+
+    Parameters of a rule with a multiplier have ``lr/<rule>/x<factor>``.
+    """
+    peaks = {"lr": cfg.optim.lr}
+    for row in assignment:
+        if row.optimizer != FROZEN:
+            tag = f"lr/{slug(row.rule)}"
+            peaks[tag if row.lr_multiplier == 1.0 else f"{tag}/x{row.lr_multiplier:g}"] = row.lr
+    floor = cfg.optim.min_lr / cfg.optim.lr
+    return {tag: scheduler.get_lr({"max_lr": peak, "min_lr": floor * peak}) for tag, peak in peaks.items()}
 
 
 def build_scheduler(optimizer: MegatronOptimizer, cfg: RunConfig) -> IterationScheduler:

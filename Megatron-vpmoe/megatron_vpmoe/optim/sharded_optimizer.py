@@ -9,7 +9,7 @@ state exist for this rank's pieces alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,16 +17,21 @@ import torch.distributed as dist
 
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.optim.matrix_stacks import copy_each
-from megatron_vpmoe.optim.normuon import NorMuon
+from megatron_vpmoe.optim.normuon import Moved, NorMuon
 from megatron_vpmoe.optim.sharded_state import piece_sharding, sharding_of_parameters
 from megatron_vpmoe.runtime import device
 from megatron_vpmoe.runtime.sharded_data_parallel import Piece
 
 device.prepare()
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig  # noqa: E402
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate  # noqa: E402
+from megatron.core.transformer.module import param_is_not_shared  # noqa: E402
 
 MASTER = "fp32_param"
 """Name of the master weights among the state in a checkpoint."""
+
+_BLOCK_BYTES = 256 * 2**20
+"""What is copied at a time where AdamW's updates are measured; a larger piece is copied alone."""
 
 _ATTRIBUTES = ("allreduce", "matrix_rows", "partition_dim", "partition_stride", "shared", "tensor_model_parallel")
 
@@ -73,6 +78,14 @@ class ShardedOptimizer(MegatronOptimizer):
         """The parameters of which this rank has a piece, in the order of ``get_parameters``."""
         return [piece.param for piece in self.pieces]
 
+    def counted(self) -> dict[torch.Tensor, torch.nn.Parameter]:
+        """The parameter of each piece that this rank counts in a norm over all ranks, as upstream does."""
+        return {
+            leaf: piece.param
+            for piece, leaf in self._held
+            if param_is_not_shared(leaf) and param_is_not_tensor_parallel_duplicate(leaf, self.tp_group)
+        }
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients; the buffers behind them are zeroed by DDP."""
         for piece, leaf in self._held:
@@ -87,11 +100,14 @@ class ShardedOptimizer(MegatronOptimizer):
         return False
 
     @torch.no_grad()
-    def step_with_ready_grads(self, updated: Callable[[list[Piece]], None] = lambda _: None) -> bool:
+    def step_with_ready_grads(
+        self, updated: Callable[[list[Piece]], None] = lambda _: None, moved: Moved | None = None
+    ) -> bool:
         """Update this rank's pieces.
 
         Args:
             updated: called with pieces as soon as their weights are the new ones, in all with each once.
+            moved: told of every piece's update; None: nothing is measured.
         """
         left: dict[torch.Tensor, int] = {leaf: piece.length for piece, leaf in self._held}
         piece_of = self._piece_of
@@ -107,11 +123,31 @@ class ShardedOptimizer(MegatronOptimizer):
             updated([piece_of[leaf] for leaf in done])
 
         if isinstance(self.optimizer, NorMuon):
-            self.optimizer.step(stepped=stepped)
-        else:
+            self.optimizer.step(stepped=stepped, moved=moved)
+        elif moved is None:
             self.optimizer.step()
+        else:
+            self._step_in_blocks(moved)
         stepped([(leaf, length) for leaf, length in left.items() if length])  # those without a gradient too
         return True
+
+    def _step_in_blocks(self, moved: Moved) -> None:
+        """The same step of an optimizer by elements, block by block: before it a block is copied, and no more."""
+        grads = {leaf: leaf.grad for _, leaf in self._held if leaf.grad is not None}
+        for leaf in grads:
+            leaf.grad = None
+        for block in _blocks(list(grads)):
+            before = [torch.empty_like(leaf) for leaf in block]
+            copy_each(before, [leaf.data for leaf in block])
+            for leaf in block:
+                leaf.grad = grads[leaf]
+            self.optimizer.step()
+            torch._foreach_sub_(before, [leaf.data for leaf in block])
+            moved(block, before)
+            for leaf in block:
+                leaf.grad = None
+        for leaf, grad in grads.items():
+            leaf.grad = grad
 
     def reload_model_params(self, state_dict: dict[str, Any] | None = None) -> None:
         """Masters from the model's weights: after weights were loaded without optimizer state."""
@@ -187,6 +223,20 @@ class ShardedOptimizer(MegatronOptimizer):
 def _apart(piece: Piece) -> bool:
     """Whether the piece's fp32 values live in a master instead of the parameter."""
     return piece.param.dtype != torch.float32 and piece.param.dtype != torch.float64
+
+
+def _blocks(leaves: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+    """Runs of ``leaves`` of ``_BLOCK_BYTES`` at the most, or of one."""
+    block: list[torch.nn.Parameter] = []
+    size = 0
+    for leaf in leaves:
+        if block and size + leaf.nbytes > _BLOCK_BYTES:
+            yield block
+            block, size = [], 0
+        block.append(leaf)
+        size += leaf.nbytes
+    if block:
+        yield block
 
 
 def _leaf(piece: Piece) -> torch.nn.Parameter:

@@ -101,9 +101,9 @@ def _run(cfg: RunConfig, counting: Counting, on_card: Callable[[Tensor], Tensor]
     from megatron_vpmoe.model.recompute import is_recomputing
     from megatron_vpmoe.objectives import build_objective
     from megatron_vpmoe.optim import build_optimizer
-    from megatron_vpmoe.profiling.clock import UpstreamTimers
     from megatron_vpmoe.profiling.mock import mock_step
     from megatron_vpmoe.runtime import stages
+    from megatron_vpmoe.runtime.range_clock import UpstreamTimers
     from megatron_vpmoe.runtime.ranges import listening
     from megatron_vpmoe.training.step import train_step
 

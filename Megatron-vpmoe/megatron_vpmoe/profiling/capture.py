@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import resource
 import shutil
 import statistics
 from dataclasses import dataclass
@@ -18,10 +17,12 @@ from megatron.core import parallel_state
 from megatron_vpmoe.model.builder import build_model, wrap_for_training
 from megatron_vpmoe.objectives import build_objective
 from megatron_vpmoe.optim import build_optimizer
-from megatron_vpmoe.profiling.clock import RANGES, RangeClock, TraceMarks, UpstreamTimers
+from megatron_vpmoe.profiling.clock import RANGES, TraceMarks
 from megatron_vpmoe.profiling.exposed import communication
 from megatron_vpmoe.profiling.mock import mock_step
 from megatron_vpmoe.profiling.stopwatch import seconds
+from megatron_vpmoe.runtime.memory import memory_in_use
+from megatron_vpmoe.runtime.range_clock import RangeClock, UpstreamTimers
 from megatron_vpmoe.runtime.ranges import listening
 from megatron_vpmoe.training.router import RouterMonitor
 from megatron_vpmoe.training.step import train_step
@@ -103,7 +104,7 @@ def capture(subject: Subject, directory: Path, window: Window, *, tool: str) -> 
             for name in (*RANGES, "step")
         },
         "communication_ms": exposed and {name: round(value / window.steps, 3) for name, value in exposed.items()},
-        "peak_memory_mib": _peak_memory_mib(),
+        "peak_memory_mib": round(memory_in_use()["peak"] / 2**20, 1),
         "router_agg": {tag: value for tag, value in subject.health.items() if tag.startswith("moe/router_agg/")},
         "top_operators": operators,
     }
@@ -143,10 +144,3 @@ def _traced(subject: Subject, steps: int, directory: Path) -> tuple[list[dict[st
 
 def _ms(seconds: float) -> float:
     return round(1e3 * seconds, 3)
-
-
-def _peak_memory_mib() -> float:
-    """Of the device, or of the process where there is no GPU (ru_maxrss, KiB on Linux)."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)

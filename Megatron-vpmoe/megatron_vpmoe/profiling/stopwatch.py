@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from megatron_vpmoe.runtime import device
+from megatron_vpmoe.runtime.memory import process_status
 
 Side = Callable[[], object]
 
@@ -94,15 +95,8 @@ class PeakMemory:
         else:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
-            self._start = _status("VmRSS")
+            self._start = process_status("VmRSS")
 
     def over_start(self) -> int:
         """Bytes."""
-        return (torch.cuda.max_memory_allocated() if self._on_gpu else _status("VmHWM")) - self._start
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}")
+        return (torch.cuda.max_memory_allocated() if self._on_gpu else process_status("VmHWM")) - self._start

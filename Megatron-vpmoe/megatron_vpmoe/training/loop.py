@@ -13,10 +13,12 @@ from megatron_vpmoe.files import json_bytes, write_atomically
 from megatron_vpmoe.metrics import ExpertLoadFile, MetricStream, Sink, open_loads, open_sinks
 from megatron_vpmoe.metrics.run_store import check_store, store_path
 from megatron_vpmoe.model.moe.router_health import check_thresholds
+from megatron_vpmoe.optim import learning_rates
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
 from megatron_vpmoe.sources import check_collapse
 from megatron_vpmoe.training.progress import Progress
+from megatron_vpmoe.training.resources import StepClock, memory_of_ranks, timed
 from megatron_vpmoe.training.router import RouterMonitor
 from megatron_vpmoe.training.run import Run, open_run, register
 from megatron_vpmoe.training.run_directory import ownership
@@ -69,7 +71,7 @@ def _train(
     of_pace: Callable[[float | None], str | None],
 ) -> None:
     cfg, last = run.cfg, run.cfg.training.train_iters
-    routers = RouterMonitor(run.model, cfg)
+    routers, clock = RouterMonitor(run.model, cfg), StepClock(run.model)
     samples = SampleWriter(run.valid_dataset, cfg, run.directory / "samples.jsonl", resume_step=run.iteration)
     throughput = Throughput(cfg, run.optimizer.normuon_flops())
     progress.opened(run)
@@ -91,13 +93,15 @@ def _train(
             throughput.updating()
             run.objective.begin_step(run.iteration + 1)
             routers.reset()
-            result = train_step(run.wrapped, run.optimizer, run.objective, batches, check)
+            due = _due(run.iteration + 1, cfg.logging.log_interval, last)
+            with clock.listening(due):
+                result = train_step(run.wrapped, run.optimizer, run.objective, batches, check, measure=due)
             if result.updated:
                 run.objective.end_step(result.metrics)
             else:
                 with _by_all_ranks(run, progress):
                     _skip_or_stop(run, result, batches)
-            lr = run.scheduler.get_lr({"max_lr": cfg.optim.lr, "min_lr": cfg.optim.min_lr})
+            rates = learning_rates(run.scheduler, run.assignment, cfg) if due else {}
             run.scheduler.step(1)
             run.iteration += 1
             run.position = position
@@ -107,10 +111,11 @@ def _train(
             stopping = stop.agreed()
             step = run.iteration
 
-            if _due(step, cfg.logging.log_interval, last):
+            if due:
                 health = routers.metrics(result.metrics["tokens/real"])
-                values = {**result.metrics, "grad_norm": result.grad_norm, "lr": lr, **throughput.report(), **health}
+                values = {**result.metrics, "grad_norm": result.grad_norm, **rates, **throughput.report(), **health}
                 values |= {"skipped_steps": float(run.skipped_steps), **of_source}
+                values |= {**result.groups, **clock.report(throughput.waited), **memory_of_ranks()}
                 metrics.log(step, values)
                 metrics.log_loads(step, routers.load_LE)
                 progress.step(step, values)
@@ -145,7 +150,8 @@ def _save(run: Run, metrics: MetricStream, progress: Progress) -> None:
     """A checkpoint at the run's step, before which its metrics are on disk; a collective."""
     _settle(run, progress)
     metrics.sync()
-    run.save()
+    with timed(metrics, run.iteration, "saving"):
+        run.save()
     _settle(run, progress, wait=False)
 
 
@@ -170,7 +176,8 @@ def _by_all_ranks(run: Run, progress: Progress) -> Iterator[None]:
 def _validate(run: Run, metrics: MetricStream, progress: Progress, stop: StopRequest) -> None:
     """Every validation pass, at the run's step; a collective."""
     for prefix, measure in run.valid.items():
-        valid = measure(stop)
+        with timed(metrics, run.iteration, f"evaluation/{prefix}"):
+            valid = measure(stop)
         metrics.log(run.iteration, {f"{prefix}/{tag}": value for tag, value in valid.items()})
         progress.evaluated(run.iteration, valid, prefix)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -33,11 +33,13 @@ class StepResult:
         metrics: the objective's metrics over the global batch, and ``tokens/real``.
         grad_norm: global gradient norm before clipping; NaN or infinite when the gradient was.
         updated: whether the parameters moved.
+        groups: norms and update sizes by assignment rule, where they were to be measured and the parameters moved.
     """
 
     metrics: dict[str, float]
     grad_norm: float
     updated: bool
+    groups: dict[str, float] = field(default_factory=dict)
 
 
 def global_totals(objective: Objective, batches: list[Batch]) -> dict[str, float]:
@@ -59,6 +61,8 @@ def train_step(
     objective: Objective,
     batches: list[Batch],
     check: Callable[[], None] = lambda: None,
+    *,
+    measure: bool = False,
 ) -> StepResult:
     """Run one step; neither parameters nor expert biases move when the loss or the gradient is not finite.
 
@@ -70,6 +74,7 @@ def train_step(
     Args:
         batches: this rank's micro-batches, on the CPU.
         check: called before each micro-batch; what it raises leaves parameters and expert biases as they were.
+        measure: also take norms and update sizes by assignment rule, for which the host waits once the update is made.
     """
     totals = global_totals(objective, batches)
     biases = [
@@ -86,13 +91,14 @@ def train_step(
         *sums, squared_norm = torch.cat([summed, optimizer.squared_grad_norm().view(1)]).tolist()
         metrics = _global_metrics(objective, totals, names, sums)
         grad_norm = math.sqrt(squared_norm) if math.isfinite(metrics["loss/total"]) else math.nan
+        groups: dict[str, float] = {}
         if updated := math.isfinite(grad_norm):
-            optimizer.update(grad_norm)
+            groups = optimizer.update(grad_norm, measure=measure)
     # Finalising the gradients has moved the expert biases already, those of frozen routers too.
     for (bias, is_router_trained), as_it_was in zip(biases, before, strict=True):
         if not (updated and is_router_trained):
             bias.copy_(as_it_was)
-    return StepResult(metrics, grad_norm, updated)
+    return StepResult(metrics, grad_norm, updated, groups)
 
 
 def run_micro_batches(

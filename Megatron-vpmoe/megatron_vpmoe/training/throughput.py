@@ -51,7 +51,9 @@ class Throughput:
         self._tokens = self._seconds = self._flops = 0.0
         self._steps, self._since = 0, time.perf_counter()
         self._of_steps: list[float] = []
-        self._update_began = self._update_seconds = 0.0
+        self._update_began = self._update_seconds = self._waiting = 0.0
+        self.waited = 0.0
+        """Seconds in which the last step's batches were waited for."""
 
     def restart(self) -> None:
         """What happened since the last step was not training."""
@@ -61,6 +63,8 @@ class Throughput:
     def updating(self) -> None:
         """The step's batches are there; what follows is its update."""
         self._update_began = time.perf_counter()
+        self.waited = self._update_began - self._since
+        self._waiting += self.waited
 
     def step(self, real_tokens: float, batches: Sequence[Batch]) -> None:
         """A step over ``real_tokens`` (of all ranks, without padding) is done; ``batches``: this rank's, on the CPU."""
@@ -87,8 +91,8 @@ class Throughput:
 
     def report(self) -> dict[str, float]:
         """Since the last report: tokens and model TFLOP per second of all ranks, and of a GPU; MFU in percent where the
-        device's peak is known, and NorMuon's products as a share of the same peak. Of the last step the seconds of its
-        update: beside them, a step waits for its batches.
+        device's peak is known, and NorMuon's products as a share of the same peak; of a step, in the mean, the seconds
+        in which its batches were waited for. Of the last step the seconds of its update, which follows that.
         """
         seconds = max(self._seconds, 1e-9)
         rate, flops, normuon = (
@@ -96,12 +100,14 @@ class Throughput:
             self._flops / seconds,
             self._normuon_flops * self._steps / seconds,
         )
-        self._tokens = self._seconds = self._flops = 0.0
+        waiting = self._waiting / max(1, self._steps)
+        self._tokens = self._seconds = self._flops = self._waiting = 0.0
         self._steps = 0
         values = {
             "throughput/tokens_per_second": rate,
             "throughput/model_tflops": flops / 1e12,
             "throughput/seconds_updating": self._update_seconds,
+            "throughput/seconds_waiting": waiting,
         }
         if device.has_gpu():
             values["throughput/tokens_per_second_per_gpu"] = rate / self._ranks

@@ -12,11 +12,12 @@ import torch
 
 from megatron_vpmoe.config import load_config
 from megatron_vpmoe.errors import ConfigError, DeviceError
-from megatron_vpmoe.profiling import clock as clock_module
 from megatron_vpmoe.profiling.__main__ import launch, settings
 from megatron_vpmoe.profiling.capture import Subject, Window, capture
-from megatron_vpmoe.profiling.clock import RANGES, RangeClock, UpstreamTimers
+from megatron_vpmoe.profiling.clock import RANGES
 from megatron_vpmoe.profiling.mock import mock_step
+from megatron_vpmoe.runtime import range_clock
+from megatron_vpmoe.runtime.range_clock import RangeClock, UpstreamTimers
 from megatron_vpmoe.runtime.ranges import annotated, listening
 from tests.tiny import ROOT, tiny_config
 
@@ -34,7 +35,7 @@ class Ticks:
 @pytest.fixture
 def ticks(monkeypatch: pytest.MonkeyPatch) -> Ticks:
     ticks = Ticks()
-    monkeypatch.setattr(clock_module, "time", ticks)
+    monkeypatch.setattr(range_clock, "time", ticks)
     return ticks
 
 

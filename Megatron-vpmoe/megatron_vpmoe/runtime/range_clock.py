@@ -1,0 +1,108 @@
+"""A listener for the ranges of a step that splits its time, and upstream's timers as such ranges."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from itertools import pairwise
+
+import torch
+
+from megatron_vpmoe.runtime.device import finish, has_gpu
+from megatron_vpmoe.runtime.ranges import RangeListener
+
+_UPSTREAM = {
+    "forward-compute": "forward",
+    "backward-compute": "backward",
+    "all-grads-sync": "communication",
+    "embedding-grads-all-reduce": "communication",
+    "non-tensor-parallel-grads-all-reduce": "communication",
+    "conditional-embedder-grads-all-reduce": "communication",
+}
+"""Names of Megatron-Core's own timers, which its schedules and gradient finalisation start and stop."""
+
+
+class RangeClock:
+    """Seconds by range, each second given to the innermost range open.
+
+    Args:
+        names: the ranges that are told apart, any other being part of the one around it; None: all.
+        wait: wait for the device at every border, so that a range has what it launched; on a GPU that makes a step
+            slower than it is. False: a border is an event in the GPU's stream, and nobody waits. ``seconds`` then
+            wants a device that has finished.
+    """
+
+    def __init__(self, names: Collection[str] | None = None, *, wait: bool = True) -> None:
+        self._names, self._in_stream = names, has_gpu() and not wait
+        self._open: list[str] = []
+        self._told: list[str] = []
+        self._borders: list[tuple[str | None, float | torch.cuda.Event]] = []
+
+    def enter(self, name: str) -> None:
+        self._open.append(name)
+        if self._is_told(name):
+            self._told.append(name)
+            self._border()
+
+    def leave(self, name: str) -> None:
+        found = self._open.pop()
+        if found != name:
+            raise ValueError(f"range {name!r} ends inside {found!r}")
+        if self._is_told(name):
+            self._told.pop()
+            self._border()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By range, of those that have ended."""
+        spent: dict[str, float] = {}
+        for (name, begin), (_, end) in pairwise(self._borders):
+            if name is not None:
+                spent[name] = spent.get(name, 0.0) + _between(begin, end)
+        return spent
+
+    def _is_told(self, name: str) -> bool:
+        return self._names is None or name in self._names
+
+    def _border(self) -> None:
+        """From here on time belongs to what is innermost now."""
+        if self._in_stream:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            finish()
+            now = time.perf_counter()
+        self._borders.append((self._told[-1] if self._told else None, now))
+
+
+def _between(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    if isinstance(begin, float):
+        assert isinstance(end, float)
+        return end - begin
+    assert not isinstance(end, float)
+    return begin.elapsed_time(end) / 1e3
+
+
+class _Timer:
+    """One of Megatron-Core's timers; without a name it is no range of ours."""
+
+    def __init__(self, listener: RangeListener, name: str | None) -> None:
+        self._listener, self._name = listener, name
+
+    def start(self, barrier: bool = False) -> None:
+        if self._name is not None:
+            self._listener.enter(self._name)
+
+    def stop(self, barrier: bool = False) -> None:
+        if self._name is not None:
+            self._listener.leave(self._name)
+
+
+class UpstreamTimers:
+    """What Megatron-Core asks for as ``config.timers``: its timers become ranges of ``listener``."""
+
+    def __init__(self, listener: RangeListener) -> None:
+        self._listener = listener
+
+    def __call__(self, name: str, log_level: int | None = None) -> _Timer:
+        return _Timer(self._listener, _UPSTREAM.get(name))
