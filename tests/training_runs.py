@@ -146,6 +146,12 @@ def records(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
+def measured(run_dir: Path) -> dict[tuple[int, str], float]:
+    """(step, tag) -> value of everything that does not tell of this machine's time and memory."""
+    apart = ("throughput/", "ms/", "memory/")
+    return {(r["step"], r["tag"]): r["value"] for r in records(run_dir) if not r["tag"].startswith(apart)}
+
+
 def losses(run_dir: Path) -> dict[int, float]:
     """Step -> training loss, as logged (exact: JSON keeps every digit of a double)."""
     return {record["step"]: record["value"] for record in records(run_dir) if record["tag"] == "loss/total"}

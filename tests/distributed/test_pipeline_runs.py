@@ -37,13 +37,11 @@ def train(run_dir: Path, dataset: Path, stages: int, folder: Path, **changes: ob
 
 
 def assert_same_run(run_dir: Path, straight: Path) -> None:
-    ours, theirs = (
-        {(record["step"], record["tag"]): record["value"] for record in training_runs.records(path)}
-        for path in (run_dir, straight)
-    )
+    ours, theirs = (training_runs.measured(path) for path in (run_dir, straight))
     steps = {step for step, _ in ours}
-    kept = {key: value for key, value in theirs.items() if key[0] in steps and "throughput" not in key[1]}
-    assert kept.keys() <= ours.keys() and any("loss/total" in tag for _, tag in kept)
+    kept = {key: value for key, value in theirs.items() if key[0] in steps}
+    assert kept.keys() <= ours.keys()
+    assert {(LAST, tag) for tag in ("loss/total", "update_rms/output_layer", "lr/output_layer")} <= kept.keys()
     for key, value in kept.items():
         assert ours[key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
     loads, expected = training_runs.expert_loads(run_dir), training_runs.expert_loads(straight)

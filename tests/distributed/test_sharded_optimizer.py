@@ -39,12 +39,12 @@ def trained(folder: str, first: int, last: int, options: dict[str, Any]) -> dict
     scheduler, objective = build_scheduler(optimizer, cfg), build_objective(cfg)
     if first:
         checkpoint.load(checkpoint.open_checkpoint(Path(folder)), model, optimizer, scheduler)
-    losses, norms, share = [], [], ROWS // size
+    losses, norms, groups, share = [], [], [], ROWS // size
     for step in range(first, last):
         whole = random_batch(ROWS, TINY["seq_length"], TINY["padded_vocab_size"], seed=step)
-        result = train_step(
-            wrapped, optimizer, objective, [rows_of(whole, i, i + 1) for i in range(rank * share, (rank + 1) * share)]
-        )
+        own = [rows_of(whole, i, i + 1) for i in range(rank * share, (rank + 1) * share)]
+        result = train_step(wrapped, optimizer, objective, own, measure=True)
+        groups.append(result.groups)
         losses.append(result.metrics["loss/total"])
         norms.append(result.grad_norm)
         scheduler.step(1)
@@ -54,7 +54,7 @@ def trained(folder: str, first: int, last: int, options: dict[str, Any]) -> dict
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     state = state_of_pieces(model, optimizer)
     distributed.shutdown()
-    return {"losses": losses, "norms": norms, "weights": weights, "state": state}
+    return {"losses": losses, "norms": norms, "groups": groups, "weights": weights, "state": state}
 
 
 def state_of_pieces(model: torch.nn.Module, optimizer: Any) -> dict[tuple[str, str], tuple[int, torch.Tensor]]:
@@ -103,6 +103,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def assert_same(result: dict[str, Any], expected: dict[str, Any], first: int = 0) -> None:
     for key in ("losses", "norms"):
         torch.testing.assert_close(torch.tensor(result[key]), torch.tensor(expected[key][first:]), rtol=2e-5, atol=1e-6)
+    for ours, theirs in zip(result["groups"], expected["groups"][first:], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-7) and "update_rms/expert_matrices" in theirs
     for name, weight in expected["weights"].items():
         torch.testing.assert_close(
             result["weights"][name], weight, rtol=1e-4, atol=5e-5, msg=lambda text, n=name: f"{n}: {text}"

@@ -67,13 +67,11 @@ def until_half(run_dir: Path, copy: Path) -> Path:
 
 
 def assert_same_run(run_dir: Path, reference: Path) -> None:
-    """Every metric of every step (throughput aside), the samples, and every tensor of the last checkpoint."""
-    ours, expected = (
-        {(r["step"], r["tag"]): r["value"] for r in training_runs.records(folder) if "throughput" not in r["tag"]}
-        for folder in (run_dir, reference)
-    )
+    """Every metric of every step (time and memory aside), the samples, and every tensor of the last checkpoint."""
+    ours, expected = (training_runs.measured(folder) for folder in (run_dir, reference))
     assert ours.keys() == expected.keys()
     assert {(LAST, "loss/total"), (LAST, "valid/loss/total"), (LAST, "moe/router_agg/mean_entropy")} <= ours.keys()
+    assert {(LAST, f"{what}/attention_matrices") for what in ("grad_norm", "param_norm", "update_rms")} <= ours.keys()
     for key, value in expected.items():
         assert ours[key] == pytest.approx(value, rel=2e-4, abs=1e-7), key
     samples = [

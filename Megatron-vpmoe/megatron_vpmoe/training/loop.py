@@ -93,15 +93,15 @@ def _train(
             throughput.updating()
             run.objective.begin_step(run.iteration + 1)
             routers.reset()
-            due = _due(run.iteration + 1, cfg.logging.log_interval, last)
-            with clock.listening(due):
-                result = train_step(run.wrapped, run.optimizer, run.objective, batches, check, measure=due)
+            logged = _due(run.iteration + 1, cfg.logging.log_interval, last)
+            with clock.listening(logged):
+                result = train_step(run.wrapped, run.optimizer, run.objective, batches, check, measure=logged)
             if result.updated:
                 run.objective.end_step(result.metrics)
             else:
                 with _by_all_ranks(run, progress):
                     _skip_or_stop(run, result, batches)
-            rates = learning_rates(run.scheduler, run.assignment, cfg) if due else {}
+            rates = learning_rates(run.scheduler, run.assignment, cfg) if logged else {}
             run.scheduler.step(1)
             run.iteration += 1
             run.position = position
@@ -111,7 +111,7 @@ def _train(
             stopping = stop.agreed()
             step = run.iteration
 
-            if due:
+            if logged:
                 health = routers.metrics(result.metrics["tokens/real"])
                 values = {**result.metrics, "grad_norm": result.grad_norm, **rates, **throughput.report(), **health}
                 values |= {"skipped_steps": float(run.skipped_steps), **of_source}

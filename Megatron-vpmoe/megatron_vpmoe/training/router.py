@@ -50,7 +50,7 @@ class RouterMonitor:
             router.balance_loss_sum.zero_()
 
     def metrics(self, real_tokens: float) -> dict[str, float]:
-        """Health of the step since ``reset``, by the tags of docs/architecture.md; a collective of all ranks.
+        """Health of the step since ``reset``, by the tags of docs/metrics.md; a collective of all ranks.
 
         Args:
             real_tokens: tokens of the global batch, which normalise the balance loss.
