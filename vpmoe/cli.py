@@ -59,6 +59,12 @@ VERBS = {
 """Verb -> the module and its typer app, and what the list of verbs says of it."""
 
 
+def command_of(verb: str) -> Any:
+    """The click command of one of ``VERBS``; imports its room."""
+    module, variable = VERBS[verb][0].split(":")
+    return typer.main.get_command(getattr(importlib.import_module(module), variable))
+
+
 class Verbs(TyperGroup):
     """The verbs by name alone; a called one is imported."""
 
@@ -74,8 +80,7 @@ class Verbs(TyperGroup):
         """The called verb; an unknown one is refused, with the nearest names."""
         name, _, rest = super().resolve_command(ctx, args)
         assert name is not None
-        module, variable = VERBS[name][0].split(":")
-        return name, typer.main.get_command(getattr(importlib.import_module(module), variable)), rest
+        return name, command_of(name), rest
 
 
 app = typer.Typer(

@@ -59,7 +59,9 @@ class TripleWriter:
         """Append documents that lie one behind the other in three aligned arrays.
 
         Args:
-            tokens, lossmask, span: ``[sum of lengths]``, as they are stored.
+            tokens: ``[sum of lengths]``, as they are stored.
+            lossmask: the same of the mask.
+            span: the same of the spans.
             lengths: ``[documents]``, tokens of each.
         """
         for signal, values in zip(SIGNALS, (tokens, lossmask, span), strict=True):

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from typing import Any, get_args, get_origin
 
+from pydantic import AfterValidator
+
 from megatron_vpmoe.config.schema import RETIRED, FieldSpec, fields
+from megatron_vpmoe.config.schema_section import Bounds
 from megatron_vpmoe.config.settings_file import shown
 from megatron_vpmoe.config.yaml_source import Given, parse_scalar
 
@@ -39,6 +43,17 @@ def accepted(spec: FieldSpec) -> set[type | str]:
 def accepted_types(spec: FieldSpec) -> set[type]:
     """``accepted``, where a choice is a string."""
     return {str if isinstance(entry, str) else entry for entry in accepted(spec)}
+
+
+def bounds(spec: FieldSpec) -> Bounds | None:
+    """Between which numbers a field's value has to lie, of a list each of its entries; None: it is no number."""
+
+    def walk(annotation: Any, metadata: Iterable[Any]) -> Bounds | None:
+        of_this = (entry.func for entry in metadata if isinstance(entry, AfterValidator))
+        found = next((check for check in of_this if isinstance(check, Bounds)), None)
+        return found or next(filter(None, (walk(part, [part]) for part in get_args(annotation))), None)
+
+    return walk(spec.info.annotation, spec.info.metadata)
 
 
 def _value(spec: FieldSpec, text: str) -> Any:

@@ -6,6 +6,7 @@ A bound is far above what anybody trains with; what lies beyond it is a slip tha
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -16,19 +17,29 @@ BOUND = "bound"
 """The type of pydantic's finding where a value is of the right type and out of bounds; its message is a predicate."""
 
 
-def within(low: float, high: float, why: str) -> AfterValidator:
-    """Bounds of a number, both included; ``why`` says what a larger one would do."""
+@dataclass(frozen=True)
+class Bounds:
+    """Bounds of a number, both included."""
 
-    def check(value: float) -> float:
-        if value < low:
-            raise PydanticCustomError(BOUND, "must be at least {low}", {"low": low})
-        if value > high:
-            raise PydanticCustomError(BOUND, "must be at most {high}: {why}", {"high": high, "why": why})
+    low: float
+    high: float
+    why: str
+    """What a larger one would do."""
+
+    def __call__(self, value: float) -> float:
+        """The value; a pydantic finding of type ``BOUND`` where it lies outside."""
+        if value < self.low:
+            raise PydanticCustomError(BOUND, "must be at least {low}", {"low": self.low})
+        if value > self.high:
+            raise PydanticCustomError(BOUND, "must be at most {high}: {why}", {"high": self.high, "why": self.why})
         if value == 0 and math.copysign(1, value) < 0:
             raise PydanticCustomError(BOUND, "must be 0 without a sign")
         return value
 
-    return AfterValidator(check)
+
+def within(low: float, high: float, why: str) -> AfterValidator:
+    """``Bounds`` as an annotation of a field's type."""
+    return AfterValidator(Bounds(low, high, why))
 
 
 def _is_text(value: str) -> str:
