@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Files side by side, in the order of the command: the longest, which start processes of their own, come first.
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup quickstart rl-nano distil-nano ladder-nano test test-unit check format bench clean
+.PHONY: help setup quickstart rl-nano distil-nano ladder-nano docs docs-serve test test-unit check format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,15 @@ check: setup  ## lint, types, layering
 format: setup  ## rewrite in the house format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+# Of the site's theme: without its notice of what its authors build next.
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+
+docs: setup  ## the site of docs/ and of both packages: site/index.html; a link that leads nowhere is an error
+	@$(BIN)/mkdocs build --strict --quiet
+
+docs-serve: setup  ## the same at http://127.0.0.1:8000, built anew as pages change
+	@$(BIN)/mkdocs serve --quiet
 
 bench: setup  ## every benchmark in scripts/bench
 	@for bench in $$(grep -l __main__ scripts/bench/*.py); do echo "==> $$bench"; $(BIN)/python $$bench || exit 1; done
