@@ -58,10 +58,10 @@ format: setup  ## rewrite in the house format
 docs docs-serve: export NO_MKDOCS_2_WARNING := 1
 
 docs: setup  ## the site of docs/ and of both packages: site/index.html; a link that leads nowhere is an error
-	@$(BIN)/mkdocs build --strict --quiet
+	@$(BIN)/mkdocs build --strict
 
 docs-serve: setup  ## the same at http://127.0.0.1:8000, built anew as pages change
-	@$(BIN)/mkdocs serve --quiet
+	@$(BIN)/mkdocs serve
 
 bench: setup  ## every benchmark in scripts/bench
 	@for bench in $$(grep -l __main__ scripts/bench/*.py); do echo "==> $$bench"; $(BIN)/python $$bench || exit 1; done
