@@ -50,6 +50,7 @@ VERBS = {
     "chat": ("vpmoe.eval.app:chat_app", "Talk with a model."),
     "eval": ("vpmoe.eval.app:app", "Evaluate a model on questions whose answers can be checked."),
     "model": ("vpmoe.describe.app:app", "Look at what a configuration builds."),
+    "runs": ("vpmoe.runs.app:app", "The runs so far: list, compare, plot, export, ask in SQL, tag, remove."),
     "hf": ("vpmoe.hf.app:app", "To HF directories and back."),
     "upcycle": ("vpmoe.upcycle.app:app", "Climb from Qwen3-0.6B to vpMoE, object by object."),
     "rl-nano": ("vpmoe.quickstart.app:rl_app", "What rewards and preferences make of a nano vpMoE; a report."),

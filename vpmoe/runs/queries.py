@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 
@@ -21,16 +23,19 @@ AXES = {"step": "step", "tokens": "tokens", "time": "seconds"}
 """What curves can be laid over, and the column of it."""
 
 _RUNS = """CREATE TABLE runs (
-  run VARCHAR, name VARCHAR, experiment VARCHAR, status VARCHAR, started TIMESTAMP, ended TIMESTAMP, step BIGINT,
+  run VARCHAR, name VARCHAR, experiment VARCHAR, status VARCHAR, started TIMESTAMP, ended TIMESTAMP, last_step BIGINT,
   directory VARCHAR, host VARCHAR, pid BIGINT, world_size BIGINT, error VARCHAR, tags VARCHAR[], note VARCHAR,
   git VARCHAR, config JSON, provenance JSON, results MAP(VARCHAR, DOUBLE), file VARCHAR
 )"""
-_COLUMNS = "columns = {step: 'BIGINT', tag: 'VARCHAR', value: 'DOUBLE'}"
+_FORMAT = (
+    "format = 'newline_delimited', columns = {step: 'BIGINT', tag: 'VARCHAR', value: 'DOUBLE'}, filename = 'file', "
+    "ignore_errors = true"
+)
 # A last line that is still being written, or that a kill has cut, is a row of nulls.
 _METRICS = f"""CREATE VIEW metrics AS
 WITH records AS (
   SELECT runs.run, read.step, read.tag, read.value
-  FROM read_json($files, format = 'newline_delimited', {_COLUMNS}, filename = 'file', ignore_errors = true) read
+  FROM read_json($files, {_FORMAT}) read
   JOIN runs USING (file)
   WHERE read.step IS NOT NULL
 ),
@@ -79,6 +84,31 @@ def connect(store: Path | None = None) -> duckdb.DuckDBPyConnection:
     return connected(list_runs(store))
 
 
+def ask(sql: str, store: Path | None = None) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Columns and rows of one SELECT over ``runs`` and ``metrics``; it can neither write nor read other files.
+
+    Raises:
+        DataError: it is none, or DuckDB cannot answer it; and as :func:`connect`.
+    """
+    runs = list_runs(store)
+    database = connected(runs)
+    remedy = "DESCRIBE runs and DESCRIBE metrics show the columns; docs/runs.md has examples"
+    # Nothing is written beside the query either: what outgrows the memory is refused, not spilled to a file.
+    database.execute("SET temp_directory = ''; SET autoinstall_known_extensions = false")
+    database.execute(f"SET allowed_paths = [{_files(runs)}]")
+    database.execute("SET enable_external_access = false; SET lock_configuration = true")
+    try:
+        statements = database.extract_statements(sql)
+        kinds = [statement.type for statement in statements]
+        if kinds != [duckdb.StatementType.SELECT]:
+            told = ", ".join(kind.name for kind in kinds) or "nothing"
+            raise DataError(f"one SELECT is answered, and this is {told}", source=sql, remedy=remedy)
+        answer = database.execute(sql)
+        return [column[0] for column in answer.description or ()], answer.fetchall()
+    except duckdb.Error as error:
+        raise DataError(str(error).strip(), source="the SQL given", remedy=remedy) from error
+
+
 def connected(runs: Sequence[RunEntry]) -> duckdb.DuckDBPyConnection:
     """``connect`` over some runs."""
     database = duckdb.connect()
@@ -86,10 +116,15 @@ def connected(runs: Sequence[RunEntry]) -> duckdb.DuckDBPyConnection:
     database.execute(_RUNS)
     if runs:
         database.executemany(f"INSERT INTO runs VALUES ({', '.join(['?'] * 19)})", [_row(run) for run in runs])
-    files = sorted({str(run.metrics) for run in runs if run.metrics.is_file()})
-    quoted = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
-    database.execute(_METRICS.replace("$files", f"[{quoted}]") if files else _NO_METRICS)
+    files = _files(runs)
+    database.execute(_METRICS.replace("$files", f"[{files}]") if files else _NO_METRICS)
     return database
+
+
+def _files(runs: Sequence[RunEntry]) -> str:
+    """The metrics that are there, as DuckDB's literals."""
+    there = sorted({str(run.metrics) for run in runs if run.metrics.is_file()})
+    return ", ".join("'" + file.replace("'", "''") + "'" for file in there)
 
 
 def _row(run: RunEntry) -> list[object]:
@@ -125,10 +160,62 @@ def series(runs: Sequence[RunEntry], tags: Sequence[str], *, by: str = "step", p
     Raises:
         DataError: ``by`` is none of them.
     """
-    if by not in AXES:
-        raise DataError(f"there is no axis {by!r}", source="by", remedy=f"one of {', '.join(AXES)}")
     with connected(runs) as database:
-        return database.execute(_SERIES.format(x=AXES[by]), {"tags": list(tags), "points": points}).df()
+        return database.execute(_SERIES.format(x=axis(by)), {"tags": list(tags), "points": points}).df()
+
+
+def axis(by: str) -> str:
+    """The column of an axis.
+
+    Raises:
+        DataError: there is no such axis.
+    """
+    if by not in AXES:
+        raise DataError(f"there is no axis {by!r}", source="--by", remedy=f"one of {', '.join(AXES)}")
+    return AXES[by]
+
+
+def smoothed(curves: pandas.DataFrame, weight: float) -> pandas.DataFrame:
+    """``series`` with ``value`` as its exponential moving average, unbiased at the start.
+
+    Args:
+        weight: of what came before, 0 to below 1; 0 leaves the curves as they are.
+    """
+    if not weight:
+        return curves
+    means = curves.groupby(["run", "tag"], sort=False)["value"].transform(
+        lambda values: values.ewm(alpha=1 - weight, adjust=True).mean()
+    )
+    return curves.assign(value=means)
+
+
+def matching(patterns: Sequence[str], tags: Sequence[str]) -> list[str]:
+    """The tags that a glob matches, in the order of the globs.
+
+    Raises:
+        DataError: a glob matches none; names near ones.
+    """
+    chosen: dict[str, None] = {}
+    for pattern in patterns:
+        found = [tag for tag in tags if fnmatch.fnmatchcase(tag, pattern)]
+        if not found:
+            near = ", ".join(difflib.get_close_matches(pattern, tags, n=5, cutoff=0.3) or tags[:5]) or "none at all"
+            raise DataError(f"no metric matches {pattern!r}", source="--tags", remedy=f"there are: {near}")
+        chosen |= dict.fromkeys(found)
+    return list(chosen)
+
+
+def damaged_lines(run: RunEntry) -> int:
+    """Lines of its metrics that are no records, but for a last one that is not finished."""
+    if not run.metrics.is_file():
+        return 0
+    question = f"SELECT count(*) FROM read_json([{_files([run])}], {_FORMAT}) read WHERE read.step IS NULL"
+    with duckdb.connect() as database:
+        (found,) = database.execute(question).fetchall()[0]
+    with run.metrics.open("rb") as stream:
+        size = stream.seek(0, 2)
+        stream.seek(max(0, size - 1))
+        return max(0, found - (stream.read() not in (b"", b"\n")))
 
 
 def last_values(run: RunEntry) -> dict[str, float]:

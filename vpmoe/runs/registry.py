@@ -6,8 +6,8 @@ import json
 import os
 import socket
 import sqlite3
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from vpmoe.errors import DataError
 LOCK = ".lock"
 STATUSES = ("running", "finished", "stopped", "failed", "killed", "unknown")
 """Of a run: at work; its last step is done; it was asked to stop; it ended in an error; it ended without taking leave;
-it works, or worked, on another machine in a directory that is not seen from here."""
+it works, or worked, where its directory or lock cannot be seen from here."""
 
 
 @dataclass(frozen=True)
@@ -134,14 +134,30 @@ def _status(row: Mapping[str, Any], directory: Path) -> str:
     """Of a run that has not concluded its lock tells; where that is not seen, its process."""
     if row["status"] != "running":
         return row["status"]
-    if (directory / LOCK).is_file():
-        return "killed" if holder(directory / LOCK) is None else "running"
+    if (lock := directory / LOCK).is_file():
+        if not os.access(lock, os.R_OK):
+            return "unknown"
+        return "killed" if holder(lock) is None else "running"
     if row["host"] != socket.gethostname():
         return "unknown"
     try:
         return "running" if psutil.Process(row["pid"]).create_time() <= row["started"] else "killed"
     except psutil.Error:
         return "killed"
+
+
+def checkpoints_of(directory: Path) -> list[Path]:
+    """The checkpoints of a run by name, the newest first; whether they are sound is not looked at."""
+    folder = directory / "checkpoints"
+    named = (path for path in folder.iterdir() if path.name.startswith("iter_")) if folder.is_dir() else ()
+    found = [path for path in named if path.name.removeprefix("iter_").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("iter_")), reverse=True)
+
+
+def labels(runs: Sequence[RunEntry]) -> list[str]:
+    """What to call each of several runs: its name, with the beginning of its id where another has the same."""
+    names = [run.name for run in runs]
+    return [name if names.count(name) == 1 else f"{name} {run.id[:4]}" for name, run in zip(names, runs, strict=True)]
 
 
 def find_run(text: str, store: Path | None = None) -> RunEntry:
@@ -161,8 +177,9 @@ def choose(text: str, runs: list[RunEntry], store: Path) -> RunEntry:
         return named[0]
     if Path(text).is_dir():
         here, known = os.path.realpath(text), identity_of(Path(text))
-        if inside := [run for run in runs if known in (run.id, None) and os.path.realpath(run.directory) == here]:
-            return inside[0]
+        for run in runs:
+            if run.id == known and (not run.is_there or os.path.realpath(run.directory) == here):
+                return replace(run, directory=Path(text), is_there=True)  # perhaps it was moved
     begun = [run for run in runs if run.id.startswith(text)] if text else []
     if len(begun) == 1:
         return begun[0]

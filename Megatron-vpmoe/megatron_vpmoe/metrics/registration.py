@@ -34,6 +34,11 @@ _RESULTS = ("loss/", "valid", "eval/", "throughput/", "rollout/", "accuracy/", "
 """Prefixes of the tags whose last values are results."""
 
 
+def results_of(values: Mapping[str, float]) -> dict[str, float]:
+    """Of a run's last values by tag those that tell how it came out."""
+    return {tag: value for tag, value in values.items() if tag.startswith(_RESULTS)}
+
+
 class RunStoreSink:
     """Keeps a run's row, from a thread of its own: training neither waits for the store nor fails with it.
 
@@ -108,9 +113,9 @@ class RunStoreSink:
             self._fail(f"{self._path} has not answered within {_PATIENCE_SECONDS:.0f} s")
 
     def _rows(self) -> dict[str, dict[str, Any]]:
-        results = {tag: value for tag, value in self._values.items() if tag.startswith(_RESULTS)}
+        results = json_text(results_of(self._values))
         return {
-            "runs": {**self._run, **self._of_both, "step": self._step, "results": json_text(results)},
+            "runs": {**self._run, **self._of_both, "step": self._step, "results": results},
             "segments": {**self._segment, **self._of_both, "last_step": self._step},
         }
 

@@ -1,0 +1,86 @@
+"""A run's directory removed, if everything in it was provably written by runs."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from megatron_vpmoe.metrics.run_store import IDENTITY, identity_of
+from megatron_vpmoe.ownership import owned
+from vpmoe.errors import NotOursError
+from vpmoe.runs.registry import LOCK, RunEntry
+
+_LOGS = r"(metrics\.jsonl|samples\.jsonl|expert_loads\.bin)"
+_FILES = re.compile(
+    rf"\{LOCK}|{re.escape(IDENTITY)}|config\.yaml|assignment\.json|{_LOGS}|{_LOGS}\.before(\.\d+)?|"
+    r"nonfinite_\d+_rank\d+\.json|\..+\.tmp"
+)
+_WANDB = re.compile(r"(offline-run|superseded-run|run)-[\w.-]+|latest-run|debug(-internal|-cli.*)?\.log|settings")
+_CHECKPOINTS = re.compile(r"iter_\d{7,}(\.(partial|pruned|damaged|replaced)(\.\d+)?)?")
+_LISTED = 5
+
+
+def foreign_to(directory: Path) -> list[str]:
+    """What lies in a run's directory and is not known to be written by a run, by its path in there."""
+    from megatron_vpmoe.training.checkpoint_files import TRACKER, is_ours
+
+    foreign = []
+    for path in sorted(directory.iterdir()):
+        if path.is_symlink() or not (path.is_dir() or _FILES.fullmatch(path.name)):
+            foreign.append(path.name)
+        elif path.is_dir() and path.name == "checkpoints":
+            foreign += [
+                f"checkpoints/{each.name}"
+                for each in sorted(path.iterdir())
+                if not (_CHECKPOINTS.fullmatch(each.name) and is_ours(each)) and each.name != TRACKER
+            ]
+        elif path.is_dir() and path.name == "wandb":
+            foreign += [f"wandb/{each.name}" for each in sorted(path.iterdir()) if not _WANDB.fullmatch(each.name)]
+        elif path.is_dir():
+            foreign.append(f"{path.name}/")
+    return foreign
+
+
+def check_removable(run: RunEntry) -> int:
+    """The bytes that would go with a run's directory.
+
+    Raises:
+        NotOursError: the directory is not that run's, or holds what no run writes.
+    """
+    here = run.directory
+    if here.is_symlink() or not here.is_dir() or identity_of(here) != run.id:
+        raise NotOursError(
+            f"this is not the directory of the run {run.id}",
+            source=str(here),
+            remedy="remove it yourself; without --files the entry alone goes",
+        )
+    if foreign := foreign_to(here):
+        more = f" and {len(foreign) - _LISTED} more" if len(foreign) > _LISTED else ""
+        raise NotOursError(
+            f"no run wrote {', '.join(foreign[:_LISTED])}{more}",
+            source=str(here),
+            remedy="move these away, or remove the directory yourself; without --files the entry alone goes",
+        )
+    return sum(path.lstat().st_size for path in here.rglob("*") if not path.is_dir())
+
+
+def remove_files(run: RunEntry) -> None:
+    """Remove the directory of a run, the proof of whose it is last: what is interrupted can be brought to its end.
+
+    Raises:
+        BusyError: a process works there.
+        NotOursError: as ``check_removable``.
+    """
+    here = run.directory
+    with owned(here / LOCK, f"the run directory {here}"):
+        check_removable(run)
+        last = [here / IDENTITY, here / LOCK]
+        for path in here.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path not in last:
+                path.unlink()
+        for path in last:
+            path.unlink(missing_ok=True)
+        here.rmdir()
