@@ -147,6 +147,17 @@ def test_the_test_knows_every_room(package: Path, floors: dict[str, int]) -> Non
     assert {p.name.removesuffix(".py") for p in package.iterdir() if not p.name.startswith("__")} == set(floors)
 
 
+@pytest.mark.parametrize(("package", "floors"), [(MEGATRON_VPMOE, TRAINER_FLOORS), (VPMOE, SIDECAR_FLOORS)])
+def test_the_picture_shows_every_room_on_its_floor(package: Path, floors: dict[str, int]) -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    title, *lines = text[text.index("## Layout") :].split("```")[1].strip().splitlines()
+    border = title.index(f"{MEGATRON_VPMOE.name}:")
+    column = slice(border, None) if package == MEGATRON_VPMOE else slice(border)
+    drawn = {room: at for at, line in enumerate(lines) for room in line[column].strip().split(" · ") if room}
+    assert set(drawn) == set(floors)
+    assert not [(a, b) for a in floors for b in floors if floors[a] > floors[b] and drawn[a] >= drawn[b]]
+
+
 def test_what_all_stand_on_is_light() -> None:
     """The ground of both packages, and with it the data side, loads without torch."""
     program = (
