@@ -1,4 +1,4 @@
-"""What computes: the revision of the code, the versions of packages and the hardware."""
+"""What computes: the revision of the code, the versions of packages and the hardware; and the block that tells it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,47 @@ import functools
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+PACKAGES = ("torch", "megatron-core", "numpy", "triton", "transformer-engine", "transformers", "safetensors")
+"""Those that compute, as far as they are installed."""
 _CPU_INFO = Path("/proc/cpuinfo")
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _GIB = 2**30
+
+
+def provenance(
+    *,
+    config_hash: str | Mapping[str, str] | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
+    dataset: str | list[str] | Mapping[str, str] | None = None,
+    packages: Iterable[str] = PACKAGES,
+) -> dict[str, Any]:
+    """Where something comes from: the one block that checkpoints, reports and receipts carry; JSON-ready.
+
+    What nobody knows, or there is none of, is None.
+
+    Args:
+        config_hash: of the run that it tells of; of several, by name.
+        tokenizer: the vocabulary's identity.
+        dataset: the manifest's sha256; of a blend a list, of several runs by name.
+        packages: distributions whose versions are told.
+
+    Returns:
+        ``git`` {sha, dirty}, ``config_hash``, ``tokenizer``, ``dataset_manifest_sha256``, ``packages`` (name ->
+        version, "python" included) and ``hardware``.
+    """
+    return {
+        "git": git_state(),
+        "config_hash": config_hash,
+        "tokenizer": tokenizer,
+        "dataset_manifest_sha256": dataset,
+        "packages": package_versions(packages),
+        "hardware": hardware(),
+    }
 
 
 def git_state(folder: Path | None = None) -> dict[str, str | bool | None]:

@@ -13,13 +13,13 @@ import torch
 from megatron_vpmoe.files import write_atomically
 from megatron_vpmoe.profiling.__main__ import hardware
 from megatron_vpmoe.runtime import device
-from megatron_vpmoe.software import git_state, package_versions
+from megatron_vpmoe.software import provenance
 from scripts.gpu.frame import shown
 from scripts.gpu.rates import rates_of_card, stated_rates
 from vpmoe.errors import DataError
 from vpmoe.eval.reports import check_reportable, markdown_table, write_report
 
-KIND, SCHEMA_VERSION = "gpu_check", 1
+KIND, SCHEMA_VERSION = "gpu_check", 2
 
 
 def place(folder: Path, *, dry: bool, overwrite: bool) -> Path:
@@ -54,8 +54,7 @@ def write(path: Path, sections: Sequence[dict[str, Any]], left: Sequence[str], *
         "dry_run": dry,
         "date": datetime.date.today().isoformat(),
         "device": _device(dry),
-        "packages": package_versions(["torch", "triton", "megatron-core"]),
-        "git": git_state(),
+        "provenance": provenance(),
         "load_average": round(os.getloadavg()[0], 1),
         "seconds": round(seconds, 1),
         "left": list(left),
@@ -91,7 +90,11 @@ def markdown(report: dict[str, Any]) -> str:
     about = report["device"]
     title = "Dry run on the CPU: numbers of small sizes, no speeds" if report["dry_run"] else about["name"]
     measured, stated = (about.get(name) for name in ("measured", "stated"))
-    lines = [f"# {title}", "", f"{report['date']}, torch {report['packages']['torch']}, {report['seconds']} s in all."]
+    lines = [
+        f"# {title}",
+        "",
+        f"{report['date']}, torch {report['provenance']['packages']['torch']}, {report['seconds']} s in all.",
+    ]
     for name, rates in (("Measured", measured), ("Stated", stated)):
         if rates:
             lines.append(

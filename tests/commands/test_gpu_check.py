@@ -24,6 +24,7 @@ from scripts.gpu.__main__ import LONGEST_S, main
 from scripts.gpu.experts import Product
 from scripts.gpu.frame import Findings, Numbers, Section, perform
 from scripts.gpu.sections import SECTIONS
+from tests.unit.vpmoe.test_provenance_blocks import whole
 
 
 def nothing(section: str) -> Numbers:
@@ -43,6 +44,7 @@ def test_a_dry_run_finds_what_a_cpu_computes(tmp_path: Path, capsys: pytest.Capt
     told = capsys.readouterr().out
     assert "sdpa in the place of flex" in told
     found = read_json(tmp_path / "gpu_dry-run.json")
+    assert whole(found["provenance"])
     assert found["kind"] == "gpu_check" and found["dry_run"] and found["passed"] and found["left"] == []
     assert [each["name"] for each in found["sections"]] == [section.name for section in SECTIONS]
     for each, section in zip(found["sections"], SECTIONS, strict=True):

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_vpmoe.manifest import read_manifest
 from tests.training_runs import train
+from tests.unit.vpmoe.test_provenance_blocks import whole
 from vpmoe.data_curation.datasets.plan import BuildOptions
 from vpmoe.data_curation.datasets.sequential import Pass, build_sequential
 from vpmoe.data_curation.datasets.text import HealingText
 from vpmoe.data_curation.rows.source import resolve
 from vpmoe.hf.convert import export_checkpoint, import_directory, open_directory
-from vpmoe.steps import RECEIPT
+from vpmoe.steps import RECEIPT, read_receipt
 from vpmoe.tokenizer import CompactVocabulary, load_tokenizer
 from vpmoe.tokenizer.o200k_harmony import VOCAB_SIZE, load_o200k_harmony
 
@@ -65,6 +67,13 @@ def test_from_dataset_to_hf_directory(tmp_path: Path) -> None:
     question = [{"role": "user", "content": "so?"}]
     batch = theirs.apply_chat_template([question, question], add_generation_prompt=True, return_tensors="pt")
     assert model.generate(**batch, max_new_tokens=3, do_sample=False).shape[0] == 2
+
+    block = json.loads((exported / "config.json").read_text())["provenance"]
+    assert whole(block) and block["dataset_manifest_sha256"] == read_manifest(data).sha256
+    receipt = read_receipt(exported)["provenance"]
+    assert whole(receipt) and [receipt[name] for name in ("config_hash", "tokenizer")] == [
+        block[name] for name in ("config_hash", "tokenizer")
+    ]
 
     # Back into a checkpoint and out again: the same directory, but for what its receipt says of where it came from.
     again = import_directory(open_directory(exported), tmp_path / "again")

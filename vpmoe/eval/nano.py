@@ -25,7 +25,7 @@ from vpmoe.eval.suites import suite_report
 from vpmoe.tokenizer import Tokenizer
 
 SUITE = "nano"
-VERSION = 3
+VERSION = 4
 """Of what is asked and reported; decides whether a keyed step's evaluation is done."""
 Progress = Callable[[str], None]
 

@@ -55,6 +55,7 @@ class Opened:
         tokenizer: the vocabulary.
         prompts: the system and developer messages that it was trained with; None where none are on record.
         run_directory: of a run; None for other models.
+        dataset: sha256 of the manifest of what its run trained on, of a blend a list; None: nobody says.
         context: tokens of a sequence that it was trained on, as its run or its config.json says; None: nobody does.
     """
 
@@ -68,6 +69,7 @@ class Opened:
     tokenizer: Tokenizer
     prompts: tuple[Message, ...] | None
     run_directory: Path | None
+    dataset: str | list[str] | None
     context: int | None
 
     @cached_property
@@ -146,6 +148,7 @@ def _of_hf_directory(folder: Path, bf16: bool | None) -> dict[str, Any]:
         "tokenizer": read_tokenizer(folder, cfg.model.padded_vocab_size),
         "prompts": read_prompts(config.get("prompts"), source=str(folder / "config.json")),
         "run_directory": None,
+        "dataset": (config.get("provenance") or {}).get("dataset_manifest_sha256"),
         "context": config.get(POSITIONS),
     }
 
@@ -176,6 +179,7 @@ def _of_checkpoint(path: Path, bf16: bool | None) -> dict[str, Any]:
         "tokenizer": read_tokenizer(found.path / ASSETS, cfg.model.padded_vocab_size),
         "prompts": read_prompts(found.state.get("prompts"), source=source),
         "run_directory": run_directory,
+        "dataset": megatron_checkpoint.origin_of(found.state).get("dataset"),
         "context": trained.data.seq_length if trained else found.state.get("hf_config", {}).get(POSITIONS),
     }
 

@@ -12,7 +12,13 @@ from vpmoe.steps import check_replaceable
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write ``report`` to ``path``, atomically; its folder is made if absent; see :func:`check_reportable`."""
+    """Write ``report`` to ``path``, atomically; its folder is made if absent; see :func:`check_reportable`.
+
+    Args:
+        path: of the report.
+        report: with ``provenance``, from :func:`megatron_vpmoe.software.provenance`.
+    """
+    assert "provenance" in report, f"{path}: every report says where it comes from"
     write_atomically(path, json_bytes(report))
 
 

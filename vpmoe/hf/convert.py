@@ -36,10 +36,6 @@ _PACKAGES = ("torch", "transformers", "safetensors")
 Progress = Callable[[str, int], None]
 
 
-def _silent(_name: str, _size: int) -> None:
-    return
-
-
 @dataclass(frozen=True)
 class Written:
     """A finished conversion: where it lies, and one hash of its tensors whatever files they are in."""
@@ -171,7 +167,7 @@ def import_directory(
     directory: Path,
     *,
     overwrite: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = lambda _name, _size: None,
     say: steps.Say = lambda line: None,
 ) -> Written:
     """Make ``directory`` with the checkpoint of an opened HF model in it, or find it made; a keyed step.
@@ -218,7 +214,7 @@ def export_checkpoint(
     dtype: torch.dtype | None = None,
     shard_bytes: int = safetensors_folder.SHARD_BYTES,
     overwrite: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = lambda _name, _size: None,
     say: steps.Say = lambda line: None,
 ) -> Written:
     """Make an HF directory of a checkpoint, or find it made; a keyed step. Nothing but the checkpoint is read.
@@ -240,7 +236,7 @@ def export_checkpoint(
     found = open_checkpoint(checkpoint)
     step = steps.Step(
         kind="hf-export",
-        version=1,
+        version=2,
         output=folder,
         decides={
             "checkpoint": {"name": found.path.name, "files": sha256_of_file(found.path / "files.json")},
@@ -253,7 +249,8 @@ def export_checkpoint(
 
     def make(work: steps.Work) -> dict[str, Any]:
         hashes = write_hf_directory(found.path, work.folder, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
-        return {"weights_sha256": weights_sha256(hashes), "tensors": hashes}
+        told = {"weights_sha256": weights_sha256(hashes), "tensors": hashes}
+        return {**told, "origin": megatron_checkpoint.origin_of(found.state)}
 
     report = steps.run(step, make, overwrite=overwrite, say=say)["report"]
     return Written(folder, report["weights_sha256"], report["tensors"])
@@ -265,9 +262,12 @@ def write_hf_directory(
     *,
     dtype: torch.dtype | None = None,
     shard_bytes: int = safetensors_folder.SHARD_BYTES,
-    progress: Progress = _silent,
+    progress: Progress = lambda _name, _size: None,
 ) -> dict[str, str]:
-    """Write the files of an HF directory into ``folder``, which exists; returns HF's name -> ``tensor_sha256``."""
+    """Write the files of an HF directory into ``folder``, which exists; returns HF's name -> ``tensor_sha256``.
+
+    ``config.json`` keeps the ``provenance`` of the run that trained the weights.
+    """
     from megatron_vpmoe.training.checkpoint import ASSETS as STORED_ASSETS
 
     cfg = megatron_checkpoint.read_config(checkpoint)
@@ -282,6 +282,7 @@ def write_hf_directory(
         kept["prompts"] = carried.prompts
     if (trained_on := megatron_checkpoint.sequence_length(checkpoint)) is not None:
         kept.setdefault(source_checks.POSITIONS, trained_on)
+    kept |= {key: value for key, value in megatron_checkpoint.read_state(checkpoint).items() if key == "provenance"}
     stored = next(iter(ours.values())).dtype
     config = form.hf_config(cfg, vocab_size=carried.vocab_size, dtype=stored, kept=kept)
 

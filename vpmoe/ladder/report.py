@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.files import sha256_of_file, write_atomically
-from megatron_vpmoe.software import git_state
+from megatron_vpmoe.software import provenance
 from vpmoe.eval.reports import markdown_table
 from vpmoe.eval.reports import write_report as write_json
 from vpmoe.steps import plotting, save_figure
@@ -17,7 +17,7 @@ from vpmoe.upcycle.ladder_file import Ladder
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KIND = "ladder"
 _DELTA = "Δ rung 1"
 _CONVERSATIONS = ("exact as conversation", "Δ below")
@@ -47,9 +47,9 @@ def write_report(ladder: Ladder, records: Sequence[Record], folder: Path) -> dic
     report = {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
-        "config": {"path": str(ladder.path), "sha256": sha256_of_file(ladder.path)},
+        "config": str(ladder.path),
         "settings": ladder.evaluation.model_dump(mode="json") if ladder.evaluation else None,
-        "git": git_state(),
+        "provenance": provenance(config_hash=sha256_of_file(ladder.path)),
         "time": total_time(records),
         "below": fed,
         "steps": evaluated,

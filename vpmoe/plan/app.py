@@ -14,6 +14,7 @@ from megatron_vpmoe.files import json_bytes, write_atomically
 from megatron_vpmoe.planning.here import here
 from megatron_vpmoe.planning.layouts import Plan, as_configured, plan, planned
 from megatron_vpmoe.runtime.machines import KIND, calibrated_path, fleet
+from megatron_vpmoe.software import provenance
 from vpmoe.errors import DataError
 from vpmoe.plan.report import Figures, figures, plan_json
 from vpmoe.plan.table import print_plan
@@ -98,7 +99,8 @@ def _calibrate(console: Console) -> None:
     path = calibrated_path()
     check_replaceable(path, KIND)
     machines = measure(lambda doing: console.print(f"measuring {doing}"))
-    stored = {"kind": KIND, "machines": [machine.model_dump(mode="json") for machine in machines]}
+    figures_of = [machine.model_dump(mode="json") for machine in machines]
+    stored = {"kind": KIND, "provenance": provenance(), "machines": figures_of}
     try:
         write_atomically(path, json_bytes(stored))
     except OSError as error:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vpmoe.config import RunConfig
+from megatron_vpmoe.config import RunConfig, config_hash
 from megatron_vpmoe.planning.layouts import Plan, Planned
 from megatron_vpmoe.planning.predict import SPLIT
+from megatron_vpmoe.software import provenance
 
 _WORDS = {
     "compute": "products",
@@ -85,6 +86,7 @@ def plan_json(cfg: RunConfig, config: str, plans: list[Plan], numbers: list[list
     machines = {made.fleet.machine.name: made.fleet.machine for made in plans}
     return {
         "kind": "vpmoe plan",
+        "provenance": provenance(config_hash=config_hash(cfg)),
         "config": config,
         "run_name": cfg.training.run_name,
         "tokens_per_step": cfg.training.global_batch_size * cfg.data.seq_length,

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-from megatron_vpmoe.software import package_versions
+from megatron_vpmoe.software import hardware, package_versions
 from vpmoe.quickstart.settings import QuickstartError
 
+_MAIN = ("torch", "megatron-core", "numpy")
 
-def describe() -> dict[str, Any]:
-    """Versions and cores, for a report."""
-    return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "packages": package_versions(("torch", "megatron-core", "numpy")),
-    }
+
+def described() -> str:
+    """Interpreter, main packages and processor, in one line."""
+    python, *packages = (f"{name} {version}" for name, version in package_versions(_MAIN).items())
+    here = hardware()
+    return f"{python.capitalize()}, {', '.join(packages)}, {here['cores']} cores of {here['cpu']}"
 
 
 def differing_packages(lock: Path) -> list[str]:

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, Generic, Self
 
 from megatron_vpmoe.config import config_hash, load_config
 from megatron_vpmoe.files import write_atomically
-from megatron_vpmoe.software import git_state
+from megatron_vpmoe.software import provenance
 from vpmoe.eval.plots import Curves
 from vpmoe.eval.reports import check_reportable, read_report, write_report
 from vpmoe.eval.suites.suite_report import ALL
 from vpmoe.eval.suites.suite_report import KIND as EVALUATION_KIND
-from vpmoe.quickstart.environment import describe
 from vpmoe.quickstart.plan import SETTINGS as QUICKSTART
 from vpmoe.quickstart.plan import Plan
 from vpmoe.quickstart.runner import PREPARING, Runner, say
@@ -25,7 +24,7 @@ from vpmoe.quickstart.trained import TrainedRun, flags
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -124,13 +123,17 @@ class Proof(Generic[ProofSchema]):
             lines: the table.
             draw: writes the picture.
         """
+        evaluated = {part: run for part, run in runs.items() if (run.work / run.evaluation).is_file()}
+        trained = {part: evaluation(run)["provenance"] for part, run in evaluated.items()}
         report = {
             "schema_version": SCHEMA_VERSION,
             "kind": self.name,
             "settings": self.settings.model_dump(),
-            "config_hashes": {part: config_hash(run.cfg) for part, run in runs.items()},
-            "git": git_state(self.data.root),
-            "environment": describe(),
+            "provenance": provenance(
+                config_hash={part: config_hash(run.cfg) for part, run in runs.items()},
+                tokenizer=next(iter(trained.values()))["tokenizer"],
+                dataset={part: told["dataset_manifest_sha256"] for part, told in trained.items()},
+            ),
             "seconds": {name: round(value, 1) for name, value in seconds.items()},
             **found,
         }

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 from megatron_vpmoe.config import config_hash, parameter_count
 from megatron_vpmoe.errors import visible
 from megatron_vpmoe.files import move_into_place
-from megatron_vpmoe.software import git_state
+from megatron_vpmoe.software import provenance
 from vpmoe.eval.plots import read_curves
 from vpmoe.eval.reports import check_reportable, read_report, write_report
 from vpmoe.eval.suites.suite_report import ALL
 from vpmoe.eval.suites.suite_report import KIND as EVALUATION_KIND
-from vpmoe.quickstart.environment import describe
 from vpmoe.quickstart.plan import Plan
 from vpmoe.quickstart.settings import Targets
 from vpmoe.steps import read_receipt
@@ -24,7 +23,7 @@ from vpmoe.steps import read_receipt
 if TYPE_CHECKING:
     from rich.console import Console
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 KIND = "quickstart"
 THROUGHPUT_TAG = "throughput/tokens_per_second"
 
@@ -45,11 +44,9 @@ def write_quickstart_report(plan: Plan, seconds: Mapping[str, float]) -> dict[st
         "kind": KIND,
         "run_name": plan.cfg.training.run_name,
         "config": plan.settings.training.config,
-        "config_hash": config_hash(plan.cfg),
         "overrides": list(plan.overrides),
         "settings": plan.settings.model_dump(),
-        "git": git_state(plan.root),
-        "environment": describe(),
+        "provenance": provenance(config_hash=config_hash(plan.cfg), **data_of(evaluation)),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "model": {
             "parameters": count.total,
@@ -68,6 +65,12 @@ def write_quickstart_report(plan: Plan, seconds: Mapping[str, float]) -> dict[st
     move_into_place(partial, plan.report_folder / "report.png")
     write_report(plan.report_folder / "report.json", report)
     return report
+
+
+def data_of(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Vocabulary and dataset that an evaluated run was trained with, as ``software.provenance`` takes them."""
+    told = evaluation["provenance"]
+    return {"tokenizer": told["tokenizer"], "dataset": told["dataset_manifest_sha256"]}
 
 
 def training_summary(curves: Mapping[str, list[tuple[int, float]]], seconds: float) -> dict[str, Any]:

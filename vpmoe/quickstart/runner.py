@@ -9,7 +9,7 @@ from typing import Any
 
 from vpmoe import steps
 from vpmoe.commands import Command, run_command
-from vpmoe.quickstart.environment import describe, differing_packages
+from vpmoe.quickstart.environment import described, differing_packages
 from vpmoe.quickstart.plan import Plan
 from vpmoe.quickstart.trained import TrainedRun
 
@@ -69,9 +69,7 @@ class Runner:
     def prepare(self, plan: Plan) -> None:
         """Environment, tokenizer and dataset."""
         self.announce("environment")
-        here = describe()
-        packages = ", ".join(f"{name} {version}" for name, version in here["packages"].items())
-        say_below(f"Python {here['python']}, {packages}, {here['cores']} cores")
+        say_below(described())
         for line in differing_packages(plan.root / "requirements" / "lock.txt"):
             say_below(f"not as pinned: {line}")
         self.announce("tokenizer")

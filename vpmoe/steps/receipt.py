@@ -23,7 +23,7 @@ def read_receipt(folder: Path) -> dict[str, Any]:
 
     Returns:
         ``key`` (see :class:`~vpmoe.steps.Step`), ``files`` (name -> bytes, sha256), ``report`` (what the step tells),
-        ``seconds`` (spent in all), ``software``, ``finished`` (local time).
+        ``seconds`` (spent in all), ``provenance``, ``finished`` (local time).
 
     Raises:
         NotOursError: there is none, it is damaged, or it was edited.

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_vpmoe.errors import DataError, NotOursError
 from megatron_vpmoe.files import list_files, sync, write_record
 from megatron_vpmoe.ownership import owned
-from megatron_vpmoe.software import git_state
+from megatron_vpmoe.software import PACKAGES, provenance
 from vpmoe.steps.receipt import RECEIPT, UNFINISHED, read_own, read_receipt
 from vpmoe.steps.step import State, Step, changed, check_place, is_empty, some
 
@@ -89,7 +89,8 @@ def run(
     Args:
         step: what to make.
         make: fills ``work.folder``, and returns the JSON-able report for the receipt; where it lists ``files`` (name ->
-            bytes, sha256), these are the receipt's, otherwise all files of the folder are.
+            bytes, sha256), these are the receipt's, otherwise all files of the folder are. ``origin``: what of
+            :func:`megatron_vpmoe.software.provenance` the maker knows (config_hash, tokenizer, dataset).
         overwrite: replace finished work, and discard unfinished work, of another key.
         check_hashes: see :meth:`Step.state`.
         say: told a line about what is found, replaced and done.
@@ -261,6 +262,7 @@ def _begin(step: Step, say: Say) -> Work:
 
 
 def _finish(step: Step, work: Work, report: dict[str, Any]) -> dict[str, Any]:
+    origin = report.pop("origin", {})
     files = report.pop("files", None) or list_files(work.folder, leave_out=(_SCRATCH, UNFINISHED, RECEIPT))
     receipt = {
         "key": step.key,
@@ -268,7 +270,7 @@ def _finish(step: Step, work: Work, report: dict[str, Any]) -> dict[str, Any]:
         "report": report,
         "seconds": round(work.seconds, 2),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S%z"),
-        "software": {"git": git_state(), "packages": step.key["packages"]},
+        "provenance": provenance(**origin, packages=(*PACKAGES, *step.packages)),
     }
     for name in files:
         sync(work.folder / name)

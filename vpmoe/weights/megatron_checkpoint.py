@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,18 @@ def checkpoint_in(directory: Path) -> Path:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """``run_state.json`` of ``iter_NNNNNNN``; raises ``WeightsError`` where it is missing or damaged."""
     return read_json(checkpoint / RUN_STATE, error=WeightsError, remedy="name a complete checkpoint")
+
+
+def origin_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training run's ``run_state.json`` says of its origin, as ``software.provenance`` takes it; {} of others.
+
+    What is made of the weights tells it on; code, packages and hardware are then those that made it.
+    """
+    told = state.get("provenance")
+    if not isinstance(told, Mapping):
+        return {}
+    names = {"config_hash": "config_hash", "tokenizer": "tokenizer", "dataset": "dataset_manifest_sha256"}
+    return {name: told.get(key) for name, key in names.items()}
 
 
 def read_config(checkpoint: Path, *, bf16: bool = False) -> RunConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import re
@@ -13,8 +12,10 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_vpmoe.config import RunConfig, load_config
+from megatron_vpmoe.config import RunConfig, config_hash, load_config
 from megatron_vpmoe.errors import ConfigError, DeviceError, VpmoeError
+from megatron_vpmoe.files import json_bytes, write_atomically
+from megatron_vpmoe.software import provenance
 
 _USAGE = """usage: vpmoe profile [--field-name value ...]
 
@@ -159,21 +160,21 @@ def work(wanted: Settings, cfg: RunConfig, directory: Path) -> None:
     found = capture(Subject(cfg), trace, Window(wanted.warm, wanted.steps), tool=wanted.tool)
     if distributed.rank() == 0:
         summary = {
+            "kind": "profile",
             "run": wanted.run,
+            "provenance": provenance(config_hash=config_hash(cfg)),
             "date": datetime.date.today().isoformat(),
             "hardware": hardware(),
             "tool": wanted.tool,
             "threads": torch.get_num_threads(),
             "load_average": round(os.getloadavg()[0], 1),
-            "torch": torch.__version__,
             "config": str(wanted.config),
             "overrides": wanted.overrides,
             "processes": wanted.processes,
             **found,
         }
         report = Path("reports/perf") / f"{wanted.run}_{hardware()}_{wanted.tool}.json"
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(json.dumps(summary, indent=1) + "\n")
+        write_atomically(report, json_bytes(summary))
         print(f"{summary['tokens_per_second']:,.0f} tokens/s, {found['step_ms']['median']:.1f} ms a step; ms by range:")
         print("  " + "  ".join(f"{name} {value:.1f}" for name, value in found["split_ms"].items()))
         if (told := found["communication_ms"]) is not None:

@@ -11,12 +11,11 @@ from megatron_vpmoe.config.provenance import FieldChange, provenance_diff
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.files import sha256_of_file
 from megatron_vpmoe.manifest import Manifest, read_manifest
-from megatron_vpmoe.software import git_state, hardware, package_versions
+from megatron_vpmoe.software import provenance
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
-_PACKAGES = ("torch", "megatron-core", "numpy", "transformer-engine")
 _BINDING = ("tokenizer", "dataset_manifest_sha256", "rollout_prompts_sha256")
 
 
@@ -27,19 +26,16 @@ def collect_provenance(cfg: RunConfig, manifests: Sequence[Manifest]) -> dict[st
         manifests: of the run's datasets, which share a vocabulary.
 
     Returns:
-        ``git`` {sha, dirty} (both None outside a repository), ``config_hash``, ``tokenizer`` (its identity),
-        ``dataset_manifest_sha256`` (of a blend a list), ``rollout_prompts_sha256`` where there is such a file,
-        ``packages`` (name -> version, "python" included) and ``hardware``.
+        see :func:`megatron_vpmoe.software.provenance`; and ``rollout_prompts_sha256`` where there is such a file.
     """
     hashes, prompts = [manifest.sha256 for manifest in manifests], cfg.rollouts.rollout_prompts
     return {
-        "git": git_state(),
-        "config_hash": config_hash(cfg),
-        "tokenizer": manifests[0].tokenizer.identity(),
-        "dataset_manifest_sha256": hashes[0] if len(hashes) == 1 else hashes,
+        **provenance(
+            config_hash=config_hash(cfg),
+            tokenizer=manifests[0].tokenizer.identity(),
+            dataset=hashes[0] if len(hashes) == 1 else hashes,
+        ),
         **({} if prompts is None else {"rollout_prompts_sha256": sha256_of_file(Path(prompts))}),
-        "packages": package_versions(_PACKAGES),
-        "hardware": hardware(),
     }
 
 

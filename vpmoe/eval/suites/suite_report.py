@@ -20,7 +20,7 @@ import numpy as np
 from megatron_vpmoe.config import config_hash
 from megatron_vpmoe.files import json_line, write_atomically
 from megatron_vpmoe.runtime import distributed
-from megatron_vpmoe.software import git_state, package_versions
+from megatron_vpmoe.software import provenance
 from vpmoe.errors import DataError
 from vpmoe.eval.open_model import Opened
 from vpmoe.eval.reports import check_reportable, write_report
@@ -186,9 +186,11 @@ def head(suite: str, opened: Opened, settings: Mapping[str, Any]) -> dict[str, A
         "kind": KIND,
         "suite": suite,
         "checkpoint": opened.entry,
-        "config_hash": config_hash(opened.trained or opened.cfg),
-        "vocabulary": opened.tokenizer.identity,
-        "software": {"git": git_state(), **package_versions(["torch", "megatron-core"])},
+        "provenance": provenance(
+            config_hash=config_hash(opened.trained or opened.cfg),
+            tokenizer=opened.tokenizer.identity,
+            dataset=opened.dataset,
+        ),
         "machine": {"device": str(opened.model.device), "processes": distributed.world_size()},
         "settings": dict(settings),
     }

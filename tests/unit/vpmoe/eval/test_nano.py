@@ -16,6 +16,7 @@ from megatron_vpmoe.errors import CheckpointError, DataError, NotOursError, Toke
 from megatron_vpmoe.manifest import read_manifest
 from tests.tiny import tiny_config
 from tests.unit.vpmoe.eval.conftest import GOOD, ids_of
+from tests.unit.vpmoe.test_provenance_blocks import whole
 from vpmoe.cli import main
 from vpmoe.eval import open_model as open_model_module
 from vpmoe.eval import valid_split
@@ -47,6 +48,9 @@ def test_report_of_an_untrained_model(data: Path, run_directory: Path, tmp_path:
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert report["checkpoint"]["iteration"] == 0
+    block, manifest = report["provenance"], read_manifest(data / "dataset")
+    assert whole(block) and block["tokenizer"] == manifest.tokenizer.identity()
+    assert block["dataset_manifest_sha256"] == manifest.sha256
     # Before any step the model knows nothing: each span costs about ln(vocabulary).
     for span in ("analysis", "final"):
         assert report["losses"][f"loss/{span}"] == pytest.approx(math.log(448), abs=0.5)

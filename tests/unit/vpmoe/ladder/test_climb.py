@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from megatron_vpmoe.errors import ConfigError
+from megatron_vpmoe.files import sha256_of_file
 from tests.unit.vpmoe.ladder.tiny_ladder import write_ladder
+from tests.unit.vpmoe.test_provenance_blocks import whole
 from vpmoe.cli import main
 from vpmoe.errors import NotOursError, UpcycleError
 from vpmoe.ladder import climb as module
@@ -33,6 +35,7 @@ def test_climbing_twice_does_nothing_the_second_time(ladder: Path, monkeypatch: 
     assert "to be made: not made yet; to be evaluated" in listing(Request(ladder))[0]
     report, _ = go(ladder)
     (step,) = report["steps"]
+    assert whole(report["provenance"]) and report["provenance"]["config_hash"] == sha256_of_file(ladder)
     assert step["delta"] == {"bits_per_byte": 0.0, "accuracy": 0.0}
     assert step["job_time"]["seconds"] > 0 and step["evaluation_time"]["seconds"] > 0
     receipt = json.loads((ladder.parent / "model" / "receipt.json").read_text())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_vpmoe.files import json_bytes, list_files
+from megatron_vpmoe.software import provenance
 from vpmoe import steps
 from vpmoe.commands import Command
 from vpmoe.quickstart.plan import Plan
@@ -115,6 +116,7 @@ class Stage:
         }
         report = {
             "kind": "eval_suite",
+            "provenance": provenance(tokenizer={"name": "played"}, dataset="d" * 64),
             "tasks": tasks,
             "losses": {"loss/final": 0.5},
             "samples": [{**sample, "valid": True, "fault": None, "exact": False}],

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from vpmoe.quickstart.environment import describe, differing_packages
+from megatron_vpmoe.software import package_versions
+from vpmoe.quickstart.environment import described, differing_packages
 from vpmoe.quickstart.settings import QuickstartError
 
 
 def test_packages_against_the_lock(tmp_path: Path) -> None:
-    numpy = describe()["packages"]["numpy"]
+    numpy = package_versions(["numpy"])["numpy"]
+    assert f"numpy {numpy}" in described()
     lock = tmp_path / "lock.txt"
     lock.write_text(f"# pins\nnumpy=={numpy}\n--extra-index-url x\n")
     assert differing_packages(lock) == []

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_vpmoe.errors import NotOursError
 from tests.unit.vpmoe.quickstart.played import ORDER, Killed, Stage
+from tests.unit.vpmoe.test_provenance_blocks import whole
 from vpmoe.quickstart.plan import Plan
 from vpmoe.quickstart.report import held_against, training_summary
 from vpmoe.quickstart.run import MISSED, run_quickstart
@@ -52,6 +53,8 @@ def test_report_holds_what_was_measured(stage: Stage, capsys) -> None:
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     assert report["training"]["tokens_per_second"] == 200.0
     assert report["targets"]["met"] and report["evaluation"]["tasks"]["all"]["exact"] == 95
+    block = report["provenance"]
+    assert whole(block) and block["tokenizer"] == {"name": "played"} and len(block["config_hash"]) == 64
     assert list(report["seconds"]) == ["synth_mini", "conversations", "kd", "training", "evaluation"]
     shown = capsys.readouterr().out
     # The model's text is printed as it is, whatever markup it spells, and drives no terminal.
