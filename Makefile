@@ -54,7 +54,7 @@ format: setup  ## rewrite in the house format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-# Of the site's theme: without its notice of what its authors build next.
+# Without the theme's notice of what its authors build next. Not --quiet: what is not told is not counted as an error.
 docs docs-serve: export NO_MKDOCS_2_WARNING := 1
 
 docs: setup  ## the site of docs/ and of both packages: site/index.html; a link that leads nowhere is an error
