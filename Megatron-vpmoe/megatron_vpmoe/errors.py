@@ -73,6 +73,10 @@ class NonFiniteError(VpmoeError):
     """A number that is not finite where it has to be: a weight, a logit, a figure of a receipt, a loss or gradient."""
 
 
+class SpikeError(VpmoeError):
+    """A loss so far above those before it that the run's policy ends it."""
+
+
 class BusyError(VpmoeError):
     """Another process works where this one was to work."""
 

@@ -10,6 +10,8 @@ import os
 import signal
 import sys
 
+from megatron_vpmoe.runtime import pulse
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -33,6 +35,8 @@ def run(arguments: list[str]) -> None:
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         timeout_minutes=parallel.distributed_timeout_minutes,
     )
+    if distributed.is_restarted_group():
+        cfg = cfg.model_copy(update={"checkpoint": cfg.checkpoint.model_copy(update={"resume": True})})
     predicted = here.predicted(cfg, max(1, world // parallel.nproc_per_node))
     train(cfg, partial(here.comparison, predicted))
     distributed.shutdown()
@@ -66,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save; no traceback of an import
+    pulse.begin(int(os.environ.get("RANK", "0")), os.environ.get("VPMOE_ENDINGS"))
     if "RANK" in os.environ:
         _end_with_parent()
     code = main()

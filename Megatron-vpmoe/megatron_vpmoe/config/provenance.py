@@ -96,6 +96,7 @@ _UNDECIDING: dict[str, frozenset[str] | None] = {
     "evaluation": None,
     "checkpoint": None,
     "logging": None,
+    "failure": frozenset({"stall_timeout_seconds", "preemption_file", "time_budget_minutes"}),
 }
 """Section -> fields that leave the trained weights as they are but for rounding; None: the whole section."""
 
@@ -112,7 +113,7 @@ def deciding_fields(cfg: RunConfig) -> dict[str, dict[str, Any]]:
     decides: dict[str, dict[str, Any]] = {}
     for section, values in cfg.model_dump(mode="json").items():
         free = _UNDECIDING.get(section, _WHOLE_SECTIONS.get(section, frozenset()))
-        is_read = section != "rollouts" or cfg.samples
+        is_read = {"rollouts": cfg.samples, "failure": cfg.failure.spike_limit > 0}.get(section, True)
         if free is not None and is_read:
             decides[section] = {name: value for name, value in values.items() if name not in {*free, *idle}}
     decides["data"]["blend_weights"] = [part.weight for part in cfg.data.parts]

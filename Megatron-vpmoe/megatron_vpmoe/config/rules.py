@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from megatron_vpmoe.config import (
     rules_evaluation,
+    rules_failure,
     rules_model,
     rules_objective,
     rules_parallel,
@@ -28,6 +29,7 @@ RUN = (
     *rules_objective.REFUSED,
     *rules_rollouts.REFUSED,
     *rules_evaluation.REFUSED,
+    *rules_failure.REFUSED,
     *rules_parallel.REFUSED,
     *rules_parallel.OF_WORLD,
 )

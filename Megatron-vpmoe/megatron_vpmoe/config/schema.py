@@ -12,6 +12,7 @@ from pydantic import model_validator
 from pydantic.fields import FieldInfo
 
 from megatron_vpmoe.config.schema_evaluation import EvaluationSection
+from megatron_vpmoe.config.schema_failure import FailureSection
 from megatron_vpmoe.config.schema_model import ModelSection, MoeSection
 from megatron_vpmoe.config.schema_rollouts import RolloutsSection
 from megatron_vpmoe.config.schema_run import (
@@ -81,6 +82,8 @@ class RunConfig(Section):
     """Saving and resuming."""
     logging: LoggingSection
     """Metrics and thresholds."""
+    failure: FailureSection = FailureSection()
+    """Hangs, spikes and early ends."""
 
     @model_validator(mode="before")
     @classmethod
@@ -129,6 +132,12 @@ class RunConfig(Section):
     def decay_iters(self) -> int:
         """Iteration at which the schedule reaches its end, after its default."""
         return self.training.train_iters if self.optim.lr_decay_iters is None else self.optim.lr_decay_iters
+
+    @property
+    def stall_timeout(self) -> float:
+        """Seconds without a sign of life that end the run, after the default."""
+        given = self.failure.stall_timeout_seconds
+        return 30.0 * self.parallel.distributed_timeout_minutes if given is None else float(given)
 
     def is_global_layer(self, layer_number: int) -> bool:
         """Whether layer ``layer_number`` (from 1) attends without a window; without any window every layer does."""

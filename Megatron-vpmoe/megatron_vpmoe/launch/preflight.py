@@ -19,6 +19,7 @@ from megatron_vpmoe.errors import CheckpointError, ConfigError, DeviceError
 from megatron_vpmoe.files import place_of
 from megatron_vpmoe.metrics.run_store import check_store, store_path
 from megatron_vpmoe.ownership import check_free
+from megatron_vpmoe.runtime.notices import PreemptionFile
 
 Answer = TypeVar("Answer")
 
@@ -147,7 +148,8 @@ def check_run_directory(cfg: RunConfig) -> None:
     """Look at the place, the checkpoints that the run would start from or must not overwrite, and who is at work there.
 
     Raises:
-        ConfigError: no folder can be made there, or written to, or it has no room for one checkpoint.
+        ConfigError: no folder can be made there, or written to, or it has no room for one checkpoint; or there is a
+            preemption notice already.
         BusyError: another process trains in the run directory.
         CheckpointError: they are of another model, vocabulary or dataset, ``resume`` is off and there is one, or there
             is none in ``load_weights``.
@@ -158,6 +160,8 @@ def check_run_directory(cfg: RunConfig) -> None:
 
     _check_place(cfg)
     check_store(store_path(cfg.logging.run_store))
+    if cfg.failure.preemption_file is not None:
+        PreemptionFile(Path(cfg.failure.preemption_file)).refuse_early()
     check_free(cfg.run_directory / LOCK, f"the run directory {cfg.run_directory}")
     found, _, _ = restorable(cfg, check_hashes=False)
     if found is None and cfg.checkpoint.load_weights is not None:

@@ -1,19 +1,27 @@
-"""The launcher's eye on its workers: hands signals on, sees who leaves or is stopped, and names the first cause."""
+"""The launcher's eye on its workers: hands signals on, sees who leaves, is stopped or hangs, names the first cause."""
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import FrameType
 
+from megatron_vpmoe.launch.life import Life, send, together, waits_for_others
+from megatron_vpmoe.runtime import endings
 from megatron_vpmoe.runtime.endings import Ending
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_AT_ONCE = 2.0  # less than what the launcher gives those that are left
+_SECONDS_HELD = 5.0  # between two looks: this process was stopped, and perhaps the workers with it
+_HINTS = {
+    "SIGKILL": " (often the kernel, when memory runs out)",
+    "SIGBUS": " (a file that it reads by mapping was cut short, or its disk failed)",
+    "SIGABRT": " (on GPUs often NCCL, when a collective has waited for distributed_timeout_minutes)",
+}
 
 
 class Watch:
@@ -21,31 +29,36 @@ class Watch:
 
     SIGTERM, SIGINT and SIGHUP all become one SIGTERM for each worker, which finishes what it must, saves and exits by
     itself. After it only a further SIGINT counts: it ends the workers at once. With no worker started yet the launcher
-    just exits.
+    just exits. SIGUSR1 is handed on to each worker: it saves and goes on.
 
     Args:
         module: what the workers run.
         count: how many there will be.
+        folder: where they tell their ends and show signs of life.
 
     Attributes:
-        received: the last signal.
+        received: the last signal that asked for an end.
         gone: when each rank was found to have left, in that order.
         stopped: the ranks that have been stopped and not continued.
     """
 
-    def __init__(self, module: str, count: int) -> None:
-        self._module, self._count = module, count
+    def __init__(self, module: str, count: int, folder: Path) -> None:
+        self._module, self._count, self._folder, self._life = module, count, folder, Life(folder)
         self._ranks: dict[int, int] = {}
         self._told: set[int] = set()
         self._looking = threading.RLock()
+        self._looked = self._since = time.monotonic()
+        self._stall: tuple[str, int | None] | None = None
+        self._stacks: dict[int, str] | None = None
         self.received: signal.Signals | None = None
         self.gone: dict[int, float] = {}
         self.stopped: set[int] = set()
 
     def start(self) -> None:
-        """Take over the three signals of this process (main thread only), and look from now on."""
+        """Take over the four signals of this process (main thread only), and look from now on."""
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(signum, self._handle)
+        signal.signal(signal.SIGUSR1, self._hand_on)
         threading.Thread(target=self._keep_looking, name="watch", daemon=True).start()
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
@@ -58,8 +71,15 @@ class Watch:
         action = "stopping without a checkpoint" if again else "saving as soon as the step allows, then exiting"
         print(f"{self.received.name}: {action}", file=sys.stderr, flush=True)
         if again:
-            for pid in list(self._ranks):
-                _send(pid, signal.SIGKILL)
+            self._end()
+
+    def _hand_on(self, _signum: int, _frame: FrameType | None) -> None:
+        self.look()
+        ready = [pid for pid, rank in list(self._ranks.items()) if self._life.has_begun(rank)]
+        action = "saving as soon as the step allows, then going on" if ready else "there is nothing to save yet"
+        print(f"SIGUSR1: {action}", file=sys.stderr, flush=True)
+        for pid in ready:
+            send(pid, signal.SIGUSR1)
 
     def _keep_looking(self) -> None:
         while True:
@@ -67,9 +87,10 @@ class Watch:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     def look(self) -> None:
-        """Look once: who is new, who has gone, who is stopped, who has not been told of a signal."""
+        """Look once: who is new, who has gone, is stopped or hangs, who has not been told of a signal."""
         with self._looking:  # a signal may come in the middle of it
             self._look()
+            self._ask_for_stacks()
 
     def _look(self) -> None:
         import psutil
@@ -90,17 +111,54 @@ class Watch:
                 self._ranks.pop(pid, None)
                 self.gone[rank] = time.time()
             elif status != psutil.STATUS_STOPPED:
-                self.stopped.discard(rank)
-            elif rank not in self.stopped:
+                if self._stacks is None:  # for its stack it had to go on
+                    self.stopped.discard(rank)
+            elif rank not in self.stopped and self._stacks is None:
                 self.stopped.add(rank)
                 what = f"worker {rank} is stopped (SIGSTOP); the others wait for it: kill -CONT {pid}"
                 print(what, file=sys.stderr, flush=True)
             if self.received is not None and pid not in self._told:
                 self._told.add(pid)
-                _send(pid, signal.SIGTERM)
+                send(pid, signal.SIGTERM)
+
+    def _ask_for_stacks(self) -> None:
+        """Once, as soon as one has failed or all hang; then these are ended."""
+        now = time.monotonic()
+        if now - self._looked > _SECONDS_HELD:
+            self._since = now
+        self._looked = now
+        if self._stacks is not None:
+            return
+        pids = {rank: pid for pid, rank in self._ranks.items()}
+        told = endings.told(self._folder)
+        failed = self.gone.keys() - told.keys() or any(ending.kind != "done" for ending in told.values())
+        stalled = not failed and self._life.is_stalled(pids, self._since)
+        if failed or stalled:
+            silence = {rank: self._life.silence(rank, self._since) for rank in pids}
+            stopped, self._stacks = set(self.stopped), {}
+            self._stacks = self._life.stacks({rank: pid for rank, pid in pids.items() if rank not in told})
+        if stalled:
+            self._stall = self._named(silence, stopped)
+            self._end()
+
+    def _named(self, silence: Mapping[int, float], stopped: set[int]) -> tuple[str, int | None]:
+        """Who of those that show no sign of life holds up the others, and what is said of it."""
+        seconds = min(silence.values())
+        stacks = self._stacks or {}
+        busy = [rank for rank in silence if not waits_for_others(stacks.get(rank, ""))]
+        if suspects := sorted(stopped or busy, key=lambda rank: -silence[rank]):
+            how = "it is stopped (SIGSTOP)" if stopped else "it hangs, or works where no sign of life is given"
+            remedy = "mend what its stack shows; where it was at work, raise failure.stall_timeout_seconds"
+            return f"no sign of life for {seconds:.0f} s: {how}\n  remedy: {remedy}", suspects[0]
+        what = "all wait for other processes: of another machine, see its output, or each for another collective"
+        return f"no sign of life for {seconds:.0f} s: {what}", None
+
+    def _end(self) -> None:
+        for pid in list(self._ranks):
+            send(pid, signal.SIGKILL)
 
     def verdict(self, endings: Mapping[int, Ending], codes: Mapping[int, int]) -> int:
-        """Say on stderr why the run failed, the first cause first; returns the exit code.
+        """Say on stderr why the run failed, the first cause first, then where each worker was; returns the exit code.
 
         Args:
             endings: what workers told of their end, by rank.
@@ -109,10 +167,16 @@ class Watch:
         self.look()
         text, code, rank = self._first_cause(endings, codes)
         named = text if self._count == 1 or rank is None else f"worker {rank}: {text}"
-        print(named, file=sys.stderr, flush=True)
+        stacks = dict(self._stacks or {}) | self._life.crashed(codes)
+        stacks |= {each: ending.stack for each, ending in endings.items() if ending.stack}
+        # A user's error says all that there is to say.
+        where = together(stacks, first=rank) if self._stall or code != 2 else ""
+        print(named, where, sep="\n" if where else "", file=sys.stderr, flush=True)
         return code
 
     def _first_cause(self, endings: Mapping[int, Ending], codes: Mapping[int, int]) -> tuple[str, int, int | None]:
+        if self._stall is not None:
+            return self._stall[0], 1, self._stall[1]
         of_kind = {
             kind: sorted((rank for rank in endings if endings[rank].kind == kind), key=lambda rank: endings[rank].at)
             for kind in ("error", "lost")
@@ -134,18 +198,16 @@ class Watch:
             code = codes.get(rank, 0)
             if code < 0:
                 name = signal.Signals(-code).name
-                hint = " (often the kernel, when memory runs out)" if name == "SIGKILL" else ""
-                return f"it was ended by {name}{hint}", 128 - code, rank
+                return f"it was ended by {name}{_HINTS.get(name, '')}", 128 - code, rank
             what = "before the run was done" if code == 0 else "; its own message is above"
             return f"it left with exit code {code} {what}", code or 1, rank
+        # Those that did not answer and are not in a collective themselves.
+        hung = [
+            rank for rank, text in (self._stacks or {}).items() if rank not in endings and not waits_for_others(text)
+        ]
         for rank in lost:
+            if hung:
+                return f"it waited in vain for worker {hung[0]}, which hangs ({endings[rank].text})", 1, rank
             what = f"another process has left it ({endings[rank].text}); on several nodes look at the others' output"
             return what, 1, rank
         raise AssertionError(f"workers failed with exit codes {dict(codes)}")
-
-
-def _send(pid: int, signum: signal.Signals) -> None:
-    try:
-        os.kill(pid, signum)
-    except ProcessLookupError:
-        return  # it was quicker

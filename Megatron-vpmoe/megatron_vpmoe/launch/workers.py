@@ -109,10 +109,10 @@ def run_workers(cfg: RunConfig, nodes: Nodes, module: str, arguments: list[str],
         shutdown_timeout=_FAILURE_GRACE_SECONDS,
         signals_to_handle="SIGQUIT",  # the others are relayed, not turned into an early end
     )
-    watch = Watch(module, cfg.parallel.nproc_per_node)
-    watch.start()
     code = 0
     with tempfile.TemporaryDirectory(prefix="vpmoe-") as folder:
+        watch = Watch(module, cfg.parallel.nproc_per_node, Path(folder))
+        watch.start()
         os.environ |= {endings.FOLDER: folder, endings.LAUNCHER: str(os.getpid())}
         try:
             elastic_launch(launch_config, sys.executable)("-u", "-m", module, *arguments)

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from megatron_vpmoe.runtime import pulse
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _GRAPHS = 64
@@ -26,4 +28,5 @@ def part(method: F, compiled: bool) -> F:
 
 @functools.cache
 def _compiled(method: F) -> F:
+    pulse.compilations_are_signs()
     return torch.compile(method, fullgraph=True, dynamic=False, recompile_limit=_GRAPHS)  # type: ignore[return-value]

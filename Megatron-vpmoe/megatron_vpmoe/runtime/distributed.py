@@ -106,6 +106,14 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def is_restarted_group() -> bool:
+    """Whether torchrun has started these processes in place of others that failed; a collective.
+
+    An agent counts the failures of its own processes: those of the others say 0 when they are started again.
+    """
+    return any(gathered(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
+
+
 def from_rank_0(make: Callable[[], T]) -> T:
     """What ``make`` returns on rank 0 (small, and only it is called there), on every rank; a collective.
 

@@ -31,12 +31,14 @@ class Ending:
         text: what to tell a person.
         code: the exit code.
         at: seconds since the epoch.
+        stack: of one that was lost: where it waited, the innermost frame first.
     """
 
     kind: str
     text: str
     code: int
     at: float
+    stack: str = ""
 
 
 def ending_of(error: BaseException | None, *, debug: bool = False) -> Ending:
@@ -46,7 +48,9 @@ def ending_of(error: BaseException | None, *, debug: bool = False) -> Ending:
     if isinstance(error, SystemExit):
         return Ending("error", f"it left with exit code {error.code} before the run was done", 1, time.time())
     if is_lost_peer(error):
-        return Ending("lost", str(error).split("] ", 1)[-1].split(". ")[0].strip(), 1, time.time())
+        frames = reversed(traceback.extract_tb(error.__traceback__))
+        stack = "\n".join(f'  File "{frame.filename}", line {frame.lineno} in {frame.name}' for frame in frames)
+        return Ending("lost", str(error).split("] ", 1)[-1].split(". ")[0].strip(), 1, time.time(), stack)
     shown = of_the_system(error) if isinstance(error, OSError) else error
     if isinstance(shown, VpmoeError) and not debug:
         return Ending("error", f"{type(shown).__name__}: {shown}", shown.exit_code, time.time())

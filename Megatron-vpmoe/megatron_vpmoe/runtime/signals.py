@@ -1,4 +1,6 @@
-"""A polite stop: SIGTERM and SIGINT ask the loop to leave what it is at, write a checkpoint and exit 0."""
+"""What a run is asked from outside. To stop, by SIGTERM, SIGINT or a notice: the loop leaves what it is at, writes a
+checkpoint and exits 0. To save, by SIGUSR1: after the step it writes a checkpoint and goes on.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ from typing import Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_vpmoe.runtime import distributed
+from megatron_vpmoe.runtime import distributed, pulse
 from megatron_vpmoe.runtime.device import current_device
+from megatron_vpmoe.runtime.notices import Notice
 
 T = TypeVar("T")
 
@@ -39,33 +42,57 @@ class Stop(Protocol):
 
 
 class StopRequest:
-    """Remembers that a stop was asked for, until all ranks have agreed on it.
+    """Remembers what was asked for, until all ranks have agreed on it; whoever asks for it shows that it lives.
 
     A second SIGINT ends the process at once, for the impatient.
+
+    Args:
+        notices: that ask for a stop as well; the same on every rank.
+
+    Attributes:
+        why: what asked for the stop that was agreed on, on every rank.
     """
 
-    def __init__(self) -> None:
-        self._requested = 0
+    def __init__(self, *notices: Notice) -> None:
+        self._requested = self._saves = 0
+        self._notices, self._looked = notices, 0.0
+        self.why = "asked to stop"
 
     def install(self) -> StopRequest:
-        """Take over SIGTERM and SIGINT of this process (main thread only)."""
-        signal.signal(signal.SIGTERM, self._handle)
-        signal.signal(signal.SIGINT, self._handle)
+        """Take over SIGTERM, SIGINT and SIGUSR1 of this process (main thread only)."""
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(signum, self._handle)
         return self
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
-        if self._requested and signum == signal.SIGINT:
+        if signum == signal.SIGUSR1:
+            self._saves += 1
+            return
+        if 0 < self._requested < signal.NSIG and signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
-        self._requested = signum
+        self._requested = self._requested or signum
 
     def is_requested(self) -> bool:
         """Whether this rank was asked to stop."""
+        pulse.beat()
+        now = time.monotonic()
+        if not self._requested and now - self._looked > _SECONDS_BETWEEN_QUESTIONS:
+            self._looked = now
+            standing = [number for number, notice in enumerate(self._notices, signal.NSIG) if notice.stands()]
+            self._requested = max(standing, default=0)
         return self._requested > 0
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; a collective, so that all ranks stop after the same step."""
         return self._of_all_ranks()[0] > 0
+
+    def agreed_to_save(self) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, and whether one was asked to save and go on; a collective."""
+        asked = self._saves
+        stop, save = self._of_all_ranks(asked)
+        self._saves -= asked
+        return stop > 0, save > 0
 
     def check(self) -> Callable[[], None]:
         """A function to call before each of many like pieces of work, as often on each rank; a collective.
@@ -78,6 +105,7 @@ class StopRequest:
 
         def ask() -> None:
             nonlocal every, left, since
+            pulse.beat()
             left -= 1
             if left > 0:
                 return
@@ -112,8 +140,13 @@ class StopRequest:
                 return [each.result() for each in futures]
 
     def _of_all_ranks(self, *others: float) -> list[float]:
-        """Whether one was asked to stop, and the largest of each of ``others``; a collective."""
+        """What one was asked to stop by, and the largest of each of ``others``; a collective."""
+        self.is_requested()
         values = torch.tensor([self._requested, *others], dtype=torch.float64, device=current_device())
         if dist.is_initialized():
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        return values.tolist()
+        requested, *largest = values.tolist()
+        if requested >= signal.NSIG:
+            self.why = self._notices[int(requested) - signal.NSIG].text
+        pulse.beat()
+        return [requested, *largest]

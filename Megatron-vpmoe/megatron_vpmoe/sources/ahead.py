@@ -33,6 +33,9 @@ class Ahead:
         resume = self._source.resume
         return self._worker.submit(resume, position, source=source, allow_change=allow_change).result()
 
+    def forget(self) -> None:
+        """See ``Source``: nothing depends on weights."""
+
     def close(self) -> None:
         """See ``Source``."""
         self._next = None

@@ -91,6 +91,10 @@ class Annotated:
         """See ``Source``."""
         return self._source.resume(position, source=source, allow_change=allow_change)
 
+    def forget(self) -> None:
+        """See ``Source``."""
+        self._source.forget()
+
     def close(self) -> None:
         """See ``Source``."""
         self._source.close()

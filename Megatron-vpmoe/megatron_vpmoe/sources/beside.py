@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.runtime import pulse
 from megatron_vpmoe.runtime.device import has_gpu
 from megatron_vpmoe.runtime.exchange import ExchangeAside
 from megatron_vpmoe.runtime.signals import Interrupted
@@ -66,6 +67,7 @@ class Beside:
 
     def is_requested(self) -> bool:
         """See ``Stop``; a request to end the run is none: its last checkpoint holds what is under way."""
+        pulse.beat()
         return self._closed
 
     def agreed(self) -> bool:
@@ -73,6 +75,7 @@ class Beside:
         return self._closed
 
     def _check(self) -> None:
+        pulse.beat()
         if self._closed:
             raise Interrupted
 

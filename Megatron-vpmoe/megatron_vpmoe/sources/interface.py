@@ -88,6 +88,10 @@ class Source(Gives, Protocol):
         """
         ...
 
+    def forget(self) -> None:
+        """Drop what was made with weights that are no more; the next step is of data that come after. A collective."""
+        ...
+
     def close(self) -> None:
         """End what it has running; a step made in advance is dropped."""
         ...

@@ -184,6 +184,13 @@ class Rollouts(ABC):
         notes.append(f"{rest} sampled answers {told}")
         return None if unusable else sampling
 
+    def forget(self) -> None:
+        """See ``Source``: the answers in hand are dropped, and the next ones are to the prompts after theirs."""
+        if self._next is not None:
+            self._next()  # one sampling at a time; its prompts are drawn again
+        self._sampling = self._next = None
+        self._done = 0
+
     def close(self) -> None:
         """See ``Source``."""
         if self._beside is not None:

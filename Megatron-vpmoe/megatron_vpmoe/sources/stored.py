@@ -144,6 +144,9 @@ class StoredSource(_Stored):
         self.consumed_samples = consumed
         return notes
 
+    def forget(self) -> None:
+        """See ``Source``: nothing depends on weights."""
+
     def close(self) -> None:
         """Give up a step that is being made in another thread."""
         self._closed = True

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
-from megatron_vpmoe.data.batch import Batch
-from megatron_vpmoe.errors import NonFiniteError, VpmoeError
-from megatron_vpmoe.files import json_bytes, write_atomically
+from megatron_vpmoe.errors import VpmoeError
 from megatron_vpmoe.metrics import ExpertLoadFile, MetricStream, Sink, open_loads, open_sinks
 from megatron_vpmoe.metrics.run_store import check_store, store_path
 from megatron_vpmoe.model.moe.router_health import check_thresholds
 from megatron_vpmoe.optim import learning_rates
-from megatron_vpmoe.runtime import distributed
+from megatron_vpmoe.runtime import distributed, pulse
 from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
 from megatron_vpmoe.sources import check_collapse
+from megatron_vpmoe.training.failure_policy import go_back, judge, notices_of
 from megatron_vpmoe.training.progress import Progress
 from megatron_vpmoe.training.resources import StepClock, memory_of_ranks, timed
 from megatron_vpmoe.training.router import RouterMonitor
 from megatron_vpmoe.training.run import Run, open_run, register
 from megatron_vpmoe.training.run_directory import ownership
 from megatron_vpmoe.training.samples import SampleWriter
-from megatron_vpmoe.training.step import StepResult, train_step
+from megatron_vpmoe.training.step import train_step
 from megatron_vpmoe.training.suites import OpenedSuite
 from megatron_vpmoe.training.throughput import Throughput
 
@@ -51,15 +50,18 @@ def train(cfg: RunConfig, of_pace: Callable[[float | None], str | None] = lambda
         held.callback(run.source.close)
         if former is not None:
             run.notes += (f"the run before, process {former.get('pid')} on {former.get('host')}, ended abruptly",)
-        sinks: list[Sink] = []
-        loads: list[ExpertLoadFile] = []
-        metrics = held.enter_context(MetricStream(sinks, loads, run.elapsed.place))
-        distributed.from_rank_0(lambda: sinks.append(register(run)))
-        distributed.from_rank_0(lambda: sinks.extend(open_sinks(cfg, run.directory, resume_step=run.iteration)))
-        distributed.from_rank_0(lambda: loads.extend(open_loads(cfg, run.directory, resume_step=run.iteration)))
         # From here on there is something to save; a signal before ends the process as it would any other.
-        stop = StopRequest().install()
-        _train(run, stop, metrics, Progress(cfg, start=run.iteration, enabled=is_main), of_pace)
+        stop, event = StopRequest(*notices_of(run)).install(), dict[str, float]()
+        while True:
+            sinks, loads = list[Sink](), list[ExpertLoadFile]()
+            with MetricStream(sinks, loads, run.elapsed.place) as metrics, pulse.watched(cfg.stall_timeout):
+                distributed.from_rank_0(partial(_open_metrics, run, sinks, loads))
+                if event:
+                    metrics.log(run.iteration + 1, event)
+                spike = _train(run, stop, metrics, Progress(cfg, start=run.iteration, enabled=is_main), of_pace)
+            if not spike:
+                break
+            event = go_back(run)
     return run
 
 
@@ -69,7 +71,8 @@ def _train(
     metrics: MetricStream,
     progress: Progress,
     of_pace: Callable[[float | None], str | None],
-) -> None:
+) -> bool:
+    """From the run's step to the last one, or until it is stopped; or to a spike, to be rolled back (True)."""
     cfg, last = run.cfg, run.cfg.training.train_iters
     routers, clock = RouterMonitor(run.model, cfg), StepClock(run.model)
     samples = SampleWriter(run.valid_dataset, cfg, run.directory / "samples.jsonl", resume_step=run.iteration)
@@ -95,12 +98,17 @@ def _train(
             routers.reset()
             logged = _due(run.iteration + 1, cfg.logging.log_interval, last)
             with clock.listening(logged):
-                result = train_step(run.wrapped, run.optimizer, run.objective, batches, check, measure=logged)
+                result = train_step(
+                    run.wrapped, run.optimizer, run.objective, batches, check, run.spikes.accepts, measure=logged
+                )
             if result.updated:
                 run.objective.end_step(result.metrics)
-            else:
-                with _by_all_ranks(run, progress):
-                    _skip_or_stop(run, result, batches)
+            with _by_all_ranks(run, progress):
+                goes_back = judge(run, result, batches, metrics, progress.note)
+            if goes_back:
+                run.position = position
+                _settle(run, progress)
+                return True
             rates = learning_rates(run.scheduler, run.assignment, cfg) if logged else {}
             run.scheduler.step(1)
             run.iteration += 1
@@ -108,7 +116,7 @@ def _train(
             throughput.step(result.metrics["tokens/real"], batches)
             run.elapsed.tokens += result.metrics["tokens/real"]
             _settle(run, progress, wait=False)
-            stopping = stop.agreed()
+            stopping, saving = stop.agreed_to_save()
             step = run.iteration
 
             if logged:
@@ -128,12 +136,12 @@ def _train(
                 samples.write(run.model, step, stop)
             due = [each for each in run.suites if _due(step, each.part.interval, last)]
             _ask_suites(run, due, metrics, progress, stop)
-            if _due(step, cfg.checkpoint.save_interval, last) or step == last or stopping:
+            if _due(step, cfg.checkpoint.save_interval, last) or step == last or stopping or saving:
                 _save(run, metrics, progress)
             throughput.restart()
     except Interrupted as interrupted:
         stopping, cause = True, interrupted.__cause__
-        why = "asked to stop" if cause is None else "it cannot go on"
+        why = stop.why if cause is None else "it cannot go on"
         progress.note(f"{why}: what came after step {run.iteration} is left out")
         if run.iteration > run.saved:
             _save(run, metrics, progress)
@@ -141,9 +149,17 @@ def _train(
             _settle(run, progress)
             raise cause from None
     _settle(run, progress)
-    progress.finished(run.iteration, stopped=stopping and run.iteration < last)
+    progress.finished(run.iteration, stopped=stop.why if stopping and run.iteration < last else None)
     if (said := of_pace(throughput.typical_step)) is not None:
         progress.note(said)
+    return False
+
+
+def _open_metrics(run: Run, sinks: list[Sink], loads: list[ExpertLoadFile]) -> None:
+    """Where metrics go from the run's step on, one by one: what has been opened is closed where the next one fails."""
+    sinks.append(register(run))
+    sinks.extend(open_sinks(run.cfg, run.directory, resume_step=run.iteration))
+    loads.extend(open_loads(run.cfg, run.directory, resume_step=run.iteration))
 
 
 def _save(run: Run, metrics: MetricStream, progress: Progress) -> None:
@@ -195,33 +211,3 @@ def _ask_suites(
 def _due(step: int, interval: int | None, last: int) -> bool:
     """Every ``interval`` steps, and at the last one; never for None."""
     return interval is not None and (step % interval == 0 or step == last)
-
-
-def _skip_or_stop(run: Run, result: StepResult, batches: list[Batch]) -> None:
-    """A step whose loss or gradient is not finite: dump what led to it, then drop the step or end the run."""
-    training = run.cfg.training
-    run.skipped_steps += 1
-    numbers = {"loss": result.metrics["loss/total"], "grad_norm": result.grad_norm}
-    report = {
-        "iteration": run.iteration + 1,
-        "rank": distributed.rank(),
-        **{name: value if math.isfinite(value) else str(value) for name, value in numbers.items()},
-        "sample_ids": [sample for batch in batches for sample in batch.sample_ids],
-        "parameters": [
-            run.model.absolute_name(name)
-            for name, parameter in run.model.named_parameters()
-            if (grad := getattr(parameter, "main_grad", None)) is not None and not bool(grad.isfinite().all())
-        ],
-    }
-    path = run.directory / f"nonfinite_{run.iteration + 1:07d}_rank{distributed.rank()}.json"
-    write_atomically(path, json_bytes(report))
-    if training.nonfinite_policy == "skip" and run.skipped_steps <= training.nonfinite_max_skips:
-        return
-    what = "loss" if not math.isfinite(result.metrics["loss/total"]) else "gradient"
-    first = [name for names in distributed.gathered(report["parameters"]) for name in names][:1]
-    named = f", first in {first[0]}" if first else ""
-    raise NonFiniteError(
-        f"the {what} of iteration {run.iteration + 1} is not finite{named}",
-        source=f"{path} (batch ids, parameters with a non-finite gradient)",
-        remedy="lower the learning rate, or nonfinite_policy: skip with nonfinite_max_skips to drop such steps",
-    )

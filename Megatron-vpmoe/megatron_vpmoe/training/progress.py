@@ -116,11 +116,11 @@ class Progress:
         waited = f"training waited {saving.waited:.1f} of {saving.seconds:.1f} s"
         self.note(f"step {saving.iteration}: saved {saving.path}  ({waited})")
 
-    def finished(self, step: int, *, stopped: bool) -> None:
-        """The loop has ended after ``step``; ``stopped``: by a signal, before the end."""
+    def finished(self, step: int, *, stopped: str | None) -> None:
+        """The loop has ended after ``step``; ``stopped``: before the end, and why."""
         if self._bar is not None:
             self._bar.stop()
-        outcome = f"stopped at step {step}; --resume continues" if stopped else f"done, step {step}"
+        outcome = f"stopped at step {step} ({stopped}); --resume continues" if stopped else f"done, step {step}"
         self.note(f"{self._name}: {outcome}")
 
 

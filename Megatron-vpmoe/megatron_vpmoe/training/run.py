@@ -55,6 +55,7 @@ from megatron_vpmoe.training.initial_weights import load_initial_weights
 from megatron_vpmoe.training.provenance import collect_provenance
 from megatron_vpmoe.training.retention import Retention
 from megatron_vpmoe.training.run_directory import continued
+from megatron_vpmoe.training.spikes import Spikes
 from megatron_vpmoe.training.suites import OpenedSuite, open_suites
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class Run:
         restored_from: the checkpoint that this run continues, if any.
         notes: lines about the restore, for the log.
         carried: what the weights brought along, for every checkpoint of the run.
+        spikes: what the loss of a step is held against.
+        longest_save: seconds that a checkpoint took at most; 0 before the first.
     """
 
     cfg: RunConfig
@@ -108,10 +111,13 @@ class Run:
     restored_from: Path | None = None
     notes: tuple[str, ...] = ()
     carried: checkpoint.Carried | None = None
+    longest_save: float = 0.0
+    spikes: Spikes = field(init=False)
     retention: Retention = field(init=False)
 
     def __post_init__(self) -> None:
         keep = self.cfg.checkpoint
+        self.spikes = Spikes(self.cfg.failure)
         self.retention = Retention(
             self.directory / "checkpoints",
             keep_last=keep.keep_last,
@@ -139,6 +145,7 @@ class Run:
             "data": position.data,
             "skipped_steps": self.skipped_steps,
             "elapsed": self.elapsed.place(),
+            "spikes": self.spikes.state(),
             "objective": {"name": self.cfg.training.objective, "state": self.objective.state()},
             "world_size": distributed.world_size(),
             "config": self.cfg.model_dump(mode="json"),
@@ -172,6 +179,7 @@ class Run:
         if saving is None or not (saving.wait() if wait else saving.advance()):
             return None
         self.saving = None
+        self.longest_save = max(self.longest_save, saving.seconds)
         return saving
 
 
@@ -274,6 +282,7 @@ def _restore(run: Run, found: checkpoint.Found) -> None:
         run.notes += ("the checkpoint counts neither tokens nor seconds: both are counted from here on",)
     else:
         run.elapsed = elapsed
+    run.spikes.restore(found.state.get("spikes", {}))
     run.notes += tuple(
         run.source.resume(
             position,

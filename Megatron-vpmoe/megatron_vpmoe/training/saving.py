@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vpmoe.errors import of_the_system
-from megatron_vpmoe.runtime import device, distributed
+from megatron_vpmoe.runtime import device, distributed, pulse
 from megatron_vpmoe.training.checkpoint_part import Part, Written
 
 _SECONDS_BETWEEN_QUESTIONS = 1.0
@@ -65,6 +65,7 @@ class Saving:
             VpmoeError: a rank could not write; on every rank that of the first one. What was written is gone.
         """
         wait([self._work], patience)
+        pulse.beat()
         failure = self._work.exception() if self._work.done() else None
         running, failed = self._of_any_rank(not self._work.done(), failure is not None)
         if failed:

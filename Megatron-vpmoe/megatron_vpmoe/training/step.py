@@ -61,6 +61,7 @@ def train_step(
     objective: Objective,
     batches: list[Batch],
     check: Callable[[], None] = lambda: None,
+    accepts: Callable[[float], bool] = lambda _: True,
     *,
     measure: bool = False,
 ) -> StepResult:
@@ -74,6 +75,7 @@ def train_step(
     Args:
         batches: this rank's micro-batches, on the CPU.
         check: called before each micro-batch; what it raises leaves parameters and expert biases as they were.
+        accepts: whether a step with this loss, of the global batch, may move anything; the same on every rank.
         measure: also take norms and update sizes by assignment rule, for which the host waits once the update is made.
     """
     totals = global_totals(objective, batches)
@@ -92,7 +94,7 @@ def train_step(
         metrics = _global_metrics(objective, totals, names, sums)
         grad_norm = math.sqrt(squared_norm) if math.isfinite(metrics["loss/total"]) else math.nan
         groups: dict[str, float] = {}
-        if updated := math.isfinite(grad_norm):
+        if updated := accepts(metrics["loss/total"]) and math.isfinite(grad_norm):
             groups = optimizer.update(grad_norm, measure=measure)
     # Finalising the gradients has moved the expert biases already, those of frozen routers too.
     for (bias, is_router_trained), as_it_was in zip(biases, before, strict=True):

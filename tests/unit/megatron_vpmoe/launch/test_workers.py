@@ -209,10 +209,15 @@ def test_a_stopped_worker_is_named_while_the_others_wait(start: Start) -> None:
     ],
 )
 def test_who_is_blamed_where_one_lost_another(
-    gone: dict[int, float], codes: dict[int, int], stopped: set[int], expected: str, capsys: pytest.CaptureFixture[str]
+    gone: dict[int, float],
+    codes: dict[int, int],
+    stopped: set[int],
+    expected: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Worker 0 says at second 9 that a connection closed; the launcher ends what is left 5 seconds later."""
-    watch = Watch("nobody", 2)
+    watch = Watch("nobody", 2, tmp_path)
     watch.gone, watch.stopped = gone, stopped
     watch.verdict({0: Ending("lost", "closed", 1, 9.0)}, codes)
     assert expected in capsys.readouterr().err

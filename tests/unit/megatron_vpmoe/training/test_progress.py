@@ -54,14 +54,14 @@ def test_a_log_gets_plain_lines_with_a_running_estimate():
     progress.evaluated(20, {"loss/total": 2.0, "rewards/margin": 0.25, "accuracy/relative": 0.75})
     progress.evaluated(20, {"reward_mean": 0.25, "reward/exact": 0.25, "length_mean": 9.0})
     progress.saved(cast(Saving, SimpleNamespace(iteration=20, path=Path("runs/x"), waited=0.31, seconds=2.0)))
-    progress.finished(20, stopped=True)
+    progress.finished(20, stopped="asked to stop")
     lines = stream.getvalue().splitlines()
     assert lines[0].startswith("step  20/100  loss 2.5000") and lines[0].endswith("eta 2m40s")
     assert lines[1] == "router: [bold]2 experts[/bold]"
     assert lines[2] == "step 20: validation loss 2.0000  margin 0.250  preferred 75%"
     assert lines[3] == "step 20: validation reward_mean 0.2500, reward/exact 0.2500"
     assert lines[4] == "step 20: saved runs/x  (training waited 0.3 of 2.0 s)"
-    assert "stopped at step 20; --resume continues" in lines[5]
+    assert "stopped at step 20 (asked to stop); --resume continues" in lines[5]
     assert "\x1b" not in stream.getvalue()
 
 
@@ -70,5 +70,5 @@ def test_other_ranks_are_silent():
     progress = Progress(tiny_config(), enabled=False, stream=stream)
     progress.step(1, VALUES)
     progress.note("x")
-    progress.finished(1, stopped=False)
+    progress.finished(1, stopped=None)
     assert stream.getvalue() == ""

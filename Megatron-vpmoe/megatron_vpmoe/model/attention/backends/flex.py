@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
 from megatron_vpmoe.model.attention.masks import SequenceLayout
+from megatron_vpmoe.runtime import pulse
 
 TILE = 128
 # The compiled kernel takes no smaller head; zeros change neither scores nor, cut off again, values.
@@ -79,6 +80,7 @@ def _compiled(backend: object = "inductor") -> Callable[..., Tensor]:
     # Here and not at import: megatron.core is imported with a torch.compile that does nothing (runtime/device.py).
     # One graph or an error: past its limit of recompilations torch would otherwise compute densely, and not say so.
     # Windows, bias or not, gradients or not and the first two sequence lengths multiply: torch's limit of 8 is too low.
+    pulse.compilations_are_signs()
     return torch.compile(_attend, backend=backend, fullgraph=True, recompile_limit=_GRAPHS)  # type: ignore[arg-type]
 
 
