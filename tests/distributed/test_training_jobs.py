@@ -23,6 +23,8 @@ from tests.golden.test_vocabulary_travels import WORDS
 from tests.golden.test_vocabulary_travels import dataset as text_dataset
 from tests.tiny import ROOT
 from vpmoe.errors import NotOursError, UpcycleError
+from vpmoe.runs.queries import last_values
+from vpmoe.runs.registry import find_run
 from vpmoe.upcycle import runner, training_jobs
 from vpmoe.upcycle.ladder_file import Ladder, flags, read_ladder
 from vpmoe.weights import megatron_checkpoint
@@ -137,6 +139,10 @@ def test_pretrain_makes_an_object_of_a_training(ladder: Ladder) -> None:
         "hf/config.json",
         "hf/tokenizer_config.json",
     } <= files.keys()
+    run = find_run(str(kept := Path(ladder.get("random").path) / "training"))
+    assert os.path.samefile(run.directory, kept), "the run store finds it where it is kept"
+    assert (run.name, run.status, run.experiment) == ("random", "finished", kept.parent.parent.name)
+    assert last_values(run)["valid/loss/total"] == loss["after"]
 
 
 def test_a_derived_object_serves_as_a_source(ladder: Ladder) -> None:

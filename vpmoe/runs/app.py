@@ -274,8 +274,8 @@ def rm(
             raise DataError(f"{run.name} is running", source=str(run.directory), remedy=f"end it first: kill {run.pid}")
         gone = f" and {run.directory} ({removal.check_removable(run) / 2**20:,.1f} MiB)" if files else ""
         typer.echo(f"the entry of {run.name} ({run.id}){gone}")
-    if not yes and not typer.confirm("remove this?"):
-        raise typer.Exit(2)
+    if not yes:
+        typer.confirm("remove this?", abort=True)
     for run in found:
         if files:
             removal.remove_files(run)

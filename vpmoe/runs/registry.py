@@ -175,7 +175,7 @@ def choose(text: str, runs: list[RunEntry], store: Path) -> RunEntry:
         return exact[0]
     if named := [run for run in runs if run.name == text]:
         return named[0]
-    if Path(text).is_dir():
+    if text and Path(text).is_dir():
         here, known = os.path.realpath(text), identity_of(Path(text))
         for run in runs:
             if run.id == known and (not run.is_there or os.path.realpath(run.directory) == here):
@@ -189,7 +189,7 @@ def choose(text: str, runs: list[RunEntry], store: Path) -> RunEntry:
             source=str(store),
             remedy="write more of the id",
         )
-    if Path(text).is_dir():
+    if text and Path(text).is_dir():
         raise DataError("this directory is of no run in the store", source=text, remedy=f"vpmoe runs add {text}")
     near = ", ".join(dict.fromkeys(run.name for run in runs[:5])) or "none"
     raise DataError(

@@ -190,8 +190,9 @@ def show_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], console: Co
 
 def sparkline(values: Sequence[float], columns: int = _CURVE_COLUMNS) -> str:
     """Values as bars between the lowest and the highest; of a stretch its last stands; "·" where it is no number."""
-    thinned = [values[min(len(values), (i + 1) * len(values) // columns or 1) - 1] for i in range(columns)]
-    shown = list(values) if len(values) <= columns else thinned
+    shown = list(values)
+    if len(shown) > columns:
+        shown = [shown[(number + 1) * len(shown) // columns - 1] for number in range(columns)]
     finite = [value for value in shown if value - value == 0]
     low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0

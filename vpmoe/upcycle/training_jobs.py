@@ -2,7 +2,8 @@
 
 The training is the ordinary one (what ``vpmoe train`` starts, with its checks, processes and checkpoints) into the
 job's scratch: an interrupted job goes on from the run's newest checkpoint. The product is the weights of its last one.
-The object's ``training/`` keeps the run's metrics, configuration and assignment table.
+The object's ``training/`` keeps the run's metrics, configuration, assignment table and identity; the run store finds
+the run there.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ from megatron_vpmoe.config.parameters import is_trained
 from megatron_vpmoe.files import sha256_of_file, write_atomically
 from megatron_vpmoe.manifest import read_manifest, read_sealed
 from megatron_vpmoe.metrics import read_records
+from megatron_vpmoe.metrics.records import to_stderr
+from megatron_vpmoe.metrics.run_store import IDENTITY, moved, store_path
 from vpmoe.commands import Command, CommandFailed, run_command
-from vpmoe.errors import UpcycleError
+from vpmoe.errors import UpcycleError, VpmoeError
 from vpmoe.upcycle.job import Job, JobSettings, Product, Task
 from vpmoe.upcycle.ladder_file import ObjectSpec, flags, geometry
 from vpmoe.upcycle.rung_below import RungBelow, below_and_written, refuse_changed, refuse_other_changes
 from vpmoe.upcycle.training_receipt import router_report, training_report, validation_report
 
 LAUNCHER = "megatron_vpmoe.launch"
-KEPT = ("metrics.jsonl", "config.yaml", "assignment.json")
+KEPT = ("metrics.jsonl", "config.yaml", "assignment.json", IDENTITY)
 """Files of the run that the object keeps."""
 
 
@@ -80,8 +83,14 @@ class Pretrain(Job[TrainingSettings]):
         run = run_directory(task)
         (folder / "training").mkdir(exist_ok=True)
         for name in KEPT:
-            shutil.copyfile(run / name, folder / "training" / name)
-        last = training_config(task.spec, task.settings).training.train_iters
+            if name != IDENTITY or (run / name).is_file():  # older runs have none
+                shutil.copyfile(run / name, folder / "training" / name)
+        cfg = training_config(task.spec, task.settings)
+        last = cfg.training.train_iters
+        try:
+            moved(store_path(cfg.logging.run_store), folder / "training")
+        except VpmoeError as error:  # the object is none the worse
+            to_stderr(f"the run store does not know where the run is kept: {error.what}")
         return {"validation": validation_report(read_records(run / "metrics.jsonl"), last, source=task.spec.id)}
 
 
@@ -190,6 +199,8 @@ def train(task: Task[TrainingSettings]) -> Path:
     cfg = training_config(task.spec, task.settings)
     directory = run_directory(task)
     decided = {"run_dir": str(directory), "resume": True, "eval_at_start": True}
+    if cfg.logging.experiment is None:
+        decided["experiment"] = Path(task.spec.path).resolve().parent.name
     if "model" in task.inputs:
         decided["load_weights"] = str(task.inputs["model"].checkpoint)
     if task.settings.score is not None:

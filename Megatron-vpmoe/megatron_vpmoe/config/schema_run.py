@@ -243,7 +243,7 @@ class LoggingSection(Section):
     """Iterations between metric records and progress lines."""
     run_store: Text | None = None
     """SQLite file that the run registers itself in; null: $VPMOE_RUN_STORE, else runs/registry.sqlite."""
-    experiment: Name | None = None
+    experiment: Text | None = None
     """What the run belongs to, for lists of runs; null: the name of the folder that its directory lies in."""
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"
     """Weights & Biases: write locally, upload, or leave it out."""

@@ -72,20 +72,16 @@ def check_store(path: Path) -> None:
 
 
 @contextmanager
-def opened_store(path: Path, *, patience: float = _PATIENCE_SECONDS) -> Iterator[sqlite3.Connection]:
+def opened_store(path: Path) -> Iterator[sqlite3.Connection]:
     """One transaction that may write; the file is made, with its folder, where there is none.
-
-    Args:
-        path: the run store.
-        patience: seconds that another writer is waited for.
 
     Raises:
         NotOursError, DataError: see ``check_store``.
-        BusyError: another process has been writing for longer than that.
+        BusyError: another process has been writing for some seconds.
     """
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(path, timeout=patience, isolation_level=None)) as connection:
+        with closing(sqlite3.connect(path, timeout=_PATIENCE_SECONDS, isolation_level=None)) as connection:
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("BEGIN IMMEDIATE")
             if not _checked(connection, path):

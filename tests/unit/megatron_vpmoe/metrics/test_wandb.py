@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 import sys
@@ -9,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -24,7 +26,7 @@ class FakeWandb(ModuleType):
         super().__init__("wandb")
         self.started: dict = {}
         self.logged: list[tuple[int, dict]] = []
-        self.finished = False
+        self.finished, self.exit_code = False, -1
         self.gate = threading.Event()
         self.gate.set()
 
@@ -40,7 +42,7 @@ class FakeWandb(ModuleType):
         self.logged.append((step, values))
 
     def _finish(self, exit_code: int) -> None:
-        self.finished = exit_code == 0
+        self.finished, self.exit_code = exit_code == 0, exit_code
 
 
 @pytest.fixture
@@ -93,6 +95,35 @@ def test_a_failing_log_is_reported_once_and_the_run_goes_on(fake: FakeWandb, tmp
     assert len(reports) == 1 and "ConnectionError: gone" in reports[0]
 
 
+def test_a_package_that_is_not_there_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    reports: list[str] = []
+    sink = start(tmp_path, reports)
+    sink.write([Record(1, "a", 1.0)])
+    sink.close()
+    assert len(reports) == 1 and "wandb" in reports[0]
+
+
+@pytest.mark.parametrize("when", ["_log", "_finish"])
+def test_a_full_disk_stops_nothing(fake: FakeWandb, tmp_path: Path, monkeypatch, when: str):
+    def full(*_: object, **__: object):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fake, when, full)
+    reports: list[str] = []
+    sink = start(tmp_path, reports)
+    for step in range(3):
+        sink.write([Record(step, "a", 1.0)])
+    sink.close()
+    assert len(reports) == 1 and "No space left" in reports[0]
+
+
+def test_a_run_that_fails_fails_there_too(fake: FakeWandb, tmp_path: Path):
+    sink = start(tmp_path, [])
+    sink.close("NonFiniteError: the loss is not finite")
+    assert fake.exit_code == 1
+
+
 def test_a_hanging_service_holds_nothing_up(fake: FakeWandb, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(sink_module, "_PATIENCE_SECONDS", 0.2)
     fake.gate.clear()
@@ -141,21 +172,34 @@ def test_a_resumed_offline_run_is_one_history(tmp_path: Path, monkeypatch: pytes
     while (found := history(left)) != expected and time.monotonic() < deadline:
         time.sleep(0.05)  # W&B's own process is still writing
     assert found == expected
+    configured = {item.key: json.loads(item.value_json) for each in messages(left) for item in each.run.config.update}
+    assert configured["model"] == cfg.model_dump(mode="json")["model"]
+    assert [each.run.run_id for each in messages(left) if each.run.run_id] == [cfg.training.run_name]
 
 
 def history(path: Path) -> list[tuple[int, dict[str, float]]]:
-    """(step, values) in the order of an offline run's file: one protobuf a record, as LevelDB's logs have them."""
+    """(step, values) in the order of an offline run's file."""
+    found = []
+    for message in messages(path):
+        items = message.history
+        values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items.item}
+        if values := {key: value for key, value in values.items() if not key.startswith("_")}:
+            found.append((items.step.num, values))
+    return found
+
+
+def messages(path: Path) -> list[Any]:
+    """What an offline run's file holds: W&B's own messages, in blocks of 32 KiB as LevelDB's logs have them."""
     from wandb.proto import wandb_internal_pb2
 
-    content, at, found = path.read_bytes(), 7, []
+    content, at, found, whole = path.read_bytes(), 7, [], b""
     while at + 7 <= len(content):
-        (length,) = struct.unpack_from("<H", content, at + 4)
-        whole = content[at + 7 : at + 7 + length]
+        if 32768 - at % 32768 < 7:  # the end of a block has no room for a header
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", content, at + 4)
+        whole = content[at + 7 : at + 7 + length] if kind in (1, 2) else whole + content[at + 7 : at + 7 + length]
         at += 7 + length
-        if len(whole) == length:
-            items = wandb_internal_pb2.Record.FromString(whole).history  # pyright: ignore[reportAttributeAccessIssue]
-            values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items.item}
-            if values := {key: value for key, value in values.items() if not key.startswith("_")}:
-                found.append((items.step.num, values))
-    assert at < 32768  # no record goes over the end of a block
+        if kind in (1, 4) and at <= len(content):  # whole, or the last part
+            found.append(wandb_internal_pb2.Record.FromString(whole))  # pyright: ignore[reportAttributeAccessIssue]
     return found
