@@ -77,17 +77,10 @@ def run_workers(world_size: int, target: Callable[..., Any], *arguments: Any, fo
         target: a module-level function; what it returns must be savable by torch.save.
         folder: for the results.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        described = {
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(probe.getsockname()[1]),
-        }
     results = [folder / f"result_{rank}.pt" for rank in range(world_size)]
     workers = [
-        Started(_work, path, target, arguments, environment={**described, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank, path in enumerate(results)
+        Started(_work, path, target, arguments, environment=environment)
+        for path, environment in zip(results, described_ranks(world_size), strict=True)
     ]
     running, deadline = {worker.process.sentinel: worker for worker in workers}, time.monotonic() + 300
     while running:
@@ -99,6 +92,15 @@ def run_workers(world_size: int, target: Callable[..., Any], *arguments: Any, fo
     codes = [worker.finish().returncode for worker in workers]
     assert codes == [0] * world_size, f"{target.__name__} ended with {codes}, a rank each"
     return [torch.load(path, weights_only=False) for path in results]
+
+
+def described_ranks(world_size: int) -> list[dict[str, str]]:
+    """The environment of each of ``world_size`` processes that are to meet, as torchrun would describe them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
 
 def _work(result: Path, target: Callable[..., Any], arguments: tuple) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -84,28 +82,6 @@ def test_terminated_in_the_middle_of_a_batch(tmp_path: Path, dataset: Path) -> N
     assert not [key for key in straight if not torch.equal(ours[key], straight[key])]
 
 
-@pytest.mark.parametrize("beside", [True, False])
-def test_killed_and_resumed(tmp_path: Path, dataset: Path, straight: Path, *, beside: bool) -> None:
-    """kill -9 after step 12, with checkpoints at 5 and 10: what came after the last is done again, and logged once."""
-    assert training_runs.train_until(12, signal.SIGKILL, tmp_path, dataset, async_save=beside) == -signal.SIGKILL
-    done = training_runs.train(tmp_path, dataset, resume=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert_same_run(tmp_path, straight)
-
-
-def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, dataset: Path, straight: Path) -> None:
-    assert training_runs.train_until(12, signal.SIGKILL, tmp_path, dataset, async_save=False) == -signal.SIGKILL
-    newest = max((tmp_path / "checkpoints").glob("iter_???????"))
-    victim = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
-    content = bytearray(victim.read_bytes())
-    content[len(content) // 2] ^= 1
-    victim.write_bytes(content)
-    done = training_runs.train(tmp_path, dataset, resume=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert victim.name in done.stdout and "sha256" in done.stdout
-    assert_same_run(tmp_path, straight)
-
-
 def test_a_run_that_all_ranks_end_leaves_the_checkpoint_that_was_being_written(tmp_path: Path, dataset: Path) -> None:
     """Saved after step 5; step 6 is the first to be held against a limit, which it passes."""
     ended = training_runs.train(tmp_path, dataset, log_interval=6, router_max_vio_fail=1e-6)
@@ -157,21 +133,6 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_with_room(tmp_path: Path
     assert "iter_0000005" in done.stdout
 
 
-def test_two_trainings_in_one_directory(tmp_path: Path, dataset: Path) -> None:
-    """The second is refused and names the first, which is not disturbed; what a killed one left is no hindrance."""
-    assert training_runs.train_until(6, signal.SIGKILL, tmp_path, dataset) == -signal.SIGKILL
-    first = training_runs.start(tmp_path, dataset, resume=True)
-    training_runs.reach(7, tmp_path, first.process.is_alive)
-    os.kill(first.process.pid or 0, signal.SIGSTOP)
-    second = training_runs.train(tmp_path, dataset, resume=True, seed=8)
-    os.kill(first.process.pid or 0, signal.SIGCONT)
-    ended = first.finish(timeout=120)
-    assert second.returncode == 2
-    assert f"process {first.process.pid} on" in second.stderr and "Traceback" not in second.stderr
-    assert ended.returncode == 0 and "ended abruptly" in ended.stdout
-    assert list(training_runs.losses(tmp_path)) == list(range(1, LAST + 1))
-
-
 def test_a_refusal_ends_every_rank(tmp_path: Path, dataset: Path) -> None:
     arguments = training_runs.command(tmp_path / "run", dataset, nproc_per_node=2)[3:]
     with ownership(tmp_path / "run"):
@@ -190,16 +151,3 @@ def test_another_geometry_or_order_is_refused(dataset: Path, straight: Path, cha
     done = training_runs.train(straight, dataset, resume=True, train_iters=LAST + 5, **change)
     assert done.returncode == 2
     assert next(iter(change)) in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_killed_run_leaves_no_process_behind(tmp_path: Path, dataset: Path) -> None:
-    """Megatron's own checkpoint writer would: it works in processes of its own. They inherit a variable."""
-    environment = {**training_runs.ENVIRONMENT, "VPMOE_TEST_RUN": str(tmp_path)}
-    with subprocess.Popen(training_runs.command(tmp_path, dataset), env=environment, stdout=subprocess.DEVNULL) as run:
-        training_runs.reach(6, tmp_path, lambda: run.poll() is None)
-        assert training_runs.processes_with_environment("VPMOE_TEST_RUN", str(tmp_path))
-        run.kill()
-    deadline = time.monotonic() + 20
-    while left := training_runs.processes_with_environment("VPMOE_TEST_RUN", str(tmp_path)):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)

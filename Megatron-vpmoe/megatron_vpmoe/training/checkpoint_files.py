@@ -157,6 +157,13 @@ def tracker_fault(directory: Path, newest: Found | None) -> str | None:
     return None
 
 
+def write_tracker(directory: Path, iteration: int) -> None:
+    """Have upstream's tracker file name an iteration; a folder in its place is set aside."""
+    if (tracker := directory / TRACKER).is_dir() and not tracker.is_symlink():
+        set_aside(tracker)
+    write_atomically(tracker, f"{iteration}\n".encode())
+
+
 def set_aside_before(directory: Path) -> list[Damaged]:
     """The damaged checkpoints that earlier runs have set aside."""
     names = sorted(name for name in names_in(directory) if _SET_ASIDE.fullmatch(name))
@@ -231,9 +238,7 @@ def seal(partial: Path, final: Path, run_state: dict[str, Any], hashed: Mapping[
     if os.path.lexists(final):
         set_aside(final, "replaced" if damage(final, check_hashes=False) is None else "damaged")
     partial.rename(final)
-    if (tracker := final.parent / TRACKER).is_dir() and not tracker.is_symlink():
-        set_aside(tracker)
-    write_atomically(tracker, f"{run_state['iteration']}\n".encode())
+    write_tracker(final.parent, run_state["iteration"])
 
 
 def set_aside(path: Path, as_what: str = "damaged") -> Path:

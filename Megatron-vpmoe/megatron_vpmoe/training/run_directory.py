@@ -20,6 +20,7 @@ from megatron_vpmoe.training.checkpoint_files import (
     set_aside,
     set_aside_before,
     tracker_fault,
+    write_tracker,
 )
 from megatron_vpmoe.training.provenance import check_provenance
 
@@ -126,6 +127,8 @@ def continued(cfg: RunConfig) -> tuple[Found | None, list[str]]:
         for name in filter(_BEGINNING.fullmatch, names_in(folder)):
             (folder / name).unlink(missing_ok=True)
     notes += [f"set aside as {set_aside(line.path)}" for line in damaged]
+    if found is not None and tracker_fault(found.path.parent, found) is not None:
+        write_tracker(found.path.parent, found.iteration)
     logs = (cfg.run_directory / name for name in _LOGS) if found is None else ()
     notes += [f"kept of a run before: {set_aside(log, 'before')}" for log in logs if log.is_file()]
     return found, notes
