@@ -21,7 +21,7 @@ from tests import training_runs
 from tests.crash.points import Point, stopping_at
 from tests.workers import Started, described_ranks
 
-_OF_THE_CLOCK = re.compile("throughput/|.*/seconds")
+_OF_THE_CLOCK = re.compile("throughput/|ms/|memory/|.*/seconds")
 _OWN = (".metadata", "run_state.json")
 """Files of a checkpoint that name a folder, a moment or a configuration: no two runs have the same."""
 _SECONDS_TO_A_POINT, _SECONDS_TO_END = 180, 60
