@@ -51,6 +51,7 @@ VERBS = {
     "eval": ("vpmoe.eval.app:app", "Evaluate a model on questions whose answers can be checked."),
     "model": ("vpmoe.describe.app:app", "Look at what a configuration builds."),
     "runs": ("vpmoe.runs.app:app", "The runs so far: list, compare, plot, export, ask in SQL, tag, remove."),
+    "checkpoint": ("vpmoe.checkpoints.app:app", "Inspect a checkpoint, verify its files, compare two."),
     "hf": ("vpmoe.hf.app:app", "To HF directories and back."),
     "upcycle": ("vpmoe.upcycle.app:app", "Climb from Qwen3-0.6B to vpMoE, object by object."),
     "rl-nano": ("vpmoe.quickstart.app:rl_app", "What rewards and preferences make of a nano vpMoE; a report."),

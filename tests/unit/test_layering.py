@@ -62,6 +62,7 @@ SIDECAR_FLOORS = {
     "teacher": 3,
     "upcycle": 3,
     "runs": 3,
+    "checkpoints": 3,
     "ladder": 4,
     "quickstart": 4,
     "cli": 5,

@@ -79,7 +79,7 @@ def read_checkpoint(path: Path, *, check_hashes: bool = True) -> Found:
         is_folder, reason = False, f"it cannot be read: {error.strerror}"
     if is_folder:
         files = read_json(path / FILES, error=CheckpointError, remedy=_REMEDY)
-        reason = _wrong_list(files)
+        reason = wrong_list(files)
         reason = reason or _first_damage(path, files, check_hashes=check_hashes)
     if reason is None:
         state = read_json(path / RUN_STATE, error=CheckpointError, remedy=_REMEDY)
@@ -104,7 +104,8 @@ def _first_damage(path: Path, files: dict[str, Any], *, check_hashes: bool) -> s
 _REMEDY = "choose another one, or restore its files from a copy"
 
 
-def _wrong_list(files: dict[str, Any]) -> str | None:
+def wrong_list(files: dict[str, Any]) -> str | None:
+    """Why ``files``, read from ``files.json``, is no list of a checkpoint's files; None if it is."""
     for name, entry in files.items():
         sizes = isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
         if not sizes:
