@@ -39,7 +39,7 @@ ladder-nano: setup  ## all six rungs and the three stages of distillation, from 
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/vpmoe ladder configs/nano/ladder.toml
 
 test: setup  ## the whole suite
-	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/crash tests/golden tests/distributed tests/gpu_shape tests/parity tests/commands tests/unit
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/crash tests/golden tests/distributed tests/app tests/gpu_shape tests/parity tests/commands tests/unit
 
 test-unit: setup  ## the quick part of it
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit -m "not slow"

@@ -120,7 +120,9 @@ def stored_ahead(
     return root
 
 
-def with_records(root: Path, width: int, *, temperature: float = 1.0, unscored: float = 0.2) -> Path:
+def with_records(
+    root: Path, width: int, *, temperature: float = 1.0, unscored: float = 0.2, seq_length: int = 48
+) -> Path:
     """The dataset with what a random teacher says of most supervised tokens."""
     declared = Teacher(width, temperature).annotations
 
@@ -134,7 +136,7 @@ def with_records(root: Path, width: int, *, temperature: float = 1.0, unscored: 
             values = (ids.int(), log_p.float(), log_p[:, 0].float())
             yield {each.name: found.numpy() for each, found in zip(declared, values, strict=True)}
 
-    return stored_ahead(root, declared, annotate)
+    return stored_ahead(root, declared, annotate, seq_length=seq_length)
 
 
 def write_part(folder: Path, shard: str, part: str, arrays: Sequence[np.ndarray], dtype: type | None = None) -> None:

@@ -49,6 +49,7 @@ VERBS = {
     "sample": ("vpmoe.eval.app:sample_app", "Ask a model one question."),
     "chat": ("vpmoe.eval.app:chat_app", "Talk with a model."),
     "eval": ("vpmoe.eval.app:app", "Evaluate a model on questions whose answers can be checked."),
+    "app": ("vpmoe.app.app:app", "Look at runs, routing, models, data and reports in a browser."),
     "model": ("vpmoe.describe.app:app", "Look at what a configuration builds."),
     "runs": ("vpmoe.runs.app:app", "The runs so far: list, compare, plot, export, ask in SQL, tag, remove."),
     "checkpoint": ("vpmoe.checkpoints.app:app", "Inspect a checkpoint, verify its files, compare two."),

@@ -65,10 +65,12 @@ SIDECAR_FLOORS = {
     "checkpoints": 3,
     "ladder": 4,
     "quickstart": 4,
+    "app": 4,
     "cli": 5,
 }
 # On one floor only these cross: annotations are laid out as token files are; profiling and planning run steps;
-# vocabularies are found in Harmony's specials, questions are asked of what the data side generates.
+# vocabularies are found in Harmony's specials, questions are asked of what the data side generates; the app shows a
+# ladder's report.
 SAME_FLOOR = {
     ("annotation_files", "token_files"),
     ("profiling", "training"),
@@ -77,6 +79,7 @@ SAME_FLOOR = {
     ("harmony", "tokenizer"),
     ("eval", "data_curation"),
     ("eval", "hf"),
+    ("app", "ladder"),
 }
 # `python -m` names that users of the design know: they call the front end.
 OLDER_NAMES = VPMOE / "data_curation" / "harmony"

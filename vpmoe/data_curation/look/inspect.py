@@ -54,7 +54,7 @@ def inspect(
             f"no document {start}: {split} has {rows}", source="--start", remedy="use another split or start"
         )
     console.print(_figures(manifest))
-    console.print(_bars(f"tokens a document, {split}", _manifest_bars(manifest, split), _BAR_WIDTH))
+    console.print(_bars(f"tokens a document, {split}", length_bars(manifest, split), _BAR_WIDTH))
     sample = sample_split(dataset_dir, manifest, split, tokens=False)
     console.print(f"tokens a document in each span, {sample.described}")
     spans = [(name, histogram(sample.lengths[name], _SPAN_BAR_ROWS)) for name in SPAN_NAMES]
@@ -100,6 +100,13 @@ def _figures(manifest: dict[str, Any]) -> Table:
         mean = f"{entry['tokens'] / max(entry['rows'], 1):.1f}"
         longest = str(manifest["length_histogram"][split]["longest"])
         table.add_row(split, f"{entry['rows']:,}", f"{entry['tokens']:,}", *shares, mean, longest)
+    table.caption = Text("\n".join(facts(manifest)))
+    table.caption_justify = "left"
+    return table
+
+
+def facts(manifest: dict[str, Any]) -> list[str]:
+    """What was cut and rejected, and what annotated it, a line each."""
     cut = ", ".join(f"{name} {number:,}" for name, number in manifest["truncation"].items() if number)
     told = [f"truncation: {cut or 'none'}; rejects: {manifest['rejects']['count']:,}"]
     for made in manifest.get("annotated", []):
@@ -113,12 +120,10 @@ def _figures(manifest: dict[str, Any]) -> Table:
                 f"captured mass {made['mean_captured_mass']:.4f}, "
                 f"lost with ids that the dataset has not {made['mean_lost_mass']:.4f}"
             )
-    table.caption = Text(visible("\n".join(told)))
-    table.caption_justify = "left"
-    return table
+    return [visible(line) for line in told]
 
 
-def _manifest_bars(manifest: dict[str, Any], split: str) -> list[Bar]:
+def length_bars(manifest: dict[str, Any], split: str) -> list[Bar]:
     """The manifest's histogram of lengths, of every document, in at most 16 bars."""
     counts = np.array(manifest["length_histogram"][split]["counts"])
     filled = np.flatnonzero(counts)

@@ -181,14 +181,17 @@ def read_reports(paths: Sequence[Path]) -> list[Finished]:
     Raises:
         DataError: there is none, or one is damaged.
     """
-    found: dict[Path, None] = {}
-    for path in paths:
-        inner = sorted(path.rglob("*.json"), key=_natural) if path.is_dir() else [path]
-        found |= dict.fromkeys(one for one in inner if one == path or read_json(one).get("kind") == KIND)
+    found = [one for one in in_order(paths) if one in paths or read_json(one).get("kind") == KIND]
     if not found:
         named = ", ".join(map(str, paths))
         raise DataError("no report of a suite", source=named, remedy="write one: vpmoe eval --help lists the suites")
     return [Finished.read(path) for path in found]
+
+
+def in_order(paths: Sequence[Path]) -> list[Path]:
+    """The JSON files that paths name, each once: of a folder those below it, by name and numbers by size."""
+    inner = (sorted(path.rglob("*.json"), key=_natural) if path.is_dir() else [path] for path in paths)
+    return [*dict.fromkeys(one for some in inner for one in some)]
 
 
 def missed(reports: Sequence[Finished], floors: dict[str, float]) -> list[str]:

@@ -199,15 +199,11 @@ class VPSelfAttention(MegatronModule):
         """[S, B, H D]: what ``before_scores`` gave, attended to within documents; ``computed`` as in ``forward``."""
         if computed is not None:
             computed[self.layer_number] = key, value
-        slopes = None
-        if self.position_embedding == "grape_a":
-            part, parts = self.tp_group.rank(), self.tp_group.size()
-            slopes = grape.alibi_slopes(self.num_heads * parts, query.device, part, parts)
         core = functools.partial(
             core_attention,
             layout=layout,
             window=self.window,
-            alibi_slopes_H=slopes,
+            alibi_slopes_H=self.slopes(query.device),
             sink_H=self.sink,
             softmax_scale=self.softmax_scale,
             backend=self.backend_name(query.device, recurs=layout.recurs),
@@ -215,6 +211,13 @@ class VPSelfAttention(MegatronModule):
         again = self.training and self.config.recomputation.recomputes("core_attn")
         out_BHSD = recomputed(core, query, key, value) if again else core(query, key, value)
         return out_BHSD.permute(2, 0, 1, 3).flatten(2)
+
+    def slopes(self, device: torch.device) -> Tensor | None:
+        """fp32 [H]: GRAPE-A's, of this rank's heads; None on layers without."""
+        if self.position_embedding != "grape_a":
+            return None
+        part, parts = self.tp_group.rank(), self.tp_group.size()
+        return grape.alibi_slopes(self.num_heads * parts, device, part, parts)
 
     def before_scores(
         self, hidden_SBH: Tensor, turns: Tensor | None, first_value: Tensor | None

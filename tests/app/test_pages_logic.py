@@ -1,0 +1,123 @@
+"""What pages compute and how they show what others wrote, without a browser."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+
+from megatron_vpmoe.errors import BusyError, ConfigError
+from megatron_vpmoe.metrics.expert_loads import ExpertLoads
+from tests.app.app_world import HOSTILE
+from vpmoe.app import curves, found_reports, run_files
+from vpmoe.app.loads import dead_experts, heatmap, measured
+from vpmoe.app.places import Places
+from vpmoe.app.serve import free_port, is_loopback
+from vpmoe.app.shown import coloured, distinct, label
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_html_of_any_text_is_text(text: str) -> None:
+    page = coloured([(text, "1,2,3", text)])
+    assert page.count("<") == 4  # a block and a span
+    assert page.encode() and not set(page) & {"\u202e", "\u200b", "\x1b", "\x00"}
+    assert len(label(text)) <= 60 and "\n" not in label(text) and label(text).encode()
+
+
+def test_runs_of_one_name_are_told_apart() -> None:
+    assert distinct(["a", "b", "a"], ["id0001x", "id2", "id0003x"]) == ["a (id0001)", "b", "a (id0003)"]
+
+
+def frame(values: list[float], tag: str = "loss/total") -> pandas.DataFrame:
+    return pandas.DataFrame({"run": "r", "tag": tag, "x": np.arange(len(values), dtype=float), "value": values})
+
+
+def test_smoothing_is_a_debiased_average_of_each_curve_alone() -> None:
+    two = pandas.concat([frame([4.0, 2.0, 2.0]), frame([10.0, 0.0], "lr")])
+    smooth = curves.smoothed(two, 0.5)
+    assert smooth["value"].tolist() == pytest.approx(
+        [4.0, (2 + 0.5 * 4) / 1.5, (2 + 1 + 1) / 1.75, 10.0, 10 * 0.5 / 1.5]
+    )
+    assert curves.smoothed(two, 0.0)["value"].tolist() == two["value"].tolist()
+    broken = frame([1.0, math.nan, math.inf, 3.0])
+    assert curves.not_finite(broken) == 2 and curves.smoothed(broken, 0.9)["x"].tolist() == [0.0, 3.0]
+
+
+def test_a_logarithmic_axis_leaves_out_what_has_no_place_there() -> None:
+    drawn = curves.chart(frame([0.0, -1.0, 2.0]), "loss/total", {"r": "run"}, by="step", log_x=False, log_y=True)
+    assert drawn.data["value"].tolist() == [2.0] and drawn.to_dict()["encoding"]["y"]["scale"]["type"] == "log"
+
+
+def loads_of(load: list) -> ExpertLoads:
+    return ExpertLoads([2, 5], np.array([10, 20, 30]), np.array(load, dtype=np.float16))
+
+
+def test_dead_experts_are_told_with_the_step_from_which_they_are() -> None:
+    loads = loads_of([[[1, 1], [0, 2]], [[2, 0], [1, 1]], [[2, 0], [0, 2]]])
+    assert dead_experts(loads) == [
+        {"layer": 2, "expert": 1, "without tokens since step": 20},
+        {"layer": 5, "expert": 0, "without tokens since step": 30},
+    ]
+    assert measured(loads, "maximal violation").tolist() == [[0, 1], [1, 0], [1, 1]]
+    assert measured(loads, "dead experts").tolist() == [[0, 1], [1, 0], [1, 1]]
+
+
+def test_a_heatmap_has_every_cell_where_it_belongs() -> None:
+    value = np.arange(6.0).reshape(2, 3)
+    names = {"across_title": "a", "down_title": "d", "value_title": "v"}
+    cells = heatmap(value, [7, 8, 9], [2, 5], **names, balanced=True).data
+    assert {(row.down, row.across): row.value for row in cells.itertuples()} == {
+        (down, across): value[y, x] for y, down in enumerate([2, 5]) for x, across in enumerate([7, 8, 9])
+    }
+
+
+def test_a_sample_s_channels_are_apart_and_its_text_is_text() -> None:
+    page = run_files.sample_html(
+        "<|start|>user<|message|>Hi <b>",
+        "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>4",
+    )
+    assert "<b>" not in page and page.count("0,150,200") == 1 and page.count("40,160,70") == 1
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "iter_0000005").mkdir(parents=True)
+    rows = run_files.checkpoint_rows(tmp_path)
+    assert [row["checkpoint"] for row in rows] == ["iter_0000005"] and rows[0]["state"].startswith("damaged: ")
+    assert run_files.samples_of(tmp_path) == []
+    (tmp_path / "samples.jsonl").write_text('{"step": 5, "prompt": "p", "completion": "c"}\n{"step": 6, "pro')
+    assert run_files.samples_of(tmp_path) == [(5, "p", "c")]
+
+
+def test_a_damaged_report_hides_no_other(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    (tmp_path / "b.json").write_text(json.dumps({"kind": "perf", "speed": {"tokens": [1, 2]}}))
+    (tmp_path / "c.json").write_text(json.dumps({"no": "kind"}))
+    (tmp_path / "d.json").write_text(json.dumps({"kind": "eval_suite", "suite": "x"}))
+    found = found_reports.find_reports([tmp_path])
+    assert [path.name for path, _ in found.others] == ["b.json"] and len(found.refused) == 2
+    assert found_reports.field_rows(found.others[0][1])[1] == {"field": "speed.tokens[0]", "value": "1"}
+
+
+def test_places_go_through_one_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    for places in (Places(), Places(Path("a b"), (Path("m"),), (Path("d"), Path("ü")), (Path("r"),))):
+        monkeypatch.setattr("sys.argv", ["script", places.argument()])
+        assert Places.given() == places
+
+
+def test_a_busy_port_and_an_address_of_nobody_are_told() -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(BusyError, match="cannot be used: Address already in use"):
+            free_port("127.0.0.1", taken.getsockname()[1])
+    assert free_port("127.0.0.1", 0) > 0
+    with pytest.raises(ConfigError, match="no address"):
+        free_port("nobody.invalid", 0)
+    assert is_loopback("127.0.0.1") and is_loopback("localhost") and is_loopback("::1")
+    assert not is_loopback("0.0.0.0") and not is_loopback("::")

@@ -1,0 +1,122 @@
+"""Models for the pages: which there are, and those that are open. One is opened once and kept for all sessions, until
+other weights lie at its path; it computes for one session at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import streamlit
+
+from vpmoe.app.places import Places
+from vpmoe.app.shown import distinct, label
+from vpmoe.errors import DataError
+
+if TYPE_CHECKING:
+    from vpmoe.eval.open_model import Opened
+    from vpmoe.runs.registry import RunEntry
+
+_KEPT = 2
+"""Two stand side by side."""
+_SIGNS = ("config.json", "files.json", "megatron/files.json", "checkpoints")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A model to choose: ``label``, and the path that it is opened by."""
+
+    label: str
+    path: Path
+
+
+@dataclass
+class Held:
+    """An open model, and who may use it."""
+
+    opened: Opened
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def used(self) -> Iterator[Opened]:
+        """For one session at a time."""
+        with self.lock:
+            yield self.opened
+
+
+def choices(places: Places, runs: Sequence[RunEntry]) -> list[Choice]:
+    """What can be opened: of each run the newest checkpoint, then each on its own, then what the command was given."""
+    found = []
+    for run, name in zip(runs, distinct([run.name for run in runs], [run.id for run in runs]), strict=True):
+        saved = checkpoints_of(run.directory)
+        if saved:
+            found.append(Choice(f"{name}, newest checkpoint", run.directory))
+            found += [Choice(f"{name}, {label(path.name)}", path) for path in saved]
+    return [*(Choice(label(str(path)), path) for path in places.models), *found]
+
+
+def checkpoints_of(directory: Path) -> list[Path]:
+    """What bears a checkpoint's name in a run's directory, the newest first."""
+    from megatron_vpmoe.training.checkpoint_files import by_age
+
+    folder = directory / "checkpoints"
+    return by_age(folder) if folder.is_dir() else []
+
+
+def stamp_of(path: Path) -> float:
+    """When what lies at the path last changed: other weights there are another model.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if not path.is_dir():
+        raise DataError("there is no such folder", source=str(path), remedy="name a run, a checkpoint or a model")
+    there = [path, *(path / sign for sign in _SIGNS)]
+    return max(one.stat().st_mtime for one in there if one.exists())
+
+
+def held(path: Path) -> Held:
+    """The open model at ``path``; raises as :func:`vpmoe.eval.open_model.open_model` does."""
+    return _open(str(path), stamp_of(path))
+
+
+@streamlit.cache_resource(max_entries=_KEPT, show_spinner="Opening the model …")
+def _open(path: str, _of: float) -> Held:
+    from vpmoe.eval.open_model import open_model
+
+    _groups()
+    with _OPENING, open_model(Path(path)) as opened:
+        _ = opened.model  # its weights are read here, once
+        return Held(opened)
+
+
+_OPENING = threading.Lock()
+
+
+@streamlit.cache_resource(show_spinner=False)
+def _groups() -> ExitStack:
+    """Process groups that stay until the server ends: a model that is kept needs them."""
+    from vpmoe.weights.geometry import process_groups
+
+    kept = ExitStack()
+    kept.enter_context(process_groups())
+    return kept
+
+
+def pick(places: Places, runs: Sequence[RunEntry], *, key: str, title: str = "Model", index: int = 0) -> Path | None:
+    """Let the user choose one; any other path may be typed. None where there is none and none is typed."""
+    offered = {str(choice.path): choice.label for choice in choices(places, runs)}
+    chosen = streamlit.selectbox(
+        title,
+        [*offered],
+        index=min(index, len(offered) - 1) if offered else None,
+        format_func=lambda path: offered.get(path, label(path)),
+        accept_new_options=True,
+        placeholder="a run, a checkpoint, an object of a ladder or an HF directory",
+        key=key,
+        help="Runs of the store, what the command was given, or the path of any other: type it.",
+    )
+    return Path(chosen) if chosen else None

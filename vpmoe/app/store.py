@@ -1,0 +1,98 @@
+"""The run store for pages: asked again only where a file has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas
+import streamlit
+
+from vpmoe.app.places import Places
+from vpmoe.app.shown import distinct, empty, label
+from vpmoe.runs.queries import series, tags_of
+from vpmoe.runs.registry import RunEntry, list_runs
+
+_TRAIN = "vpmoe quickstart"
+_KEPT = 32
+
+
+def runs_of(places: Places) -> list[RunEntry]:
+    """The newest first."""
+    return list_runs(places.runs_store)
+
+
+def names_of(runs: Sequence[RunEntry]) -> dict[str, str]:
+    """Id -> what a run is called."""
+    return dict(
+        zip([run.id for run in runs], distinct([run.name for run in runs], [run.id for run in runs]), strict=True)
+    )
+
+
+def no_runs() -> None:
+    """What is shown where there are none."""
+    empty(
+        "No run has registered itself yet. Train one, or add the directory of one that is older:",
+        _TRAIN,
+        "vpmoe train configs/nano/stage1.yaml",
+        "vpmoe runs add runs/NAME",
+    )
+
+
+def tags_now(runs: Sequence[RunEntry]) -> list[str]:
+    """As ``tags_of``."""
+    return _tags(_Asked(runs))
+
+
+def series_now(runs: Sequence[RunEntry], tags: Sequence[str], by: str) -> pandas.DataFrame:
+    """As ``series``."""
+    return _series(_Asked(runs), tuple(tags), by)
+
+
+class _Asked:
+    """Runs, equal as long as their files are."""
+
+    def __init__(self, runs: Sequence[RunEntry]) -> None:
+        self.runs = runs
+        self.key = tuple((run.id, _signature(run.metrics)) for run in runs)
+
+
+def _signature(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+@streamlit.cache_data(max_entries=_KEPT, show_spinner=False, hash_funcs={_Asked: lambda asked: asked.key})
+def _tags(asked: _Asked) -> list[str]:
+    return tags_of(asked.runs)
+
+
+@streamlit.cache_data(max_entries=_KEPT, show_spinner=False, hash_funcs={_Asked: lambda asked: asked.key})
+def _series(asked: _Asked, tags: tuple[str, ...], by: str) -> pandas.DataFrame:
+    return series(asked.runs, tags, by=by)
+
+
+def table_of(runs: Sequence[RunEntry]) -> list[dict[str, Any]]:
+    """A row a run."""
+    names = names_of(runs)
+    return [
+        {
+            "run": names[run.id],
+            "status": run.status,
+            "experiment": label(run.experiment),
+            "step": run.step,
+            "loss": run.results.get("loss/total"),
+            "valid loss": run.results.get("valid/loss/total"),
+            "tokens/s": run.results.get("throughput/tokens_per_second"),
+            "started": datetime.fromtimestamp(run.started, UTC).strftime("%Y-%m-%d %H:%M"),
+            "tags": ", ".join(map(label, run.tags)),
+            "note": label(run.note),
+            "id": run.id,
+        }
+        for run in runs
+    ]

@@ -1,0 +1,128 @@
+"""Chat: a conversation with any model, or the same with two of them side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import streamlit
+
+from megatron_vpmoe.errors import VpmoeError
+from vpmoe.app.models import choices, held, pick, stamp_of
+from vpmoe.app.places import Places
+from vpmoe.app.shown import empty, refusal, table, text
+from vpmoe.app.store import runs_of
+from vpmoe.app.talk import Slot, Turn, ask, measure, turn_html
+from vpmoe.harmony.prompts import REASONING_EFFORTS
+
+_AS_IS = "as trained"
+
+
+def show(places: Places) -> None:
+    """The page."""
+    runs = runs_of(places)
+    settings = _settings()
+    if not choices(places, runs):
+        empty(
+            "No model is at hand. Train one, name one when the app starts, or type the path of one below:",
+            "vpmoe quickstart",
+            "vpmoe app runs/NAME",
+        )
+    beside = streamlit.toggle("Two side by side", key="chat_beside")
+    columns = streamlit.columns(2 if beside else 1)
+    slots: list[Slot] = streamlit.session_state.setdefault("chat_slots", [Slot(), Slot()])
+    question = streamlit.chat_input("Ask something", key="chat_question")
+    if streamlit.button("New conversation", key="chat_reset", icon=":material/restart_alt:"):
+        slots[:] = [Slot(), Slot()]
+    # Both histories first: what is answered then streams below them, one model after the other.
+    asked = []
+    for number, column in enumerate(columns):
+        with column:
+            path = pick(
+                places,
+                runs,
+                key=f"chat_model_{number}",
+                title=f"Model {number + 1}" if beside else "Model",
+                index=number,
+            )
+            if path is not None:
+                slots[number].with_model((path, stamp_of(path)))
+                for turn in slots[number].turns:
+                    _turn(turn)
+                asked.append((slots[number], path, streamlit.container()))
+    for slot, path, place in asked if question else ():
+        with place:
+            _ask(slot, path, question or "", settings)
+    if asked and any(slot.turns for slot, _, _ in asked):
+        _cache(asked[0][0], asked[0][1], settings)
+
+
+def _settings() -> dict[str, Any]:
+    """Of the answers, chosen in the sidebar."""
+    with streamlit.sidebar:
+        streamlit.subheader("Sampling", anchor=False)
+        temperature = streamlit.slider("Temperature (0: greedy)", 0.0, 2.0, 0.0, 0.05, key="chat_temperature")
+        top_p = streamlit.slider("Top p", 0.01, 1.0, 1.0, 0.01, key="chat_top_p", disabled=temperature == 0)
+        top_k = streamlit.number_input("Top k (0: all)", 0, None, 0, key="chat_top_k", disabled=temperature == 0)
+        min_p = streamlit.slider("Min p", 0.0, 1.0, 0.0, 0.01, key="chat_min_p", disabled=temperature == 0)
+        seed = streamlit.number_input("Seed", 0, 2**31, 0, key="chat_seed", disabled=temperature == 0)
+        longest = streamlit.number_input("New tokens at most", 1, 65536, 256, key="chat_max_new_tokens")
+        streamlit.subheader("Asking", anchor=False)
+        effort = streamlit.selectbox("Reasoning effort", [_AS_IS, *REASONING_EFFORTS], key="chat_effort")
+        plain = streamlit.toggle("As plain text", key="chat_plain", help="For models that know no conversations.")
+        only_valid = streamlit.toggle("Only valid Harmony", key="chat_only_valid", disabled=plain)
+        cached = streamlit.toggle(
+            "KV cache", value=True, key="chat_cached", help="Off: every token reads the whole text again."
+        )
+    return {
+        "draw": {
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": int(top_k) or None,
+            "min_p": min_p,
+            "seed": int(seed),
+            "max_new_tokens": int(longest),
+        },
+        "plain": plain,
+        "reasoning": None if effort == _AS_IS or plain else effort,
+        "only_valid": only_valid and not plain,
+        "cached": cached,
+    }
+
+
+def _turn(turn: Turn, place: Any = None) -> None:
+    """A turn that has been; ``place``: of an answer that is being written."""
+    if place is None:
+        with streamlit.chat_message("user"):
+            text(turn.question)
+        place = streamlit.chat_message("assistant").empty()
+    with place.container():
+        streamlit.html(turn_html(turn))
+        if turn.note and turn.figures:
+            text(turn.note, colour="220,150,0")
+        elif turn.note:
+            text(f"({turn.note})")
+        if turn.figures:
+            text(turn.figures, colour="128,128,128")
+
+
+def _ask(slot: Slot, path: Path, question: str, settings: dict[str, Any]) -> None:
+    with streamlit.chat_message("user"):
+        text(question)
+    place = streamlit.chat_message("assistant").empty()
+    try:
+        ask(slot, held(path), question, settings, lambda turn: _turn(turn, place))
+    except VpmoeError as error:
+        with place.container():
+            refusal(error)
+
+
+def _cache(slot: Slot, path: Path, settings: dict[str, Any]) -> None:
+    with streamlit.expander("What the KV cache is worth here"):
+        tokens = streamlit.number_input("Tokens to generate each way", 2, 1024, 32, key="chat_measure_tokens")
+        if streamlit.button("Measure with and without", key="chat_measure"):
+            with streamlit.spinner("Answering the last question both ways …"):
+                table(measure(held(path), slot.turns[-1].question, settings, int(tokens)))
+            streamlit.caption(
+                "Greedy, the last question alone; without a cache each token is a pass over the whole text."
+            )
