@@ -205,10 +205,21 @@ class Journey:
                 os.kill(pid, signal.SIGKILL)
         if stopped is not None and stopped not in victims and workers[stopped].process.is_alive():
             os.kill(workers[stopped].process.pid or 0, signal.SIGCONT)
+        if not self._have_met(workers):  # there they wait for each other, and the launcher ends who is left
+            for worker in workers:
+                worker.process.kill()
         was_first = self.newest is None
         self._ended(workers, f"waited on for ranks {[*victims]}, which were killed")
         if was_first and self.newest is not None:  # an export, say: what holds one is not pruned
             self._give(self.newest / "hf" / "model.safetensors")
+
+    def _have_met(self, workers: Sequence[Started]) -> bool:
+        """Whether the processes form a group: the first thing that they do together is to take the directory."""
+        lock = self.run_dir / ".lock"
+        if not lock.exists():
+            return False
+        owner = lock.read_text()
+        return not owner or f'"pid": {workers[0].process.pid},' in owner
 
     def _ended(self, workers: Sequence[Started], what: str) -> list[subprocess.CompletedProcess[str]]:
         """How each worker ends, after which everything holds; ``what`` is wrong where one does not within the time."""
