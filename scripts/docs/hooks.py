@@ -24,7 +24,7 @@ from megatron_vpmoe.launch.reference import facts
 from vpmoe.cli import VERBS, command_of
 
 _MADE = re.compile(r"^<!-- made by the site: (\w+) -->.*?^<!-- end -->$", re.M | re.S)
-_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
+_LINK = re.compile(r"\[([^\]]+)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 _CODE_OR = r"(`[^`]*`)|"
 
 

@@ -122,6 +122,7 @@ def test_the_site_has_every_verb_and_option() -> None:
         ("upcycle.md", "[t](LOG.md#a)", None, "[t](LOG.md#a)"),
         ("api/data.md", "[t](../LOG.md)", None, "[t](../LOG.md)"),
         ("index.md", "[t](docs/api/data.md)", None, "[t](api/data.md)"),
+        ("index.md", "![t](docs/images/a.png)", None, "![t](images/a.png)"),
         ("upcycle.md", "[the tree](../README.md#the-tree)", None, "[the tree](index.md#the-tree)"),
         ("upcycle.md", "[t](../data/README.md)", None, "t (`data/README.md`)"),
         ("upcycle.md", "[`data/README.md`](../data/README.md)", None, "`data/README.md`"),
