@@ -10,14 +10,15 @@ from megatron_vpmoe.metrics.run_store import IDENTITY, identity_of
 from megatron_vpmoe.ownership import owned
 from vpmoe.errors import NotOursError
 from vpmoe.runs.registry import LOCK, RunEntry
+from vpmoe.steps.receipt import RECEIPT, UNFINISHED, read_own, read_receipt
 
 _LOGS = r"(metrics\.jsonl|samples\.jsonl|expert_loads\.bin)"
 _FILES = re.compile(
     rf"\{LOCK}|{re.escape(IDENTITY)}|config\.yaml|assignment\.json|{_LOGS}|{_LOGS}\.before(\.\d+)?|"
-    r"nonfinite_\d+_rank\d+\.json|\..+\.tmp"
+    r"(nonfinite|spike)_\d+_rank\d+[\w.]*\.json|\..+\.tmp"
 )
 _WANDB = re.compile(r"(offline-run|superseded-run|run)-[\w.-]+|latest-run|debug(-internal|-cli.*)?\.log|settings")
-_CHECKPOINTS = re.compile(r"iter_\d{7,}(\.(partial|pruned|damaged|replaced)(\.\d+)?)?")
+_CHECKPOINTS = re.compile(r"iter_\d{7,}(\.(partial|pruned|damaged|replaced|rolled_back)(\.\d+)?)?")
 _LISTED = 5
 
 
@@ -27,7 +28,7 @@ def foreign_to(directory: Path) -> list[str]:
 
     foreign = []
     for path in sorted(directory.iterdir()):
-        if path.is_symlink() or not (path.is_dir() or _FILES.fullmatch(path.name)):
+        if path.is_symlink() or not (path.is_dir() or _FILES.fullmatch(path.name) or _is_of_a_step(path)):
             foreign.append(path.name)
         elif path.is_dir() and path.name == "checkpoints":
             foreign += [
@@ -37,9 +38,29 @@ def foreign_to(directory: Path) -> list[str]:
             ]
         elif path.is_dir() and path.name == "wandb":
             foreign += [f"wandb/{each.name}" for each in sorted(path.iterdir()) if not _WANDB.fullmatch(each.name)]
-        elif path.is_dir():
+        elif path.is_dir() and not _is_made_by_a_step(path):
             foreign.append(f"{path.name}/")
     return foreign
+
+
+def _is_of_a_step(path: Path) -> bool:
+    """Whether this is a step's record of the run that was made in place."""
+    if path.name not in (RECEIPT, UNFINISHED):
+        return False
+    try:
+        return bool(read_own(path))
+    except NotOursError:
+        return False
+
+
+def _is_made_by_a_step(folder: Path) -> bool:
+    """Whether everything in a folder, such as a run's evaluation, is in its receipt."""
+    try:
+        made = {*read_receipt(folder)["files"], RECEIPT}
+    except NotOursError:
+        return False
+    inside = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return all(not path.is_symlink() and path.relative_to(folder).as_posix() in made for path in inside)
 
 
 def check_removable(run: RunEntry) -> int:

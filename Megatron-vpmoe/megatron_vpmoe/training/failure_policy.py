@@ -21,6 +21,7 @@ from megatron_vpmoe.runtime.notices import Notice, PreemptionFile, TimeBudget
 from megatron_vpmoe.training import checkpoint
 from megatron_vpmoe.training.checkpoint_files import TRACKER, by_age, damage, read_checkpoint, set_aside
 from megatron_vpmoe.training.checkpoint_hashes import with_all_ranks
+from megatron_vpmoe.training.elapsed import Elapsed
 from megatron_vpmoe.training.nonfinite import first_nonfinite
 from megatron_vpmoe.training.run import Run
 from megatron_vpmoe.training.step import StepResult
@@ -110,6 +111,7 @@ def go_back(run: Run) -> dict[str, float]:
         found = with_all_ranks(lambda: _before(run))
         checkpoint.load(found, run.model, run.optimizer, run.scheduler)
     run.iteration = run.saved = found.iteration
+    run.elapsed = Elapsed.since(found.state.get("elapsed")) or run.elapsed
     run.restored_from = run.spikes.returned_to = found.path
     run.objective.restore(found.state["objective"]["state"])
     run.source.forget()

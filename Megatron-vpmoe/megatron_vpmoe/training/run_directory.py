@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.errors import CheckpointError, NotOursError
 from megatron_vpmoe.metrics.expert_loads import FILE_NAME
+from megatron_vpmoe.metrics.run_store import IDENTITY
 from megatron_vpmoe.ownership import owned
 from megatron_vpmoe.training.checkpoint_files import (
     RUN_STATE,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 LOCK = ".lock"
 _SIGNS = (LOCK, "checkpoints", "metrics.jsonl")
 _LOGS = ("metrics.jsonl", "samples.jsonl", FILE_NAME)
-_WRITTEN = "|".join(re.escape(name) for name in ("config.yaml", "assignment.json", TRACKER, *_LOGS))
+_WRITTEN = "|".join(re.escape(name) for name in ("config.yaml", "assignment.json", IDENTITY, TRACKER, *_LOGS))
 # What ``write_atomically`` has not finished of a run's own files.
 _BEGINNING = re.compile(rf"\.({_WRITTEN}|nonfinite_\d+_rank\d+\.json)\.\d+\.tmp")
 
