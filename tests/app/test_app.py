@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
+from megatron_vpmoe.errors import DataError
+from tests import training_runs
 from tests.app.app_world import HOSTILE, RECORDS, STEPS, Served, World, start
+from tests.mini_dataset import PADDED_VOCAB, SEQ_LENGTH
+from vpmoe.app.models import held
 
 PAGES = {
     "Runs": ("loss/total", "finished, step"),
@@ -175,8 +181,6 @@ def test_attention_of_a_layer(tab: Tab) -> None:
 
 def test_what_others_wrote_is_text(tab: Tab, world: World) -> None:
     hostile = f"{HOSTILE[1]} {HOSTILE[3]}"
-    from urllib.parse import quote
-
     tab.visit(f"/?run={quote(hostile)}")
     tab.says("step 20")
     tab.is_sound()
@@ -219,6 +223,39 @@ def test_a_run_of_many_records_opens_quickly(tab: Tab, served: Served) -> None:
     tab.is_sound()
     # On a machine that does nothing else 2 s; see docs/LOG.md. Several times that is another kind of slowness.
     assert min(took) < 8.0
+
+
+def test_a_run_that_trains_is_drawn_anew_by_itself(tab: Tab, world: World) -> None:
+    fields = {"padded_vocab_size": PADDED_VOCAB, "seq_length": SEQ_LENGTH, "run_store": world.store, "run_name": "live"}
+    run = training_runs.start(
+        world.folder / "runs" / "live", world.dataset, train_iters=5000, save_interval=5000, **fields
+    )
+    try:
+        training_runs.reach(2, world.folder / "runs" / "live", run.process.is_alive)
+        tab.visit("/?run=live")
+        tab.says("live: running, step ")
+        seen: set[str] = set()
+        tab.wait(lambda: seen.add(tab.text().split("live: running, step ")[1].split(" of ")[0]) or len(seen) > 2)
+        tab.is_sound()
+        tab.open("Router")
+        tab.open("Runs")  # what was chosen before is chosen still
+        tab.says("live: running, step ")
+    finally:
+        os.kill(run.process.pid or 0, signal.SIGKILL)
+        run.finish(timeout=60)
+    tab.wait(lambda: "live: killed" in tab.text())
+
+
+def test_other_weights_at_a_path_are_another_model(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.run, tmp_path / "run")
+    newest = max((tmp_path / "run" / "checkpoints").glob("iter_*"))
+    first = held(tmp_path / "run")
+    assert held(tmp_path / "run") is first and first.opened.iteration == STEPS
+    shutil.rmtree(newest)
+    second = held(tmp_path / "run")
+    assert second is not first and second.opened.iteration == STEPS // 2
+    with pytest.raises(DataError, match="no such folder"):
+        held(tmp_path / "none")
 
 
 def test_where_there_is_nothing_the_pages_say_what_to_do(browser: object, pictures: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from vpmoe.app.loads import dead_experts, heatmap, measured
 from vpmoe.app.places import Places
 from vpmoe.app.serve import free_port, is_loopback
 from vpmoe.app.shown import coloured, distinct, label
+from vpmoe.cli import main
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -106,6 +107,14 @@ def test_places_go_through_one_word(monkeypatch: pytest.MonkeyPatch) -> None:
     for places in (Places(), Places(Path("a b"), (Path("m"),), (Path("d"), Path("ü")), (Path("r"),))):
         monkeypatch.setattr("sys.argv", ["script", places.argument()])
         assert Places.given() == places
+
+
+def test_a_missing_streamlit_is_told_with_what_installs_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["app", "--port", "0"]) == 2
+    assert "pip install 'vpmoe[app]'" in capsys.readouterr().err
 
 
 def test_a_busy_port_and_an_address_of_nobody_are_told() -> None:

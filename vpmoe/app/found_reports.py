@@ -94,7 +94,7 @@ def task_chart(lines: Sequence[Line]) -> altair.LayerChart | altair.FacetChart:
         y=altair.Y("value:Q", title=None, scale=scale),
         tooltip=["checkpoint:N", *(altair.Tooltip(f"{name}:Q", format=".4f") for name in ("value", "low", "high"))],
     )
-    bars = base.mark_rule().encode(y=altair.Y("low:Q", title=None, scale=scale), y2="high:Q")
+    bars = base.mark_rule(color="gray").encode(y=altair.Y("low:Q", title=None, scale=scale), y2="high:Q")
     return altair.layer(bars, points, height=220)
 
 

@@ -84,7 +84,7 @@ def held(path: Path) -> Held:
 
 
 @streamlit.cache_resource(max_entries=_KEPT, show_spinner="Opening the model …")
-def _open(path: str, _of: float) -> Held:
+def _open(path: str, stamp: float) -> Held:
     from vpmoe.eval.open_model import open_model
 
     _groups()
@@ -117,6 +117,7 @@ def pick(places: Places, runs: Sequence[RunEntry], *, key: str, title: str = "Mo
         accept_new_options=True,
         placeholder="a run, a checkpoint, an object of a ladder or an HF directory",
         key=key,
+        persist_state="session",
         help="Runs of the store, what the command was given, or the path of any other: type it.",
     )
     return Path(chosen) if chosen else None

@@ -45,9 +45,10 @@ def coloured(pieces: Iterable[tuple[str, str, str]]) -> str:
     return f'<div style="white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.6">{"".join(spans)}</div>'
 
 
-def text(words: str, *, colour: str = "") -> None:
-    """Show a text as it is."""
-    streamlit.html(coloured([(words, colour, "")]))
+def text(words: str, *, colour: str = "", aside: bool = False) -> None:
+    """Show a text as it is; ``aside``: small and pale."""
+    page = coloured([(words, colour, "")])
+    streamlit.html(f'<div style="font-size:.85em;opacity:.65">{page}</div>' if aside else page)
 
 
 def legend(colours: dict[str, str]) -> None:

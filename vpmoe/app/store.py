@@ -12,10 +12,11 @@ import streamlit
 
 from vpmoe.app.places import Places
 from vpmoe.app.shown import distinct, empty, label
-from vpmoe.runs.queries import series, tags_of
+from vpmoe.runs.queries import connected, series, tags_of
 from vpmoe.runs.registry import RunEntry, list_runs
 
-_TRAIN = "vpmoe quickstart"
+CHOSEN = "chosen_runs"
+"""Ids of the runs that were looked at last, in the state of a session: pages begin with them."""
 _KEPT = 32
 
 
@@ -35,7 +36,7 @@ def no_runs() -> None:
     """What is shown where there are none."""
     empty(
         "No run has registered itself yet. Train one, or add the directory of one that is older:",
-        _TRAIN,
+        "vpmoe quickstart",
         "vpmoe train configs/nano/stage1.yaml",
         "vpmoe runs add runs/NAME",
     )
@@ -49,6 +50,11 @@ def tags_now(runs: Sequence[RunEntry]) -> list[str]:
 def series_now(runs: Sequence[RunEntry], tags: Sequence[str], by: str) -> pandas.DataFrame:
     """As ``series``."""
     return _series(_Asked(runs), tuple(tags), by)
+
+
+def steps_now(runs: Sequence[RunEntry]) -> dict[str, int]:
+    """The last recorded step of each run, also of one that trains: the store itself learns of it now and then."""
+    return _steps(_Asked(runs))
 
 
 class _Asked:
@@ -75,6 +81,12 @@ def _tags(asked: _Asked) -> list[str]:
 @streamlit.cache_data(max_entries=_KEPT, show_spinner=False, hash_funcs={_Asked: lambda asked: asked.key})
 def _series(asked: _Asked, tags: tuple[str, ...], by: str) -> pandas.DataFrame:
     return series(asked.runs, tags, by=by)
+
+
+@streamlit.cache_data(max_entries=_KEPT, show_spinner=False, hash_funcs={_Asked: lambda asked: asked.key})
+def _steps(asked: _Asked) -> dict[str, int]:
+    with connected(asked.runs) as database:
+        return dict(database.execute("SELECT run, max(step) FROM metrics GROUP BY run").fetchall())
 
 
 def table_of(runs: Sequence[RunEntry]) -> list[dict[str, Any]]:

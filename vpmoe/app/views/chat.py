@@ -28,7 +28,7 @@ def show(places: Places) -> None:
             "vpmoe quickstart",
             "vpmoe app runs/NAME",
         )
-    beside = streamlit.toggle("Two side by side", key="chat_beside")
+    beside = streamlit.toggle("Two side by side", key="chat_beside", persist_state="session")
     columns = streamlit.columns(2 if beside else 1)
     slots: list[Slot] = streamlit.session_state.setdefault("chat_slots", [Slot(), Slot()])
     question = streamlit.chat_input("Ask something", key="chat_question")
@@ -61,18 +61,40 @@ def _settings() -> dict[str, Any]:
     """Of the answers, chosen in the sidebar."""
     with streamlit.sidebar:
         streamlit.subheader("Sampling", anchor=False)
-        temperature = streamlit.slider("Temperature (0: greedy)", 0.0, 2.0, 0.0, 0.05, key="chat_temperature")
-        top_p = streamlit.slider("Top p", 0.01, 1.0, 1.0, 0.01, key="chat_top_p", disabled=temperature == 0)
-        top_k = streamlit.number_input("Top k (0: all)", 0, None, 0, key="chat_top_k", disabled=temperature == 0)
-        min_p = streamlit.slider("Min p", 0.0, 1.0, 0.0, 0.01, key="chat_min_p", disabled=temperature == 0)
-        seed = streamlit.number_input("Seed", 0, 2**31, 0, key="chat_seed", disabled=temperature == 0)
-        longest = streamlit.number_input("New tokens at most", 1, 65536, 256, key="chat_max_new_tokens")
+        temperature = streamlit.slider(
+            "Temperature (0: greedy)", 0.0, 2.0, 0.0, 0.05, key="chat_temperature", persist_state="session"
+        )
+        top_p = streamlit.slider(
+            "Top p", 0.01, 1.0, 1.0, 0.01, key="chat_top_p", persist_state="session", disabled=temperature == 0
+        )
+        top_k = streamlit.number_input(
+            "Top k (0: all)", 0, None, 0, key="chat_top_k", persist_state="session", disabled=temperature == 0
+        )
+        min_p = streamlit.slider(
+            "Min p", 0.0, 1.0, 0.0, 0.01, key="chat_min_p", persist_state="session", disabled=temperature == 0
+        )
+        seed = streamlit.number_input(
+            "Seed", 0, 2**31, 0, key="chat_seed", persist_state="session", disabled=temperature == 0
+        )
+        longest = streamlit.number_input(
+            "New tokens at most", 1, 65536, 256, key="chat_max_new_tokens", persist_state="session"
+        )
         streamlit.subheader("Asking", anchor=False)
-        effort = streamlit.selectbox("Reasoning effort", [_AS_IS, *REASONING_EFFORTS], key="chat_effort")
-        plain = streamlit.toggle("As plain text", key="chat_plain", help="For models that know no conversations.")
-        only_valid = streamlit.toggle("Only valid Harmony", key="chat_only_valid", disabled=plain)
+        effort = streamlit.selectbox(
+            "Reasoning effort", [_AS_IS, *REASONING_EFFORTS], key="chat_effort", persist_state="session"
+        )
+        plain = streamlit.toggle(
+            "As plain text", key="chat_plain", persist_state="session", help="For models that know no conversations."
+        )
+        only_valid = streamlit.toggle(
+            "Only valid Harmony", key="chat_only_valid", persist_state="session", disabled=plain
+        )
         cached = streamlit.toggle(
-            "KV cache", value=True, key="chat_cached", help="Off: every token reads the whole text again."
+            "KV cache",
+            value=True,
+            key="chat_cached",
+            persist_state="session",
+            help="Off: every token reads the whole text again.",
         )
     return {
         "draw": {
@@ -98,12 +120,10 @@ def _turn(turn: Turn, place: Any = None) -> None:
         place = streamlit.chat_message("assistant").empty()
     with place.container():
         streamlit.html(turn_html(turn))
-        if turn.note and turn.figures:
+        if turn.note:
             text(turn.note, colour="220,150,0")
-        elif turn.note:
-            text(f"({turn.note})")
         if turn.figures:
-            text(turn.figures, colour="128,128,128")
+            text(turn.figures, aside=True)
 
 
 def _ask(slot: Slot, path: Path, question: str, settings: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ def show(places: Places) -> None:
         accept_new_options=True,
         placeholder="the folder of a built dataset",
         key="data_folder",
+        persist_state="session",
         help="Those that the command was given and that runs were trained on, or the folder of any other: type it.",
     )
     if not chosen:
@@ -118,7 +119,7 @@ def _bars(bars: list[tuple[int, int, int]]) -> None:
 
 
 @streamlit.cache_data(max_entries=8, show_spinner="Reading lengths …")
-def _lengths(folder: str, _of: float, split: str) -> tuple[dict[str, list[tuple[int, int, int]]], str]:
+def _lengths(folder: str, stamp: float, split: str) -> tuple[dict[str, list[tuple[int, int, int]]], str]:
     manifest = datasets.open_manifest(Path(folder))
     sample = sample_split(Path(folder), manifest, split, _SAMPLED, tokens=False)
     bars = {name: histogram(sample.lengths[name], _BARS) for name in SPAN_NAMES}

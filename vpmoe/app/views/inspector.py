@@ -31,16 +31,22 @@ def show(places: Places) -> None:
     if path is None:
         return
     left, right = streamlit.columns([3, 1])
-    words = left.text_area("Text", "What is 37 + 58?", key="inspector_text")
+    words = left.text_area("Text", "What is 37 + 58?", key="inspector_text", persist_state="session")
     with right:
         how = streamlit.radio(
             "Read as",
             ["a question in a conversation", "plain text"],
             key="inspector_form",
+            persist_state="session",
             help="The model's own messages stand before a question.",
         )
         view = streamlit.segmented_control(
-            "View", ["Routing", "Attention"], default="Routing", required=True, key="inspector_view"
+            "View",
+            ["Routing", "Attention"],
+            default="Routing",
+            required=True,
+            key="inspector_view",
+            persist_state="session",
         )
     if not words:
         streamlit.info("Write a text above.")
@@ -115,7 +121,7 @@ def _attention(path: Path, stamp: float, ids: tuple[int, ...], pieces: list[str]
 
 
 @streamlit.cache_data(max_entries=16, show_spinner=False)
-def _tokens(path: str, _of: float, words: str, plain: bool) -> tuple[tuple[int, ...], list[str]]:
+def _tokens(path: str, stamp: float, words: str, plain: bool) -> tuple[tuple[int, ...], list[str]]:
     with held(Path(path)).used() as opened:
         form = form_of(opened, plain=plain, system=None, developer=None, say=lambda _: None)
         whole = opened.tokenizer.encode_ordinary(words).tolist() if isinstance(form, AsText) else form.prompt(words)
@@ -123,18 +129,18 @@ def _tokens(path: str, _of: float, words: str, plain: bool) -> tuple[tuple[int, 
 
 
 @streamlit.cache_data(max_entries=8, show_spinner="Running the model …")
-def _routed(path: str, _of: float, ids: tuple[int, ...]) -> dict[int, LayerRouting]:
+def _routed(path: str, stamp: float, ids: tuple[int, ...]) -> dict[int, LayerRouting]:
     with held(Path(path)).used() as opened:
         return routing_of(opened.model, [*ids])
 
 
 @streamlit.cache_data(max_entries=8, show_spinner="Running the model …")
-def _attended(path: str, _of: float, ids: tuple[int, ...], layer: int) -> LayerAttention:
+def _attended(path: str, stamp: float, ids: tuple[int, ...], layer: int) -> LayerAttention:
     with held(Path(path)).used() as opened:
         return attention_of(opened.model, [*ids], layer)
 
 
 @streamlit.cache_data(max_entries=8, show_spinner=False)
-def _layers(path: str, _of: float) -> list[int]:
+def _layers(path: str, stamp: float) -> list[int]:
     with held(Path(path)).used() as opened:
         return layer_numbers(opened.model)

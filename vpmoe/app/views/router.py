@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import streamlit
 
@@ -10,7 +12,7 @@ from vpmoe.app import curves
 from vpmoe.app.loads import MEASURES, MOST_STEPS, dead_experts, heatmap, measured
 from vpmoe.app.places import Places
 from vpmoe.app.shown import empty, table
-from vpmoe.app.store import names_of, no_runs, runs_of, series_now, tags_now
+from vpmoe.app.store import CHOSEN, names_of, no_runs, runs_of, series_now, tags_now
 
 _AGGREGATE = "moe/router_agg/"
 _FIRST = ("mean_cv_pct", "max_vio", "dead_experts_count", "mean_entropy", "max_load_pct", "expert_bias_range")
@@ -23,7 +25,9 @@ def show(places: Places) -> None:
         no_runs()
         return
     names, by_id = names_of(runs), {run.id: run for run in runs}
-    chosen = streamlit.selectbox("Run", [*by_id], format_func=names.__getitem__, key="router_run")
+    ids = [*by_id]
+    first = next((ids.index(one) for one in streamlit.session_state.get(CHOSEN, ()) if one in by_id), 0)
+    chosen = streamlit.selectbox("Run", ids, first, format_func=names.__getitem__, key="router_run")
     run = by_id[chosen]
 
     @streamlit.fragment(run_every="5s" if run.status == "running" else None)
@@ -46,7 +50,7 @@ def show(places: Places) -> None:
     drawn()
 
 
-def _loads(path) -> None:
+def _loads(path: Path) -> None:
     loads = read_expert_loads(path, most=MOST_STEPS)
     if not len(loads.steps):
         streamlit.info("Nothing is recorded yet. Loads appear with the first logged step.")

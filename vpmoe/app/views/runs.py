@@ -10,7 +10,7 @@ import streamlit
 from vpmoe.app import curves, run_files
 from vpmoe.app.places import Places
 from vpmoe.app.shown import empty, label, table, text
-from vpmoe.app.store import names_of, no_runs, runs_of, series_now, table_of, tags_now
+from vpmoe.app.store import CHOSEN, names_of, no_runs, runs_of, series_now, steps_now, table_of, tags_now
 from vpmoe.runs.comparison import config_differences
 from vpmoe.runs.registry import RunEntry
 
@@ -28,14 +28,18 @@ def show(places: Places) -> None:
     names = names_of(runs)
     by_id = {run.id: run for run in runs}
     named = [run.id for run in runs if {run.id, run.name} & {*streamlit.query_params.get_all("run")}]
-    first = named or [runs[0].id]
-    chosen = streamlit.multiselect("Runs", [*by_id], first, format_func=names.__getitem__, key="runs_chosen")
+    # What was just chosen; else what was before another page was looked at; else what the URL names.
+    state = streamlit.session_state
+    kept = state.get("runs_chosen", state.get(CHOSEN, named or [runs[0].id]))
+    state["runs_chosen"] = [one for one in kept if one in by_id]
+    chosen = streamlit.multiselect("Runs", [*by_id], format_func=names.__getitem__, key="runs_chosen")
+    state[CHOSEN] = chosen
     with streamlit.expander(f"All runs of the store ({len(runs):,})"):
         table(table_of(runs))
     if not chosen:
         streamlit.info("Choose one run, or several to hold them against each other.")
         return
-    picked = [by_id[one] for one in chosen if one in by_id]
+    picked = [by_id[one] for one in chosen]
     views = {
         "Curves": partial(_curves, places, names),
         "Configuration": _configuration,
@@ -82,10 +86,11 @@ def _curves(places: Places, names: dict[str, str], runs: Sequence[RunEntry]) -> 
 
 
 def _states(runs: Sequence[RunEntry], names: dict[str, str]) -> None:
+    steps = steps_now(runs)
     for run in runs:
         last = run.config.get("training", {}).get("train_iters")
         of = f" of {last:,}" if isinstance(last, int) else ""
-        text(f"{names[run.id]}: {run.status}, step {run.step:,}{of}")
+        text(f"{names[run.id]}: {run.status}, step {steps.get(run.id, run.step):,}{of}")
         if run.error:
             streamlit.code(label(run.error), language=None, wrap_lines=True)
 
