@@ -34,6 +34,7 @@ def run(arguments: list[str]) -> None:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         timeout_minutes=parallel.distributed_timeout_minutes,
+        deterministic=cfg.training.deterministic,
     )
     if distributed.is_restarted_group():
         cfg = cfg.model_copy(update={"checkpoint": cfg.checkpoint.model_copy(update={"resume": True})})

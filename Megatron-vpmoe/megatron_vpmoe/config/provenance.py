@@ -88,7 +88,8 @@ def provenance_diff(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any
 _UNDECIDING: dict[str, frozenset[str] | None] = {
     "data": frozenset({"data_path", "blend"}),
     "training": frozenset(
-        {"run_name", "run_dir", "micro_batch_size", "compile", "nonfinite_policy", "nonfinite_max_skips", *_OF_ACCESS}
+        {"run_name", "run_dir", "micro_batch_size", "compile", "deterministic"}
+        | {"nonfinite_policy", "nonfinite_max_skips", *_OF_ACCESS}
         | {f"recompute_{name}" for name in ("granularity", "method", "num_layers", "modules")}
     ),
     "optim": frozenset({"normuon_stack_mib"}),

@@ -59,6 +59,17 @@ def _never_reached(name: str, worst: Callable[[View], float], c: View) -> Facts:
 
 _TRAINING = (
     refuse(
+        "deterministic teacher_server",
+        "a served teacher says of the same text one time this and one time that, by what else it serves; use "
+        "teacher_weights, or store ahead what it says (vpmoe data)",
+        lambda c: c.deterministic and c.teacher_server is not None,
+    ),
+    refuse(
+        "deterministic experts_precision",
+        "nobody has shown that the kernels of `experts_precision` repeat bit for bit; leave one of the two out",
+        lambda c: c.deterministic and c.experts_precision is not None,
+    ),
+    refuse(
         "attention_backend window_size window_attn_skip_freq",
         "banded serves layers with a window only and the schedule has global layers; use auto",
         lambda c: c.attention_backend == "banded" and c.has_global,

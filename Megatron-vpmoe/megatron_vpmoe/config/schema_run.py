@@ -200,6 +200,9 @@ class TrainingSection(ObjectiveFields):
     """"layers": torch.compile what lies around attention's scores and the experts in each layer (norms, projections,
     rotation, residuals, shared expert); "step": the choice of experts, their weights, their products and the balance
     loss as well. It takes a minute or more before the first step."""
+    deterministic: bool = False
+    """The same run twice gives the same bits: on the same machines, software, number of processes and of threads. On a
+    CPU it does anyway; on a GPU some operations take a slower way, or end the run where there is none."""
     recompute_granularity: Literal["selective", "full"] | None = None
     """Computed again backward, not kept: whole layers ("full"), recompute_modules ("selective"), nothing (null)."""
     recompute_method: Literal["uniform", "block"] | None = None

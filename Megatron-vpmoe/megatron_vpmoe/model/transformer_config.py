@@ -118,6 +118,7 @@ def transformer_config(cfg: RunConfig) -> VPTransformerConfig:
             modules=tuple(training.recompute_modules or ("core_attn",)),
         ),
         compiled=training.compile,
+        deterministic_mode=training.deterministic,
         cuda_graph_scope=[],
         gradient_accumulation_fusion=False,
         use_cpu_initialization=True,

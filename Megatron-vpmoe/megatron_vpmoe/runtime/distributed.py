@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from megatron_vpmoe.errors import VpmoeError, of_the_system
+from megatron_vpmoe.runtime.determinism import as_before, repeat_bit_for_bit
 from megatron_vpmoe.runtime.device import distributed_backend, has_gpu, prepare
 
 T = TypeVar("T")
@@ -32,11 +33,18 @@ def initialize(
     pipeline_model_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
     timeout_minutes: int = 10,
+    deterministic: bool = False,
 ) -> None:
     """Join the processes that torchrun's environment describes (alone where there is none) and seed this rank.
 
     The same seed on every rank: data-parallel replicas start equal, and expert shards are slices of one drawn stack.
+    ``deterministic`` is ``training.deterministic`` (``runtime/determinism.py``), for as long as the groups exist.
+
+    Raises:
+        DeviceError: the environment does not allow that.
     """
+    if deterministic:
+        repeat_bit_for_bit()
     prepare()
     if any(group() is not None for group in _left):
         gc.collect()
@@ -80,6 +88,8 @@ def shutdown() -> None:
     from megatron.core import parallel_state
 
     torch.set_flush_denormal(False)
+    if torch.are_deterministic_algorithms_enabled():
+        as_before()
     _left[:] = map(weakref.ref, dist.distributed_c10d._world.pg_map)
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():

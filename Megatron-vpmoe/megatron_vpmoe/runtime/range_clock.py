@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ class RangeClock:
         self._names, self._in_stream = names, has_gpu() and not wait
         self._open: list[str] = []
         self._told: list[str] = []
-        self._borders: list[tuple[str | None, float | torch.cuda.Event]] = []
+        self._borders: list[tuple[str | None, Any]] = []
 
     def enter(self, name: str) -> None:
         self._open.append(name)
@@ -58,7 +59,8 @@ class RangeClock:
         spent: dict[str, float] = {}
         for (name, begin), (_, end) in pairwise(self._borders):
             if name is not None:
-                spent[name] = spent.get(name, 0.0) + _between(begin, end)
+                took = begin.elapsed_time(end) / 1e3 if self._in_stream else end - begin
+                spent[name] = spent.get(name, 0.0) + took
         return spent
 
     def _is_told(self, name: str) -> bool:
@@ -66,6 +68,7 @@ class RangeClock:
 
     def _border(self) -> None:
         """From here on time belongs to what is innermost now."""
+        now: Any
         if self._in_stream:
             now = torch.cuda.Event(enable_timing=True)
             now.record()
@@ -73,14 +76,6 @@ class RangeClock:
             finish()
             now = time.perf_counter()
         self._borders.append((self._told[-1] if self._told else None, now))
-
-
-def _between(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-    if isinstance(begin, float):
-        assert isinstance(end, float)
-        return end - begin
-    assert not isinstance(end, float)
-    return begin.elapsed_time(end) / 1e3
 
 
 class _Timer:
