@@ -7,6 +7,7 @@ places, and take another way, or end the run by name, once they are told.
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 
 import torch
 
@@ -18,6 +19,9 @@ _ENVIRONMENT = {
 }
 """Name -> what allows it, first what is set where nothing is: a fixed workspace for cuBLAS, which may else choose
 another algorithm from call to call; no sums in the switch (NVLS), which Megatron-LM's deterministic mode rules out."""
+
+_told = ExitStack()
+"""What takes it back."""
 
 
 def repeat_bit_for_bit() -> None:
@@ -36,21 +40,17 @@ def repeat_bit_for_bit() -> None:
                 source="environment",
                 remedy=f"unset {name}, or export {' or '.join(allowing)}",
             )
+    from torch._inductor import config
+
+    as_before()
     torch.use_deterministic_algorithms(True)
-    # It would fill whatever is made without values, for programs that read it.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    _compile_by_rule(True)
+    _told.callback(torch.use_deterministic_algorithms, False)
+    # Else it would fill whatever is made without values, for programs that read it.
+    torch._C._set_deterministic_fill_uninitialized_memory(False)
+    _told.callback(torch._C._set_deterministic_fill_uninitialized_memory, True)
+    _told.enter_context(config.patch(deterministic=True))  # kernels by rules, not by how long each took
 
 
 def as_before() -> None:
     """Take ``repeat_bit_for_bit`` back, but for the environment."""
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-    _compile_by_rule(False)
-
-
-def _compile_by_rule(rule: bool) -> None:
-    """Whether torch's compiler chooses kernels by rules alone, or by how long each took."""
-    from torch._inductor import config
-
-    config.deterministic = rule  # type: ignore[attr-defined]
+    _told.close()

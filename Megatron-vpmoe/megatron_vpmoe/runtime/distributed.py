@@ -88,8 +88,7 @@ def shutdown() -> None:
     from megatron.core import parallel_state
 
     torch.set_flush_denormal(False)
-    if torch.are_deterministic_algorithms_enabled():
-        as_before()
+    as_before()
     _left[:] = map(weakref.ref, dist.distributed_c10d._world.pg_map)
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
