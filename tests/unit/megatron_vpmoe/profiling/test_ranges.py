@@ -63,6 +63,16 @@ def test_a_range_that_overlaps_is_an_error(ticks: Ticks) -> None:
         clock.leave("forward")
 
 
+def test_an_error_inside_goes_through_as_it_is(ticks: Ticks) -> None:
+    """Upstream's timers are no blocks: what interrupts a pass, such as a polite stop, never comes to their end."""
+    clock = RangeClock()
+    timers = UpstreamTimers(clock)
+    with pytest.raises(KeyError, match="stop"), listening(clock), annotated("step"):
+        timers("forward-compute").start()
+        with annotated("dispatch"):
+            raise KeyError("stop")
+
+
 def test_nobody_listens_outside() -> None:
     clock = RangeClock()
     with listening(clock):
