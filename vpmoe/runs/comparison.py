@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vpmoe.runs.queries import axis, connected
+from vpmoe.runs.queries import answer, axis
 from vpmoe.runs.registry import RunEntry
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ def overlay(runs: Sequence[RunEntry], tags: Sequence[str], *, by: str = "step", 
     Raises:
         DataError: there is no such axis.
     """
-    with connected(runs) as database:
-        return database.execute(_OVERLAY.format(x=axis(by)), {"tags": list(tags), "points": points}).df()
+    return answer(runs, _OVERLAY.format(x=axis(by)), {"tags": list(tags), "points": points})
 
 
 def _value(run: RunEntry, section: str, name: str) -> Any:

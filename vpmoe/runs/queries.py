@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import duckdb
+import pyarrow
 
 from vpmoe.errors import DataError
 from vpmoe.runs.registry import RunEntry, list_runs
@@ -27,6 +28,16 @@ _RUNS = """CREATE TABLE runs (
   directory VARCHAR, host VARCHAR, pid BIGINT, world_size BIGINT, error VARCHAR, tags VARCHAR[], note VARCHAR,
   git VARCHAR, config JSON, provenance JSON, results MAP(VARCHAR, DOUBLE), file VARCHAR
 )"""
+_TEXT, _COUNT, _TIME = pyarrow.string(), pyarrow.int64(), pyarrow.timestamp("us")
+_ARROW = pyarrow.schema(
+    [
+        *((name, _TEXT) for name in ("run", "name", "experiment", "status")),
+        *(("started", _TIME), ("ended", _TIME), ("last_step", _COUNT), ("directory", _TEXT), ("host", _TEXT)),
+        *(("pid", _COUNT), ("world_size", _COUNT), ("error", _TEXT), ("tags", pyarrow.list_(_TEXT)), ("note", _TEXT)),
+        *((name, _TEXT) for name in ("git", "config", "provenance")),
+        *(("results", pyarrow.map_(_TEXT, pyarrow.float64())), ("file", _TEXT)),
+    ]
+)
 _FORMAT = (
     "format = 'newline_delimited', columns = {step: 'BIGINT', tag: 'VARCHAR', value: 'DOUBLE'}, filename = 'file', "
     "ignore_errors = true"
@@ -109,13 +120,30 @@ def ask(sql: str, store: Path | None = None) -> tuple[list[str], list[tuple[Any,
         raise DataError(str(error).strip(), source="the SQL given", remedy=remedy) from error
 
 
+def answer(runs: Sequence[RunEntry], question: str, parameters: Mapping[str, Any] | None = None) -> pandas.DataFrame:
+    """What a SELECT of ours gives over some runs.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    try:
+        with connected(runs) as database:
+            return database.execute(question, dict(parameters or {})).df()
+    except duckdb.Error as error:
+        source = ", ".join(str(run.metrics) for run in runs[:3])
+        raise DataError(f"metrics cannot be read: {error}", source=source, remedy="mend or move the file") from error
+
+
 def connected(runs: Sequence[RunEntry]) -> duckdb.DuckDBPyConnection:
     """``connect`` over some runs."""
     database = duckdb.connect()
     database.execute("SET TimeZone = 'UTC'")
     database.execute(_RUNS)
-    if runs:
-        database.executemany(f"INSERT INTO runs VALUES ({', '.join(['?'] * 19)})", [_row(run) for run in runs])
+    if runs:  # in one piece: row by row takes milliseconds each
+        columns = zip(*map(_row, runs), strict=True)
+        names = database.table("runs").columns
+        table = pyarrow.table(dict(zip(names, map(list, columns), strict=True)), schema=_ARROW)
+        database.register("given", table).execute("INSERT INTO runs SELECT * FROM given").unregister("given")
     files = _files(runs)
     database.execute(_METRICS.replace("$files", f"[{files}]") if files else _NO_METRICS)
     return database
@@ -137,14 +165,19 @@ def _row(run: RunEntry) -> list[object]:
     return [
         *(run.id, run.name, run.experiment, run.status, at(run.started), at(run.ended), run.step),
         *(str(run.directory), run.host, run.pid, run.world_size, run.error, list(run.tags), run.note),
-        *(git.get("sha"), json.dumps(run.config), json.dumps(run.provenance), run.results, str(run.metrics)),
+        *(
+            git.get("sha"),
+            json.dumps(run.config),
+            json.dumps(run.provenance),
+            list(run.results.items()),
+            str(run.metrics),
+        ),
     ]
 
 
 def tags_of(runs: Sequence[RunEntry]) -> list[str]:
     """Every tag that one of the runs has recorded, sorted."""
-    with connected(runs) as database:
-        return [tag for (tag,) in database.execute("SELECT DISTINCT tag FROM metrics ORDER BY tag").fetchall()]
+    return list(answer(runs, "SELECT DISTINCT tag FROM metrics ORDER BY tag")["tag"])
 
 
 def series(runs: Sequence[RunEntry], tags: Sequence[str], *, by: str = "step", points: int = 2000) -> pandas.DataFrame:
@@ -160,8 +193,7 @@ def series(runs: Sequence[RunEntry], tags: Sequence[str], *, by: str = "step", p
     Raises:
         DataError: ``by`` is none of them.
     """
-    with connected(runs) as database:
-        return database.execute(_SERIES.format(x=axis(by)), {"tags": list(tags), "points": points}).df()
+    return answer(runs, _SERIES.format(x=axis(by)), {"tags": list(tags), "points": points})
 
 
 def axis(by: str) -> str:
@@ -220,6 +252,5 @@ def damaged_lines(run: RunEntry) -> int:
 
 def last_values(run: RunEntry) -> dict[str, float]:
     """The last value of each tag."""
-    with connected([run]) as database:
-        found = database.execute("SELECT tag, arg_max(value, step) FROM metrics GROUP BY tag ORDER BY tag").fetchall()
-    return dict(found)
+    found = answer([run], "SELECT tag, arg_max(value, step) AS value FROM metrics GROUP BY tag ORDER BY tag")
+    return dict(zip(found["tag"], map(float, found["value"]), strict=True))
