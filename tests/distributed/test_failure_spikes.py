@@ -1,0 +1,180 @@
+"""Spikes of the loss and numbers that are not finite, in runs over rows that are bad: what each policy does."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import training_runs
+from tests.fixtures_dataset import small_dataset
+from tests.training_runs import checkpoint_tensors, command, losses, records
+from tests.workers import run_workers
+
+pytestmark = pytest.mark.slow
+
+STEPS, BAD_STEP, SAVED = 14, 10, 4
+BAD = range((BAD_STEP - 1) * 4, BAD_STEP * 4)
+"""Rows of one step, of four."""
+WATCHED = {
+    "train_iters": STEPS,
+    "save_interval": SAVED,
+    "keep_last": 9,
+    "spike_window": 8,
+    "spike_history": 4,
+    "spike_threshold": 8.0,
+    "sample_interval": None,
+    "eval_interval": None,
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_dataset(tmp_path_factory.mktemp("data") / "set")
+
+
+def spoil(passed_over: int) -> None:
+    """Labels that the model has learnt are never the answer, in the bad rows; and a resumed run passes rows over."""
+    from megatron_vpmoe.sources import stored
+
+    micro_batch, resume = stored._Rows.micro_batch, stored.StoredSource.resume
+
+    def spoilt(self: Any, begin: int, end: int) -> Any:
+        batch = micro_batch(self, begin, end)
+        rows = torch.tensor([sample in BAD for sample in batch.sample_ids])
+        batch.labels[rows] = 63
+        return batch
+
+    def further(self: Any, position: Any, **named: Any) -> Any:
+        notes = resume(self, position, **named)
+        self.consumed_samples += passed_over
+        return notes
+
+    stored._Rows.micro_batch, stored.StoredSource.resume = spoilt, further  # type: ignore[method-assign]
+
+
+def spoilt_worker(arguments: list[str], passed_over: int) -> int:
+    spoil(passed_over)
+    return training_runs.worker(arguments)
+
+
+def train(run_dir: Path, dataset: Path, *, ranks: int = 1, passed_over: int = 0, **changes: object) -> list[int]:
+    """Exit codes of a run over the bad rows."""
+    arguments = command(run_dir, dataset, nproc_per_node=ranks, **{**WATCHED, **changes})[3:]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return run_workers(ranks, spoilt_worker, arguments, passed_over, folder=run_dir)
+
+
+def of_tag(run_dir: Path, tag: str) -> dict[int, float]:
+    return {record["step"]: float(record["value"]) for record in records(run_dir) if record["tag"] == tag}
+
+
+def state(run_dir: Path, step: int) -> dict[str, Any]:
+    return json.loads((run_dir / "checkpoints" / f"iter_{step:07d}" / "run_state.json").read_text())
+
+
+def equal(one: Path, other: Path, step: int = STEPS) -> bool:
+    tensors = [checkpoint_tensors(run / "checkpoints" / f"iter_{step:07d}") for run in (one, other)]
+    return tensors[0].keys() == tensors[1].keys() and all(
+        torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0]
+    )
+
+
+def test_a_rollback_is_the_checkpoint_with_the_data_after_the_spike(dataset: Path, tmp_path: Path) -> None:
+    back, moved, resumed = (tmp_path / name for name in ("back", "moved", "resumed"))
+    acting = {"spike_policy": "rollback", "spike_limit": 2}
+    assert train(back, dataset, ranks=2, **acting) == [0, 0]
+    first = 8  # the checkpoint before the spike
+    assert of_tag(back, "spike/action") == {first + 1: 4.0} and of_tag(back, "spike/from_step") == {first + 1: BAD_STEP}
+    assert list(losses(back)) == list(range(1, STEPS + 1))  # each step once
+    at_end = state(back, STEPS)
+    assert at_end["spikes"]["passed_over"] == [[4 * first, 4 * BAD_STEP]] and at_end["spikes"]["acted"] == 1
+    assert at_end["consumed_samples"] == 4 * STEPS + 4 * (BAD_STEP - first)
+    said = json.loads((back / f"spike_{BAD_STEP:07d}_rank1.json").read_text())
+    assert (
+        said["action"] == "rollback" and set(said["sample_ids"]) < set(BAD) and said["z"] > WATCHED["spike_threshold"]
+    )
+
+    def copied(run: Path, step: int) -> None:
+        shutil.copytree(back / "checkpoints" / f"iter_{step:07d}", run / "checkpoints" / f"iter_{step:07d}")
+
+    copied(moved, first)
+    assert train(moved, dataset, ranks=2, passed_over=4 * (BAD_STEP - first), resume=True, **acting) == [0, 0]
+    assert equal(back, moved)
+    copied(resumed, 12)  # after the rollback: the row behind, the losses, and the count go on
+    assert train(resumed, dataset, ranks=2, resume=True, **acting) == [0, 0]
+    assert equal(back, resumed) and state(resumed, STEPS)["spikes"] == at_end["spikes"]
+
+
+def test_a_dropped_step_moves_nothing_and_a_warning_everything(dataset: Path, tmp_path: Path) -> None:
+    runs = {policy: tmp_path / policy for policy in ("off", "warn", "skip")}
+    for policy, run_dir in runs.items():
+        changes = {"spike_limit": 1} if policy == "skip" else {}
+        assert train(run_dir, dataset, save_interval=1, spike_policy=policy, **changes) == [0]
+    assert equal(runs["off"], runs["warn"]) and not equal(runs["off"], runs["skip"])
+    assert equal(runs["off"], runs["skip"], BAD_STEP - 1)
+    weights = [checkpoint_tensors(runs["skip"] / "checkpoints" / f"iter_{n:07d}") for n in (BAD_STEP - 1, BAD_STEP)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0] if key.startswith("model."))
+    actions = {policy: of_tag(run_dir, "spike/action") for policy, run_dir in runs.items()}
+    assert actions == {"off": {}, "warn": {BAD_STEP: 1.0}, "skip": {BAD_STEP: 2.0}}
+    assert state(runs["skip"], STEPS)["consumed_samples"] == 4 * STEPS
+
+
+def test_a_spike_ends_the_run_by_name(dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path / "run", dataset, spike_policy="stop") == [2]
+    said = capfd.readouterr().err
+    assert f"SpikeError: the loss of step {BAD_STEP}" in said and f"spike_{BAD_STEP:07d}_rank0.json" in said
+    assert of_tag(tmp_path / "run", "spike/action") == {BAD_STEP: 3.0}
+    assert math.isfinite(losses(tmp_path / "run")[BAD_STEP - 1]) and BAD_STEP not in losses(tmp_path / "run")
+
+
+def overflowing(arguments: list[str], where: str) -> int:
+    """A module of the last layer but one overflows, forward or backward, in the third step and on one rank."""
+    import os
+
+    from megatron_vpmoe.training import loop
+
+    train_step, steps = loop.train_step, 0
+
+    def infinite(_module: Any, _given: Any, output: Any) -> Any:
+        parts = list(output) if isinstance(output, tuple) else [output]
+        if where == "output":
+            parts[0] = parts[0] * math.inf
+        elif parts[0].requires_grad:
+            parts[0] = parts[0].clone()
+            parts[0].register_hook(lambda gradient: gradient * math.inf)
+        return tuple(parts) if isinstance(output, tuple) else parts[0]
+
+    def stepping(wrapped: Any, *given: Any, **named: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3 and os.environ["RANK"] == "1":
+            wrapped.module.decoder.layers[2].mlp.register_forward_hook(infinite, prepend=True)
+        return train_step(wrapped, *given, **named)
+
+    loop.train_step = stepping  # type: ignore[assignment]
+    return training_runs.worker(arguments)
+
+
+@pytest.mark.parametrize(
+    ("where", "module"),
+    [
+        ("output", "the output of decoder.layers.2.mlp"),
+        ("gradient", "the gradient of the output of decoder.layers.2.mlp"),
+    ],
+)
+def test_what_is_not_finite_is_named_with_its_module(
+    dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], where: str, module: str
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    arguments = command(run_dir, dataset, nproc_per_node=2, **{**WATCHED, "train_iters": 5})[3:]
+    assert run_workers(2, overflowing, arguments, where, folder=run_dir) == [2, 2]
+    names = [json.loads((run_dir / f"nonfinite_0000003_rank{rank}.json").read_text())["module"] for rank in (0, 1)]
+    assert names == [module] * 2
+    assert f"of iteration 3 is not finite, first in {module}" in capfd.readouterr().err
