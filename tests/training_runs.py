@@ -83,7 +83,7 @@ def train_until(step: int, how: signal.Signals, run_dir: Path, dataset: Path, **
 
 def reach(step: int, run_dir: Path, running: Callable[[], bool]) -> None:
     """Wait until ``step`` is in the metrics of a run."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not any(record["step"] >= step for record in records(run_dir)):
         assert running(), f"the run ended before step {step}"
         assert time.monotonic() < deadline, f"step {step} was not reached"

@@ -27,6 +27,7 @@ def run(arguments: list[str]) -> None:
     cfg = load_config(arguments[0], arguments[1:])
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check_world(cfg, world)
+    distributed.refuse_old_addresses()
     parallel = cfg.parallel
     distributed.initialize(
         seed=cfg.training.seed,

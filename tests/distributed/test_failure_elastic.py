@@ -1,4 +1,4 @@
-"""Plain torchrun, two agents on one machine: a group that is started again resumes by itself, a worker that hangs ends."""
+"""Plain torchrun, two agents on one machine: a group started again resumes by itself, a worker that hangs ends."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tests.training_runs import checkpoint_tensors, command
 pytestmark = pytest.mark.slow
 
 STEPS = 40
+ENVIRONMENT = {**training_runs.ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def agents(run_dir: Path, dataset: Path, nnodes: str, **changes: object) -> Iter
 @contextmanager
 def ended_after(words: list[str], output: Path) -> Iterator[subprocess.Popen[str]]:
     with output.open("w") as stream:
-        process = subprocess.Popen(words, env=training_runs.ENVIRONMENT, stdout=stream, stderr=stream, text=True)
+        process = subprocess.Popen(words, env=ENVIRONMENT, stdout=stream, stderr=stream, text=True)
         try:
             yield process
         finally:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from megatron_vpmoe.errors import VpmoeError, of_the_system
+from megatron_vpmoe.errors import ConfigError, VpmoeError, of_the_system
 from megatron_vpmoe.runtime.determinism import as_before, repeat_bit_for_bit
 from megatron_vpmoe.runtime.device import distributed_backend, has_gpu, prepare
 
@@ -113,6 +113,22 @@ def rank() -> int:
 def world_size() -> int:
     """Processes of the run; 1 before any group exists."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def refuse_old_addresses() -> None:
+    """Before a group is joined that torchrun may start again.
+
+    Raises:
+        ConfigError: it would keep its store, in which new processes find the addresses of those before them.
+    """
+    may_restart = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if may_restart and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ConfigError(
+            f"torchrun with --max-restarts {os.environ['TORCHELASTIC_MAX_RESTARTS']} keeps one store for all restarts, "
+            "in which the processes of the next one would look for those that have failed",
+            source="the environment of torchrun (torch/distributed/elastic/rendezvous/dynamic_rendezvous.py)",
+            remedy="export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for every torchrun of the job, or leave --max-restarts",
+        )
 
 
 def is_restarted_group() -> bool:

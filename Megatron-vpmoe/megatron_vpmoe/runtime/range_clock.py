@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Collection
 from itertools import pairwise
@@ -47,6 +48,9 @@ class RangeClock:
 
     def leave(self, name: str) -> None:
         found = self._open.pop()
+        # Upstream's timers do not end a range that an error leaves, which is then what is to be told.
+        while found != name and self._open and sys.exc_info()[0] is not None:
+            found = self._open.pop()
         if found != name:
             raise ValueError(f"range {name!r} ends inside {found!r}")
         if self._is_told(name):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_vpmoe.generation.engine import generate
 from megatron_vpmoe.generation.prompts import Prompt
 from megatron_vpmoe.generation.sampling import SamplingOptions
 from megatron_vpmoe.manifest import Manifest
+from megatron_vpmoe.runtime import pulse
 from megatron_vpmoe.runtime.signals import Interrupted
 from megatron_vpmoe.sources.form import Form, repetition
 from megatron_vpmoe.sources.groups import Rollout
@@ -23,6 +25,8 @@ from megatron_vpmoe.sources.prompts import Asked
 from megatron_vpmoe.sources.rewards import Rewards, Sample
 from megatron_vpmoe.sources.sampling import Sampler
 from megatron_vpmoe.turns import generation_ends
+
+_SECONDS_OF_SCORING = 10.0
 
 
 @dataclass
@@ -118,17 +122,22 @@ class Answering:
         sampled = time.perf_counter()
         rollouts = [Rollout.of(each, asked[each.place][1].ids, asked[each.place][0]) for each in completions]
 
-        def score() -> list[dict[str, float]]:
-            found = []
-            for one, each in zip(rollouts, completions, strict=True):
-                if stop is not None and stop.is_requested():
+        def score(first: int) -> list[dict[str, float]]:
+            found, end = [], time.monotonic() + _SECONDS_OF_SCORING
+            for one, each in zip(rollouts[first:], completions[first:], strict=True):
+                if (stop is not None and stop.is_requested()) or (found and time.monotonic() > end):
                     break
                 found.append(self._rewards(self._sample(one, asked[each.place][1].row)))
             return found
 
-        scores = by.exchange.from_rank_0(score)
-        if len(scores) < len(rollouts):
-            raise Interrupted
+        scores: list[dict[str, float]] = []
+        while len(scores) < len(rollouts):
+            # Piece by piece: no rank waits for all rewards within one collective, showing no sign of life.
+            piece = by.exchange.from_rank_0(partial(score, len(scores)))
+            pulse.beat()
+            if not piece:
+                raise Interrupted
+            scores += piece
         rewards = [self._rewards.total(each) for each in scores]
         scored = [replace(one, reward=reward) for one, reward in zip(rollouts, rewards, strict=True)]
         form = self._form
