@@ -78,7 +78,7 @@ def in_browser(store: Path) -> list[float]:
 def _opened(driver, url: str) -> float:
     began = time.perf_counter()
     driver.get(url)
-    while len(driver.find_elements("css selector", "[data-testid=stVegaLiteChart] canvas")) < len(TAGS):
+    while len(driver.find_elements("css selector", "[data-testid=stVegaLiteChart] .marks")) < len(TAGS):
         time.sleep(0.01)
     return time.perf_counter() - began
 

@@ -18,6 +18,7 @@ from vpmoe.runs.registry import RunEntry, list_runs
 CHOSEN = "chosen_runs"
 """Ids of the runs that were looked at last, in the state of a session: pages begin with them."""
 _KEPT = 32
+_POINTS = 1000  # of a curve: about two a pixel of its picture
 
 
 def runs_of(places: Places) -> list[RunEntry]:
@@ -80,7 +81,7 @@ def _tags(asked: _Asked) -> list[str]:
 
 @streamlit.cache_data(max_entries=_KEPT, show_spinner=False, hash_funcs={_Asked: lambda asked: asked.key})
 def _series(asked: _Asked, tags: tuple[str, ...], by: str) -> pandas.DataFrame:
-    return series(asked.runs, tags, by=by)
+    return series(asked.runs, tags, by=by, points=_POINTS)
 
 
 @streamlit.cache_data(max_entries=_KEPT, show_spinner=False, hash_funcs={_Asked: lambda asked: asked.key})

@@ -50,6 +50,15 @@ def show(places: Places) -> None:
     drawn()
 
 
+def _step(steps: list[int]) -> int:
+    """The chosen one; who looks at the newest goes on to the next, and one that is no longer drawn is the newest."""
+    state = streamlit.session_state
+    if state.get("router_step") == state.get("router_newest") or state.get("router_step") not in steps:
+        state["router_step"] = steps[-1]
+    state["router_newest"] = steps[-1]
+    return streamlit.select_slider("Step", steps, key="router_step") if len(steps) > 1 else steps[0]
+
+
 def _loads(path: Path) -> None:
     loads = read_expert_loads(path, most=MOST_STEPS)
     if not len(loads.steps):
@@ -65,7 +74,7 @@ def _loads(path: Path) -> None:
     columns[3].metric("Busiest expert, times the mean", f"{1 + worst.max():.2f}")
     title = "multiple of the mean load"
     streamlit.subheader("Layers and experts at a step", anchor=False)
-    step = streamlit.select_slider("Step", steps, value=steps[-1], key="router_step") if len(steps) > 1 else steps[0]
+    step = _step(steps)
     at = steps.index(step)
     streamlit.altair_chart(
         heatmap(
