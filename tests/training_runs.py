@@ -148,7 +148,7 @@ def records(run_dir: Path) -> list[dict]:
 
 def measured(run_dir: Path) -> dict[tuple[int, str], float]:
     """(step, tag) -> value of everything that does not tell of this machine's time and memory."""
-    apart = ("throughput/", "ms/", "memory/")
+    apart = ("throughput/", "ms/", "memory/", "elapsed/seconds")
     return {(r["step"], r["tag"]): r["value"] for r in records(run_dir) if not r["tag"].startswith(apart)}
 
 

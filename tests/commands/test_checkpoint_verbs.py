@@ -147,6 +147,14 @@ def test_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["tensors"]["weights"]["routed experts"]["elements"] > 0 and "other" not in found["tensors"]["weights"]
     of_made = asked(capsys, "inspect", made)
     assert of_made["iteration"] == 0 and of_made["provenance"] is None and of_made["model"]["layers"] == 2
+    imported = tmp_path / "again"
+    assert main(["hf", "import", str(exported), str(imported)]) == 0
+    assert asked(capsys, "inspect", imported)["kind"] == "object"
+    assert set(asked(capsys, "diff", made, imported)["counts"]) == {"equal"}
+    (entry,) = asked(capsys, "verify", imported)
+    assert entry["damages"] == [] and entry["files"] > 4
+    (imported / "iter_0000000" / "common.pt").write_bytes(b"")
+    assert "iter_0000000/common.pt has 0 bytes" in asked(capsys, "verify", imported, code=1)[0]["damages"][0]
     assert asked(capsys, "verify", exported)[0]["damages"] == []
     with (exported / "model.safetensors").open("r+b") as stream:
         stream.seek(-1, 2)

@@ -138,20 +138,6 @@ def test_unequal_slices_take_the_same_steps(straight: dict[str, Any], bf16: bool
     )
 
 
-@pytest.mark.parametrize(
-    ("saved", "loaded"),
-    [((2, 1), (1, 1)), ((1, 1), (2, 1)), ((2, 2), (2, 1))],
-    ids=["DP 2 to 1", "DP 1 to 2", "EP 2 to DP 2"],
-)
-def test_a_checkpoint_continues_under_another_division(
-    straight: dict[str, Any], saved: tuple[int, int], loaded: tuple[int, int], tmp_path: Path
-) -> None:
-    """(processes, of which expert-parallel): half the steps under one division, half under the other."""
-    on(saved[0], tmp_path, 0, 2, expert_model_parallel_size=saved[1])
-    for result in on(loaded[0], tmp_path, 2, STEPS, expert_model_parallel_size=loaded[1]):
-        assert_same(result, straight, first=2)
-
-
 @pytest.mark.parametrize(("saved", "loaded"), [((2, 1), (1, 1)), ((2, 1), (2, 2))], ids=["DP 2 to 1", "DP 2 to EP 2"])
 def test_masters_and_state_of_bf16_come_back_bit_for_bit(
     saved: tuple[int, int], loaded: tuple[int, int], tmp_path: Path

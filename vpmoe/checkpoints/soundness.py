@@ -34,21 +34,22 @@ class Listed:
     @property
     def bytes(self) -> int:
         """Of all files together."""
-        return sum(entry["bytes"] for entry in self.files.values())
+        return sum(entry.get("bytes", 0) for entry in self.files.values())
 
 
 def listed(path: Path) -> list[Listed]:
-    """Every list of files at a path: of a run one a checkpoint, of an object its receipt's too.
+    """Every list of files at a path: of a run one a checkpoint, of an object its receipt's.
 
     Raises:
         CheckpointError: nothing lies there, or nothing says what its files were.
     """
     place = find(path)
-    lists = [_of_checkpoint(checkpoint) for checkpoint in place.checkpoints]
+    by_receipt = _of_receipt(place) if place.kind in ("object", "HF directory") else []
+    if by_receipt and by_receipt[0].fault is None:
+        return by_receipt  # it lists the files of a checkpoint in it too
+    lists = by_receipt + [_of_checkpoint(checkpoint) for checkpoint in place.checkpoints]
     if place.kind == "run":
         lists += _of_tracker(place)
-    elif place.kind != "checkpoint":
-        lists += _of_receipt(place)
     if not lists:
         raise CheckpointError(
             "nothing says what its files were: it has no receipt",

@@ -296,5 +296,5 @@ def _restore(run: Run, found: checkpoint.Found) -> None:
     if found.state["world_size"] != distributed.world_size():
         run.notes += (
             f"saved by {found.state['world_size']} processes, continued by {distributed.world_size()}: "
-            "same data order, fresh random state",
+            "same data order and draws",
         )
