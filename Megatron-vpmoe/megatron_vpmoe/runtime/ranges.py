@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -22,18 +23,29 @@ class RangeListener(Protocol):
 
 
 _listener: RangeListener | None = None
+_of_thread = threading.local()
 
 
 @contextlib.contextmanager
 def annotated(name: str) -> Iterator[None]:
     """Mark what runs inside as part of the range ``name``."""
     # First: what is compiled is one range, whoever listens.
-    if torch.compiler.is_compiling() or (listener := _listener) is None:
+    if torch.compiler.is_compiling() or (listener := _listener) is None or getattr(_of_thread, "is_beside", False):
         yield
         return
     listener.enter(name)
     yield
     listener.leave(name)  # not after an error, which leaves the ranges of upstream's timers open
+
+
+@contextlib.contextmanager
+def beside() -> Iterator[None]:
+    """Tell nobody of this thread's ranges: what runs beside a step nests in none of its ranges."""
+    _of_thread.is_beside = True
+    try:
+        yield
+    finally:
+        _of_thread.is_beside = False
 
 
 @contextlib.contextmanager

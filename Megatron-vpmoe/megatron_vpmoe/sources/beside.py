@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_vpmoe.model.gpt import VPModel
-from megatron_vpmoe.runtime import pulse
+from megatron_vpmoe.runtime import pulse, ranges
 from megatron_vpmoe.runtime.device import has_gpu
 from megatron_vpmoe.runtime.exchange import ExchangeAside
 from megatron_vpmoe.runtime.signals import Interrupted
@@ -91,7 +91,7 @@ class Beside:
             self._stream.wait_stream(torch.cuda.current_stream())
 
     def _run(self, sample: Callable[[], T]) -> T:
-        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+        with ranges.beside(), contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             return self._exchange.together(sample)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import subprocess
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from megatron_vpmoe.profiling.__main__ import launch, settings
 from megatron_vpmoe.profiling.capture import Subject, Window, capture
 from megatron_vpmoe.profiling.clock import RANGES
 from megatron_vpmoe.profiling.mock import mock_step
-from megatron_vpmoe.runtime import range_clock
+from megatron_vpmoe.runtime import range_clock, ranges
 from megatron_vpmoe.runtime.range_clock import RangeClock, UpstreamTimers
 from megatron_vpmoe.runtime.ranges import annotated, listening
 from tests.tiny import ROOT, tiny_config
@@ -80,6 +82,21 @@ def test_nobody_listens_outside() -> None:
     with annotated("step"):
         pass
     assert clock.seconds == {}
+
+
+def test_what_runs_beside_a_step_is_no_part_of_it() -> None:
+    heard = []
+    listener = SimpleNamespace(enter=heard.append, leave=lambda name: heard.append(f"/{name}"))
+
+    def sample() -> None:
+        with ranges.beside(), annotated("attention"):
+            pass
+
+    with ranges.listening(listener), annotated("step"):
+        other = threading.Thread(target=sample)
+        other.start()
+        other.join()
+    assert heard == ["step", "/step"]
 
 
 def test_mock_rows_are_full_and_repeatable() -> None:
