@@ -29,7 +29,7 @@ from megatron_vpmoe.metrics.run_store import (
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
-_PATIENCE_SECONDS = 10.0
+_PATIENCE_SECONDS = 30.0
 _RESULTS = ("loss/", "valid", "eval/", "throughput/", "rollout/", "accuracy/", "rewards/", "elapsed/")
 """Prefixes of the tags whose last values are results."""
 

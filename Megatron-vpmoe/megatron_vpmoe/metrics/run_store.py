@@ -27,7 +27,7 @@ IDENTITY = "run.json"
 """In a run's directory: ``{"id": ...}``."""
 _APPLICATION = 0x76504D6F  # "vPMo", in the header of the file
 _VERSION = 1
-_PATIENCE_SECONDS = 5.0
+_PATIENCE_SECONDS = 20.0
 _REMEDY = f"name another file by logging.run_store or {VARIABLE}, or move this one away"
 
 _SCHEMA = """
