@@ -196,9 +196,13 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tolerance", type=float, default=0.05, help="share by which the median may be worse")
     parser.add_argument("--here", action="append", default=[], metavar="FLAG", help="a field for this side alone")
-    parser.add_argument("overrides", nargs="*", help="after --, fields of the configuration for both sides")
+    parser.usage = "%(prog)s REV [options] [-- fields of the configuration, for both sides]"
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    arguments = parser.parse_args(words[:end])
+    arguments.overrides = words[end + 1 :]
     try:
-        told, within = compare(parser.parse_args())
+        told, within = compare(arguments)
     except Unequal as error:
         print(f"cannot compare: {error}", file=sys.stderr)
         return 2

@@ -184,7 +184,7 @@ def tolerance_of(tag: str) -> Tolerance | None:
 def deviations(found: Readings, stored: Readings) -> list[Deviation]:
     """All numbers out of tolerance over the steps that ``found`` has, by step; so is a tag that one side lacks."""
     either = sorted(found.keys() ^ stored.keys())
-    lacking = [Deviation(1, tag, *(side.get(tag, [nan])[0] for side in (found, stored)), inf) for tag in either]
+    lacking = [Deviation(1, tag, found.get(tag, [nan])[0], stored.get(tag, [nan])[0], inf) for tag in either]
     steps = len(found["loss/total"]) if stored else 0
     alike, different = True, []
     for step in range(steps):

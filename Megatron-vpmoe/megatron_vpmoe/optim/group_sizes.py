@@ -81,7 +81,7 @@ class GroupSizes:
         for rule in self._rules:
             if not (elements := found["elements", rule]):
                 continue  # the model has none, or they are frozen
-            gradient, weight, update = (math.sqrt(found[name, rule]) for name in ("gradient", "weight", "update"))
+            gradient, weight, update = (math.sqrt(found[quantity, rule]) for quantity in _QUANTITIES[:3])
             name = slug(rule)
             values |= {f"grad_norm/{name}": gradient, f"param_norm/{name}": weight}
             values[f"update_rms/{name}"] = update / math.sqrt(elements)

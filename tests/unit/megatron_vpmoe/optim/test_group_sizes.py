@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from megatron_vpmoe.training.step import train_step
 from tests.tiny import TINY, random_batch, tiny_config
 
 pytestmark = pytest.mark.usefixtures("single_process")
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, dict[str, Any]] = {
     "normuon and adamw": {},
     "without decay": {"weight_decay": 0.0},
     "adamw alone": {"optimizer": "adam"},
@@ -25,7 +26,7 @@ OPTIMIZERS = {
 }
 
 
-def steps(count: int, *, measure: bool, **changes: object) -> tuple[dict, dict, dict, dict[str, float]]:
+def steps(count: int, *, measure: bool, **changes: Any) -> tuple[dict, dict, dict, dict[str, float]]:
     """Weights (masters) before the last step and after it, gradients, and what was measured in it."""
     cfg = tiny_config(clip_grad=0.0, **changes)
     torch.manual_seed(5)
@@ -43,7 +44,7 @@ def steps(count: int, *, measure: bool, **changes: object) -> tuple[dict, dict, 
         before = masters()
         batch = random_batch(4, TINY["seq_length"], TINY["padded_vocab_size"], seed=seed)
         groups = train_step(wrapped, optimizer, objective, [batch], measure=measure).groups
-    gradients = {name: parameter.main_grad.double().clone() for name, parameter in model.named_parameters()}
+    gradients = {name: vars(parameter)["main_grad"].double().clone() for name, parameter in model.named_parameters()}
     return before, masters(), gradients, groups
 
 
