@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -75,7 +76,11 @@ class Side:
             process = subprocess.Popen(
                 [sys.executable, "-c", _WORKER, *given], stdout=told, stderr=told, env=environment
             )
-            _, status, usage = os.wait4(process.pid, 0)
+            try:
+                _, status, usage = os.wait4(process.pid, 0)
+            except BaseException:  # interrupted: nobody else would end it
+                process.kill()
+                raise
             process.returncode = os.waitstatus_to_exitcode(status)
             if process.returncode:
                 told.seek(0)
@@ -197,6 +202,7 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=0.05, help="share by which the median may be worse")
     parser.add_argument("--here", action="append", default=[], metavar="FLAG", help="a field for this side alone")
     parser.usage = "%(prog)s REV [options] [-- fields of the configuration, for both sides]"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was checked out goes all the same
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     arguments = parser.parse_args(words[:end])
