@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -16,8 +15,7 @@ from megatron_vpmoe.optim.assignment import slug
 from megatron_vpmoe.optim.sharded_optimizer import ShardedOptimizer
 from megatron_vpmoe.runtime import device
 
-_Quantity = Literal["gradient", "weight", "update", "elements"]
-_QUANTITIES: tuple[_Quantity, ...] = ("gradient", "weight", "update", "elements")
+_QUANTITIES = ("gradient", "weight", "update", "elements")
 
 
 class GroupSizes:
@@ -42,19 +40,19 @@ class GroupSizes:
         self._members, self._rules, self._norm_groups = members, rules, norm_groups
         self._rule_of = {leaf: rule_of[param] for member in members for leaf, param in member.counted().items()}
         self._expert_of = {leaf: member.expert for member in members for leaf in member.counted()}
-        self._leaves: dict[_Quantity, list[torch.Tensor]] = {quantity: [] for quantity in _QUANTITIES}
-        self._norms: dict[_Quantity, list[torch.Tensor]] = {quantity: [] for quantity in _QUANTITIES}
+        self._leaves: dict[str, list[torch.Tensor]] = {quantity: [] for quantity in _QUANTITIES}
+        self._norms: dict[str, list[torch.Tensor]] = {quantity: [] for quantity in _QUANTITIES}
 
     def gradients(self) -> None:
         """Of ``prepare_grads``, before they are clipped."""
-        leaves = [leaf for leaf in self._rule_of if leaf.grad is not None]
-        self._take("gradient", leaves, [leaf.grad for leaf in leaves])
+        grads = {leaf: grad for leaf in self._rule_of if (grad := leaf.grad) is not None}
+        self._take("gradient", list(grads), list(grads.values()))
 
     def moved(self, leaves: Sequence[torch.Tensor], updates: Sequence[torch.Tensor]) -> None:
         """What was added to (a part of) each of ``leaves``; looked at before this returns."""
         self._take("update", leaves, updates)
 
-    def _take(self, quantity: _Quantity, leaves: Sequence[torch.Tensor], values: Sequence[torch.Tensor | None]) -> None:
+    def _take(self, quantity: str, leaves: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
         pairs = [(leaf, value) for leaf, value in zip(leaves, values, strict=True) if leaf in self._rule_of]
         if pairs:
             self._leaves[quantity] += [leaf for leaf, _ in pairs]
@@ -64,7 +62,7 @@ class GroupSizes:
     def finish(self) -> dict[str, float]:
         """Metrics by tag (docs/metrics.md), for which the host waits; a collective of all ranks, after the update."""
         self._take("weight", list(self._rule_of), [leaf.detach() for leaf in self._rule_of])
-        sums: dict[bool, Counter[tuple[_Quantity, str]]] = {expert: Counter() for expert in self._norm_groups}
+        sums: dict[bool, Counter[tuple[str, str]]] = {expert: Counter() for expert in self._norm_groups}
         for quantity, norms in self._norms.items():
             numbers = torch.stack(norms).double().square_().tolist() if norms else []
             for leaf, number in zip(self._leaves[quantity], numbers, strict=True):
