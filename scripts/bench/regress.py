@@ -167,7 +167,7 @@ def compare(arguments: argparse.Namespace) -> tuple[dict[str, object], bool]:
         within &= ratios["peak_memory_gib"]["median"] <= 1 + arguments.tolerance
     apart = [abs(a / b - 1) for a, b in zip(here.losses, reference.losses, strict=True)]
     return {
-        "reference": commit[:12],
+        "against": commit[:12],
         "this_tree": f"{git('rev-parse', 'HEAD')[:12]}{f', {len(changed)} files changed' if changed else ''}",
         "fields_here": arguments.here,
         "device": device.device_name(),
