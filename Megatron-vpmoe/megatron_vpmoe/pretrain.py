@@ -41,7 +41,8 @@ def run(arguments: list[str]) -> None:
         cfg = cfg.model_copy(update={"checkpoint": cfg.checkpoint.model_copy(update={"resume": True})})
     predicted = here.predicted(cfg, max(1, world // parallel.nproc_per_node))
     train(cfg, partial(here.comparison, predicted))
-    distributed.shutdown()
+    with pulse.watched(cfg.stall_timeout):  # a GPU's libraries wait for the other processes
+        distributed.shutdown()
 
 
 def _end_with_parent() -> None:

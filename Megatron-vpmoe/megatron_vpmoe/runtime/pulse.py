@@ -119,13 +119,12 @@ def _watch_itself() -> None:
     looked = time.monotonic()
     while True:
         shown, now = Shown(*_NUMBERS.unpack(_own.memory[:])), time.monotonic()
+        silent = now - shown.at
         if math.isinf(shown.allowed):
             faulthandler.cancel_dump_traceback_later()
+        elif now - looked > _SECONDS_OF_GRACE:  # the whole process was held, as by Ctrl-Z: not its fault
+            _own.beat()
         else:
-            if now - looked > _SECONDS_OF_GRACE:  # the whole process was held, as by Ctrl-Z: not its fault
-                _own.beat()
-                continue
-            silent = now - shown.at
             if silent > shown.allowed:
                 rank = os.environ.get("RANK", "0")
                 print(f"worker {rank}: no sign of life for {silent:.0f} s; its stacks:", file=sys.stderr, flush=True)

@@ -47,6 +47,7 @@ def train(cfg: RunConfig, of_pace: Callable[[float | None], str | None] = lambda
         former = distributed.from_rank_0(lambda: held.enter_context(ownership(cfg.run_directory)))
         distributed.from_rank_0(lambda: check_store(store_path(cfg.logging.run_store)))
         run = open_run(cfg)
+        held.enter_context(pulse.watched(cfg.stall_timeout))  # until what follows is closed
         held.callback(run.source.close)
         if former is not None:
             run.notes += (f"the run before, process {former.get('pid')} on {former.get('host')}, ended abruptly",)
@@ -54,15 +55,14 @@ def train(cfg: RunConfig, of_pace: Callable[[float | None], str | None] = lambda
         stop, event = StopRequest(*notices_of(run)).install(), dict[str, float]()
         while True:
             sinks, loads = list[Sink](), list[ExpertLoadFile]()
-            with MetricStream(sinks, loads, run.elapsed.place) as metrics, pulse.watched(cfg.stall_timeout):
+            with MetricStream(sinks, loads, run.elapsed.place) as metrics:
                 distributed.from_rank_0(partial(_open_metrics, run, sinks, loads))
                 if event:
                     metrics.log(run.iteration + 1, event)
                 spike = _train(run, stop, metrics, Progress(cfg, start=run.iteration, enabled=is_main), of_pace)
+                event = go_back(run) if spike else {}
             if not spike:
-                break
-            event = go_back(run)
-    return run
+                return run
 
 
 def _train(
@@ -108,6 +108,7 @@ def _train(
             if goes_back:
                 run.position = position
                 _settle(run, progress)
+                progress.close()
                 return True
             rates = learning_rates(run.scheduler, run.assignment, cfg) if logged else {}
             run.scheduler.step(1)

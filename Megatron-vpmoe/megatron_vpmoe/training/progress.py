@@ -118,10 +118,14 @@ class Progress:
 
     def finished(self, step: int, *, stopped: str | None) -> None:
         """The loop has ended after ``step``; ``stopped``: before the end, and why."""
-        if self._bar is not None:
-            self._bar.stop()
+        self.close()
         outcome = f"stopped at step {step} ({stopped}); --resume continues" if stopped else f"done, step {step}"
         self.note(f"{self._name}: {outcome}")
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self._bar is not None:
+            self._bar.stop()
 
 
 def step_line(step: int, total: int, values: dict[str, float], remaining_seconds: float | None) -> str:
