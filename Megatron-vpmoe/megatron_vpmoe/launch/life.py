@@ -27,7 +27,7 @@ class Life:
         self._folder = folder
 
     def has_begun(self, rank: int) -> bool:
-        """Whether a worker shows signs of life, and takes the signals that ask for something."""
+        """Whether a worker shows signs of life, and takes the signal that asks for its stacks."""
         return pulse.shown(self._folder, rank) is not None
 
     def silence(self, rank: int, since: float) -> float:
@@ -104,3 +104,13 @@ def send(pid: int, signum: signal.Signals) -> None:
         os.kill(pid, signum)
     except ProcessLookupError:
         return
+
+
+def catches(pid: int, signum: signal.Signals) -> bool:
+    """Whether a process does something of its own at a signal."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:  # it has ended
+        return False
+    found = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return found is not None and bool(int(found[1], 16) >> (signum - 1) & 1)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
-from megatron_vpmoe.launch.life import Life, send, together, waits_for_others
+from megatron_vpmoe.launch.life import Life, catches, send, together, waits_for_others
 from megatron_vpmoe.runtime import endings
 from megatron_vpmoe.runtime.endings import Ending
 
@@ -29,7 +29,7 @@ class Watch:
 
     SIGTERM, SIGINT and SIGHUP all become one SIGTERM for each worker, which finishes what it must, saves and exits by
     itself. After it only a further SIGINT counts: it ends the workers at once. With no worker started yet the launcher
-    just exits. SIGUSR1 is handed on to each worker: it saves and goes on.
+    just exits. SIGUSR1 is handed on to one worker: all save and go on.
 
     Args:
         module: what the workers run.
@@ -75,10 +75,10 @@ class Watch:
 
     def _hand_on(self, _signum: int, _frame: FrameType | None) -> None:
         self.look()
-        ready = [pid for pid, rank in list(self._ranks.items()) if self._life.has_begun(rank)]
+        ready = [pid for pid in list(self._ranks) if catches(pid, signal.SIGUSR1)]
         action = "saving as soon as the step allows, then going on" if ready else "there is nothing to save yet"
         print(f"SIGUSR1: {action}", file=sys.stderr, flush=True)
-        for pid in ready:
+        for pid in ready[:1]:  # It tells the others, which by signals of their own could save a step later once more.
             send(pid, signal.SIGUSR1)
 
     def _keep_looking(self) -> None:
@@ -189,8 +189,10 @@ class Watch:
         lost = of_kind["lost"]
         if lost and self.stopped:
             return f"it waited in vain for worker {min(self.stopped)}, which is stopped (SIGSTOP)", 1, lost[0]
-        gone = {rank: when for rank, when in self.gone.items() if rank not in endings}
-        gone |= dict.fromkeys(codes.keys() - endings.keys() - self.gone.keys(), 0.0)  # too quick to be seen
+        # Who has failed and told no failure: also after its end, as the libraries of torch and of a GPU are torn down.
+        afterwards = {rank for rank in codes if rank in endings and endings[rank].kind == "done"}
+        gone = {rank: when for rank, when in self.gone.items() if rank not in endings or rank in afterwards}
+        gone |= dict.fromkeys((codes.keys() - endings.keys() | afterwards) - self.gone.keys(), 0.0)  # not seen leaving
         # Of those that left at about the first one's time: who failed before who ended well, before whom we ended.
         latest = min([*gone.values(), *(endings[rank].at for rank in lost)]) + _SECONDS_AT_ONCE
         silent = [rank for rank, when in gone.items() if when <= latest]
@@ -198,7 +200,8 @@ class Watch:
             code = codes.get(rank, 0)
             if code < 0:
                 name = signal.Signals(-code).name
-                return f"it was ended by {name}{_HINTS.get(name, '')}", 128 - code, rank
+                when = " after the run was done" if rank in afterwards else ""
+                return f"it was ended by {name}{when}{_HINTS.get(name, '')}", 128 - code, rank
             what = "before the run was done" if code == 0 else "; its own message is above"
             return f"it left with exit code {code} {what}", code or 1, rank
         # Those that did not answer and are not in a collective themselves.

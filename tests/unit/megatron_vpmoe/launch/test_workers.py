@@ -34,6 +34,10 @@ if kind == "kill" and rank == "1":
 if kind == "environment":
     (folder / f"environment{rank}").write_text(" ".join(os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     sys.exit(0)
+if kind == "save" and sys.argv[3] == "ready":
+    signal.signal(signal.SIGUSR1, lambda *_: (folder / f"asked{rank}").touch())
+elif kind == "save":
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 (folder / f"ready{rank}").touch()
 if kind == "deaf":
     time.sleep(60)
@@ -157,6 +161,23 @@ def test_a_signal_lets_the_workers_save_and_ends_with_zero(
 
 
 @pytest.mark.parametrize(
+    ("state", "asked", "said"), [("ready", 1, "then going on"), ("early", 0, "nothing to save yet")]
+)
+def test_one_worker_is_asked_to_save_once_there_is_something(
+    start: Start, tmp_path: Path, state: str, asked: int, said: str
+) -> None:
+    """All that heard of it might do so in two steps, and save in both."""
+    process = start("save", state)
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    result, error = finish(process)
+    assert result == 0 and f"SIGUSR1: {said}" in error
+    assert len(list(tmp_path.glob("asked*"))) == asked
+
+
+@pytest.mark.parametrize(
     ("kind", "code", "first", "absent"),
     [
         ("error", 2, "worker 1: CheckpointError: the cause of rank 1", "Traceback"),
@@ -221,6 +242,14 @@ def test_who_is_blamed_where_one_lost_another(
     watch.gone, watch.stopped = gone, stopped
     watch.verdict({0: Ending("lost", "closed", 1, 9.0)}, codes)
     assert expected in capsys.readouterr().err
+
+
+def test_a_crash_after_the_end_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    watch = Watch("nobody", 2, tmp_path)
+    watch.gone = {0: 9.0, 1: 9.5}
+    done = {rank: Ending("done", "", 0, 8.0) for rank in (0, 1)}
+    assert watch.verdict(done, {1: -signal.SIGSEGV}) == 128 + signal.SIGSEGV
+    assert "worker 1: it was ended by SIGSEGV after the run was done" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("loaded", ["pydantic_core", "libtorch_cpu", "worker"])
