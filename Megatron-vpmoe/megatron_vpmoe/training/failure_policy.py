@@ -19,7 +19,7 @@ from megatron_vpmoe.metrics import MetricStream
 from megatron_vpmoe.runtime import distributed, pulse
 from megatron_vpmoe.runtime.notices import Notice, PreemptionFile, TimeBudget
 from megatron_vpmoe.training import checkpoint
-from megatron_vpmoe.training.checkpoint_files import TRACKER, by_age, damage, read_checkpoint, set_aside
+from megatron_vpmoe.training.checkpoint_files import by_age, damage, read_checkpoint, set_aside, write_tracker
 from megatron_vpmoe.training.checkpoint_hashes import with_all_ranks
 from megatron_vpmoe.training.elapsed import Elapsed
 from megatron_vpmoe.training.nonfinite import first_nonfinite
@@ -113,7 +113,9 @@ def go_back(run: Run) -> dict[str, float]:
     run.iteration = run.saved = found.iteration
     run.elapsed = Elapsed.since(found.state.get("elapsed")) or run.elapsed
     run.restored_from = run.spikes.returned_to = found.path
-    run.objective.restore(found.state["objective"]["state"])
+    kept = found.state.get("objective", {})
+    if kept.get("name") == run.cfg.training.objective:  # the run may have begun under another one
+        run.objective.restore(kept["state"])
     run.source.forget()
     first = int(found.state["consumed_samples"])
     run.spikes.back(found.state.get("spikes", {}), [first, position.consumed_samples])
@@ -136,12 +138,12 @@ def _before(run: Run) -> checkpoint.Found:
             remedy="save more often (checkpoint.save_interval)",
         )
     target = next(sound, newest) if run.spikes.returned_to == newest else newest
+    found = read_checkpoint(target, check_hashes=False)
+    write_tracker(directory, found.iteration)  # first: after a kill it never names what is not there
     for path in by_age(directory):
         if path == target:
             break
         set_aside(path, "rolled_back")
-    found = read_checkpoint(target, check_hashes=False)
-    write_atomically(directory / TRACKER, f"{found.iteration}\n".encode())
     return found
 
 

@@ -33,7 +33,7 @@ _SIGNS = (LOCK, "checkpoints", "metrics.jsonl")
 _LOGS = ("metrics.jsonl", "samples.jsonl", FILE_NAME)
 _WRITTEN = "|".join(re.escape(name) for name in ("config.yaml", "assignment.json", IDENTITY, TRACKER, *_LOGS))
 # What ``write_atomically`` has not finished of a run's own files.
-_BEGINNING = re.compile(rf"\.({_WRITTEN}|nonfinite_\d+_rank\d+\.json)\.\d+\.tmp")
+_BEGINNING = re.compile(rf"\.({_WRITTEN}|(nonfinite|spike)_\d+_rank\d+(_\d+)?\.json)\.\d+\.tmp")
 
 
 def _is_count(value: Any) -> bool:

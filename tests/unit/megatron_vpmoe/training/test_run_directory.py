@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ from megatron_vpmoe.errors import BusyError, CheckpointError, NotOursError, Vpmo
 from megatron_vpmoe.files import json_bytes, list_files
 from megatron_vpmoe.launch import preflight
 from megatron_vpmoe.manifest import read_manifest
+from megatron_vpmoe.training import failure_policy
 from megatron_vpmoe.training.checkpoint_files import TRACKER, begin, seal
 from megatron_vpmoe.training.provenance import collect_provenance
 from megatron_vpmoe.training.run_directory import continued, ownership, restorable
@@ -127,12 +129,30 @@ def test_a_damaged_newer_checkpoint_ends_a_strict_run_and_stays_where_it_is(cfg)
 def test_what_a_killed_run_had_begun_to_write_goes_and_nothing_else(cfg) -> None:
     checkpoints = cfg.run_directory / "checkpoints"
     checkpoints.mkdir(parents=True)
-    ours = [cfg.run_directory / ".metrics.jsonl.71.tmp", checkpoints / f".{TRACKER}.71.tmp"]
+    ours = [cfg.run_directory / f".{name}.71.tmp" for name in ("metrics.jsonl", "spike_0000010_rank3_2.json")]
+    ours.append(checkpoints / f".{TRACKER}.71.tmp")
     users = [cfg.run_directory / name for name in (".notes.71.tmp", ".metrics.jsonl.tmp", "metrics.jsonl.71.tmp")]
     for path in (*ours, *users):
         path.write_text("x")
     continued(cfg)
-    assert [path.exists() for path in (*ours, *users)] == [False] * 2 + [True] * 3
+    assert [path.exists() for path in (*ours, *users)] == [False] * 3 + [True] * 3
+
+
+def test_after_a_kill_within_a_rollback_the_tracker_names_what_is_there(cfg, monkeypatch: pytest.MonkeyPatch) -> None:
+    older, newer = written(cfg, 6), written(cfg, 9)
+    set_aside = failure_policy.set_aside
+
+    def killed(*arguments: str) -> None:
+        set_aside(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(failure_policy, "set_aside", killed)
+    run = SimpleNamespace(directory=cfg.run_directory, iteration=9, spikes=SimpleNamespace(returned_to=newer))
+    with pytest.raises(KeyboardInterrupt):
+        failure_policy._before(run)
+    assert not newer.exists()
+    strict = tiny_config(data_path=cfg.data.data_path, run_dir=cfg.run_directory, resume=True, strict_resume=True)
+    assert continued(strict)[0].path == older
 
 
 @pytest.mark.parametrize("resume", [True, False])
