@@ -56,6 +56,7 @@ def _train(stages: int, **changes: object) -> dict[str, Any]:
     from megatron_vpmoe.model.builder import build_model, wrap_for_training
     from megatron_vpmoe.objectives import build_objective
     from megatron_vpmoe.optim import build_optimizer, build_scheduler
+    from megatron_vpmoe.runtime import pulse
     from megatron_vpmoe.training.evaluate import evaluate
     from megatron_vpmoe.training.router import RouterMonitor
     from megatron_vpmoe.training.step import train_step
@@ -94,7 +95,10 @@ def _train(stages: int, **changes: object) -> dict[str, Any]:
     dropped = _step_with_infinite_gradient(model, lambda: train_step(wrapped, optimizer, objective, mine))
     whole = random_batch(ROWS, TINY["seq_length"], TINY["padded_vocab_size"], seed=STEPS)
     mine = [rows_of(whole, row, row + 1) for row in range(rank * share, (rank + 1) * share)]
-    valid = evaluate(model, objective, mine)
+    signs: list[None] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pulse, "beat", lambda: signs.append(None))
+        valid = evaluate(model, objective, mine)
     prompts, options = [Prompt(ids) for ids in PROMPTS], SamplingOptions(12, stop_ids=(1,))
     samples = [one.ids for one in generate(model, prompts, options)]
     assert [one.ids for one in generate(model, prompts, options, cached=False)] == samples
@@ -103,6 +107,7 @@ def _train(stages: int, **changes: object) -> dict[str, Any]:
     return {
         "scalars": {"loss": losses, "norm": norms, **{tag: [value] for tag, value in {**health, **valid}.items()}},
         "samples": samples,
+        "signs of life": (len(signs), len(mine)),
         "dropped": dropped,
         "initial": initial,
         "gradients": gradients[0],
@@ -165,6 +170,7 @@ def test_two_stages(case: str, two_stages: list[dict[str, dict[str, Any]]]) -> N
     expected = train_cases(1, {case: CASES[case]})[case]
     assert_same(results, expected, tied=case.startswith("tied"), bf16=case == "bf16")
     assert not set(results[0]["parameters"]) & set(results[1]["parameters"])
+    assert [result["signs of life"] for result in results] == [(ROWS, ROWS)] * 2  # a long validation is no hang
 
 
 @pytest.mark.slow

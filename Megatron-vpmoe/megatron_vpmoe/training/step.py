@@ -20,7 +20,7 @@ from megatron_vpmoe.model.moe.replay import ROUTING, replaying
 from megatron_vpmoe.model.moe.router import VPMoERouter
 from megatron_vpmoe.objectives import Objective
 from megatron_vpmoe.optim import VpOptimizer
-from megatron_vpmoe.runtime import distributed, stages
+from megatron_vpmoe.runtime import distributed, pulse, stages
 from megatron_vpmoe.runtime.device import current_device
 from megatron_vpmoe.runtime.ranges import annotated
 
@@ -144,7 +144,7 @@ def _run(
     if is_pipeline:
         check()
     collected = get_forward_backward_func()(
-        forward_step_func=_forward_step(objective, totals, (lambda: None) if is_pipeline else check),
+        forward_step_func=_forward_step(objective, totals, pulse.beat if is_pipeline else check),
         data_iterator=iter(batches),
         model=[model],
         num_microbatches=len(batches),
