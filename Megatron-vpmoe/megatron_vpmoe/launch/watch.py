@@ -46,7 +46,8 @@ class Watch:
         self._module, self._count, self._folder, self._life = module, count, folder, Life(folder)
         self._ranks: dict[int, int] = {}
         self._told: set[int] = set()
-        self._looking = threading.RLock()
+        self._looking, self._ended = threading.RLock(), threading.Event()
+        self._thread = threading.Thread(target=self._keep_looking, name="watch", daemon=True)
         self._looked = self._since = time.monotonic()
         self._stall: tuple[str, int | None] | None = None
         self._stacks: dict[int, str] | None = None
@@ -59,7 +60,7 @@ class Watch:
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(signum, self._handle)
         signal.signal(signal.SIGUSR1, self._hand_on)
-        threading.Thread(target=self._keep_looking, name="watch", daemon=True).start()
+        self._thread.start()
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         again, self.received = self.received is not None, signal.Signals(signum)
@@ -82,9 +83,13 @@ class Watch:
             send(pid, signal.SIGUSR1)
 
     def _keep_looking(self) -> None:
-        while True:
+        while not self._ended.wait(_SECONDS_BETWEEN_LOOKS):
             self.look()
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+    def end(self) -> None:
+        """Look no more: the folder goes."""
+        self._ended.set()
+        self._thread.join()
 
     def look(self) -> None:
         """Look once: who is new, who has gone, is stopped or hangs, who has not been told of a signal."""

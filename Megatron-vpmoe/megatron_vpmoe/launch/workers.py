@@ -120,6 +120,7 @@ def run_workers(cfg: RunConfig, nodes: Nodes, module: str, arguments: list[str],
             codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
             code = watch.verdict(endings.told(Path(folder)), codes)
         finally:
+            watch.end()
             del os.environ[endings.FOLDER], os.environ[endings.LAUNCHER]
     if code:
         endings.leave(code)

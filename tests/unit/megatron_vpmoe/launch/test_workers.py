@@ -161,7 +161,7 @@ def test_a_signal_lets_the_workers_save_and_ends_with_zero(
 
 
 @pytest.mark.parametrize(
-    ("state", "asked", "said"), [("ready", 1, "then going on"), ("early", 0, "nothing to save yet")]
+    ("state", "asked", "said"), [("ready", 1, "saving as soon"), ("early", 0, "there is nothing to save yet")]
 )
 def test_one_worker_is_asked_to_save_once_there_is_something(
     start: Start, tmp_path: Path, state: str, asked: int, said: str
