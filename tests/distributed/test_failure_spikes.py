@@ -106,6 +106,8 @@ def test_a_rollback_is_the_checkpoint_with_the_data_after_the_spike(dataset: Pat
     copied(moved, first)
     assert train(moved, dataset, ranks=2, passed_over=4 * (BAD_STEP - first), resume=True, **acting) == [0, 0]
     assert equal(back, moved)
+    places = of_tag(back, "elapsed/tokens")
+    assert {step: place for step, place in places.items() if step > first} == of_tag(moved, "elapsed/tokens")
     copied(resumed, 12)  # after the rollback: the row behind, the losses, and the count go on
     assert train(resumed, dataset, ranks=2, resume=True, **acting) == [0, 0]
     assert equal(back, resumed) and state(resumed, STEPS)["spikes"] == at_end["spikes"]
@@ -123,6 +125,8 @@ def test_a_dropped_step_moves_nothing_and_a_warning_everything(dataset: Path, tm
     actions = {policy: of_tag(run_dir, "spike/action") for policy, run_dir in runs.items()}
     assert actions == {"off": {}, "warn": {BAD_STEP: 1.0}, "skip": {BAD_STEP: 2.0}}
     assert state(runs["skip"], STEPS)["consumed_samples"] == 4 * STEPS
+    places = [of_tag(run_dir, "elapsed/tokens") for run_dir in runs.values()]
+    assert places[0] == places[1] == places[2] and len(set(places[0].values())) == STEPS  # each step its own
 
 
 def test_a_spike_ends_the_run_by_name(dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ import psutil
 
 from megatron_vpmoe.metrics.jsonl import METRICS
 from megatron_vpmoe.metrics.run_store import (
+    conclusion_of,
     found_directory,
     identity_of,
     read_directory,
@@ -110,6 +111,7 @@ def _by_run(connection: sqlite3.Connection, table: str, order: str) -> dict[str,
 def _entry(store: Path, row: dict[str, Any], tags: list[dict[str, Any]], segments: list[dict[str, Any]]) -> RunEntry:
     there = found_directory(store, row["directory"], row["id"])
     directory = there or read_directory(store, row["directory"])
+    row |= (there and conclusion_of(there)) or {}
     try:
         config, provenance, results = (json.loads(row[name]) for name in ("config", "provenance", "results"))
     except ValueError as error:

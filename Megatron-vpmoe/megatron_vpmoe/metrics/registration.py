@@ -1,6 +1,7 @@
 """A run in the run store: registered at its start, brought up to date with each checkpoint, concluded at its end.
 
-That it was killed stands nowhere: readers see that nobody holds the directory of a run that never concluded.
+That it was killed stands nowhere: readers see that nobody holds the directory of a run that never concluded. One whose
+end could not be written to the store keeps it in its directory, where they find it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from megatron_vpmoe.errors import BusyError
+from megatron_vpmoe.errors import BusyError, DataError
 from megatron_vpmoe.metrics.jsonl import METRICS, read_records
 from megatron_vpmoe.metrics.records import Record, once, to_stderr
 from megatron_vpmoe.metrics.run_store import (
+    conclude,
+    conclusion_of,
     identify,
     json_text,
     opened_store,
@@ -84,7 +87,9 @@ class RunStoreSink:
         self._segment = {"started": now, "first_step": step}
         self._step = step
         self._id: str | None = None
-        self._directory = directory
+        self._directory, self._concluded = directory, False
+        self._before = (conclusion_of(directory) or {"status": "killed"})["status"]
+        conclude(directory, None)
         try:
             self._put(self._rows())
         except BusyError as error:  # the thread tries again
@@ -106,11 +111,17 @@ class RunStoreSink:
         """Conclude the run, waiting for the store for some seconds at most."""
         ended = "finished" if self._step >= self._last_step else "stopped"
         self._of_both |= {"status": ended if failure is None else "failed", "error": failure, "ended": time.time()}
-        self._queue.put(self._rows())
+        rows = self._rows()
+        self._queue.put(rows)
         self._queue.put(None)
         self._thread.join(_PATIENCE_SECONDS)
         if self._thread.is_alive():
             self._fail(f"{self._path} has not answered within {_PATIENCE_SECONDS:.0f} s")
+        if not self._concluded:
+            try:
+                conclude(self._directory, rows["runs"])
+            except (OSError, DataError) as error:
+                self._fail(f"{type(error).__name__}: {error}")
 
     def _rows(self) -> dict[str, dict[str, Any]]:
         results = json_text(results_of(self._values))
@@ -123,6 +134,7 @@ class RunStoreSink:
         while (rows := self._queue.get()) is not None:
             try:
                 self._put(rows)
+                self._concluded = rows["runs"]["status"] != "running"
             except Exception as error:
                 self._fail(f"{type(error).__name__}: {error}")
 
@@ -133,7 +145,7 @@ class RunStoreSink:
                 run = identify(connection, self._path, self._directory)
                 before = connection.execute("SELECT started FROM runs WHERE id = ?", (run,)).fetchone()
                 self._run |= {"id": run, **({"started": before[0]} if before else {})}
-                ended = ("killed", run, "running")
+                ended = (self._before, run, "running")
                 connection.execute("UPDATE segments SET status = ? WHERE run = ? AND status = ?", ended)
                 number = connection.execute("SELECT count(*) FROM segments WHERE run = ?", (run,)).fetchone()[0]
                 self._segment |= {"run": run, "number": number}

@@ -24,10 +24,12 @@ from megatron_vpmoe.files import json_bytes, place_of, read_json, write_atomical
 VARIABLE = "VPMOE_RUN_STORE"
 DEFAULT = Path("runs") / "registry.sqlite"
 IDENTITY = "run.json"
-"""In a run's directory: ``{"id": ...}``."""
+"""In a run's directory: ``{"id": ...}``, and ``"concluded"`` where the store could not be told how it ended."""
 _APPLICATION = 0x76504D6F  # "vPMo", in the header of the file
 _VERSION = 1
 _PATIENCE_SECONDS = 20.0
+_CONCLUDES = {"status", "error", "ended", "step", "results"}
+_REMEDY_OF_IDENTITY = "remove it: the run then counts as a new one"
 _REMEDY = f"name another file by logging.run_store or {VARIABLE}, or move this one away"
 
 _SCHEMA = """
@@ -168,10 +170,30 @@ def identity_of(directory: Path) -> str | None:
     path = directory / IDENTITY
     if not path.is_file():
         return None
-    found = read_json(path, remedy="remove it: the run then counts as a new one").get("id")
+    found = read_json(path, remedy=_REMEDY_OF_IDENTITY).get("id")
     if not isinstance(found, str) or not found:
-        raise DataError("it names no run", source=str(path), remedy="remove it: the run then counts as a new one")
+        raise DataError("it names no run", source=str(path), remedy=_REMEDY_OF_IDENTITY)
     return found
+
+
+def conclusion_of(directory: Path) -> dict[str, Any] | None:
+    """What the row of a run should say of its end and does not; None: the row says it, or it has not ended.
+
+    Raises:
+        DataError: ``run.json`` is no identity.
+    """
+    if identity_of(directory) is None:
+        return None
+    found = read_json(directory / IDENTITY, remedy=_REMEDY_OF_IDENTITY).get("concluded")
+    return found if isinstance(found, dict) and found.keys() == _CONCLUDES else None
+
+
+def conclude(directory: Path, row: Mapping[str, Any] | None) -> None:
+    """Keep in a run's directory what ``row`` says of its end, until the run goes on (None)."""
+    run = identity_of(directory)
+    if run is not None and (row is not None or conclusion_of(directory) is not None):
+        concluded = {} if row is None else {"concluded": {name: row[name] for name in sorted(_CONCLUDES)}}
+        write_atomically(directory / IDENTITY, json_bytes({"id": run, **concluded}))
 
 
 def identify(connection: sqlite3.Connection, store: Path, directory: Path) -> str:

@@ -56,8 +56,11 @@ def _seconds_of_save(run: Run) -> float:
 
 def judge(
     run: Run, result: StepResult, batches: list[Batch], metrics: MetricStream, note: Callable[[str], None]
-) -> bool:
-    """Record what is wrong with a step, if anything is; a collective. Returns whether to go back (``go_back``).
+) -> tuple[bool, dict[str, float]]:
+    """What is wrong with a step, if anything is; a collective.
+
+    Returns:
+        whether to go back (``go_back``); and the metrics of a spike that ends nothing, for the step's own.
 
     Raises:
         NonFiniteError, SpikeError: the run ends with this step; on every rank.
@@ -65,19 +68,20 @@ def judge(
     loss = result.metrics["loss/total"]
     if not math.isfinite(result.grad_norm):
         _nonfinite(run, result, batches, note)
-        return False
+        return False, {}
     if not run.spikes.found:
         run.spikes.finished(loss)
-        return False
+        return False, {}
     policy, limit = run.cfg.failure.spike_policy, run.cfg.failure.spike_limit
     action = "stop" if policy != "warn" and run.spikes.acted >= limit else policy
     step, z = run.iteration + 1, run.spikes.z
     path = _dump(run, "spike", result, batches, {"z": z, "action": action, **run.spikes.state()})
-    if action != "rollback":  # which is of the step that is done in place of this one
-        metrics.log(step, {"spike/z": z, "spike/action": _ACTIONS[action]})
+    found = {"spike/z": z, "spike/action": _ACTIONS[action]}
     what = f"the loss of step {step}, {loss:.4f}, is {z:.1f} robust standard deviations above those before it"
     if action == "stop":
-        tried = f", after {run.spikes.acted} times {policy}" if run.spikes.acted else ""
+        metrics.log(step, found)
+        done = {"skip": "dropped steps", "rollback": "rollbacks"}.get(policy)
+        tried = f", after {run.spikes.acted} {done} (failure.spike_limit {limit})" if done else ""
         raise SpikeError(
             f"{what}{tried}",
             source=f"{path} (batch ids, the losses before)",
@@ -90,7 +94,8 @@ def judge(
         run.spikes.finished(loss)
     else:
         run.spikes.acted += 1
-    return action == "rollback"
+    # Of a rollback they are of the step that is done in place of this one.
+    return (True, {}) if action == "rollback" else (False, found)
 
 
 def go_back(run: Run) -> dict[str, float]:

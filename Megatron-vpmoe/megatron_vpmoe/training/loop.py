@@ -57,9 +57,8 @@ def train(cfg: RunConfig, of_pace: Callable[[float | None], str | None] = lambda
             sinks, loads = list[Sink](), list[ExpertLoadFile]()
             with MetricStream(sinks, loads, run.elapsed.place) as metrics:
                 distributed.from_rank_0(partial(_open_metrics, run, sinks, loads))
-                if event:
-                    metrics.log(run.iteration + 1, event)
-                spike = _train(run, stop, metrics, Progress(cfg, start=run.iteration, enabled=is_main), of_pace)
+                progress = Progress(cfg, start=run.iteration, enabled=is_main)
+                spike = _train(run, stop, metrics, progress, of_pace, event)
                 event = go_back(run) if spike else {}
             if not spike:
                 return run
@@ -71,8 +70,12 @@ def _train(
     metrics: MetricStream,
     progress: Progress,
     of_pace: Callable[[float | None], str | None],
+    event: dict[str, float],
 ) -> bool:
-    """From the run's step to the last one, or until it is stopped; or to a spike, to be rolled back (True)."""
+    """From the run's step to the last one, or until it is stopped; or to a spike, to be rolled back (True).
+
+    ``event``: further metrics of the first step.
+    """
     cfg, last = run.cfg, run.cfg.training.train_iters
     routers, clock = RouterMonitor(run.model, cfg), StepClock(run.model)
     samples = SampleWriter(run.valid_dataset, cfg, run.directory / "samples.jsonl", resume_step=run.iteration)
@@ -104,7 +107,7 @@ def _train(
             if result.updated:
                 run.objective.end_step(result.metrics)
             with _by_all_ranks(run, progress):
-                goes_back = judge(run, result, batches, metrics, progress.note)
+                goes_back, of_spike = judge(run, result, batches, metrics, progress.note)
             if goes_back:
                 run.position = position
                 _settle(run, progress)
@@ -118,8 +121,11 @@ def _train(
             run.elapsed.tokens += result.metrics["tokens/real"]
             _settle(run, progress, wait=False)
             stopping, saving = stop.agreed_to_save()
-            step = run.iteration
+            step, event = run.iteration, {**event, **of_spike}
 
+            if event:  # once the step's tokens are counted: where it lies is recorded with its first metrics
+                metrics.log(step, event)
+                event = {}
             if logged:
                 health = routers.metrics(result.metrics["tokens/real"])
                 values = {**result.metrics, "grad_norm": result.grad_norm, **rates, **throughput.report(), **health}

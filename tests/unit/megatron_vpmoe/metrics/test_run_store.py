@@ -15,8 +15,16 @@ import pytest
 from megatron_vpmoe.config import RunConfig
 from megatron_vpmoe.errors import DataError, NotOursError
 from megatron_vpmoe.metrics import JsonlSink, MetricStream, Record, RunStoreSink, registration, run_store
-from megatron_vpmoe.metrics.run_store import check_store, identity_of, opened_store, read_store, store_path
+from megatron_vpmoe.metrics.run_store import (
+    check_store,
+    conclusion_of,
+    identity_of,
+    opened_store,
+    read_store,
+    store_path,
+)
 from tests.tiny import tiny_config
+from vpmoe.runs.registry import list_runs
 
 LAST = 4
 
@@ -227,6 +235,32 @@ def test_a_store_that_never_answers_delays_the_end_by_its_patience(
     sink.close()
     assert time.monotonic() - began < 2
     assert len(place.reports) == 1 and "has not answered" in place.reports[0]
+
+
+def test_an_end_that_the_store_does_not_take_stands_in_the_directory(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the run goes on: what killed it is not read as how it ended before."""
+    monkeypatch.setattr(run_store, "_PATIENCE_SECONDS", 0.05)
+    sink = place.sink()
+    sink.write(steps(1, 2))
+    other = sqlite3.connect(place.store, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    sink.close("SpikeError: gone")
+    other.close()
+    assert len(place.reports) == 1 and [row["status"] for row in place.rows()] == ["running"]
+    told = conclusion_of(place.run)
+    assert told is not None and (told["status"], told["error"], told["step"]) == ("failed", "SpikeError: gone", 2)
+    (run,) = list_runs(place.store)
+    assert (run.status, run.error, run.step, run.results) == ("failed", "SpikeError: gone", 2, {"loss/total": 0.5})
+    assert run.ended is not None and run.ended >= run.started
+
+    again = place.sink(step=2)
+    assert conclusion_of(place.run) is None and [row["status"] for row in place.rows()] == ["running"]
+    assert [each["status"] for each in place.rows("segments")] == ["failed", "running"]
+    again.write(steps(3, LAST))
+    again.close()
+    assert conclusion_of(place.run) is None and list_runs(place.store)[0].status == "finished"
 
 
 def test_a_store_that_vanishes_is_made_again(place: Place) -> None:
