@@ -86,6 +86,12 @@ def test_the_verbs(
     assert "the entry of a" in told("rm", "a", "--yes") and (store.parent / "a").exists()
     assert "MiB" in told("rm", "b", "--yes", "--files") and not (store.parent / "b").exists()
     assert list_runs(store) == []
+    hostile = write_run(store, "c")
+    config = (hostile / "config.yaml").read_text().replace("run_name: c", 'run_name: "\\e[31mc"')
+    (hostile / "config.yaml").write_text(config)
+    told("rm", "c", "--yes")
+    assert "\\x1b[31mc: " in told("add", str(hostile))
+    assert "\\x1b[31mc (" in told("rm", str(hostile), "--yes"), "what is asked about is told as it is written"
     for words in (["show", "a"], ["compare", "a"], ["sql", "DROP TABLE runs"]):
         assert main(["runs", *words]) == 2
         assert "Error" in capsys.readouterr().err

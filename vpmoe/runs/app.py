@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from megatron_vpmoe.errors import visible
 from vpmoe.errors import DataError
 
 app = typer.Typer(
@@ -253,7 +254,7 @@ def add(
     from vpmoe.runs import editing
 
     run = editing.add(directory, store)
-    typer.echo(f"{run.id} {run.name}: {run.status}, step {run.step}")
+    typer.echo(visible(f"{run.id} {run.name}: {run.status}, step {run.step}"))
 
 
 @app.command()
@@ -273,7 +274,7 @@ def rm(
         if run.status == "running":
             raise DataError(f"{run.name} is running", source=str(run.directory), remedy=f"end it first: kill {run.pid}")
         gone = f" and {run.directory} ({removal.check_removable(run) / 2**20:,.1f} MiB)" if files else ""
-        typer.echo(f"the entry of {run.name} ({run.id}){gone}")
+        typer.echo(visible(f"the entry of {run.name} ({run.id}){gone}"))
     if not yes:
         typer.confirm("remove this?", abort=True)
     for run in found:

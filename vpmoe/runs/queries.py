@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +39,10 @@ _ARROW = pyarrow.schema(
         *(("results", pyarrow.map_(_TEXT, pyarrow.float64())), ("file", _TEXT)),
     ]
 )
+# Not partitioned: below a folder such as "value=3" every value would be 3.
 _FORMAT = (
     "format = 'newline_delimited', columns = {step: 'BIGINT', tag: 'VARCHAR', value: 'DOUBLE'}, filename = 'file', "
-    "ignore_errors = true"
+    "ignore_errors = true, hive_partitioning = false"
 )
 # A last line that is still being written, or that a kill has cut, is a row of nulls.
 _METRICS = f"""CREATE VIEW metrics AS
@@ -106,7 +108,9 @@ def ask(sql: str, store: Path | None = None) -> tuple[list[str], list[tuple[Any,
     remedy = "DESCRIBE runs and DESCRIBE metrics show the columns; docs/runs.md has examples"
     # Nothing is written beside the query either: what outgrows the memory is refused, not spilled to a file.
     database.execute("SET temp_directory = ''; SET autoinstall_known_extensions = false")
-    database.execute(f"SET allowed_paths = [{_files(runs)}]")
+    database.execute(
+        f"SET allowed_paths = [{_literals(text for path in _there(runs) for text in (path, _alone(path)))}]"
+    )
     database.execute("SET enable_external_access = false; SET lock_configuration = true")
     try:
         statements = database.extract_statements(sql)
@@ -149,10 +153,22 @@ def connected(runs: Sequence[RunEntry]) -> duckdb.DuckDBPyConnection:
     return database
 
 
+def _there(runs: Sequence[RunEntry]) -> list[str]:
+    return sorted({str(run.metrics) for run in runs if run.metrics.is_file()})
+
+
 def _files(runs: Sequence[RunEntry]) -> str:
     """The metrics that are there, as DuckDB's literals."""
-    there = sorted({str(run.metrics) for run in runs if run.metrics.is_file()})
-    return ", ".join("'" + file.replace("'", "''") + "'" for file in there)
+    return _literals(map(_alone, _there(runs)))
+
+
+def _alone(path: str) -> str:
+    """DuckDB's pattern that matches this path and no other."""
+    return re.sub(r"[*?[]", r"[\g<0>]", path)
+
+
+def _literals(texts: Iterable[str]) -> str:
+    return ", ".join("'" + text.replace("'", "''") + "'" for text in texts)
 
 
 def _row(run: RunEntry) -> list[object]:

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class RunEntry:
         pid: of rank 0.
         world_size: processes.
         step: the last one recorded.
-        error: what it failed of.
+        error: what it failed of; or what of its row is damaged, and then empty here.
         segments: each start of it, the first and those that resumed it, as rows of the store.
         is_there: whether its directory is.
     """
@@ -112,15 +112,14 @@ def _entry(store: Path, row: dict[str, Any], tags: list[dict[str, Any]], segment
     there = found_directory(store, row["directory"], row["id"])
     directory = there or read_directory(store, row["directory"])
     row |= (there and conclusion_of(there)) or {}
-    try:
-        config, provenance, results = (json.loads(row[name]) for name in ("config", "provenance", "results"))
-    except ValueError as error:
-        raise DataError(
-            f"the run {row['id']} holds no JSON: {error}", source=str(store), remedy=f"vpmoe runs rm {row['id']}"
-        ) from error
+    read = {name: _object(row[name], fits) for name, fits in _COLUMNS.items()}
+    # One row that somebody has damaged hides no other run, and can be removed like any.
+    damaged = [f"its {name} in the run store is damaged" for name, value in read.items() if value is None]
+    config, provenance, results = ({} if value is None else value for value in read.values())
     return RunEntry(
         **{name: row[name] for name in ("id", "name", "experiment", "started", "ended", "note", "host", "pid")},
-        **{name: row[name] for name in ("world_size", "step", "error")},
+        **{name: row[name] for name in ("world_size", "step")},
+        error="; ".join(damaged) or row["error"],
         directory=directory,
         status=_status(row, directory),
         config=config,
@@ -130,6 +129,27 @@ def _entry(store: Path, row: dict[str, Any], tags: list[dict[str, Any]], segment
         segments=tuple(segments),
         is_there=there is not None,
     )
+
+
+def _object(text: str, fits: Callable[[Any], bool]) -> dict[str, Any] | None:
+    """A column of JSON; None: no object with such values stands there."""
+    try:
+        value = json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and all(map(fits, value.values())) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or value in ("nan", "inf", "-inf")
+
+
+_COLUMNS: dict[str, Callable[[Any], bool]] = {
+    "config": lambda section: isinstance(section, dict),
+    "provenance": lambda _: True,
+    "results": _is_number,
+}
+"""Those that hold JSON, and what its values are."""
 
 
 def _status(row: Mapping[str, Any], directory: Path) -> str:

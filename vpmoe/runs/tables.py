@@ -58,8 +58,13 @@ def show_list(runs: Sequence[RunEntry], console: Console) -> None:
         rate = run.results.get("throughput/tokens_per_second")
         more = [*([] if title else [run.experiment]), *([" ".join(run.tags)] if with_tags else [])]
         table.add_row(
-            *(run.id[:_SHOWN_ID], Text(visible(run.name), "" if run.is_there else "dim")),
-            *(Text(run.status, _COLOURS.get(run.status, "")), f"{run.step}/{last}", _at(run.started)[5:], _took(run)),
+            *(_text(run.id[:_SHOWN_ID]), Text(visible(run.name), "" if run.is_there else "dim")),
+            *(
+                Text(run.status, _COLOURS.get(run.status, "")),
+                _text(f"{run.step}/{last}"),
+                _at(run.started)[5:],
+                _took(run),
+            ),
             *(number(run.results.get("loss/total")), number(validation_loss(run)), number(rate)),
             *(_text(cell) for cell in more),
         )

@@ -235,6 +235,33 @@ def test_sql_joins_runs_and_metrics(store: Path) -> None:
     assert ask("DESCRIBE metrics", store)[1][0][:2] == ("run", "VARCHAR")
 
 
+@pytest.mark.parametrize("name", ["value=3", "step=7", "a*b", "a[X]b", "a?b", "it's"])
+def test_a_directory_of_any_name_is_that_directory(store: Path, name: str) -> None:
+    """DuckDB reads a path with "=" as a partition, and one with signs of a pattern as a pattern."""
+    write_run(store, name, steps=3)
+    write_run(store, "aXb", steps=2, started=0.0)
+    expected = {name: [1.0, 2.0, 3.0], "aXb": [1.0, 2.0]}
+    for run in list_runs(store):
+        assert list(series([run], ["loss/total"])["value"]) == [1 / step for step in expected[run.name]]
+    asked = ask("SELECT name, step FROM metrics JOIN runs USING (run) WHERE tag = 'lr' ORDER BY ALL", store)[1]
+    assert asked == sorted((each, step) for each, steps in expected.items() for step in steps)
+
+
+@pytest.mark.parametrize("column", ["config", "provenance", "results"])
+@pytest.mark.parametrize("text", ["none", "[]", '{"a": [1]}', "[" * 100_000])
+def test_a_damaged_row_hides_no_other_and_can_be_removed(store: Path, column: str, text: str) -> None:
+    write_run(store, "whole")
+    write_run(store, "broken", started=0.0)
+    with opened_store(store) as connection:
+        connection.execute(f"UPDATE runs SET {column} = ? WHERE name = 'broken'", (text,))
+    whole, broken = list_runs(store)
+    assert whole.error is None
+    if (column, text) != ("provenance", '{"a": [1]}'):
+        assert broken.error == f"its {column} in the run store is damaged" and getattr(broken, column) == {}
+    editing.forget(find_run("broken", store), store)
+    assert [run.name for run in list_runs(store)] == ["whole"]
+
+
 def test_sql_without_any_run(store: Path) -> None:
     assert ask("SELECT * FROM runs", store)[1] == ask("SELECT * FROM metrics", store)[1] == []
 
