@@ -57,7 +57,11 @@ class World:
             for step in range(1, 1 + (RECORDS // len(tags) if name == "long" else 20)):
                 for tag in tags:
                     stream.write(json.dumps({"step": step, "tag": tag, "value": 1.0 + 1.0 / step}) + "\n")
-        lines = [{"step": 20, "prompt": text, "completion": f"<|channel|>final<|message|>{text}"} for text in HOSTILE]
+        lines = [
+            {"step": step, "prompt": text, "completion": f"<|channel|>final<|message|>{text}"}
+            for step in (10, 20)
+            for text in HOSTILE
+        ]
         (directory / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         assert main(["runs", "add", str(directory), "--store", str(self.store)]) == 0
         if name == "hostile":

@@ -181,26 +181,35 @@ def test_attention_of_a_layer(tab: Tab) -> None:
 
 def test_what_others_wrote_is_text(tab: Tab, world: World) -> None:
     hostile = f"{HOSTILE[1]} {HOSTILE[3]}"
+
+    def obeys_nothing() -> None:
+        tab.is_sound()
+        drawn = ("img", ".katex", "a[href^=javascript]", "strong", ".stMarkdownColoredText")
+        assert [one.get_attribute("outerHTML") for each in drawn for one in tab.all(f".stMain {each}")] == []
+
     tab.visit(f"/?run={quote(hostile)}")
     tab.says("step 20")
-    tab.is_sound()
+    obeys_nothing()
     tab.picture("hostile_runs")
     tab.click("Samples")
     tab.says(HOSTILE[0], HOSTILE[1], HOSTILE[2], HOSTILE[3], "\\u202e", "\\ud800 lone")
-    tab.is_sound()
-    tab.click("About")
-    tab.click("Configuration")
-    tab.is_sound()
+    assert tab.all("[data-testid=stSlider]"), "of the steps that have samples"
+    obeys_nothing()
+    for view in ("About", "Configuration", "Checkpoints"):
+        tab.click(view)
+        obeys_nothing()
+    tab.open("Router")
+    obeys_nothing()
     tab.open("Data")
     choose(tab, "Dataset", "hostile/dataset")
     tab.says(HOSTILE[0])
-    tab.is_sound()
+    obeys_nothing()
     tab.picture("hostile_data")
     tab.open("Ladder and evaluation")
+    obeys_nothing()
     tab.click("Other reports")
-    tab.is_sound()
+    obeys_nothing()
     tab.picture("hostile_reports")
-    assert not tab.all(".stMain img, .stMain .katex, .stMain a[href^=javascript]")
 
 
 def choose(tab: Tab, label: str, ending: str) -> None:

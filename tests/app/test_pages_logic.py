@@ -10,7 +10,7 @@ import numpy as np
 import pandas
 import pytest
 
-from megatron_vpmoe.errors import BusyError, ConfigError
+from megatron_vpmoe.errors import BusyError, ConfigError, DataError
 from megatron_vpmoe.metrics.expert_loads import ExpertLoads
 from tests.app.app_world import HOSTILE
 from vpmoe.app import curves, found_reports, run_files
@@ -91,6 +91,10 @@ def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
     assert run_files.samples_of(tmp_path) == []
     (tmp_path / "samples.jsonl").write_text('{"step": 5, "prompt": "p", "completion": "c"}\n{"step": 6, "pro')
     assert run_files.samples_of(tmp_path) == [(5, "p", "c")]
+    for line in ('{"step": "x", "prompt": "p", "completion": "c"}', '{"completion": "c"}', "5"):
+        (tmp_path / "samples.jsonl").write_text(line + "\n")
+        with pytest.raises(DataError, match="line 1 is no sample"):
+            run_files.samples_of(tmp_path)
 
 
 def test_a_damaged_report_hides_no_other(tmp_path: Path) -> None:
@@ -98,8 +102,15 @@ def test_a_damaged_report_hides_no_other(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text(json.dumps({"kind": "perf", "speed": {"tokens": [1, 2]}}))
     (tmp_path / "c.json").write_text(json.dumps({"no": "kind"}))
     (tmp_path / "d.json").write_text(json.dumps({"kind": "eval_suite", "suite": "x"}))
+    record = {"rung": 1, "object": "o", "job": "j", "job_time": {"seconds": 1.0}, "suites": {"core8": {"value": None}}}
+    record["evaluation"] = {"texts": {"bits_per_byte": 1.0, "nats_per_token": 2.0}, "questions": {"accuracy": 0.5}}
+    for name, steps in (("e", [{**record, "rung": 1}, {"rung": 2}]), ("f", [{**record, "job_time": {"seconds": []}}])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"kind": "ladder", "steps": steps}))
+    (tmp_path / "g.json").write_text(json.dumps({"kind": "ladder", "steps": [record]}))
     found = found_reports.find_reports([tmp_path])
-    assert [path.name for path, _ in found.others] == ["b.json"] and len(found.refused) == 2
+    assert [path.name for path, _ in found.others] == ["b.json"] and len(found.refused) == 4
+    (whole,) = found.ladders
+    assert whole[0].name == "g.json" and whole[1][0]["exact, %"] == 50.0 and whole[1][0]["core8"] is None
     assert found_reports.field_rows(found.others[0][1])[1] == {"field": "speed.tokens[0]", "value": "1"}
 
 

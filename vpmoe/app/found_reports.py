@@ -11,7 +11,7 @@ import pandas
 
 from megatron_vpmoe.files import read_json
 from vpmoe.app.shown import label
-from vpmoe.errors import VpmoeError
+from vpmoe.errors import DataError, VpmoeError
 from vpmoe.eval.suites.finished import Finished
 from vpmoe.eval.suites.overview import Line, Overview, in_order
 from vpmoe.eval.suites.suite_report import KIND as SUITE
@@ -27,13 +27,13 @@ class Found:
 
     Attributes:
         suites: of evaluation suites, in the order of their paths.
-        ladders: path and content of each ladder's report.
+        ladders: path of each ladder's report, and its rows (``ladder_rows``).
         others: path and content of what is of another kind.
         refused: what could not be read, and why.
     """
 
     suites: list[Finished] = field(default_factory=list)
-    ladders: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
+    ladders: list[tuple[Path, list[dict[str, Any]]]] = field(default_factory=list)
     others: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
 
@@ -48,7 +48,7 @@ def find_reports(places: Sequence[Path]) -> Found:
             if kind == SUITE:
                 found.suites.append(Finished.read(path))
             elif kind == LADDER:
-                found.ladders.append((path, content))
+                found.ladders.append((path, ladder_rows(content, path)))
             elif isinstance(kind, str):
                 found.others.append((path, content))
         except VpmoeError as error:
@@ -98,24 +98,32 @@ def task_chart(lines: Sequence[Line]) -> altair.LayerChart | altair.FacetChart:
     return altair.layer(bars, points, height=220)
 
 
-def ladder_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row an object of a ladder, from the bottom: the numbers of its evaluation."""
-    rows = []
-    for record in report.get("steps", []):
-        found = record["evaluation"]
-        row = {
-            "rung": record["rung"],
-            "object": record["object"],
-            "job": record["job"],
-            "bits/byte": found["texts"]["bits_per_byte"],
-            "nats/token": found["texts"]["nats_per_token"],
-            "exact, %": round(100 * found["questions"]["accuracy"], 1),
-        }
-        for name, suite in record.get("suites", {}).items():
-            row[name] = suite["value"]
-        row["job, s"] = record["job_time"]["seconds"]
-        rows.append(row)
-    return rows
+def ladder_rows(report: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """A row an object of a ladder, from the bottom: the numbers of its evaluation.
+
+    Raises:
+        DataError: something is not as a ladder writes it.
+    """
+    try:
+        return [_ladder_row(record) for record in report["steps"]]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(
+            f"no ladder's report: {type(error).__name__}: {error}", source=str(path), remedy="make it again"
+        ) from error
+
+
+def _ladder_row(record: dict[str, Any]) -> dict[str, Any]:
+    found = record["evaluation"]
+    numbers = {
+        "bits/byte": found["texts"]["bits_per_byte"],
+        "nats/token": found["texts"]["nats_per_token"],
+        "exact, %": round(100 * found["questions"]["accuracy"], 1),
+        **{name: suite["value"] for name, suite in record.get("suites", {}).items()},
+        "job, s": record["job_time"]["seconds"],
+    }
+    if wrong := [name for name, value in numbers.items() if not isinstance(value, int | float | None)]:
+        raise ValueError(f"{wrong[0]} is no number")
+    return {**{name: str(record[name]) for name in ("rung", "object", "job")}, **numbers}
 
 
 def ladder_chart(rows: Sequence[dict[str, Any]], column: str) -> altair.Chart:
@@ -123,7 +131,7 @@ def ladder_chart(rows: Sequence[dict[str, Any]], column: str) -> altair.Chart:
     import altair
 
     frame = pandas.DataFrame(
-        {"object": [label(str(row["object"])) for row in rows], "rung": [row["rung"] for row in rows]}
+        {"object": [label(row["object"]) for row in rows], "rung": [row["rung"] for row in rows]}
     ).assign(value=[row.get(column) for row in rows])
     return (
         altair.Chart(frame, title=altair.Title(label(column), anchor="start", fontSize=13))

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_vpmoe.files import read_json_lines
 from vpmoe.app.models import checkpoints_of
 from vpmoe.app.shown import SPAN_COLOURS, coloured
+from vpmoe.errors import DataError
 
 _SPECIAL = re.compile(r"(<\|\w+\|>)")
 
@@ -35,12 +36,24 @@ def checkpoint_rows(directory: Path, *, check_hashes: bool = False) -> list[dict
 
 
 def samples_of(directory: Path) -> list[tuple[int, str, str]]:
-    """Step, prompt and completion of each line of ``samples.jsonl``; an unfinished last line is left out."""
+    """Step, prompt and completion of each line of ``samples.jsonl``; an unfinished last line is left out.
+
+    Raises:
+        DataError: a line is something else.
+    """
     path = directory / "samples.jsonl"
     if not path.is_file():
         return []
-    found = [sample for _, sample in read_json_lines(path) if isinstance(sample, dict)]
-    return [(int(one["step"]), str(one["prompt"]), str(one["completion"])) for one in found if "completion" in one]
+    found = []
+    for number, sample in read_json_lines(path):
+        try:
+            if "completion" in sample:
+                found.append((int(sample["step"]), str(sample["prompt"]), str(sample["completion"])))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise DataError(
+                f"line {number} is no sample of a run", source=f"{path}:{number}", remedy="mend or remove the line"
+            ) from error
+    return found
 
 
 def sample_html(prompt: str, completion: str) -> str:

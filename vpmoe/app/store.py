@@ -12,7 +12,7 @@ import streamlit
 
 from vpmoe.app.places import Places
 from vpmoe.app.shown import distinct, empty, label
-from vpmoe.runs.queries import connected, series, tags_of
+from vpmoe.runs.queries import answer, series, tags_of
 from vpmoe.runs.registry import RunEntry, list_runs
 
 CHOSEN = "chosen_runs"
@@ -86,8 +86,8 @@ def _series(asked: _Asked, tags: tuple[str, ...], by: str) -> pandas.DataFrame:
 
 @streamlit.cache_data(max_entries=_KEPT, show_spinner=False, hash_funcs={_Asked: lambda asked: asked.key})
 def _steps(asked: _Asked) -> dict[str, int]:
-    with connected(asked.runs) as database:
-        return dict(database.execute("SELECT run, max(step) FROM metrics GROUP BY run").fetchall())
+    found = answer(asked.runs, "SELECT run, max(step) AS step FROM metrics GROUP BY run")
+    return dict(zip(found["run"], map(int, found["step"]), strict=True))
 
 
 def table_of(runs: Sequence[RunEntry]) -> list[dict[str, Any]]:

@@ -26,7 +26,8 @@ _BARS = 24
 
 def show(places: Places) -> None:
     """The page."""
-    of_runs = [Path(path) for run in runs_of(places) if (path := run.config.get("data", {}).get("data_path"))]
+    trained_on = [run.config.get("data", {}).get("data_path") for run in runs_of(places)]
+    of_runs = [Path(path) for path in trained_on if path and isinstance(path, str)]
     offered = datasets.datasets_in([*places.datasets, *of_runs])
     chosen = streamlit.selectbox(
         "Dataset",

@@ -11,7 +11,6 @@ from vpmoe.app.found_reports import (
     field_rows,
     find_reports,
     ladder_chart,
-    ladder_rows,
     line_rows,
     overview_of,
     task_chart,
@@ -63,10 +62,9 @@ def _suites(found: Found) -> None:
 
 
 def _ladders(found: Found) -> None:
-    for path, report in found.ladders:
+    for path, rows in found.ladders:
         streamlit.subheader("Ladder", anchor=False)
         text(str(path))
-        rows = ladder_rows(report)
         if not rows:
             streamlit.info("No object of this ladder has been evaluated.")
             continue

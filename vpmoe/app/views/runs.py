@@ -143,10 +143,11 @@ def _samples(runs: Sequence[RunEntry]) -> None:
             )
             continue
         steps = sorted({step for step, _, _ in samples})
-        step = steps[-1]
+        step, heading = steps[-1], streamlit.container()
         if len(steps) > 1:
-            step = streamlit.select_slider(names[run.id], steps, value=step, key=f"samples_{run.id}")
-        text(f"{names[run.id]}, step {step:,}")
+            step = streamlit.select_slider("Step", steps, value=step, key=f"samples_{run.id}")
+        with heading:
+            text(f"{names[run.id]}, step {step:,}")
         for at, prompt, completion in samples:
             if at == step:
                 with streamlit.container(border=True):
