@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
+from megatron_vpmoe.training import failure_policy
+from megatron_vpmoe.training.checkpoint_files import damage
+from megatron_vpmoe.training.spikes import Spikes
 from tests import training_runs
 from tests.fixtures_dataset import small_dataset
 from tests.training_runs import checkpoint_tensors, command, losses, records
-from tests.workers import run_workers
+from tests.workers import Started, run_workers
+from vpmoe.runs.registry import list_runs
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +44,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_dataset(tmp_path_factory.mktemp("data") / "set")
 
 
-def spoil(passed_over: int) -> None:
+def spoil(passed_over: int, bad: range) -> None:
     """Labels that the model has learnt are never the answer, in the bad rows; and a resumed run passes rows over."""
     from megatron_vpmoe.sources import stored
 
@@ -46,7 +52,7 @@ def spoil(passed_over: int) -> None:
 
     def spoilt(self: Any, begin: int, end: int) -> Any:
         batch = micro_batch(self, begin, end)
-        rows = torch.tensor([sample in BAD for sample in batch.sample_ids])
+        rows = torch.tensor([sample in bad for sample in batch.sample_ids])
         batch.labels[rows] = 63
         return batch
 
@@ -58,16 +64,18 @@ def spoil(passed_over: int) -> None:
     stored._Rows.micro_batch, stored.StoredSource.resume = spoilt, further  # type: ignore[method-assign]
 
 
-def spoilt_worker(arguments: list[str], passed_over: int) -> int:
-    spoil(passed_over)
+def spoilt_worker(arguments: list[str], passed_over: int, bad: range) -> int:
+    spoil(passed_over, bad)
     return training_runs.worker(arguments)
 
 
-def train(run_dir: Path, dataset: Path, *, ranks: int = 1, passed_over: int = 0, **changes: object) -> list[int]:
+def train(
+    run_dir: Path, dataset: Path, *, ranks: int = 1, passed_over: int = 0, bad: range = BAD, **changes: object
+) -> list[int]:
     """Exit codes of a run over the bad rows."""
     arguments = command(run_dir, dataset, nproc_per_node=ranks, **{**WATCHED, **changes})[3:]
     run_dir.mkdir(parents=True, exist_ok=True)
-    return run_workers(ranks, spoilt_worker, arguments, passed_over, folder=run_dir)
+    return run_workers(ranks, spoilt_worker, arguments, passed_over, bad, folder=run_dir)
 
 
 def of_tag(run_dir: Path, tag: str) -> dict[int, float]:
@@ -113,11 +121,78 @@ def test_a_rollback_is_the_checkpoint_with_the_data_after_the_spike(dataset: Pat
     assert equal(back, resumed) and state(resumed, STEPS)["spikes"] == at_end["spikes"]
 
 
+TWICE = range(BAD.start, BAD.stop + 4)
+"""The first step after a rollback is bad as well."""
+TO_AN_OLDER = {"spike_policy": "rollback", "spike_limit": 2, "keep_last": 2}
+
+
+def killed_worker(arguments: list[str], owner: str, place: str, count: int) -> NoReturn:
+    """Killed before the ``count``-th call of a function."""
+    spoil(0, TWICE)
+    called_on: Any = failure_policy if owner == "failure_policy" else Spikes
+    whole, calls = getattr(called_on, place), 0
+
+    def called(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*given)
+
+    setattr(called_on, place, called)
+    training_runs._run(arguments)
+
+
+def checkpoints(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").glob("iter_*"))
+
+
+def test_a_checkpoint_that_led_to_a_spike_again_makes_way_for_an_older_one(dataset: Path, tmp_path: Path) -> None:
+    """Renamed and whole; and a run that is killed within its rollbacks goes on to the same, bit for bit."""
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert train(straight, dataset, bad=TWICE, **TO_AN_OLDER) == [0]
+    kept = ["iter_0000008.rolled_back", "iter_0000012", "iter_0000014"]  # of two that stay one is set aside
+    assert checkpoints(straight) == kept
+    assert damage(straight / "checkpoints" / kept[0], check_hashes=True) is None
+    at_end = state(straight, STEPS)
+    assert at_end["spikes"]["passed_over"] == [[32, 40], [16, 44]] and at_end["spikes"]["acted"] == 2
+    assert at_end["consumed_samples"] == 44 + 4 * (STEPS - 4)
+    assert of_tag(straight, "spike/from_step") == {5: 9} and list(losses(straight)) == list(range(1, STEPS + 1))
+    names = {path.name for path in straight.glob("spike_*")}
+    assert names == {"spike_0000010_rank0.json", "spike_0000009_rank0_2.json"}
+
+    arguments = command(killed, dataset, **{**WATCHED, **TO_AN_OLDER, "resume": True})[3:]
+    for owner, place, count, left in (
+        ("failure_policy", "write_tracker", 1, ["iter_0000004", "iter_0000008"]),
+        ("failure_policy", "set_aside", 1, ["iter_0000004", "iter_0000008"]),
+        ("spikes", "back", 2, ["iter_0000004", "iter_0000008.rolled_back"]),
+    ):
+        done = Started(killed_worker, arguments, owner, place, count, environment={}).finish()
+        assert done.returncode == -signal.SIGKILL and checkpoints(killed) == left
+    assert train(killed, dataset, bad=TWICE, resume=True, **TO_AN_OLDER) == [0]
+    # Nothing is lost of the ones set aside, and what it was resumed from stays.
+    assert checkpoints(killed) == ["iter_0000004", kept[0], f"{kept[0]}.2", *kept[1:]]
+    assert equal(straight, killed) and losses(straight) == losses(killed)
+    assert state(killed, STEPS)["spikes"] == at_end["spikes"]
+
+
+def test_a_run_goes_back_so_often_and_no_more(dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One checkpoint is kept, and it is gone back to twice."""
+    acting = {"spike_policy": "rollback", "spike_limit": 2, "keep_last": 1, "run_store": tmp_path / "runs.sqlite"}
+    assert train(tmp_path, dataset, bad=range(BAD.start, 10**6), **acting) == [2]
+    said = capfd.readouterr().err
+    assert "SpikeError: the loss of step 9" in said and "after 2 rollbacks (failure.spike_limit 2)" in said
+    assert "spike_0000009_rank0_3.json" in said and of_tag(tmp_path, "spike/action") == {9: 3.0}
+    assert checkpoints(tmp_path) == ["iter_0000008"]
+    (run,) = list_runs(tmp_path / "runs.sqlite")
+    assert run.status == "failed" and "after 2 rollbacks" in str(run.error)
+
+
 def test_a_dropped_step_moves_nothing_and_a_warning_everything(dataset: Path, tmp_path: Path) -> None:
     runs = {policy: tmp_path / policy for policy in ("off", "warn", "skip")}
     for policy, run_dir in runs.items():
-        changes = {"spike_limit": 1} if policy == "skip" else {}
-        assert train(run_dir, dataset, save_interval=1, spike_policy=policy, **changes) == [0]
+        limit = 1 if policy == "skip" else 0
+        assert train(run_dir, dataset, save_interval=1, spike_policy=policy, spike_limit=limit) == [0]
     assert equal(runs["off"], runs["warn"]) and not equal(runs["off"], runs["skip"])
     assert equal(runs["off"], runs["skip"], BAD_STEP - 1)
     weights = [checkpoint_tensors(runs["skip"] / "checkpoints" / f"iter_{n:07d}") for n in (BAD_STEP - 1, BAD_STEP)]

@@ -46,7 +46,9 @@ def ending_of(error: BaseException | None, *, debug: bool = False) -> Ending:
     if error is None:
         return Ending("done", "", 0, time.time())
     if isinstance(error, SystemExit):
-        return Ending("error", f"it left with exit code {error.code} before the run was done", 1, time.time())
+        where = "".join(traceback.format_exception(error)).rstrip()  # perhaps of a thread
+        text = f"it left with exit code {error.code} before the run was done\n{where}"
+        return Ending("error", text, 1, time.time())
     if is_lost_peer(error):
         frames = reversed(traceback.extract_tb(error.__traceback__))
         stack = "\n".join(f'  File "{frame.filename}", line {frame.lineno} in {frame.name}' for frame in frames)
