@@ -27,10 +27,9 @@ class Elapsed:
     @classmethod
     def since(cls, place: Any) -> Elapsed | None:
         """From what ``place`` gave when the checkpoint was saved; None where it says no such thing."""
-        found = [place.get(tag) for tag in (TOKENS, SECONDS)] if isinstance(place, dict) else []
-        if not all(type(value) in (int, float) and math.isfinite(value) and value >= 0 for value in found) or not found:
-            return None
-        return cls(*found)
+        given = [place.get(tag) for tag in (TOKENS, SECONDS)] if isinstance(place, dict) else []
+        found = [value for value in given if isinstance(value, int | float) and math.isfinite(value) and value >= 0]
+        return cls(*found) if len(found) == 2 else None
 
     def place(self) -> dict[str, float]:
         """The two as metrics."""
