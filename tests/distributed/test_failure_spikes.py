@@ -18,7 +18,8 @@ from megatron_vpmoe.training.checkpoint_files import damage
 from megatron_vpmoe.training.spikes import Spikes
 from tests import training_runs
 from tests.fixtures_dataset import small_dataset
-from tests.training_runs import checkpoint_tensors, command, losses, records
+from tests.golden.test_resume_grpo import SAMPLED
+from tests.training_runs import checkpoint_tensors, command, losses, records, sampled
 from tests.workers import Started, run_workers
 from vpmoe.runs.registry import list_runs
 
@@ -257,3 +258,35 @@ def test_what_is_not_finite_is_named_with_its_module(
     names = [json.loads((run_dir / f"nonfinite_0000003_rank{rank}.json").read_text())["module"] for rank in (0, 1)]
     assert names == [module] * 2
     assert f"of iteration 3 is not finite, first in {module}" in capfd.readouterr().err
+
+
+def spiking(arguments: list[str], at: int) -> int:
+    """The loss of the ``at``-th step that is done is a spike; of answers no data would make one of themselves."""
+    accepts, steps = Spikes.accepts, 0
+
+    def accepting(self: Spikes, loss: float) -> bool:
+        nonlocal steps
+        steps += 1
+        return accepts(self, loss + 100 * (steps == at))
+
+    Spikes.accepts = accepting  # type: ignore[method-assign]
+    return training_runs.worker(arguments)
+
+
+def test_a_rollback_of_rollouts_answers_the_next_prompts_anew(dataset: Path, tmp_path: Path) -> None:
+    """From within a sampling, of 4 steps each, to within the one before: answers in hand are dropped."""
+    fields = {**SAMPLED, "spike_policy": "rollback", "spike_limit": 1, "spike_window": 8, "spike_history": 4}
+    fields |= {"spike_threshold": 8.0, "async_save": True}
+    whole, resumed, saved, spike = tmp_path / "whole", tmp_path / "resumed", 3, 6  # saved every 3 steps
+    whole.mkdir()
+    assert run_workers(1, spiking, command(whole, dataset, **fields)[3:], spike, folder=whole) == [0]
+    assert of_tag(whole, "spike/from_step") == {saved + 1: spike} and list(losses(whole)) == list(range(1, 11))
+    before, after = (sampled(whole / "checkpoints" / f"iter_{step:07d}") for step in (saved, spike))
+    [(first, last)] = state(whole, 10)["spikes"]["passed_over"]
+    assert before["group"].max() < state(whole, saved)["consumed_samples"] == first < last <= after["group"].min()
+    assert len(set(after["weight_version"].tolist())) == 1
+
+    checkpoint = whole / "checkpoints" / f"iter_{spike:07d}"
+    shutil.copytree(checkpoint, resumed / "checkpoints" / checkpoint.name)
+    assert train(resumed, dataset, **{**fields, "resume": True}) == [0]
+    assert equal(whole, resumed, 10) and state(resumed, 10)["spikes"] == state(whole, 10)["spikes"]
