@@ -13,10 +13,12 @@ from megatron_vpmoe.runtime import pulse
 
 _PATIENCE_SECONDS = 2.0  # for stacks; a process writes its own within milliseconds
 _THREAD = re.compile(r"^(?:Current thread|Thread) 0x[0-9a-f]+.*$", re.MULTILINE)
-# The innermost frame of who waits for other processes. Within upstream some wait for what is under way already.
+# The innermost frame of who waits for other processes. Within upstream some wait for what is under way already; and who
+# has a GPU waits for it to be through with its collectives, where training first asks for a number.
 _WAITS = re.compile(
     r"torch/distributed/|megatron/core/(distributed|pipeline_parallel|tensor_parallel)/"
     r"|megatron_vpmoe/runtime/(distributed|exchange|sharded_data_parallel|signals|stages)\.py"
+    r"|megatron_vpmoe/training/(resources|router|saving|step)\.py"
 )
 
 

@@ -8,7 +8,7 @@ looks at the directories themselves.
 
 ``iter_0000100.partial`` is being written and ``.pruned`` being removed; what a kill leaves of either goes with the next
 save. What is damaged, or no checkpoint at all, is renamed ``iter_0000100.damaged`` (``.damaged.2``, ...) by the run
-that finds it in its way; such and ``.replaced`` are the user's to look at and to remove.
+that finds it in its way; such, ``.replaced`` and ``.rolled_back`` are the user's to look at and to remove.
 """
 
 from __future__ import annotations
