@@ -13,12 +13,16 @@ import pytest
 from megatron_vpmoe.errors import BusyError, ConfigError, DataError
 from megatron_vpmoe.metrics.expert_loads import ExpertLoads
 from tests.app.app_world import HOSTILE
+from tests.unit.vpmoe.runs.written_runs import write_run
 from vpmoe.app import curves, found_reports, run_files
 from vpmoe.app.loads import dead_experts, heatmap, measured
 from vpmoe.app.places import Places
 from vpmoe.app.serve import free_port, is_loopback
 from vpmoe.app.shown import coloured, distinct, label
+from vpmoe.app.store import smoothed_now
 from vpmoe.cli import main
+from vpmoe.runs.queries import smoothed
+from vpmoe.runs.registry import list_runs
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -39,13 +43,23 @@ def frame(values: list[float], tag: str = "loss/total") -> pandas.DataFrame:
 
 def test_smoothing_is_a_debiased_average_of_each_curve_alone() -> None:
     two = pandas.concat([frame([4.0, 2.0, 2.0]), frame([10.0, 0.0], "lr")])
-    smooth = curves.smoothed(two, 0.5)
+    smooth = smoothed(two, 0.5)
     assert smooth["value"].tolist() == pytest.approx(
         [4.0, (2 + 0.5 * 4) / 1.5, (2 + 1 + 1) / 1.75, 10.0, 10 * 0.5 / 1.5]
     )
-    assert curves.smoothed(two, 0.0)["value"].tolist() == two["value"].tolist()
+    assert smoothed(two, 0.0)["value"].tolist() == two["value"].tolist()
     broken = frame([1.0, math.nan, math.inf, 3.0])
-    assert curves.not_finite(broken) == 2 and curves.smoothed(broken, 0.9)["x"].tolist() == [0.0, 3.0]
+    assert curves.not_finite(broken) == 2 and smoothed(broken, 0.9)["x"].tolist() == [0.0, 3.0]
+
+
+def test_a_long_smooth_curve_is_the_mean_of_all_its_points(tmp_path: Path) -> None:
+    """Not of what thinning leaves: here the extremes of each stretch, whose mean is 50 and not 1."""
+    store = tmp_path / "runs" / "registry.sqlite"
+    write_run(store, "a", steps=4000, loss=lambda step: 100.0 if step % 100 == 0 else 0.0)
+    (run,) = list_runs(store)
+    drawn = smoothed_now([run], ["loss/total"], "step", 0.99)
+    assert 900 < len(drawn) < 1100 and drawn["x"].iloc[[0, -1]].tolist() == [1.0, 4000.0]
+    assert 0.5 < drawn["value"].iloc[-300:].mean() < 1.5
 
 
 def test_a_logarithmic_axis_leaves_out_what_has_no_place_there() -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,16 @@ def test_a_picture_replaces_only_pictures_of_ours(store: Path, tmp_path: Path) -
     with pytest.raises(NotOursError):
         plot(list_runs(store), ["lr"], output)
     assert output.read_bytes() == b"mine"
+
+
+def test_names_in_a_picture_are_no_formulas(store: Path, tmp_path: Path) -> None:
+    directory = write_run(store, "_$\\frac{$")
+    with (directory / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps({"step": 1, "tag": "$\\frac{$", "value": 1.0}) + "\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot(list_runs(store), ["lr", "$\\frac{$"], tmp_path / "runs.png")
+    assert Image.open(tmp_path / "runs.png").size[0] > 1000
 
 
 def test_a_picture_of_nothing_is_refused(store: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Curves of runs: smoothed, as charts, and what a page asks of the run store for them."""
+"""Curves of runs as charts."""
 
 from __future__ import annotations
 
@@ -31,17 +31,12 @@ def first_tags(tags: Sequence[str]) -> list[str]:
     return [tag for tag in FIRST if tag in tags] or list(tags[: len(FIRST)])
 
 
-def smoothed(frame: pandas.DataFrame, share: float) -> pandas.DataFrame:
-    """Each curve's exponential moving average, ``share`` of it from before: columns run, tag, x, value.
-
-    The average is of what has been seen (debiased, Kingma and Ba 2014, section 3), so a curve begins where it begins. A
-    value that is no finite number is left out.
-    """
-    finite = frame.loc[np.isfinite(frame["value"]) & np.isfinite(frame["x"]), :].copy()
-    if share and len(finite):
-        curves = finite.groupby(["run", "tag"], sort=False)["value"]
-        finite["value"] = curves.transform(lambda values: values.ewm(alpha=1.0 - share).mean())
-    return finite
+def thinned(frame: pandas.DataFrame, points: int) -> pandas.DataFrame:
+    """Of each curve about so many points, evenly, and its last: enough of one that is smooth."""
+    curves = frame.groupby(["run", "tag"], sort=False)
+    place, left = curves.cumcount().to_numpy(), curves.cumcount(ascending=False).to_numpy()
+    each = -(-(place + left + 1) // points)
+    return frame.loc[(place % each == 0) | (left == 0), :]
 
 
 def not_finite(frame: pandas.DataFrame) -> int:
@@ -55,7 +50,7 @@ def chart(
     """One tag of several runs.
 
     Args:
-        frame: as ``smoothed`` gives it.
+        frame: columns run, tag, x, value; finite numbers.
         tag: of it.
         names: id of a run -> what it is called.
         by: a key of ``AXES``.

@@ -10,9 +10,10 @@ from typing import Any
 import pandas
 import streamlit
 
+from vpmoe.app.curves import thinned
 from vpmoe.app.places import Places
 from vpmoe.app.shown import distinct, empty, label
-from vpmoe.runs.queries import answer, series, tags_of
+from vpmoe.runs.queries import answer, series, smoothed, tags_of
 from vpmoe.runs.registry import RunEntry, list_runs
 
 CHOSEN = "chosen_runs"
@@ -53,6 +54,11 @@ def series_now(runs: Sequence[RunEntry], tags: Sequence[str], by: str) -> pandas
     return _series(_Asked(runs), tuple(tags), by)
 
 
+def smoothed_now(runs: Sequence[RunEntry], tags: Sequence[str], by: str, share: float) -> pandas.DataFrame:
+    """As ``smoothed``, of every point, and then thinned; ``share`` 0: the curves as ``series_now`` has them."""
+    return _smoothed(_Asked(runs), tuple(tags), by, share)
+
+
 def steps_now(runs: Sequence[RunEntry]) -> dict[str, int]:
     """The last recorded step of each run, also of one that trains: the store itself learns of it now and then."""
     return _steps(_Asked(runs))
@@ -82,6 +88,13 @@ def _tags(asked: _Asked) -> list[str]:
 @streamlit.cache_data(max_entries=_KEPT, show_spinner=False, hash_funcs={_Asked: lambda asked: asked.key})
 def _series(asked: _Asked, tags: tuple[str, ...], by: str) -> pandas.DataFrame:
     return series(asked.runs, tags, by=by, points=_POINTS)
+
+
+@streamlit.cache_data(max_entries=_KEPT, show_spinner=False, hash_funcs={_Asked: lambda asked: asked.key})
+def _smoothed(asked: _Asked, tags: tuple[str, ...], by: str, share: float) -> pandas.DataFrame:
+    if not share:
+        return smoothed(_series(asked, tags, by), share)
+    return thinned(smoothed(series(asked.runs, tags, by=by, points=2**31), share), _POINTS)
 
 
 @streamlit.cache_data(max_entries=_KEPT, show_spinner=False, hash_funcs={_Asked: lambda asked: asked.key})

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_vpmoe.errors import visible
 from vpmoe.errors import DataError
 from vpmoe.runs.queries import series, smoothed
 from vpmoe.runs.registry import RunEntry, labels
@@ -64,7 +65,8 @@ def plot(
             continue
         of_tag = curves.loc[curves["tag"] == tags[number]]
         _draw(field, runs, of_tag, smoothed(of_tag, smoothing) if smoothing else None)
-        field.set(title=tags[number], xlabel=AXIS_LABELS[by], **_scales(log_x, log_y))
+        field.set_title(visible(tags[number]), parse_math=False)
+        field.set(xlabel=AXIS_LABELS[by], **_scales(log_x, log_y))
         if 1 < len(runs) <= _LONGEST_LEGEND or number == 0:
             field.legend(frameon=False, fontsize=7)
     save_picture(figure, output)
@@ -81,7 +83,8 @@ def _draw(field: Axes, runs: Sequence[RunEntry], curves: pandas.DataFrame, smoot
         if own.empty:
             continue
         marker = "o" if len(own) == 1 else None
-        name = label.replace("$", r"\$")
+        # Neither a formula, nor with a leading "_", which would leave it out of the legend.
+        name = " " * label.startswith("_") + visible(label).replace("$", r"\$")
         if smooth is None:
             field.plot(own["x"], own["value"], color=colour, linewidth=1.2, marker=marker, label=name)
             continue

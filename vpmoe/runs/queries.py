@@ -224,17 +224,23 @@ def axis(by: str) -> str:
 
 
 def smoothed(curves: pandas.DataFrame, weight: float) -> pandas.DataFrame:
-    """``series`` with ``value`` as its exponential moving average, unbiased at the start.
+    """``series`` with ``value`` as its exponential moving average, unbiased at the start (Kingma and Ba 2014).
+
+    Values and places that are no finite number are left out.
 
     Args:
-        weight: of what came before, 0 to below 1; 0 leaves the curves as they are.
+        curves: for a true mean with every point: of a thinned curve the extremes are left.
+        weight: of what came before, 0 to below 1.
     """
-    if not weight:
-        return curves
-    means = curves.groupby(["run", "tag"], sort=False)["value"].transform(
+    import numpy as np
+
+    finite = curves.loc[np.isfinite(curves["value"]) & np.isfinite(curves["x"]), :]
+    if not weight or finite.empty:
+        return finite
+    means = finite.groupby(["run", "tag"], sort=False)["value"].transform(
         lambda values: values.ewm(alpha=1 - weight, adjust=True).mean()
     )
-    return curves.assign(value=means)
+    return finite.assign(value=means)
 
 
 def matching(patterns: Sequence[str], tags: Sequence[str]) -> list[str]:

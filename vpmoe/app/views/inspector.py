@@ -134,7 +134,7 @@ def _routed(path: str, stamp: float, ids: tuple[int, ...]) -> dict[int, LayerRou
         return routing_of(opened.model, [*ids])
 
 
-@streamlit.cache_data(max_entries=8, show_spinner="Running the model …")
+@streamlit.cache_data(max_entries=2, show_spinner="Running the model …")  # H · T² numbers each
 def _attended(path: str, stamp: float, ids: tuple[int, ...], layer: int) -> LayerAttention:
     with held(Path(path)).used() as opened:
         return attention_of(opened.model, [*ids], layer)

@@ -12,7 +12,7 @@ from vpmoe.app import curves
 from vpmoe.app.loads import MEASURES, MOST_STEPS, dead_experts, heatmap, measured
 from vpmoe.app.places import Places
 from vpmoe.app.shown import empty, table
-from vpmoe.app.store import CHOSEN, names_of, no_runs, runs_of, series_now, tags_now
+from vpmoe.app.store import CHOSEN, names_of, no_runs, runs_of, smoothed_now, tags_now
 
 _AGGREGATE = "moe/router_agg/"
 _FIRST = ("mean_cv_pct", "max_vio", "dead_experts_count", "mean_entropy", "max_load_pct", "expert_bias_range")
@@ -41,7 +41,7 @@ def show(places: Places) -> None:
         if tags:
             streamlit.subheader("Health, over all layers", anchor=False)
             shown = [_AGGREGATE + name for name in _FIRST if _AGGREGATE + name in tags]
-            frame = curves.smoothed(series_now([run], shown, "step"), 0.0)
+            frame = smoothed_now([run], shown, "step", 0.0)
             columns = streamlit.columns(3)
             for place, tag in enumerate(shown):
                 picture = curves.chart(frame, tag, {run.id: names[run.id]}, by="step", log_x=False, log_y=False)

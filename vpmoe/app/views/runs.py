@@ -10,7 +10,7 @@ import streamlit
 from vpmoe.app import curves, run_files
 from vpmoe.app.places import Places
 from vpmoe.app.shown import empty, label, table, text
-from vpmoe.app.store import CHOSEN, names_of, no_runs, runs_of, series_now, steps_now, table_of, tags_now
+from vpmoe.app.store import CHOSEN, names_of, no_runs, runs_of, series_now, smoothed_now, steps_now, table_of, tags_now
 from vpmoe.runs.comparison import config_differences
 from vpmoe.runs.registry import RunEntry
 
@@ -74,7 +74,7 @@ def _curves(places: Places, names: dict[str, str], runs: Sequence[RunEntry]) -> 
         frame = series_now(now, shown, by)
         if (broken := curves.not_finite(frame)) > 0:
             streamlit.warning(f"{broken:,} of the values are no finite number; they are left out of the curves.")
-        smooth = curves.smoothed(frame, share)
+        smooth = smoothed_now(now, shown, by, share)
         columns = streamlit.columns(min(_COLUMNS, max(len(shown), 1)))
         for place, tag in enumerate(shown):
             picture = curves.chart(smooth, tag, {one: names[one] for one in ids}, by=by, log_x=log_x, log_y=log_y)
