@@ -274,19 +274,19 @@ def spiking(arguments: list[str], at: int) -> int:
 
 
 def test_a_rollback_of_rollouts_answers_the_next_prompts_anew(dataset: Path, tmp_path: Path) -> None:
-    """From within a sampling, of 4 steps each, to within the one before: answers in hand are dropped."""
+    """From the first step of a sampling, of 4 each, to within the one before: the three that are left are not done."""
     fields = {**SAMPLED, "spike_policy": "rollback", "spike_limit": 1, "spike_window": 8, "spike_history": 4}
     fields |= {"spike_threshold": 8.0, "async_save": True}
-    whole, resumed, saved, spike = tmp_path / "whole", tmp_path / "resumed", 3, 6  # saved every 3 steps
+    whole, resumed, saved, spike = tmp_path / "whole", tmp_path / "resumed", 3, 5  # saved every 3 steps
     whole.mkdir()
     assert run_workers(1, spiking, command(whole, dataset, **fields)[3:], spike, folder=whole) == [0]
     assert of_tag(whole, "spike/from_step") == {saved + 1: spike} and list(losses(whole)) == list(range(1, 11))
-    before, after = (sampled(whole / "checkpoints" / f"iter_{step:07d}") for step in (saved, spike))
+    before, after = (sampled(whole / "checkpoints" / f"iter_{step:07d}") for step in (saved, 2 * saved))
     [(first, last)] = state(whole, 10)["spikes"]["passed_over"]
     assert before["group"].max() < state(whole, saved)["consumed_samples"] == first < last <= after["group"].min()
     assert len(set(after["weight_version"].tolist())) == 1
 
-    checkpoint = whole / "checkpoints" / f"iter_{spike:07d}"
+    checkpoint = whole / "checkpoints" / f"iter_{2 * saved:07d}"
     shutil.copytree(checkpoint, resumed / "checkpoints" / checkpoint.name)
     assert train(resumed, dataset, **{**fields, "resume": True}) == [0]
     assert equal(whole, resumed, 10) and state(resumed, 10)["spikes"] == state(whole, 10)["spikes"]
