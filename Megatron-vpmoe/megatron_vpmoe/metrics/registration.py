@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from megatron_vpmoe.errors import BusyError, DataError
+from megatron_vpmoe.errors import BusyError, DataError, visible
 from megatron_vpmoe.metrics.jsonl import METRICS, read_records
 from megatron_vpmoe.metrics.records import Record, once, to_stderr
 from megatron_vpmoe.metrics.run_store import (
@@ -110,7 +110,8 @@ class RunStoreSink:
     def close(self, failure: str | None = None) -> None:
         """Conclude the run, waiting for the store for some seconds at most."""
         ended = "finished" if self._step >= self._last_step else "stopped"
-        self._of_both |= {"status": ended if failure is None else "failed", "error": failure, "ended": time.time()}
+        told = None if failure is None else visible(failure)  # SQLite takes no half of a surrogate pair
+        self._of_both |= {"status": ended if failure is None else "failed", "error": told, "ended": time.time()}
         rows = self._rows()
         self._queue.put(rows)
         self._queue.put(None)

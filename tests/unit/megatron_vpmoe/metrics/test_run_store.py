@@ -64,6 +64,12 @@ def steps(first: int, last: int) -> list[Record]:
     return [Record(step, "loss/total", 1 / step) for step in range(first, last + 1)]
 
 
+def test_a_run_that_fails_of_a_text_without_utf_8_concludes(place: Place) -> None:
+    place.sink().close("ValueError: \ud800 and \x1b[31m")
+    (row,) = place.rows()
+    assert (row["status"], row["error"]) == ("failed", "ValueError: \\ud800 and \\x1b[31m") and place.reports == []
+
+
 @pytest.mark.parametrize(
     ("last", "failure", "status"), [(LAST, None, "finished"), (2, None, "stopped"), (2, "DataError: gone", "failed")]
 )
