@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from megatron_vpmoe.errors import ConfigError
+from megatron_vpmoe.runtime.notices import TimeBudget
 from megatron_vpmoe.training.checkpoint_files import TRACKER
 from tests import training_runs
 from tests.fixtures_dataset import small_dataset
@@ -88,3 +90,10 @@ def test_a_budget_of_time_saves_before_it_is_over(dataset: Path, tmp_path: Path)
     end = float((tmp_path / "notice").read_text()) + 60 * minutes
     stood = (tmp_path / "run" / "checkpoints" / TRACKER).stat().st_mtime
     assert 0 < end - stood < 0.7 * 60 * minutes  # and it is not given away
+
+
+def test_a_budget_of_one_checkpoint_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_vpmoe.runtime.notices.began", time.time)
+    TimeBudget(2, lambda: 60).refuse_early()
+    with pytest.raises(ConfigError, match=r"60 s are left, and 90 s are kept"):
+        TimeBudget(1.01, lambda: 60).refuse_early()

@@ -24,6 +24,14 @@ class Notice(Protocol):
     @property
     def text(self) -> str: ...
 
+    def refuse_early(self) -> None:
+        """Before a run begins that would end at once.
+
+        Raises:
+            ConfigError: it stands already.
+        """
+        ...
+
     def stands(self) -> bool:
         """Whether it is time to save and end."""
         ...
@@ -66,6 +74,20 @@ class TimeBudget:
         self._end, self._seconds_of_save = began() + 60 * minutes, seconds_of_save
         self._looked, self._pause = time.monotonic(), 0.0
         self.text = f"the budget of {minutes:g} minutes leaves time for no more than a checkpoint"
+
+    def refuse_early(self) -> None:
+        """Before a run begins, which would end before its first step, and again each time that it is started.
+
+        Raises:
+            ConfigError: what is left of the budget is no more than a checkpoint may take.
+        """
+        needed, left = 1.5 * self._seconds_of_save(), self._end - time.time()
+        if left <= needed:
+            raise ConfigError(
+                f"{self.text}: {left:.0f} s are left, and {needed:.0f} s are kept for it",
+                source="failure.time_budget_minutes",
+                remedy="give more minutes, or null to go on until all is done",
+            )
 
     def stands(self) -> bool:
         """See ``Notice``; between two questions lies at most about what lay between those before."""

@@ -34,15 +34,15 @@ def notices_of(run: Run) -> list[Notice]:
     """What asks this run to save and end, besides a signal.
 
     Raises:
-        ConfigError: there is a preemption notice already; on every rank.
+        ConfigError: one of them would end the run before its first step; on every rank.
     """
     cfg, notices = run.cfg.failure, list[Notice]()
     if cfg.preemption_file is not None:
-        notice = PreemptionFile(Path(cfg.preemption_file))
-        distributed.on_every_rank(notice.refuse_early)
-        notices.append(notice)
+        notices.append(PreemptionFile(Path(cfg.preemption_file)))
     if cfg.time_budget_minutes is not None:
         notices.append(TimeBudget(cfg.time_budget_minutes, partial(_seconds_of_save, run)))
+    for notice in notices:
+        distributed.on_every_rank(notice.refuse_early)
     return notices
 
 
