@@ -96,4 +96,4 @@ def test_a_budget_of_one_checkpoint_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("megatron_vpmoe.runtime.notices.began", time.time)
     TimeBudget(2, lambda: 60).refuse_early()
     with pytest.raises(ConfigError, match=r"60 s are left, and 90 s are kept"):
-        TimeBudget(1.01, lambda: 60).refuse_early()
+        TimeBudget(1, lambda: 60).refuse_early()
