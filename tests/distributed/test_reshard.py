@@ -40,7 +40,8 @@ SLICES = "unequal slices"
 LAYOUTS: dict[str, dict[str, object]] = {
     "one": {},
     "data": {"nproc_per_node": 2},
-    SLICES: {"nproc_per_node": 2, "overlap_grad_reduce": False},
+    # Over four ranks the experts of one stack are shared out: over two, each has whole stacks.
+    SLICES: {"nproc_per_node": 4, "overlap_grad_reduce": False},
     "experts": {"nproc_per_node": 2, "expert_model_parallel_size": 2},
     "matrices": {"nproc_per_node": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True},
     "stages": {"nproc_per_node": 2, "pipeline_model_parallel_size": 2},
