@@ -67,6 +67,11 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not missing
 
 
+def test_tests_that_pages_name_are_there() -> None:
+    named = {name for page in TAUGHT for name in re.findall(r"\btest_\w+\.py\b", page.read_text())}
+    assert len(named) > 50 and not named - {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+
+
 def test_readme_is_short_and_names_every_room() -> None:
     text = README.read_text()
     assert len(text.splitlines()) <= 108
@@ -74,6 +79,8 @@ def test_readme_is_short_and_names_every_room() -> None:
     for package in (ROOT / "vpmoe", ROOT / "Megatron-vpmoe" / "megatron_vpmoe"):
         rooms = [path.name for path in package.iterdir() if path.is_dir() and not path.name.startswith("__")]
         assert not [room for room in rooms if f"{room}/" not in tree]
+    rooms = re.findall(r"^ *\S+", tree.split("```")[1], flags=re.M)
+    assert len(rooms) == len({*rooms}), "each is told once"
     named = re.findall(r"(?<![\w/])([a-z_]+)/", tree.split("```")[1])
     folders = set()
     for _, inside, _ in os.walk(ROOT):
