@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from megatron_vpmoe.errors import visible
 from vpmoe.errors import DataError
@@ -47,6 +47,12 @@ class Outputs(BaseModel):
         """
         remedy = "make it again: vpmoe eval canaries WHERE"
         return validated(cls, read_report(path, KIND), error=DataError, source=str(path), remedy=remedy)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_report(cls, told: dict[str, Any]) -> dict[str, Any]:
+        """Its vocabulary is told by the block of provenance; older ones say it themselves."""
+        return {"vocabulary": (told.get("provenance") or {}).get("tokenizer"), **told}
 
 
 def difference(ours: Outputs, theirs: Outputs) -> dict[str, Any]:
