@@ -23,7 +23,7 @@ def provenance(
     *,
     config_hash: str | Mapping[str, str] | None = None,
     tokenizer: Mapping[str, Any] | None = None,
-    dataset: str | list[str] | Mapping[str, str] | None = None,
+    dataset: str | list[str] | Mapping[str, Any] | None = None,
     packages: Iterable[str] = PACKAGES,
 ) -> dict[str, Any]:
     """Where something comes from: the one block that checkpoints, reports and receipts carry; JSON-ready.
@@ -32,7 +32,7 @@ def provenance(
 
     Args:
         config_hash: of the run that it tells of; of several, by name.
-        tokenizer: the vocabulary's identity.
+        tokenizer: the vocabulary's identity; of several runs by name.
         dataset: the manifest's sha256; of a blend a list, of several runs by name.
         packages: distributions whose versions are told.
 

@@ -22,6 +22,7 @@ from tests.fixtures_dataset import rewrite_manifest
 from tests.golden.test_vocabulary_travels import WORDS
 from tests.golden.test_vocabulary_travels import dataset as text_dataset
 from tests.tiny import ROOT
+from tests.unit.vpmoe.test_provenance_blocks import whole
 from vpmoe.errors import NotOursError, UpcycleError
 from vpmoe.runs.queries import last_values
 from vpmoe.runs.registry import find_run
@@ -143,6 +144,17 @@ def test_pretrain_makes_an_object_of_a_training(ladder: Ladder) -> None:
     assert os.path.samefile(run.directory, kept), "the run store finds it where it is kept"
     assert (run.name, run.status, run.experiment) == ("random", "finished", kept.parent.parent.name)
     assert last_values(run)["valid/loss/total"] == loss["after"]
+
+
+def test_an_object_and_its_export_say_what_it_was_trained_on(ladder: Ladder, dataset: Path) -> None:
+    folder = Path(ladder.get("random").path)
+    trained = json.loads((folder / "hf" / "config.json").read_text())["provenance"]
+    assert trained["dataset_manifest_sha256"] == read_manifest(dataset).sha256
+    block = receipt(ladder, "random")["provenance"]
+    for origin in (trained, block):
+        assert whole(origin) and origin["config_hash"] == trained["config_hash"] is not None
+        assert origin["tokenizer"] == read_manifest(dataset).tokenizer.identity()
+    assert block["dataset_manifest_sha256"] == trained["dataset_manifest_sha256"]
 
 
 def test_a_derived_object_serves_as_a_source(ladder: Ladder) -> None:

@@ -241,6 +241,7 @@ def _records(plan: _Climb) -> list[dict[str, Any]]:
             "input": told["inputs"].get("model", {}).get("object"),
             "weights_sha256": told["weights_sha256"],
             "receipt_sha256": sha256_of_file(Path(spec.path) / steps.RECEIPT),
+            "provenance": receipt.get("provenance"),
             "training": told["conversion"].get("training"),
             "validation": told["verification"].get("validation"),
         }

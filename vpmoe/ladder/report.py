@@ -44,12 +44,17 @@ def write_report(ladder: Ladder, records: Sequence[Record], folder: Path) -> dic
     """
     evaluated = with_deltas([record for record in records if "evaluation" in record])
     fed = [record for record in records if "evaluation" not in record]
+    origins = {record["object"]: record["provenance"] or {} for record in records}
     report = {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
         "config": str(ladder.path),
         "settings": ladder.evaluation.model_dump(mode="json") if ladder.evaluation else None,
-        "provenance": provenance(config_hash=sha256_of_file(ladder.path)),
+        "provenance": provenance(
+            config_hash=sha256_of_file(ladder.path),
+            tokenizer={name: origin.get("tokenizer") for name, origin in origins.items()},
+            dataset={name: origin.get("dataset_manifest_sha256") for name, origin in origins.items()},
+        ),
         "time": total_time(records),
         "below": fed,
         "steps": evaluated,

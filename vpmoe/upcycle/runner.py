@@ -154,6 +154,7 @@ def _make(planned: Planned, work: steps.Work, quiet: bool) -> dict[str, Any]:
         **found["weights"]["found"],
         "rows_read": found["weights"]["found"]["conversion"].get("rows_read", task.rows_read),
         "verification": found["verification"]["found"],
+        "origin": megatron_checkpoint.origin_of(megatron_checkpoint.read_state(checkpoint_of(work.folder))),
         "processor_seconds": round(sum(phase["processor_seconds"] for phase in found.values()), 2),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }

@@ -1,7 +1,8 @@
 """Jobs that train: ``pretrain`` from random weights, ``heal`` from those of the object below; with a teacher or none.
 
 The training is the ordinary one (what ``vpmoe train`` starts, with its checks, processes and checkpoints) into the
-job's scratch: an interrupted job goes on from the run's newest checkpoint. The product is the weights of its last one.
+job's scratch: an interrupted job goes on from the run's newest checkpoint. The product is the weights of its last one,
+with its provenance.
 The object's ``training/`` keeps the run's metrics, configuration, assignment table and identity; the run store finds
 the run there.
 """
@@ -14,6 +15,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,6 +34,7 @@ from vpmoe.upcycle.job import Job, JobSettings, Product, Task
 from vpmoe.upcycle.ladder_file import ObjectSpec, flags, geometry
 from vpmoe.upcycle.rung_below import RungBelow, below_and_written, refuse_changed, refuse_other_changes
 from vpmoe.upcycle.training_receipt import router_report, training_report, validation_report
+from vpmoe.weights import megatron_checkpoint
 
 LAUNCHER = "megatron_vpmoe.launch"
 KEPT = ("metrics.jsonl", "config.yaml", "assignment.json", IDENTITY)
@@ -76,8 +79,11 @@ class Pretrain(Job[TrainingSettings]):
         return decides if settings.score is None else {**decides, "score": settings.score}
 
     def convert(self, task: Task[TrainingSettings]) -> Product:
-        trained = RungBelow.of_checkpoint(train(task), task.cfg)
-        return trained.product(task.cfg, trained.weights)
+        last = train(task)
+        trained = RungBelow.of_checkpoint(last, task.cfg)
+        product = trained.product(task.cfg, trained.weights)
+        told = {"provenance": megatron_checkpoint.read_state(last)["provenance"]}
+        return replace(product, run_state={**product.run_state, **told})
 
     def verify(self, task: Task[TrainingSettings], folder: Path) -> dict[str, Any]:
         run = run_directory(task)

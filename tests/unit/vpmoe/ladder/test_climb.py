@@ -36,6 +36,7 @@ def test_climbing_twice_does_nothing_the_second_time(ladder: Path, monkeypatch: 
     report, _ = go(ladder)
     (step,) = report["steps"]
     assert whole(report["provenance"]) and report["provenance"]["config_hash"] == sha256_of_file(ladder)
+    assert report["provenance"]["dataset_manifest_sha256"] == {"model": None}, "nobody trained it"
     assert step["delta"] == {"bits_per_byte": 0.0, "accuracy": 0.0}
     assert step["job_time"]["seconds"] > 0 and step["evaluation_time"]["seconds"] > 0
     receipt = json.loads((ladder.parent / "model" / "receipt.json").read_text())
