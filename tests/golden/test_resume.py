@@ -123,7 +123,8 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_with_room(tmp_path: Path
     leftover.mkdir()
     (leftover / "__0_0.distcp").write_bytes(bytes(1000))
     command = ["bash", "-c", 'ulimit -f 200; exec "$@"', "bash"]
-    command += training_runs.command(tmp_path, dataset, train_iters=10, resume=True)
+    store = tmp_path.parent / "runs.sqlite"  # that of all tests has grown beyond the limit
+    command += training_runs.command(tmp_path, dataset, train_iters=10, resume=True, run_store=store)
     full = subprocess.run(command, env=training_runs.ENVIRONMENT, capture_output=True, text=True, check=False)
     assert full.returncode == 2
     assert full.stderr.count("cannot be written: [Errno 27] File too large") == 1 and "Traceback" not in full.stderr

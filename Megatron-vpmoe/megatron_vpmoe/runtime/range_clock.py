@@ -48,11 +48,15 @@ class RangeClock:
 
     def leave(self, name: str) -> None:
         found = self._open.pop()
-        # Upstream's timers do not end a range that an error leaves, which is then what is to be told.
+        # Upstream's timers do not end a range that an error leaves, which then is what is to be told.
         while found != name and self._open and sys.exc_info()[0] is not None:
+            self._drop(found)
             found = self._open.pop()
         if found != name:
             raise ValueError(f"range {name!r} ends inside {found!r}")
+        self._drop(name)
+
+    def _drop(self, name: str) -> None:
         if self._is_told(name):
             self._told.pop()
             self._border()

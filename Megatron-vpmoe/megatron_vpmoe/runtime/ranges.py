@@ -18,7 +18,7 @@ class RangeListener(Protocol):
         ...
 
     def leave(self, name: str) -> None:
-        """The innermost range, ``name``, ends."""
+        """The innermost range, ``name``, ends; while an exception is raised those within it may not have ended."""
         ...
 
 
@@ -34,8 +34,10 @@ def annotated(name: str) -> Iterator[None]:
         yield
         return
     listener.enter(name)
-    yield
-    listener.leave(name)  # not after an error, which leaves the ranges of upstream's timers open
+    try:
+        yield
+    finally:  # a recomputation that has what it needs ends by an exception, and the step goes on
+        listener.leave(name)
 
 
 @contextlib.contextmanager

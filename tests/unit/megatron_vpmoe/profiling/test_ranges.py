@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import subprocess
@@ -73,6 +74,20 @@ def test_an_error_inside_goes_through_as_it_is(ticks: Ticks) -> None:
         timers("forward-compute").start()
         with annotated("dispatch"):
             raise KeyError("stop")
+
+
+def test_an_exception_that_is_caught_within_a_range_ends_those_in_it(ticks: Ticks) -> None:
+    """torch ends a recomputation so, in the middle of its layer, as soon as all is there that backward asks for."""
+    clock = RangeClock()
+    timers = UpstreamTimers(clock)
+    with listening(clock), annotated("step"):
+        timers("backward-compute").start()
+        with contextlib.suppress(StopIteration), annotated("layer"), annotated("attention"):
+            ticks.now += 1.0
+            raise StopIteration
+        ticks.now += 2.0
+        timers("backward-compute").stop()
+    assert clock.seconds == {"step": 0.0, "attention": 1.0, "layer": 0.0, "backward": 2.0}
 
 
 def test_nobody_listens_outside() -> None:
