@@ -47,10 +47,10 @@ def notices_of(run: Run) -> list[Notice]:
 
 
 def _seconds_of_save(run: Run) -> float:
-    """Until a checkpoint that is begun now would stand, behind one that is being written; for the first, as for AdamW's
-    state of every weight at 100 MB/s.
+    """Until a checkpoint that is begun now would stand, behind one that is being written; for the first, 5 s and as
+    long as AdamW's state of every weight takes at 100 MB/s.
     """
-    first = 16e-8 * sum(parameter_sizes(run.cfg).values())
+    first = 5.0 + 16e-8 * sum(parameter_sizes(run.cfg).values())
     return (run.longest_save or first) * (1 if run.saving is None else 2)
 
 
