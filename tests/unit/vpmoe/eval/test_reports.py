@@ -11,7 +11,7 @@ from vpmoe.eval.reports import read_report, write_report
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    report = {"kind": "x", "text": "π", "values": [1, 0.1, None]}
+    report = {"kind": "x", "provenance": {"git": None}, "text": "π", "values": [1, 0.1, None]}
     path = tmp_path / "a" / "report.json"
     write_report(path, report)
     assert read_report(path, "x") == report
