@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -59,6 +60,18 @@ def move_into_place(temporary: Path, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary.replace(path)
     sync(path.parent)
+
+
+def remove_folder(folder: Path, proofs: Collection[Path]) -> None:
+    """Remove a folder whose files ``proofs`` say whose it is, those last: an interrupted removal can be ended."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path not in proofs:
+            path.unlink()
+    for proof in proofs:
+        proof.unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def sync(path: Path) -> None:

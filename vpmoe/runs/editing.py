@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from megatron_vpmoe.files import read_json
 from megatron_vpmoe.metrics.jsonl import METRICS
 from megatron_vpmoe.metrics.run_store import (
+    experiment_of,
     found_directory,
     identify,
     json_text,
@@ -100,7 +102,7 @@ def add(directory: Path, store: Path | None = None) -> RunEntry:
     return find_run(run, store)
 
 
-def _configuration(path: Path, remedy: str) -> dict[str, dict[str, object]]:
+def _configuration(path: Path, remedy: str) -> dict[str, dict[str, Any]]:
     try:
         config = yaml.safe_load(path.read_bytes())
     except (OSError, yaml.YAMLError, RecursionError) as error:
@@ -117,7 +119,7 @@ def _configuration(path: Path, remedy: str) -> dict[str, dict[str, object]]:
     return sections
 
 
-def _row(store: Path, directory: Path, config: dict[str, dict[str, object]]) -> dict[str, object]:
+def _row(store: Path, directory: Path, config: dict[str, dict[str, Any]]) -> dict[str, object]:
     from megatron_vpmoe.metrics.jsonl import read_records
     from megatron_vpmoe.metrics.registration import results_of
 
@@ -129,9 +131,9 @@ def _row(store: Path, directory: Path, config: dict[str, dict[str, object]]) -> 
     provenance, experiment = state.get("provenance", {}), config.get("logging", {}).get("experiment")
     return {
         "name": config["training"]["run_name"],
-        "experiment": experiment or directory.resolve().parent.name or "/",
+        "experiment": experiment_of(experiment, directory),
         "directory": written_directory(store, directory),
-        "status": "finished" if step >= int(str(config["training"]["train_iters"])) else "stopped",
+        "status": "finished" if step >= config["training"]["train_iters"] else "stopped",
         "started": min(stat),
         "ended": max(stat),
         "step": step,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
+from megatron_vpmoe.files import remove_folder
 from megatron_vpmoe.metrics.run_store import IDENTITY, identity_of
 from megatron_vpmoe.ownership import owned
 from vpmoe.errors import NotOursError
@@ -96,12 +96,4 @@ def remove_files(run: RunEntry) -> None:
     here = run.directory
     with owned(here / LOCK, f"the run directory {here}"):
         check_removable(run)
-        last = [here / IDENTITY, here / LOCK]
-        for path in here.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path not in last:
-                path.unlink()
-        for path in last:
-            path.unlink(missing_ok=True)
-        here.rmdir()
+        remove_folder(here, [here / IDENTITY, here / LOCK])

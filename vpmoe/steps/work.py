@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vpmoe.errors import DataError, NotOursError
-from megatron_vpmoe.files import list_files, sync, write_record
+from megatron_vpmoe.files import list_files, remove_folder, sync, write_record
 from megatron_vpmoe.ownership import owned
 from megatron_vpmoe.software import PACKAGES, provenance
 from vpmoe.steps.receipt import RECEIPT, UNFINISHED, read_own, read_receipt
@@ -181,14 +181,7 @@ def _remove(folder: Path) -> None:
     proofs = [folder / name for name in (RECEIPT, UNFINISHED)]
     if not is_empty(folder) and not any(proof.is_file() for proof in proofs):
         raise NotOursError("no receipt in it", source=str(folder), remedy="move it away")
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path not in proofs:
-            path.unlink()
-    for proof in proofs:
-        proof.unlink(missing_ok=True)
-    folder.rmdir()
+    remove_folder(folder, proofs)
 
 
 def _former(step: Step) -> Path:

@@ -21,6 +21,7 @@ from megatron_vpmoe.metrics.records import Record, once, to_stderr
 from megatron_vpmoe.metrics.run_store import (
     conclude,
     conclusion_of,
+    experiment_of,
     identify,
     json_text,
     opened_store,
@@ -77,7 +78,7 @@ class RunStoreSink:
         self._of_both |= {"pid": os.getpid(), "world_size": world_size}
         self._run = {
             "name": cfg.training.run_name,
-            "experiment": cfg.logging.experiment or directory.resolve().parent.name or "/",
+            "experiment": experiment_of(cfg.logging.experiment, directory),
             "directory": written_directory(self._path, directory),
             "started": now,
             "config": json_text(cfg.model_dump(mode="json")),

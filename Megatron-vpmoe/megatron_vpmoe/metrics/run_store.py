@@ -209,6 +209,11 @@ def identify(connection: sqlite3.Connection, store: Path, directory: Path) -> st
     return fresh
 
 
+def experiment_of(configured: str | None, directory: Path) -> str:
+    """What a run in ``directory`` belongs to: ``configured``, else the name of the folder that it lies in."""
+    return configured or directory.resolve().parent.name or "/"
+
+
 def written_directory(store: Path, directory: Path) -> str:
     """As the store keeps it: relative to its own folder where it lies in there, so that both can be moved together."""
     here, folder = (Path(os.path.realpath(path)) for path in (directory, store.parent))
