@@ -53,10 +53,23 @@ class Tab:
 
     def open(self, title: str) -> None:
         """Choose a page in the list."""
-        link = next(one for one in self.all("[data-testid=stSidebarNav] a") if one.text.endswith(title))
-        self.driver.execute_script("arguments[0].click()", link)
+        self.wait(lambda: self._press("[data-testid=stSidebarNav] a", title))
         self.wait(lambda: [one.text for one in self.all("h1")] == [title])
         self.settle()
+
+    def choose(self, label: str, ending: str) -> None:
+        """An entry of a list by how it ends."""
+        self.wait(lambda: self._press(f"input[role=combobox][aria-label*={label!r}]"))
+        self.wait(lambda: self._press("[role=option]", ending))
+        self.settle()
+
+    def _press(self, selector: str, ending: str = "") -> bool:
+        """The first of them on which something is written that ends so; False: there is none yet."""
+        for one in self.all(selector):
+            if one.text.endswith(ending):
+                one.click()
+                return True
+        return False
 
     def all(self, selector: str) -> list:
         return self.driver.find_elements("css selector", selector)
@@ -88,9 +101,7 @@ class Tab:
 
     def click(self, label: str) -> None:
         """A button, a toggle or a segment by what is written on it."""
-        found = self.driver.execute_script(_BY_LABEL, label)
-        assert found, f"there is no {label!r}"
-        self.driver.execute_script("arguments[0].click()", found)
+        self.wait(lambda: self.driver.execute_script(_CLICK_BY_LABEL, label))
         self.settle()
 
     def is_sound(self) -> None:
@@ -112,9 +123,10 @@ return app && app.getAttribute('data-test-script-state') === 'notRunning'
   && !document.querySelector('[data-stale=true]')
   && !document.querySelector('[data-testid=stSkeleton]') && !document.querySelector('[data-testid=stSpinner]')
 """
-_BY_LABEL = """
+_CLICK_BY_LABEL = """
 const found = [...document.querySelectorAll('button, label')].find(one => one.textContent.trim().endsWith(arguments[0]))
-return found ? found.querySelector('input') || found : null
+if (found) (found.querySelector('input') || found).click()
+return Boolean(found)
 """
 
 
@@ -201,7 +213,7 @@ def test_what_others_wrote_is_text(tab: Tab, world: World) -> None:
     tab.open("Router")
     obeys_nothing()
     tab.open("Data")
-    choose(tab, "Dataset", "hostile/dataset")
+    tab.choose("Dataset", "hostile/dataset")
     tab.says(HOSTILE[0])
     obeys_nothing()
     tab.picture("hostile_data")
@@ -210,15 +222,6 @@ def test_what_others_wrote_is_text(tab: Tab, world: World) -> None:
     tab.click("Other reports")
     obeys_nothing()
     tab.picture("hostile_reports")
-
-
-def choose(tab: Tab, label: str, ending: str) -> None:
-    """An entry of a list by how it ends."""
-    box = next(one for one in tab.all("input[role=combobox]") if label in (one.get_attribute("aria-label") or ""))
-    box.click()
-    tab.wait(lambda: tab.all("[role=option]"))
-    next(one for one in tab.all("[role=option]") if one.text.endswith(ending)).click()
-    tab.settle()
 
 
 def test_a_run_of_many_records_opens_quickly(tab: Tab, served: Served) -> None:
