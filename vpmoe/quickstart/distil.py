@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from vpmoe.commands import Command
-from vpmoe.quickstart.proof import Proof
+from vpmoe.quickstart.proof import QuestionProof
 from vpmoe.quickstart.run import verdict
 from vpmoe.quickstart.runner import Runner, say
 from vpmoe.quickstart.settings import DistilSettings
-from vpmoe.quickstart.trained import TrainedRun, flags
+from vpmoe.quickstart.trained import Files, QuestionedRun, flags, making
 from vpmoe.steps import Step
 
 NAME = "distil_nano"
@@ -32,19 +32,18 @@ DOES = {
 }
 AFTER = {"ce": "on_policy_after_ce", "stored_topk": "on_policy", "live_topk": "on_policy_after_live"}
 """Students of stored conversations, and what each becomes on-policy."""
-Files = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Teaching:
     """The teacher, which all seeds share."""
 
-    run: TrainedRun
+    run: QuestionedRun
     store: Path
-    proof: Proof[DistilSettings]
+    proof: QuestionProof[DistilSettings]
 
     @classmethod
-    def of(cls, proof: Proof[DistilSettings]) -> Teaching:
+    def of(cls, proof: QuestionProof[DistilSettings]) -> Teaching:
         """Of the configuration's seed."""
         data = proof.data
         run = proof.run("teacher", data.cfg.training.seed, proof.settings.teacher, "--data-path", str(data.dataset))
@@ -54,7 +53,7 @@ class Teaching:
         """The command that makes the store; the step is its own."""
         data, options = self.proof.data, {"teacher": str(self.run.run), **self.proof.settings.store}
         words = ("data", "score", str(data.dataset), *flags(options))
-        return data.making("annotated_dataset", words, self.store, overwrite=data.overwrite)
+        return making(data.work, "annotated_dataset", words, self.store, overwrite=data.overwrite)
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,8 @@ class Students:
     """
 
     seed: int
-    start: TrainedRun
-    runs: Mapping[str, TrainedRun]
+    start: QuestionedRun
+    runs: Mapping[str, QuestionedRun]
     after: tuple[str, ...]
 
     @classmethod
@@ -92,12 +91,12 @@ class Students:
         return cls(seed, start, runs, after)
 
 
-def plan_of(root: Path, **wishes: Any) -> Proof[DistilSettings]:
-    """What the command line asks for; see ``Proof.of``."""
-    return Proof.of(root, NAME, DistilSettings, DOES, **wishes)
+def plan_of(root: Path, **wishes: Any) -> QuestionProof[DistilSettings]:
+    """What the command line asks for; see ``QuestionProof.of``."""
+    return QuestionProof.of(root, NAME, DistilSettings, DOES, **wishes)
 
 
-def run_distil_nano(proof: Proof[DistilSettings]) -> int:
+def run_distil_nano(proof: QuestionProof[DistilSettings]) -> int:
     """Do the steps, and those after the store for each seed; returns 0, or 1 below a target that binds.
 
     Raises:
@@ -110,7 +109,7 @@ def run_distil_nano(proof: Proof[DistilSettings]) -> int:
     runner = proof.begin()
     runner.announce("teacher")
     taught = runner.train("teacher", teaching.run)
-    runner.evaluate("teacher", teaching.run, taught)
+    runner.evaluate("teacher", teaching.run.evaluating(taught))
     runner.announce("store")
     runner.keyed("store", *teaching.scoring())
     for students in classes:
@@ -120,7 +119,7 @@ def run_distil_nano(proof: Proof[DistilSettings]) -> int:
     return verdict(report["targets"], proof.exempt)
 
 
-def _train(students: Students, teacher: TrainedRun, taught: Files, runner: Runner) -> None:
+def _train(students: Students, teacher: QuestionedRun, taught: Files, runner: Runner) -> None:
     # Of a live teacher the weights decide as much as those that a student begins with.
     asked = {f"teacher/{name}": entry for name, entry in taught.items()}
     runner.announce("start")
@@ -129,7 +128,7 @@ def _train(students: Students, teacher: TrainedRun, taught: Files, runner: Runne
     def trained(step: str, name: str, before: str, more: Files) -> None:
         run = students.runs[name]
         files[name] = runner.train(step, run, {**files[before], **more})
-        runner.evaluate(step, run, files[name], (teacher, taught))
+        runner.evaluate(step, run.evaluating(files[name], (teacher, taught)))
 
     for name in AFTER:
         runner.announce(name)

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_vpmoe.config import load_config
 from vpmoe.commands import Command
 from vpmoe.quickstart.settings import QuickstartError, Settings, read_settings
-from vpmoe.quickstart.trained import DATA, TrainedRun, flags
+from vpmoe.quickstart.trained import DATA, QuestionedRun, flags, making
 from vpmoe.steps import Step
 
 STEPS = ("environment", "tokenizer", "data", "train", "evaluate")
@@ -19,7 +19,7 @@ SETTINGS = Path("configs/nano/quickstart.toml")
 
 
 @dataclass(frozen=True)
-class Plan(TrainedRun):
+class Plan(QuestionedRun):
     """One quickstart: its run, and what is asked for.
 
     Attributes:
@@ -95,6 +95,6 @@ class Plan(TrainedRun):
             ("kd", "build", self.dataset, {"input_dir": str(conversations), **fit, **settings.dataset}),
         )
         return [
-            self.making(kind, ("data", verb, *flags(options)), output, overwrite=self.overwrite)
+            making(self.work, kind, ("data", verb, *flags(options)), output, overwrite=self.overwrite)
             for kind, verb, output, options in commands
         ]

@@ -1,4 +1,4 @@
-"""What ``vpmoe rl-nano`` and ``vpmoe distil-nano`` share: trainings of several seeds, a report held against targets."""
+"""What the proofs of this room share: trainings of several seeds, and a report held against targets."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from vpmoe.eval.suites.suite_report import KIND as EVALUATION_KIND
 from vpmoe.quickstart.plan import SETTINGS as QUICKSTART
 from vpmoe.quickstart.plan import Plan
 from vpmoe.quickstart.runner import PREPARING, Runner, say
-from vpmoe.quickstart.settings import ProofSchema, QuickstartError, Stage, read_settings
-from vpmoe.quickstart.trained import TrainedRun, flags
+from vpmoe.quickstart.settings import ProofSchema, QuickstartError, Schema, Stage, read_settings
+from vpmoe.quickstart.trained import QuestionedRun, TrainedRun, flags
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,82 +28,54 @@ SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
-class Proof(Generic[ProofSchema]):
+class Proof(Generic[Schema]):
     """What is asked for.
 
     Attributes:
-        name: of the settings file, the folders of data and reports, the runs and the report, such as ``rl_nano``.
+        name: of the report, the folders of data and reports, and the runs, such as ``rl_nano``.
         does: what each step does, by its name, in their order.
-        data: whose dataset and questions are used.
-        settings: of ``configs/nano/<name>.toml``.
+        root: the checkout; configurations are found here.
+        work: data/, runs/ and reports/ go here.
+        settings: of its settings file.
         seeds: of the trainings.
         force: steps to do again.
+        overwrite: replace what was made of other settings, code or data.
         exempt: why the targets do not bind; None: they do.
     """
 
     name: str
     does: Mapping[str, str]
-    data: Plan
-    settings: ProofSchema
+    root: Path
+    work: Path
+    settings: Schema
     seeds: tuple[int, ...]
     force: tuple[str, ...]
+    overwrite: bool
     exempt: str | None
 
-    @classmethod
-    def of(
-        cls,
-        root: Path,
-        name: str,
-        schema: type[ProofSchema],
-        does: Mapping[str, str],
-        *,
-        seeds: Sequence[int] = (),
-        force: Sequence[str] = (),
-        overwrite: bool = False,
-        work_dir: Path | None = None,
-        settings: Path | None = None,
-    ) -> Self:
-        """What the command line asks for in the checkout ``root``; no seeds: the configuration's.
-
-        Args:
-            does: of the steps behind the data.
-
-        Raises:
-            QuickstartError: an unknown step to force, a seed twice, or unusable settings.
-            ConfigError: a training configuration that cannot be.
-        """
-        steps = {**PREPARING, **does}
-        known = tuple(steps)[1:]
-        if unknown := [step for step in force if step not in known]:
+    def __post_init__(self) -> None:
+        known = tuple(self.does)[1:]  # the first only looks
+        if unknown := [step for step in self.force if step not in known]:
             raise QuickstartError(
                 f"there is no step {', '.join(unknown)}", source="--force", remedy=f"use one of {', '.join(known)}"
             )
-        if len(set(seeds)) < len(seeds):
-            raise QuickstartError(f"seeds {list(seeds)}", source="--seed", remedy="name each once")
-        read = read_settings(settings or root / "configs" / "nano" / f"{name}.toml", schema)
-        quickstart = read_settings(root / QUICKSTART)
-        asked = quickstart.evaluation.model_copy(update={"per_family": read.per_family})
-        data_of = {"rows": quickstart.rows | read.rows, "dataset": quickstart.dataset | read.dataset}
-        own = quickstart.model_copy(update={**data_of, "evaluation": asked})
-        data = Plan.of(root, overwrite=overwrite, work_dir=work_dir, settings=own, data=Path("data") / name)
-        chosen = tuple(seeds) or (data.cfg.training.seed,)
-        return cls(name, steps, data, read, chosen, tuple(force), f"--settings {settings}" if settings else None)
+        if len(set(self.seeds)) < len(self.seeds):
+            raise QuickstartError(f"seeds {list(self.seeds)}", source="--seed", remedy="name each once")
 
-    def run(self, part: str, seed: int, stage: Stage, *more: str, **changes: float) -> TrainedRun:
+    def training(self, part: str, seed: int, stage: Stage, *more: str, **changes: float) -> TrainedRun:
         """A training of a seed: its stage's configuration and overrides, these changed, and ``more`` flags."""
         name = f"{self.name}_{part}_{seed}"
         seeds = ("--seed", str(seed), "--data-seed", str(seed))
         overrides = ("--run-name", name, *seeds, *flags({**stage.overrides, **changes}), *more)
-        data = self.data
-        cfg = load_config(os.path.relpath(data.root / stage.config), [*overrides])
-        return TrainedRun(data.root, data.work, stage.config, overrides, cfg, data.asked, data.data)
+        cfg = load_config(os.path.relpath(self.root / stage.config), [*overrides])
+        return TrainedRun(self.root, self.work, stage.config, overrides, cfg)
 
-    def begin(self) -> Runner:
-        """The runner of its steps, with the data made."""
-        runner = Runner(self.does, self.data.work, force=self.force, overwrite=self.data.overwrite)
+    def runner(self) -> Runner:
+        """What does its steps, of which the first, a look at the environment, is done."""
+        runner = Runner(self.does, self.work, force=self.force, overwrite=self.overwrite)
         verb = self.name.replace("_", "-")
-        say(f"vpMoE {verb} in {self.data.work}: {len(self.does)} steps; what is done and valid is skipped")
-        runner.prepare(self.data)
+        say(f"vpMoE {verb} in {self.work}: {len(self.does)} steps; what is done and valid is skipped")
+        runner.look(self.root)
         return runner
 
     def report(
@@ -137,7 +109,7 @@ class Proof(Generic[ProofSchema]):
             "seconds": {name: round(value, 1) for name, value in seconds.items()},
             **found,
         }
-        folder = self.data.work / "reports" / self.name
+        folder = self.work / "reports" / self.name
         check_reportable(folder / "report.json", self.name)
         folder.mkdir(parents=True, exist_ok=True)
         draw(folder / "report.png")
@@ -146,6 +118,70 @@ class Proof(Generic[ProofSchema]):
         write_report(folder / "report.json", report)
         print(f"\n{lines}\n\nreport: {folder / 'report.json'}, table and picture beside it", flush=True)
         return report
+
+
+@dataclass(frozen=True)
+class QuestionProof(Proof[ProofSchema]):
+    """One whose runs answer the quickstart's held-out questions; its settings are ``configs/nano/<name>.toml``.
+
+    Attributes:
+        data: whose dataset and questions are used.
+    """
+
+    data: Plan
+
+    @classmethod
+    def of(
+        cls,
+        root: Path,
+        name: str,
+        schema: type[ProofSchema],
+        does: Mapping[str, str],
+        *,
+        seeds: Sequence[int] = (),
+        force: Sequence[str] = (),
+        overwrite: bool = False,
+        work_dir: Path | None = None,
+        settings: Path | None = None,
+    ) -> Self:
+        """What the command line asks for in the checkout ``root``; no seeds: the configuration's.
+
+        Args:
+            does: of the steps behind the data.
+
+        Raises:
+            QuickstartError: an unknown step to force, a seed twice, or unusable settings.
+            ConfigError: a training configuration that cannot be.
+        """
+        read = read_settings(settings or root / "configs" / "nano" / f"{name}.toml", schema)
+        quickstart = read_settings(root / QUICKSTART)
+        asked = quickstart.evaluation.model_copy(update={"per_family": read.per_family})
+        data_of = {"rows": quickstart.rows | read.rows, "dataset": quickstart.dataset | read.dataset}
+        own = quickstart.model_copy(update={**data_of, "evaluation": asked})
+        data = Plan.of(root, overwrite=overwrite, work_dir=work_dir, settings=own, data=Path("data") / name)
+        return cls(
+            name=name,
+            does={**PREPARING, **does},
+            root=root,
+            work=data.work,
+            settings=read,
+            seeds=tuple(seeds) or (data.cfg.training.seed,),
+            force=tuple(force),
+            overwrite=overwrite,
+            exempt=f"--settings {settings}" if settings else None,
+            data=data,
+        )
+
+    def run(self, part: str, seed: int, stage: Stage, *more: str, **changes: float) -> QuestionedRun:
+        """A training that answers the questions; see :meth:`training`."""
+        trained = self.training(part, seed, stage, *more, **changes)
+        return QuestionedRun(**vars(trained), asked=self.data.asked, data=self.data.data)
+
+    def begin(self) -> Runner:
+        """The runner of its steps, with the data made."""
+        runner = self.runner()
+        runner.prepare(self.data)
+        return runner
 
 
 def answers(run: TrainedRun) -> tuple[dict[str, Any], dict[str, Any]]:

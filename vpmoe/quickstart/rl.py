@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 from vpmoe.commands import Command
 from vpmoe.eval.pairs import PAIRS_NAME
 from vpmoe.quickstart.plan import Plan
-from vpmoe.quickstart.proof import Proof
+from vpmoe.quickstart.proof import QuestionProof
 from vpmoe.quickstart.run import verdict
 from vpmoe.quickstart.runner import Runner, say
 from vpmoe.quickstart.settings import RlSettings
-from vpmoe.quickstart.trained import TrainedRun, flags
+from vpmoe.quickstart.trained import Files, QuestionedRun, flags, making
 from vpmoe.steps import Step
 
 NAME = "rl_nano"
@@ -37,15 +36,15 @@ class SeedPlan:
     """
 
     seed: int
-    sft: TrainedRun
-    grpo: TrainedRun
-    dpo: TrainedRun
+    sft: QuestionedRun
+    grpo: QuestionedRun
+    dpo: QuestionedRun
     answers: Path
     data: Plan
     settings: RlSettings
 
     @classmethod
-    def of(cls, proof: Proof[RlSettings], seed: int) -> SeedPlan:
+    def of(cls, proof: QuestionProof[RlSettings], seed: int) -> SeedPlan:
         """The three runs and the pairs, all of this seed."""
         settings, data = proof.settings, proof.data
         place = ("--data-path", str(data.dataset))
@@ -76,17 +75,17 @@ class SeedPlan:
             ("pairs", ("data", "build-pairs"), self.dpo.dataset, built),
         )
         return [
-            self.data.making(kind, (*verb, *flags(options)), output, overwrite=self.data.overwrite)
+            making(self.data.work, kind, (*verb, *flags(options)), output, overwrite=self.data.overwrite)
             for kind, verb, output, options in commands
         ]
 
 
-def plan_of(root: Path, **wishes: Any) -> Proof[RlSettings]:
-    """What the command line asks for; see ``Proof.of``."""
-    return Proof.of(root, NAME, RlSettings, DOES, **wishes)
+def plan_of(root: Path, **wishes: Any) -> QuestionProof[RlSettings]:
+    """What the command line asks for; see ``QuestionProof.of``."""
+    return QuestionProof.of(root, NAME, RlSettings, DOES, **wishes)
 
 
-def run_rl_nano(proof: Proof[RlSettings]) -> int:
+def run_rl_nano(proof: QuestionProof[RlSettings]) -> int:
     """Do the steps, and those after the data for each seed; returns 0, or 1 below a target that binds.
 
     Raises:
@@ -104,10 +103,10 @@ def run_rl_nano(proof: Proof[RlSettings]) -> int:
 
 
 def _of_seed(plan: SeedPlan, runner: Runner) -> None:
-    def trained(name: str, run: TrainedRun, start: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def trained(name: str, run: QuestionedRun, start: Files | None = None) -> Files:
         runner.announce(name)
         files = runner.train(name, run, start)
-        runner.evaluate(name, run, files)
+        runner.evaluate(name, run.evaluating(files))
         return files
 
     from_start = partial(trained, start=trained("sft", plan.sft))

@@ -14,7 +14,7 @@ from vpmoe.quickstart.settings import RlTargets
 from vpmoe.steps import plotting, read_receipt, save_figure
 
 if TYPE_CHECKING:
-    from vpmoe.quickstart.proof import Proof
+    from vpmoe.quickstart.proof import QuestionProof
     from vpmoe.quickstart.rl import SeedPlan
     from vpmoe.quickstart.settings import RlSettings
 
@@ -23,7 +23,7 @@ _DPO = ("pair_accuracy", "pair_accuracy_policy", "pair_accuracy_policy_before", 
 
 
 def write_rl_report(
-    proof: Proof[RlSettings], plans: Sequence[SeedPlan], seconds: Mapping[str, float]
+    proof: QuestionProof[RlSettings], plans: Sequence[SeedPlan], seconds: Mapping[str, float]
 ) -> dict[str, Any]:
     """Write and print the report; see ``Proof.report``.
 

@@ -26,11 +26,12 @@ def run_quickstart(plan: Plan) -> int:
     """
     runner = Runner(_DOES, plan.work, force=plan.force, overwrite=plan.overwrite)
     say(f"vpMoE quickstart in {plan.work}: {len(_DOES)} steps; what is done and valid is skipped")
+    runner.look(plan.root)
     runner.prepare(plan)
     runner.announce("train")
     trained = runner.train("train", plan)
     runner.announce("evaluate")
-    runner.evaluate("evaluate", plan, trained)
+    runner.evaluate("evaluate", plan.evaluating(trained))
     return _conclude(plan, runner.seconds)
 
 

@@ -11,7 +11,7 @@ from vpmoe import steps
 from vpmoe.commands import Command, run_command
 from vpmoe.quickstart.environment import described, differing_packages
 from vpmoe.quickstart.plan import Plan
-from vpmoe.quickstart.trained import TrainedRun
+from vpmoe.quickstart.trained import EVALUATION, Files, TrainedRun
 
 PREPARING = {
     "environment": "looks at the installed packages",
@@ -66,19 +66,22 @@ class Runner:
         self._count(step.kind, receipt)
         return receipt
 
-    def prepare(self, plan: Plan) -> None:
-        """Environment, tokenizer and dataset."""
+    def look(self, root: Path) -> None:
+        """Environment."""
         self.announce("environment")
         say_below(described())
-        for line in differing_packages(plan.root / "requirements" / "lock.txt"):
+        for line in differing_packages(root / "requirements" / "lock.txt"):
             say_below(f"not as pinned: {line}")
+
+    def prepare(self, plan: Plan) -> None:
+        """Tokenizer and dataset."""
         self.announce("tokenizer")
         self.command(Command(("vpmoe", "tokenizer", "install")))
         self.announce("data")
         for step, command in plan.preparing():
             self.keyed("data", step, command)
 
-    def train(self, name: str, run: TrainedRun, start: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def train(self, name: str, run: TrainedRun, start: Files | None = None) -> dict[str, Any]:
         """A run, from the weights of the run with files ``start``; returns its files."""
         step, command = run.training(start)
 
@@ -90,18 +93,12 @@ class Runner:
         self._count("training" if name == "train" else name, receipt)
         return receipt["files"]
 
-    def evaluate(
-        self,
-        name: str,
-        run: TrainedRun,
-        trained: Mapping[str, Any],
-        teacher: tuple[TrainedRun, Mapping[str, Any]] | None = None,
-    ) -> None:
-        """The evaluation of a run; see ``TrainedRun.evaluating``."""
-        step, command = run.evaluating(trained, teacher)
+    def evaluate(self, name: str, asked: tuple[steps.Step, Command]) -> None:
+        """An evaluation of a run: the step, and its command but for its output."""
+        step, command = asked
 
         def make(work: steps.Work) -> dict[str, Any]:
-            output = os.path.relpath(work.folder / run.evaluation.name, run.work)
+            output = os.path.relpath(work.folder / EVALUATION, self._work)
             self.command(Command((*command.words, "--output", output)))
             return {}
 

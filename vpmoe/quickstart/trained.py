@@ -18,6 +18,16 @@ from vpmoe.steps import Step, content_sha256, read_receipt
 
 DATA = Path("data")
 """Of the quickstart's rows and conversations, relative to the folder that the commands run in."""
+EVALUATION = "evaluation.json"
+"""The report of an evaluation, in a folder of its own."""
+Files = Mapping[str, Any]
+"""Of a run, by their path in it, as ``TrainedRun.trained_files`` gives them."""
+
+
+def making(work: Path, kind: str, words: Sequence[str], output: Path, *, overwrite: bool) -> tuple[Step, Command]:
+    """A command of ``vpmoe`` that makes ``output`` in ``work`` and keys its step itself; kind and place count of it."""
+    also = ["--overwrite"] if overwrite else []
+    return Step(kind, 0, work / output, {}), Command(("vpmoe", *words, "--output-dir", str(output), *also))
 
 
 @dataclass(frozen=True)
@@ -30,8 +40,6 @@ class TrainedRun:
         config: the training configuration's file, relative to the checkout.
         overrides: flags to it.
         cfg: the training configuration with the overrides.
-        asked: which held-out questions the run answers in the end, and how.
-        data: folder of rows, held-out questions and conversations, relative to ``work``.
     """
 
     root: Path
@@ -39,13 +47,6 @@ class TrainedRun:
     config: str
     overrides: tuple[str, ...]
     cfg: RunConfig
-    asked: Evaluation
-    data: Path
-
-    @property
-    def rows(self) -> Path:
-        """Rows and held-out questions, relative to ``work``."""
-        return self.data / "synth_mini"
 
     @property
     def dataset(self) -> Path:
@@ -65,27 +66,21 @@ class TrainedRun:
     @property
     def evaluation(self) -> Path:
         """The evaluation's report, its picture beside it; in a folder of the run, and gone with it."""
-        return self.run / "evaluation" / "evaluation.json"
+        return self.run / "evaluation" / EVALUATION
 
-    def making(self, kind: str, words: Sequence[str], output: Path, *, overwrite: bool) -> tuple[Step, Command]:
-        """A command of ``vpmoe`` that makes ``output`` and keys its step itself; of the step kind and place count."""
-        also = ["--overwrite"] if overwrite else []
-        step = Step(kind, 0, self.work / output, {})
-        return step, Command(("vpmoe", *words, "--output-dir", str(output), *also))
-
-    def training(self, start: Mapping[str, Any] | None = None) -> tuple[Step, Command]:
+    def training(self, start: Files | None = None) -> tuple[Step, Command]:
         """The run, in place, and what goes on with it; the dataset has to be there.
 
         Args:
             start: files of the run whose weights it begins with, as ``trained_files`` gives them.
         """
         config = os.path.relpath(self.root / self.config, self.work)
-        decides = {"config": deciding_fields(self.cfg), "dataset": self._dataset_sha256()}
+        decides = {"config": deciding_fields(self.cfg), "dataset": dataset_sha256(self.work / self.dataset)}
         step = Step(
             kind="quickstart_training",
             version=1,
             output=self.work / self.run,
-            decides=decides if start is None else {**decides, "start": _hashes(start)},
+            decides=decides if start is None else {**decides, "start": hashes(start)},
             packages=("torch", "megatron-core"),
             in_place=True,
         )
@@ -111,9 +106,25 @@ class TrainedRun:
         place = found.path.relative_to(run).as_posix()
         return {f"{place}/{name}": entry for name, entry in read_json(found.path / FILES).items()}
 
-    def evaluating(
-        self, trained: Mapping[str, Any], teacher: tuple[TrainedRun, Mapping[str, Any]] | None = None
-    ) -> tuple[Step, Command]:
+
+@dataclass(frozen=True)
+class QuestionedRun(TrainedRun):
+    """One that answers held-out questions in the end.
+
+    Attributes:
+        asked: which questions, and how.
+        data: folder of rows, held-out questions and conversations, relative to ``work``.
+    """
+
+    asked: Evaluation
+    data: Path
+
+    @property
+    def rows(self) -> Path:
+        """Rows and held-out questions, relative to ``work``."""
+        return self.data / "synth_mini"
+
+    def evaluating(self, trained: Files, teacher: tuple[TrainedRun, Files] | None = None) -> tuple[Step, Command]:
         """The evaluation of a run, and the command but for its output.
 
         Args:
@@ -127,21 +138,27 @@ class TrainedRun:
             version=EVALUATION_VERSION,
             output=(self.work / self.evaluation).parent,
             decides={
-                "checkpoint": _hashes(trained),
-                "dataset": self._dataset_sha256(),
+                "checkpoint": hashes(trained),
+                "dataset": dataset_sha256(self.work / self.dataset),
                 "questions": sha256_of_file(self.work / questions),
                 "options": {name: value for name, value in options.items() if name != "batch_size"},
-                **({} if teacher is None else {"teacher": _hashes(teacher[1])}),
+                **({} if teacher is None else {"teacher": hashes(teacher[1])}),
             },
             packages=("torch",),
         )
         asked = {"questions": str(questions), **({"teacher": str(teacher[0].run)} if teacher else {}), **options}
         return step, Command(("vpmoe", "eval", "nano", str(self.run), *flags(asked)))
 
-    def _dataset_sha256(self) -> str:
-        """Of the dataset's contents; its manifest names the commit of the code too, which decides nothing."""
-        files = read_receipt(self.work / self.dataset)["files"]
-        return content_sha256({name: entry for name, entry in files.items() if name != "manifest.json"})
+
+def dataset_sha256(dataset: Path) -> str:
+    """Of a dataset's contents; its manifest names the commit of the code too, which decides nothing."""
+    files = read_receipt(dataset)["files"]
+    return content_sha256({name: entry for name, entry in files.items() if name != "manifest.json"})
+
+
+def hashes(files: Files) -> dict[str, str]:
+    """What of files decides."""
+    return {name: entry["sha256"] for name, entry in files.items()}
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:
@@ -155,7 +172,3 @@ def flags(options: Mapping[str, Any]) -> list[str]:
             shares = ",".join(f"{key}={share}" for key, share in value.items()) if isinstance(value, Mapping) else ""
             words += [flag, shares or str(value)]
     return words
-
-
-def _hashes(files: Mapping[str, Any]) -> dict[str, str]:
-    return {name: entry["sha256"] for name, entry in files.items()}

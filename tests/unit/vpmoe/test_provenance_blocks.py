@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -84,8 +84,8 @@ def test_the_report_of_several_runs(tmp_path: Path) -> None:
     runs: Any = {
         name: SimpleNamespace(cfg=cfg, work=tmp_path, evaluation=Path(f"{name}.json")) for name in ("teacher", "start")
     }
-    data, asked = SimpleNamespace(work=tmp_path), SimpleNamespace(model_dump=dict)
-    proof = Proof[Any]("rl_nano", {}, cast(Any, data), asked, (1,), (), None)
+    asked: Any = SimpleNamespace(model_dump=dict)
+    proof = Proof[Any]("rl_nano", {}, tmp_path, tmp_path, asked, (1,), (), overwrite=False, exempt=None)
     block = proof.report(runs, {}, {}, "a table", lambda path: path.touch())["provenance"]
     assert whole(block) and block["config_hash"] == dict.fromkeys(runs, config_hash(cfg))
     assert block["tokenizer"] == {"name": "t"} and block["dataset_manifest_sha256"] == {"teacher": "d" * 64}

@@ -12,14 +12,14 @@ from tests.unit.vpmoe.quickstart.test_plan import write_dataset
 from vpmoe.commands import Command
 from vpmoe.data_curation.app import app as data_app
 from vpmoe.eval.app import app as eval_app
-from vpmoe.quickstart.proof import Proof
+from vpmoe.quickstart.proof import QuestionProof
 from vpmoe.quickstart.rl import SeedPlan, plan_of
 from vpmoe.quickstart.rl_report import held_against, table
 from vpmoe.quickstart.settings import QuickstartError, RlSettings, RlTargets
 
 
 @pytest.fixture
-def plan(tmp_path: Path, repository: Path) -> Proof[RlSettings]:
+def plan(tmp_path: Path, repository: Path) -> QuestionProof[RlSettings]:
     return plan_of(repository, seeds=(3, 4), work_dir=tmp_path)
 
 
@@ -30,7 +30,7 @@ def parsed(command: Command) -> dict[str, Any]:
     return group.commands[name].make_context(name, words).params
 
 
-def test_each_command_reads_what_another_makes(plan: Proof[RlSettings]) -> None:
+def test_each_command_reads_what_another_makes(plan: QuestionProof[RlSettings]) -> None:
     one, other = (SeedPlan.of(plan, seed) for seed in plan.seeds)
     (answers, ask), (dataset, build) = one.pairs()
     asked, built = parsed(ask), parsed(build)
@@ -51,7 +51,7 @@ def test_each_command_reads_what_another_makes(plan: Proof[RlSettings]) -> None:
     assert rows >= int(plan.settings.pairs["valid"]) and cfg.evaluation.eval_at_start  # type: ignore[arg-type]
 
 
-def test_other_weights_are_another_training(plan: Proof[RlSettings]) -> None:
+def test_other_weights_are_another_training(plan: QuestionProof[RlSettings]) -> None:
     write_dataset(plan.data)
     grpo = SeedPlan.of(plan, 3).grpo
     keys = [grpo.training(start)[0].key for start in (None, {"a": {"sha256": "1"}}, {"a": {"sha256": "2"}})]
