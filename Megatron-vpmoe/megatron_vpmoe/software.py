@@ -50,6 +50,14 @@ def provenance(
     }
 
 
+def is_provenance(block: Any) -> bool:
+    """Whether something that was read is as ``provenance`` gives it; entries may be lacking."""
+    if not isinstance(block, dict):
+        return False
+    parts = [block.get(name) or {} for name in ("git", "tokenizer", "packages", "hardware")]
+    return all(isinstance(part, dict) for part in parts) and isinstance(parts[-1].get("gpus"), list | None)
+
+
 def git_state(folder: Path | None = None) -> dict[str, str | bool | None]:
     """{"sha": of HEAD, "dirty": tracked files differ from it}; None for both without git, repository or commit.
 

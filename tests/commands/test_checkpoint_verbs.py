@@ -8,16 +8,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from megatron_vpmoe.config import parameter_count
 from megatron_vpmoe.manifest import read_manifest
+from tests.any_json import changed_json
 from tests.fixtures_dataset import small_dataset
 from tests.tiny import tiny_config
 from tests.tiny_student import write_student
 from tests.training_runs import train
 from tests.unit.vpmoe.test_provenance_blocks import whole
+from vpmoe.checkpoints import contents, tables
 from vpmoe.checkpoints.difference import compared
 from vpmoe.cli import main
 from vpmoe.hf.convert import Carried, run_state
@@ -90,6 +94,18 @@ def test_what_is_damaged_is_told_as_far_as_it_can_be_read(run: Path, capsys: pyt
     of_run = asked(capsys, "inspect", run)
     assert of_run["iteration"] == HALF and not of_run["sound"]
     assert [each["sound"] for each in of_run["checkpoints"]] == [False, True]
+
+
+@hypothesis.given(data=st.data())
+def test_a_state_of_any_other_form_is_told_too(
+    trained: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    state = json.loads((iteration(trained, LAST) / "run_state.json").read_text())
+    checkpoint = tmp_path_factory.mktemp("made") / "iter_0000004"
+    checkpoint.mkdir()
+    (checkpoint / "run_state.json").write_text(json.dumps(data.draw(changed_json(state))))
+    found = contents.inspected(checkpoint)
+    assert found["unread"] and tables.contents_text(json.loads(json.dumps(found)))
 
 
 def test_every_damage_is_named_and_nothing_is_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

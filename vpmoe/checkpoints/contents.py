@@ -10,7 +10,7 @@ from typing import Any
 from megatron_vpmoe.config import parameter_count
 from megatron_vpmoe.errors import VpmoeError
 from megatron_vpmoe.training.elapsed import TOKENS
-from vpmoe.checkpoints.places import find, state_of
+from vpmoe.checkpoints.places import find, is_count, origin_of, state_of
 from vpmoe.checkpoints.soundness import Listed, damages, listed
 from vpmoe.hf.convert import read_config
 from vpmoe.weights import LazyTensor
@@ -92,7 +92,7 @@ def inspected(path: Path) -> dict[str, Any]:
     if place.kind == "HF directory":
         config = read("config.json", lambda: read_config(place.path)) or {}
         names = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
-        told = {"model": {name: config.get(name) for name in names}, "provenance": config.get("provenance")}
+        told = {"model": {name: config.get(name) for name in names}, "provenance": origin_of(config)}
     else:
         chosen = place.newest()
         state = read("state", lambda: state_of(chosen)) or {}
@@ -126,6 +126,7 @@ def _of_state(state: Mapping[str, Any]) -> dict[str, Any]:
     training, data, parallel, optim = (config.get(name) or {} for name in ("training", "data", "parallel", "optim"))
     rows, length, world = state.get("consumed_samples"), data.get("seq_length"), state.get("world_size")
     layout = {name: parallel.get(field, 1) for name, field in _LAYOUT.items()}
+    replicas = layout["tensor"] * layout["pipeline"] if all(map(is_count, layout.values())) else 0
     return {
         **told,
         "run": {
@@ -133,7 +134,7 @@ def _of_state(state: Mapping[str, Any]) -> dict[str, Any]:
             "objective": training.get("objective"),
             "iterations": training.get("train_iters"),
             "rows": rows,
-            "positions": rows * length if isinstance(rows, int) and isinstance(length, int) else None,
+            "positions": rows * length if rows is not None and is_count(length) else None,
             "tokens": (state.get("elapsed") or {}).get(TOKENS),
             "skipped_steps": state.get("skipped_steps"),
             "data": state.get("data"),
@@ -141,7 +142,7 @@ def _of_state(state: Mapping[str, Any]) -> dict[str, Any]:
         },
         "layout": {
             "processes": world,
-            "data": world // (layout["tensor"] * layout["pipeline"]) if isinstance(world, int) else None,
+            "data": world // replicas if replicas and world is not None else None,
             **layout,
         },
     }

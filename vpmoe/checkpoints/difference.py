@@ -13,7 +13,7 @@ import torch
 from megatron_vpmoe.config.provenance import is_binding
 from megatron_vpmoe.errors import CheckpointError
 from vpmoe.checkpoints.contents import dtype_name, state_name
-from vpmoe.checkpoints.places import Place, find, state_of
+from vpmoe.checkpoints.places import Place, find, origin_of, state_of
 from vpmoe.hf.convert import open_directory, read_config
 from vpmoe.steps.receipt import changes
 from vpmoe.weights import LazyTensor, Weights, megatron_checkpoint
@@ -147,7 +147,7 @@ def _state(place: Place) -> dict[str, Any]:
     if place.kind != "HF directory":
         return state_of(place.newest())
     config = read_config(place.path)
-    return {"config": {"config.json": config}, "provenance": config.get("provenance")}
+    return {"config": {"config.json": config}, "provenance": origin_of(config)}
 
 
 def compared(name: str, one: LazyTensor, other: LazyTensor) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.files import RECEIPT, read_json
+from megatron_vpmoe.software import is_provenance
 from vpmoe.steps import read_receipt
 from vpmoe.weights import LazyTensor, safetensors_folder
 
@@ -99,8 +101,36 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
     """``run_state.json`` of a checkpoint, which may be damaged otherwise.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or an entry is not what a run writes.
     """
     from megatron_vpmoe.training.checkpoint_files import RUN_STATE
 
-    return read_json(checkpoint / RUN_STATE, error=CheckpointError, remedy="choose another checkpoint")
+    path, remedy = checkpoint / RUN_STATE, "choose another checkpoint"
+    state = read_json(path, error=CheckpointError, remedy=remedy)
+    if strange := [name for name, fits in _STATE.items() if state.get(name) is not None and not fits(state[name])]:
+        what = f"{RUN_STATE} is not as a run writes it: {', '.join(strange)}"
+        raise CheckpointError(what, source=str(path), remedy=remedy)
+    return state
+
+
+def origin_of(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The block of provenance in an HF directory's ``config.json``; None where there is none of ours."""
+    return block if is_provenance(block := config.get("provenance")) else None
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number from 0."""
+    return type(value) is int and value >= 0
+
+
+def _all_objects(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, dict) for each in value.values())
+
+
+_STATE: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("iteration", "world_size", "consumed_samples", "skipped_steps"), is_count),
+    "elapsed": lambda value: isinstance(value, dict),
+    "config": _all_objects,
+    "provenance": is_provenance,
+}
+"""What entries of a checkpoint's state are, where they are there."""
