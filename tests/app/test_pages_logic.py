@@ -14,7 +14,7 @@ from megatron_vpmoe.errors import BusyError, ConfigError, DataError
 from megatron_vpmoe.metrics.expert_loads import ExpertLoads
 from tests.app.app_world import HOSTILE
 from tests.unit.vpmoe.runs.written_runs import write_run
-from vpmoe.app import curves, found_reports, run_files
+from vpmoe.app import curves, datasets, found_reports, run_files
 from vpmoe.app.loads import dead_experts, heatmap, measured
 from vpmoe.app.places import Places
 from vpmoe.app.serve import free_port, is_loopback
@@ -109,6 +109,19 @@ def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
         (tmp_path / "samples.jsonl").write_text(line + "\n")
         with pytest.raises(DataError, match="line 1 is no sample"):
             run_files.samples_of(tmp_path)
+
+
+def test_every_dataset_of_a_run_is_offered(tmp_path: Path) -> None:
+    store, (one, other) = tmp_path / "runs" / "registry.sqlite", (tmp_path / "one", tmp_path / "other")
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / "manifest.json").touch()
+    blend = [{"path": str(one), "weight": 1.0}, {"path": str(other), "weight": 2.0}, {"path": "x" * 300}]
+    for data in ({"data_path": None, "blend": blend}, {"data_path": str(one), "blend": None}, {"blend": [1, {}]}, {}):
+        write_run(store, "a", config=json.dumps({"data": data}))
+        (run,) = list_runs(store)
+        expected = [one, other] if data.get("blend") == blend else [one] if data.get("data_path") else []
+        assert datasets.datasets_in(datasets.trained_on(run)) == expected
 
 
 def test_a_damaged_report_hides_no_other(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,27 @@ from vpmoe.app.shown import SPAN_COLOURS, coloured
 from vpmoe.data_curation.look.text import Shown
 from vpmoe.data_curation.manifest import FILE_NAME, KINDS, read_manifest
 from vpmoe.harmony.spans import SPAN_NAMES
+from vpmoe.runs.registry import RunEntry
 
 
 def datasets_in(places: Iterable[Path]) -> list[Path]:
     """Folders with a manifest: the places themselves, or what lies in them; each once, in their order."""
     found: dict[Path, None] = {}
     for place in places:
-        if (place / FILE_NAME).is_file():
+        if os.path.isfile(place / FILE_NAME):  # False also of what cannot be looked at
             found[place] = None
-        elif place.is_dir():
+        elif os.path.isdir(place):
             found |= dict.fromkeys(sorted(one.parent for one in place.glob(f"*/{FILE_NAME}")))
     return [*found]
+
+
+def trained_on(run: RunEntry) -> list[Path]:
+    """The datasets of a run, as its configuration names them."""
+    data = run.config.get("data", {})
+    blend = data.get("blend")
+    parts = blend if isinstance(blend, list) else [{"path": data.get("data_path")}]
+    named = [part.get("path") for part in parts if isinstance(part, dict)]
+    return [Path(path) for path in named if path and isinstance(path, str)]
 
 
 def figures(manifest: dict[str, Any]) -> list[dict[str, Any]]:

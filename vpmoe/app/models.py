@@ -15,10 +15,10 @@ import streamlit
 from vpmoe.app.places import Places
 from vpmoe.app.shown import distinct, label
 from vpmoe.errors import DataError
+from vpmoe.runs.registry import RunEntry, checkpoints_of
 
 if TYPE_CHECKING:
     from vpmoe.eval.open_model import Opened
-    from vpmoe.runs.registry import RunEntry
 
 _KEPT = 2
 """Two stand side by side."""
@@ -56,14 +56,6 @@ def choices(places: Places, runs: Sequence[RunEntry]) -> list[Choice]:
             found.append(Choice(f"{name}, newest checkpoint", run.directory))
             found += [Choice(f"{name}, {label(path.name)}", path) for path in saved]
     return [*(Choice(label(str(path)), path) for path in places.models), *found]
-
-
-def checkpoints_of(directory: Path) -> list[Path]:
-    """What bears a checkpoint's name in a run's directory, the newest first."""
-    from megatron_vpmoe.training.checkpoint_files import by_age
-
-    folder = directory / "checkpoints"
-    return by_age(folder) if folder.is_dir() else []
 
 
 def stamp_of(path: Path) -> float:

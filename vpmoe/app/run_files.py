@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vpmoe.files import read_json_lines
-from vpmoe.app.models import checkpoints_of
 from vpmoe.app.shown import SPAN_COLOURS, coloured
 from vpmoe.errors import DataError
+from vpmoe.runs.registry import checkpoints_of
 
 _SPECIAL = re.compile(r"(<\|\w+\|>)")
 

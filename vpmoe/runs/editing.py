@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_vpmoe.files import read_json
 from megatron_vpmoe.metrics.jsonl import METRICS
 from megatron_vpmoe.metrics.run_store import (
     experiment_of,
@@ -21,8 +21,9 @@ from megatron_vpmoe.metrics.run_store import (
     written_directory,
 )
 from megatron_vpmoe.ownership import owned
+from megatron_vpmoe.software import is_provenance
 from vpmoe.errors import DataError
-from vpmoe.runs.registry import LOCK, RunEntry, checkpoints_of, find_run
+from vpmoe.runs.registry import LOCK, RunEntry, find_run
 
 _LONGEST_TAG = 100
 
@@ -89,17 +90,24 @@ def add(directory: Path, store: Path | None = None) -> RunEntry:
     config = _configuration(configuration, remedy)
     if not metrics.is_file():
         raise DataError("no run has left its metrics here", source=str(metrics), remedy=remedy)
-    with owned(directory / LOCK, f"the run directory {directory}"), opened_store(path) as connection:
+    with owned(directory / LOCK, f"the run directory {directory}"):
+        found = _row(path, directory, config)  # before the store is held up
+        run = _registered(path, directory, found)
+    return find_run(run, store)
+
+
+def _registered(path: Path, directory: Path, found: dict[str, object]) -> str:
+    with opened_store(path) as connection:
         run = identify(connection, path, directory)
         row = connection.execute("SELECT directory FROM runs WHERE id = ?", (run,)).fetchone()
         if row is None:
-            put_row(connection, "runs", {"id": run, **_row(path, directory, config)}, "id")
+            put_row(connection, "runs", {"id": run, **found}, "id")
         elif found_directory(path, row[0], run) is not None:
             raise DataError("the store knows this run", source=str(directory), remedy=f"vpmoe runs show {run}")
         else:  # it was moved
             here = written_directory(path, directory)
             connection.execute("UPDATE runs SET directory = ? WHERE id = ?", (here, run))
-    return find_run(run, store)
+    return run
 
 
 def _configuration(path: Path, remedy: str) -> dict[str, dict[str, Any]]:
@@ -114,21 +122,33 @@ def _configuration(path: Path, remedy: str) -> dict[str, dict[str, Any]]:
         and isinstance(training.get("run_name"), str)
         and type(training.get("train_iters")) is int
     )
-    if not named or not all(isinstance(values, dict) for values in sections.values()):
+    if not (named and all(isinstance(values, dict) for values in sections.values()) and _is_json(sections)):
         raise DataError("this is no resolved configuration of a run", source=str(path), remedy=remedy)
     return sections
+
+
+def _is_json(value: Any) -> bool:
+    """Whether the store can keep it: YAML has dates, numbers that are none and halves of surrogate pairs too."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _row(store: Path, directory: Path, config: dict[str, dict[str, Any]]) -> dict[str, object]:
     from megatron_vpmoe.metrics.jsonl import read_records
     from megatron_vpmoe.metrics.registration import results_of
+    from megatron_vpmoe.training.checkpoint_files import find_newest
 
     records = read_records(directory / METRICS)
     step = max((record.step for record in records), default=0)
-    saved = checkpoints_of(directory)
-    state = read_json(saved[0] / "run_state.json") if saved else {}
+    newest, _ = find_newest(directory / "checkpoints", check_hashes=False)
+    state = {} if newest is None else newest.state
     stat = [(directory / name).stat().st_mtime for name in ("config.yaml", METRICS)]
-    provenance, experiment = state.get("provenance", {}), config.get("logging", {}).get("experiment")
+    told: Any = state.get("provenance")
+    provenance: dict[str, Any] = told if is_provenance(told) else {}
+    experiment = config.get("logging", {}).get("experiment")
     return {
         "name": config["training"]["run_name"],
         "experiment": experiment_of(experiment, directory),

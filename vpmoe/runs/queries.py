@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -154,7 +155,7 @@ def connected(runs: Sequence[RunEntry]) -> duckdb.DuckDBPyConnection:
 
 
 def _there(runs: Sequence[RunEntry]) -> list[str]:
-    return sorted({str(run.metrics) for run in runs if run.metrics.is_file()})
+    return sorted({str(run.metrics) for run in runs if os.path.isfile(run.metrics)})
 
 
 def _files(runs: Sequence[RunEntry]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from megatron_vpmoe.metrics.run_store import (
     store_path,
 )
 from megatron_vpmoe.ownership import holder
+from megatron_vpmoe.software import is_provenance
 from vpmoe.errors import DataError
 
 LOCK = ".lock"
@@ -132,33 +134,32 @@ def _entry(store: Path, row: dict[str, Any], tags: list[dict[str, Any]], segment
 
 
 def _object(text: str, fits: Callable[[Any], bool]) -> dict[str, Any] | None:
-    """A column of JSON; None: no object with such values stands there."""
+    """A column of JSON; None: no such object stands there."""
     try:
         value = json.loads(text)
     except (ValueError, TypeError, RecursionError):
         return None
-    return value if isinstance(value, dict) and all(map(fits, value.values())) else None
+    return value if isinstance(value, dict) and fits(value) else None
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) or value in ("nan", "inf", "-inf")
+    return isinstance(value, float) or value in ("nan", "inf", "-inf") or (type(value) is int and abs(value) < 1 << 63)
 
 
 _COLUMNS: dict[str, Callable[[Any], bool]] = {
-    "config": lambda section: isinstance(section, dict),
-    "provenance": lambda _: True,
-    "results": _is_number,
+    "config": lambda sections: all(isinstance(fields, dict) for fields in sections.values()),
+    "provenance": is_provenance,
+    "results": lambda values: all(map(_is_number, values.values())),
 }
-"""Those that hold JSON, and what its values are."""
+"""Those that hold JSON objects, and what these are."""
 
 
 def _status(row: Mapping[str, Any], directory: Path) -> str:
     """Of a run that has not concluded its lock tells; where that is not seen, its process."""
     if row["status"] != "running":
         return row["status"]
-    if (lock := directory / LOCK).is_file():
-        if not os.access(lock, os.R_OK):
-            return "unknown"
+    lock = directory / LOCK
+    if os.path.isfile(lock) and os.access(lock, os.R_OK):
         return "killed" if holder(lock) is None else "running"
     if row["host"] != socket.gethostname():
         return "unknown"
@@ -169,11 +170,16 @@ def _status(row: Mapping[str, Any], directory: Path) -> str:
 
 
 def checkpoints_of(directory: Path) -> list[Path]:
-    """The checkpoints of a run by name, the newest first; whether they are sound is not looked at."""
+    """The checkpoints of a run by name, the newest first; whether they are sound is not looked at.
+
+    None where the directory cannot be looked at: one of many runs may be of others, or on a file system that is away.
+    """
     folder = directory / "checkpoints"
-    named = (path for path in folder.iterdir() if path.name.startswith("iter_")) if folder.is_dir() else ()
-    found = [path for path in named if path.name.removeprefix("iter_").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("iter_")), reverse=True)
+    try:
+        named = [name for name in os.listdir(folder) if re.fullmatch(r"iter_\d+", name)]
+    except (OSError, ValueError):
+        return []
+    return [folder / name for name in sorted(named, key=lambda name: int(name.removeprefix("iter_")), reverse=True)]
 
 
 def labels(runs: Sequence[RunEntry]) -> list[str]:

@@ -63,8 +63,11 @@ def read_records(path: Path) -> list[Record]:
     records = []
     for number, value in read_json_lines(path):
         try:
-            records.append(Record(int(value["step"]), str(value["tag"]), float(value["value"])))
-        except (ValueError, KeyError, TypeError) as error:
+            step = int(value["step"])
+            if step.bit_length() > 63:  # no column of a database holds it
+                raise OverflowError
+            records.append(Record(step, str(value["tag"]), float(value["value"])))
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise DataError(
                 f"line {number} is not a record: {str(value)[:80]}",
                 source=f"{path}:{number}",

@@ -236,7 +236,7 @@ def found_directory(store: Path, written: str, run: str) -> Path | None:
         try:
             if identity_of(path) == run:
                 return path
-        except DataError:
+        except (OSError, DataError):  # such as a folder of others, or a file system that is away
             continue
     return None
 

@@ -26,8 +26,7 @@ _BARS = 24
 
 def show(places: Places) -> None:
     """The page."""
-    trained_on = [run.config.get("data", {}).get("data_path") for run in runs_of(places)]
-    of_runs = [Path(path) for path in trained_on if path and isinstance(path, str)]
+    of_runs = [path for run in runs_of(places) for path in datasets.trained_on(run)]
     offered = datasets.datasets_in([*places.datasets, *of_runs])
     chosen = streamlit.selectbox(
         "Dataset",

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,11 +79,12 @@ def test_a_line_cut_by_a_kill_is_dropped(tmp_path: Path):
     assert path.read_text() == whole
 
 
-def test_a_line_that_is_no_record_is_named(tmp_path: Path):
+@pytest.mark.parametrize("more", ["", f', "tag": "a", "value": 1{"0" * 400}', ', "tag": "a", "value": 1, "step": 1e99'])
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, more: str):
     path = tmp_path / "m.jsonl"
     log(path, range(1, 3))
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([lines[0], '{"step": 1}\n', *lines[1:]]))
+    path.write_text("".join([lines[0], f'{{"step": 1{more}}}\n', *lines[1:]]))
     with pytest.raises(DataError, match=r"m\.jsonl:2"):
         JsonlSink(path, resume_step=5)
 
@@ -123,7 +125,7 @@ def test_records_are_on_disk_before_a_checkpoint_counts_on_them(
         if Path(f"/proc/self/fd/{descriptor}").readlink() == tmp_path / "run" / "metrics.jsonl":
             events.append(f"records of step {read_records(tmp_path / 'run' / 'metrics.jsonl')[-1].step}")
 
-    def seal(partial: Path, final: Path, *rest: object) -> None:
+    def seal(partial: Path, final: Path, *rest: Any) -> None:
         events.append(final.name)
         sealed(partial, final, *rest)
 

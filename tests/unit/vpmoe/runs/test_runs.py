@@ -27,7 +27,7 @@ from vpmoe.runs import editing, removal
 from vpmoe.runs.comparison import config_differences, origin_differences, overlay
 from vpmoe.runs.export import export
 from vpmoe.runs.queries import ask, connect, damaged_lines, last_values, matching, series, smoothed, tags_of
-from vpmoe.runs.registry import RunEntry, find_run, list_runs
+from vpmoe.runs.registry import RunEntry, checkpoints_of, find_run, list_runs
 from vpmoe.runs.tables import sparkline
 
 
@@ -86,6 +86,16 @@ def test_a_directory_that_is_not_seen(store: Path) -> None:
     with opened_store(store) as connection:
         connection.execute("UPDATE runs SET pid = ?, started = 1e12", (os.getpid(),))
     assert only(store).status == "running"
+
+
+def test_a_directory_that_cannot_be_looked_at_hides_no_other(store: Path) -> None:
+    """A folder of others, or on a file system that is away; here its name is longer than there are any."""
+    write_run(store, "whole")
+    write_run(store, "away", started=0.0, status="running", directory="x" * 300)
+    whole, away = list_runs(store)
+    assert (whole.status, away.status, away.is_there) == ("finished", "unknown", False)
+    assert ask("SELECT DISTINCT name FROM metrics JOIN runs USING (run)", store)[1] == [("whole",)]
+    assert checkpoints_of(away.directory) == []
 
 
 def test_a_run_is_found_by_what_a_person_calls_it(store: Path) -> None:
@@ -248,16 +258,15 @@ def test_a_directory_of_any_name_is_that_directory(store: Path, name: str) -> No
 
 
 @pytest.mark.parametrize("column", ["config", "provenance", "results"])
-@pytest.mark.parametrize("text", ["none", "[]", '{"a": [1]}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["[]", '{"git": [1]}', f'{{"git": 1{"0" * 400}}}', "[" * 100_000])
 def test_a_damaged_row_hides_no_other_and_can_be_removed(store: Path, column: str, text: str) -> None:
     write_run(store, "whole")
     write_run(store, "broken", started=0.0)
     with opened_store(store) as connection:
         connection.execute(f"UPDATE runs SET {column} = ? WHERE name = 'broken'", (text,))
     whole, broken = list_runs(store)
-    assert whole.error is None
-    if (column, text) != ("provenance", '{"a": [1]}'):
-        assert broken.error == f"its {column} in the run store is damaged" and getattr(broken, column) == {}
+    assert whole.error is None and ask("SELECT git FROM runs WHERE name = 'whole'", store)[1] == [("of whole",)]
+    assert broken.error == f"its {column} in the run store is damaged" and getattr(broken, column) == {}
     editing.forget(find_run("broken", store), store)
     assert [run.name for run in list_runs(store)] == ["whole"]
 
@@ -330,7 +339,26 @@ def test_a_run_from_elsewhere_is_added_once(store: Path, tmp_path: Path) -> None
     assert editing.add(tmp_path / "moved", store).id == kept and len(list_runs(store)) == 2
 
 
-@pytest.mark.parametrize("content", ["", "[]", "training: 3", "training: {run_name: a}", "a: [", "\0"])
+def test_a_run_whose_checkpoint_is_damaged_is_added(store: Path, tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "other" / "registry.sqlite", "a")
+    (directory / "checkpoints" / "iter_0000100").mkdir(parents=True)
+    for state in ("{", '{"provenance": {"git": "x"}, "world_size": "y"}'):
+        (directory / "checkpoints" / "iter_0000100" / "run_state.json").write_text(state)
+        assert editing.add(directory, store).provenance == {}
+        assert ask("SELECT git FROM runs", store)[1] == [(None,)]
+        editing.forget(only(store), store)
+
+
+_SECTION = "training: {run_name: a, train_iters: 3}\nlogging: "
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "training: 3", "training: {run_name: a}", "a: [", "\0"),
+        *(f"{_SECTION}{{project: {value}}}" for value in ("2020-01-01", ".nan", '"\\ud800"')),
+    ],
+)
 def test_what_is_no_run_is_not_added(store: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "config.yaml").write_text(content)
     (tmp_path / "metrics.jsonl").touch()
