@@ -16,6 +16,7 @@ from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.grammar import completion_automaton
 from vpmoe.harmony.parse import Judgement, Parser
 from vpmoe.harmony.renderer import FastRenderer
+from vpmoe.harmony.vocabulary import knows_conversations
 from vpmoe.progress import Progress
 from vpmoe.tokenizer.interface import Tokenizer
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from megatron_vpmoe.runtime.signals import StopRequest
     from vpmoe.eval.open_model import Opened
 
-_HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
 _LINE_FEED = b"\n"
 
 
@@ -37,11 +37,6 @@ def stop_ids(tokenizer: Tokenizer, *, at_line_feed: bool = False) -> tuple[int, 
     if at_line_feed:
         ends |= {row for row, piece in enumerate(tokenizer.pieces()) if _LINE_FEED in piece}
     return tuple(sorted({*ends, tokenizer.eod_id}))
-
-
-def knows_conversations(tokenizer: Tokenizer) -> bool:
-    """Whether the vocabulary has Harmony's tokens."""
-    return all(name in tokenizer.special_tokens for name in _HARMONY)
 
 
 @dataclass(frozen=True)
@@ -163,7 +158,8 @@ def form_of(
         )
     else:
         instead = f", but for the {' and '.join(given)} message given" if given else ""
-        say(f"system and developer messages as stored with {opened.path}{instead}")
+        none = "" if opened.prompts else " (none)"
+        say(f"system and developer messages as stored with {opened.path}{none}{instead}")
     texts = {message.role: message.content for message in opened.prompts or ()} | given
     return AsConversation(opened.tokenizer, _context(texts))
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.errors import visible
 from vpmoe.errors import HarmonyError, VpmoeError
-from vpmoe.eval.asking import Form, knows_conversations
+from vpmoe.eval.asking import Form
 from vpmoe.eval.conversation import Answer, Conversation, open_conversation
 from vpmoe.eval.display import spell
 from vpmoe.eval.open_model import open_model
+from vpmoe.harmony.vocabulary import knows_conversations
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from vpmoe.harmony.conversation import CHANNELS
+from vpmoe.harmony.vocabulary import require_conversations
 from vpmoe.tokenizer.interface import Tokenizer
 
 _TRAIL = range(0x80, 0xC0)
@@ -69,7 +70,11 @@ def completion_automaton(tokenizer: Tokenizer) -> tuple[np.ndarray, frozenset[in
     Returns:
         int16 ``[states, vocab_size]``, the state after each token, -1 where it may not follow; state 0 is the first.
         And the states in which a completion is complete.
+
+    Raises:
+        TokenizerError: the vocabulary has no Harmony tokens.
     """
+    require_conversations(tokenizer)
     special = tokenizer.special_tokens
     assistant = [special["<|start|>"], *tokenizer.encode_ordinary("assistant").tolist()]
     content = _content(tokenizer)

@@ -13,6 +13,7 @@ import numpy as np
 
 from vpmoe.errors import HarmonyError
 from vpmoe.harmony.conversation import CHANNELS, ROLES, Message
+from vpmoe.harmony.vocabulary import require_conversations
 from vpmoe.tokenizer.interface import Tokenizer
 
 
@@ -59,9 +60,14 @@ class _Reading:
 
 
 class Parser:
-    """Strict parser for one vocabulary; ``opening`` is what every assistant's message begins with."""
+    """Strict parser for one vocabulary; ``opening`` is what every assistant's message begins with.
+
+    Raises:
+        TokenizerError: the vocabulary has no Harmony tokens.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        require_conversations(tokenizer)
         self.tokenizer = tokenizer
         special = tokenizer.special_tokens
         self._start, self._channel, self._message = (special[f"<|{n}|>"] for n in ("start", "channel", "message"))

@@ -19,6 +19,7 @@ import numpy as np
 from megatron_vpmoe.turns import MESSAGE_END, TURN_END
 from vpmoe.errors import HarmonyError
 from vpmoe.harmony.conversation import Message
+from vpmoe.harmony.vocabulary import require_conversations
 from vpmoe.tokenizer.interface import TokenArray, Tokenizer
 
 RENDERERS = ("fast", "official")
@@ -77,12 +78,17 @@ class Renderer(Protocol):
 
 
 class FastRenderer:
-    """Headers and constant messages are encoded once; only a row's own text goes through the tokenizer."""
+    """Headers and constant messages are encoded once; only a row's own text goes through the tokenizer.
+
+    Raises:
+        TokenizerError: the vocabulary has no Harmony tokens.
+    """
 
     name = "fast"
     version = "1"
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        require_conversations(tokenizer)
         self.tokenizer = tokenizer
         self._end = _one(tokenizer, MESSAGE_END)
         self._return = _one(tokenizer, TURN_END)
@@ -144,6 +150,7 @@ def make_renderer(name: str, tokenizer: Tokenizer, rank_file_path: Path | None =
 
     Raises:
         HarmonyError: another name.
+        TokenizerError: the vocabulary has no Harmony tokens.
     """
     if name == "fast":
         return FastRenderer(tokenizer)

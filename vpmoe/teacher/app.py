@@ -11,7 +11,7 @@ import typer
 
 from megatron_vpmoe.manifest import read_manifest
 from vpmoe.data_curation.app import app
-from vpmoe.data_curation.datasets.app import Overwrite, Quiet
+from vpmoe.data_curation.datasets.options import Overwrite, Quiet
 from vpmoe.harmony.prompts import ReasoningEffort
 
 _say = partial(print, file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """A vocabulary that lies in an HF directory as ``tokenizer.json``: a byte-level BPE, as Qwen's is.
 
-For plain text only: it has no Harmony tokens, so no conversation can be rendered with it.
+Conversations can be rendered with it where Harmony's tokens are among its added ones, as in one that
+``vpmoe tokenizer train --special-tokens harmony`` made.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _BARE: dict[str, Any] = {"added_tokens": [], "truncation": None, "padding": None
 
 
 class HFDirectory(Tokenizer):
-    """The tokenizer of an HF directory, for plain text.
+    """The tokenizer of an HF directory.
 
     Added tokens (``<|im_start|>``, ``<think>``) are never read out of a text: their spelling gives ordinary ids.
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from vpmoe.data_curation.conversations.chat_rows import KEYS, chat_messages, preference_pair, without_keys
 from vpmoe.data_curation.datasets.chat_fit import AsRead, as_read, make_chat_fit, without_oldest_turn
 from vpmoe.data_curation.datasets.encode import Documents, Encoded, RowEncoder
-from vpmoe.data_curation.datasets.plan import BuildOptions, content_of, split_rule
+from vpmoe.data_curation.datasets.plan import BuildOptions, content_of
 from vpmoe.data_curation.rows.files import Row
 from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.renderer import RenderedConversation, make_renderer
@@ -48,6 +48,9 @@ class ChatDataset:
     developer_text: str | None = None
     ignore_fields: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        self.base.check_conversations()
+
     @property
     def step(self) -> str:
         """What the keyed step makes."""
@@ -67,7 +70,7 @@ class ChatDataset:
             "kind": self.kind,
             "supervise": "last" if self.pairs else self.supervise,
             "id_field": self.id_field,
-            "split_by": "id" if self.id_field else "content",
+            **self.base.split_config(self.id_field),
             "system_text": self.system_text,
             "developer_text": self.developer_text,
             "earlier_analysis": "dropped",
@@ -79,10 +82,7 @@ class ChatDataset:
         by = "prompt" if self.pairs else "conversation (under supervise all as far as its first answer)"
         return {
             "kind": self.kind,
-            "split_rule": {
-                "rule": split_rule(f"row id, or the {by} as JSON where no id field is named"),
-                "valid_fraction": self.base.valid_fraction,
-            },
+            "split_rule": self.base.split_rule(f"row id, or the {by} as JSON where no id field is named"),
             "pairs": self.pairs,
             "prompts": {"system": self.system_text, "developer": self.developer_text},
         }
@@ -96,13 +96,13 @@ class ChatEncoder(RowEncoder):
     """Rows -> documents; remembers the hash of every id."""
 
     def __init__(self, kind: ChatDataset, tokenizer: Tokenizer) -> None:
-        super().__init__(kind.id_field, kind.base.valid_fraction)
+        super().__init__(kind.base, kind.id_field)
         self._kind, self._eod_id = kind, tokenizer.eod_id
         self._renderer = make_renderer(kind.base.renderer, tokenizer, kind.base.tokenizer_model)
         self._fit = make_chat_fit(tokenizer, kind.base.seq_len)
-        self._ignored = {*kind.ignore_fields, *({kind.id_field} - KEYS)}
+        self._ignored = {*kind.ignore_fields, *({kind.id_field, kind.base.split_field} - KEYS)}
 
-    def encode(self, row: Row) -> Encoded:
+    def _encode(self, row: Row) -> Encoded:
         """The row's conversation, or its two; none if it cannot fit.
 
         Raises:

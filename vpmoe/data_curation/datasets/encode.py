@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vpmoe.data_curation.datasets.plan import split_of
+from vpmoe.data_curation.datasets.plan import SPLITS, BuildOptions, split_of
 from vpmoe.data_curation.rows.files import Row
 from vpmoe.errors import RowError, TokenizerError
 from vpmoe.harmony.conversation import check_text
@@ -65,8 +65,8 @@ class RowEncoder:
     It remembers hashes of what must not come twice: 8 bytes each, those of the shard in work about 60.
 
     Args:
-        id_field: column of the row's id, which decides the split; None: its content does.
-        valid_fraction: share of the split valid.
+        base: how rows are split.
+        id_field: column of the row's id, which decides the split where no column says it; None: its content does.
 
     Attributes:
         columns: those it reads; None: all.
@@ -74,13 +74,21 @@ class RowEncoder:
 
     columns: tuple[str, ...] | None = None
 
-    def __init__(self, id_field: str | None, valid_fraction: float) -> None:
-        self._id_field, self._valid_fraction = id_field, valid_fraction
+    def __init__(self, base: BuildOptions, id_field: str | None) -> None:
+        self._id_field, self._valid_fraction, self._split_field = id_field, base.valid_fraction, base.split_field
         self._seen_before = np.empty(0, dtype=np.uint64)
         self._seen_now: set[int] = set()
 
     def encode(self, row: Row) -> Encoded:
         """What becomes of the row; raises RowError or TokenizerError for one that is to be rejected."""
+        if self._split_field is not None:
+            check_text(told := row.get(self._split_field), self._split_field)
+            if told not in SPLITS:
+                return Encoded(str(told), None, counted={"other_split": 1})
+        return self._encode(row)
+
+    def _encode(self, row: Row) -> Encoded:
+        """:meth:`encode` of a row that is of a split."""
         raise NotImplementedError
 
     def take_state(self) -> bytes:
@@ -103,14 +111,14 @@ class RowEncoder:
 
     def _split_of(self, row: Row, content: str) -> tuple[str, dict[str, int]]:
         """The row's split, and the count of its id where a row before has the same; raises RowError for no id."""
-        if self._id_field is None:
-            return split_of(content, self._valid_fraction), {}
-        value = row.get(self._id_field)
-        key = str(value) if isinstance(value, int) else value
-        check_text(key, self._id_field)
-        digest = hashlib.blake2b(str(key).encode(), digest_size=8, person=b"id").digest()
-        repeated = self._is_known(int.from_bytes(digest, "big"))
-        return split_of(str(key), self._valid_fraction), {"repeated_ids": 1} if repeated else {}
+        key, repeated = content, False
+        if self._id_field is not None:
+            value = row.get(self._id_field)
+            check_text(key := str(value) if isinstance(value, int) else value, self._id_field)
+            digest = hashlib.blake2b(str(key).encode(), digest_size=8, person=b"id").digest()
+            repeated = self._is_known(int.from_bytes(digest, "big"))
+        split = split_of(str(key), self._valid_fraction) if self._split_field is None else row[self._split_field]
+        return split, {"repeated_ids": 1} if repeated else {}
 
 
 @dataclass

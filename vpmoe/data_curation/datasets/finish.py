@@ -104,7 +104,8 @@ def summary(folder: Path, manifest: Mapping[str, Any]) -> str:
 def _check_splits(folder: Path, manifest: dict[str, Any], options: BuildOptions) -> None:
     """Refuse a dataset without rows to train on, and say on stderr that there are none to evaluate on."""
     train, valid = (manifest["splits"][split]["rows"] for split in SPLITS)
-    fraction = options.valid_fraction
+    fraction, told = options.valid_fraction, options.split_field
+    asked = f"--valid-fraction {fraction}" if told is None else f"--split-field {told}"
     rows, rejected = manifest["documents"]["rows_read"], manifest["rejects"]["count"]
     if rejected == rows:
         reasons = ", ".join(f"{reason} {count}" for reason, count in manifest["rejects"]["reasons"].items())
@@ -116,11 +117,13 @@ def _check_splits(folder: Path, manifest: dict[str, Any], options: BuildOptions)
     if train == 0:
         raise DataError(
             f"none of the {rows} rows is in the split train ({valid} documents are in valid, {rejected} were rejected)",
-            source=f"--valid-fraction {fraction}, --seq-len {options.seq_len}",
-            remedy="use a smaller valid fraction, a larger token budget, or, if the rows were dropped as too long, a "
-            "longer --seq-len",
+            source=f"{asked}, --seq-len {options.seq_len}",
+            remedy="use a smaller valid fraction (or rows whose column says train), a larger token budget, or, if the "
+            "rows were dropped as too long, a longer --seq-len",
         )
-    if fraction and not valid:
+    if told is not None and not valid:
+        print(f"warning: the split valid is empty: no row that was kept says so in {told}.", file=sys.stderr)
+    elif fraction and not valid:
         print(
             f"warning: the split valid is empty: {train} rows at --valid-fraction {fraction} give "
             f"{train * fraction:.1f} on average.\n  The dataset trains, but cannot be evaluated on valid. For about 50 "

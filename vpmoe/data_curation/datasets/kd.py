@@ -20,7 +20,7 @@ from megatron_vpmoe.files import sha256_of_file
 from vpmoe.data_curation.conversations.store import StoredConversation, open_shard, read_row_group
 from vpmoe.data_curation.datasets.build import build_dataset
 from vpmoe.data_curation.datasets.encode import Block, Documents
-from vpmoe.data_curation.datasets.plan import KIND, SPLITS, BuildOptions, content_of, shard_name, split_of, split_rule
+from vpmoe.data_curation.datasets.plan import KIND, SPLITS, BuildOptions, content_of, shard_name, split_of
 from vpmoe.data_curation.datasets.vocabularies import COMPACT_MAP_NAME, place_vocabulary, vocabulary_in
 from vpmoe.data_curation.datasets.workers import Crew, make_crew
 from vpmoe.data_curation.manifest import CONVERSATIONS, FILE_NAME, check_files, read_manifest
@@ -78,12 +78,13 @@ class Distillation:
     step = "kd"
 
     def __init__(self, input_dir: Path, options: BuildOptions, workers: int, quiet: bool) -> None:
+        options.check_conversations()
         manifest = read_manifest(input_dir, CONVERSATIONS)
         fields = ("name", "rows", "row_groups", "bytes", "sha256")
         self._shards = [{name: entry[name] for name in fields} for entry in manifest["shards"]]
         self._prompts = {role: manifest["prompts"].get(role) for role in ("system", "developer")}
         self._input_dir, self._workers, self._quiet = input_dir, workers, quiet
-        self.base, self.inputs = options, (input_dir, *filter(None, (options.compact_map,)))
+        self.base, self.inputs = options, (input_dir, *filter(None, (options.compact_map, options.tokenizer)))
         self.shards = tuple(map(shard_name, range(len(self._shards))))
 
     def config(self) -> dict[str, Any]:
@@ -98,10 +99,9 @@ class Distillation:
         """Kind, the split's rule, the messages that every conversation begins with."""
         return {
             "kind": KIND,
-            "split_rule": {
-                "rule": split_rule("synth_id" if self.base.split_by == "id" else "the conversation as JSON"),
-                "valid_fraction": self.base.valid_fraction,
-            },
+            "split_rule": self.base.split_rule(
+                "synth_id" if self.base.split_by == "id" else "the conversation as JSON"
+            ),
             "prompts": self._prompts,
         }
 

@@ -15,6 +15,7 @@ from vpmoe.data_curation.reject_limit import RejectLimit
 from vpmoe.errors import DataError
 from vpmoe.harmony.conversation import Message
 from vpmoe.harmony.renderer import RENDERERS, FastRenderer, installed_harmony_version
+from vpmoe.harmony.vocabulary import require_conversations
 from vpmoe.tokenizer import rank_file
 from vpmoe.tokenizer.hf_directory import HFDirectory
 
@@ -33,9 +34,12 @@ class BuildOptions:
         valid_fraction: share of conversations in the split ``valid``.
         split_by: what decides the split of a conversation: its ``id``, or its ``content``, so that no copy of it under
             another id is in the other split.
+        split_field: column of rows that says their split, train or valid; rows of another value are left out. None: the
+            fraction decides.
         renderer: ``fast`` or ``official``.
         tokenizer_model: a rank file to use instead of the usual places.
-        tokenizer: an HF directory whose vocabulary is used instead of o200k Harmony's; of plain text only.
+        tokenizer: an HF directory whose vocabulary is used instead of o200k Harmony's; for conversations it has to
+            have Harmony's tokens.
         compact_vocab_size: count the train split's ids and keep this many ids in all; None: no counting.
         compact_map: use this compact map; None: none is given.
         padded_vocab_size: embedding rows; None lets the vocabulary decide.
@@ -46,6 +50,7 @@ class BuildOptions:
     seq_len: int = 2048
     valid_fraction: float = 0.001
     split_by: str = "id"
+    split_field: str | None = None
     renderer: str = "fast"
     tokenizer_model: Path | None = None
     tokenizer: Path | None = None
@@ -75,8 +80,13 @@ class BuildOptions:
             faults.append(f"--renderer {self.renderer}: must be one of {', '.join(RENDERERS)}")
         if self.compact_vocab_size is not None and self.compact_map is not None:
             faults.append("--compact-vocab-size and --compact-map: give one of them")
-        if self.tokenizer is not None and (self.compact_map is not None or self.tokenizer_model is not None):
-            faults.append("--tokenizer is another vocabulary: give no --compact-map or --tokenizer-model beside it")
+        if self.tokenizer is not None and (self.compact_map or self.tokenizer_model or self.compact_vocab_size):
+            faults.append(
+                "--tokenizer is another vocabulary: give no --compact-map, --compact-vocab-size or --tokenizer-model "
+                "beside it"
+            )
+        if self.tokenizer is not None and self.renderer == "official":
+            faults.append("--renderer official: openai_harmony writes o200k's ids, not those of --tokenizer; use fast")
         own = self.tokenizer or self.compact_map or self.compact_vocab_size
         if self.padded_vocab_size is not None and (own is None or self.padded_vocab_size > MOST_IDS):
             what = "o200k Harmony has its own rows" if own is None else f"no vocabulary has more than {MOST_IDS} rows"
@@ -87,6 +97,11 @@ class BuildOptions:
             raise DataError(
                 "options that cannot be built:\n  " + "\n  ".join(faults), source="command line", remedy="--help"
             )
+
+    def check_conversations(self) -> None:
+        """Refuse a vocabulary that no conversation can be rendered with; raises :class:`TokenizerError`."""
+        if self.tokenizer is not None:
+            require_conversations(HFDirectory(self.tokenizer))
 
     @property
     def reject_limit(self) -> RejectLimit:
@@ -119,6 +134,21 @@ class BuildOptions:
             "padded_vocab_size": self.padded_vocab_size,
         }
 
+    def split_config(self, id_field: str | None) -> dict[str, str]:
+        """What decides the split of rows, for a manifest's ``config``; ``id_field``: the column of their ids."""
+        if self.split_field is not None:
+            return {"split_by": "field", "split_field": self.split_field}
+        return {"split_by": "id" if id_field else "content"}
+
+    def split_rule(self, hashed: str) -> dict[str, Any]:
+        """The same in words, for a manifest; ``hashed``: what :func:`split_of` is given where no column says it."""
+        if self.split_field is not None:
+            return {"rule": f"what the row's {self.split_field} says; rows of other values are left out"}
+        rule = (
+            f"valid iff the big-endian first 8 bytes of blake2b({hashed}) are below valid_fraction * 2^64, else train"
+        )
+        return {"rule": rule, "valid_fraction": self.valid_fraction}
+
 
 def split_of(synth_id: str, valid_fraction: float) -> str:
     """``valid`` iff the first 8 bytes of blake2b of the id, as a big-endian number, are below the fraction of 2^64."""
@@ -129,11 +159,6 @@ def split_of(synth_id: str, valid_fraction: float) -> str:
 def content_of(messages: Iterable[Message]) -> str:
     """A conversation's roles, channels and texts as JSON: what decides its split where no id does."""
     return json.dumps([[message.role, message.channel, message.content] for message in messages], ensure_ascii=False)
-
-
-def split_rule(what: str) -> str:
-    """:func:`split_of` in words, for a manifest; ``what`` is hashed."""
-    return f"valid iff the big-endian first 8 bytes of blake2b({what}) are below valid_fraction * 2^64, else train"
 
 
 def renderer_version(name: str) -> str:

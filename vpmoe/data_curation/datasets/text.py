@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vpmoe.data_curation.datasets.encode import Documents, Encoded, RowEncoder
-from vpmoe.data_curation.datasets.plan import BuildOptions, split_rule
+from vpmoe.data_curation.datasets.plan import BuildOptions
 from vpmoe.data_curation.rows.files import Row
 from vpmoe.errors import DataError
 from vpmoe.harmony.conversation import check_text
@@ -71,7 +71,7 @@ class HealingText:
             "kind": KIND,
             "text_field": self.text_field,
             "id_field": self.id_field,
-            "split_by": "id" if self.id_field else "content",
+            **self.base.split_config(self.id_field),
             "language_field": self.language_field,
             "languages": list(self.languages),
             "long_documents": "dropped" if self.drop_long else "pieces",
@@ -80,12 +80,11 @@ class HealingText:
 
     def entries(self) -> dict[str, Any]:
         """There is no renderer and no conversation, and the split goes by document."""
-        rule = split_rule("document id, or its text where no id field is named")
         return {
             "kind": KIND,
             "renderer": None,
             "prompts": None,
-            "split_rule": {"rule": rule, "valid_fraction": self.base.valid_fraction},
+            "split_rule": self.base.split_rule("document id, or its text where no id field is named"),
         }
 
     def encoder(self, tokenizer: Tokenizer) -> TextEncoder:
@@ -97,11 +96,12 @@ class TextEncoder(RowEncoder):
     """Rows -> documents; remembers the hash of every text and id."""
 
     def __init__(self, kind: HealingText, tokenizer: Tokenizer) -> None:
-        super().__init__(kind.id_field, kind.base.valid_fraction)
+        super().__init__(kind.base, kind.id_field)
         self._kind, self._tokenizer = kind, tokenizer
-        self.columns = tuple(dict.fromkeys(filter(None, (kind.text_field, kind.id_field, kind.language_field))))
+        named = (kind.text_field, kind.id_field, kind.language_field, kind.base.split_field)
+        self.columns = tuple(dict.fromkeys(filter(None, named)))
 
-    def encode(self, row: Row) -> Encoded:
+    def _encode(self, row: Row) -> Encoded:
         """The row's document, or its pieces; none for a duplicate, another language, or one too long to keep.
 
         Raises:

@@ -1,5 +1,7 @@
 """Parsing is the inverse of rendering, and refuses everything that rendering does not write."""
 
+from pathlib import Path
+
 import pytest
 from harmony_strategies import conversations
 from hypothesis import HealthCheck, given, settings
@@ -7,11 +9,14 @@ from hypothesis import strategies as st
 
 from megatron_vpmoe.data.pieces import TokenPieces
 from megatron_vpmoe.sources.form import Form
-from vpmoe.errors import HarmonyError
+from tests.learned_vocabulary import write_vocabulary
+from vpmoe.errors import HarmonyError, TokenizerError
 from vpmoe.harmony.conversation import Message
+from vpmoe.harmony.grammar import completion_automaton
 from vpmoe.harmony.parse import Parser, spans_of
 from vpmoe.harmony.renderer import FastRenderer
 from vpmoe.harmony.spans import documents
+from vpmoe.tokenizer.hf_directory import HFDirectory
 from vpmoe.tokenizer.interface import Tokenizer
 
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
@@ -130,18 +135,46 @@ def test_the_completion_of_any_training_conversation_is_valid(full: Tokenizer, m
     assert judged.valid and (judged.analysis, judged.final) == (messages[-2].content, messages[-1].content)
 
 
+def test_a_vocabulary_without_harmonys_tokens_is_named_and_how_to_get_one(tmp_path: Path) -> None:
+    plain = HFDirectory(write_vocabulary(tmp_path, special_tokens="qwen"))
+    for use in (FastRenderer, Parser, completion_automaton):
+        with pytest.raises(TokenizerError, match=r"no Harmony tokens \(<\|start\|>.* plain text only") as refused:
+            use(plain)
+        assert "vpmoe tokenizer train --special-tokens harmony" in str(refused.value.remedy)
+
+
+@SHARED
+@given(messages=conversations())
+def test_the_automaton_of_a_learned_vocabulary_takes_what_is_rendered(
+    learned: Tokenizer, messages: tuple[Message, ...]
+) -> None:
+    following, accepting = completion_automaton(learned)
+    renderer = FastRenderer(learned)
+    prompt, state = renderer.generation_prompt(messages[:-2]), 0
+    for token in renderer.render(messages).tokens()[len(prompt) :]:
+        assert state not in accepting
+        state = int(following[state, token])
+    assert state in accepting
+
+
 EDITS = st.lists(
     st.tuples(st.integers(0, 99), st.sampled_from(["drop", "repeat", "swap", "cut", "special"])), max_size=2
 )
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("vocabulary", ["compact", "learned"])
 @SHARED
 @given(messages=conversations(), edits=EDITS, special=st.integers(0, 20))
 def test_the_trainers_reading_of_an_answer_agrees(
-    compact: Tokenizer, messages: tuple[Message, ...], edits: list[tuple[int, str]], special: int
+    vocabulary: str,
+    request: pytest.FixtureRequest,
+    messages: tuple[Message, ...],
+    edits: list[tuple[int, str]],
+    special: int,
 ) -> None:
     """Whether it is valid, and whose span a token is; wherever the prompt ends, and whatever became of the answer."""
+    compact: Tokenizer = request.getfixturevalue(vocabulary)
     form, renderer = Form(TokenPieces(compact.pieces()), compact.special_tokens), FastRenderer(compact)
     parser, rendered = Parser(compact), renderer.render(messages)
     prompt, ids = renderer.generation_prompt(messages[:-2]).tolist(), rendered.tokens().tolist()

@@ -18,43 +18,68 @@ from transformers import AutoTokenizer
 from tests.unit.vpmoe.upcycle.tiny_vocabularies import write_tokenizer
 from vpmoe.errors import TokenizerError
 from vpmoe.hf import tokenization_vpmoe
-from vpmoe.tokenizer.bpe import SPECIAL_TOKENS, save_bpe, train_bpe
+from vpmoe.tokenizer.bpe import SPECIAL_TOKENS, SpecialTokens, save_bpe, train_bpe
 from vpmoe.tokenizer.hf_directory import HFDirectory, byte_characters
 
 TEXTS = ["Question: Sort the digits 4 1 3.\nAnswer: 1 3 4\n", "Question: Add 16 and 96.\nAnswer: 112\n"] * 20
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(special_tokens: SpecialTokens, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bpe")
-    save_bpe(train_bpe(TEXTS, 285), path)
+    save_bpe(train_bpe(TEXTS, 285, special_tokens), path)
     return path
 
 
 @pytest.fixture(scope="module")
-def ours(folder: Path) -> HFDirectory:
-    return HFDirectory(folder)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written("qwen", tmp_path_factory)
 
 
-@pytest.fixture(scope="module")
-def theirs(folder: Path):
-    return AutoTokenizer.from_pretrained(folder)
+@pytest.fixture(scope="module", params=["qwen", "harmony"])
+def both(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[SpecialTokens, HFDirectory, Any]:
+    path = written(request.param, tmp_path_factory)
+    return request.param, HFDirectory(path), AutoTokenizer.from_pretrained(path)
 
 
 @settings(max_examples=25)
 @given(st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from("Question 12\n"))))
-def test_ids_are_those_of_transformers_and_give_the_text_back(ours: HFDirectory, theirs, text: str) -> None:
+def test_ids_are_those_of_transformers_and_give_the_text_back(
+    both: tuple[SpecialTokens, HFDirectory, Any], text: str
+) -> None:
+    special_tokens, ours, theirs = both
     ids = ours.encode_ordinary(text)
     assert ids.tolist() == theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    assert ours.decode(ids) == unicodedata.normalize("NFC", text)
+    assert ours.decode(ids) == (unicodedata.normalize("NFC", text) if special_tokens == "qwen" else text)
 
 
-def test_special_tokens_come_last_and_are_never_read_out_of_text(folder: Path) -> None:
-    ours = HFDirectory(folder, 320)
-    assert ours.vocab_size == 285
-    assert [ours.special_id(name) for name in SPECIAL_TOKENS] == [282, 283, 284]
-    assert not any(ours.is_special(row) for row in ours.encode_ordinary("<|endoftext|> <|im_start|>"))
+def test_special_tokens_come_last_and_are_never_read_out_of_text(both: tuple[SpecialTokens, HFDirectory, Any]) -> None:
+    special_tokens, ours, theirs = both
+    names = SPECIAL_TOKENS[special_tokens]
+    assert ours.vocab_size == len(theirs) == 285
+    assert [ours.special_id(name) for name in names] == [*range(285 - len(names), 285)]
+    assert theirs.convert_tokens_to_ids(list(names)) == [*range(285 - len(names), 285)]
+    assert set(names) == set(theirs.all_special_tokens)
+    assert theirs.eos_token == ("<|return|>" if special_tokens == "harmony" else "<|endoftext|>")
+    assert not any(ours.is_special(row) for name in names for row in ours.encode_ordinary(f"a {name} b"))
     assert ours.decode([ours.eod_id]) == "<|endoftext|>"
+
+
+def test_names_of_harmony_are_those_in_use() -> None:
+    said = "<|endoftext|> <|return|> <|constrain|> <|channel|> <|start|> <|end|> <|message|> <|call|>"
+    assert " ".join(SPECIAL_TOKENS["harmony"]) == said
+
+
+def test_the_same_texts_in_another_order_give_the_same_file(tmp_path: Path) -> None:
+    for name, texts in (("first", TEXTS), ("second", TEXTS[::-1])):
+        save_bpe(train_bpe(texts, 300, "harmony"), tmp_path / name)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+
+
+def test_rows_are_padded_and_digits_stand_alone(folder: Path) -> None:
+    ours = HFDirectory(folder, 320)
     assert len(ours.pieces()) == 320 and ours.pieces()[-1] == b""
     words = [ours.decode([row]) for row in ours.encode_ordinary("Question: 12")]
     assert words == ["Question", ":", " ", "1", "2"], "a digit is a token of its own"
