@@ -48,7 +48,7 @@ class Student:
     gated: bool
     tied: bool
     experts: int | None = None
-    first_layer_dense: bool = True
+    first_dense_layers: int = 1
     topk: int = 0
     router_groups: tuple[int, int] | None = None
     router_softmax: bool = False
@@ -114,7 +114,7 @@ def _document(student: Student, weights: Weights, x_TC: Tensor, scores: dict[int
         first_value = value if first_value is None else first_value
         x_TC = x_TC + attended
         normed = rms_norm(x_TC, weights[name + "pre_mlp_layernorm.weight"], student.epsilon)
-        if student.experts is None or (layer == 1 and student.first_layer_dense):
+        if student.experts is None or layer <= student.first_dense_layers:
             x_TC = x_TC + _feed_forward(student, weights, name + "mlp.", normed)
         else:
             routed, score_TE = _experts(student, weights, name + "mlp.", normed)
@@ -223,13 +223,15 @@ def alibi_slope(head: int, heads: int) -> float:
 
 
 def _feed_forward(student: Student, weights: Weights, name: str, x_TC: Tensor) -> Tensor:
-    inner = _linear(weights, name + "linear_fc1", x_TC, student.linear_bias)
-    if student.gated:
-        gate, up = inner.split(inner.shape[1] // 2, dim=1)
-        inner = gate / (1 + torch.exp(-gate)) * up
-    else:
-        inner = torch.clamp(inner, min=0) ** 2
+    inner = _activated(student, _linear(weights, name + "linear_fc1", x_TC, student.linear_bias))
     return _linear(weights, name + "linear_fc2", inner, student.linear_bias)
+
+
+def _activated(student: Student, inner: Tensor) -> Tensor:
+    if not student.gated:
+        return torch.clamp(inner, min=0) ** 2
+    gate, up = inner.split(inner.shape[-1] // 2, dim=-1)
+    return gate / (1 + torch.exp(-gate)) * up
 
 
 def _experts(student: Student, weights: Weights, name: str, x_TC: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,7 +260,7 @@ def _one_expert(student: Student, weights: Weights, name: str, e: int, x_C: Tens
     inner = weights[name + "fc1_weight"][e] @ x_C
     if student.linear_bias:
         inner = inner + weights[name + "fc1_bias"][e]
-    out = weights[name + "fc2_weight"][e] @ torch.clamp(inner, min=0) ** 2
+    out = weights[name + "fc2_weight"][e] @ _activated(student, inner)
     return out + weights[name + "fc2_bias"][e] if student.linear_bias else out
 
 

@@ -174,7 +174,7 @@ def model_against_floor(arguments: argparse.Namespace, device: str) -> dict[str,
     with single_process(seed=0):
         from megatron_vpmoe.model.builder import build_model
         from megatron_vpmoe.optim import assignment_table, build_optimizer
-        from megatron_vpmoe.optim.matrix_stacks import layout_flops, matrix_layout
+        from megatron_vpmoe.optim.matrix_layout import layout_flops, matrix_layout
 
         model = build_model(cfg)
         optimizer = build_optimizer([model], cfg)

@@ -11,7 +11,7 @@ from megatron_vpmoe.config.memory import STACK_BYTES
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.optim import assignment_table
 from megatron_vpmoe.optim.build import normuon_options
-from megatron_vpmoe.optim.matrix_stacks import matrix_layout
+from megatron_vpmoe.optim.matrix_layout import matrix_layout
 from megatron_vpmoe.optim.normuon import NorMuon, NorMuonOptions
 from megatron_vpmoe.profiling.stopwatch import PeakMemory, seconds, spread
 from megatron_vpmoe.runtime.device import available_memory, current_device

@@ -63,7 +63,7 @@ STUDENTS: dict[str, dict[str, object]] = {
         "moe_router_num_groups": None,
         "moe_router_group_topk": None,
         "moe_shared_expert_intermediate_size": None,
-        "first_layer_dense": False,
+        "first_dense_layers": 0,
     },
 }
 
@@ -94,7 +94,7 @@ def student_of(cfg: RunConfig) -> Student:
         gated=m.activation == "swiglu",
         tied=not m.untie_embeddings_and_output_weights,
         experts=moe.num_experts,
-        first_layer_dense=moe.first_layer_dense,
+        first_dense_layers=moe.first_dense_layers,
         topk=moe.moe_router_topk,
         router_groups=None if groups is None or kept is None else (groups, kept),
         router_softmax=moe.moe_router_score_function == "softmax",

@@ -35,14 +35,14 @@ def test_polar_express_in_fp32_of_an_ill_conditioned_matrix(iteration: Iteration
 
 
 def logical_matrices(param: torch.nn.Parameter, value: torch.Tensor) -> list[np.ndarray]:
-    if param.ndim == 3:
-        return list(value.numpy())
     rows = getattr(param, "matrix_rows", (slice(None),))
+    if param.ndim == 3:
+        return [expert[group].numpy() for expert in value for group in rows]
     return [value[group].numpy() for group in rows]
 
 
 def every_kind_of_parameter(dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    """Plain matrices, mixed QKV of two query groups, TPA-like factors, experts of both orientations."""
+    """Plain matrices, mixed QKV of two query groups, TPA-like factors, experts of both orientations and gated."""
     params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in SHAPES]
     qkv = torch.nn.Parameter(torch.randn(32, 8, dtype=dtype))
     rows = torch.arange(32).view(2, 16)
@@ -50,7 +50,9 @@ def every_kind_of_parameter(dtype: torch.dtype) -> list[torch.nn.Parameter]:
     factors = torch.nn.Parameter(torch.randn(14, 8, dtype=dtype))
     factors.matrix_rows = (slice(0, 8), slice(8, 11), slice(11, 14))  # type: ignore[attr-defined]
     experts = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((5, 8, 32), (5, 32, 8))]
-    return [*params, qkv, factors, *experts]
+    gated = torch.nn.Parameter(torch.randn(3, 16, 32, dtype=dtype))
+    gated.matrix_rows = (slice(0, 8), slice(8, 16))  # type: ignore[attr-defined]
+    return [*params, qkv, factors, *experts, gated]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-4)])

@@ -47,7 +47,7 @@ class VpMoeConfig(PreTrainedConfig):
     num_experts_per_tok: int = 4
     moe_intermediate_size: int = 128
     shared_expert_intermediate_size: int | None = 512
-    first_layer_dense: bool = True
+    first_dense_layers: int = 1
     router_score_function: str = "sigmoid"
     router_scaling_factor: float = 2.5
     router_groups: int | None = 8
@@ -79,4 +79,4 @@ class VpMoeConfig(PreTrainedConfig):
 
     def is_moe_layer(self, number: int) -> bool:
         """Whether layer ``number`` (from 1) has routed experts."""
-        return self.num_experts is not None and not (number == 1 and self.first_layer_dense)
+        return self.num_experts is not None and number > self.first_dense_layers

@@ -180,8 +180,16 @@ class VpMoeAttention(nn.Module):
         return weight @ value, weight
 
 
+def activated(inner, gated):
+    """Squared ReLU, or SwiGLU of a gate that is stacked over the up projection."""
+    if not gated:
+        return torch.relu(inner).square()
+    gate, up = inner.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
 class VpMoeFeedForward(nn.Module):
-    """A dense feed-forward: squared ReLU, or SwiGLU with the gate stacked over the up projection."""
+    """A dense feed-forward."""
 
     def __init__(self, config: VpMoeConfig, width: int):
         super().__init__()
@@ -190,11 +198,7 @@ class VpMoeFeedForward(nn.Module):
         self.linear_fc2 = nn.Linear(width, config.hidden_size, bias=config.linear_bias)
 
     def forward(self, x):
-        inner = self.linear_fc1(x)
-        if self.gated:
-            gate, up = inner.chunk(2, dim=-1)
-            return self.linear_fc2(functional.silu(gate) * up)
-        return self.linear_fc2(torch.relu(inner).square())
+        return self.linear_fc2(activated(self.linear_fc1(x), self.gated))
 
 
 class VpMoeRouter(nn.Module):
@@ -246,9 +250,11 @@ class VpMoeExperts(nn.Module):
         super().__init__()
         experts, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
         assert experts is not None
-        self.fc1_weight = nn.Parameter(torch.empty(experts, width, hidden))
+        self.gated = config.activation == "swiglu"
+        made = (2 if self.gated else 1) * width
+        self.fc1_weight = nn.Parameter(torch.empty(experts, made, hidden))
         self.fc2_weight = nn.Parameter(torch.empty(experts, hidden, width))
-        self.fc1_bias = nn.Parameter(torch.zeros(experts, width)) if config.linear_bias else None
+        self.fc1_bias = nn.Parameter(torch.zeros(experts, made)) if config.linear_bias else None
         self.fc2_bias = nn.Parameter(torch.zeros(experts, hidden)) if config.linear_bias else None
 
     def forward(self, x_NC, chosen_NK, weight_NK):
@@ -256,8 +262,8 @@ class VpMoeExperts(nn.Module):
         for expert in chosen_NK.unique().tolist():
             token, slot = (chosen_NK == expert).nonzero(as_tuple=True)
             biases = [None if b is None else b[expert] for b in (self.fc1_bias, self.fc2_bias)]
-            inner = torch.relu(functional.linear(x_NC[token], self.fc1_weight[expert], biases[0])).square()
-            result = functional.linear(inner, self.fc2_weight[expert], biases[1])
+            inner = functional.linear(x_NC[token], self.fc1_weight[expert], biases[0])
+            result = functional.linear(activated(inner, self.gated), self.fc2_weight[expert], biases[1])
             out.index_add_(0, token, result * weight_NK[token, slot, None].to(result.dtype))
         return out
 

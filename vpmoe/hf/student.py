@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_vpmoe.config import RunConfig
+from megatron_vpmoe.config.schema import RENAMED, named_today
 from vpmoe.errors import WeightsError
 from vpmoe.hf.source_checks import EMBEDDING, OUTPUT, HFConfig, validated
 from vpmoe.weights.tensors import LazyTensor, Weights, cut, padded
@@ -63,7 +64,7 @@ _MOE_KEYS = {
     "moe_router_topk": "num_experts_per_tok",
     "moe_ffn_hidden_size": "moe_intermediate_size",
     "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size",
-    "first_layer_dense": "first_layer_dense",
+    "first_dense_layers": "first_dense_layers",
     "moe_router_score_function": "router_score_function",
     "moe_router_topk_scaling_factor": "router_scaling_factor",
     "moe_router_num_groups": "router_groups",
@@ -98,6 +99,7 @@ def geometry(config: Mapping[str, Any], *, source: str, padded_vocab_size: int |
         WeightsError: a key is missing.
     """
     found = validated(HFConfig, config, source=source)
+    config = {**config, **named_today("moe", {old: config[old] for old in RENAMED if old in config})}
     try:
         model = {ours: config[theirs] for ours, theirs in _MODEL_KEYS.items()}
         moe = {ours: config[theirs] for ours, theirs in _MOE_KEYS.items()}

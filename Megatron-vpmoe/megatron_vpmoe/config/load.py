@@ -10,7 +10,16 @@ from pydantic import ValidationError
 from megatron_vpmoe.config.flags import accepted, nearest, parse_flags
 from megatron_vpmoe.config.rule import Problem
 from megatron_vpmoe.config.rules import find_problems
-from megatron_vpmoe.config.schema import RETIRED, FieldSpec, RunConfig, fields, is_passed_over, section_types
+from megatron_vpmoe.config.schema import (
+    RENAMED,
+    RETIRED,
+    FieldSpec,
+    RunConfig,
+    fields,
+    is_passed_over,
+    named_today,
+    section_types,
+)
 from megatron_vpmoe.config.schema_section import BOUND
 from megatron_vpmoe.config.settings_file import shown
 from megatron_vpmoe.config.yaml_source import Given, read_chain
@@ -90,6 +99,10 @@ def _known_only(values: Values, problems: list[str]) -> Values:
                 kept[section][key] = given
             elif is_passed_over(section, key, given.value):
                 continue
+            elif key in RENAMED and RENAMED[key].section == section and RENAMED[key].name not in keys:
+                kept[section] |= {
+                    name: Given(value, given.source) for name, value in named_today(section, {key: given.value}).items()
+                }
             else:
                 problems.append(f"{given.source}: unknown key {section}.{key}; {_hint(section, key, known)}")
     return kept
@@ -98,6 +111,10 @@ def _known_only(values: Values, problems: list[str]) -> Values:
 def _hint(section: str, key: str, known: dict[str, FieldSpec]) -> str:
     if key in RETIRED:
         return f"it is gone: {RETIRED[key].reason}"
+    if key in RENAMED:
+        new = RENAMED[key]
+        values = ", ".join(f"{shown(now)} for {shown(then)}" for then, now in new.values.items())
+        return f"it is {new.section}.{new.name} now ({values})"
     if key in known:
         return f"it belongs under {known[key].section}:"
     own = [name for name, spec in known.items() if spec.section == section]

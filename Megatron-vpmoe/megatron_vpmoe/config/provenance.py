@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from megatron_vpmoe.config.rules import idle_fields
-from megatron_vpmoe.config.schema import RETIRED, RunConfig, fields
+from megatron_vpmoe.config.schema import RETIRED, RunConfig, fields, named_today
 from megatron_vpmoe.config.schema_objective import OBJECTIVES, OWNED
 from megatron_vpmoe.config.settings_file import shown
 
@@ -77,7 +77,7 @@ def provenance_diff(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any
     """
     changes = []
     for section in dict.fromkeys([*old, *new]):
-        before, after = old.get(section, {}), new.get(section, {})
+        before, after = (named_today(section, each.get(section, {})) for each in (old, new))
         for name in dict.fromkeys([*before, *after]):
             pair = _bound(name, before.get(name, _ABSENT)), _bound(name, after.get(name, _ABSENT))
             if is_binding(section, name) and pair[0] != pair[1]:

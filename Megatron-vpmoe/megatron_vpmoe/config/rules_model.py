@@ -65,14 +65,9 @@ REFUSED: tuple[Rule, ...] = (
         lambda c: c.value_residual and c.num_layers == 1,
     ),
     refuse(
-        "activation num_experts",
-        "routed experts have no gate; use squared_relu",
-        lambda c: c.num_experts is not None and c.activation == "swiglu",
-    ),
-    refuse(
-        "first_layer_dense num_layers num_experts",
-        "the only layer is dense, so no expert would ever be used",
-        lambda c: c.num_experts is not None and c.first_layer_dense and c.num_layers == 1,
+        "first_dense_layers num_layers num_experts",
+        "the first {first_dense_layers} of {num_layers} layers are dense, so no expert would ever be used",
+        lambda c: c.num_experts is not None and c.first_dense_layers >= c.num_layers,
     ),
     refuse(
         "moe_router_topk num_experts",

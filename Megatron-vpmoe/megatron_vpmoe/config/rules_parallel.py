@@ -153,7 +153,7 @@ REFUSED: tuple[Rule, ...] = (
         _uneven,
     ),
     refuse(
-        f"{_PP} {_FIRST} first_layer_dense",
+        f"{_PP} {_FIRST} first_dense_layers",
         "stage {stage} holds no layer with experts, and the experts' gradient norm and optimizer state are exchanged "
         "between stages; give it another layer",
         _without_experts,

@@ -179,7 +179,7 @@ _RECOMPUTATION = (
         lambda c: c.recompute_modules is not None and len(set(c.recompute_modules)) < max(1, len(c.recompute_modules)),
     ),
     refuse(
-        "recompute_modules first_layer_dense",
+        "recompute_modules first_dense_layers",
         "mlp is the dense layers' and every layer has routed experts",
         lambda c: "mlp" in (c.recompute_modules or ()) and all(c.sparse),
     ),

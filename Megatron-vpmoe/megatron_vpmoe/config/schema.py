@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,10 +54,33 @@ RETIRED = {
 """Configurations of runs and checkpoints from before keep their meaning: a field with its one value is passed over."""
 
 
+class Renamed(NamedTuple):
+    """A field that is called otherwise now: its section, its name, and the value that stands for each of then."""
+
+    section: str
+    name: str
+    values: dict[Any, Any]
+
+
+RENAMED = {"first_layer_dense": Renamed("moe", "first_dense_layers", {False: 0, True: 1})}
+"""Likewise: read under the new name, from configurations, checkpoints and exports."""
+
+
 def is_passed_over(section: str, name: str, value: Any) -> bool:
     """Whether a key that no section has is a retired field with the value that every run had."""
     retired = RETIRED.get(name)
     return retired is not None and retired.section == section and retired.value in (value, ...)
+
+
+def named_today(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A section's values without what is passed over, and with the names of today; a new name wins over an old one."""
+    renamed = {
+        new.name: next((now for then, now in new.values.items() if then == values[old]), values[old])
+        for old, new in RENAMED.items()
+        if old in values and new.section == section
+    }
+    kept = {name: value for name, value in values.items() if not is_passed_over(section, name, value)}
+    return renamed | {name: value for name, value in kept.items() if name not in RENAMED}
 
 
 class RunConfig(Section):
@@ -91,9 +115,7 @@ class RunConfig(Section):
         if not isinstance(sections, dict):
             return sections
         return {
-            section: {name: value for name, value in values.items() if not is_passed_over(section, name, value)}
-            if isinstance(values, dict)
-            else values
+            section: named_today(section, values) if isinstance(values, dict) else values
             for section, values in sections.items()
         }
 
@@ -147,7 +169,7 @@ class RunConfig(Section):
         """Whether layer ``layer_number`` (from 1) has routed experts."""
         if self.moe.num_experts is None:
             return False
-        return not (layer_number == 1 and self.moe.first_layer_dense)
+        return layer_number > self.moe.first_dense_layers
 
     def position_embedding(self, layer_number: int) -> str:
         """How layer ``layer_number`` (from 1) knows positions: grape_m, grape_a, rope or none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megatron_vpmoe.config.schema_section import Amount, Few, Fraction, PositiveFloat, Section, Size
+from megatron_vpmoe.config.schema_section import Amount, Cardinal, Few, Fraction, PositiveFloat, Section, Size
 
 PositionEmbedding = Literal["grape_m", "grape_a", "rope", "none"]
 
@@ -81,8 +81,8 @@ class MoeSection(Section):
     """Inner width of one routed expert."""
     moe_shared_expert_intermediate_size: Size | None = 512
     """Inner width of the shared expert that every token visits; null: no shared expert."""
-    first_layer_dense: bool = True
-    """Give layer 1 a dense feed-forward layer instead of experts."""
+    first_dense_layers: Cardinal = 1
+    """So many first layers have a dense feed-forward instead of experts; 0: none."""
     moe_router_load_balancing_type: Literal["seq_aux_loss", "none"] = "seq_aux_loss"
     """Balancing loss: over each sequence, or none."""
     moe_aux_loss_coeff: Amount = 1e-4

@@ -11,6 +11,7 @@ from megatron.core.transformer.mlp import MLP
 
 from megatron_vpmoe.config.parameters import EMBEDDING, is_trained
 from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.model.moe.experts import StackedExperts
 from megatron_vpmoe.model.precision import cast_parameters
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig, transformer_config
 from megatron_vpmoe.runtime.device import current_device, keep_memory
@@ -51,9 +52,10 @@ def _assemble(config: VPTransformerConfig, cfg: RunConfig) -> VPModel:
 def _declare_gate_and_up(model: VPModel) -> None:
     """Megatron stacks a gated feed-forward's gate over its up projection: two matrices to the optimizer."""
     for module in model.modules():
-        if isinstance(module, MLP):
-            half = module.linear_fc1.weight.shape[0] // 2
-            module.linear_fc1.weight.matrix_rows = (slice(0, half), slice(half, 2 * half))
+        if isinstance(module, MLP | StackedExperts):
+            weight = module.fc1_weight if isinstance(module, StackedExperts) else module.linear_fc1.weight
+            half = weight.shape[-2] // 2
+            weight.matrix_rows = (slice(0, half), slice(half, 2 * half))
 
 
 def freeze_parameters(model: VPModel, cfg: RunConfig) -> None:

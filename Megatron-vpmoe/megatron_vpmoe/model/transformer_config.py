@@ -58,7 +58,7 @@ class VPTransformerConfig(TransformerConfig):
     tpa_factor_bias: bool = True
     value_residual: bool = True
     attention_backend_name: str = "auto"
-    first_layer_dense: bool = True
+    first_dense_layers: int = 1
     recomputation: Recomputation = field(default_factory=Recomputation)
     compiled: str = "off"
     experts_precision: str | None = None
@@ -72,7 +72,7 @@ class VPTransformerConfig(TransformerConfig):
 
     def is_moe_layer(self, layer_number: int) -> bool:
         """Whether layer ``layer_number`` has routed experts."""
-        return self.num_moe_experts is not None and not (layer_number == 1 and self.first_layer_dense)
+        return self.num_moe_experts is not None and layer_number > self.first_dense_layers
 
 
 # Fields of ours that mean something else than upstream's of the same name, or have to be resolved.
@@ -135,6 +135,6 @@ def _moe_fields(cfg: RunConfig) -> dict[str, Any]:
     moe, layers = cfg.moe, cfg.model.num_layers
     return {
         **_by_name(moe),
-        "moe_layer_freq": [0 if n == 1 and moe.first_layer_dense else 1 for n in range(1, layers + 1)],
+        "moe_layer_freq": [int(cfg.is_moe_layer(n)) for n in range(1, layers + 1)],
         "moe_token_dispatcher_type": token_dispatcher(cfg),
     }

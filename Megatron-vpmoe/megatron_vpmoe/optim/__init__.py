@@ -1,7 +1,8 @@
 """How weights move: NorMuon with Polar Express for hidden matrices and experts, AdamW for the rest, and the schedules.
 
 ``assignment`` says which parameter goes where, ``build`` makes one Megatron optimizer of it, ``normuon`` is the step on
-stacks that ``matrix_stacks`` gathers, ``sharded_state`` is how its state is checkpointed.
+stacks that ``matrix_stacks`` gathers of what ``matrix_layout`` finds, ``sharded_state`` is how its state is
+checkpointed.
 """
 
 from megatron_vpmoe.optim.assignment import (

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.files import write_atomically
-from megatron_vpmoe.optim.matrix_stacks import matrix_layout
+from megatron_vpmoe.optim.matrix_layout import matrix_layout
 from megatron_vpmoe.runtime import stages
 
 if TYPE_CHECKING:

@@ -1,9 +1,8 @@
-"""Which logical matrices a set of parameters holds, and how they are gathered into stacks of one shape.
+"""How the logical matrices of a set of parameters (``matrix_layout``) are gathered into stacks of one shape.
 
-A parameter is one matrix [out, in], several matrices fused along its rows (``param.matrix_rows``), or a stack of
-experts [E, out, in]. A plan lists stacks; a stack lists segments; a segment is one contiguous piece of a parameter and
-its place in the stack. Gathering and scattering are one copy of all pieces each, or views: of experts that are many
-enough, piece by piece.
+A plan lists stacks; a stack lists segments; a segment is one contiguous piece of a parameter and its place in the
+stack. Gathering and scattering are one copy of all pieces each, or views: of experts that are many enough, piece by
+piece.
 
 Shapes: N matrices in a stack, R rows (out), C columns (in), E experts in a parameter.
 """
@@ -15,105 +14,30 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
 from megatron_vpmoe.config.orthogonal import slot_rows
-from megatron_vpmoe.errors import ConfigError
-from megatron_vpmoe.optim.polar_express import choose_iteration, polar_express_flops
+from megatron_vpmoe.optim.matrix_layout import MatrixLayout, height
 
 _IN_PLACE_SHARE, _IN_PLACE_BYTES = 4, 64 * 2**20
 """Experts of one parameter that fill a quarter of a stack, or so many bytes, are worked on where they lie."""
 _ONE_LAUNCH = 320 * 65_536
 """Elements that a kernel over many tensors takes at the most (blocks times chunk of ATen's MultiTensorApply.cuh)."""
 
-Run = tuple[int, int]
-"""First row and number of rows of a contiguous piece of a matrix."""
-
-
-class MatrixLayout(NamedTuple):
-    """The logical matrices of one parameter."""
-
-    matrices: tuple[tuple[Run, ...], ...]
-    """Row runs of each matrix of a 2-D parameter, in order; empty for a 3-D one."""
-    experts: int
-    """E of a 3-D parameter, else 0."""
-    routed: bool
-    """Whether tokens are routed here, so that a step can pass without any."""
-    split: int | None = None
-    """The dimension that tensor-parallel ranks split: 0 rows, 1 columns; None: this rank has whole matrices."""
-
-    @property
-    def count(self) -> int:
-        """How many logical matrices there are."""
-        return self.experts or len(self.matrices)
-
-
-def matrix_layout(param: torch.Tensor, name: str = "a parameter", *, tensor_parallel: bool = False) -> MatrixLayout:
-    """Read the layout of ``param`` from its dimensions and its attributes ``matrix_rows`` and ``allreduce``.
-
-    Args:
-        param: this rank's.
-        name: for the error.
-        tensor_parallel: there are several tensor-parallel ranks, so that Megatron's ``tensor_model_parallel`` and
-            ``partition_dim`` tell whether this is a part.
-
-    Raises:
-        ConfigError: ``param`` is neither 2-D nor 3-D, or ``matrix_rows`` does not hold each row exactly once.
-    """
-    routed = param.ndim == 3 or not getattr(param, "allreduce", True)
-    if param.ndim == 3:
-        return MatrixLayout((), param.shape[0], routed)
-    if param.ndim != 2:
-        raise ConfigError(
-            f"{name} has shape {tuple(param.shape)}, which NorMuon cannot orthogonalise",
-            remedy="give it to AdamW: NorMuon takes [out, in] and [experts, out, in]",
-        )
-    groups: Iterable[torch.Tensor | slice] = getattr(param, "matrix_rows", (slice(None),))
-    rows = torch.arange(param.shape[0])
-    selected = [rows[group] if isinstance(group, slice) else group.cpu().long() for group in groups]
-    if not torch.equal(torch.cat(selected).sort().values, rows):
-        raise ConfigError(
-            f"matrix_rows of {name} names {sum(len(s) for s in selected)} rows of {param.shape[0]}",
-            remedy="every row belongs to exactly one logical matrix",
-        )
-    is_part = tensor_parallel and getattr(param, "tensor_model_parallel", False)
-    split = getattr(param, "partition_dim", None) if is_part else None
-    return MatrixLayout(tuple(_runs(s.tolist()) for s in selected), 0, routed, split)
-
-
-def layout_flops(
-    layout: MatrixLayout, shape: Sequence[int], dtype: torch.dtype, steps: int = 5, tensor_parallel: int = 1
-) -> int:
-    """Operations of Polar Express over all matrices of a parameter of ``shape``, computed in ``dtype``.
-
-    Of matrices that ``tensor_parallel`` ranks split, each takes its share whole: what a rank has to do of them.
-    """
-    split = {} if layout.split is None else {layout.split: tensor_parallel}
-    cols, ranks = shape[-1] * split.get(1, 1), max(split.values(), default=1)
-    rows = [_height(runs) for runs in layout.matrices] or [shape[1]] * layout.experts
-    whole = [count * split.get(0, 1) for count in rows]
-    return sum(polar_express_flops(r, cols, steps, choose_iteration(r, cols, dtype, steps)) for r in whole) // ranks
-
-
-def _runs(rows: list[int]) -> tuple[Run, ...]:
-    """Split a list of row indices into maximal runs of consecutive ones, keeping the order."""
-    starts = [i for i in range(len(rows)) if i == 0 or rows[i] != rows[i - 1] + 1]
-    return tuple((rows[i], end - i) for i, end in zip(starts, [*starts[1:], len(rows)], strict=True))
-
 
 class Segment(NamedTuple):
-    """``length`` entries of dimension 0 of parameter ``index`` from ``start``, and where they lie in the stack."""
+    """``length`` entries of dimension 0 of parameter ``index`` (``unfused``), and where they lie in the stack."""
 
     index: int
     start: int
     length: int
     slot: int
     row: int | None
-    """Row in matrix ``slot``; None: whole experts, the matrices ``slot`` to ``slot + length``."""
+    """Row in matrix ``slot``; None: of experts, the matrices ``slot`` to ``slot + length``."""
 
     def in_param(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The view of this segment in ``tensors[index]``."""
@@ -223,7 +147,7 @@ class _Kind(NamedTuple):
 
 
 class Member(NamedTuple):
-    """One parameter as the plan sees it."""
+    """One parameter as the plan sees it; the shape is that of the parameter ``unfused``."""
 
     shape: torch.Size
     layout: MatrixLayout
@@ -256,7 +180,7 @@ def plan_stacks(
 
     for index, (shape, layout, group) in enumerate(members):
         for runs in layout.matrices:
-            own = _Kind(_height(runs), shape[1], group, layout.routed, layout.split)
+            own = _Kind(height(runs), shape[1], group, layout.routed, layout.split)
             key = own._replace(rows=slots[own])
             stack = shared_stack(key, _capacity(key, stack_bytes, element_size))
             stack.has_gaps |= key != own
@@ -265,22 +189,18 @@ def plan_stacks(
                 stack.segments.append(Segment(index, start, length, stack.count, row))
                 row += length
             stack.count += 1
-        if not layout.experts:
+        if not layout.stacked:
             continue
         in_place = math.prod(shape) * element_size >= min(stack_bytes // _IN_PLACE_SHARE, _IN_PLACE_BYTES)
         key = _Kind(shape[1], shape[2], group, layout.routed, layout.split, in_place)
         start, capacity = 0, _capacity(key, stack_bytes, element_size)
-        while start < layout.experts:
+        while start < layout.stacked:
             stack = shared_stack(key, capacity)
-            length = min(capacity - stack.count, layout.experts - start)
+            length = min(capacity - stack.count, layout.stacked - start)
             stack.segments.append(Segment(index, start, length, stack.count, None))
             stack.count += length
             start += length
     return plan
-
-
-def _height(runs: tuple[Run, ...]) -> int:
-    return sum(length for _, length in runs)
 
 
 def _slots_of(members: Sequence[Member], most: float) -> dict[_Kind, int]:
@@ -288,7 +208,7 @@ def _slots_of(members: Sequence[Member], most: float) -> dict[_Kind, int]:
     counts: dict[tuple[int, bool, int | None], Counter[tuple[int, int]]] = defaultdict(Counter)
     for shape, layout, group in members:
         for runs in layout.matrices:
-            counts[group, layout.routed, layout.split][_height(runs), shape[1]] += 1
+            counts[group, layout.routed, layout.split][height(runs), shape[1]] += 1
     return {
         _Kind(rows, cols, *alike): slot
         for alike, of_shape in counts.items()

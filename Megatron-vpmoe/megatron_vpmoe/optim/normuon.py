@@ -24,7 +24,8 @@ import torch.distributed as dist
 from megatron_vpmoe.config.memory import FILL_FLOPS, STACK_BYTES
 from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.optim.active_matrices import active_matrices, by_piece
-from megatron_vpmoe.optim.matrix_stacks import MatrixLayout, Member, Stack, layout_flops, matrix_layout, plan_stacks
+from megatron_vpmoe.optim.matrix_layout import MatrixLayout, layout_flops, matrix_layout
+from megatron_vpmoe.optim.matrix_stacks import Member, Stack, plan_stacks
 from megatron_vpmoe.optim.polar_express import Workspace, compute_dtype, polar_express
 from megatron_vpmoe.optim.split_matrices import Split
 
@@ -194,7 +195,7 @@ class NorMuon(torch.optim.Optimizer):
 
         Args:
             closure: refused; gradients are ready when Megatron's optimizer calls this.
-            stepped: called after each stack with the parameters it had part of, and how many indices of dimension 0.
+            stepped: called after each stack with the parameters it had part of, and how many of their elements.
             moved: told of each stack what is added to which parameters; None: that is not written down.
         """
         if closure is not None:
@@ -206,26 +207,33 @@ class NorMuon(torch.optim.Optimizer):
             for i, p in enumerate(group["params"])
             if p.grad is not None
         )
-        params = [self.param_groups[g]["params"][i] for g, i in places]
-        grads = [p.grad for p in params]
-        momenta = [self.state[p]["momentum_buffer"] for p in params]
-        second_moments = [self.state[p]["second_moment"] for p in params]
-        for stack in self._stacks(places):
-            self._step_stack(stack, params, grads, momenta, second_moments, moved)
-            stepped([(params[segment.index], segment.length) for segment in stack.segments])
-        if any(param.is_cuda for param in params):
+        leaves = [self.param_groups[g]["params"][i] for g, i in places]
+        layouts = [self._layouts[g][i] for g, i in places]
+        momenta, second_moments = ([self.state[p][of] for p in leaves] for of in ("momentum_buffer", "second_moment"))
+        params, grads, momenta, second_moments = (
+            [layout.unfused(x) for layout, x in zip(layouts, tensors, strict=True)]
+            for tensors in (leaves, [p.grad for p in leaves], momenta, second_moments)
+        )
+        for stack in self._stacks(places, params, layouts):
+            self._step_stack(stack, leaves, params, grads, momenta, second_moments, moved)
+            stepped([(leaves[segment.index], segment.in_param(params).numel()) for segment in stack.segments])
+        if any(leaf.is_cuda for leaf in leaves):
             self._workspace = Workspace()  # its memory goes to the next forward pass: there fresh buffers cost nothing
 
     def _step_stack(
         self,
         stack: Stack,
+        leaves: Sequence[torch.Tensor],
         params: Sequence[torch.Tensor],
         grads: Sequence[torch.Tensor],
         momenta: Sequence[torch.Tensor],
         second_moments: Sequence[torch.Tensor],
         moved: Moved | None,
     ) -> None:
-        """Update the matrices of ``stack`` and their state in place; the lists are those that its segments index."""
+        """Update the matrices of ``stack`` and their state in place; the lists are those that its segments index.
+
+        ``leaves`` are what ``params`` are views of, for ``moved``.
+        """
         options, split, workspace = self._options, self._split(stack), self._workspace
         lr, weight_decay = (self.param_groups[stack.group][name] for name in ("lr", "weight_decay"))
         dtype = params[stack.segments[0].index].dtype
@@ -249,7 +257,7 @@ class NorMuon(torch.optim.Optimizer):
         if moved is not None:  # written over the update, which has been used
             for matrix, part, target, change in zip(matrices, parts, targets, stack.cut(update_NRC), strict=True):
                 torch.sub(target, matrix, out=change).mul_(part) if weight_decay else torch.mul(target, lr, out=change)
-            moved([params[segment.index] for segment in stack.segments], stack.slots(update_NRC))
+            moved([leaves[segment.index] for segment in stack.segments], stack.slots(update_NRC))
         for matrix, part, target in zip(matrices, parts, targets, strict=True):
             matrix.lerp_(target, part) if weight_decay else matrix.add_(target, alpha=lr)
         stack.put(second_moments, second_moment_NR1, ((momenta, advanced), (params, matrices)))
@@ -272,11 +280,12 @@ class NorMuon(torch.optim.Optimizer):
             return None
         return Split(stack.split, cast(dist.ProcessGroup, self._tp_group))
 
-    def _stacks(self, places: tuple[tuple[int, int], ...]) -> list[Stack]:
-        """The plan over the parameters at (group, index); made once for each set of them."""
+    def _stacks(
+        self, places: tuple[tuple[int, int], ...], params: Sequence[torch.Tensor], layouts: Sequence[MatrixLayout]
+    ) -> list[Stack]:
+        """The plan over the (unfused) parameters at (group, index); made once for each set of them."""
         if places not in self._plans:
-            params = [self.param_groups[g]["params"][i] for g, i in places]
-            members = [Member(p.shape, self._layouts[g][i], g) for p, (g, i) in zip(params, places, strict=True)]
+            members = [Member(p.shape, layout, g) for p, layout, (g, _) in zip(params, layouts, places, strict=True)]
             size, device = (
                 max((p.element_size() for p in params), default=1),
                 params[0].device.type if params else "cpu",

@@ -109,12 +109,12 @@ class ShardedOptimizer(MegatronOptimizer):
             updated: called with pieces as soon as their weights are the new ones, in all with each once.
             moved: told of every piece's update; None: nothing is measured.
         """
-        left: dict[torch.Tensor, int] = {leaf: piece.length for piece, leaf in self._held}
+        left: dict[torch.Tensor, int] = {leaf: leaf.numel() for _, leaf in self._held}
         piece_of = self._piece_of
 
         def stepped(parts: list[tuple[torch.Tensor, int]]) -> None:
-            for leaf, length in parts:
-                left[leaf] -= length
+            for leaf, elements in parts:
+                left[leaf] -= elements
             done = [leaf for leaf in dict.fromkeys(leaf for leaf, _ in parts) if not left[leaf]]
             apart = [leaf for leaf in done if _apart(piece_of[leaf])]
             if apart:
@@ -128,7 +128,7 @@ class ShardedOptimizer(MegatronOptimizer):
             self.optimizer.step()
         else:
             self._step_in_blocks(moved)
-        stepped([(leaf, length) for leaf, length in left.items() if length])  # those without a gradient too
+        stepped([(leaf, elements) for leaf, elements in left.items() if elements])  # those without a gradient too
         return True
 
     def _step_in_blocks(self, moved: Moved) -> None:

@@ -1,7 +1,7 @@
-"""Routed experts as stacked 3-D weights: one product for all experts of a rank, with biases and ReLU².
+"""Routed experts as stacked 3-D weights: one product for all experts of a rank, with biases and ReLU² or SwiGLU.
 
 Shapes: T tokens of K experts each, N rows dispatched to this rank (copies of tokens for one expert), P places of rows
-(``expert_rows``), E local experts, H hidden, F expert FFN width.
+(``expert_rows``), E local experts, H hidden, F expert FFN width, A what the first matrix makes: F, or 2 F with a gate.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from megatron_vpmoe.model.moe.activation import Activation, activation_of
 from megatron_vpmoe.model.moe.expert_rows import GroupedRows, Numbers, layout_of
 from megatron_vpmoe.model.moe.narrow_rows import narrow_rows
 from megatron_vpmoe.model.precision import multiplies_narrow, wide_product
@@ -34,26 +35,27 @@ classes describe it as one global tensor [E, ...] cut along its first axis, so e
 
 
 class _ExpertFeedForward(Function):
-    """For each token the sum over its experts of p (W2 relu(W1 x + b1)² + b2), and its derivative.
+    """For each token the sum over its experts of p (W2 act(W1 x + b1) + b2), and its derivative.
 
-    Written out because autograd would keep every step: here the tokens, relu(W1 x + b1) and p are kept, and rows are
-    gathered again backward. The second bias is a product of p over all experts with the biases, never a row's.
-    The weight p and its gradient stay in their own precision (fp32).
+    Written out because autograd would keep every step: here the tokens, p and, of the first product, what the
+    activation keeps of it are kept, and rows are gathered again backward. The second bias is a product of p over all
+    experts with the biases, never a row's. The weight p and its gradient stay in their own precision (fp32).
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         rows: GroupedRows,
+        activation: Activation,
         x_TH: Tensor,
         p_TK: Tensor,
-        w1_EFH: Tensor,
-        b1_EF: Tensor | None,
+        w1_EAH: Tensor,
+        b1_EA: Tensor | None,
         w2_EHF: Tensor,
         b2_EH: Tensor | None,
     ) -> Tensor:
-        active_PF = rows.linear(rows.gather(x_TH), w1_EFH, b1_EF).relu_()
-        weighted_PF = active_PF.square()
+        kept_PA = activation.kept(rows.linear(rows.gather(x_TH), w1_EAH, b1_EA))
+        weighted_PF = activation.value(kept_PA)
         torch.mul(weighted_PF, rows.spread(p_TK), out=weighted_PF)  # in the precision of p, rounded once
         out_TH = rows.add_up(rows.linear(weighted_PF, w2_EHF, None))
         if b2_EH is not None:
@@ -62,36 +64,39 @@ class _ExpertFeedForward(Function):
                 out_TH.addmm_(p_TE, b2_EH)
             else:
                 out_TH += wide_product(p_TE, b2_EH, p_TK.dtype)
-        ctx.rows, ctx.has_b1 = rows, b1_EF is not None
-        ctx.save_for_backward(x_TH, p_TK, active_PF, w1_EFH, w2_EHF, b2_EH)
+        ctx.rows, ctx.activation, ctx.has_b1 = rows, activation, b1_EA is not None
+        ctx.save_for_backward(x_TH, p_TK, kept_PA, w1_EAH, w2_EHF, b2_EH)
         return out_TH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x_TH, p_TK, active_PF, w1_EFH, w2_EHF, b2_EH = ctx.saved_tensors
+        x_TH, p_TK, kept_PA, w1_EAH, w2_EHF, b2_EH = ctx.saved_tensors
         rows: GroupedRows = ctx.rows
-        grad_TH, p_P1, squared_PF = grad_TH.contiguous(), rows.spread(p_TK), active_PF.square()
+        activation: Activation = ctx.activation
+        grad_TH, p_P1, value_PF = grad_TH.contiguous(), rows.spread(p_TK), activation.value(kept_PA)
         grad_PH = rows.gather(grad_TH)
-        grad_w2 = rows.outer(grad_PH, (squared_PF * p_P1).to(active_PF.dtype))
+        grad_w2 = rows.outer(grad_PH, (value_PF * p_P1).to(kept_PA.dtype))
         grad_PF = rows.linear_transposed(grad_PH, w2_EHF)
         # The router's gradient: of products in its own precision, not of rounded ones.
-        grad_p, grad_b2 = rows.collect((grad_PF.to(p_TK.dtype) * squared_PF).sum(-1)), None
+        grad_p, grad_b2 = rows.collect((grad_PF.to(p_TK.dtype) * value_PF).sum(-1)), None
         if b2_EH is not None:
             grad_p += rows.at_experts(wide_product(grad_TH, b2_EH.t(), p_TK.dtype))
             grad_b2 = wide_product(rows.over_experts(p_TK.to(grad_TH.dtype)).t(), grad_TH, p_TK.dtype).to(b2_EH.dtype)
-        grad_PF = grad_PF.mul_(active_PF).mul_(2.0 * p_P1)
-        grad_w1 = rows.outer(grad_PF, rows.gather(x_TH))
-        grad_b1 = rows.total(grad_PF) if ctx.has_b1 else None
-        grad_x = rows.add_up(rows.linear_transposed(grad_PF, w1_EFH))
-        return None, grad_x, grad_p, grad_w1, grad_b1, grad_w2, grad_b2
+        grad_PA = activation.gradient(grad_PF, kept_PA, p_P1)
+        grad_w1 = rows.outer(grad_PA, rows.gather(x_TH))
+        grad_b1 = rows.total(grad_PA) if ctx.has_b1 else None
+        grad_x = rows.add_up(rows.linear_transposed(grad_PA, w1_EAH))
+        return None, None, grad_x, grad_p, grad_w1, grad_b1, grad_w2, grad_b2
 
 
 class StackedExperts(MegatronModule):
     """The local experts of one MoE layer: fc2(act(fc1(x) + b1)) + b2, weighted by the router's probability.
 
     Parameters (E_local first; every expert's matrix is output by input, as in ``torch.nn.Linear``):
-    ``fc1_weight`` [E, F, H], ``fc1_bias`` [E, F], ``fc2_weight`` [E, H, F], ``fc2_bias`` [E, H].
+    ``fc1_weight`` [E, A, H], ``fc1_bias`` [E, A], ``fc2_weight`` [E, H, F], ``fc2_bias`` [E, H]. With a gate the F
+    rows of its projection stand before the F of the up projection, as in Megatron's gated MLP: two matrices to the
+    optimizer (``matrix_rows``).
 
     ``last_layout`` names the layout that the rule chose last.
     """
@@ -107,10 +112,12 @@ class StackedExperts(MegatronModule):
         self.last_layout: str | None = None
         hidden, ffn, total = config.hidden_size, config.moe_ffn_hidden_size, config.num_moe_experts
         assert ffn is not None and total is not None
-        self.fc1_weight = self._expert_parameter(total, (ffn, hidden), config.init_method)
+        self.activation = activation_of(config.gated_linear_unit)
+        made = 2 * ffn if config.gated_linear_unit else ffn
+        self.fc1_weight = self._expert_parameter(total, (made, hidden), config.init_method)
         self.fc2_weight = self._expert_parameter(total, (hidden, ffn), config.output_layer_init_method)
         if config.add_bias_linear:
-            self.fc1_bias = self._expert_parameter(total, (ffn,), torch.nn.init.zeros_)
+            self.fc1_bias = self._expert_parameter(total, (made,), torch.nn.init.zeros_)
             self.fc2_bias = self._expert_parameter(total, (hidden,), torch.nn.init.zeros_)
         else:
             self.register_parameter("fc1_bias", None)
@@ -155,9 +162,8 @@ class StackedExperts(MegatronModule):
         rows = self._rows(expert_TK, x_TH.dtype, numbers, in_order)
         self.last_layout = rows.name
         with annotated("experts"):
-            out = _ExpertFeedForward.apply(
-                rows, x_TH, p_TK, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias
-            )
+            weights = self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias
+            out = _ExpertFeedForward.apply(rows, self.activation, x_TH, p_TK, *weights)
         return cast(Tensor, out)
 
     def _rows(self, expert_TK: Tensor, dtype: torch.dtype, numbers: Numbers | None, in_order: bool) -> GroupedRows:
@@ -165,7 +171,7 @@ class StackedExperts(MegatronModule):
         experts, precision = self.num_local_experts, self.config.experts_precision
         if precision is None or not self.training:
             return layout_of(expert_TK, experts, dtype, numbers, in_order=in_order)
-        _, ffn, hidden = self.fc1_weight.shape
+        _, hidden, ffn = self.fc2_weight.shape
         return narrow_rows(precision, expert_TK, experts, numbers, hidden=hidden, ffn=ffn, in_order=in_order)
 
     def forward(self, x_NH: Tensor, tokens_per_expert: Tensor, probs_N: Tensor) -> tuple[Tensor, None]:

@@ -87,6 +87,22 @@ def test_a_run_from_before_a_field_went_is_resumed_and_its_geometry_read(
         assert f"unknown key {retired.section}.{name}; it is gone: {retired.reason}" in str(caught.value)
 
 
+@pytest.mark.parametrize(("then", "now"), [(True, 1), (False, 0)])
+def test_a_field_is_read_by_its_old_name(
+    small: Path, child: Callable[..., Path], tmp_path: Path, then: bool, now: int
+) -> None:
+    new = load_config(small, ["--first-dense-layers", str(now)])
+    old = new.model_dump()
+    del old["moe"]["first_dense_layers"]
+    old["moe"]["first_layer_dense"] = then
+    assert provenance_diff(old, new.model_dump()) == []
+    assert RunConfig.model_validate(old) == new
+    (tmp_path / "old.yaml").write_text(json.dumps(old))
+    assert load_config(tmp_path / "old.yaml") == new
+    with pytest.raises(ConfigError, match=r"first_layer_dense; it is moe\.first_dense_layers now \(0 for False, 1 for"):
+        load_config(child(f"moe: {{first_layer_dense: {str(then).lower()}, first_dense_layers: 1}}"))
+
+
 @pytest.mark.parametrize(
     ("objective", "flags", "key"),
     [

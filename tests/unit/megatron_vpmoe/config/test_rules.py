@@ -26,7 +26,7 @@ SERVED = "--teacher-server http://a:1 --served-model x"
         ("--window-attn-skip-freq 1", "tpa", "this schedule has none"),
         ("--window-size null", "tpa", "this schedule has none"),
         ("--window-attn-skip-freq 1 --no-tpa", "window_attn_skip_freq", "no local layer to have it"),
-        ("--num-layers 1 --no-first-layer-dense", "value_residual", "no later one"),
+        ("--num-layers 1 --first-dense-layers 0", "value_residual", "no later one"),
         (
             "--moe-router-topk 1 --moe-router-group-topk 1 --moe-router-score-function softmax",
             "moe_router_score_function",
@@ -56,8 +56,8 @@ SERVED = "--teacher-server http://a:1 --served-model x"
         ("--moe-router-topk 10", "moe_router_topk", "do not hold 10"),
         ("--moe-router-group-topk null", "moe_router_num_groups", "both"),
         ("--moe-router-score-function softmax", "moe_router_enable_expert_bias", "sigmoid"),
-        ("--activation swiglu", "activation", "no gate"),
-        ("--num-layers 1", "first_layer_dense", "no expert would ever be used"),
+        ("--first-dense-layers 9", "first_dense_layers", "first 9 of 8 layers are dense"),
+        ("--num-layers 1", "first_dense_layers", "no expert would ever be used"),
         ("--moe-ffn-hidden-size 30", "moe_ffn_hidden_size", "multiples of 8 in bf16 and of 4"),
         ("--router-dead-experts-warn 85", "router_dead_experts_warn", "comes to 84"),
         ("--router-max-load-warn-pct 25", "router_max_load_warn_pct", "comes to 25.0"),
@@ -133,7 +133,7 @@ SERVED = "--teacher-server http://a:1 --served-model x"
             "together with expert_model_parallel_size",
         ),
         ("--num-layers-in-last-pipeline-stage 3", "pipeline_model_parallel_size", "no effect on a single stage"),
-        ("--pipeline-model-parallel-size 8", "first_layer_dense", "stage 0 holds no layer with experts"),
+        ("--pipeline-model-parallel-size 8", "first_dense_layers", "stage 0 holds no layer with experts"),
         (
             "--pipeline-model-parallel-size 4 --recompute-granularity full --recompute-num-layers 3",
             "recompute_num_layers",
@@ -153,8 +153,8 @@ SERVED = "--teacher-server http://a:1 --served-model x"
         ("--recompute-granularity selective --recompute-modules []", "recompute_modules", "at least one"),
         ("--recompute-granularity selective --recompute-modules [moe,moe]", "recompute_modules", "each part once"),
         (
-            "--recompute-granularity selective --recompute-modules [mlp] --no-first-layer-dense",
-            "first_layer_dense",
+            "--recompute-granularity selective --recompute-modules [mlp] --first-dense-layers 0",
+            "first_dense_layers",
             "every layer has routed experts",
         ),
         (

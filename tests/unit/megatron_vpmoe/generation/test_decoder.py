@@ -81,7 +81,13 @@ def test_cached_logits_equal_uncached(repository: Path, name: str, rows: int) ->
     assert differences(lively(cfg).double(), rows).max() < 1e-5
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_experts": 64, "moe_router_group_topk": 2}, {"window_size": 1}])
+MANY_EXPERTS = {"num_experts": 64, "moe_router_group_topk": 2}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, MANY_EXPERTS, {"window_size": 1}, {"activation": "swiglu"}, {**MANY_EXPERTS, "activation": "swiglu"}],
+)
 @pytest.mark.parametrize("begin", [0, 3, 29])
 def test_a_row_begins_with_a_computed_past(changes: dict[str, object], begin: int) -> None:
     """Within the ring and past its end; few rows of many experts go by gathered experts."""

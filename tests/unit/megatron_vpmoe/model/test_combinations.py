@@ -52,8 +52,8 @@ AXES: dict[str, tuple[dict[str, Any], ...]] = {
     "embeddings": tuple({"untie_embeddings_and_output_weights": on} for on in SWITCH),
     "experts": (
         {"num_experts": None},
-        {"num_experts": 8, "first_layer_dense": True},
-        {"num_experts": 8, "first_layer_dense": False},
+        {"num_experts": 8, "first_dense_layers": 1},
+        {"num_experts": 8, "first_dense_layers": 0},
     ),
     "layers": ({"num_layers": 1}, {"num_layers": 3}),
     "backend": tuple({"attention_backend": name} for name in ("auto", "reference", "sdpa")),

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vpmoe.errors import ConfigError
-from megatron_vpmoe.optim.matrix_stacks import Member, matrix_layout, plan_stacks
+from megatron_vpmoe.optim.matrix_layout import matrix_layout
+from megatron_vpmoe.optim.matrix_stacks import Member, plan_stacks
 
 
 def parameter(*shape: int, rows: object = None, allreduce: bool = True) -> torch.nn.Parameter:
@@ -26,6 +27,9 @@ def test_layouts() -> None:
     assert matrix_layout(parameter(6, 3, rows=(slice(0, 4), slice(4, 6)))).count == 2
     assert matrix_layout(parameter(5, 6, 3)) == ((), 5, True, None)
     assert matrix_layout(parameter(6, 3, allreduce=False)).routed
+    gated = matrix_layout(parameter(5, 6, 3, rows=(slice(0, 3), slice(3, 6))))
+    assert gated == ((), 10, True, None)
+    assert torch.equal(gated.unfused(torch.arange(30).view(5, 6, 1))[3].flatten(), torch.arange(9, 12))
     assert not matrix_layout(parameter(6, 3)).routed
     columns = parameter(6, 3)
     columns.tensor_model_parallel, columns.partition_dim = True, 1  # type: ignore[attr-defined]
@@ -38,6 +42,12 @@ def test_layouts() -> None:
 def test_rows_must_be_partitioned(rows: tuple) -> None:
     with pytest.raises(ConfigError, match="matrix_rows of qkv"):
         matrix_layout(parameter(6, 3, rows=rows), "qkv")
+
+
+@pytest.mark.parametrize("rows", [(slice(0, 4), slice(4, 6)), (slice(3, 6), slice(0, 3))])
+def test_the_matrices_of_an_expert_are_equally_high_and_in_order(rows: tuple) -> None:
+    with pytest.raises(ConfigError, match="matrix_rows of fc1 are of"):
+        matrix_layout(parameter(5, 6, 3, rows=rows), "fc1")
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 2, 2, 2)])

@@ -9,7 +9,8 @@ import torch
 
 from megatron_vpmoe.config.memory import FILL_FLOPS
 from megatron_vpmoe.errors import ConfigError
-from megatron_vpmoe.optim.matrix_stacks import Member, matrix_layout, plan_stacks
+from megatron_vpmoe.optim.matrix_layout import matrix_layout
+from megatron_vpmoe.optim.matrix_stacks import Member, plan_stacks
 from megatron_vpmoe.optim.normuon import NorMuon, NorMuonOptions, row_factors
 from megatron_vpmoe.optim.polar_express import polar_express
 

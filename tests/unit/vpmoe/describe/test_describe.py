@@ -61,7 +61,7 @@ def test_every_layer_is_of_one_kind(cfg: RunConfig) -> None:
 )
 def test_rows_of_the_table(repository: Path, layers: int, frequency: int, expected: list[str]) -> None:
     flags = ["--num-layers", str(layers), "--window-attn-skip-freq", str(frequency)]
-    flags += ["--no-value-residual", "--no-first-layer-dense", "--router-dead-experts-warn", "null"] * (layers == 1)
+    flags += ["--no-value-residual", "--first-dense-layers", "0", "--router-dead-experts-warn", "null"] * (layers == 1)
     stack = layer_geometries(load_config(repository / "configs" / "vpmoe_stage1.yaml", flags))
     assert [numbers_of(members) for members in kinds(stack)] == expected
 

@@ -28,15 +28,20 @@ def looped(experts: StackedExperts, x: torch.Tensor, counts: torch.Tensor, probs
         hidden = x[rows] @ experts.fc1_weight[e].T
         if experts.fc1_bias is not None:
             hidden = hidden + experts.fc1_bias[e]
-        out = torch.relu(hidden) ** 2 @ experts.fc2_weight[e].T
+        gate, up = hidden.chunk(2, dim=1)
+        active = torch.sigmoid(gate) * gate * up if experts.config.gated_linear_unit else torch.relu(hidden) ** 2
+        out = active @ experts.fc2_weight[e].T
         if experts.fc2_bias is not None:
             out = out + experts.fc2_bias[e]
         outs.append(out * probs[rows, None])
     return torch.cat(outs)
 
 
-def random_experts(dtype: torch.dtype, *, biases: bool = True) -> StackedExperts:
-    cfg = tiny_config(add_bias_linear=biases)
+ACTIVATIONS = ["squared_relu", "swiglu"]
+
+
+def random_experts(dtype: torch.dtype, *, biases: bool = True, activation: str = "squared_relu") -> StackedExperts:
+    cfg = tiny_config(add_bias_linear=biases, activation=activation)
     experts = StackedExperts(8, transformer_config(cfg), get_default_pg_collection()).to(dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -53,6 +58,7 @@ def use(layout: type[GroupedRows], monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("counts", LOADS)
 @pytest.mark.parametrize(
@@ -61,6 +67,7 @@ def use(layout: type[GroupedRows], monkeypatch: pytest.MonkeyPatch) -> None:
 def test_equals_a_loop(
     counts: tuple[int, ...],
     biases: bool,
+    activation: str,
     layout: type[GroupedRows],
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
@@ -68,7 +75,7 @@ def test_equals_a_loop(
     """Output, and gradients of the input, of the router's weights and of every parameter; also of experts without a
     token, whose gradient is zero."""
     use(layout, monkeypatch)
-    experts = random_experts(dtype, biases=biases)
+    experts = random_experts(dtype, biases=biases, activation=activation)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(sum(counts), 32, generator=generator, dtype=dtype, requires_grad=True)
     probs = torch.rand(sum(counts), generator=generator, dtype=dtype, requires_grad=True)
@@ -86,19 +93,21 @@ def test_equals_a_loop(
         torch.testing.assert_close(g, torch.zeros_like(g) if w is None else w, **exact)
 
 
-def test_gradient_by_finite_differences() -> None:
-    experts = random_experts(torch.float64)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradient_by_finite_differences(activation: str) -> None:
+    experts = random_experts(torch.float64, activation=activation)
     x = torch.randn(6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True)
     probs = torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
     counts = torch.tensor([2, 0, 3, 0, 0, 0, 0, 1])
     assert torch.autograd.gradcheck(lambda x, p: experts(x, counts, p)[0], (x, probs))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("layout", [GroupedRows, PaddedRows])
-def test_bf16_agrees_with_fp32(layout: type[GroupedRows], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_agrees_with_fp32(layout: type[GroupedRows], activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use(layout, monkeypatch)
-    exact = random_experts(torch.bfloat16).float()
-    rounded = random_experts(torch.bfloat16)
+    exact = random_experts(torch.bfloat16, activation=activation).float()
+    rounded = random_experts(torch.bfloat16, activation=activation)
     counts, generator = torch.tensor(LOADS[0]), torch.Generator().manual_seed(4)
     x = torch.randn(24, 32, generator=generator).bfloat16()
     probs = torch.rand(24, generator=generator)
