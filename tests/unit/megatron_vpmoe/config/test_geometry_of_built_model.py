@@ -19,9 +19,10 @@ VARIANTS = {
     "rotary everywhere": "--local-position-embedding rope --global-position-embedding rope",
     "no window": "--window-size null --no-tpa",
     "dense SwiGLU": f"--num-experts null {NO_WARNING} --activation swiglu",
+    "gated experts": "--activation swiglu",
     "tied embeddings": "--no-untie-embeddings-and-output-weights",
     "no shared expert": "--moe-shared-expert-intermediate-size null",
-    "sparse first layer": "--no-first-layer-dense --window-attn-skip-freq 3",
+    "sparse first layer": "--first-dense-layers 0 --window-attn-skip-freq 3",
 }
 # Qwen3-0.6B's is the published number of parameters.
 SHIPPED = {
@@ -38,6 +39,7 @@ SHIPPED = {
     "nano/vpdense_16.yaml": 1_494_703,
     "nano/vpmoe_16.yaml": 3_529_903,
     "nano/stage1.yaml": 879_115,
+    "nano_moe/nano_moe.yaml": 11_327_424,
 }
 
 
@@ -60,6 +62,13 @@ def test_variant(small: Path, single_process: None, name: str) -> None:
 def test_shipped(repository: Path, single_process: None, name: str) -> None:
     cfg = load_config(repository / "configs" / name, ["--expert-model-parallel-size", "1"])
     assert parameter_count(cfg).total == built(cfg) == SHIPPED[name]
+
+
+def test_nano_moe_is_the_size_that_was_asked_for(repository: Path) -> None:
+    """11.33 M parameters, 7.79 M active; its vocabulary has no padding."""
+    cfg = load_config(repository / "configs" / "nano_moe" / "nano_moe.yaml")
+    count = parameter_count(cfg)
+    assert (count.total, count.active, cfg.model.padded_vocab_size) == (11_327_424, 7_788_480, 10_000)
 
 
 def test_the_docs_have_the_sizes(repository: Path) -> None:
