@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ QWEN3 = {
     "untie_embeddings_and_output_weights": False,
 }
 # Name -> overrides of the tiny vpMoE: the rungs of the ladder, then single parts switched.
-STUDENTS: dict[str, dict[str, object]] = {
+STUDENTS: dict[str, dict[str, Any]] = {
     "vpMoE": {},
     "vpDense full": DENSE,
     "vpDense shape only": SHAPE_ONLY,
@@ -105,7 +107,7 @@ def student_of(cfg: RunConfig) -> Student:
     )
 
 
-def lively_model(dtype: torch.dtype = torch.float32, **changes: object) -> VPModel:
+def lively_model(dtype: torch.dtype = torch.float32, **changes: Any) -> VPModel:
     """A model whose sinks, biases, norms, mixes and frequencies are off their initial values: all take part."""
     model = build_model(tiny_config(**changes))
     generator = torch.Generator().manual_seed(3)

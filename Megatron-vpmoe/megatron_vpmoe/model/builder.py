@@ -53,7 +53,7 @@ def _declare_gate_and_up(model: VPModel) -> None:
     """Megatron stacks a gated feed-forward's gate over its up projection: two matrices to the optimizer."""
     for module in model.modules():
         if isinstance(module, MLP | StackedExperts):
-            weight = module.fc1_weight if isinstance(module, StackedExperts) else module.linear_fc1.weight
+            weight: Any = module.fc1_weight if isinstance(module, StackedExperts) else module.linear_fc1.weight
             half = weight.shape[-2] // 2
             weight.matrix_rows = (slice(0, half), slice(half, 2 * half))
 

@@ -195,7 +195,7 @@ def test_a_dense_run_is_not_bothered_by_expert_rules(small: Path) -> None:
 
 def test_rules_name_fields_that_exist(small: Path) -> None:
     flags = "--tensor-model-parallel-size 2 --num-query-groups 3 --min-lr 1 --keep-every 7 --num-experts 15"
-    for problem in find_problems(_unchecked(small, flags.split()), world_size=7):
+    for problem in find_problems(_unchecked(small, [*flags.split()]), world_size=7):
         assert set(problem.names) <= set(fields())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_cached_logits_equal_uncached(repository: Path, name: str, rows: int) ->
     assert differences(lively(cfg).double(), rows).max() < 1e-5
 
 
-MANY_EXPERTS = {"num_experts": 64, "moe_router_group_topk": 2}
+MANY_EXPERTS: dict[str, Any] = {"num_experts": 64, "moe_router_group_topk": 2}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ MANY_EXPERTS = {"num_experts": 64, "moe_router_group_topk": 2}
     [{}, MANY_EXPERTS, {"window_size": 1}, {"activation": "swiglu"}, {**MANY_EXPERTS, "activation": "swiglu"}],
 )
 @pytest.mark.parametrize("begin", [0, 3, 29])
-def test_a_row_begins_with_a_computed_past(changes: dict[str, object], begin: int) -> None:
+def test_a_row_begins_with_a_computed_past(changes: dict[str, Any], begin: int) -> None:
     """Within the ring and past its end; few rows of many experts go by gathered experts."""
     assert differences(lively(tiny_config(**changes)).double(), 2, begin=begin).max() < 1e-5
 

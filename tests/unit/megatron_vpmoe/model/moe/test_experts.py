@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -85,7 +87,7 @@ def test_equals_a_loop(
     expected = looped(experts, x, tokens, probs)
     assert bias is None
     weight = torch.randn(out.shape, generator=generator, dtype=dtype)
-    exact = {"rtol": 1e-11, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-2}
+    exact: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-2}
     torch.testing.assert_close(out, expected, **exact)
     got = torch.autograd.grad((out * weight).sum(), inputs)
     want = torch.autograd.grad((expected * weight).sum(), inputs, allow_unused=True)
