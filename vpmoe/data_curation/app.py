@@ -20,12 +20,14 @@ from vpmoe.data_curation.look.inspect import ALTERNATIVES, write_page
 from vpmoe.data_curation.look.inspect import inspect as show
 from vpmoe.data_curation.tasks import question_texts
 from vpmoe.data_curation.tasks import synth_mini as mini
+from vpmoe.data_curation.tasks.stories.app import app as stories
 from vpmoe.errors import DataError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Datasets: build, verify, inspect, compare, and the generated one."
 )
 app.add_typer(builders)
+app.add_typer(stories)
 
 _Folder = Annotated[Path, typer.Argument(help="folder with a manifest.json")]
 

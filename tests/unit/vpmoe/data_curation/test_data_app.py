@@ -18,7 +18,7 @@ from vpmoe.tokenizer import load_tokenizer
 
 def test_help_lists_the_commands() -> None:
     shown = CliRunner().invoke(app, ["--help"]).output
-    for command in ("verify", "inspect", "synth-mini"):
+    for command in ("verify", "inspect", "synth-mini", "stories", "story-prompts"):
         assert command in shown
 
 

@@ -1,0 +1,163 @@
+"""Whether a text keeps to what was asked of a story: who leads it, words that must be in it, words that must not.
+
+The one rule for everybody: what the templates write, what a served model writes, and what a trained model generates.
+
+**Words** are compared whole and whatever their case. A word is there in any of these forms: itself; with ``'s``;
+with ``s``, ``es``, ``ed``, ``d`` or ``ing`` behind it; with a final ``e`` dropped before ``ing``; with a final ``y``
+behind a consonant as ``ies`` or ``ied``; with its final consonant doubled before ``ed`` or ``ing``. Other forms
+(``mice``, ``ran``) are other words.
+
+**The protagonist** is right if the name is in the text; no other name comes before it or more often; the kind is in
+the text; and nothing introduces the name as another kind (``a bear named Pip`` where Pip is a fox). Names are those
+that the stories have, and any word with a capital behind ``named`` or ``called``; they are compared with their case.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from vpmoe.data_curation.tasks.stories.content import kinds, names
+from vpmoe.errors import DataError
+
+_WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
+_INTRODUCED = re.compile(r"\b(\w+)\s+(?:named|called)\s+([^\W\d_]\w*)")
+_VOWELS = frozenset("aeiou")
+
+
+@dataclass(frozen=True, slots=True)
+class StoryCheck:
+    """How a text stands to its constraints.
+
+    Attributes:
+        required_present: all required words are there.
+        missing: required words that are not.
+        protagonist_right: see the module.
+        banned_present: banned words that are there.
+    """
+
+    required_present: bool
+    missing: tuple[str, ...]
+    protagonist_right: bool
+    banned_present: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """All that was asked is kept."""
+        return self.required_present and self.protagonist_right and not self.banned_present
+
+
+@dataclass(frozen=True, slots=True)
+class Constraints:
+    """What is asked of a story.
+
+    Attributes:
+        name, kind: of the protagonist.
+        theme: what it is about; no rule can check it.
+        required, banned: words.
+    """
+
+    name: str
+    kind: str
+    theme: str
+    required: tuple[str, ...]
+    banned: tuple[str, ...]
+
+    @classmethod
+    def of_row(cls, constraints: Mapping[str, Any], source: str | None = None) -> Constraints:
+        """Those of a row (``protagonist`` with ``name`` and ``kind``, ``theme``, ``required_words``, ``banned_words``).
+
+        Raises:
+            DataError: one is missing or of another type.
+        """
+        try:
+            hero = constraints["protagonist"]
+            read = cls(
+                hero["name"],
+                hero["kind"],
+                constraints["theme"],
+                tuple(constraints["required_words"]),
+                tuple(constraints["banned_words"]),
+            )
+            if not isinstance(read.theme, str):
+                raise TypeError("the theme is no text")
+            for word in (read.name, read.kind, *read.required, *read.banned):
+                if not _WORD.fullmatch(word) or _plain(word) != word:
+                    raise TypeError(f"{word!r} is not one word")
+        except (KeyError, TypeError, IndexError) as error:
+            raise DataError(
+                f"these are no constraints of a story: {error}",
+                source=source,
+                remedy="give protagonist {name, kind}, theme, required_words and banned_words, as story-prompts writes",
+            ) from error
+        return read
+
+    def as_row(self) -> dict[str, Any]:
+        """As :meth:`of_row` reads them."""
+        return {
+            "protagonist": {"name": self.name, "kind": self.kind},
+            "theme": self.theme,
+            "required_words": list(self.required),
+            "banned_words": list(self.banned),
+        }
+
+
+def check_story(text: str, constraints: Constraints | Mapping[str, Any]) -> StoryCheck:
+    """Hold a text to its constraints.
+
+    Args:
+        text: any text.
+        constraints: what was asked, or the ``constraints`` of a row.
+
+    Raises:
+        DataError: the constraints are none.
+    """
+    asked = constraints if isinstance(constraints, Constraints) else Constraints.of_row(constraints)
+    words = words_of(text)
+    missing = tuple(word for word in asked.required if not is_in(word, words))
+    banned = tuple(word for word in asked.banned if is_in(word, words))
+    return StoryCheck(not missing, missing, _leads(text, words, asked), banned)
+
+
+def words_of(text: str) -> frozenset[str]:
+    """The words of a text in lower case, straight apostrophes in them."""
+    return frozenset(word.replace("’", "'") for word in _WORD.findall(text.lower()))
+
+
+def is_in(word: str, words: frozenset[str]) -> bool:
+    """Whether a word is among those of :func:`words_of`, in one of its forms."""
+    return not words.isdisjoint(_forms(word.lower().replace("’", "'").strip()))
+
+
+@lru_cache(4096)
+def _forms(word: str) -> frozenset[str]:
+    forms = {word, *(word + ending for ending in ("'s", "s", "es", "ed", "d", "ing"))}
+    if word.endswith("e"):
+        forms.add(word[:-1] + "ing")
+    if len(word) > 2 and word[-1] == "y" and word[-2] not in _VOWELS:
+        forms |= {word[:-1] + "ies", word[:-1] + "ied"}
+    if len(word) > 2 and word[-1] not in "aeiouwxy" and word[-2] in _VOWELS and word[-3] not in _VOWELS:
+        forms |= {word + word[-1] + "ed", word + word[-1] + "ing"}
+    return frozenset(forms)
+
+
+def _leads(text: str, words: frozenset[str], asked: Constraints) -> bool:
+    introduced: Sequence[tuple[str, str]] = _INTRODUCED.findall(text)
+    known = names() | {asked.name} | {name for _, name in introduced if name[0].isupper()}
+    named = [name for name in _WORD.findall(text) for name in [_plain(name)] if name in known]
+    if not named or named[0] != asked.name or not is_in(asked.kind, words):
+        return False
+    counts = Counter(named)
+    if counts[asked.name] < max(counts.values()):
+        return False
+    said = {kind.lower() for kind, name in introduced if name == asked.name}
+    return not said & (kinds() - {asked.kind.lower()})
+
+
+def _plain(name: str) -> str:
+    """A name without its ``'s``."""
+    return re.sub(r"['’]s?$", "", name)

@@ -1,0 +1,210 @@
+"""``vpmoe data story-prompts``: stories that were asked for, and the constraints that they keep to.
+
+A prompt asks for a protagonist, a theme, two or three words that have to come and one or two that must not. What has to
+come is of the plot, so that its story has it; what must not are words that another wording of the same plot has. Each
+row is held to :func:`checker.check_story` before it is written.
+
+The split is decided by the hash of what is asked together (protagonist, theme, required words): no such combination is
+in two splits, whatever the seed. A row is a pure function of seed and index.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vpmoe import steps
+from vpmoe.data_curation.tasks.family import hash_of
+from vpmoe.data_curation.tasks.stories.checker import Constraints, check_story, is_in, words_of
+from vpmoe.data_curation.tasks.stories.content import content, with_article
+from vpmoe.data_curation.tasks.stories.corpus import (
+    TEST_FRACTION,
+    VALID_FRACTION,
+    VERSION,
+    check_rows,
+    write_rows,
+)
+from vpmoe.data_curation.tasks.stories.plots import (
+    Plot,
+    character,
+    check_fractions,
+    number_of,
+    plot,
+    split_of,
+)
+from vpmoe.data_curation.tasks.stories.telling import pick, tell, worded
+
+LONGEST = 120
+"""Words of a completion."""
+_SHARED = ("place", "weather", "sight", "treat")
+_OTHER_WORDINGS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a row asks for, and a story that keeps to it.
+
+    Attributes:
+        plot: of the story.
+        constraints: what is asked.
+        prompt: the same in words.
+        story: keeps to the constraints.
+        wording: seed of its wording, which another protagonist's story of the plot may take too.
+        needed: names of the words of the plot that were asked for.
+    """
+
+    plot: Plot
+    constraints: Constraints
+    prompt: str
+    story: str
+    wording: int
+    needed: tuple[str, ...]
+
+    @property
+    def combination(self) -> str:
+        """What must not be in two splits."""
+        asked = self.constraints
+        return f"{asked.name} {asked.kind} {asked.theme} {' '.join(sorted(asked.required))}"
+
+
+def ask(seed: int, index: int) -> Asked:
+    """What row ``index`` under ``seed`` asks for.
+
+    Raises:
+        DataError: there are not so many plots.
+    """
+    number = number_of(seed, index)
+    chosen = plot(number)
+    for attempt in itertools.count():
+        wording = hash_of(f"prompt {seed} {number} {attempt}")
+        draw = random.Random(wording)
+        needed = _needed(chosen, draw)
+        story = tell(chosen, random.Random(wording), long=False, needed=needed)
+        banned = _banned(chosen, needed, story, wording, draw)
+        required = tuple(chosen.chosen[name] for name in needed)
+        asked = Constraints(chosen.hero.name, chosen.hero.kind, chosen.scene.theme, required, banned)
+        if banned and len(story.split()) <= LONGEST and check_story(story, asked).passed:
+            return Asked(chosen, asked, _prompt(chosen, asked, draw), story, wording, needed)
+    raise AssertionError("unreachable")
+
+
+def make_prompt(
+    seed: int, index: int, valid_fraction: float = VALID_FRACTION, test_fraction: float = TEST_FRACTION
+) -> dict[str, Any]:
+    """Row ``index`` of instructions: ``id``, ``split``, ``prompt``, ``completion``, ``constraints``."""
+    asked = ask(seed, index)
+    return {
+        "id": f"story_prompt_{seed}_{index:08d}",
+        "split": split_of(asked.combination, valid_fraction, test_fraction),
+        "prompt": asked.prompt,
+        "completion": asked.story,
+        "constraints": asked.constraints.as_row(),
+    }
+
+
+def make_pair(
+    seed: int, index: int, valid_fraction: float = VALID_FRACTION, test_fraction: float = TEST_FRACTION
+) -> dict[str, Any]:
+    """Row ``index`` of pairs: ``id``, ``split``, ``prompt``, ``chosen``, ``rejected``, ``constraints``.
+
+    ``rejected`` is the chosen story with another protagonist, word for word: all that is wrong with it.
+    """
+    asked = ask(seed, index)
+    return {
+        "id": f"story_pair_{seed}_{index:08d}",
+        "split": split_of(asked.combination, valid_fraction, test_fraction),
+        "prompt": asked.prompt,
+        "chosen": asked.story,
+        "rejected": _rejected(asked),
+        "constraints": asked.constraints.as_row(),
+    }
+
+
+def generate(
+    output_dir: Path,
+    *,
+    rows: int,
+    seed: int,
+    pairs: bool = False,
+    valid_fraction: float = VALID_FRACTION,
+    test_fraction: float = TEST_FRACTION,
+    overwrite: bool = False,
+    quiet: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, int]:
+    """Write instructions, or pairs, unless they are there; returns the rows of each split.
+
+    Raises:
+        DataError: no rows, more than there are plots, or shares that are none.
+        NotOursError, BusyError: see :func:`vpmoe.steps.run`.
+    """
+    check_rows(rows)
+    check_fractions(valid_fraction, test_fraction)
+    decides = {"rows": rows, "seed": seed, "pairs": pairs}
+    decides |= {"valid_fraction": valid_fraction, "test_fraction": test_fraction}
+    make_row = make_pair if pairs else make_prompt
+
+    def make(work: steps.Work) -> dict[str, Any]:
+        made = (make_row(seed, index, valid_fraction, test_fraction) for index in range(rows))
+        return {"rows": write_rows(work.folder, made, rows, "prompts", quiet=quiet)}
+
+    step = steps.Step("story_prompts", VERSION, output_dir, decides)
+    return steps.run(step, make, overwrite=overwrite, check_hashes=True, say=say)["report"]["rows"]
+
+
+def _needed(chosen: Plot, draw: random.Random) -> tuple[str, ...]:
+    """Names of two or three words of the plot, in any order; none is a word that says who somebody is."""
+    taken = (chosen.hero.kind, chosen.friend.kind)
+    names = [name for name in (*chosen.scene.words, *_SHARED) if chosen.chosen[name] not in taken]
+    draw.shuffle(names)
+    return tuple(names[: pick((2, 3), draw)])
+
+
+def _banned(chosen: Plot, needed: tuple[str, ...], story: str, wording: int, draw: random.Random) -> tuple[str, ...]:
+    """One or two words that other wordings of the plot have and this story has not; none where there are no such."""
+    others: set[str] = set()
+    for other in range(1, 1 + _OTHER_WORDINGS):
+        others |= words_of(tell(chosen, random.Random(wording + other), long=False, needed=needed))
+    here = words_of(story)
+    found = [word for word in content().words["banned"] if word in others and not is_in(word, here)]
+    draw.shuffle(found)
+    return tuple(found[: pick((1, 2), draw)])
+
+
+def _prompt(chosen: Plot, asked: Constraints, draw: random.Random) -> str:
+    """The constraints in words, the request first and the others in any order."""
+    asking = content().asking
+    slots = {"hero": asked.name, "kind": asked.kind, "a_size": with_article(chosen.size), "theme": asked.theme}
+    slots["who"] = worded(asking["who"], slots, draw)
+    parts = [
+        worded(asking["themes"], slots, draw),
+        worded(asking["required"], {"words": _listed(asked.required, draw)}, draw),
+        worded(asking["banned"], {"words": _listed(asked.banned, draw)}, draw),
+    ]
+    draw.shuffle(parts)
+    return " ".join([worded(asking["requests"], slots, draw), *parts])
+
+
+def _listed(words: tuple[str, ...], draw: random.Random) -> str:
+    if draw.random() < 0.25:
+        words = tuple(f'"{word}"' for word in words)
+    *first, last = words
+    return f"{', '.join(first)}{pick((' and ', ', '), draw)}{last}" if first else last
+
+
+def _rejected(asked: Asked) -> str:
+    """The story with a protagonist of another name and kind, in the same wording."""
+    words, hero = content().words, asked.plot.hero
+    taken = {hero.kind, asked.plot.friend.kind, *asked.constraints.required, *asked.constraints.banned}
+    draw = random.Random(hash_of(f"rejected {asked.wording}"))
+    names = [name for name in words["she" if hero.female else "he"] if name != hero.name]
+    others = [character(pick(names, draw), kind, hero.female) for kind in words["kinds"]]
+    other = pick([other for other in others if other.kind not in taken], draw)
+    told = tell(replace(asked.plot, hero=other), random.Random(asked.wording), long=False, needed=asked.needed)
+    check = check_story(told, asked.constraints)
+    assert check.required_present and not check.banned_present and not check.protagonist_right, told
+    return told
