@@ -52,6 +52,7 @@ VERBS = {
     "app": ("vpmoe.app.app:app", "Look at runs, routing, models, data and reports in a browser."),
     "model": ("vpmoe.describe.app:app", "Look at what a configuration builds."),
     "runs": ("vpmoe.runs.app:app", "The runs so far: list, compare, plot, export, ask in SQL, tag, remove."),
+    "make-plots": ("vpmoe.runs.figures_app:app", "All figures of runs and of their models, over many prompts."),
     "checkpoint": ("vpmoe.checkpoints.app:app", "Inspect a checkpoint, verify its files, compare two."),
     "hf": ("vpmoe.hf.app:app", "To HF directories and back."),
     "upcycle": ("vpmoe.upcycle.app:app", "Climb from Qwen3-0.6B to vpMoE, object by object."),

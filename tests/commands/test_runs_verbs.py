@@ -20,6 +20,7 @@ from tests.fixtures_dataset import small_dataset
 from tests.unit.vpmoe.runs.written_runs import write_run
 from vpmoe.cli import main
 from vpmoe.errors import DataError, NotOursError
+from vpmoe.runs.panels import of_tags
 from vpmoe.runs.plots import plot
 from vpmoe.runs.queries import last_values, series
 from vpmoe.runs.registry import find_run, list_runs
@@ -42,11 +43,11 @@ def test_a_picture_replaces_only_pictures_of_ours(store: Path, tmp_path: Path) -
     write_run(store, "b", started=0.0)
     output = tmp_path / "runs.png"
     for smoothing in (0.0, 0.9):
-        plot(list_runs(store), ["loss/total", "lr"], output, by="tokens", smoothing=smoothing, log_y=True)
+        plot(list_runs(store), of_tags(["loss/total", "lr"]), output, by="tokens", smoothing=smoothing, log_y=True)
         assert Image.open(output).size[0] > 1000
     output.write_bytes(b"mine")
     with pytest.raises(NotOursError):
-        plot(list_runs(store), ["lr"], output)
+        plot(list_runs(store), of_tags(["lr"]), output)
     assert output.read_bytes() == b"mine"
 
 
@@ -56,14 +57,14 @@ def test_names_in_a_picture_are_no_formulas(store: Path, tmp_path: Path) -> None
         stream.write(json.dumps({"step": 1, "tag": "$\\frac{$", "value": 1.0}) + "\n")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plot(list_runs(store), ["lr", "$\\frac{$"], tmp_path / "runs.png")
+        plot(list_runs(store), of_tags(["lr", "$\\frac{$"]), tmp_path / "runs.png")
     assert Image.open(tmp_path / "runs.png").size[0] > 1000
 
 
 def test_a_picture_of_nothing_is_refused(store: Path, tmp_path: Path) -> None:
     write_run(store, "a", tokens_per_step=None)
     with pytest.raises(DataError, match="over tokens"):
-        plot(list_runs(store), ["lr"], tmp_path / "x.png", by="tokens")
+        plot(list_runs(store), of_tags(["lr"]), tmp_path / "x.png", by="tokens")
 
 
 def test_the_verbs(

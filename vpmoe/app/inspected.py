@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas
 
-from vpmoe.app.inspection import LayerAttention, LayerRouting
 from vpmoe.app.shown import coloured, label
+from vpmoe.eval.inspection import LayerAttention, LayerRouting
 
 if TYPE_CHECKING:
     import altair

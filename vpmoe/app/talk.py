@@ -15,6 +15,7 @@ from vpmoe.app.shown import SPAN_COLOURS, coloured
 from vpmoe.eval.asking import Form
 from vpmoe.eval.conversation import Answer, Outcome, open_conversation
 from vpmoe.eval.display import spell
+from vpmoe.eval.pace import continued
 from vpmoe.harmony.conversation import Message
 
 _BETWEEN = 0.05
@@ -120,11 +121,11 @@ def note_of(outcome: Outcome, answer: Answer, *, only_valid: bool) -> str:
 
 def figures_of(outcome: Outcome, *, cached: bool) -> str:
     """How fast an answer came, in words."""
-    rate = outcome.tokens_per_second
+    pace, rate = outcome.pace, outcome.pace.tokens_per_second
     told = [
-        f"{outcome.tokens:,} tokens",
+        f"{pace.tokens:,} tokens",
         *([] if rate is None else [f"{rate:,.1f} tokens/s"]),
-        f"first after {outcome.prefill_seconds:.2f} s ({outcome.prompt_tokens:,} of prompt)",
+        f"first after {pace.prefill_seconds:.2f} s ({outcome.prompt_tokens:,} of prompt)",
         f"KV cache {'on' if cached else 'off'}",
     ]
     return ", ".join(told)
@@ -145,21 +146,20 @@ def turn_html(turn: Turn) -> str:
 def measure(held: Held, question: str, settings: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
     """How fast a model answers with its KV cache and without, greedily and for as many tokens each time: a row each."""
     rows = []
-    draw = {"temperature": 0.0, "max_new_tokens": tokens}
     for cached in (True, False):
         with held.used() as opened:
-            conversation = open_conversation(
-                opened, **{**settings, "draw": draw, "cached": cached, "only_valid": False}
-            )
-            outcome = conversation.ask(question, Answer(conversation.form))
-        rate = outcome.tokens_per_second
+            conversation = open_conversation(opened, **{**settings, "only_valid": False})
+            ids = conversation.prompt(question)
+            new = min(tokens, conversation.context - len(ids))
+            done, pace = continued(opened.model, ids, new, conversation.form.stop_ids, cached=cached)
+        rate = pace.tokens_per_second
         rows.append(
             {
                 "KV cache": "on" if cached else "off",
-                "tokens": outcome.tokens,
+                "tokens": pace.tokens,
                 "tokens/s": None if rate is None else round(rate, 1),
-                "first token, s": round(outcome.prefill_seconds, 3),
-                "ids": " ".join(map(str, outcome.completion.ids[:12])) if outcome.completion else "",
+                "first token, s": round(pace.prefill_seconds, 3),
+                "ids": " ".join(map(str, done.ids[:12])),
             }
         )
     return rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vpmoe.errors import DataError, HarmonyError
 from vpmoe.eval.asking import AsConversation, AsText, Form, form_of
 from vpmoe.eval.display import spell
+from vpmoe.eval.pace import Pace
 from vpmoe.harmony.conversation import Message, check_text
 from vpmoe.harmony.parse import Judgement
 from vpmoe.harmony.prompts import with_reasoning_effort
@@ -98,23 +98,14 @@ class Outcome:
         completion: None where it was interrupted.
         judgement: None without a completion.
         fills_context: the answer may have no more tokens than the context leaves, fewer than the options allow.
-        prefill_seconds: until the first token.
-        decode_seconds: from the first token to the last.
-        tokens: that came, also of one that was interrupted.
+        pace: of its tokens, also where it was interrupted.
     """
 
     prompt_tokens: int
     completion: Completion | None
     judgement: Judgement | None
     fills_context: bool
-    prefill_seconds: float
-    decode_seconds: float
-    tokens: int
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Of the tokens after the first one; None where there are none."""
-        return (self.tokens - 1) / self.decode_seconds if self.tokens > 1 and self.decode_seconds > 0 else None
+    pace: Pace
 
 
 @dataclass
@@ -133,6 +124,22 @@ class Conversation:
     cached: bool = True
     messages: list[Message] = field(default_factory=list)
 
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of the conversation with the user's next message, up to the answer.
+
+        Raises:
+            HarmonyError: the text cannot be said.
+            DataError: the context is full.
+        """
+        check_text(text, "your message")
+        prompt = self.form.prompt(text) if isinstance(self.form, AsText) else self.form.prompt(text, self.messages)
+        if len(prompt) >= self.context:
+            raise DataError(
+                f"the context of {self.context:,} tokens is full: with this message there would be {len(prompt):,}",
+                remedy="begin a new conversation, or allow a wider context. Nothing was dropped",
+            )
+        return prompt
+
     def ask(self, text: str, answer: Answer, stop: Callable[[], bool] | None = None) -> Outcome:
         """Let the model answer the user's next message; a turn without a final one, even in part, does not count.
 
@@ -142,27 +149,19 @@ class Conversation:
             stop: asked before each token; True gives the answer up.
 
         Raises:
-            HarmonyError: the text cannot be said.
-            DataError: the context is full.
+            HarmonyError, DataError: as :meth:`prompt`.
         """
         from megatron_vpmoe.generation.engine import generate
         from megatron_vpmoe.generation.prompts import Prompt
 
-        check_text(text, "your message")
-        prompt = self.form.prompt(text) if isinstance(self.form, AsText) else self.form.prompt(text, self.messages)
+        prompt = self.prompt(text)
         room = self.context - len(prompt)
-        if room < 1:
-            raise DataError(
-                f"the context of {self.context:,} tokens is full: with this message there would be {len(prompt):,}",
-                remedy="begin a new conversation, or allow a wider context. Nothing was dropped",
-            )
-        times: list[float] = []
+        pace = Pace()
 
         def watch(completion: Completion) -> None:
-            times.append(time.perf_counter())
+            pace.tick()
             answer.take(completion.ids[-1])
 
-        began = time.perf_counter()
         done = generate(
             self.model,
             [Prompt(prompt, max_new_tokens=room)],
@@ -180,9 +179,7 @@ class Conversation:
             completion=done[0] if done else None,
             judgement=self.form.judge(done[0].ids) if done else None,
             fills_context=room < self.options.max_new_tokens,
-            prefill_seconds=times[0] - began if times else 0.0,
-            decode_seconds=times[-1] - times[0] if times else 0.0,
-            tokens=len(times),
+            pace=pace,
         )
 
 

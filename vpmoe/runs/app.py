@@ -12,6 +12,7 @@ import typer
 
 from megatron_vpmoe.errors import visible
 from vpmoe.errors import DataError
+from vpmoe.runs.panels import FIGURES
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +23,7 @@ app = typer.Typer(
 
 By = StrEnum("By", ["step", "tokens", "time"])
 Status = StrEnum("Status", ["running", "finished", "stopped", "failed", "killed", "unknown"])
+Figure = StrEnum("Figure", list(FIGURES))
 
 StoreOption = Annotated[
     Path | None, typer.Option(help="the registry (default: $VPMOE_RUN_STORE, else runs/registry.sqlite)")
@@ -34,7 +36,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="as JSON")]
 _USUAL = ("loss/total", "valid*/loss/total", "valid/reward*", "rollout/reward_mean")
 
 
-def _found(texts: list[str], store: Path | None) -> list[Any]:
+def found_runs(texts: list[str], store: Path | None) -> list[Any]:
+    """The runs that are named, each once; raises as :func:`vpmoe.runs.registry.choose`."""
     from vpmoe.runs.registry import choose, list_runs, store_path
 
     runs = list_runs(store)
@@ -116,7 +119,7 @@ def show(
     from vpmoe.runs.queries import last_values
     from vpmoe.runs.tables import console, show_run
 
-    (found,) = _found([run], store)
+    (found,) = found_runs([run], store)
     if as_json:
         _print_json({**_plain(found), "metrics": last_values(found)})
     else:
@@ -136,7 +139,7 @@ def compare(
     from vpmoe.runs.comparison import config_differences, origin_differences, overlay
     from vpmoe.runs.tables import console, show_comparison
 
-    found = _found(runs, store)
+    found = found_runs(runs, store)
     if len(found) < 2:
         raise DataError("one run alone cannot be compared", source=" ".join(runs), remedy="name two runs or more")
     chosen = _tags(found, tags)
@@ -158,19 +161,24 @@ def plot(
     runs: RunsArgument,
     output: Annotated[Path, typer.Option(help="PNG, SVG or PDF; replaced only if it is such a picture of ours")],
     tags: TagsOption = None,
+    figure: Annotated[
+        list[Figure] | None, typer.Option(help="a figure of a training by name; may be given several times")
+    ] = None,
     by: ByOption = By.step,
     smoothing: Annotated[float, typer.Option(min=0.0, max=0.9999, help="weight of what came before")] = 0.0,
     log_x: Annotated[bool, typer.Option("--log-x", help="logarithmic axis")] = False,
     log_y: Annotated[bool, typer.Option("--log-y", help="logarithmic axis")] = False,
     store: StoreOption = None,
 ) -> None:
-    """Curves of runs as a picture, each metric in a field of its own."""
-    from vpmoe.runs import plots
+    """Curves of runs as a picture: fields of the figures that are named, and each metric in one of its own."""
+    from vpmoe.runs import panels, plots
+    from vpmoe.runs.queries import tags_of
 
-    found = _found(runs, store)
-    chosen = _tags(found, tags)
+    found = found_runs(runs, store)
+    chosen = panels.of_figures(figure or (), tags_of(found))
+    chosen += panels.of_tags(_tags(found, tags)) if tags or not figure else []
     plots.plot(found, chosen, output, by=by, smoothing=smoothing, log_x=log_x, log_y=log_y)
-    typer.echo(f"{output}: {len(chosen)} metrics of {len(found)} runs")
+    typer.echo(f"{output}: {len(chosen)} fields of {len(found)} runs")
 
 
 @app.command()
@@ -184,7 +192,7 @@ def export(
     from vpmoe.runs import export as exporting
     from vpmoe.runs.queries import matching, tags_of
 
-    found = _found(runs, store)
+    found = found_runs(runs, store)
     chosen = matching(tags, tags_of(found)) if tags else None
     typer.echo(f"{output}: {exporting.export(found, output, chosen):,} records")
 
@@ -215,7 +223,7 @@ def tag(
     """Put tags on a run."""
     from vpmoe.runs import editing
 
-    (found,) = _found([run], store)
+    (found,) = found_runs([run], store)
     editing.tag(found, tags, store)
 
 
@@ -228,7 +236,7 @@ def untag(
     """Take tags off a run."""
     from vpmoe.runs import editing
 
-    (found,) = _found([run], store)
+    (found,) = found_runs([run], store)
     editing.untag(found, tags, store)
 
 
@@ -241,7 +249,7 @@ def note(
     """Give a run a note."""
     from vpmoe.runs import editing
 
-    (found,) = _found([run], store)
+    (found,) = found_runs([run], store)
     editing.note(found, text, store)
 
 
@@ -269,7 +277,7 @@ def rm(
     """Remove runs from the registry; their directories stay, but with --files. Not while they run."""
     from vpmoe.runs import editing, removal
 
-    found = _found(runs, store)
+    found = found_runs(runs, store)
     for run in found:
         if run.status == "running":
             raise DataError(f"{run.name} is running", source=str(run.directory), remedy=f"end it first: kill {run.pid}")

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.errors import visible
 from vpmoe.errors import DataError
+from vpmoe.runs.panels import Curve, Panel
 from vpmoe.runs.queries import series, smoothed
 from vpmoe.runs.registry import RunEntry, labels
-from vpmoe.steps import check_replaceable, plotting, save_picture
+from vpmoe.steps import as_label, check_replaceable, plotting, save_picture
 
 if TYPE_CHECKING:
     import pandas
@@ -23,7 +24,7 @@ AXIS_LABELS = {"step": "step", "tokens": "tokens", "time": "seconds"}
 
 def plot(
     runs: Sequence[RunEntry],
-    tags: Sequence[str],
+    panels: Sequence[Panel],
     output: Path,
     *,
     by: str = "step",
@@ -31,14 +32,15 @@ def plot(
     log_x: bool = False,
     log_y: bool = False,
 ) -> None:
-    """Draw each tag into a field of its own, a line a run; the picture appears whole or not at all.
+    """Draw each panel into a field of its own, a colour a run; the picture appears whole or not at all.
 
     Args:
         runs: to draw.
-        tags: exact.
+        panels: of exact tags.
         output: PNG, SVG or PDF, by its suffix.
         by: as for ``queries.series``.
-        smoothing: weight of what came before, 0 to below 1; the curve itself stays, pale.
+        smoothing: weight of what came before, 0 to below 1; the curve itself stays, pale. Where a curve is taken off
+            another, it is the one that is smoothed.
         log_x: a logarithmic axis; points that are not above 0 are left out.
         log_y: likewise.
 
@@ -47,47 +49,72 @@ def plot(
         DataError: no run has a point, or the picture cannot be written.
     """
     check_replaceable(output)
-    # Smoothed over every record: what a thinned curve keeps are its extremes.
-    curves = series(runs, tags, by=by, points=2**31 if smoothing else 4000)
+    tags = [tag for panel in panels for tag in (*(curve.tag for curve in panel.curves), panel.minus) if tag]
+    # Smoothed, or taken off others, over every record: what a thinned curve keeps are its extremes.
+    whole = smoothing or any(panel.minus for panel in panels)
+    curves = series(runs, list(dict.fromkeys(tags)), by=by, points=2**31 if whole else 4000)
     if curves.empty:
         lacking = "" if by == "step" else f"; older runs record no {by}, --by step works for all"
         raise DataError(
             f"nothing to draw over {by}", source=", ".join(run.id for run in runs), remedy=f"train{lacking}"
         )
     pyplot = plotting()
-    rows, columns = -(-len(tags) // _COLUMNS), min(len(tags), _COLUMNS)
+    columns = 2 if len(panels) == 4 else min(len(panels), _COLUMNS)
+    rows = -(-len(panels) // columns)
     figure, fields = pyplot.subplots(
         rows, columns, figsize=(6 * columns, 4 * rows), squeeze=False, layout="constrained"
     )
+    smooth = smoothed(curves, smoothing) if smoothing else None
     for number, field in enumerate(fields.flat):
-        if number >= len(tags):
+        if number >= len(panels):
             field.set_axis_off()
             continue
-        of_tag = curves.loc[curves["tag"] == tags[number]]
-        _draw(field, runs, of_tag, smoothed(of_tag, smoothing) if smoothing else None)
-        field.set_title(visible(tags[number]), parse_math=False)
+        panel = panels[number]
+        for curve in panel.curves:
+            points, mean = _points(curves, curve, panel, curves), None
+            if smooth is not None and panel.minus is not None:
+                mean = _points(curves, curve, panel, smooth)
+            elif smooth is not None and not curve.is_sparse:
+                mean = _points(smooth, curve, panel, smooth)
+            _draw(field, runs, curve, points, mean)
+        field.set_title(visible(panel.title), parse_math=False)
         field.set(xlabel=AXIS_LABELS[by], **_scales(log_x, log_y))
-        if 1 < len(runs) <= _LONGEST_LEGEND or number == 0:
+        lines = len(field.get_legend_handles_labels()[0])
+        if 1 < lines <= _LONGEST_LEGEND or number == 0:
             field.legend(frameon=False, fontsize=7)
     save_picture(figure, output)
+
+
+def _points(drawn: pandas.DataFrame, curve: Curve, panel: Panel, taken_off: pandas.DataFrame) -> pandas.DataFrame:
+    """The points of a curve: columns run, x and value."""
+    import pandas
+
+    own = drawn.loc[drawn["tag"] == curve.tag, ["run", "x", "value"]]
+    if panel.minus is None:
+        return own
+    other = taken_off.loc[taken_off["tag"] == panel.minus, ["run", "x", "value"]]
+    both = pandas.merge_asof(own.sort_values("x"), other.sort_values("x"), on="x", by="run", suffixes=("", "_off"))
+    return both.assign(value=both["value"] - both["value_off"]).dropna(subset="value_off")
 
 
 def _scales(log_x: bool, log_y: bool) -> dict[str, Any]:
     return {**({"xscale": "log"} if log_x else {}), **({"yscale": "log"} if log_y else {})}
 
 
-def _draw(field: Axes, runs: Sequence[RunEntry], curves: pandas.DataFrame, smooth: pandas.DataFrame | None) -> None:
+def _draw(
+    field: Axes, runs: Sequence[RunEntry], curve: Curve, points: pandas.DataFrame, smooth: pandas.DataFrame | None
+) -> None:
     for number, (run, label) in enumerate(zip(runs, labels(runs), strict=True)):
         colour = f"C{number % 10}"
-        own = curves[curves["run"] == run.id]
+        own = points[points["run"] == run.id]
         if own.empty:
             continue
-        marker = "o" if len(own) == 1 else None
-        # Neither a formula, nor with a leading "_", which would leave it out of the legend.
-        name = " " * label.startswith("_") + visible(label).replace("$", r"\$")
+        marker = "o" if curve.is_sparse or len(own) == 1 else None
+        look: dict[str, Any] = {"color": colour, "linestyle": curve.style, "marker": marker, "markersize": 4}
+        name = as_label(", ".join(filter(None, (label, curve.label))))
         if smooth is None:
-            field.plot(own["x"], own["value"], color=colour, linewidth=1.2, marker=marker, label=name)
+            field.plot(own["x"], own["value"], linewidth=1.2, label=name, **look)
             continue
-        field.plot(own["x"], own["value"], color=colour, linewidth=0.8, alpha=0.25, marker=marker)
+        field.plot(own["x"], own["value"], linewidth=0.8, alpha=0.25, **look)
         mean = smooth[smooth["run"] == run.id]
-        field.plot(mean["x"], mean["value"], color=colour, linewidth=1.4, marker=marker, label=name)
+        field.plot(mean["x"], mean["value"], linewidth=1.4, label=name, **look)

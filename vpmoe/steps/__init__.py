@@ -7,7 +7,7 @@ proof that the folder is ours: nothing without one is ever removed, and finished
 """
 
 from vpmoe.steps.receipt import RECEIPT, content_sha256, read_receipt
-from vpmoe.steps.single import MARK, check_replaceable, plotting, save_figure, save_page, save_picture
+from vpmoe.steps.single import MARK, as_label, check_replaceable, plotting, save_figure, save_page, save_picture
 from vpmoe.steps.step import State, Step, check_place
 from vpmoe.steps.work import Say, Work, discard, run
 
@@ -18,6 +18,7 @@ __all__ = [
     "State",
     "Step",
     "Work",
+    "as_label",
     "check_place",
     "check_replaceable",
     "content_sha256",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_vpmoe.errors import visible
 from megatron_vpmoe.files import write_atomically
 from vpmoe.errors import DataError, NotOursError
 
@@ -59,6 +60,11 @@ def plotting() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def as_label(text: str) -> str:
+    """Text of others in a picture: no formula, and without a leading "_", which would leave it out of a legend."""
+    return " " * text.startswith("_") + visible(text).replace("$", r"\$")
 
 
 def save_picture(figure: Figure, path: Path) -> None:

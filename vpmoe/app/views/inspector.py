@@ -7,12 +7,20 @@ from pathlib import Path
 import streamlit
 
 from vpmoe.app import inspected
-from vpmoe.app.inspection import LayerAttention, LayerRouting, attention_of, layer_numbers, pieces_of, routing_of
 from vpmoe.app.models import choices, held, pick, stamp_of
 from vpmoe.app.places import Places
 from vpmoe.app.shown import empty, table
 from vpmoe.app.store import runs_of
-from vpmoe.eval.asking import AsText, form_of
+from vpmoe.eval.asking import form_of
+from vpmoe.eval.inspection import (
+    LayerAttention,
+    LayerRouting,
+    attention_of,
+    given_ids,
+    layer_numbers,
+    pieces_of,
+    routing_of,
+)
 
 _SHOWN = 96
 """Tokens of a heatmap's side."""
@@ -124,7 +132,7 @@ def _attention(path: Path, stamp: float, ids: tuple[int, ...], pieces: list[str]
 def _tokens(path: str, stamp: float, words: str, plain: bool) -> tuple[tuple[int, ...], list[str]]:
     with held(Path(path)).used() as opened:
         form = form_of(opened, plain=plain, system=None, developer=None, say=lambda _: None)
-        whole = opened.tokenizer.encode_ordinary(words).tolist() if isinstance(form, AsText) else form.prompt(words)
+        whole = given_ids(form, words)
         return tuple(whole), pieces_of(opened.tokenizer, whole)
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from megatron_vpmoe.errors import visible
 from vpmoe.errors import DataError
+from vpmoe.eval.asking import AsText, Form
 from vpmoe.tokenizer.interface import Tokenizer
 
 if TYPE_CHECKING:
@@ -155,6 +156,11 @@ def _pass(
         held.callback(model.train, was_training)
         tokens, layout = left_padded([ids], model.device)
         model(tokens, layout)
+
+
+def given_ids(form: Form, text: str) -> list[int]:
+    """Token ids of a text to look into: as the user's message of a conversation, or alone."""
+    return form.tokenizer.encode_ordinary(text).tolist() if isinstance(form, AsText) else form.prompt(text)
 
 
 def layer_numbers(model: VPModel) -> list[int]:
