@@ -11,6 +11,7 @@ import yaml
 
 from megatron_vpmoe.metrics.jsonl import METRICS
 from megatron_vpmoe.metrics.run_store import (
+    LOCK,
     experiment_of,
     found_directory,
     identify,
@@ -23,7 +24,7 @@ from megatron_vpmoe.metrics.run_store import (
 from megatron_vpmoe.ownership import owned
 from megatron_vpmoe.software import is_provenance
 from vpmoe.errors import DataError
-from vpmoe.runs.registry import LOCK, RunEntry, find_run
+from vpmoe.runs.registry import RunEntry, find_run
 
 _LONGEST_TAG = 100
 

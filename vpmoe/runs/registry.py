@@ -16,6 +16,7 @@ import psutil
 
 from megatron_vpmoe.metrics.jsonl import METRICS
 from megatron_vpmoe.metrics.run_store import (
+    LOCK,
     conclusion_of,
     found_directory,
     identity_of,
@@ -27,7 +28,6 @@ from megatron_vpmoe.ownership import holder
 from megatron_vpmoe.software import is_provenance
 from vpmoe.errors import DataError
 
-LOCK = ".lock"
 STATUSES = ("running", "finished", "stopped", "failed", "killed", "unknown")
 """Of a run: at work; its last step is done; it was asked to stop; it ended in an error; it ended without taking leave;
 it works, or worked, where its directory or lock cannot be seen from here."""

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 from megatron_vpmoe.files import remove_folder
-from megatron_vpmoe.metrics.run_store import IDENTITY, identity_of
+from megatron_vpmoe.metrics.run_store import IDENTITY, LOCK, identity_of
 from megatron_vpmoe.ownership import owned
 from vpmoe.errors import NotOursError
-from vpmoe.runs.registry import LOCK, RunEntry
+from vpmoe.runs.registry import RunEntry
 from vpmoe.steps.receipt import RECEIPT, UNFINISHED, read_own, read_receipt
 
 _LOGS = r"(metrics\.jsonl|samples\.jsonl|expert_loads\.bin)"

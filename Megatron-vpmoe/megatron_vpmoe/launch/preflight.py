@@ -17,7 +17,7 @@ from megatron_vpmoe.config.yaml_source import extended_paths
 from megatron_vpmoe.data.blend import open_parts
 from megatron_vpmoe.errors import CheckpointError, ConfigError, DeviceError
 from megatron_vpmoe.files import place_of
-from megatron_vpmoe.metrics.run_store import check_store, store_path
+from megatron_vpmoe.metrics.run_store import LOCK, check_store, store_path
 from megatron_vpmoe.ownership import check_free
 from megatron_vpmoe.runtime.notices import PreemptionFile
 
@@ -156,7 +156,7 @@ def check_run_directory(cfg: RunConfig) -> None:
         NotOursError, DataError: the run store is none, or cannot be used.
     """
     from megatron_vpmoe.training.checkpoint_files import open_checkpoint
-    from megatron_vpmoe.training.run_directory import LOCK, restorable
+    from megatron_vpmoe.training.run_directory import restorable
 
     _check_place(cfg)
     check_store(store_path(cfg.logging.run_store))

@@ -25,6 +25,8 @@ VARIABLE = "VPMOE_RUN_STORE"
 DEFAULT = Path("runs") / "registry.sqlite"
 IDENTITY = "run.json"
 """In a run's directory: ``{"id": ...}``, and ``"concluded"`` where the store could not be told how it ended."""
+LOCK = ".lock"
+"""In a run's directory: held (``megatron_vpmoe.ownership``) by the run that is at work there."""
 _APPLICATION = 0x76504D6F  # "vPMo", in the header of the file
 _VERSION = 1
 _PATIENCE_SECONDS = 20.0

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.errors import CheckpointError, NotOursError
 from megatron_vpmoe.metrics.expert_loads import FILE_NAME
-from megatron_vpmoe.metrics.run_store import IDENTITY
+from megatron_vpmoe.metrics.jsonl import METRICS
+from megatron_vpmoe.metrics.run_store import IDENTITY, LOCK
 from megatron_vpmoe.ownership import owned
 from megatron_vpmoe.training.checkpoint_files import (
     RUN_STATE,
@@ -28,9 +29,8 @@ from megatron_vpmoe.training.provenance import check_provenance
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
-LOCK = ".lock"
-_SIGNS = (LOCK, "checkpoints", "metrics.jsonl")
-_LOGS = ("metrics.jsonl", "samples.jsonl", FILE_NAME)
+_SIGNS = (LOCK, "checkpoints", METRICS)
+_LOGS = (METRICS, "samples.jsonl", FILE_NAME)
 _WRITTEN = "|".join(re.escape(name) for name in ("config.yaml", "assignment.json", IDENTITY, TRACKER, *_LOGS))
 # What ``write_atomically`` has not finished of a run's own files.
 _BEGINNING = re.compile(rf"\.({_WRITTEN}|(nonfinite|spike)_\d+_rank\d+(_\d+)?\.json)\.\d+\.tmp")
