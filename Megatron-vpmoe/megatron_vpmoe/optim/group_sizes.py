@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,7 +15,7 @@ from megatron_vpmoe.optim.assignment import slug
 from megatron_vpmoe.optim.sharded_optimizer import ShardedOptimizer
 from megatron_vpmoe.runtime import device
 
-_QUANTITIES = ("gradient", "weight", "update", "elements")
+_SQUARES = ("gradient", "weight", "update")
 
 
 class GroupSizes:
@@ -37,11 +37,10 @@ class GroupSizes:
         rules: Sequence[str],
         norm_groups: Mapping[bool, Sequence[dist.ProcessGroup]],
     ) -> None:
-        self._members, self._rules, self._norm_groups = members, rules, norm_groups
+        self._rules, self._norm_groups = rules, norm_groups
         self._rule_of = {leaf: rule_of[param] for member in members for leaf, param in member.counted().items()}
         self._expert_of = {leaf: member.expert for member in members for leaf in member.counted()}
-        self._leaves: dict[str, list[torch.Tensor]] = {quantity: [] for quantity in _QUANTITIES}
-        self._norms: dict[str, list[torch.Tensor]] = {quantity: [] for quantity in _QUANTITIES}
+        self._norms: defaultdict[tuple[bool, str, str], list[torch.Tensor]] = defaultdict(list)
 
     def gradients(self) -> None:
         """Of ``prepare_grads``, before they are clipped."""
@@ -55,37 +54,42 @@ class GroupSizes:
     def _take(self, quantity: str, leaves: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
         pairs = [(leaf, value) for leaf, value in zip(leaves, values, strict=True) if leaf in self._rule_of]
         if pairs:
-            self._leaves[quantity] += [leaf for leaf, _ in pairs]
             exact = torch.float64 if pairs[0][0].dtype == torch.float64 else torch.float32
-            self._norms[quantity] += torch._foreach_norm([value for _, value in pairs], 2, dtype=exact)
+            norms = torch._foreach_norm([value for _, value in pairs], 2, dtype=exact)
+            for (leaf, _), norm in zip(pairs, norms, strict=True):
+                self._norms[self._expert_of[leaf], quantity, self._rule_of[leaf]].append(norm)
 
     def finish(self) -> dict[str, float]:
-        """Metrics by tag (docs/metrics.md), for which the host waits; a collective of all ranks, after the update."""
+        """Metrics by tag (docs/metrics.md), for which the host waits once; a collective, after the update."""
         self._take("weight", list(self._rule_of), [leaf.detach() for leaf in self._rule_of])
-        sums: dict[bool, Counter[tuple[str, str]]] = {expert: Counter() for expert in self._norm_groups}
-        for quantity, norms in self._norms.items():
-            numbers = torch.stack(norms).double().square_().tolist() if norms else []
-            for leaf, number in zip(self._leaves[quantity], numbers, strict=True):
-                sums[self._expert_of[leaf]][quantity, self._rule_of[leaf]] += number
-        for leaf, rule in self._rule_of.items():
-            sums[self._expert_of[leaf]]["elements", rule] += leaf.numel()
-        keys = [(quantity, rule) for quantity in _QUANTITIES for rule in self._rules]
+        keys = [(quantity, rule) for quantity in (*_SQUARES, "elements") for rule in self._rules]
         total = torch.zeros(len(keys), dtype=torch.float64, device=device.current_device())
         for expert, groups in self._norm_groups.items():
-            own = torch.tensor([sums[expert][key] for key in keys], dtype=torch.float64).to(total.device)
-            total += sum_over(groups, own)
+            total += sum_over(groups, self._own(expert, total))
         found = dict(zip(keys, total.tolist(), strict=True))
         values: dict[str, float] = {}
         for rule in self._rules:
             if not (elements := found["elements", rule]):
                 continue  # the model has none, or they are frozen
-            gradient, weight, update = (math.sqrt(found[quantity, rule]) for quantity in _QUANTITIES[:3])
+            gradient, weight, update = (math.sqrt(found[quantity, rule]) for quantity in _SQUARES)
             name = slug(rule)
             values |= {f"grad_norm/{name}": gradient, f"param_norm/{name}": weight}
             values[f"update_rms/{name}"] = update / math.sqrt(elements)
             if weight:
                 values[f"update_ratio/{name}"] = update / weight
         return values
+
+    def _own(self, expert: bool, like: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the sums, in the order of the keys of ``finish``."""
+        norms = [self._norms[expert, quantity, rule] for quantity in _SQUARES for rule in self._rules]
+        every = [norm for of_key in norms for norm in of_key]
+        squares = torch.stack(every).double().square_() if every else like.new_zeros(0)
+        elements = Counter[str]()
+        for leaf, rule in self._rule_of.items():
+            elements[rule] += leaf.numel() * (self._expert_of[leaf] == expert)
+        # A number is filled in, not copied to the device: the host would wait for a copy.
+        counts = [like.new_full((), elements[rule]) for rule in self._rules]
+        return torch.stack([*(part.sum() for part in squares.split([*map(len, norms)])), *counts])
 
 
 def sum_over(groups: Sequence[dist.ProcessGroup], values: torch.Tensor) -> torch.Tensor:

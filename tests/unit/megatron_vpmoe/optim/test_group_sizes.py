@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from megatron_vpmoe.model.builder import build_model, wrap_for_training
 from megatron_vpmoe.objectives import build_objective
 from megatron_vpmoe.optim import assignment_table, build_optimizer, build_scheduler, learning_rates, sharded_optimizer
 from megatron_vpmoe.optim.assignment import slug
+from megatron_vpmoe.optim.group_sizes import GroupSizes
+from megatron_vpmoe.planning.card import CARD, fake_mode, on_paper
+from megatron_vpmoe.planning.counting import Counting
 from megatron_vpmoe.training.step import train_step
 from tests.tiny import TINY, random_batch, tiny_config
 
@@ -84,6 +88,26 @@ def test_gradients_are_those_before_clipping_and_frozen_rules_are_left_out() -> 
     assert {tag.split("/")[1] for tag in result.groups} == {"router", "output_layer"}
     norms = [value for tag, value in result.groups.items() if tag.startswith("grad_norm/")]
     assert math.hypot(*norms) == pytest.approx(result.grad_norm, rel=1e-6) and result.grad_norm > 1e-2
+
+
+def test_the_host_waits_once_however_many_numbers_there_are() -> None:
+    counting = Counting(fake_mode(), 8, lambda mask: mask.numel())
+    with on_paper("H100", 80 * 2**30, 8, counting):
+        weights = [torch.nn.Parameter(torch.empty(4, number, device=CARD)) for number in (1, 2, 3)]
+        members: Any = [
+            SimpleNamespace(expert=expert, counted=lambda own=own: {leaf: leaf for leaf in own})
+            for expert, own in ((False, weights[:2]), (True, weights[2:]))
+        ]
+        rules = dict(zip(weights, ("a", "b", "b"), strict=True))
+        sizes = GroupSizes(members, rules, ["a", "b", "of no parameter"], {False: (), True: ()})
+        for weight in weights:
+            weight.grad = torch.empty_like(weight)
+        sizes.gradients()
+        sizes.moved(weights, weights)
+        assert not counting.counts.syncs
+        sizes.finish()
+    [(where, count)] = counting.counts.syncs.items()
+    assert count == 1 and "group_sizes.py" in where[1]
 
 
 def test_each_rule_has_its_learning_rate_and_multiplied_ones_their_own() -> None:
