@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vpmoe.metrics.expert_loads import FILE_NAME, ExpertLoadFile
-from megatron_vpmoe.metrics.jsonl import METRICS, JsonlSink, read_records
+from megatron_vpmoe.metrics.jsonl import METRICS, JsonlSink, read_records, records_until
 from megatron_vpmoe.metrics.records import MetricStream, Record, Sink
 from megatron_vpmoe.metrics.registration import RunStoreSink
 from megatron_vpmoe.metrics.wandb import WandbSink
@@ -27,18 +27,18 @@ __all__ = [
     "open_loads",
     "open_sinks",
     "read_records",
+    "records_until",
 ]
 
 
-def open_sinks(cfg: RunConfig, directory: Path, *, resume_step: int = 0) -> Sequence[Sink]:
+def open_sinks(cfg: RunConfig, directory: Path, kept: Sequence[Record] = ()) -> Sequence[Sink]:
     """The sinks that ``cfg`` asks for: ``metrics.jsonl`` in ``directory`` always, W&B unless it is disabled.
 
     Args:
         directory: of the run.
-        resume_step: last step whose records stay; later ones are of steps that will be done again.
+        kept: of a resumed run, the records that it goes on from.
     """
-    path = directory / METRICS
-    sinks: list[Sink] = [JsonlSink(path, resume_step=resume_step)]
+    sinks: list[Sink] = [JsonlSink(directory / METRICS, kept)]
     if cfg.logging.wandb_mode != "disabled":
         sinks.append(
             WandbSink(
@@ -47,7 +47,7 @@ def open_sinks(cfg: RunConfig, directory: Path, *, resume_step: int = 0) -> Sequ
                 mode=cfg.logging.wandb_mode,
                 directory=directory,
                 config=cfg.model_dump(mode="json"),
-                history=lambda: (record for record in read_records(path) if record.step <= resume_step),
+                history=kept,
             )
         )
     return sinks

@@ -22,17 +22,12 @@ class JsonlSink:
 
     Args:
         path: the file; made if absent, with its folder.
-        resume_step: last step whose records stay in the file; those of later steps, which will be done again, are
-            dropped, and so is a last line that a killed process left unfinished. The file is replaced atomically.
-
-    Raises:
-        DataError: an existing file holds something other than records.
+        kept: what it holds at first, of ``records_until``; an existing file is replaced atomically.
     """
 
-    def __init__(self, path: Path, *, resume_step: int = 0) -> None:
+    def __init__(self, path: Path, kept: Sequence[Record] = ()) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            kept = [record for record in read_records(path) if record.step <= resume_step]
             write_atomically(path, _lines(kept).encode())
         self._path = path
         self._stream = path.open("a", encoding="utf-8")
@@ -74,6 +69,17 @@ def read_records(path: Path) -> list[Record]:
                 remedy='remove the line, or the file; a record is {"step": 1, "tag": "name", "value": 0.5}',
             ) from error
     return records
+
+
+def records_until(path: Path, step: int) -> list[Record]:
+    """Those that a run which goes on from ``step`` keeps; none where there is no file.
+
+    Later steps will be done again, and a last line that a killed process left unfinished is none.
+
+    Raises:
+        DataError: the file holds something other than records.
+    """
+    return [record for record in read_records(path) if record.step <= step] if path.exists() else []
 
 
 def _lines(records: Iterable[Record]) -> str:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.errors import BusyError, DataError, visible
-from megatron_vpmoe.metrics.jsonl import METRICS, read_records
 from megatron_vpmoe.metrics.records import Record, once, to_stderr
 from megatron_vpmoe.metrics.run_store import (
     conclude,
@@ -51,6 +50,7 @@ class RunStoreSink:
         directory: of the run, which this process owns.
         provenance: from ``collect_provenance``.
         step: steps done before.
+        kept: the records of them.
         world_size: processes of the run.
         report: takes the line about a failure.
 
@@ -65,14 +65,13 @@ class RunStoreSink:
         *,
         provenance: Mapping[str, Any],
         step: int,
+        kept: Iterable[Record] = (),
         world_size: int,
         report: Callable[[str], None] = to_stderr,
     ) -> None:
         self._path, self._last_step = store_path(cfg.logging.run_store), cfg.training.train_iters
         self._fail = once(report, "the run store is not up to date, training goes on")
-        self._values: dict[str, float] = {}
-        if step and (metrics := directory / METRICS).is_file():
-            self._values = {record.tag: record.value for record in read_records(metrics) if record.step <= step}
+        self._values = {record.tag: record.value for record in kept}
         now = time.time()
         self._of_both = {"status": "running", "error": None, "ended": None, "host": socket.gethostname()}
         self._of_both |= {"pid": os.getpid(), "world_size": world_size}

@@ -44,7 +44,7 @@ class WandbSink:
         mode: Literal["offline", "online"],
         directory: Path,
         config: dict[str, Any],
-        history: Callable[[], Iterable[Record]] = tuple,
+        history: Sequence[Record] = (),
         report: Callable[[str], None] = to_stderr,
     ) -> None:
         self._settings = {
@@ -97,7 +97,8 @@ class WandbSink:
             for folder in list(earlier) if offline else ():
                 folder.rename(folder.with_name(folder.name.replace("offline", "superseded", 1)))
             run = wandb.init(**self._settings, settings=wandb.Settings(silent=True))
-            _log(run, self._history() if offline else ())
+            _log(run, self._history if offline else ())
+            self._history = ()
             while (records := self._queue.get()) is not None:
                 _log(run, records)
             run.finish(exit_code=self._exit_code)

@@ -8,7 +8,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_vpmoe.errors import VpmoeError
-from megatron_vpmoe.metrics import ExpertLoadFile, MetricStream, Sink, open_loads, open_sinks
+from megatron_vpmoe.metrics import (
+    METRICS,
+    ExpertLoadFile,
+    MetricStream,
+    Sink,
+    open_loads,
+    open_sinks,
+    records_until,
+)
 from megatron_vpmoe.metrics.run_store import check_store, store_path
 from megatron_vpmoe.model.moe.router_health import check_thresholds
 from megatron_vpmoe.optim import learning_rates
@@ -164,8 +172,9 @@ def _train(
 
 def _open_metrics(run: Run, sinks: list[Sink], loads: list[ExpertLoadFile]) -> None:
     """Where metrics go from the run's step on, one by one: what has been opened is closed where the next one fails."""
-    sinks.append(register(run))
-    sinks.extend(open_sinks(run.cfg, run.directory, resume_step=run.iteration))
+    kept = records_until(run.directory / METRICS, run.iteration)
+    sinks.append(register(run, kept))
+    sinks.extend(open_sinks(run.cfg, run.directory, kept))
     loads.extend(open_loads(run.cfg, run.directory, resume_step=run.iteration))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from megatron_vpmoe.annotation import REFERENCE_LOG_P
 from megatron_vpmoe.data.blend import open_parts
 from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.files import write_atomically
-from megatron_vpmoe.metrics import RunStoreSink
+from megatron_vpmoe.metrics import Record, RunStoreSink
 from megatron_vpmoe.model.builder import build_model, wrap_for_training
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.objectives import Objective, build_objective, check_kinds
@@ -265,10 +265,10 @@ def open_run(cfg: RunConfig) -> Run:
     return run
 
 
-def register(run: Run) -> RunStoreSink:
-    """The run in the run store; rank 0's alone. Raises what ``RunStoreSink`` does."""
-    world_size = distributed.world_size()
-    return RunStoreSink(run.cfg, run.directory, provenance=run.provenance, step=run.iteration, world_size=world_size)
+def register(run: Run, kept: Sequence[Record]) -> RunStoreSink:
+    """The run in the run store, with its records so far; rank 0's alone. Raises what ``RunStoreSink`` does."""
+    place = {"step": run.iteration, "kept": kept, "world_size": distributed.world_size()}
+    return RunStoreSink(run.cfg, run.directory, provenance=run.provenance, **place)
 
 
 def _restore(run: Run, found: checkpoint.Found) -> None:

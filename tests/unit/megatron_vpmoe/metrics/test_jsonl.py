@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from megatron_vpmoe.errors import DataError, of_the_system
-from megatron_vpmoe.metrics import JsonlSink, MetricStream, Record, read_records
+from megatron_vpmoe.metrics import JsonlSink, MetricStream, Record, read_records, records_until
 from megatron_vpmoe.training import checkpoint
 from megatron_vpmoe.training.loop import train
 from tests.fixtures_dataset import small_dataset
 from tests.tiny import tiny_config
 
 
-def log(path: Path, steps: range, **arguments) -> None:
-    stream = MetricStream([JsonlSink(path, **arguments)])
+def log(path: Path, steps: range, *, resume_step: int = 0) -> None:
+    stream = MetricStream([JsonlSink(path, records_until(path, resume_step))])
     for step in steps:
         stream.log(step, {"loss/total": 1.0 / step, "lr": torch.tensor(step)})
     stream.close()
@@ -86,7 +86,7 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path, more: str):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([lines[0], f'{{"step": 1{more}}}\n', *lines[1:]]))
     with pytest.raises(DataError, match=r"m\.jsonl:2"):
-        JsonlSink(path, resume_step=5)
+        records_until(path, 5)
 
 
 def test_values_that_are_no_numbers_survive(tmp_path: Path):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vpmoe.metrics import JsonlSink, Record, WandbSink, open_sinks
+from megatron_vpmoe.metrics import METRICS, JsonlSink, Record, WandbSink, open_sinks, records_until
 from megatron_vpmoe.metrics import wandb as sink_module
 from tests.tiny import tiny_config
 
@@ -159,7 +159,7 @@ def test_a_resumed_offline_run_is_one_history(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv("WANDB_MODE", raising=False)
     cfg = tiny_config(wandb_mode="offline")
     for resume_step, steps in ((0, range(1, 8)), (5, range(6, 11))):
-        sinks = open_sinks(cfg, tmp_path, resume_step=resume_step)
+        sinks = open_sinks(cfg, tmp_path, records_until(tmp_path / METRICS, resume_step))
         for step in steps:
             for sink in sinks:
                 sink.write([Record(step, "loss", float(step)), Record(step, "life", float(resume_step))])
