@@ -185,9 +185,12 @@ class Rollouts(ABC):
         return None if unusable else sampling
 
     def forget(self) -> None:
-        """See ``Source``: the answers in hand are dropped, and the next ones are to the prompts after theirs."""
+        """See ``Source``: the answers in hand are dropped, and the next ones are to the prompts after theirs.
+
+        Also after those of a sampling that waits for its first use: a position counts them as consumed.
+        """
         if self._next is not None:
-            self._next()  # one sampling at a time; its prompts are drawn again
+            self._reached = self._next().reached
         self._sampling = self._next = None
         self._done = 0
 

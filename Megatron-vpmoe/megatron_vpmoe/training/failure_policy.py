@@ -28,6 +28,8 @@ from megatron_vpmoe.training.step import StepResult
 
 _ACTIONS = {"warn": 1.0, "skip": 2.0, "stop": 3.0, "rollback": 4.0}
 """Values of the metric ``spike/action``."""
+_WARNINGS_KEPT = 32
+"""Spikes of a run that are trained on and of which each rank leaves a file: a loss that keeps jumping fills no disk."""
 
 
 def notices_of(run: Run) -> list[Notice]:
@@ -75,9 +77,13 @@ def judge(
     policy, limit = run.cfg.failure.spike_policy, run.cfg.failure.spike_limit
     action = "stop" if policy != "warn" and run.spikes.acted >= limit else policy
     step, z = run.iteration + 1, run.spikes.z
-    path = _dump(run, "spike", result, batches, {"z": z, "action": action, **run.spikes.state()})
     found = {"spike/z": z, "spike/action": _ACTIONS[action]}
     what = f"the loss of step {step}, {loss:.4f}, is {z:.1f} robust standard deviations above those before it"
+    if action == "warn":
+        note(f"{what}: it is trained on{_kept_warning(run, result, batches)}")
+        run.spikes.finished(loss)
+        return False, found
+    path = _dump_spike(run, result, batches, action)
     if action == "stop":
         metrics.log(step, found)
         done = {"skip": "dropped steps", "rollback": "rollbacks"}.get(policy)
@@ -88,12 +94,8 @@ def judge(
             remedy="look at these rows; lower the learning rate, raise failure.spike_threshold, or have such steps "
             "dropped or rolled back (failure.spike_policy with spike_limit)",
         )
-    told = {"warn": "it is trained on", "skip": "the step is dropped", "rollback": "going back"}[action]
-    note(f"{what}: {told} ({path})")
-    if action == "warn":
-        run.spikes.finished(loss)
-    else:
-        run.spikes.acted += 1
+    note(f"{what}: {'the step is dropped' if action == 'skip' else 'going back'} ({path})")
+    run.spikes.acted += 1
     # Of a rollback they are of the step that is done in place of this one.
     return (True, {}) if action == "rollback" else (False, found)
 
@@ -112,7 +114,7 @@ def go_back(run: Run) -> dict[str, float]:
     """
     run.settle()
     position, spike = run.position(), run.iteration + 1
-    with pulse.unwatched():
+    with pulse.watched(run.cfg.startup_timeout):
         found = with_all_ranks(lambda: _before(run))
         checkpoint.load(found, run.model, run.optimizer, run.scheduler)
     run.iteration = run.saved = found.iteration
@@ -150,6 +152,19 @@ def _before(run: Run) -> checkpoint.Found:
             break
         set_aside(path, "rolled_back")
     return found
+
+
+def _dump_spike(run: Run, result: StepResult, batches: list[Batch], action: str) -> Path:
+    return _dump(run, "spike", result, batches, {"z": run.spikes.z, "action": action, **run.spikes.state()})
+
+
+def _kept_warning(run: Run, result: StepResult, batches: list[Batch]) -> str:
+    """Where more stands of a spike that is trained on, for its line in the log; nothing of those past the limit."""
+    if run.spikes.warned == _WARNINGS_KEPT:
+        return ""
+    run.spikes.warned += 1
+    last = "; of further ones no file is written" if run.spikes.warned == _WARNINGS_KEPT else ""
+    return f" ({_dump_spike(run, result, batches, 'warn')}{last})"
 
 
 def _dump(run: Run, kind: str, result: StepResult, batches: list[Batch], more: dict[str, Any]) -> Path:

@@ -24,13 +24,14 @@ class Spikes:
     Attributes:
         z: of the last loss that was looked at; 0 while there is too little to hold it against.
         acted: steps dropped and rollbacks so far.
+        warned: spikes trained on of which a file tells.
         passed_over: [first, behind the last] consumed samples of each stretch that a rollback has left.
         returned_to: the checkpoint that the last rollback of this process went back to.
     """
 
     def __init__(self, cfg: FailureSection) -> None:
         self._cfg, self._losses = cfg, deque[float](maxlen=cfg.spike_window)
-        self.z, self.acted = 0.0, 0
+        self.z, self.acted, self.warned = 0.0, 0, 0
         self.passed_over: list[list[int]] = []
         self.returned_to: Path | None = None
 
@@ -57,16 +58,18 @@ class Spikes:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-ready."""
-        return {"losses": list(self._losses), "acted": self.acted, "passed_over": self.passed_over}
+        counts = {"acted": self.acted, "warned": self.warned}
+        return {"losses": list(self._losses), **counts, "passed_over": self.passed_over}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what ``state`` gave; a checkpoint from before there was any gives nothing."""
         self._losses.extend(map(float, state.get("losses", ())))
-        self.acted, self.passed_over = int(state.get("acted", 0)), list(state.get("passed_over", []))
+        self.acted, self.warned = int(state.get("acted", 0)), int(state.get("warned", 0))
+        self.passed_over = list(state.get("passed_over", []))
 
     def back(self, state: dict[str, Any], passed_over: list[int]) -> None:
         """As ``state`` says, but for what was done since: a rollback."""
-        acted, stretches = self.acted, [*self.passed_over, passed_over]
+        acted, warned, stretches = self.acted, self.warned, [*self.passed_over, passed_over]
         self._losses.clear()
         self.restore(state)
-        self.acted, self.passed_over = acted, stretches
+        self.acted, self.warned, self.passed_over = acted, warned, stretches

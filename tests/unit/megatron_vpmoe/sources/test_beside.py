@@ -146,6 +146,21 @@ def test_every_sampling_is_of_the_weights_of_k_updates_before(dataset: KDDataset
                 move(model, update)
 
 
+def test_answers_that_are_dropped_are_behind_the_position_that_counts_them(dataset: KDDataset) -> None:
+    """Those of the sampling ahead too: no prompt that a rollback names as passed over comes again, nor by a resume."""
+    model = model_at(0)
+    with closing(opened(model, dataset, FOR_FOUR)) as source, closing(opened(model, dataset, FOR_FOUR)) as resumed:
+        position = [source.next_step() for _ in range(3)][-1].position()
+        assert any(name.startswith("next.") for name in position.arrays)
+        consumed, data, arrays = position
+        resumed.resume(Position(consumed, json.loads(json.dumps(data)), arrays), source="test")
+        for each in (source, resumed):
+            each.forget()
+        step = source.next_step()
+        same(resumed.next_step(), step)
+        assert step.position().arrays["group"].min() == position.consumed_samples
+
+
 def test_the_weight_of_a_stale_token_is_by_the_sampler_that_drew_it(dataset: KDDataset) -> None:
     fields = {**FOR_ONE, "opd_anchor_share": 0.0, "router_replay": "off", "opd_clamp": 1.5}
     model, teacher = model_at(0), Teacher(0, 1.0, 50)
