@@ -8,14 +8,9 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 
-from megatron_vpmoe.config import load_config
-from megatron_vpmoe.config.memory import describe_geometry
 from megatron_vpmoe.errors import ConfigError, DeviceError, VpmoeError, of_the_system
-from megatron_vpmoe.launch import preflight
-from megatron_vpmoe.launch.reference import help_text
-from megatron_vpmoe.launch.workers import Nodes, run_workers, share_cores
-from megatron_vpmoe.planning import here
 
 WORKER_MODULE = "megatron_vpmoe.pretrain"
 
@@ -26,6 +21,13 @@ def launch(arguments: list[str], *, debug: bool) -> int:
     Raises:
         VpmoeError: any error that the user can mend.
     """
+    # Imports take seconds, in which a signal may come already.
+    from megatron_vpmoe.config import load_config
+    from megatron_vpmoe.config.memory import describe_geometry
+    from megatron_vpmoe.launch import preflight
+    from megatron_vpmoe.launch.workers import Nodes, run_workers, share_cores
+    from megatron_vpmoe.planning import here
+
     dry_run = "--dry-run" in arguments
     words = [word for word in arguments if word not in ("--dry-run", "--debug")]
     if not words or words[0].startswith("--"):
@@ -59,6 +61,20 @@ def launch(arguments: list[str], *, debug: bool) -> int:
 
 
 @contextmanager
+def _nothing_to_save() -> Iterator[None]:
+    """SIGUSR1 asks a run to save and go on: before it has begun, and once it is over, it ends nothing."""
+
+    def tell(_signum: int, _frame: FrameType | None) -> None:
+        print("SIGUSR1: there is nothing to save yet", file=sys.stderr, flush=True)
+
+    before = signal.signal(signal.SIGUSR1, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@contextmanager
 def _read_by_head() -> Iterator[None]:
     """Whoever reads what is printed may stop early: then this process ends, and says nothing."""
     before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -77,9 +93,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with _read_by_head() if helping or "--dry-run" in arguments else nullcontext():
             if helping:
+                from megatron_vpmoe.launch.reference import help_text
+
                 print(help_text())
                 return 0
-            return launch(arguments, debug=debug)
+            with _nothing_to_save():
+                return launch(arguments, debug=debug)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (VpmoeError, OSError) as error:

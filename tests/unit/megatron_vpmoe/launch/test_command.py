@@ -62,6 +62,19 @@ def test_user_errors_end_with_two(
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_asked_to_save_before_there_is_anything_it_goes_on(
+    run_yaml: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def asked(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        raise ConfigError("the check went on")
+
+    monkeypatch.setattr("megatron_vpmoe.launch.preflight.check_machine", asked)
+    assert main([str(run_yaml)]) == 2
+    assert capsys.readouterr().err == "SIGUSR1: there is nothing to save yet\nerror: the check went on\n"
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
 def test_train_sh_hands_on_arguments_and_exit_code(repository: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     script = repository / "scripts" / "train.sh"
