@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from megatron_vpmoe.errors import is_utf8
 from vpmoe.errors import VpmoeError, of_the_system
 
 _HELP = """From nothing to a trained nano vpMoE, and what comes before and after any training.
@@ -111,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     try:
-        if strange := [word for word in words if not _is_utf8(word)]:
+        if strange := [word for word in words if not is_utf8(word)]:
             raise VpmoeError("not UTF-8", source=ascii(strange[0]), remedy="rename it: libraries open no such name")
         app(args=[word for word in words if word != "--debug"], prog_name="vpmoe", obj=debug)
     except (VpmoeError, OSError) as error:
@@ -126,10 +127,6 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         _flush()
     return 0
-
-
-def _is_utf8(word: str) -> bool:
-    return word == word.encode(errors="replace").decode()
 
 
 def _exit_code(end: SystemExit) -> int:

@@ -18,6 +18,11 @@ def visible(text: str) -> str:
     return _HIDDEN.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a name of the system's, which may be any bytes, is one that libraries take."""
+    return name == name.encode(errors="replace").decode()
+
+
 class VpmoeError(Exception):
     """Base of every error that is the user's to mend; entry points print it without a traceback and exit with 2.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 import pyarrow
 
+from megatron_vpmoe.errors import is_utf8
 from vpmoe.errors import DataError
 from vpmoe.runs.registry import RunEntry, list_runs
 
@@ -140,7 +141,18 @@ def answer(runs: Sequence[RunEntry], question: str, parameters: Mapping[str, Any
 
 
 def connected(runs: Sequence[RunEntry]) -> duckdb.DuckDBPyConnection:
-    """``connect`` over some runs."""
+    """``connect`` over some runs.
+
+    Raises:
+        DataError: a run's directory is not UTF-8.
+    """
+    for run in runs:
+        if not is_utf8(str(run.directory)):
+            raise DataError(
+                "the run's directory is not UTF-8, and DuckDB opens no such",
+                source=ascii(str(run.directory)),
+                remedy="rename the folder",
+            )
     database = duckdb.connect()
     database.execute("SET TimeZone = 'UTC'")
     database.execute(_RUNS)

@@ -153,13 +153,13 @@ def check_run_directory(cfg: RunConfig) -> None:
         BusyError: another process trains in the run directory.
         CheckpointError: they are of another model, vocabulary or dataset, ``resume`` is off and there is one, or there
             is none in ``load_weights``.
-        NotOursError, DataError: the run store is none, or cannot be used.
+        NotOursError, DataError: the run store is none, or cannot be used; or the run's directory has no place in it.
     """
     from megatron_vpmoe.training.checkpoint_files import open_checkpoint
     from megatron_vpmoe.training.run_directory import restorable
 
     _check_place(cfg)
-    check_store(store_path(cfg.logging.run_store))
+    check_store(store_path(cfg.logging.run_store), cfg.run_directory)
     if cfg.failure.preemption_file is not None:
         PreemptionFile(Path(cfg.failure.preemption_file)).refuse_early()
     check_free(cfg.run_directory / LOCK, f"the run directory {cfg.run_directory}")

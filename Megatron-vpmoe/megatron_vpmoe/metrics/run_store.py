@@ -18,7 +18,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_vpmoe.errors import BusyError, DataError, NotOursError, VpmoeError
+from megatron_vpmoe.errors import BusyError, DataError, NotOursError, VpmoeError, is_utf8
 from megatron_vpmoe.files import json_bytes, place_of, read_json, write_atomically
 
 VARIABLE = "VPMOE_RUN_STORE"
@@ -59,13 +59,14 @@ def store_path(configured: str | Path | None = None) -> Path:
     return Path(configured or os.environ.get(VARIABLE) or DEFAULT)
 
 
-def check_store(path: Path) -> None:
-    """Look whether runs can be registered in ``path``; makes nothing.
+def check_store(path: Path, directory: Path) -> None:
+    """Look whether the run in ``directory`` can be registered in ``path``; makes nothing.
 
     Raises:
         NotOursError: something else than a run store lies there.
-        DataError: it is damaged or of a later version, or nothing can be written there.
+        DataError: it is damaged or of a later version, or nothing can be written there; or as ``written_directory``.
     """
+    written_directory(path, directory)
     if os.path.lexists(path):
         with suppress(BusyError), opened_store(path):  # who writes there writes to a run store
             pass
@@ -213,13 +214,25 @@ def identify(connection: sqlite3.Connection, store: Path, directory: Path) -> st
 
 def experiment_of(configured: str | None, directory: Path) -> str:
     """What a run in ``directory`` belongs to: ``configured``, else the name of the folder that it lies in."""
-    return configured or directory.resolve().parent.name or "/"
+    name = directory.resolve().parent.name.encode(errors="backslashreplace").decode()
+    return configured or name or "/"
 
 
 def written_directory(store: Path, directory: Path) -> str:
-    """As the store keeps it: relative to its own folder where it lies in there, so that both can be moved together."""
+    """As the store keeps it: relative to its own folder where it lies in there, so that both can be moved together.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
     here, folder = (Path(os.path.realpath(path)) for path in (directory, store.parent))
-    return str(here.relative_to(folder) if here.is_relative_to(folder) else here)
+    written = str(here.relative_to(folder) if here.is_relative_to(folder) else here)
+    if not is_utf8(written):
+        raise DataError(
+            f"the run's directory is not UTF-8: {written!a}",
+            source=f"the run store {store}",
+            remedy="rename the folder: neither the store nor DuckDB takes such a name",
+        )
+    return written
 
 
 def read_directory(store: Path, written: str) -> Path:

@@ -53,7 +53,7 @@ def train(cfg: RunConfig, of_pace: Callable[[float | None], str | None] = lambda
     is_main = distributed.rank() == 0
     with ExitStack() as held:
         former = distributed.from_rank_0(lambda: held.enter_context(ownership(cfg.run_directory)))
-        distributed.from_rank_0(lambda: check_store(store_path(cfg.logging.run_store)))
+        distributed.from_rank_0(lambda: check_store(store_path(cfg.logging.run_store), cfg.run_directory))
         run = open_run(cfg)
         held.enter_context(pulse.watched(cfg.stall_timeout))  # until what follows is closed
         held.callback(run.source.close)

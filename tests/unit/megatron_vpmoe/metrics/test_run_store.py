@@ -25,6 +25,7 @@ from megatron_vpmoe.metrics.run_store import (
     store_path,
 )
 from tests.tiny import tiny_config
+from vpmoe.runs.queries import tags_of
 from vpmoe.runs.registry import list_runs
 
 LAST = 4
@@ -186,7 +187,11 @@ def damaged(path: Path) -> None:
 def test_what_is_no_store_is_refused_and_stays(place: Place, make: Any, error: type[Exception]) -> None:
     make(place.store)
     before = place.store.read_bytes() if place.store.is_file() else None
-    for attempt in (lambda: check_store(place.store), place.sink, lambda: read_store(place.store).__enter__()):
+    for attempt in (
+        lambda: check_store(place.store, place.run),
+        place.sink,
+        lambda: read_store(place.store).__enter__(),
+    ):
         with pytest.raises(error, match="registry"):
             attempt()
     assert before is None or place.store.read_bytes() == before
@@ -195,9 +200,26 @@ def test_what_is_no_store_is_refused_and_stays(place: Place, make: Any, error: t
 def test_a_place_that_takes_no_file_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be registered"):
-        check_store(tmp_path / "file" / "registry.sqlite")
-    check_store(tmp_path / "new" / "registry.sqlite")
+        check_store(tmp_path / "file" / "registry.sqlite", tmp_path)
+    check_store(tmp_path / "new" / "registry.sqlite", tmp_path)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_directory_whose_name_is_not_utf_8_is_refused_before_the_run(place: Place, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"of bytes \xff")
+    inside, place.store = folder / "runs" / "a", tmp_path / "registry.sqlite"
+    inside.mkdir(parents=True)
+    for attempt in (lambda: check_store(place.store, inside), lambda: place.sink(directory=inside)):
+        with pytest.raises(DataError, match=r"not UTF-8: .*bytes \\udcff/runs/a"):
+            attempt()
+    assert not place.store.exists() and identity_of(inside) is None
+    place.store = folder / "registry.sqlite"  # beside it, the run has a name
+    check_store(place.store, inside)
+    place.sink(directory=inside).close()
+    assert [row["directory"] for row in place.rows()] == ["runs/a"] and place.reports == []
+    assert run_store.experiment_of(None, folder / "a") == "of bytes \\udcff"
+    with pytest.raises(DataError, match="DuckDB opens no such"):
+        tags_of(list_runs(place.store))
 
 
 def test_an_empty_file_becomes_a_store(place: Place) -> None:
