@@ -9,22 +9,33 @@ import ctypes
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 from megatron_vpmoe.runtime import pulse
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.config import RunConfig
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run(arguments: list[str]) -> None:
     """Load the configuration, join the other processes, train, leave them."""
+    from megatron_vpmoe.config import load_config
+
+    cfg = load_config(arguments[0], arguments[1:])
+    with pulse.watched(cfg.startup_timeout):
+        _run(cfg)
+
+
+def _run(cfg: RunConfig) -> None:
     from functools import partial
 
-    from megatron_vpmoe.config import check_world, load_config
+    from megatron_vpmoe.config import check_world
     from megatron_vpmoe.planning import here
     from megatron_vpmoe.runtime import distributed
     from megatron_vpmoe.training.loop import train
 
-    cfg = load_config(arguments[0], arguments[1:])
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check_world(cfg, world)
     distributed.refuse_old_addresses()

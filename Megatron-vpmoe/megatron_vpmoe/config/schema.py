@@ -161,6 +161,12 @@ class RunConfig(Section):
         given = self.failure.stall_timeout_seconds
         return 30.0 * self.parallel.distributed_timeout_minutes if given is None else float(given)
 
+    @property
+    def startup_timeout(self) -> float:
+        """Seconds without a sign of life that end a run before its first step, or while it reads a checkpoint: as long
+        as processes wait for each other."""
+        return 60.0 * self.parallel.distributed_timeout_minutes
+
     def is_global_layer(self, layer_number: int) -> bool:
         """Whether layer ``layer_number`` (from 1) attends without a window; without any window every layer does."""
         return self.model.window_size is None or layer_number % self.model.window_attn_skip_freq == 0

@@ -123,7 +123,8 @@ class ParallelSection(Section):
     nproc_per_node: Few = 1
     """Worker processes on each machine: one a GPU, or as many as pay on a CPU."""
     distributed_timeout_minutes: Annotated[int, within(1, 10_080, "a dead run would not be noticed for a week")] = 10
-    """A collective that waits longer than this is taken for dead."""
+    """A collective that waits longer than this is taken for dead, and so is a process that gives no sign of life as it
+    starts or reads a checkpoint."""
 
 
 class BlendPart(Section):

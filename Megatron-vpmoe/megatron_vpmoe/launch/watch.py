@@ -153,7 +153,8 @@ class Watch:
         busy = [rank for rank in silence if not waits_for_others(stacks.get(rank, ""))]
         if suspects := sorted(stopped or busy, key=lambda rank: -silence[rank]):
             how = "it is stopped (SIGSTOP)" if stopped else "it hangs, or works where no sign of life is given"
-            remedy = "mend what its stack shows; where it was at work, raise failure.stall_timeout_seconds"
+            remedy = "mend what its stack shows; where it was at work, raise failure.stall_timeout_seconds (before the "
+            remedy += "first step parallel.distributed_timeout_minutes)"
             return f"no sign of life for {seconds:.0f} s: {how}\n  remedy: {remedy}", suspects[0]
         what = "all wait for other processes: of another machine, see its output, or each for another collective"
         return f"no sign of life for {seconds:.0f} s: {what}", None

@@ -1,9 +1,10 @@
 """Signs of life of a worker, and its stacks for whoever asks.
 
 A worker shows that it lives wherever it asks whether it is to stop: before each micro-batch, token and reward, once a
-second while it waits for a checkpoint or a served teacher, and as each graph is compiled. Whoever watches ends the run
-when no sign has come for longer than is allowed: the launcher, which sees those of all its workers in a file of each;
-or, under plain torchrun, a thread of the worker itself.
+second while it waits for a checkpoint or a served teacher, as each graph is compiled, and with each tensor of a
+checkpoint that is read and each piece of one that is hashed. Whoever watches ends the run when no sign has come for
+longer than is allowed: the launcher, which sees those of all its workers in a file of each; or, under plain torchrun, a
+thread of the worker itself.
 
 SIGUSR2 has a process write the stack of each of its threads, also where it is stuck in C, and so does a crash.
 """
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -47,7 +48,7 @@ class _Own:
 
     def __init__(self) -> None:
         self.memory: bytearray | mmap.mmap = bytearray(_NUMBERS.size)
-        self.watches_itself = False
+        self.watcher: threading.Thread | None = None
         self.allow(math.inf)
 
     def beat(self) -> None:
@@ -56,6 +57,9 @@ class _Own:
     def allow(self, seconds: float) -> None:
         self.beat()
         struct.pack_into("d", self.memory, 8, seconds)
+
+    def shown(self) -> Shown:
+        return Shown(*_NUMBERS.unpack(self.memory[:]))
 
 
 _own = _Own()
@@ -70,7 +74,7 @@ def begin(rank: int, folder: str | None) -> None:
     faulthandler.enable(stacks)
     faulthandler.register(signal.SIGUSR2, stacks)
     if folder is None:
-        _own.watches_itself = True
+        _own.watcher = threading.Thread(target=_watch_itself, name="watch", daemon=True)
         return
     path = Path(folder) / f"{rank}.pulse"
     path.with_suffix(".new").write_bytes(_NUMBERS.pack(time.monotonic(), math.inf))
@@ -94,31 +98,26 @@ def beat() -> None:
 
 @contextmanager
 def watched(seconds: float) -> Iterator[None]:
-    """Signs of life come every ``seconds``, or this process may be ended."""
+    """Signs of life come every ``seconds``, or this process may be ended; within it a block may say otherwise."""
+    before = _own.shown().allowed
     _own.allow(seconds)
-    if _own.watches_itself:
-        threading.Thread(target=_watch_itself, name="watch", daemon=True).start()
+    if _own.watcher is not None and not _own.watcher.is_alive():
+        _own.watcher.start()
     try:
         yield
     finally:
-        _own.allow(math.inf)
+        _own.allow(before)
 
 
-@contextmanager
-def unwatched() -> Iterator[None]:
-    """For work of unknown length that gives no signs, such as reading a checkpoint."""
-    allowed = _NUMBERS.unpack(_own.memory[:])[1]
-    _own.allow(math.inf)
-    try:
-        yield
-    finally:
-        _own.allow(allowed)
+def unwatched() -> AbstractContextManager[None]:
+    """For work of unknown length that gives no signs."""
+    return watched(math.inf)
 
 
 def _watch_itself() -> None:
     looked = time.monotonic()
     while True:
-        shown, now = Shown(*_NUMBERS.unpack(_own.memory[:])), time.monotonic()
+        shown, now = _own.shown(), time.monotonic()
         silent = now - shown.at
         if math.isinf(shown.allowed):
             faulthandler.cancel_dump_traceback_later()

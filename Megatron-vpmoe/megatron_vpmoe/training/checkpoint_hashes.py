@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
 from megatron_vpmoe.files import first_damage
-from megatron_vpmoe.runtime import distributed
+from megatron_vpmoe.runtime import distributed, pulse
 
+_THREADS = 8
 T = TypeVar("T")
 Files = Mapping[str, Mapping[str, Any]]
 
@@ -67,8 +70,12 @@ def _first_of_all(job: _Job | None) -> str | None:
 
 
 def _damage(folder: Path, files: Files) -> str | None:
+    def of_file(name: str) -> str | None:
+        return first_damage(folder, {name: files[name]}, check_hashes=True, tell=lambda _: pulse.beat())
+
     try:
-        return first_damage(folder, files, check_hashes=True)
+        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
+            return next((found for found in threads.map(of_file, files) if found is not None), None)
     except (OSError, ValueError) as error:
         return f"a file cannot be read: {error}"
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.files import read_json
-from megatron_vpmoe.runtime import device, distributed
+from megatron_vpmoe.runtime import device, distributed, pulse
 
 device.prepare()
 from megatron.core import dist_checkpointing  # noqa: E402
@@ -170,6 +170,10 @@ def _fault(metadata: Any, sizes: dict[str, int]) -> str | None:
 
 
 class _Planner(upstream.MCoreLoadPlanner):
+    def resolve_tensor(self, read_item: Any) -> torch.Tensor:
+        pulse.beat()
+        return super().resolve_tensor(read_item)
+
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
 

@@ -49,17 +49,25 @@ def test_held_for_a_while_it_goes_on_watching() -> None:
     assert worker.returncode == 1 and "no sign of life for 3 s" in said and "File " in said
 
 
-def _hangs_as_it_closes(arguments: list[str]) -> int:
+def _hangs(arguments: list[str], when: str) -> int:
+    from megatron_vpmoe.config import RunConfig
     from megatron_vpmoe.runtime import pulse
     from megatron_vpmoe.sources.stored import StoredSource
+    from megatron_vpmoe.training import run
 
-    StoredSource.close = lambda self: time.sleep(200)  # type: ignore[method-assign]
+    if when == "starts":
+        RunConfig.startup_timeout = 4.0  # type: ignore[assignment]  # minutes, by the configuration
+        run.build_model = lambda cfg: time.sleep(200)  # type: ignore[assignment]
+    else:
+        StoredSource.close = lambda self: time.sleep(200)  # type: ignore[method-assign]
     pulse.begin(0, None)
     return training_runs.worker(arguments)
 
 
-def test_a_run_is_watched_until_all_is_closed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["starts", "closes"])
+def test_a_run_is_watched_from_its_configuration_until_all_is_closed(tmp_path: Path, when: str) -> None:
     dataset = small_dataset(tmp_path / "set")
     arguments = training_runs.command(tmp_path / "run", dataset, train_iters=3, stall_timeout_seconds=5)[3:]
-    ended = Started(_hangs_as_it_closes, arguments, environment={}).finish(timeout=120)
-    assert ended.returncode == 1 and "no sign of life for" in ended.stderr and "_hangs_as_it_closes" in ended.stderr
+    ended = Started(_hangs, arguments, when, environment={}).finish(timeout=120)
+    assert ended.returncode == 1 and "no sign of life for" in ended.stderr and "in _hangs" in ended.stderr
+    assert (tmp_path / "run" / "metrics.jsonl").exists() == (when == "closes")

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from megatron_vpmoe.errors import CheckpointError, VpmoeError
 from megatron_vpmoe.files import json_bytes, list_files
 from megatron_vpmoe.model.builder import build_model
+from megatron_vpmoe.runtime import pulse
 from megatron_vpmoe.training import checkpoint, torch_dist
 from megatron_vpmoe.training.initial_weights import load_initial_weights
 from tests.any_json import changed_json
@@ -88,6 +89,19 @@ def test_no_pickle_runs(single_process, tmp_path: Path, use: Callable[[Path], ob
             for tensor in used.values() if isinstance(used, dict) else ():
                 tensor.read()
     assert not touched.exists()
+
+
+def test_each_piece_hashed_and_each_tensor_read_is_a_sign_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single_process: None
+) -> None:
+    path, signs = small_checkpoint(tmp_path), list[str]()
+    model = build_model(tiny_config(**SMALL))
+    monkeypatch.setattr(pulse, "beat", lambda: signs.append("of life"))
+    found = checkpoint.open_checkpoint(path)
+    assert len(signs) == len(json.loads((path / "files.json").read_text()))  # each of one piece
+    signs.clear()
+    checkpoint.load(found, model)
+    assert len(signs) == sum(len(keys) for keys in checkpoint.stored_tensors(model).values())
 
 
 def test_a_stored_object_is_data_too(single_process, tmp_path: Path) -> None:
