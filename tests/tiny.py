@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +37,12 @@ TINY = {
     "router_max_load_warn_pct": None,
     "router_dead_experts_warn": None,
 }
+
+NANO_MOE: dict[str, Any] = {
+    "file": "../nano_moe/nano_moe.yaml",
+    **dict.fromkeys(("window_size", "moe_router_num_groups", "moe_router_group_topk")),
+}
+"""For ``tiny_config``: softmax routing without groups and bias, grouped-query attention with RoPE and nothing else."""
 
 
 def tiny_config(*, file: str = "stage1.yaml", **changes: object) -> RunConfig:

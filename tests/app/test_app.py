@@ -53,17 +53,17 @@ class Tab:
 
     def open(self, title: str) -> None:
         """Choose a page in the list."""
-        self.wait(lambda: self._press("[data-testid=stSidebarNav] a", title))
+        self.wait(lambda: self.press("[data-testid=stSidebarNav] a", title))
         self.wait(lambda: [one.text for one in self.all("h1")] == [title])
         self.settle()
 
     def choose(self, label: str, ending: str) -> None:
         """An entry of a list by how it ends."""
-        self.wait(lambda: self._press(f"input[role=combobox][aria-label*={label!r}]"))
-        self.wait(lambda: self._press("[role=option]", ending))
+        self.wait(lambda: self.press(f"input[role=combobox][aria-label*={label!r}]"))
+        self.wait(lambda: self.press("[role=option]", ending))
         self.settle()
 
-    def _press(self, selector: str, ending: str = "") -> bool:
+    def press(self, selector: str, ending: str = "") -> bool:
         """The first of them on which something is written that ends so; False: there is none yet."""
         for one in self.all(selector):
             if one.text.endswith(ending):
@@ -175,10 +175,14 @@ def test_a_question_is_asked_and_answered_with_a_cache_and_without(tab: Tab) -> 
     tab.is_sound()
     tab.click("New conversation")
     tab.wait(lambda: "What is 3 + 4?" not in tab.text())
-    tab.click("Two side by side")
-    tab.says("Model 1", "Model 2")
-    ask(tab, HOSTILE[1], 2)
-    assert tab.text().count(HOSTILE[1]) == 2
+    tab.click("Three side by side")
+    tab.says("Model 1", "Model 2", "Model 3")
+    ask(tab, HOSTILE[1], 3)
+    assert tab.text().count(HOSTILE[1]) == 3
+    tab.is_sound()
+    tab.wait(lambda: tab.press("summary", "What the KV cache is worth here"))
+    tab.click("Measure with and without")
+    tab.wait(lambda: tab.text().count("times as fast") == 3)
     tab.is_sound()
     tab.picture("chat_beside")
 

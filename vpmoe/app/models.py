@@ -20,8 +20,8 @@ from vpmoe.runs.registry import RunEntry, checkpoints_of
 if TYPE_CHECKING:
     from vpmoe.eval.open_model import Opened
 
-_KEPT = 2
-"""Two stand side by side."""
+BESIDE = 3
+"""Models that stand side by side at most; as many are kept open."""
 _SIGNS = ("config.json", "files.json", "megatron/files.json", "checkpoints")
 
 
@@ -75,7 +75,7 @@ def held(path: Path) -> Held:
     return _open(str(path), stamp_of(path))
 
 
-@streamlit.cache_resource(max_entries=_KEPT, show_spinner="Opening the model …")
+@streamlit.cache_resource(max_entries=BESIDE, show_spinner="Opening the model …")
 def _open(path: str, stamp: float) -> Held:
     from vpmoe.eval.open_model import open_model
 

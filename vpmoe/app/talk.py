@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,3 +163,9 @@ def measure(held: Held, question: str, settings: dict[str, Any], tokens: int) ->
             }
         )
     return rows
+
+
+def times_as_fast(rows: Sequence[dict[str, Any]]) -> str:
+    """How much faster the first row's tokens came than the second's, in words."""
+    on, off = (row["tokens/s"] for row in rows)
+    return f"{on / off:.1f} times as fast" if on and off else "too few tokens to tell"

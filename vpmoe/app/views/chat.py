@@ -1,4 +1,4 @@
-"""Chat: a conversation with any model, or the same with two of them side by side."""
+"""Chat: a conversation with any model, or the same with several of them side by side."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 import streamlit
 
 from megatron_vpmoe.errors import VpmoeError
-from vpmoe.app.models import choices, held, pick, stamp_of
+from vpmoe.app.models import BESIDE, choices, held, pick, stamp_of
 from vpmoe.app.places import Places
 from vpmoe.app.shown import empty, refusal, table, text
 from vpmoe.app.store import runs_of
-from vpmoe.app.talk import Slot, Turn, ask, measure, turn_html
+from vpmoe.app.talk import Slot, Turn, ask, measure, times_as_fast, turn_html
 from vpmoe.harmony.prompts import REASONING_EFFORTS
 
 _AS_IS = "as trained"
+_COUNTS = ("One", "Two side by side", "Three side by side")
 
 
 def show(places: Places) -> None:
@@ -28,12 +29,14 @@ def show(places: Places) -> None:
             "vpmoe quickstart",
             "vpmoe app runs/NAME",
         )
-    beside = streamlit.toggle("Two side by side", key="chat_beside", persist_state="session")
-    columns = streamlit.columns(2 if beside else 1)
-    slots: list[Slot] = streamlit.session_state.setdefault("chat_slots", [Slot(), Slot()])
+    chosen = streamlit.segmented_control(
+        "Models", _COUNTS, default=_COUNTS[0], required=True, key="chat_beside", persist_state="session"
+    )
+    columns = streamlit.columns(_COUNTS.index(chosen) + 1)
+    slots: list[Slot] = streamlit.session_state.setdefault("chat_slots", _new())
     question = streamlit.chat_input("Ask something", key="chat_question")
     if streamlit.button("New conversation", key="chat_reset", icon=":material/restart_alt:"):
-        slots[:] = [Slot(), Slot()]
+        slots[:] = _new()
     # Both histories first: what is answered then streams below them, one model after the other.
     asked = []
     for number, column in enumerate(columns):
@@ -42,7 +45,7 @@ def show(places: Places) -> None:
                 places,
                 runs,
                 key=f"chat_model_{number}",
-                title=f"Model {number + 1}" if beside else "Model",
+                title=f"Model {number + 1}" if len(columns) > 1 else "Model",
                 index=number,
             )
             if path is not None:
@@ -53,8 +56,12 @@ def show(places: Places) -> None:
     for slot, path, place in asked if question else ():
         with place:
             _ask(slot, path, question or "", settings)
-    if asked and any(slot.turns for slot, _, _ in asked):
-        _cache(asked[0][0], asked[0][1], settings)
+    if any(slot.turns for slot, _, _ in asked):
+        _cache([(slot, path) for slot, path, _ in asked], settings)
+
+
+def _new() -> list[Slot]:
+    return [Slot() for _ in range(BESIDE)]
 
 
 def _settings() -> dict[str, Any]:
@@ -137,12 +144,18 @@ def _ask(slot: Slot, path: Path, question: str, settings: dict[str, Any]) -> Non
             refusal(error)
 
 
-def _cache(slot: Slot, path: Path, settings: dict[str, Any]) -> None:
+def _cache(asked: list[tuple[Slot, Path]], settings: dict[str, Any]) -> None:
     with streamlit.expander("What the KV cache is worth here"):
         tokens = streamlit.number_input("Tokens to generate each way", 2, 1024, 32, key="chat_measure_tokens")
-        if streamlit.button("Measure with and without", key="chat_measure"):
-            with streamlit.spinner("Answering the last question both ways …"):
-                table(measure(held(path), slot.turns[-1].question, settings, int(tokens)))
-            streamlit.caption(
-                "Greedy, the last question alone; without a cache each token is a pass over the whole text."
-            )
+        if not streamlit.button("Measure with and without", key="chat_measure"):
+            return
+        for (slot, path), column in zip(asked, streamlit.columns(len(asked)), strict=True):
+            with column:
+                if not slot.turns:
+                    streamlit.info("Nothing was asked here yet.")
+                    continue
+                with streamlit.spinner("Answering the last question both ways …"):
+                    rows = measure(held(path), slot.turns[-1].question, settings, int(tokens))
+                streamlit.metric("With the cache", times_as_fast(rows))
+                table(rows)
+        streamlit.caption("Greedy, the last question alone; without a cache each token is a pass over the whole text.")

@@ -15,24 +15,13 @@ from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.model.moe.experts import StackedExperts
 from megatron_vpmoe.model.moe.replay import recording
-from tests.tiny import tiny_config
+from tests.tiny import NANO_MOE, tiny_config
 from vpmoe.eval.inspection import LONGEST, attention_of, routing_of
 
 IDS = [5, 9, 3, 60, 1, 33, 33, 8, 21, 7, 7, 2, 40, 11]
 
 
-PLAIN = {
-    **{"moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False},
-    **{"moe_router_num_groups": None, "moe_router_group_topk": None, "moe_router_topk_scaling_factor": 1.0},
-    **{"window_size": None, "tpa": False, "value_residual": False, "softmax_type": "vanilla"},
-    **{"local_position_embedding": "rope", "global_position_embedding": "rope"},
-    **{"qk_layernorm": False, "add_bias_linear": False, "add_qkv_bias": False, "first_layer_dense": False},
-    "untie_embeddings_and_output_weights": False,
-}
-"""Softmax routing in grouped-query attention with RoPE: nothing of vpMoE's own."""
-
-
-@pytest.fixture(params=[{}, PLAIN], ids=["vpmoe", "plain"])
+@pytest.fixture(params=[{}, NANO_MOE], ids=["vpmoe", "nano_moe"])
 def model(request: pytest.FixtureRequest, single_process: None) -> VPModel:
     torch.manual_seed(3)
     model = build_model(tiny_config(**request.param))

@@ -16,19 +16,26 @@ from megatron_vpmoe.generation.engine import generate
 from megatron_vpmoe.generation.prompts import Prompt
 from megatron_vpmoe.generation.sampling import SamplingOptions
 from megatron_vpmoe.model.builder import build_model
-from tests.tiny import tiny_config
+from megatron_vpmoe.model.moe.experts import StackedExperts
+from tests.learned_vocabulary import write_vocabulary
+from tests.tiny import NANO_MOE, tiny_config
 from vpmoe.errors import DataError
 from vpmoe.eval.asking import stop_ids
+from vpmoe.eval.inspection import pieces_of
 from vpmoe.eval.over_prompts import OverPrompts, measured, prompts_of
 from vpmoe.eval.plots import plot_first_choice, plot_throughput, plot_usage
+from vpmoe.tokenizer.hf_directory import HFDirectory
 
 PROMPTS = ["One day", "The cat sat.", "Äpfel"]
 
 
-@pytest.fixture
-def opened(single_process: None, tokenizer: Any) -> Any:
+@pytest.fixture(params=["vpmoe", "nano_moe"])
+def opened(request: pytest.FixtureRequest, single_process: None, tokenizer: Any, tmp_path: Path) -> Any:
+    """vpMoE with a part of o200k, and another design with a vocabulary of its own."""
     torch.manual_seed(3)
-    model = build_model(tiny_config(padded_vocab_size=320))
+    model = build_model(tiny_config(**(NANO_MOE if request.param == "nano_moe" else {}), padded_vocab_size=320))
+    if request.param == "nano_moe":
+        tokenizer = HFDirectory(write_vocabulary(tmp_path / "vocabulary"), 320)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
@@ -39,21 +46,23 @@ def opened(single_process: None, tokenizer: Any) -> Any:
 def test_usage_is_that_of_the_tokens_written(opened: Any) -> None:
     said: list[str] = []
     found = measured(opened, PROMPTS, 12, plain=True, say=said.append)
-    assert found.form == "text" and said and found.layers == [2, 3, 4] and found.topk == 2
+    layers = sum(isinstance(module, StackedExperts) for module in opened.model.modules())
+    assert found.form == "text" and said and found.layers == [*range(5 - layers, 5)] and found.topk == 2
     ids = [opened.tokenizer.encode_ordinary(text).tolist() for text in PROMPTS]
+    assert "".join(pieces_of(opened.tokenizer, ids[1])) == PROMPTS[1]
     options = SamplingOptions(stop_ids=stop_ids(opened.tokenizer), temperature=0.0, max_new_tokens=12)
     done = generate(opened.model, [Prompt(one) for one in ids], options, record_routing=True)
     assert found.tokens.tolist() == [len(one.ids) for one in done]
     for place, (prompt, one) in enumerate(zip(ids, done, strict=True)):
-        routed = np.concatenate(one.routing).reshape(-1, 3, 2)[len(prompt) :]
+        routed = np.concatenate(one.routing).reshape(-1, layers, 2)[len(prompt) :]
         # The engine does not compute the last token.
-        counts = np.stack([np.bincount(routed[:, layer].flatten(), minlength=8) for layer in range(3)])
+        counts = np.stack([np.bincount(routed[:, layer].flatten(), minlength=8) for layer in range(layers)])
         missing = found.usage[place] * 2 * len(one.ids) - counts
-        assert (missing > -1e-9).all() and missing.sum(1) == pytest.approx([2, 2, 2])
+        assert (missing > -1e-9).all() and missing.sum(1) == pytest.approx([2] * layers)
     assert ((found.first_choice >= 0.5) & (found.first_choice <= 1)).all()
     assert all((rate > 0).all() for rate in found.rate.values())
     entry = json.loads(json.dumps(found.entry()))
-    assert entry["layers"]["3"]["usage"]["mean"] == pytest.approx(found.usage[:, 1].mean(0).tolist())
+    assert entry["layers"]["3"]["usage"]["mean"] == pytest.approx(found.usage[:, layers - 2].mean(0).tolist())
     assert entry["tokens_per_second"]["on"]["std"] == pytest.approx(found.rate["on"].std())
 
 
