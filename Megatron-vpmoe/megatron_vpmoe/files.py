@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -63,10 +62,12 @@ def move_into_place(temporary: Path, path: Path) -> None:
 
 
 def remove_folder(folder: Path, proofs: Collection[Path]) -> None:
-    """Remove a folder whose files ``proofs`` say whose it is, those last: an interrupted removal can be ended."""
+    """Remove a folder whose files ``proofs`` say whose it is, those last, and so the receipts of folders in it: an
+    interrupted removal can be ended.
+    """
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            remove_folder(path, [path / RECEIPT])
         elif path not in proofs:
             path.unlink()
     for proof in proofs:

@@ -21,7 +21,7 @@ from tests.tiny import tiny_config
 from tests.tiny_student import write_student
 from tests.training_runs import train
 from tests.unit.vpmoe.test_provenance_blocks import whole
-from vpmoe.checkpoints import contents, tables
+from vpmoe.checkpoints import contents, soundness, tables
 from vpmoe.checkpoints.difference import compared
 from vpmoe.cli import main
 from vpmoe.hf.convert import Carried, run_state
@@ -127,6 +127,20 @@ def test_every_damage_is_named_and_nothing_is_written(run: Path, capsys: pytest.
     (second / "files.json").write_text("[]")
     (entry,) = asked(capsys, "verify", second, code=1)
     assert "files.json" in entry["damages"][0]
+
+
+def test_what_a_run_prunes_meanwhile_is_no_damage(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pruned(of: Any, *rest: Any) -> list[str]:
+        if of.folder == iteration(run, HALF):
+            shutil.rmtree(of.folder)
+        return damages(of, *rest)
+
+    damages = soundness.damages
+    monkeypatch.setattr(soundness, "damages", pruned)
+    (entry,) = asked(capsys, "verify", run)
+    assert entry["path"] == str(iteration(run, LAST)) and entry["damages"] == []
 
 
 def test_differences(trained: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

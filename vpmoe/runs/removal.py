@@ -96,4 +96,4 @@ def remove_files(run: RunEntry) -> None:
     here = run.directory
     with owned(here / LOCK, f"the run directory {here}"):
         check_removable(run)
-        remove_folder(here, [here / IDENTITY, here / LOCK])
+        remove_folder(here, [here / LOCK, here / IDENTITY])

@@ -3,7 +3,8 @@
 A line of JSON (``layers``: their numbers, ``experts`` of each), then records of one size: the step, int64, and a
 float16 [L, E] with the load of each expert as a multiple of its layer's mean (1 everywhere is perfect balance, 0 a dead
 expert), all little-endian. 80 layers of 256 experts take 41 kB a record. Records of one size can be read anywhere in
-the file without what lies before, while it grows; what a killed process left of a last one is no record.
+the file without what lies before, while it grows; what a killed process left of a last one is no record, nor is what
+a lost disk left as zeros.
 
 Shapes: T records, L layers with experts, E experts of a layer.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,6 +125,7 @@ def read_expert_loads(path: Path, *, most: int | None = None) -> ExpertLoads:
         pieces = [_read_at(stream, start + place * record.itemsize, record.itemsize) for place in chosen]
     whole = [piece for piece in pieces if len(piece) == record.itemsize]
     records = np.frombuffer(b"".join(whole), record)
+    records = records[records["step"] > 0]
     return ExpertLoads(layers, records["step"].astype(np.int64), records["load"])
 
 
@@ -154,5 +157,6 @@ def _read_at(stream: BinaryIO, place: int, size: int) -> bytes:
     return stream.read(size)
 
 
-def _step_at(stream: BinaryIO, place: int) -> int:
-    return int.from_bytes(_read_at(stream, place, 8), "little", signed=True)
+def _step_at(stream: BinaryIO, place: int) -> float:
+    """Infinite where a lost disk has left zeros: only behind what a checkpoint counts on."""
+    return int.from_bytes(_read_at(stream, place, 8), "little", signed=True) or math.inf

@@ -49,12 +49,13 @@ def test_a_record_is_small(tmp_path: Path) -> None:
 def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     write(straight, range(1, 11))
-    write(resumed, range(1, 9))
-    with resumed.open("ab") as stream:
-        stream.write(b"\x09\x00\x00")  # a record that a killed process left unfinished
-    assert read_expert_loads(resumed).steps.tolist() == [*range(1, 9)]
-    write(resumed, range(6, 11), resume_step=5)
-    assert resumed.read_bytes() == straight.read_bytes()
+    for last, left in ((8, b"\x09\x00\x00"), (8, bytes(100)), (5, bytes(100))):  # by a killed process; by a lost disk
+        write(resumed, range(1, last + 1))
+        with resumed.open("ab") as stream:
+            stream.write(left)
+        assert read_expert_loads(resumed).steps.tolist() == [*range(1, last + 1)]
+        write(resumed, range(6, 11), resume_step=5)
+        assert resumed.read_bytes() == straight.read_bytes()
 
 
 def test_of_many_records_every_nth_and_the_last_are_read(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from megatron_vpmoe.metrics import read_records
 from megatron_vpmoe.metrics.run_store import opened_store
 from megatron_vpmoe.ownership import owned
 from tests.unit.vpmoe.runs.written_runs import write_run
+from vpmoe import steps
 from vpmoe.errors import BusyError, DataError, NotOursError
 from vpmoe.runs import editing, removal
 from vpmoe.runs.comparison import config_differences, origin_differences, overlay
@@ -384,6 +385,40 @@ def test_files_go_only_if_runs_wrote_them_all(store: Path) -> None:
     (directory / "checkpoints" / "link").unlink()
     removal.remove_files(only(store))
     assert not directory.exists() and store.exists()
+
+
+def test_a_removal_that_is_interrupted_anywhere_can_be_ended(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also within a folder that a step has made in a run's directory."""
+    directory, unlink, left = write_run(store, "a", steps=1), os.unlink, 0
+
+    def make(work: steps.Work) -> dict[str, Any]:
+        for name in ("one", "two"):
+            (work.folder / name).touch()
+        return {}
+
+    steps.run(steps.Step("evaluation", 1, directory / "evaluation", {}), make)
+    (directory / ".evaluation.lock").unlink()
+    kept, run = shutil.copytree(directory, tmp_path / "kept"), only(store)
+
+    def unlinking(*given: Any, **named: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        unlink(*given, **named)
+
+    for left_after in range(len([path for path in kept.rglob("*") if path.is_file()])):
+        shutil.rmtree(directory)
+        shutil.copytree(kept, directory)
+        left = left_after
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "unlink", unlinking)
+            removal.remove_files(run)
+        removal.remove_files(run)
+        assert not directory.exists()
+        directory.mkdir()
 
 
 def test_files_of_another_run_or_of_one_at_work_stay(store: Path) -> None:
