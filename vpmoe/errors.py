@@ -7,6 +7,7 @@ from megatron_vpmoe.errors import BusyError, DataError, NotOursError, TokenizerE
 __all__ = [
     "BusyError",
     "DataError",
+    "EndpointError",
     "HarmonyError",
     "NotOursError",
     "RowError",
@@ -53,3 +54,16 @@ class WeightsError(VpmoeError):
 
 class UpcycleError(VpmoeError):
     """A job of the ladder that cannot run: an object that is missing, altered or stale, or a result out of bounds."""
+
+
+class EndpointError(VpmoeError):
+    """A served model that cannot be asked, or whose answer cannot be used.
+
+    Args:
+        reason: a short stable name of the fault: ``unauthorized``, ``not_found``, ``refused``, ``rate_limited``,
+            ``timeout``, ``unreachable``, ``unusable``.
+    """
+
+    def __init__(self, what: str, *, source: str | None = None, remedy: str | None = None, reason: str) -> None:
+        self.reason = reason
+        super().__init__(what, source=source, remedy=remedy)

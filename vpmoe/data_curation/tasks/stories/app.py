@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vpmoe.data_curation.tasks.stories import corpus, prompts
+from vpmoe.data_curation.datasets.options import flags
+from vpmoe.data_curation.tasks.stories import corpus, instructions
 from vpmoe.data_curation.tasks.stories.corpus import TEST_FRACTION, VALID_FRACTION
+from vpmoe.data_curation.tasks.stories.endpoint import KEY_VARIABLE, Settings
+from vpmoe.data_curation.tasks.stories.writing import Writing
+from vpmoe.errors import DataError
 
 app = typer.Typer()
 _Output = Annotated[Path, typer.Option(help="folder to write train.jsonl, valid.jsonl and test.jsonl into")]
@@ -43,9 +49,43 @@ def stories(
     typer.echo(_told(output_dir, counts))
 
 
+@dataclass(frozen=True)
+class Writer:
+    """Who writes the stories instead of the templates."""
+
+    writer: Annotated[
+        str | None,
+        typer.Option(
+            help=f"OpenAI-compatible address of a model that writes the stories; its key comes from {KEY_VARIABLE}"
+        ),
+    ] = None
+    writer_model: Annotated[str | None, typer.Option(help="name of the model there")] = None
+    writer_tries: Annotated[
+        int, typer.Option(min=1, help="times that a story is asked for; then its row is dropped")
+    ] = 3
+    writer_concurrency: Annotated[int, typer.Option(min=1, help="requests under way")] = 8
+    writer_timeout: Annotated[float, typer.Option(min=0.1, help="seconds for an answer")] = 120.0
+    judge: Annotated[bool, typer.Option("--judge", help="the model also says whether a story is of its theme")] = False
+
+    def writing(self) -> Writing | None:
+        """None: the templates write; raises :class:`DataError` where an option would do nothing."""
+        if self.writer is None:
+            if idle := [option.name for option in fields(self) if getattr(self, option.name) != option.default]:
+                named = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+                raise DataError("there is no writer", source=named, remedy="name one with --writer")
+            return None
+        if not self.writer_model:
+            raise DataError("no model is named", source="--writer", remedy="name one with --writer-model")
+        endpoint = Settings(self.writer, self.writer_model, self.writer_concurrency, self.writer_timeout)
+        return Writing(endpoint, self.writer_tries, self.judge)
+
+
 @app.command()
+@flags
 def story_prompts(
     output_dir: _Output,
+    writer: Writer,
+    *,
     rows: Annotated[int, typer.Option(help="prompts, each of another plot")] = 20_000,
     seed: _Seed = 1,
     pairs: Annotated[bool, typer.Option("--pairs", help="pairs: the right protagonist against a wrong one")] = False,
@@ -55,18 +95,21 @@ def story_prompts(
     quiet: _Quiet = False,
 ) -> None:
     """Generate instructions for stories: protagonist, theme, words that have to come and words that must not."""
-    counts = prompts.generate(
+    report = instructions.generate(
         output_dir,
         rows=rows,
         seed=seed,
         pairs=pairs,
         valid_fraction=valid_fraction,
         test_fraction=test_fraction,
+        writing=writer.writing(),
         overwrite=overwrite,
         quiet=quiet,
         say=typer.echo,
     )
-    typer.echo(_told(output_dir, counts))
+    typer.echo(_told(output_dir, report["rows"]))
+    for name, told in report.get("written", {}).items():
+        typer.echo(f"  {name}: {json.dumps(told)}")
 
 
 def _told(output_dir: Path, counts: dict[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""``vpmoe data story-prompts``: stories that were asked for, and the constraints that they keep to.
+"""Stories that were asked for, and the constraints that they keep to.
 
 A prompt asks for a protagonist, a theme, two or three words that have to come and one or two that must not. What has to
 come is of the plot, so that its story has it; what must not are words that another wording of the same plot has. Each
@@ -12,33 +12,17 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from vpmoe import steps
 from vpmoe.data_curation.tasks.family import hash_of
 from vpmoe.data_curation.tasks.stories.checker import Constraints, check_story, is_in, words_of
 from vpmoe.data_curation.tasks.stories.content import content, with_article
-from vpmoe.data_curation.tasks.stories.corpus import (
-    TEST_FRACTION,
-    VALID_FRACTION,
-    VERSION,
-    check_rows,
-    write_rows,
-)
-from vpmoe.data_curation.tasks.stories.plots import (
-    Plot,
-    character,
-    check_fractions,
-    number_of,
-    plot,
-    split_of,
-)
+from vpmoe.data_curation.tasks.stories.corpus import TEST_FRACTION, VALID_FRACTION
+from vpmoe.data_curation.tasks.stories.plots import Character, Plot, character, number_of, plot, split_of
 from vpmoe.data_curation.tasks.stories.telling import pick, tell, worded
 
-LONGEST = 120
+SHORTEST, LONGEST = 60, 120
 """Words of a completion."""
 _SHARED = ("place", "weather", "sight", "treat")
 _OTHER_WORDINGS = 4
@@ -87,9 +71,23 @@ def ask(seed: int, index: int) -> Asked:
         banned = _banned(chosen, needed, story, wording, draw)
         required = tuple(chosen.chosen[name] for name in needed)
         asked = Constraints(chosen.hero.name, chosen.hero.kind, chosen.scene.theme, required, banned)
-        if banned and len(story.split()) <= LONGEST and check_story(story, asked).passed:
+        if banned and SHORTEST <= len(story.split()) <= LONGEST and check_story(story, asked).passed:
             return Asked(chosen, asked, _prompt(chosen, asked, draw), story, wording, needed)
     raise AssertionError("unreachable")
+
+
+def row_of(
+    asked: Asked, seed: int, index: int, stories: tuple[str, ...], valid_fraction: float, test_fraction: float
+) -> dict[str, Any]:
+    """The row of what was asked and its stories: the completion, or the chosen and the rejected one."""
+    pair = len(stories) == 2
+    return {
+        "id": f"story_{'pair' if pair else 'prompt'}_{seed}_{index:08d}",
+        "split": split_of(asked.combination, valid_fraction, test_fraction),
+        "prompt": asked.prompt,
+        **dict(zip(("chosen", "rejected") if pair else ("completion",), stories, strict=True)),
+        "constraints": asked.constraints.as_row(),
+    }
 
 
 def make_prompt(
@@ -97,13 +95,7 @@ def make_prompt(
 ) -> dict[str, Any]:
     """Row ``index`` of instructions: ``id``, ``split``, ``prompt``, ``completion``, ``constraints``."""
     asked = ask(seed, index)
-    return {
-        "id": f"story_prompt_{seed}_{index:08d}",
-        "split": split_of(asked.combination, valid_fraction, test_fraction),
-        "prompt": asked.prompt,
-        "completion": asked.story,
-        "constraints": asked.constraints.as_row(),
-    }
+    return row_of(asked, seed, index, (asked.story,), valid_fraction, test_fraction)
 
 
 def make_pair(
@@ -114,46 +106,22 @@ def make_pair(
     ``rejected`` is the chosen story with another protagonist, word for word: all that is wrong with it.
     """
     asked = ask(seed, index)
-    return {
-        "id": f"story_pair_{seed}_{index:08d}",
-        "split": split_of(asked.combination, valid_fraction, test_fraction),
-        "prompt": asked.prompt,
-        "chosen": asked.story,
-        "rejected": _rejected(asked),
-        "constraints": asked.constraints.as_row(),
-    }
+    told = tell(
+        replace(asked.plot, hero=other_hero(asked)), random.Random(asked.wording), long=False, needed=asked.needed
+    )
+    check = check_story(told, asked.constraints)
+    assert check.required_present and not check.banned_present and not check.protagonist_right, told
+    return row_of(asked, seed, index, (asked.story, told), valid_fraction, test_fraction)
 
 
-def generate(
-    output_dir: Path,
-    *,
-    rows: int,
-    seed: int,
-    pairs: bool = False,
-    valid_fraction: float = VALID_FRACTION,
-    test_fraction: float = TEST_FRACTION,
-    overwrite: bool = False,
-    quiet: bool = True,
-    say: Callable[[str], None] = lambda line: None,
-) -> dict[str, int]:
-    """Write instructions, or pairs, unless they are there; returns the rows of each split.
-
-    Raises:
-        DataError: no rows, more than there are plots, or shares that are none.
-        NotOursError, BusyError: see :func:`vpmoe.steps.run`.
-    """
-    check_rows(rows)
-    check_fractions(valid_fraction, test_fraction)
-    decides = {"rows": rows, "seed": seed, "pairs": pairs}
-    decides |= {"valid_fraction": valid_fraction, "test_fraction": test_fraction}
-    make_row = make_pair if pairs else make_prompt
-
-    def make(work: steps.Work) -> dict[str, Any]:
-        made = (make_row(seed, index, valid_fraction, test_fraction) for index in range(rows))
-        return {"rows": write_rows(work.folder, made, rows, "prompts", quiet=quiet)}
-
-    step = steps.Step("story_prompts", VERSION, output_dir, decides)
-    return steps.run(step, make, overwrite=overwrite, check_hashes=True, say=say)["report"]["rows"]
+def other_hero(asked: Asked) -> Character:
+    """A protagonist of another name and kind, of the same gender; whom a rejected story is about."""
+    words, hero = content().words, asked.plot.hero
+    taken = {hero.kind, asked.plot.friend.kind, *asked.constraints.required, *asked.constraints.banned}
+    draw = random.Random(hash_of(f"rejected {asked.wording}"))
+    names = [name for name in words["she" if hero.female else "he"] if name != hero.name]
+    others = [character(pick(names, draw), kind, hero.female) for kind in words["kinds"]]
+    return pick([other for other in others if other.kind not in taken], draw)
 
 
 def _needed(chosen: Plot, draw: random.Random) -> tuple[str, ...]:
@@ -194,17 +162,3 @@ def _listed(words: tuple[str, ...], draw: random.Random) -> str:
         words = tuple(f'"{word}"' for word in words)
     *first, last = words
     return f"{', '.join(first)}{pick((' and ', ', '), draw)}{last}" if first else last
-
-
-def _rejected(asked: Asked) -> str:
-    """The story with a protagonist of another name and kind, in the same wording."""
-    words, hero = content().words, asked.plot.hero
-    taken = {hero.kind, asked.plot.friend.kind, *asked.constraints.required, *asked.constraints.banned}
-    draw = random.Random(hash_of(f"rejected {asked.wording}"))
-    names = [name for name in words["she" if hero.female else "he"] if name != hero.name]
-    others = [character(pick(names, draw), kind, hero.female) for kind in words["kinds"]]
-    other = pick([other for other in others if other.kind not in taken], draw)
-    told = tell(replace(asked.plot, hero=other), random.Random(asked.wording), long=False, needed=asked.needed)
-    check = check_story(told, asked.constraints)
-    assert check.required_present and not check.banned_present and not check.protagonist_right, told
-    return told
