@@ -21,7 +21,7 @@ from vpmoe.errors import DataError
 from vpmoe.progress import Progress
 
 VALID_FRACTION, TEST_FRACTION = 0.02, 0.02
-VERSION = 1
+VERSION = 2
 """Of the content: plots and their wording."""
 Row = Mapping[str, Any]
 
