@@ -50,6 +50,9 @@ def test_the_figures_of_runs_and_of_their_models(tmp_path: Path, capsys: pytest.
     assert all(min(Image.open(path).size) > 300 for path in output.glob("*.png"))
     assert report["provenance"]["config_hash"].keys() == report["runs"].keys() == {"first", "dense"}
     assert report["prompts"]["count"] == 3
+    assert {"lr", "loss/total", "valid/loss/total", "throughput/tokens_per_second"} <= {
+        *report["runs"]["dense"]["last_values"]
+    }
     first, bare = (report["runs"][name]["over_prompts"] for name in ("first", "dense"))
     assert first["form"] == "conversation" and bare["layers"] == {} and [*first["layers"]] == ["2", "3", "4"]
     for layer in first["layers"].values():

@@ -24,7 +24,9 @@ _WHOLE = {"total": "tab:blue"}
 ROUTER_TAG = "moe/router_agg/mean_cv_pct"
 _WRITTEN = 160
 """Cells of a heatmap whose numbers are written into them, at most."""
-_ON_COLOUR: dict[str, Any] = {"bbox": {"boxstyle": "round,pad=0.1", "facecolor": "white", "alpha": 0.6, "linewidth": 0}}
+_ON_COLOUR: dict[str, Any] = {
+    "bbox": {"boxstyle": "round,pad=0.1", "facecolor": "white", "alpha": 0.75, "linewidth": 0}
+}
 _WHERE = {"-": {"linewidth": 1.2}, "o": {"linestyle": "none", "marker": "o", "markersize": 4}}
 
 

@@ -121,6 +121,7 @@ def _measured(
     models, entries = {}, {}
     origin: dict[str, dict[str, Any]] = {"config_hash": {}, "tokenizer": {}, "dataset": {}}
     for name, run in runs.items():
+        drawn = {tag for figure in FIGURES for panel in of_figure(figure, tags_of([run])) for tag in panel.tags}
         if not run.is_there:
             raise DataError("the run's directory is not there", source=str(run.directory), remedy="vpmoe runs add DIR")
         with open_model(run.directory) as opened:
@@ -130,7 +131,7 @@ def _measured(
             entries[name] = {
                 "id": run.id,
                 "checkpoint": opened.entry,
-                "last_values": last_values(run),
+                "last_values": {tag: value for tag, value in last_values(run).items() if tag in drawn},
                 "over_prompts": models[name].entry(),
             }
             origin["config_hash"][name] = config_hash(opened.trained or opened.cfg)

@@ -40,6 +40,11 @@ class Panel:
     curves: tuple[Curve, ...]
     minus: str | None = None
 
+    @property
+    def tags(self) -> list[str]:
+        """All that it is made of."""
+        return [*(curve.tag for curve in self.curves), *([] if self.minus is None else [self.minus])]
+
 
 _VALID = Curve("valid*loss/total", "valid", "--", is_sparse=True)
 _LOSS = Panel("loss", (Curve("loss/total", "train"), _VALID))

@@ -49,10 +49,10 @@ def plot(
         DataError: no run has a point, or the picture cannot be written.
     """
     check_replaceable(output)
-    tags = [tag for panel in panels for tag in (*(curve.tag for curve in panel.curves), panel.minus) if tag]
+    tags = dict.fromkeys(tag for panel in panels for tag in panel.tags)
     # Smoothed, or taken off others, over every record: what a thinned curve keeps are its extremes.
     whole = smoothing or any(panel.minus for panel in panels)
-    curves = series(runs, list(dict.fromkeys(tags)), by=by, points=2**31 if whole else 4000)
+    curves = series(runs, list(tags), by=by, points=2**31 if whole else 4000)
     if curves.empty:
         lacking = "" if by == "step" else f"; older runs record no {by}, --by step works for all"
         raise DataError(
@@ -77,6 +77,8 @@ def plot(
             elif smooth is not None and not curve.is_sparse:
                 mean = _points(smooth, curve, panel, smooth)
             _draw(field, runs, curve, points, mean)
+        if panel.minus is not None:
+            field.axhline(0, color="0.7", linewidth=0.8, zorder=0)
         field.set_title(visible(panel.title), parse_math=False)
         field.set(xlabel=AXIS_LABELS[by], **_scales(log_x, log_y))
         lines = len(field.get_legend_handles_labels()[0])

@@ -34,7 +34,7 @@ def lines_of(runs: list[RunEntry], name: str, monkeypatch: pytest.MonkeyPatch, *
     monkeypatch.setattr(plots, "save_picture", lambda figure, output: figures.append(figure))
     plots.plot(runs, of_figures([name], tags_of(runs)), Path("none.png"), **how)
     return [
-        {str(line.get_label()): np.array(line.get_xydata()) for line in field.get_lines()}
+        {label: np.array(line.get_xydata()) for line in field.get_lines() if (label := str(line.get_label()))[0] != "_"}
         for field in figures[0].axes
         if field.get_title()
     ]
