@@ -111,17 +111,19 @@ def _by_run(connection: sqlite3.Connection, table: str, order: str) -> dict[str,
 
 
 def _entry(store: Path, row: dict[str, Any], tags: list[dict[str, Any]], segments: list[dict[str, Any]]) -> RunEntry:
+    # One row that somebody has damaged hides no other run, and can be removed like any.
+    damaged = _emptied(row)
     there = found_directory(store, row["directory"], row["id"])
     directory = there or read_directory(store, row["directory"])
     row |= (there and conclusion_of(there)) or {}
-    read = {name: _object(row[name], fits) for name, fits in _COLUMNS.items()}
-    # One row that somebody has damaged hides no other run, and can be removed like any.
-    damaged = [f"its {name} in the run store is damaged" for name, value in read.items() if value is None]
+    damaged += _emptied(row)
+    read = {name: _object(row[name], fits) for name, fits in _OBJECTS.items()}
+    damaged += [name for name, value in read.items() if value is None]
     config, provenance, results = ({} if value is None else value for value in read.values())
     return RunEntry(
         **{name: row[name] for name in ("id", "name", "experiment", "started", "ended", "note", "host", "pid")},
         **{name: row[name] for name in ("world_size", "step")},
-        error="; ".join(damaged) or row["error"],
+        error=f"its {', '.join(damaged)} in the run store is damaged" if damaged else row["error"],
         directory=directory,
         status=_status(row, directory),
         config=config,
@@ -131,6 +133,13 @@ def _entry(store: Path, row: dict[str, Any], tags: list[dict[str, Any]], segment
         segments=tuple(segments),
         is_there=there is not None,
     )
+
+
+def _emptied(row: dict[str, Any]) -> list[str]:
+    """The columns whose values are of another kind, after they were set to what says nothing."""
+    strange = [name for name, (fits, _) in _PLAIN.items() if not fits(row[name])]
+    row |= {name: _PLAIN[name][1] for name in strange}
+    return strange
 
 
 def _object(text: str, fits: Callable[[Any], bool]) -> dict[str, Any] | None:
@@ -146,12 +155,26 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) or value in ("nan", "inf", "-inf") or (type(value) is int and abs(value) < 1 << 63)
 
 
-_COLUMNS: dict[str, Callable[[Any], bool]] = {
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < _YEAR_10000
+
+
+_YEAR_10000 = 253_402_300_800.0
+_OBJECTS: dict[str, Callable[[Any], bool]] = {
     "config": lambda sections: all(isinstance(fields, dict) for fields in sections.values()),
     "provenance": is_provenance,
     "results": lambda values: all(map(_is_number, values.values())),
 }
-"""Those that hold JSON objects, and what these are."""
+"""Columns that hold JSON objects, and what these are."""
+_PLAIN: dict[str, tuple[Callable[[Any], bool], Any]] = {
+    **dict.fromkeys(("name", "experiment", "directory", "note", "host"), (lambda text: isinstance(text, str), "")),
+    **dict.fromkeys(("step", "pid", "world_size"), (lambda number: type(number) is int and number >= 0, 0)),
+    "status": (STATUSES.__contains__, "unknown"),
+    "error": (lambda text: isinstance(text, str | None), None),
+    "started": (_is_time, 0.0),
+    "ended": (lambda value: value is None or _is_time(value), None),
+}
+"""The others: what they are, and what says nothing."""
 
 
 def _status(row: Mapping[str, Any], directory: Path) -> str:

@@ -19,7 +19,7 @@ import pytest
 from pyarrow import parquet
 
 from megatron_vpmoe.metrics import read_records
-from megatron_vpmoe.metrics.run_store import opened_store
+from megatron_vpmoe.metrics.run_store import _CONCLUDES, opened_store
 from megatron_vpmoe.ownership import owned
 from tests.unit.vpmoe.runs.written_runs import write_run
 from vpmoe import steps
@@ -29,7 +29,7 @@ from vpmoe.runs.comparison import config_differences, origin_differences, overla
 from vpmoe.runs.export import export
 from vpmoe.runs.queries import ask, connect, damaged_lines, last_values, matching, series, smoothed, tags_of
 from vpmoe.runs.registry import RunEntry, checkpoints_of, find_run, list_runs
-from vpmoe.runs.tables import sparkline
+from vpmoe.runs.tables import console, show_list, sparkline
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_directory_that_is_not_seen(store: Path) -> None:
         connection.execute("UPDATE runs SET host = ?, pid = ?", (socket.gethostname(), 2**22 + 1))
     assert only(store).status == "killed"
     with opened_store(store) as connection:
-        connection.execute("UPDATE runs SET pid = ?, started = 1e12", (os.getpid(),))
+        connection.execute("UPDATE runs SET pid = ?, started = 1e11", (os.getpid(),))
     assert only(store).status == "running"
 
 
@@ -270,6 +270,27 @@ def test_a_damaged_row_hides_no_other_and_can_be_removed(store: Path, column: st
     assert broken.error == f"its {column} in the run store is damaged" and getattr(broken, column) == {}
     editing.forget(find_run("broken", store), store)
     assert [run.name for run in list_runs(store)] == ["whole"]
+
+
+def test_a_damaged_column_of_any_kind_hides_no_other(store: Path) -> None:
+    columns = ("name", "experiment", "directory", "status", "error", "note", "host", "started", "ended", "step", "pid")
+    values = (b"\xff", "soon", -(2**60), 1.5e300)
+    write_run(store, "whole")
+    concluded = write_run(store, "concluded") / "run.json"
+    concluded.write_text(
+        json.dumps({**json.loads(concluded.read_text()), "concluded": {name: [1] for name in _CONCLUDES}})
+    )
+    for column in columns:
+        for number, _ in enumerate(values):
+            write_run(store, f"{column} {number}", steps=1)
+    with opened_store(store) as connection:
+        for column in columns:
+            for number, value in enumerate(values):
+                connection.execute(f"UPDATE runs SET {column} = ? WHERE name = ?", (value, f"{column} {number}"))
+    runs = {run.name: run for run in list_runs(store)}
+    assert runs["whole"].error is None and runs["concluded"].error is not None
+    show_list([*runs.values()], console())
+    assert len(ask("SELECT started, ended, last_step FROM runs", store)[1]) == 2 + len(columns) * len(values)
 
 
 def test_sql_without_any_run(store: Path) -> None:
