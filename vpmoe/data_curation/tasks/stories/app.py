@@ -35,7 +35,7 @@ def stories(
     overwrite: _Overwrite = False,
     quiet: _Quiet = False,
 ) -> None:
-    """Generate a corpus of small children's stories with plots: texts of 80 to 200 words, no plot twice."""
+    """Generate a corpus of small children's stories with plots: texts of 130 to 200 words, no plot twice."""
     counts = corpus.generate(
         output_dir,
         rows=rows,

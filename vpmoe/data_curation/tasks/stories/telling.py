@@ -20,7 +20,7 @@ def tell(plot: Plot, draw: random.Random, *, long: bool, needed: Collection[str]
     Args:
         plot: what is told.
         draw: chooses the wording; the same draws give the same form of another plot of the scene.
-        long: all of the plot, 80 to 200 words; else without trait, hobby and the extra beats, 60 to 120.
+        long: all of the plot, 130 to 200 words; else without trait, hobby and the extra beats, 60 to 120.
         needed: of a short story, which words have to come: with ``treat`` it closes with the plot's ending, else with
             the moral, and only with ``sight`` it tells of that.
     """

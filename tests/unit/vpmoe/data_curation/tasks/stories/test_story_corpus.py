@@ -60,7 +60,7 @@ def test_a_long_story_tells_all_of_its_plot(number: int, seed: int) -> None:
 def test_stories_are_english(index: int, seed: int) -> None:
     text = make_story(seed, index)["text"]
     assert text == make_story(seed, index)["text"]
-    assert 80 <= len(text.split()) <= 200
+    assert 120 <= len(text.split()) <= 200
     assert not re.search(r"[{}\[\]|]|  |\ba [aeiou]|\ban (?!hour)[^aeiou]| [,.!?]", text)
     assert re.fullmatch(r"[A-Za-z ,.!?'\":\n]+", text) and text.count('"') % 2 == 0
     for sentence in re.split(r"(?<=[.!?])\s+|\n+", text):
