@@ -82,6 +82,27 @@ def test_terminated_in_the_middle_of_a_batch(tmp_path: Path, dataset: Path) -> N
     assert not [key for key in straight if not torch.equal(ours[key], straight[key])]
 
 
+def test_what_a_stop_leaves_unmeasured_is_made_up_for(tmp_path: Path, dataset: Path) -> None:
+    """SIGTERM within the validation after the last step; then a kill within the samples behind it."""
+    fields = {"train_iters": 2, "lr_warmup_iters": 1, "save_interval": 9, "eval_interval": 2, "sample_interval": 2}
+    straight, run_dir = tmp_path / "straight", tmp_path / "run"
+    assert training_runs.train(straight, dataset, **fields).returncode == 0
+    micro_batch = "megatron_vpmoe.objectives.span_ce:SpanCE.__call__"
+    stopped = training_runs.train_signalled(micro_batch, 2 * 2 + 1, signal.SIGTERM, run_dir, dataset, **fields)
+    assert stopped.returncode == 0 and "stopped at step 2" in stopped.stdout, stopped.stdout + stopped.stderr
+    assert "when it goes on it makes up for valid, samples" in stopped.stdout
+    fields["resume"] = True
+    samples = "megatron_vpmoe.training.samples:SampleWriter.write"
+    assert training_runs.train_signalled(samples, 1, signal.SIGKILL, run_dir, dataset, **fields).returncode == -9
+    assert (2, "valid/loss/total") in training_runs.measured(run_dir) and not (run_dir / "samples.jsonl").exists()
+    done = training_runs.train(run_dir, dataset, **fields)
+    assert done.returncode == 0 and "done, step 2" in done.stdout
+    assert training_runs.measured(run_dir) == training_runs.measured(straight)
+    places = [(record["step"], record["tag"]) for record in training_runs.records(run_dir)]
+    assert len(places) == len({*places})
+    assert (run_dir / "samples.jsonl").read_text() == (straight / "samples.jsonl").read_text()
+
+
 def test_a_run_that_all_ranks_end_leaves_the_checkpoint_that_was_being_written(tmp_path: Path, dataset: Path) -> None:
     """Saved after step 5; step 6 is the first to be held against a limit, which it passes."""
     ended = training_runs.train(tmp_path, dataset, log_interval=6, router_max_vio_fail=1e-6)

@@ -12,6 +12,7 @@ from megatron_vpmoe.metrics import (
     METRICS,
     ExpertLoadFile,
     MetricStream,
+    RunStoreSink,
     Sink,
     open_loads,
     open_sinks,
@@ -24,14 +25,13 @@ from megatron_vpmoe.runtime import distributed, pulse
 from megatron_vpmoe.runtime.signals import Interrupted, StopRequest
 from megatron_vpmoe.sources import check_collapse
 from megatron_vpmoe.training.failure_policy import go_back, judge, notices_of
+from megatron_vpmoe.training.passes import Passes, is_due, without
 from megatron_vpmoe.training.progress import Progress
 from megatron_vpmoe.training.resources import StepClock, memory_of_ranks, timed
 from megatron_vpmoe.training.router import RouterMonitor
-from megatron_vpmoe.training.run import Run, open_run, register
+from megatron_vpmoe.training.run import Run, open_run
 from megatron_vpmoe.training.run_directory import ownership
-from megatron_vpmoe.training.samples import SampleWriter
 from megatron_vpmoe.training.step import train_step
-from megatron_vpmoe.training.suites import OpenedSuite
 from megatron_vpmoe.training.throughput import Throughput
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _train(
     """
     cfg, last = run.cfg, run.cfg.training.train_iters
     routers, clock = RouterMonitor(run.model, cfg), StepClock(run.model)
-    samples = SampleWriter(run.valid_dataset, cfg, run.directory / "samples.jsonl", resume_step=run.iteration)
+    passes = Passes(run, metrics, progress, stop)
     throughput = Throughput(cfg, run.optimizer.normuon_flops())
     progress.opened(run)
     if throughput.note:
@@ -94,9 +94,7 @@ def _train(
     stopping = False
     run.heed(stop)
     try:
-        if cfg.evaluation.eval_at_start and run.iteration == 0:
-            _validate(run, metrics, progress, stop)
-            _ask_suites(run, run.suites, metrics, progress, stop)
+        passes.make(passes.left())
         throughput.restart()
         check = stop.check()
         while run.iteration < last and not stopping:
@@ -107,7 +105,7 @@ def _train(
             throughput.updating()
             run.objective.begin_step(run.iteration + 1)
             routers.reset()
-            logged = _due(run.iteration + 1, cfg.logging.log_interval, last)
+            logged = is_due(run.iteration + 1, cfg.logging.log_interval, last)
             with clock.listening(logged):
                 result = train_step(
                     run.wrapped, run.optimizer, run.objective, batches, check, run.spikes.accepts, measure=logged
@@ -145,26 +143,23 @@ def _train(
                 with _by_all_ranks(run, progress):
                     for warning in check_thresholds(health, cfg):
                         progress.note(warning)
-            if _due(step, cfg.evaluation.eval_interval, last):
-                _validate(run, metrics, progress, stop)
-            if _due(step, cfg.evaluation.sample_interval, last):
-                samples.write(run.model, step, stop)
-            due = [each for each in run.suites if _due(step, each.part.interval, last)]
-            _ask_suites(run, due, metrics, progress, stop)
-            if _due(step, cfg.checkpoint.save_interval, last) or step == last or stopping or saving:
+            passes.make(passes.due(last))
+            if is_due(step, cfg.checkpoint.save_interval, last) or step == last or stopping or saving:
                 _save(run, metrics, progress)
             throughput.restart()
     except Interrupted as interrupted:
         stopping, cause = True, interrupted.__cause__
         why = stop.why if cause is None else "it cannot go on"
-        progress.note(f"{why}: what came after step {run.iteration} is left out")
+        later = f"; when it goes on it makes up for {', '.join(run.left)}" if run.left else ""
+        progress.note(f"{why}: what came after step {run.iteration} is left out{later}")
         if run.iteration > run.saved:
             _save(run, metrics, progress)
         if cause is not None:
             _settle(run, progress)
             raise cause from None
     _settle(run, progress)
-    progress.finished(run.iteration, stopped=stop.why if stopping and run.iteration < last else None)
+    is_stopped = stopping and (run.iteration < last or bool(run.left))
+    progress.finished(run.iteration, stopped=stop.why if is_stopped else None)
     if (said := of_pace(throughput.typical_step)) is not None:
         progress.note(said)
     return False
@@ -172,8 +167,9 @@ def _train(
 
 def _open_metrics(run: Run, sinks: list[Sink], loads: list[ExpertLoadFile]) -> None:
     """Where metrics go from the run's step on, one by one: what has been opened is closed where the next one fails."""
-    kept = records_until(run.directory / METRICS, run.iteration)
-    sinks.append(register(run, kept))
+    kept = without(run.left, run.iteration, records_until(run.directory / METRICS, run.iteration))
+    place = {"step": run.iteration, "kept": kept, "world_size": distributed.world_size()}
+    sinks.append(RunStoreSink(run.cfg, run.directory, provenance=run.provenance, **place))
     sinks.extend(open_sinks(run.cfg, run.directory, kept))
     loads.extend(open_loads(run.cfg, run.directory, resume_step=run.iteration))
 
@@ -203,27 +199,3 @@ def _by_all_ranks(run: Run, progress: Progress) -> Iterator[None]:
     except VpmoeError:
         _settle(run, progress)
         raise
-
-
-def _validate(run: Run, metrics: MetricStream, progress: Progress, stop: StopRequest) -> None:
-    """Every validation pass, at the run's step; a collective."""
-    for prefix, measure in run.valid.items():
-        with timed(metrics, run.iteration, f"evaluation/{prefix}"):
-            valid = measure(stop)
-        metrics.log(run.iteration, {f"{prefix}/{tag}": value for tag, value in valid.items()})
-        progress.evaluated(run.iteration, valid, prefix)
-
-
-def _ask_suites(
-    run: Run, suites: list[OpenedSuite], metrics: MetricStream, progress: Progress, stop: StopRequest
-) -> None:
-    """Evaluation suites, at the run's step; a collective."""
-    for each in suites:
-        found = each.ask(run.model, stop)
-        metrics.log(run.iteration, {f"eval/{each.part.label}/{tag}": value for tag, value in found.items()})
-        progress.asked(run.iteration, each.part.label, found)
-
-
-def _due(step: int, interval: int | None, last: int) -> bool:
-    """Every ``interval`` steps, and at the last one; never for None."""
-    return interval is not None and (step % interval == 0 or step == last)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ from megatron_vpmoe.annotation import REFERENCE_LOG_P
 from megatron_vpmoe.data.blend import open_parts
 from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.files import write_atomically
-from megatron_vpmoe.metrics import Record, RunStoreSink
 from megatron_vpmoe.model.builder import build_model, wrap_for_training
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.objectives import Objective, build_objective, check_kinds
@@ -78,6 +77,7 @@ class Run:
         position: gives that of the source after them (skipped steps included); see ``Step``.
         elapsed: tokens and seconds of training so far, over all the times that the run was continued.
         skipped_steps: steps dropped under ``nonfinite_policy: skip``.
+        left: passes of the step (``training.passes``) that are still to be made.
         saved: the iteration of the newest checkpoint, also of one that is being written; 0 where there is none.
         saving: the checkpoint that is being written.
         restored_from: the checkpoint that this run continues, if any.
@@ -106,6 +106,7 @@ class Run:
     position: Callable[[], Position] = lambda: Position(0, [])
     elapsed: Elapsed = field(default_factory=Elapsed)
     skipped_steps: int = 0
+    left: list[str] = field(default_factory=list)
     saved: int = 0
     saving: checkpoint.Saving | None = None
     restored_from: Path | None = None
@@ -144,6 +145,7 @@ class Run:
             "consumed_samples": position.consumed_samples,
             "data": position.data,
             "skipped_steps": self.skipped_steps,
+            "left": self.left,
             "elapsed": self.elapsed.place(),
             "spikes": self.spikes.state(),
             "objective": {"name": self.cfg.training.objective, "state": self.objective.state()},
@@ -265,12 +267,6 @@ def open_run(cfg: RunConfig) -> Run:
     return run
 
 
-def register(run: Run, kept: Sequence[Record]) -> RunStoreSink:
-    """The run in the run store, with its records so far; rank 0's alone. Raises what ``RunStoreSink`` does."""
-    place = {"step": run.iteration, "kept": kept, "world_size": distributed.world_size()}
-    return RunStoreSink(run.cfg, run.directory, provenance=run.provenance, **place)
-
-
 def _restore(run: Run, found: checkpoint.Found) -> None:
     checkpoint.load(found, run.model, run.optimizer, run.scheduler)
     run.iteration = run.saved = found.iteration
@@ -278,6 +274,7 @@ def _restore(run: Run, found: checkpoint.Found) -> None:
     position = Position(consumed, data, checkpoint.load_arrays(found))
     run.position = lambda: position
     run.skipped_steps = int(found.state["skipped_steps"])
+    run.left = [name for name in found.state.get("left", []) if isinstance(name, str)]
     if (elapsed := Elapsed.since(found.state.get("elapsed"))) is None:
         run.notes += ("the checkpoint counts neither tokens nor seconds: both are counted from here on",)
     else:
