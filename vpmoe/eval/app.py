@@ -16,6 +16,7 @@ from vpmoe.eval.suites.app import (
     canaries,
     core8,
     lm_eval,
+    stories,
     text,
 )
 from vpmoe.eval.suites.report_app import compare, report
@@ -187,6 +188,7 @@ def pairs(
 app.command()(core8)
 app.command()(canaries)
 app.command()(text)
+app.command()(stories)
 app.command("lm-eval")(lm_eval)
 app.command()(report)
 app.command()(compare)

@@ -96,9 +96,12 @@ class AsText:
     def judge(self, ids: Sequence[int]) -> Judgement:
         """Valid is what ends by itself."""
         known = [token_id for token_id in ids if 0 <= token_id < self.tokenizer.first_special_id]
-        answer = question_texts.answer_in(self.tokenizer.decode(known))
+        answer = self._answer_in(self.tokenizer.decode(known))
         reason = None if ids and ids[-1] in self.stop_ids else "unclosed"
         return Judgement(reason is None, reason, None, answer)
+
+    def _answer_in(self, continuation: str) -> str:
+        return question_texts.answer_in(continuation)
 
     @property
     def automaton(self) -> tuple[np.ndarray, frozenset[int]]:
@@ -111,6 +114,28 @@ class AsText:
     def entry(self) -> dict[str, Any]:
         """For a report."""
         return {"form": "text"}
+
+
+@dataclass(frozen=True)
+class AsPassage(AsText):
+    """Plain text that goes on: what is asked, an empty line, and the answer is all that follows to the text's end."""
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """What ends a generation."""
+        return stop_ids(self.tokenizer)
+
+    def prompt(self, query: str) -> list[int]:
+        """Token ids of the text up to where the answer begins."""
+        return self.tokenizer.encode_ordinary(f"{query}\n\n").tolist()
+
+    def _answer_in(self, continuation: str) -> str:
+        return continuation.strip()
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """For a report."""
+        return {"form": "passage"}
 
 
 Form = AsConversation | AsText

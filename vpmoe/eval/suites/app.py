@@ -1,4 +1,4 @@
-"""``vpmoe eval core8``, ``canaries``, ``text`` and ``lm-eval``."""
+"""``vpmoe eval core8``, ``canaries``, ``text``, ``stories`` and ``lm-eval``."""
 
 from __future__ import annotations
 
@@ -136,6 +136,38 @@ def text(
 
     asked = Asked(texts, data_path, split, text_field, documents, window, stride, batch_size, bf16, output, overwrite)
     say_once(summary_lines(evaluate(where, asked, say=say_once)), err=False)
+
+
+def stories(
+    where: WhereArgument,
+    prompts: Annotated[Path, typer.Option(help="rows of vpmoe data story-prompts")],
+    split: Annotated[str, typer.Option(help="of the rows")] = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="so many of the first (default: all)")] = None,
+    passage: Annotated[
+        bool,
+        typer.Option(
+            "--passage", help="ask in plain text that is to be gone on with: a model that was only pretrained"
+        ),
+    ] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="draw among the most likely tokens of this total probability")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of the draw, with a temperature")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="a longer story is cut")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="stories that a process writes at once")] = 64,
+    samples: Annotated[int, typer.Option(min=0, help="stories kept in the report")] = 8,
+    bf16: Precision = None,
+    output: Annotated[
+        Path | None, typer.Option(help="the report (default: reports/eval/stories/CHECKPOINT.json)")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Stories to held-out prompts: how many have the required words, the right protagonist, and no banned word."""
+    from vpmoe.eval.suites.stories import Asked, evaluate, summary_lines
+
+    draw = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_new_tokens": max_new_tokens}
+    how = {"batch_size": batch_size, "samples": samples, "bf16": bf16, "output": output, "overwrite": overwrite}
+    report = evaluate(where, Asked(prompts, split, limit, passage, **draw, **how), say=say_once)
+    say_once(summary_lines(report), err=False)
 
 
 def lm_eval(

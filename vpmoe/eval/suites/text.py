@@ -23,6 +23,8 @@ from vpmoe.progress import Progress
 from vpmoe.tokenizer import Tokenizer
 
 SUITE, WINDOW = "text", 2048
+VERSION = 1
+"""Of what is reported; decides whether a keyed step's evaluation is done."""
 Say = Callable[[str], None]
 
 
