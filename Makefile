@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Files side by side, in the order of the command: the longest, which start processes of their own, come first.
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup quickstart rl-nano distil-nano ladder-nano docs docs-serve test test-unit check format bench clean
+.PHONY: help setup quickstart rl-nano distil-nano nano-moe ladder-nano docs docs-serve test test-unit check format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,9 @@ rl-nano: setup  ## a nano vpMoE short of mastery, then rewards (GRPO) and prefer
 
 distil-nano: setup  ## a teacher, and students of it: texts alone, its top K stored and live, and their own words
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/vpmoe distil-nano
+
+nano-moe: setup  ## a story model from nothing: tokenizer, pretraining, SFT, DPO, evaluation and a report
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/vpmoe nano-moe
 
 ladder-nano: setup  ## all six rungs and the three stages of distillation, from a tiny Qwen3 that it trains first
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/vpmoe ladder configs/nano/ladder.toml

@@ -1,4 +1,4 @@
-"""``vpmoe quickstart``, ``vpmoe rl-nano`` and ``vpmoe distil-nano``."""
+"""``vpmoe quickstart``, ``vpmoe rl-nano``, ``vpmoe distil-nano`` and ``vpmoe nano-moe``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 app = typer.Typer(add_completion=False)
 rl_app = typer.Typer(add_completion=False)
 distil_app = typer.Typer(add_completion=False)
+moe_app = typer.Typer(add_completion=False)
 
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="replace what was made of other settings, data or code")
@@ -107,3 +108,32 @@ def distil_nano(
 
     wishes = {"seeds": seed or (), "force": force or (), "overwrite": overwrite}
     raise typer.Exit(run_distil_nano(plan_of(ROOT, **wishes, work_dir=work_dir, settings=settings)))
+
+
+@moe_app.command()
+def nano_moe(
+    full: Annotated[
+        bool, typer.Option("--full", help="the full budget: hours, with data, runs and a report of its own")
+    ] = False,
+    seed: SeedsOption = None,
+    force: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STEP", help="do this step again: stories, tokenizer, data, pretrain, sft, dpo or evaluate"
+        ),
+    ] = None,
+    overwrite: OverwriteOption = False,
+    work_dir: WorkOption = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="another settings file (default: configs/nano_moe/pipeline.toml)")
+    ] = None,
+) -> None:
+    """Make a small mixture of experts for stories from nothing: tokenizer, pretraining, SFT, DPO; a report.
+
+    Writes reports/nano_moe: perplexity, and how often stories have the words, the protagonist and no banned word.
+    Steps that are done and still valid are skipped; after an interruption the same command goes on where it stopped.
+    """
+    from vpmoe.quickstart.stories import plan_of, run_nano_moe
+
+    wishes = {"seeds": seed or (), "force": force or (), "overwrite": overwrite}
+    raise typer.Exit(run_nano_moe(plan_of(ROOT, full=full, **wishes, work_dir=work_dir, settings=settings)))

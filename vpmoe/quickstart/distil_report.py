@@ -12,6 +12,7 @@ from vpmoe.eval.reports import markdown_table
 from vpmoe.eval.valid_split import TOP_K
 from vpmoe.quickstart.distil import AFTER
 from vpmoe.quickstart.proof import answers, curve, evaluation, percent
+from vpmoe.quickstart.report import held
 from vpmoe.quickstart.settings import DistilTargets
 from vpmoe.quickstart.trained import TrainedRun
 from vpmoe.steps import plotting, save_figure
@@ -76,11 +77,7 @@ def held_against(
             "gap closed on-policy": (targets.on_policy_gap_fall, 1 - policy["gap_after"] / policy["gap_before"]),
         }
         measured |= {f"seed {one['seed']}: {name}": entry for name, entry in of_seed.items()}
-    entries = {
-        name: {"target": target, "measured": value, "met": value >= target}
-        for name, (target, value) in measured.items()
-    }
-    return {"met": all(entry["met"] for entry in entries.values()), "entries": entries}
+    return held(measured)
 
 
 def gains(seeds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]] | None:

@@ -96,20 +96,35 @@ def held_against(targets: Targets, tasks: Mapping[str, Any]) -> dict[str, Any]:
         for name, entry in tasks.items()
         if name != ALL
     }
-    entries = {
-        name: {"target": target, "measured": value, "met": value >= target}
-        for name, (target, value) in measured.items()
+    return held(measured)
+
+
+def held(
+    least: Mapping[str, tuple[float, float]], most: Mapping[str, tuple[float, float]] | None = None
+) -> dict[str, Any]:
+    """Targets with what was measured, and whether all are met.
+
+    Args:
+        least: by name, a target and what was measured, which is not to be below it.
+        most: the same of what is not to be above its target.
+    """
+    entries = {name: {"target": t, "measured": value, "met": value >= t} for name, (t, value) in least.items()}
+    entries |= {
+        name: {"target": t, "measured": value, "met": value <= t, "at_most": True}
+        for name, (t, value) in (most or {}).items()
     }
     return {"met": all(entry["met"] for entry in entries.values()), "entries": entries}
 
 
 def missed_line(targets: Mapping[str, Any]) -> str:
-    """What was missed, in one line."""
-    missed = [
-        f"{name} is {100 * entry['measured']:.1f} %, at least {100 * entry['target']:g} % is the target"
-        for name, entry in targets["entries"].items()
-        if not entry["met"]
-    ]
+    """What was missed, in one line; a target above 1 is no share."""
+    missed = []
+    for name, entry in targets["entries"].items():
+        if not entry["met"]:
+            scale, unit, digits = (1, "", 2) if entry["target"] > 1 else (100, " %", 1)
+            bound = "at most" if entry.get("at_most") else "at least"
+            measured, target = scale * entry["measured"], scale * entry["target"]
+            missed.append(f"{name} is {measured:.{digits}f}{unit}, {bound} {target:g}{unit} is the target")
     return "; ".join(missed)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vpmoe.eval.plots import read_curves
 from vpmoe.eval.reports import markdown_table
 from vpmoe.quickstart.proof import answers, curve, percent
+from vpmoe.quickstart.report import held
 from vpmoe.quickstart.settings import RlTargets
 from vpmoe.steps import plotting, read_receipt, save_figure
 
@@ -45,17 +46,16 @@ def write_rl_report(
 
 def held_against(targets: RlTargets, seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Each target with what was measured of each seed, and whether all are met."""
-    entries = {}
+    measured = {}
     for one in seeds:
         grpo, dpo = one["grpo"], one["dpo"]
-        measured = {
+        of_seed = {
             "gain of exact answers by GRPO": (targets.exact_gain, grpo["exact_after"] - grpo["exact_before"]),
             "change of validity by GRPO": (targets.validity_change, grpo["valid_after"] - grpo["valid_before"]),
             "pair accuracy by DPO": (targets.pair_accuracy, dpo["pair_accuracy"]),
         }
-        for name, (target, value) in measured.items():
-            entries[f"seed {one['seed']}: {name}"] = {"target": target, "measured": value, "met": value >= target}
-    return {"met": all(entry["met"] for entry in entries.values()), "entries": entries}
+        measured |= {f"seed {one['seed']}: {name}": entry for name, entry in of_seed.items()}
+    return held(measured)
 
 
 def table(seeds: Sequence[Mapping[str, Any]]) -> str:

@@ -97,12 +97,21 @@ class Runner:
         """An evaluation of a run: the step, and its command but for its output."""
         step, command = asked
 
+        def written(folder: Path) -> Command:
+            return Command((*command.words, "--output", os.path.relpath(folder / EVALUATION, self._work)))
+
+        self.folder(name, step, written, "evaluation")
+
+    def folder(
+        self, name: str, step: steps.Step, command: Callable[[Path], Command], counted: str | None = None
+    ) -> None:
+        """A step that a command makes into a folder that it is told; its seconds are ``counted`` as those of a name."""
+
         def make(work: steps.Work) -> dict[str, Any]:
-            output = os.path.relpath(work.folder / EVALUATION, self._work)
-            self.command(Command((*command.words, "--output", output)))
+            self.command(command(work.folder))
             return {}
 
-        self._count("evaluation", self._run(name, step, make))
+        self._count(counted or name, self._run(name, step, make))
 
     def _run(self, name: str, step: steps.Step, make: Callable[[steps.Work], dict[str, Any]]) -> dict[str, Any]:
         if name in self._force:

@@ -120,6 +120,38 @@ class DistilSettings(ProofSettings):
     targets: DistilTargets
 
 
+class StoryTargets(_Section):
+    """What ``vpmoe nano-moe`` promises of each seed: shares in 0..1, and the perplexity of held-out stories."""
+
+    perplexity: float = Field(gt=1)
+    required_words: float = Field(ge=0, le=1, description="after SFT")
+    required_words_gain: float = Field(ge=-1, le=1, description="above the pretrained model")
+    protagonist_gain: float = Field(ge=-1, le=1, description="of DPO above SFT")
+    banned_words: float = Field(ge=0, le=1, description="after DPO, at most")
+
+
+class Figures(_Section):
+    """So many held-out prompts, and tokens that the models write to each, for ``vpmoe make-plots``."""
+
+    prompts: Count
+    max_new_tokens: Count
+
+
+class StorySettings(_Section):
+    """``configs/nano_moe/pipeline.toml``; but for trainings and targets, options of the command that is named there."""
+
+    stories: Options
+    tokenizer: Options
+    prompts: Options
+    pairs: Options
+    pretrain: Stage
+    sft: Stage
+    dpo: Stage
+    evaluation: Options
+    figures: Figures
+    targets: StoryTargets
+
+
 Schema = TypeVar("Schema", bound=_Section)
 ProofSchema = TypeVar("ProofSchema", bound=ProofSettings)
 

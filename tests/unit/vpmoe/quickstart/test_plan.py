@@ -17,9 +17,10 @@ from vpmoe.data_curation.tasks.synth_mini import BUCKETS, parse_mix
 from vpmoe.eval.app import app as eval_app
 from vpmoe.quickstart.plan import SETTINGS, Plan
 from vpmoe.quickstart.settings import QuickstartError
+from vpmoe.quickstart.trained import TrainedRun
 
 
-def write_dataset(plan: Plan, **files: str) -> None:
+def write_dataset(plan: TrainedRun, **files: str) -> None:
     """A dataset of these contents, with its receipt; in place of the one there."""
 
     def make(work: steps.Work) -> dict[str, Any]:
