@@ -88,15 +88,13 @@ def test_a_card_without_a_stated_peak_has_no_mfu_and_the_log_says_so(monkeypatch
 def test_normuon_s_products_are_those_of_its_matrices() -> None:
     cfg = tiny_config()
     optimizer = build_optimizer([build_model(cfg)], cfg)
-    sizes = [
-        (stack.rows, stack.cols, stack.count)
-        for member in optimizer.members
-        if isinstance(member.optimizer, NorMuon)
-        for group in [member.optimizer.param_groups]
-        for stack in member.optimizer._stacks(
-            tuple((g, i) for g, each in enumerate(group) for i in range(len(each["params"])))
-        )
-    ]
+    sizes = []
+    for normuon in (member.optimizer for member in optimizer.members if isinstance(member.optimizer, NorMuon)):
+        places = tuple((g, i) for g, group in enumerate(normuon.param_groups) for i in range(len(group["params"])))
+        layouts = [normuon._layouts[g][i] for g, i in places]
+        leaves = [normuon.param_groups[g]["params"][i] for g, i in places]
+        params = [layout.unfused(leaf) for layout, leaf in zip(layouts, leaves, strict=True)]
+        sizes += [(stack.rows, stack.cols, stack.count) for stack in normuon._stacks(places, params, layouts)]
     least = sum(count * min(polar_express_flops(r, c, 5, form) for form in ("gram", "direct")) for r, c, count in sizes)
     most = sum(count * polar_express_flops(r, c) for r, c, count in sizes)
     assert 0 < least <= optimizer.normuon_flops() <= most
