@@ -6,6 +6,7 @@ A build that was killed goes on after its last finished shard when the same comm
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,11 +16,14 @@ from megatron_vpmoe.manifest import PromptsEntry, read_manifest
 from vpmoe.data_curation.datasets import kd, vocabularies
 from vpmoe.data_curation.datasets.chat import ChatDataset
 from vpmoe.data_curation.datasets.finish import summary
+from vpmoe.data_curation.datasets.flat_files import write_flat
+from vpmoe.data_curation.datasets.from_flat import build_from_flat
 from vpmoe.data_curation.datasets.options import (
     Chat,
     Common,
     Output,
     Overwrite,
+    Rendered,
     Renderer,
     Rows,
     Source,
@@ -28,6 +32,7 @@ from vpmoe.data_curation.datasets.options import (
     flags,
     names,
 )
+from vpmoe.data_curation.datasets.plan import BuildOptions
 from vpmoe.data_curation.datasets.rollout_prompts import write_prompts
 from vpmoe.data_curation.datasets.sequential import Pass, RowKind, build_sequential
 from vpmoe.data_curation.datasets.text import HealingText
@@ -116,6 +121,31 @@ def build_chat(
 def build_pairs(output: Output, source: Source, common: Common, chat: Chat) -> None:
     """Build preference data: rows of chosen against rejected -> token files of pairs and a manifest."""
     _build_rows(output, source, _chat(common, source, chat, pairs=True, supervise="last"))
+
+
+@app.command()
+def to_flat(
+    dataset: Annotated[Path, typer.Argument(help="a dataset of plain text (build-text)")],
+    output_dir: Annotated[Path, typer.Option(help="folder to make")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a dataset of plain text as train.bin and val.bin, ids one after the other, and meta.json."""
+    meta = write_flat(dataset, output_dir, overwrite=overwrite, say=_say)
+    told = ", ".join(f"{file.name} {file.documents:,} documents, {file.tokens:,} ids" for file in meta.files.values())
+    typer.echo(f"{output_dir}: {meta.dtype}; {told}")
+
+
+@app.command()
+@flags
+def from_flat(
+    flat: Annotated[Path, typer.Argument(help="a folder with meta.json and the files that it names")],
+    output: Output,
+    rendered: Rendered,
+) -> None:
+    """Build a dataset of plain text from flat token files; the vocabulary is theirs, unless --tokenizer names it."""
+    base = BuildOptions(**asdict(rendered), valid_fraction=0.0)
+    manifest = build_from_flat(flat, output.output_dir, base, overwrite=output.overwrite, quiet=output.quiet)
+    typer.echo(summary(output.output_dir, manifest))
 
 
 @app.command()

@@ -33,13 +33,10 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Common:
-    """What every kind of dataset is asked; named as the fields of :class:`BuildOptions`."""
+class Rendered:
+    """Length and vocabulary; named as the fields of :class:`BuildOptions`."""
 
     seq_len: Annotated[int, typer.Option(help="longest document in tokens, separator counted")] = _BASE.seq_len
-    valid_fraction: Annotated[
-        float | None, typer.Option(show_default=str(_BASE.valid_fraction), help="share of the split valid")
-    ] = None
     tokenizer: Annotated[
         Path | None,
         typer.Option(help="HF directory whose tokenizer.json to use instead of o200k Harmony (vpmoe tokenizer train)"),
@@ -47,6 +44,15 @@ class Common:
     tokenizer_model: Annotated[Path | None, typer.Option(help="o200k_base.tiktoken, if not in the usual places")] = None
     compact_map: Annotated[Path | None, typer.Option(help="use another dataset's compact_vocab.npy")] = None
     padded_vocab_size: Annotated[int | None, typer.Option(help="embedding rows of the vocabulary")] = None
+
+
+@dataclass(frozen=True)
+class Common(Rendered):
+    """What every kind of dataset of rows is asked."""
+
+    valid_fraction: Annotated[
+        float | None, typer.Option(show_default=str(_BASE.valid_fraction), help="share of the split valid")
+    ] = None
     strict: Annotated[bool, typer.Option(help="stop where more rows are invalid than may be")] = _BASE.strict
     max_reject_fraction: Annotated[float, typer.Option(help="rows that may be invalid")] = _BASE.max_reject_fraction
 

@@ -23,7 +23,7 @@ from vpmoe.tokenizer.interface import TokenArray, Tokenizer
 KIND = "healing_text"
 _DUPLICATE_RULE = "blake2b (8 bytes) of the text under NFKC, case folding, and runs of white space as one blank"
 # Options of conversations, which plain text has not.
-_NOT_OF_TEXT = ("renderer", "renderer_version", "compact_vocab_size")
+CONVERSATIONS_ALONE = ("renderer", "renderer_version", "compact_vocab_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class HealingText:
 
     def config(self) -> dict[str, Any]:
         """Everything that decides bytes but the pass."""
-        base = {key: value for key, value in self.base.as_manifest().items() if key not in _NOT_OF_TEXT}
+        base = {key: value for key, value in self.base.as_manifest().items() if key not in CONVERSATIONS_ALONE}
         return {
             **base,
             "kind": KIND,
@@ -117,12 +117,12 @@ class TextEncoder(RowEncoder):
             return Encoded(split, None, counted={**counted, "duplicates_dropped": 1})
         ids = np.append(self._tokenizer.encode_ordinary(text), np.int32(self._tokenizer.eod_id)).astype(np.int32)
         if len(ids) <= seq_len:
-            return Encoded(split, _supervised([ids]), {"whole": 1}, {**counted, "kept": 1})
+            return Encoded(split, supervised([ids]), {"whole": 1}, {**counted, "kept": 1})
         if kind.drop_long:
             return Encoded(split, None, {"dropped_too_long": 1}, counted)
         pieces = cut(ids, seq_len)
         truncation = {"cut_into_pieces": 1, "pieces": len(pieces)}
-        return Encoded(split, _supervised(pieces), truncation, {**counted, "kept": 1})
+        return Encoded(split, supervised(pieces), truncation, {**counted, "kept": 1})
 
 
 def text_hash(text: str) -> int:
@@ -139,7 +139,7 @@ def cut(ids: TokenArray, seq_len: int) -> list[TokenArray]:
     return pieces
 
 
-def _supervised(pieces: list[TokenArray]) -> Documents:
+def supervised(pieces: list[TokenArray]) -> Documents:
     """Pieces as documents of which every label counts: all but the last of each."""
     lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
     lossmask = np.ones(lengths.sum(), dtype=np.uint8)
