@@ -103,15 +103,15 @@ def ask(slot: Slot, held: Held, question: str, settings: dict[str, Any], draw: C
 
 def note_of(outcome: Outcome, answer: Answer, *, only_valid: bool) -> str:
     """What is to be said of an answer; empty: nothing."""
-    done, verdict = outcome.completion, outcome.judgement
-    if done is None or verdict is None:
+    done = outcome.completion
+    if done is None:
         return "interrupted"
     notes = []
     if done.finish == "length" and not only_valid:
         why = "the context is full" if outcome.fills_context else "the limit of new tokens"
         notes.append(f"cut after {len(done.ids):,} tokens: {why}")
-    elif not verdict.valid:
-        notes.append(f"not valid: {verdict.reason}")
+    elif outcome.fault is not None:
+        notes.append(f"not valid: {outcome.fault}")
     if not answer.messages:
         notes.append(f"outside of any message it wrote {visible(spell(done.ids, answer.tokenizer))!r}")
     if not answer.final.strip():

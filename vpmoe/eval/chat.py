@@ -88,14 +88,14 @@ def _ask(conversation: Conversation, text: str, notes: Console) -> None:
     answer = _Printed(conversation.form, Console(highlight=False, markup=False, soft_wrap=True))
     with _interrupts() as interrupted:
         outcome = conversation.ask(text, answer, stop=lambda: bool(interrupted))
-    done, verdict = outcome.completion, outcome.judgement
+    done = outcome.completion
     limit = "--context: the conversation fills it" if outcome.fills_context else "--max-new-tokens"
-    if done is None or verdict is None:
+    if done is None:
         notes.print("interrupted")
     elif done.finish == "length" and conversation.grammar is None:
         notes.print(f"cut after {len(done.ids):,} tokens by {limit}")
-    elif not verdict.valid:
-        notes.print(f"not valid Harmony: {verdict.reason}")
+    elif outcome.fault is not None:
+        notes.print(f"not valid Harmony: {outcome.fault}")
     if not answer.final.strip():
         if done is not None and not answer.messages:
             notes.print(f"it wrote, outside of any message: {visible(spell(done.ids, answer.tokenizer))}")

@@ -11,8 +11,8 @@ from vpmoe.errors import DataError, HarmonyError
 from vpmoe.eval.asking import AsConversation, AsText, Form, form_of
 from vpmoe.eval.display import spell
 from vpmoe.eval.pace import Pace
-from vpmoe.harmony.conversation import Message, check_text
-from vpmoe.harmony.parse import Judgement
+from vpmoe.harmony.conversation import CHANNELS, Message, check_text
+from vpmoe.harmony.parse import NO_ANALYSIS
 from vpmoe.harmony.prompts import with_reasoning_effort
 from vpmoe.tokenizer.interface import Tokenizer
 
@@ -96,14 +96,15 @@ class Outcome:
     Attributes:
         prompt_tokens: of the conversation up to the answer.
         completion: None where it was interrupted.
-        judgement: None without a completion.
+        fault: what is wrong with the answer's form; None: nothing, or no more than that an analysis is missing which no
+            system or developer message asks for.
         fills_context: the answer may have no more tokens than the context leaves, fewer than the options allow.
         pace: of its tokens, also where it was interrupted.
     """
 
     prompt_tokens: int
     completion: Completion | None
-    judgement: Judgement | None
+    fault: str | None
     fills_context: bool
     pace: Pace
 
@@ -174,13 +175,19 @@ class Conversation:
         answer.close()
         if answer.final.strip() and isinstance(self.form, AsConversation):
             self.messages += [Message("user", text), Message("assistant", answer.final, "final")]
+        reason = self.form.judge(done[0].ids).reason if done else None
         return Outcome(
             prompt_tokens=len(prompt),
             completion=done[0] if done else None,
-            judgement=self.form.judge(done[0].ids) if done else None,
+            fault=None if reason == NO_ANALYSIS and not self._asks_for_analysis else reason,
             fills_context=room < self.options.max_new_tokens,
             pace=pace,
         )
+
+    @property
+    def _asks_for_analysis(self) -> bool:
+        context = self.form.context if isinstance(self.form, AsConversation) else ()
+        return any(CHANNELS[0] in message.content for message in context)
 
 
 def open_conversation(

@@ -16,6 +16,9 @@ from vpmoe.harmony.conversation import CHANNELS, ROLES, Message
 from vpmoe.harmony.vocabulary import require_conversations
 from vpmoe.tokenizer.interface import Tokenizer
 
+NO_ANALYSIS = "no_analysis"
+"""The reason of a completion that is sound but for being a final message alone."""
+
 
 @dataclass(frozen=True, slots=True)
 class ParsedMessage:
@@ -178,7 +181,7 @@ def _order_fault(order: list[tuple[str, str | None, bool]], texts: dict[str | No
         return next((f"empty_{name}" for name in CHANNELS if not texts[name].strip()), None)
     if [entry[:2] for entry in order] == [entry[:2] for entry in expected]:
         return "wrong_terminator"
-    return "wrong_order"
+    return NO_ANALYSIS if order == expected[1:] and texts["final"].strip() else "wrong_order"
 
 
 def _fault(reason: str, what: str, position: int) -> HarmonyError:

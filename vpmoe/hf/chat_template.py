@@ -5,19 +5,23 @@ Messages are ``{"role", "content"}``, of the assistant with a ``channel`` (``fin
 none of that any more, as in training and in ``vpmoe chat``. A conversation that begins with the user's message gets the
 system and developer messages of ``vpmoe.harmony.prompts``; keyword arguments named as that class's fields change them,
 and ``default_prompts=False`` leaves them out. An export of a model that was taught under other texts begins with those
-instead, as long as no keyword argument asks for something else. What the format has no place for is refused: tools,
+instead, of one that was taught under none with the user's message, as long as no keyword argument asks for something
+else. What the format has no place for is refused: tools,
 other roles and channels, and contents that spell a special token, which a template cannot keep from becoming one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from vpmoe.harmony.conversation import CHANNELS, ROLES
 from vpmoe.harmony.prompts import REASONING_EFFORTS, Prompts
 from vpmoe.tokenizer.o200k_harmony import NAMED_SPECIAL_TOKENS
 
+RESERVED = "<|reserved_"
+"""How a thousand special tokens of o200k Harmony begin that have no name."""
+SPECIALS = (*NAMED_SPECIAL_TOKENS, RESERVED)
 _PROMPTS = Prompts()
 _FIELDS = {
     "model_identity": _PROMPTS.model_identity,
@@ -39,7 +43,7 @@ _TEMPLATE = r"""
     {%- if content is not string -%}
         {{- raise_exception("the content of a message of role " ~ role ~ " is no text") -}}
     {%- endif -%}
-    {%- for special in @SPECIALS@ + ["<|reserved_"] -%}
+    {%- for special in @SPECIALS@ -%}
         {%- if special in content -%}
             {{- raise_exception("a message of role " ~ role ~ " spells the special token " ~ special) -}}
         {%- endif -%}
@@ -57,7 +61,7 @@ _TEMPLATE = r"""
 {%- endif -%}
 @SETTINGS@
 {%- set taught = @TAUGHT@ -%}
-{%- if bare and taught and not (@ANY_GIVEN@) -%}
+{%- if bare and taught is not none and not (@ANY_GIVEN@) -%}
     {%- for role in ["system", "developer"] if taught[role] -%}
         {{- write(role, "", taught[role], "<|end|>") -}}
     {%- endfor -%}
@@ -124,21 +128,24 @@ _TEMPLATE = r"""
 """  # noqa: E501
 
 
-def chat_template(taught: Mapping[str, str | None] | None) -> str:
+def chat_template(taught: Mapping[str, str | None] | None, specials: Iterable[str] = SPECIALS) -> str:
     """The template, a Jinja text.
 
     Args:
-        taught: texts of the ``system`` and ``developer`` messages to begin with; None for ``vpmoe.harmony.prompts``'s.
+        taught: texts of the ``system`` and ``developer`` messages to begin with, None for a message that there is not;
+            None for ``vpmoe.harmony.prompts``'s.
+        specials: how the vocabulary's special tokens begin, which no content may spell.
     """
+    texts = taught and {role: text for role, text in taught.items() if text}
     words = {
-        "@SPECIALS@": json.dumps(list(NAMED_SPECIAL_TOKENS)),
+        "@SPECIALS@": json.dumps(list(specials)),
         "@EFFORTS@": json.dumps(REASONING_EFFORTS),
         "@ROLES@": json.dumps(ROLES),
         "@CHANNELS@": json.dumps(CHANNELS),
         "@ANY_GIVEN@": _ANY_GIVEN,
         "@SETTINGS@": _SETTINGS,
         # Jinja knows no JSON null; a text last, whatever it spells.
-        "@TAUGHT@": json.dumps({role: text for role, text in (taught or {}).items() if text}, ensure_ascii=False),
+        "@TAUGHT@": "none" if texts is None else json.dumps(texts, ensure_ascii=False),
     }
     text = _TEMPLATE.strip()
     for word, value in words.items():

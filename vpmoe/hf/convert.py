@@ -236,7 +236,7 @@ def export_checkpoint(
     found = open_checkpoint(checkpoint)
     step = steps.Step(
         kind="hf-export",
-        version=2,
+        version=3,
         output=folder,
         decides={
             "checkpoint": {"name": found.path.name, "files": sha256_of_file(found.path / "files.json")},
@@ -277,9 +277,9 @@ def write_hf_directory(
     theirs = form.from_megatron(ours, cfg, vocab_size=carried.vocab_size)
     assets = sorted((checkpoint / STORED_ASSETS).glob("*"))
     made, token_ids = tokenizer_files.made_from(assets)
-    kept = carried.hf_config | {k: v for k, v in token_ids.items() if carried.hf_config.get(k) is None}
-    if carried.prompts is not None:
-        kept["prompts"] = carried.prompts
+    # The messages come first: what is kept comes in the order of the directory before, and so are the same again.
+    kept: dict[str, Any] = {} if carried.prompts is None else {"prompts": carried.prompts}
+    kept |= carried.hf_config | {k: v for k, v in token_ids.items() if carried.hf_config.get(k) is None}
     if (trained_on := megatron_checkpoint.sequence_length(checkpoint)) is not None:
         kept.setdefault(source_checks.POSITIONS, trained_on)
     kept |= {key: value for key, value in megatron_checkpoint.read_state(checkpoint).items() if key == "provenance"}

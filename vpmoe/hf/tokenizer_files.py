@@ -2,7 +2,7 @@
 
 A checkpoint keeps them as assets (``megatron_vpmoe.data.vocabulary_files``). ``vocabulary.json`` among them names a
 vocabulary of ours, and everything that ``transformers`` needs is made from it at every export. Without it the files
-came from another directory, and are copied.
+came from another directory, and are copied; where Harmony's tokens are among them, our chat template goes with them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from megatron_vpmoe.data.vocabulary_files import VOCABULARY, read_vocabulary
 from megatron_vpmoe.files import json_bytes, read_json
 from megatron_vpmoe.turns import TURN_END, generation_ends
 from vpmoe.errors import TokenizerError, WeightsError
+from vpmoe.harmony.vocabulary import MESSAGE_TOKENS
 from vpmoe.hf import tokenization_vpmoe
 from vpmoe.hf.byte_level_bpe import tokenizer_json
-from vpmoe.hf.chat_template import chat_template
+from vpmoe.hf.chat_template import RESERVED, chat_template
 from vpmoe.tokenizer import CompactVocabulary, Tokenizer
 from vpmoe.tokenizer.from_dataset import vocabulary_of
 from vpmoe.tokenizer.hf_directory import FILE_NAME, FILE_NAMES, read_tokenizer
@@ -39,7 +40,10 @@ def assets_of(folder: Path) -> list[Path]:
 
 
 def made_from(assets: Iterable[Path]) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Files that are made from a vocabulary of ours (none without one), and token ids for ``config.json``.
+    """Files that are made from the vocabulary, and token ids for ``config.json``.
+
+    Of a tokenizer that came with its own files, nothing but the generation settings, which name all that ends an answer
+    in Harmony, and those only where it has Harmony's tokens and no settings of its own.
 
     Args:
         assets: of a checkpoint.
@@ -50,7 +54,11 @@ def made_from(assets: Iterable[Path]) -> tuple[dict[str, bytes], dict[str, Any]]
     by_name = {path.name: path for path in assets}
     found = by_name.get(VOCABULARY)
     if found is None:
-        return {}, _ids_told_by(by_name)
+        special, ids = _added_tokens(by_name.get(FILE_NAME)), _ids_told_by(by_name)
+        if not set(MESSAGE_TOKENS) <= special.keys():
+            return {}, ids
+        ids |= {"eos_token_id": list(generation_ends(special).values())}
+        return {} if GENERATION in by_name else {GENERATION: _generation(ids)}, ids
     vocabulary = vocabulary_of(read_vocabulary(found), found)
     ids = {
         "bos_token_id": vocabulary.special_id(_ROLES["bos_token"]),
@@ -60,7 +68,7 @@ def made_from(assets: Iterable[Path]) -> tuple[dict[str, bytes], dict[str, Any]]
     files = {
         **(_compact_files(vocabulary) if isinstance(vocabulary, CompactVocabulary) else _full_files(vocabulary)),
         "special_tokens_map.json": json_bytes(_ROLES),
-        GENERATION: json_bytes({**ids, "do_sample": False}),
+        GENERATION: _generation(ids),
     }
     return files, ids
 
@@ -87,13 +95,22 @@ def kept_of(assets: Sequence[Path]) -> dict[str, bytes]:
     return kept
 
 
-def _ids_told_by(files: Mapping[str, Path]) -> dict[str, int]:
+def _generation(ids: Mapping[str, Any]) -> bytes:
+    return json_bytes({**ids, "do_sample": False})
+
+
+def _added_tokens(path: Path | None) -> dict[str, int]:
+    """Spelling -> id of what a ``tokenizer.json`` reads out of a text as one token; none without the file."""
+    added = [] if path is None or not path.is_file() else read_tokenizer(path.parent)[0]["added_tokens"]
+    return {token["content"]: token["id"] for token in added}
+
+
+def _ids_told_by(files: Mapping[str, Path]) -> dict[str, Any]:
     """Ids of the tokens that another tokenizer's configuration gives a part, by their key in ``config.json``."""
     if not {FILE_NAME, "tokenizer_config.json"} <= files.keys():
         return {}
-    content, _ = read_tokenizer(files[FILE_NAME].parent)
+    ids = _added_tokens(files[FILE_NAME])
     config = read_json(files["tokenizer_config.json"], error=TokenizerError, remedy="put the tokenizer's own there")
-    ids = {token["content"]: token["id"] for token in content["added_tokens"]}
     told = {role: config.get(role) for role in _ROLES}
     spelled = {role: token.get("content") if isinstance(token, dict) else token for role, token in told.items()}
     return {f"{role}_id": ids[token] for role, token in spelled.items() if isinstance(token, str) and token in ids}
@@ -135,19 +152,17 @@ def _tokenizer_config(name: str) -> dict[str, Any]:
 
 
 def give_harmony_template(folder: Path, prompts: Mapping[str, str | None] | None) -> None:
-    """Write our chat template where the vocabulary of an HF directory is Harmony's, whoever wrote its tokenizer.
+    """Write our chat template where an HF directory's vocabulary has Harmony's tokens, whoever wrote its tokenizer.
 
     Args:
         prompts: what a conversation without its own system and developer messages gets; see ``chat_template``.
     """
-    if _special_tokens(folder) >= NAMED_SPECIAL_TOKENS.keys():
+    if (folder / tokenization_vpmoe.COMPACT_MAP).is_file():
         (folder / TEMPLATE).write_text(chat_template(prompts))
-
-
-def _special_tokens(folder: Path) -> set[str]:
-    if (folder / FILE_NAME).is_file():
-        return {token["content"] for token in read_tokenizer(folder)[0]["added_tokens"]}
-    return set(NAMED_SPECIAL_TOKENS) if (folder / tokenization_vpmoe.COMPACT_MAP).is_file() else set()
+    elif set(MESSAGE_TOKENS) <= (added := _added_tokens(folder / FILE_NAME)).keys():
+        named = [token for token in added if not token.startswith(RESERVED)]
+        specials = named if len(named) == len(added) else [*named, RESERVED]
+        (folder / TEMPLATE).write_text(chat_template(prompts, specials))
 
 
 def open_tokenizer(folder: Path) -> Any:

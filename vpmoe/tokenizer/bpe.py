@@ -81,12 +81,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens: SpecialToke
 def save_bpe(tokenizer: Tokenizer, folder: Path) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json``, which ``AutoTokenizer`` loads."""
     added = [token.content for _, token in sorted(tokenizer.get_added_tokens_decoder().items())]
+    # Of what can chat, prompts are generated from in batches.
+    chats = {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]} if TURN_END in added else {}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": TURN_END if TURN_END in added else END_OF_DOCUMENT,
+        "eos_token": TURN_END if chats else END_OF_DOCUMENT,
         "pad_token": END_OF_DOCUMENT,
         "additional_special_tokens": [token for token in added if token != END_OF_DOCUMENT],
         "clean_up_tokenization_spaces": False,
+        **chats,
     }
     write_atomically(folder / "tokenizer_config.json", json_bytes(config))
     write_atomically(folder / FILE_NAME, (tokenizer.to_str(pretty=True) + "\n").encode())

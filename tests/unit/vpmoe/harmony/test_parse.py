@@ -104,7 +104,8 @@ PROMPTED = ANALYSIS.removeprefix("<|start|>assistant")
     ("completion", "reason"),
     [
         (PROMPTED + FINAL, None),
-        (FINAL.removeprefix("<|start|>assistant"), "wrong_order"),
+        (FINAL.removeprefix("<|start|>assistant"), "no_analysis"),
+        (FINAL.removeprefix("<|start|>assistant").replace("4", " "), "wrong_order"),
         (PROMPTED, "wrong_order"),
         (PROMPTED + ANALYSIS + FINAL, "wrong_order"),
         (PROMPTED + FINAL.replace("<|return|>", "<|end|>"), "wrong_terminator"),

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from jinja2.exceptions import TemplateError
 from transformers import AutoConfig, AutoTokenizer
 
 from tests.tiny_student import write_student, write_vocabulary
@@ -80,8 +81,12 @@ def test_whoever_has_harmonys_tokens_gets_our_template(tmp_path: Path) -> None:
     save_bpe(tokenizer, tmp_path / "donor")
     (tmp_path / "donor" / "chat_template.jinja").write_text("another")
     exported = export(tmp_path, tokenizer_files.assets_of(tmp_path / "donor"))
-    assert (exported / "chat_template.jinja").read_text() == chat_template(None)
-    assert AutoTokenizer.from_pretrained(exported, local_files_only=True).chat_template == chat_template(None)
+    specials = [token.content for _, token in sorted(tokenizer.get_added_tokens_decoder().items())]
+    assert (exported / "chat_template.jinja").read_text() == chat_template(None, specials)
+    theirs = AutoTokenizer.from_pretrained(exported, local_files_only=True)
+    assert theirs.chat_template == chat_template(None, specials)
+    with pytest.raises(TemplateError, match=r"spells the special token <\|im_start\|>"):
+        theirs.apply_chat_template([{"role": "user", "content": "<|im_start|>"}])
 
 
 @pytest.mark.slow
