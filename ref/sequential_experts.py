@@ -1,11 +1,12 @@
 """Between the two layouts of routed experts: one stack a weight, one module an expert (Megatron-Core's SequentialMLP).
 
-Shapes: E experts, F expert FFN width, H hidden. In both layouts a matrix is output by input.
+Shapes: E experts, F expert FFN width, H hidden, A what the first matrix makes (F, or 2 F of a gate over its up
+projection). In both layouts a matrix is output by input.
 
 | stacked | sequential, i from 0 to E - 1 |
 |---|---|
-| ``fc1_weight`` [E, F, H] | ``local_experts.{i}.linear_fc1.weight`` [F, H] |
-| ``fc1_bias`` [E, F] | ``local_experts.{i}.linear_fc1.bias`` [F] |
+| ``fc1_weight`` [E, A, H] | ``local_experts.{i}.linear_fc1.weight`` [A, H] |
+| ``fc1_bias`` [E, A] | ``local_experts.{i}.linear_fc1.bias`` [A] |
 | ``fc2_weight`` [E, H, F] | ``local_experts.{i}.linear_fc2.weight`` [H, F] |
 | ``fc2_bias`` [E, H] | ``local_experts.{i}.linear_fc2.bias`` [H] |
 """

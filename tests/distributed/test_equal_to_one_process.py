@@ -16,7 +16,11 @@ ROWS = TINY["global_batch_size"]
 
 
 def train_steps(
-    expert_parallel: int, micro_batch_size: int, dispatcher: str = "auto", favoured: int = 0
+    expert_parallel: int,
+    micro_batch_size: int,
+    dispatcher: str = "auto",
+    favoured: int = 0,
+    activation: str = "squared_relu",
 ) -> dict[str, Any]:
     """A few steps of the tiny model on this process's share of fixed global batches.
 
@@ -35,6 +39,7 @@ def train_steps(
         expert_model_parallel_size=expert_parallel,
         micro_batch_size=micro_batch_size,
         moe_token_dispatcher_type=dispatcher,
+        activation=activation,
     )
     distributed.initialize(seed=7, expert_model_parallel_size=expert_parallel)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -112,6 +117,18 @@ def test_two_expert_parallel_ranks(reference: dict[str, Any], tmp_path: Path, di
         for name, value in first["parameters"].items()
     }
     assert any(".experts." in name for name in joined)
+    assert_same(first, reference, joined)
+    assert_same(second, reference, joined)
+
+
+def test_gated_experts_on_two_expert_parallel_ranks(tmp_path: Path) -> None:
+    """Gate and up projection are matrices of their own to the optimizer, on whichever rank an expert lies."""
+    reference = train_steps(1, 4, activation="swiglu")
+    first, second = run_workers(2, train_steps, 2, 2, "auto", 0, "swiglu", folder=tmp_path)
+    joined = {
+        name: torch.cat([value, second["parameters"][name]]) if ".experts." in name else value
+        for name, value in first["parameters"].items()
+    }
     assert_same(first, reference, joined)
     assert_same(second, reference, joined)
 

@@ -20,7 +20,9 @@ def run(ranks: int, target: Callable[..., Any], *arguments: Any, folder: Path) -
     return [target(*arguments)] if ranks == 1 else run_workers(ranks, target, *arguments, folder=folder)
 
 
-def stored(expert_parallel: int, folders: dict[str, bool], save: bool) -> dict[str, dict[str, torch.Tensor]]:
+def stored(
+    expert_parallel: int, activation: str, folders: dict[str, bool], save: bool
+) -> dict[str, dict[str, torch.Tensor]]:
     """One layer's experts through a checkpoint in each of ``folders``, as ours (True) or as upstream's SequentialMLP.
 
     Returns:
@@ -29,12 +31,12 @@ def stored(expert_parallel: int, folders: dict[str, bool], save: bool) -> dict[s
     from megatron_vpmoe.runtime import distributed
 
     distributed.initialize(seed=7, expert_model_parallel_size=expert_parallel)
-    result = {folder: _stored(expert_parallel, folder, ours, save) for folder, ours in folders.items()}
+    result = {folder: _stored(expert_parallel, activation, folder, ours, save) for folder, ours in folders.items()}
     distributed.shutdown()
     return result
 
 
-def _stored(expert_parallel: int, folder: str, ours: bool, save: bool) -> dict[str, torch.Tensor]:
+def _stored(expert_parallel: int, activation: str, folder: str, ours: bool, save: bool) -> dict[str, torch.Tensor]:
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.mlp import MLPSubmodules
@@ -45,7 +47,7 @@ def _stored(expert_parallel: int, folder: str, ours: bool, save: bool) -> dict[s
     from megatron_vpmoe.model.transformer_config import transformer_config
     from ref.sequential_experts import sequential_from_stacked
 
-    config = transformer_config(tiny_config(expert_model_parallel_size=expert_parallel))
+    config = transformer_config(tiny_config(expert_model_parallel_size=expert_parallel, activation=activation))
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     local, groups = TINY["num_experts"] // expert_parallel, get_default_pg_collection()
     experts = StackedExperts(local, config, groups) if ours else SequentialMLP(local, config, linears, groups)
@@ -71,15 +73,17 @@ def _stored(expert_parallel: int, folder: str, ours: bool, save: bool) -> dict[s
     return numbered
 
 
-@pytest.mark.parametrize(("saved_at", "loaded_at"), [(2, 1), (1, 2)])
-def test_between_our_layout_and_upstreams(saved_at: int, loaded_at: int, tmp_path: Path) -> None:
-    """What one saved, the other loads: the same keys, the same experts under the same numbers."""
+@pytest.mark.parametrize(
+    ("saved_at", "loaded_at", "activation"), [(2, 1, "squared_relu"), (1, 2, "squared_relu"), (2, 1, "swiglu")]
+)
+def test_between_our_layout_and_upstreams(saved_at: int, loaded_at: int, activation: str, tmp_path: Path) -> None:
+    """What one saved, the other loads: the same keys, the same experts under the same numbers; a gate stays one."""
     saved_as = {str(tmp_path / "by_us"): True, str(tmp_path / "by_upstream"): False}
     for folder in saved_as:
         Path(folder).mkdir()
     loaded_as = {folder: not ours for folder, ours in saved_as.items()}
-    saved = run(saved_at, stored, saved_at, saved_as, True, folder=tmp_path)
-    loaded = run(loaded_at, stored, loaded_at, loaded_as, False, folder=tmp_path)
+    saved = run(saved_at, stored, saved_at, activation, saved_as, True, folder=tmp_path)
+    loaded = run(loaded_at, stored, loaded_at, activation, loaded_as, False, folder=tmp_path)
     for folder in saved_as:
         before = {name: value for result in saved for name, value in result[folder].items()}
         after = {name: value for result in loaded for name, value in result[folder].items()}

@@ -67,6 +67,18 @@ STUDENTS: dict[str, dict[str, Any]] = {
         "moe_shared_expert_intermediate_size": None,
         "first_dense_layers": 0,
     },
+    "Nano-MoE": {
+        **QWEN3,
+        "num_experts": 4,
+        "qk_layernorm": False,
+        "first_dense_layers": 0,
+        "moe_router_score_function": "softmax",
+        "moe_router_topk_scaling_factor": 1.0,
+        "moe_router_enable_expert_bias": False,
+        "moe_router_num_groups": None,
+        "moe_router_group_topk": None,
+    },
+    "gated experts with biases, two dense layers": {"activation": "swiglu", "first_dense_layers": 2},
 }
 
 

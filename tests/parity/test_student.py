@@ -19,6 +19,7 @@ PRECISION["vpDense shape only"] = PRECISION["Qwen3"] = (torch.float64, 1e-5)
 PRECISION["RoPE in windows, no biases, no QK-norm"] = (torch.float64, 1e-5)
 PRECISION["vpMoE"] = (torch.float32, 1e-4)
 PRECISION["softmax router, no groups, no shared expert, all layers sparse"] = (torch.float32, 1e-4)
+PRECISION["Nano-MoE"] = PRECISION["gated experts with biases, two dense layers"] = (torch.float32, 1e-4)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -1,6 +1,7 @@
 """Rung 6: the dense feed-forward of every layer but the first becomes a shared expert and routed experts.
 
-The dense width D is cut into G = D / F slices of the routed experts' width F. Three initialisations:
+The dense width D is cut into G = D / F slices of the routed experts' width F; with a gate (SwiGLU) a slice has the
+same rows of the gate and of the up projection. Three initialisations:
 
 - ``zero_out``: the shared expert is the dense feed-forward; routed experts have a slice's first matrix with noise, and
   a second matrix of zeros. The same function.
@@ -14,7 +15,8 @@ The dense width D is cut into G = D / F slices of the routed experts' width F. T
 Router rows are small seeded noise and expert biases are zero. Which experts a token prefers does not depend on the
 size of the noise, but how soon the expert bias, in its small steps, evens out what the noise prefers does.
 
-Shapes: E experts, G slices, F width of a routed expert, D = G F dense width, C hidden.
+Shapes: E experts, G slices, F width of a routed expert, D = G F dense width, C hidden, A what a first matrix makes of
+F (F, or 2 F with a gate).
 """
 
 from __future__ import annotations
@@ -208,12 +210,12 @@ def converted(weights: Weights, conversion: Conversion) -> dict[str, LazyTensor]
 def _routed(index: int, linear: str, dense: LazyTensor, conversion: Conversion) -> dict[str, LazyTensor]:
     """One of the four stacks of routed experts, from the dense tensor that it is cut from."""
     name = in_layer(index, f"mlp.experts.{linear.removeprefix('linear_').replace('.', '_')}")
-    experts, width = conversion.cfg.moe.num_experts, conversion.cfg.moe.moe_ffn_hidden_size
+    experts, slices = conversion.cfg.moe.num_experts, conversion.slices
     assert experts is not None
     inner = {
-        "linear_fc1.weight": (width, *dense.shape[1:]),
-        "linear_fc1.bias": (width,),
-        "linear_fc2.weight": (dense.shape[0], width),
+        "linear_fc1.weight": (dense.shape[0] // slices, *dense.shape[1:]),
+        "linear_fc1.bias": (dense.shape[0] // slices,),
+        "linear_fc2.weight": (dense.shape[0], conversion.cfg.moe.moe_ffn_hidden_size),
         "linear_fc2.bias": dense.shape,
     }[linear]
     load = functools.partial(_cut, dense, linear, name, conversion)
@@ -225,7 +227,11 @@ def _cut(dense: LazyTensor, linear: str, name: str, conversion: Conversion) -> T
     experts, slices = conversion.cfg.moe.num_experts or 0, conversion.slices
     if linear == "linear_fc2.bias":
         return (whole * conversion.bias_scale).expand(experts, -1).contiguous()
-    parts = torch.stack(whole.chunk(slices, dim=1 if linear == "linear_fc2.weight" else 0))
+    if linear == "linear_fc2.weight":
+        parts = torch.stack(whole.chunk(slices, dim=1))
+    else:
+        gated = 2 if conversion.cfg.model.activation == "swiglu" else 1
+        parts = whole.unflatten(0, (gated, slices, -1)).transpose(0, 1).flatten(1, 2)
     scale = conversion.scale if linear == "linear_fc2.weight" else 1.0
     stack = parts.repeat(math.ceil(experts / slices), *[1] * whole.dim())[:experts].mul_(scale)
     noise = settings.noise if settings.noise is not None else _NOISE.get(settings.init_experts, 0.0)

@@ -58,11 +58,12 @@ def test_the_receipt_says_how_exact_it_is(init: str, exact: bool, tmp_path: Path
         {"moe_router_num_groups": None, "moe_router_group_topk": None},
         {"moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False},
         {"moe_router_topk_scaling_factor": 1.0, "add_bias_linear": False},
+        {"activation": "swiglu"},
     ],
 )
-def test_virtual_groups_under_other_routers(changes: dict[str, Any]) -> None:
-    biases = {name: value for name, value in changes.items() if name == "add_bias_linear"}
-    old, new = dense_config(num_layers=2, **biases), tiny_config(**SPARSE | changes)
+def test_virtual_groups_under_other_routers_and_with_a_gate(changes: dict[str, Any]) -> None:
+    dense = {name: value for name, value in changes.items() if name in ("add_bias_linear", "activation")}
+    old, new = dense_config(num_layers=2, **dense), tiny_config(**SPARSE | changes)
     weights = random_weights(old)
     conversion = Conversion.of(new, old, ExpertsSettings(routed_fraction=0.7), source="test")
     before, after = (logits(cfg, found) for cfg, found in ((old, weights), (new, converted(weights, conversion))))

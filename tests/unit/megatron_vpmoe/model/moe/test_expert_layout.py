@@ -19,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("single_process")
 PREFIX = "decoder.layers.1.mlp.experts."
 
 
-def pair(*, biases: bool) -> tuple[StackedExperts, SequentialMLP]:
-    config = transformer_config(tiny_config(add_bias_linear=biases))
+def pair(*, biases: bool, activation: str = "squared_relu") -> tuple[StackedExperts, SequentialMLP]:
+    config = transformer_config(tiny_config(add_bias_linear=biases, activation=activation))
     groups = get_default_pg_collection()
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     theirs = SequentialMLP(8, config, linears, groups)
@@ -34,10 +34,11 @@ def pair(*, biases: bool) -> tuple[StackedExperts, SequentialMLP]:
     return StackedExperts(8, config, groups), theirs
 
 
+@pytest.mark.parametrize("activation", ["squared_relu", "swiglu"])
 @pytest.mark.parametrize("biases", [True, False])
-def test_same_function_as_sequential_mlp(biases: bool) -> None:
+def test_same_function_as_sequential_mlp(biases: bool, activation: str) -> None:
     """Upstream's state dict, converted, gives upstream's outputs and gradients."""
-    ours, theirs = pair(biases=biases)
+    ours, theirs = pair(biases=biases, activation=activation)
     ours.load_state_dict(stacked_from_sequential(theirs.state_dict()))
     counts, generator = torch.tensor([5, 0, 3, 1, 0, 7, 2, 6]), torch.Generator().manual_seed(1)
     x, grad = (torch.randn(24, 32, generator=generator) for _ in range(2))

@@ -52,9 +52,14 @@ def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def experts_of(precision: str | None, *, biases: bool = True) -> StackedExperts:
+def experts_of(precision: str | None, *, biases: bool = True, activation: str = "squared_relu") -> StackedExperts:
     cfg = tiny_config(
-        hidden_size=HIDDEN, moe_ffn_hidden_size=FFN, bf16=True, experts_precision=precision, add_bias_linear=biases
+        hidden_size=HIDDEN,
+        moe_ffn_hidden_size=FFN,
+        bf16=True,
+        experts_precision=precision,
+        add_bias_linear=biases,
+        activation=activation,
     )
     experts = StackedExperts(EXPERTS, transformer_config(cfg), get_default_pg_collection())
     with torch.no_grad():
@@ -77,12 +82,13 @@ def distance(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
+@pytest.mark.parametrize("activation", ["squared_relu", "swiglu"])
 @FORMAT
-def test_near_fp32_and_not_nearer_than_the_format_can_be(name: str) -> None:
+def test_near_fp32_and_not_nearer_than_the_format_can_be(name: str, activation: str) -> None:
     """Output and gradients: as far from fp32 as two operands with four bits make it, and further than bf16 is."""
     chosen = choice()
-    found = {precision: passed(experts_of(precision), chosen) for precision in (name, None)}
-    want = passed(experts_of(None).float(), chosen)
+    found = {precision: passed(experts_of(precision, activation=activation), chosen) for precision in (name, None)}
+    want = passed(experts_of(None, activation=activation).float(), chosen)
     for what, exact in want.items():
         narrow, wide = (distance(found[precision][what], exact) for precision in (name, None))
         assert narrow < 0.1, (what, narrow)
