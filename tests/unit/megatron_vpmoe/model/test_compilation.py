@@ -72,8 +72,9 @@ def close(ones: list[torch.Tensor], others: list[torch.Tensor]) -> None:
         ("step", {}, 1, 8),
         ("step", FULL, 2, 8),
         ("step", MOE_AGAIN, 2, 8),
+        ("step", {"activation": "swiglu"}, 2, 8),
     ],
-    ids=["dense", "recomputed", "experts", "experts recomputed", "experts recomputed alone"],
+    ids=["dense", "recomputed", "experts", "experts recomputed", "experts recomputed alone", "gated experts"],
 )
 def test_whole_graphs_once_for_all_layers_and_documents(
     choice: str, changes: dict[str, object], rows: int, kinds: int, monkeypatch: pytest.MonkeyPatch

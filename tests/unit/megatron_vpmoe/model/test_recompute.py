@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("single_process")
 SEQ, VOCAB = 48, 64
 DENSE = {"num_experts": None, "router_dead_experts_warn": None}
 MOE: dict[str, object] = {}
+GATED: dict[str, object] = {"activation": "swiglu"}
 
 
 def selective(*modules: str) -> dict[str, object]:
@@ -99,14 +100,13 @@ def step(**changes: object) -> Step:
     )
 
 
-_plain: dict[bool, Step] = {}
+_plain: dict[int, Step] = {}
 
 
 def plain(stack: dict[str, object]) -> Step:
-    dense = stack is DENSE
-    if dense not in _plain:
-        _plain[dense] = step(**stack)
-    return _plain[dense]
+    if id(stack) not in _plain:
+        _plain[id(stack)] = step(**stack)
+    return _plain[id(stack)]
 
 
 CASES = [
@@ -118,6 +118,7 @@ CASES = [
     pytest.param(MOE, selective("moe"), id="moe moe"),
     pytest.param(MOE, selective("shared_experts"), id="moe shared_experts"),
     pytest.param(MOE, selective("core_attn", "mlp", "moe"), id="moe all parts"),
+    pytest.param(GATED, selective("moe"), id="gated experts moe"),
     pytest.param(DENSE, full(), id="dense full"),
     pytest.param(DENSE, full("block", 1), id="dense full block 1"),
     pytest.param(DENSE, selective("core_attn", "mlp"), id="dense core_attn and mlp"),

@@ -32,6 +32,13 @@ RUNGS = {
         "add_qkv_bias": False,
         "tpa_factor_bias": False,
     },
+    "tied, gated experts in all layers but two": {
+        **SMALL,
+        "num_layers": 4,
+        "activation": "swiglu",
+        "first_dense_layers": 2,
+        "untie_embeddings_and_output_weights": False,
+    },
     "tied SwiGLU, GRAPE-M everywhere": {
         **DENSE,
         "activation": "swiglu",
@@ -118,6 +125,17 @@ def test_a_router_dtype_that_is_none_of_ours_is_named(exported: Path, tmp_path: 
     config = json.loads((exported / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "router_dtype": dtype}))
     with pytest.raises(WeightsError, match="moe_router_dtype = "):
+        open_directory(tmp_path)
+
+
+def test_an_export_from_before_a_field_was_renamed_opens(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to(exported / "model.safetensors")
+    config = json.loads((exported / "config.json").read_text())
+    assert config.pop("first_dense_layers") == 1
+    (tmp_path / "config.json").write_text(json.dumps({**config, "first_layer_dense": True}))
+    assert open_directory(tmp_path).cfg == open_directory(exported).cfg
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="first_dense_layers"):
         open_directory(tmp_path)
 
 
