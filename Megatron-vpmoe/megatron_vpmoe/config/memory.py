@@ -57,12 +57,13 @@ def _layer_activations(cfg: RunConfig, layer_number: int, compute_bytes: int, on
     if cfg.is_tpa_layer(layer_number):
         rest += (m.tpa_q_rank + 2 * m.tpa_rank) * m.kv_channels
     parts = {"rest": rest * compute_bytes}
+    inner = 4 if m.activation == "swiglu" else 3  # a gate has its own output
     if cfg.is_moe_layer(layer_number):
-        chosen = _expert_rows(cfg) * (2 * m.hidden_size + 3 * moe.moe_ffn_hidden_size) * compute_bytes
+        chosen = _expert_rows(cfg) * (2 * m.hidden_size + inner * moe.moe_ffn_hidden_size) * compute_bytes
         parts["moe"] = round(chosen / parts_of_sequence)
-        parts["shared_experts"] = 3 * (moe.moe_shared_expert_intermediate_size or 0) * compute_bytes
+        parts["shared_experts"] = inner * (moe.moe_shared_expert_intermediate_size or 0) * compute_bytes
     else:
-        parts["mlp"] = 3 * m.ffn_hidden_size * compute_bytes
+        parts["mlp"] = inner * m.ffn_hidden_size * compute_bytes
     windowed = not cfg.is_global_layer(layer_number) and cfg.position_embedding(layer_number) != "grape_a"
     backend = m.attention_backend
     if backend == "auto":
@@ -159,7 +160,9 @@ def _update(cfg: RunConfig, buckets: list[Held], on_cpu: bool) -> tuple[int, int
         return 0, 0
     stack = STACK_BYTES[device] if o.normuon_stack_mib is None else o.normuon_stack_mib * 2**20
     held = {kind: _FP32 * sum(each.slice for each in buckets if each.kind == kind) for kind in ("matrices", "experts")}
-    dense, experts = min(stack, held["matrices"]), min(stack, held["experts"] // 2)  # into the experts, and out of them
+    # Into the experts are one matrix or, with a gate, two of one shape; out of them is one.
+    into = 2 / 3 if cfg.model.activation == "swiglu" else 1 / 2
+    dense, experts = min(stack, held["matrices"]), min(stack, round(into * held["experts"]))
     in_bf16 = o.polar_express_dtype == "bfloat16" or (o.polar_express_dtype == "auto" and not on_cpu)
     copies = 2 if in_bf16 else 3
     if on_cpu:

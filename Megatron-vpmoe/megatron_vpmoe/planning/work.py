@@ -166,10 +166,11 @@ def _scores(shape: Shape, number: int, queries: int, qkv: int) -> Passes:
 def _feed_forward(shape: Shape, part: str, tokens: float, width: float, *, launches: tuple[float, float]) -> Passes:
     """Dense: two matrices and what is between them."""
     m, gated = shape.cfg.model, 2 if shape.cfg.model.activation == "swiglu" else 1
+    of_biases = 2 * m.add_bias_linear * m.hidden_size
     between = (
-        (7.0 * width, 13.0 * width)
+        (7.0 * width, 13.0 * width + of_biases + 2 * m.add_bias_linear * width)
         if gated == 2
-        else (4.0 * width, 5.0 * width + 2 * m.add_bias_linear * m.hidden_size)
+        else (4.0 * width, 5.0 * width + of_biases)
     )
     return (
         shape.product(part, tokens, m.hidden_size, gated * width)
@@ -188,23 +189,27 @@ def _sparse(shape: Shape) -> Passes:
     tokens, width, gated = shape.own, moe.moe_ffn_hidden_size, 2 if cfg.model.activation == "swiglu" else 1
     rows, held = tokens * topk, experts // ranks  # as many rows come from other ranks as go to them
     narrow = 4 / (2 if shape.size == 2 else 2 * _WIDER)  # scores are fp32 in every model
+    biased = cfg.model.add_bias_linear
+    # Numbers of a row between the products, in units of its width: the activation, and the first bias of what is made.
+    ahead, back = (9, 38) if gated == 2 else (8, 23)
+    ahead, back = ahead + 5 * biased * gated, back + biased * gated
+    launches = 9 + 2 * biased, (25 if gated == 2 else 21) + 2 * biased
     found = (
         shape.product("router", tokens, h, experts, kind="product" if shape.size == 2 else "wide")
         + shape.moves("router", tokens, (9 * narrow * experts, 21 * narrow * experts + 3 * h), (21, 30))
         + shape.product("experts", rows, h, gated * width, kind="experts", copies=held)
         + shape.product("experts", rows, width, h, kind="experts", copies=held)
-        + shape.moves("experts", rows, (2 * h + 13 * width * gated, 3 * h + 24 * width * gated), (11, 23))
+        + shape.moves("experts", rows, (2 * h + ahead * width, 3 * h + back * width), launches)
     )
     # The gradient of the router's weight is of two parts of the logits'.
     again = found.backward[0]
     found += Passes([], [again._replace(flops=again.flops / 2, moved=again.moved / 2, launches=1)])
     placing = Work("dispatch", "memory", 0.0, rows * _ROUTED_ROW_BYTES, 8, 1, rows * 8.0)
     found += Passes([placing], [])
-    biased = cfg.model.add_bias_linear  # the second bias is a product over all experts of the rank
     if ranks > 1:
         found += shape.moves("dispatch", rows, (9 * h, 9 * h), (27, 12))
         found += shape.moves("experts", rows, (3 * h, 0), (1, 0))
-        found += shape.product("experts", rows, held, h) if biased else NOTHING
+        found += shape.product("experts", rows, held, h) if biased else NOTHING  # the second bias
     else:  # rows are gathered and added up here
         found += shape.moves("experts", rows, (1.25 * h, 3 * h), (2, 3))
         found += shape.product("experts", tokens, experts, h) if biased else NOTHING
