@@ -27,6 +27,7 @@ from vpmoe.describe.table import cache_bytes, print_description
 NAMES = (
     "vpmoe_stage1.yaml", "vpdense_80.yaml", "vpdense_28.yaml", "vpdense0_5_28.yaml", "qwen3_0_6b.yaml",
     "nano/stage1.yaml", "nano/vpmoe_16.yaml", "nano/vpdense_8.yaml",
+    *(f"nano_moe/{name}.yaml" for name in ("nano_moe", "tiny", "small", "medium", "large", "moonlet", "moonlight")),
 )  # fmt: skip
 
 

@@ -48,6 +48,24 @@ def test_json_says_what_the_table_does(config: str, tmp_path: Path, capsys: pyte
     assert "assumed" in shown and "refused" in shown
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "gpus"),
+    [
+        *((name, "1xA100-40GB") for name in ("nano_moe", "tiny", "small")),
+        *((name, "1xH100") for name in ("medium", "moonlet")),
+        *((name, "8xH100") for name in ("large", "moonlight")),
+    ],
+)
+def test_small_mixtures_fit_the_machines_that_they_are_for(
+    name: str, gpus: str, repository: Path, tmp_path: Path
+) -> None:
+    out, config = tmp_path / "plan.json", repository / "configs" / "nano_moe" / f"{name}.yaml"
+    assert main(["plan", str(config), "--gpus", gpus, "--json", str(out)]) == 0
+    best = json.loads(out.read_text())["layouts"][0]
+    assert best["fits"] and best["tokens_per_second_per_gpu"] > 0
+
+
 def test_what_does_not_fit_says_what_is_missing(config: str, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     assert main(["plan", config, "--global-batch-size=8", "--gpus", "1xA100-40GB", "--json", str(out)]) == 0
