@@ -62,7 +62,7 @@ def _stored(expert_parallel: int, activation: str, folder: str, ours: bool, save
     if save:
         dist_checkpointing.save(state, folder)
     else:
-        loaded = dist_checkpointing.load(state, folder)
+        loaded: Any = dist_checkpointing.load(state, folder)
         experts.load_state_dict({name.removeprefix(PREFIX): value for name, value in loaded.items()}, strict=False)
     found = {name: value.detach().clone() for name, value in experts.named_parameters()}
     found = sequential_from_stacked(found) if ours else found

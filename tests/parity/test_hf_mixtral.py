@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -23,7 +25,7 @@ COEFFICIENT = 0.3
 
 
 def mixtral(experts: int, topk: int) -> transformers.MixtralForCausalLM:
-    config = transformers.MixtralConfig(
+    sizes: dict[str, Any] = dict(
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
         intermediate_size=FFN,
@@ -39,6 +41,7 @@ def mixtral(experts: int, topk: int) -> transformers.MixtralForCausalLM:
         attn_implementation="eager",
         experts_implementation="eager",
     )
+    config = transformers.MixtralConfig(**sizes)
     torch.manual_seed(0)
     model = transformers.MixtralForCausalLM(config).float()
     with torch.no_grad():
@@ -56,11 +59,11 @@ def translated(theirs: torch.nn.Module) -> dict[str, Tensor]:
     }
     for layer in range(LAYERS):
         source, target = f"model.layers.{layer}.", f"decoder.layers.{layer}."
-        qkv = (state[f"{source}self_attn.{kind}_proj.weight"] for kind in "qkv")
+        query, key, value = (state[f"{source}self_attn.{kind}_proj.weight"] for kind in "qkv")
         out |= {
             f"{target}input_layernorm.weight": state[f"{source}input_layernorm.weight"],
             f"{target}pre_mlp_layernorm.weight": state[f"{source}post_attention_layernorm.weight"],
-            f"{target}self_attention.linear_qkv.weight": mixed_rows(*qkv, GROUPS),
+            f"{target}self_attention.linear_qkv.weight": mixed_rows(query, key, value, GROUPS),
             f"{target}self_attention.linear_proj.weight": state[f"{source}self_attn.o_proj.weight"],
             f"{target}mlp.router.weight": state[f"{source}mlp.gate.weight"],
             f"{target}mlp.experts.fc1_weight": state[f"{source}mlp.experts.gate_up_proj"],
@@ -98,7 +101,9 @@ def test_logits_balance_loss_and_gradients(experts: int, topk: int) -> None:
     torch.testing.assert_close(mine, reference.logits, rtol=1e-4, atol=1e-4)
 
     # Theirs is one loss over the assignments of all layers together: layer by layer it is the one of the papers.
-    balance = torch.stack([load_balancing_loss_func((logits,), experts, topk) for logits in reference.router_logits])
+    balance = torch.stack(
+        [torch.as_tensor(load_balancing_loss_func((logits,), experts, topk)) for logits in reference.router_logits]
+    )
     routers = [module for module in ours.modules() if isinstance(module, VPMoERouter)]
     counted = torch.stack([router.balance_loss_sum for router in routers])
     torch.testing.assert_close(counted / LENGTH, COEFFICIENT * balance / topk, rtol=1e-5, atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def anew() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def model_of(num_layers: int = 8, **changes: object) -> VPModel:
+def model_of(num_layers: int = 8, **changes: Any) -> VPModel:
     torch.manual_seed(5)
     model = build_model(tiny_config(num_layers=num_layers, **changes)).train()
     with torch.no_grad():
@@ -77,7 +78,7 @@ def close(ones: list[torch.Tensor], others: list[torch.Tensor]) -> None:
     ids=["dense", "recomputed", "experts", "experts recomputed", "experts recomputed alone", "gated experts"],
 )
 def test_whole_graphs_once_for_all_layers_and_documents(
-    choice: str, changes: dict[str, object], rows: int, kinds: int, monkeypatch: pytest.MonkeyPatch
+    choice: str, changes: dict[str, Any], rows: int, kinds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The graphs are taken in as ever, and run as they are: what is compiled, and how often, not by what."""
     compiler = torch.compile

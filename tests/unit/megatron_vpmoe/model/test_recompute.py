@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ class Step:
     saved_bytes: int
 
 
-def lively_model(**changes: object) -> VPModel:
+def lively_model(**changes: Any) -> VPModel:
     """λ of the value residual well below 1, so that much of the gradient goes into layer 1's values."""
     torch.manual_seed(5)
     model = build_model(tiny_config(**changes)).train()
@@ -56,12 +57,12 @@ def lively_model(**changes: object) -> VPModel:
     return model
 
 
-def step(**changes: object) -> Step:
+def step(**changes: Any) -> Step:
     model = lively_model(**changes)
     batch = random_batch(2, SEQ, VOCAB, seed=1)
     first_values: list[torch.Tensor] = []
     # The hook fires with the whole gradient: from layer 1's own attention and from every later layer.
-    attention = model.decoder.layers[0].self_attention
+    attention: Any = model.decoder.layers[0].self_attention
     project = attention.project_qkv
 
     def watched(hidden: torch.Tensor):

@@ -15,7 +15,7 @@ from vpmoe.errors import UpcycleError
 from vpmoe.upcycle.experts import Conversion, ExpertsSettings, converted
 from vpmoe.weights.geometry import config_of, geometry_of, load_model, process_groups
 
-SPARSE = {
+SPARSE: dict[str, Any] = {
     **DENSE,
     "num_layers": 2,
     "num_experts": 16,
@@ -108,11 +108,12 @@ def test_training_moves_every_expert_and_router_row_within_the_first_steps(init:
 
 def test_what_is_refused() -> None:
     old = dense_config(num_layers=2)
-    for changes, named in [
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"moe_router_topk": 2}, "moe_router_topk = 2"),
         ({"moe_shared_expert_intermediate_size": 16}, "moe_shared_expert_intermediate_size = 16"),
         ({"moe_router_num_groups": 8, "moe_router_group_topk": 4}, "moe_router_num_groups = 8"),
-    ]:
+    ]
+    for changes, named in refused:
         with pytest.raises(UpcycleError, match=named):
             Conversion.of(tiny_config(**SPARSE | changes), old, ExpertsSettings(), source="test")
     with pytest.raises(ValidationError, match="zero_out has none"):

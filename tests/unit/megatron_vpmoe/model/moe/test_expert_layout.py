@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -24,7 +26,8 @@ def pair(*, biases: bool, activation: str = "squared_relu") -> tuple[StackedExpe
     groups = get_default_pg_collection()
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     theirs = SequentialMLP(8, config, linears, groups)
-    for expert in theirs.local_experts:
+    modules: Any = theirs.local_experts
+    for expert in modules:
         # The path of expert parallelism: behind its reduction over one rank upstream cannot add a bias in place.
         expert.linear_fc2.explicit_expert_comm = True
     generator = torch.Generator().manual_seed(0)

@@ -75,7 +75,8 @@ def passed(experts: StackedExperts, chosen: Tensor) -> dict[str, Tensor]:
     out = experts.of_tokens(x, chosen, p)
     out.backward(draw(*out.shape, seed=3).to(out.dtype))
     found: dict[str, Any] = {"out": out.detach(), "x": x.grad, "p": p.grad}
-    return found | {name: parameter.grad for name, parameter in experts.named_parameters()}
+    found |= {name: parameter.grad for name, parameter in experts.named_parameters()}
+    return found
 
 
 def distance(got: Tensor, want: Tensor) -> float:
@@ -124,7 +125,7 @@ def test_each_product_is_that_of_rounded_operands(name: str) -> None:
     weight = draw(EXPERTS, FFN, HIDDEN, seed=7)
     forward, of_input = rows.linear(x, weight, None)[real], rows.linear_transposed(g, weight)[real]
     of_weight = rows.outer(g, x)
-    exact = {"rtol": 8e-3, "atol": 1e-2}  # products come back in bf16
+    exact: dict[str, Any] = {"rtol": 8e-3, "atol": 1e-2}  # products come back in bf16
     for e in set(expert.tolist()):
         mine, wide = real[expert == e], weight[e].double()
         want = rounded(name, x[mine], 1) @ rounded(name, wide, 1).T
