@@ -2,10 +2,11 @@
 
 The one rule for everybody: what the templates write, what a served model writes, and what a trained model generates.
 
-**Words** are compared whole and whatever their case. A word is there in any of these forms: itself; with ``'s``;
-with ``s``, ``es``, ``ed``, ``d`` or ``ing`` behind it; with a final ``e`` dropped before ``ing``; with a final ``y``
-behind a consonant as ``ies`` or ``ied``; with its final consonant doubled before ``ed`` or ``ing``. Other forms
-(``mice``, ``ran``) are other words.
+**Words** are compared whole and whatever their case. A word is there as itself, with ``'s``, and with the regular
+endings of English spelling: ``s`` (``es`` behind s, x, z, ch, sh, o), ``ed`` and ``ing``. A final ``e`` behind a
+consonant goes before ``ing``, and only ``d`` comes behind an ``e``; a final ``y`` behind a consonant becomes ``ies``
+and ``ied``; a final consonant behind a single vowel is doubled before ``ed`` and ``ing``, in words of several syllables
+it may be. So ``hop`` is there in ``hopped`` and not in ``hoped``; other forms (``mice``, ``ran``) are other words.
 
 **The protagonist** is right if the name is in the text; no other name comes before it or more often; the kind is in
 the text; and nothing introduces the name as another kind (``a bear named Pip`` where Pip is a fox). Names are those
@@ -27,6 +28,7 @@ from vpmoe.errors import DataError
 _WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
 _INTRODUCED = re.compile(r"\b(\w+)\s+(?:named|called)\s+([^\W\d_]\w*)")
 _VOWELS = frozenset("aeiou")
+_VOWEL_GROUP = re.compile("[aeiouy]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +137,21 @@ def is_in(word: str, words: frozenset[str]) -> bool:
 
 @lru_cache(4096)
 def _forms(word: str) -> frozenset[str]:
-    forms = {word, *(word + ending for ending in ("'s", "s", "es", "ed", "d", "ing"))}
+    behind_consonant = len(word) > 2 and word[-2] not in _VOWELS
+    stems = {word}
     if word.endswith("e"):
-        forms.add(word[:-1] + "ing")
-    if len(word) > 2 and word[-1] == "y" and word[-2] not in _VOWELS:
-        forms |= {word[:-1] + "ies", word[:-1] + "ied"}
-    if len(word) > 2 and word[-1] not in "aeiouwxy" and word[-2] in _VOWELS and word[-3] not in _VOWELS:
-        forms |= {word + word[-1] + "ed", word + word[-1] + "ing"}
-    return frozenset(forms)
+        past, present = {word + "d"}, {word[:-1] + "ing" if behind_consonant else word + "ing"}
+    elif word.endswith("y") and behind_consonant:
+        past, present = {word[:-1] + "ied"}, {word + "ing"}
+    else:
+        if len(word) > 2 and word[-1] not in "aeiouwxy" and word[-2] in _VOWELS and word[-3] not in _VOWELS:
+            stems = {word + word[-1]} if len(_VOWEL_GROUP.findall(word)) == 1 else {word, word + word[-1]}
+        past, present = {stem + "ed" for stem in stems}, {stem + "ing" for stem in stems}
+    if word.endswith("y") and behind_consonant:
+        plural = word[:-1] + "ies"
+    else:
+        plural = word + ("es" if word.endswith(("s", "x", "z", "ch", "sh", "o")) else "s")
+    return frozenset({word, word + "'s", plural, *past, *present})
 
 
 def _leads(text: str, words: frozenset[str], asked: Constraints) -> bool:

@@ -21,8 +21,8 @@ from vpmoe.errors import DataError
 from vpmoe.progress import Progress
 
 VALID_FRACTION, TEST_FRACTION = 0.02, 0.02
-VERSION = 2
-"""Of the content: plots and their wording."""
+VERSION = 3
+"""Of what is written: plots, their wording, and what prompts ask of them."""
 Row = Mapping[str, Any]
 
 

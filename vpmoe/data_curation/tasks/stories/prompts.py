@@ -125,11 +125,17 @@ def other_hero(asked: Asked) -> Character:
 
 
 def _needed(chosen: Plot, draw: random.Random) -> tuple[str, ...]:
-    """Names of two or three words of the plot, in any order; none is a word that says who somebody is."""
-    taken = (chosen.hero.kind, chosen.friend.kind)
-    names = [name for name in (*chosen.scene.words, *_SHARED) if chosen.chosen[name] not in taken]
+    """Names of two or three words of the plot, in any order: different ones, and none says who somebody is."""
+    words = [chosen.hero.kind, chosen.friend.kind]
+    names = [*chosen.scene.words, *_SHARED]
     draw.shuffle(names)
-    return tuple(names[: pick((2, 3), draw)])
+    needed = []
+    for name in names:
+        word = chosen.chosen[name]
+        if not is_in(word, frozenset(words)):
+            words.append(word)
+            needed.append(name)
+    return tuple(needed[: pick((2, 3), draw)])
 
 
 def _banned(chosen: Plot, needed: tuple[str, ...], story: str, wording: int, draw: random.Random) -> tuple[str, ...]:

@@ -44,6 +44,13 @@ def test_who_leads(text: str, right: bool) -> None:
         ),
         *(("kite", other, False) for other in ("kit", "kitebird", "box-kite", "akite", "k i t e")),
         *(("stop", form, True) for form in ("stops", "stopped", "stopping")),
+        *(("visit", form, True) for form in ("visits", "visited", "visiting")),
+        *(("agree", form, True) for form in ("agrees", "agreed", "agreeing")),
+        *(
+            (word, form, False)
+            for word, form in (("bee", "being"), ("hop", "hoped"), ("car", "card"), ("car", "cares"))
+        ),
+        *((word, form, False) for word, form in (("hat", "hated"), ("star", "stared"), ("stop", "stoped"))),
         ("berry", "berries", True),
         ("carry", "carried", True),
         ("box", "boxes", True),

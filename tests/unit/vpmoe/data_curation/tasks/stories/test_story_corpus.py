@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from vpmoe.cli import main
 from vpmoe.data_curation.tasks.stories import corpus
-from vpmoe.data_curation.tasks.stories.content import FILE, content
+from vpmoe.data_curation.tasks.stories.checker import is_in, words_of
+from vpmoe.data_curation.tasks.stories.content import FILE, content, kinds, names
 from vpmoe.data_curation.tasks.stories.corpus import make_story
 from vpmoe.data_curation.tasks.stories.plots import Plot, number_of, plot, plot_count, split_of
 from vpmoe.data_curation.tasks.stories.telling import tell
@@ -75,6 +76,14 @@ def test_no_sentence_names_a_gender_itself() -> None:
     assert len(texts) > 500
     for text in texts:
         assert not re.search(r"\b(he|she|him|her|his|hers|himself|herself)\b(?!})", text, re.I), text
+
+
+def test_only_the_characters_are_of_a_kind_or_have_a_name() -> None:
+    """Else a story of a bear could pass as one of a fox: a fox would run through it."""
+    text = re.sub(r"^(he|she|kinds) = \"{3}[^\"]*\"{3}", "", FILE.read_text(), flags=re.M)
+    words = words_of(re.sub(r"{\w+}", "", text))
+    assert not [kind for kind in kinds() - {"boy"} if is_in(kind, words)]
+    assert not [name for name in names() if re.search(rf"\b{name}\b", text)]
 
 
 def test_the_vocabulary_is_a_small_childs() -> None:
