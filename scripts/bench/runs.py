@@ -21,7 +21,8 @@ from pathlib import Path
 from megatron_vpmoe.config import RunConfig, load_config
 from megatron_vpmoe.metrics import JsonlSink, Record, RunStoreSink
 from vpmoe.runs.comparison import overlay
-from vpmoe.runs.queries import ask, last_values, series, tags_of
+from vpmoe.runs.database import ask
+from vpmoe.runs.queries import last_values, series, tags_of
 from vpmoe.runs.registry import list_runs
 
 REPOSITORY = Path(__file__).resolve().parents[2]

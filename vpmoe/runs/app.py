@@ -204,7 +204,7 @@ def sql(
     store: StoreOption = None,
 ) -> None:
     """Ask in SQL (DuckDB's): runs(run, name, ...), metrics(run, step, tag, value, tokens, seconds). It only reads."""
-    from vpmoe.runs.queries import ask
+    from vpmoe.runs.database import ask
     from vpmoe.runs.tables import console, show_rows
 
     columns, rows = ask(query, store)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vpmoe.runs.queries import answer, axis
+from vpmoe.runs.database import answer
+from vpmoe.runs.queries import axis
 from vpmoe.runs.registry import RunEntry
 
 if TYPE_CHECKING:

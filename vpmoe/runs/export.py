@@ -10,7 +10,7 @@ import duckdb
 
 from megatron_vpmoe.files import move_into_place
 from vpmoe.errors import DataError, NotOursError
-from vpmoe.runs.queries import connected
+from vpmoe.runs.database import connected
 from vpmoe.runs.registry import RunEntry
 
 FORMATS = {

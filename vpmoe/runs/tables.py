@@ -16,7 +16,8 @@ from rich.text import Text
 from megatron_vpmoe.errors import visible
 from megatron_vpmoe.files import read_json_lines
 from vpmoe.runs.comparison import config_differences, origin_differences, overlay
-from vpmoe.runs.queries import damaged_lines, last_values, series
+from vpmoe.runs.database import damaged_lines
+from vpmoe.runs.queries import last_values, series
 from vpmoe.runs.registry import RunEntry, checkpoints_of, labels
 
 _COLOURS = {

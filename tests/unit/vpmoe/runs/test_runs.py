@@ -26,8 +26,9 @@ from vpmoe import steps
 from vpmoe.errors import BusyError, DataError, NotOursError
 from vpmoe.runs import editing, removal
 from vpmoe.runs.comparison import config_differences, origin_differences, overlay
+from vpmoe.runs.database import ask, connect, damaged_lines
 from vpmoe.runs.export import export
-from vpmoe.runs.queries import ask, connect, damaged_lines, last_values, matching, series, smoothed, tags_of
+from vpmoe.runs.queries import last_values, matching, series, smoothed, tags_of
 from vpmoe.runs.registry import RunEntry, checkpoints_of, find_run, list_runs
 from vpmoe.runs.tables import console, show_list, sparkline
 
