@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import ipaddress
@@ -15,8 +16,8 @@ from megatron_vpmoe.errors import BusyError, ConfigError, VpmoeError
 from megatron_vpmoe.runtime.device import prepare
 from vpmoe.app.places import Places
 
-# What takes seconds to load: before the first page asks for it.
-_HEAVY = ("altair", "vpmoe.runs.queries", "vpmoe.eval.conversation", "megatron_vpmoe.training.checkpoint_files")
+# What takes seconds to load: before a page asks for it.
+_HEAVY = ("altair", "pandas", "vpmoe.eval.conversation", "megatron_vpmoe.training.checkpoint_files")
 _SCRIPT = Path(__file__).with_name("script.py")
 
 
@@ -63,7 +64,7 @@ def serve(places: Places, *, port: int, address: str, browser: bool, say: Callab
         "logger.hideWelcomeMessage": True,  # to name an external address it would ask one
         "global.developmentMode": False,
     }
-    threading.Thread(target=_tell, args=(address, port, say), daemon=True).start()
+    threading.Thread(target=_tell, args=(places, address, port, say), daemon=True).start()
     bootstrap.load_config_options(options)
     bootstrap.run(str(_SCRIPT), False, [places.argument()], options)
 
@@ -101,8 +102,8 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-def _tell(address: str, port: int, say: Callable[[str], None]) -> None:
-    """Say where the pages are, once they are there."""
+def _tell(places: Places, address: str, port: int, say: Callable[[str], None]) -> None:
+    """Say where the pages are, once they are there and the first one is quick."""
     host = address
     if address in ("0.0.0.0", "::"):
         host = "127.0.0.1" if address == "0.0.0.0" else "::1"
@@ -112,5 +113,13 @@ def _tell(address: str, port: int, say: Callable[[str], None]) -> None:
             break
         except OSError:
             time.sleep(0.05)
+    from vpmoe.app.store import warm  # whose caches are the running server's
+    from vpmoe.app.views import runs  # noqa: F401
+
+    warm(places)
+    # Streamlit has garbage collected after each run of the script, before the browser gets the last of it: what is
+    # loaded by now is none.
+    gc.collect()
+    gc.freeze()
     shown = f"[{host}]" if ":" in host else host
     say(f"vpmoe app: http://{shown}:{port} (Ctrl-C ends it)")

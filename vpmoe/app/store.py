@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,18 @@ from typing import Any
 import pandas
 import streamlit
 
-from vpmoe.app.curves import thinned
+from megatron_vpmoe.errors import VpmoeError
+from vpmoe.app import curves
 from vpmoe.app.places import Places
+from vpmoe.app.records import Records
 from vpmoe.app.shown import distinct, empty, label
-from vpmoe.runs.queries import answer, series, smoothed, tags_of
+from vpmoe.runs.queries import series, smoothed, tags_of
 from vpmoe.runs.registry import RunEntry, list_runs
 
 CHOSEN = "chosen_runs"
 """Ids of the runs that were looked at last, in the state of a session: pages begin with them."""
 _KEPT = 32
+_RECORDS = Records()
 _POINTS = 1000  # of a curve: about two a pixel of its picture
 
 
@@ -64,6 +68,17 @@ def steps_now(runs: Sequence[RunEntry]) -> dict[str, int]:
     return _steps(_Asked(runs))
 
 
+def warm(places: Places) -> None:
+    """What the first page asks of the newest run, before anybody does."""
+    with suppress(VpmoeError, OSError):  # the page tells it
+        newest = runs_of(places)[:1]
+        shown = curves.first_tags(tags_now(newest))
+        steps_now(newest)
+        frame = smoothed_now(newest, shown, "step", 0.0)
+        for tag in shown[:1]:
+            curves.chart(frame, tag, names_of(newest), by="step", log_x=False, log_y=False).to_dict()
+
+
 class _Asked:
     """Runs, equal as long as their files are."""
 
@@ -82,24 +97,25 @@ def _signature(path: Path) -> tuple[int, int] | None:
 
 @streamlit.cache_data(max_entries=_KEPT, show_spinner=False, hash_funcs={_Asked: lambda asked: asked.key})
 def _tags(asked: _Asked) -> list[str]:
-    return tags_of(asked.runs)
+    return tags_of(asked.runs, answer=_RECORDS.answer)
 
 
 @streamlit.cache_data(max_entries=_KEPT, show_spinner=False, hash_funcs={_Asked: lambda asked: asked.key})
 def _series(asked: _Asked, tags: tuple[str, ...], by: str) -> pandas.DataFrame:
-    return series(asked.runs, tags, by=by, points=_POINTS)
+    return series(asked.runs, tags, by=by, points=_POINTS, answer=_RECORDS.answer)
 
 
 @streamlit.cache_data(max_entries=_KEPT, show_spinner=False, hash_funcs={_Asked: lambda asked: asked.key})
 def _smoothed(asked: _Asked, tags: tuple[str, ...], by: str, share: float) -> pandas.DataFrame:
     if not share:
         return smoothed(_series(asked, tags, by), share)
-    return thinned(smoothed(series(asked.runs, tags, by=by, points=2**31), share), _POINTS)
+    every = series(asked.runs, tags, by=by, points=2**31, answer=_RECORDS.answer)
+    return curves.thinned(smoothed(every, share), _POINTS)
 
 
 @streamlit.cache_data(max_entries=_KEPT, show_spinner=False, hash_funcs={_Asked: lambda asked: asked.key})
 def _steps(asked: _Asked) -> dict[str, int]:
-    found = answer(asked.runs, "SELECT run, max(step) AS step FROM metrics GROUP BY run")
+    found = _RECORDS.answer(asked.runs, "SELECT run, max(step) AS step FROM metrics GROUP BY run")
     return dict(zip(found["run"], map(int, found["step"]), strict=True))
 
 

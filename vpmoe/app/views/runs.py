@@ -34,8 +34,11 @@ def show(places: Places) -> None:
     state["runs_chosen"] = [one for one in kept if one in by_id]
     chosen = streamlit.multiselect("Runs", [*by_id], format_func=names.__getitem__, key="runs_chosen")
     state[CHOSEN] = chosen
-    with streamlit.expander(f"All runs of the store ({len(runs):,})"):
-        table(table_of(runs))
+    # Of a table alone the browser loads half a second: sent once it is asked for.
+    every = streamlit.expander(f"All runs of the store ({len(runs):,})", key="runs_every", on_change="rerun")
+    if every.open:
+        with every:
+            table(table_of(runs))
     if not chosen:
         streamlit.info("Choose one run, or several to hold them against each other.")
         return
