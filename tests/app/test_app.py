@@ -148,7 +148,7 @@ def test_every_page_opens_on_a_real_run(tab: Tab) -> None:
 
 def test_a_run_s_other_views(tab: Tab) -> None:
     assert not tab.all("[data-testid=stDataFrame]"), "what is folded up is not sent"
-    tab.wait(lambda: tab._press("[data-testid=stExpander] summary"))
+    tab.wait(lambda: tab.press("[data-testid=stExpander] summary"))
     tab.wait(lambda: tab.all("[data-testid=stDataFrame]"))
     tab.click("Checkpoints")
     tab.is_sound()
