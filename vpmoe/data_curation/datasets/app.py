@@ -195,7 +195,8 @@ def train_tokenizer(
     size = vocabularies.write_bpe(
         texts, output_dir, vocab_size=vocab_size, special_tokens=special_tokens, overwrite=overwrite, say=_say
     )
-    typer.echo(f"{output_dir}: {size:,} ids")
+    short = f" of {vocab_size:,}: the texts have no more pairs to merge" if size < vocab_size else ""
+    typer.echo(f"{output_dir}: {size:,} ids{short}")
 
 
 def _chat(

@@ -120,13 +120,16 @@ def test_a_vocabulary_is_learned_from_the_first_train_rows(tmp_path: Path, capsy
     command = ["tokenizer", "train", "--input", str(path), "--special-tokens", "harmony", "--vocab-size", "267"]
     command += ["--split-field", "split", "--output-dir", str(tmp_path / "out")]
     assert main([*command, "--max-rows", "10"]) == 0
-    assert "267 ids" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith("267 ids\n")
     learned = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"]
     assert "fox" in learned and "owl" not in learned
     assert main([*command, "--max-rows", "30"]) == 2
     assert "options.max_rows: 10 -> 30" in capsys.readouterr().err
     assert main([*command, "--max-rows", "0"]) == 2
     assert "0 rows" in capsys.readouterr().err
+    larger = ["400" if part == "267" else part for part in command]
+    assert main([*larger, "--max-rows", "10", "--overwrite"]) == 0
+    assert "ids of 400: the texts have no more pairs to merge" in capsys.readouterr().out
     path = written(tmp_path / "without.jsonl", [{"text": "fox"}])
     with pytest.raises(DataError, match="no text in 'split'"):
         list(Texts(resolve(str(path)), "text", "split"))
