@@ -42,6 +42,8 @@ from vpmoe.errors import DataError
 from vpmoe.harmony.prompts import Prompts
 from vpmoe.tokenizer.app import app as tokenizer_app
 from vpmoe.tokenizer.bpe import SpecialTokens
+from vpmoe.tokenizer.from_dataset import load_tokenizer
+from vpmoe.tokenizer.hf_directory import HFDirectory
 
 app = typer.Typer()
 
@@ -151,12 +153,22 @@ def from_flat(
 @app.command()
 def prompts(
     questions: Annotated[str, typer.Option("--input", help=f"rows: a file or folder ({', '.join(SUFFIXES)})")],
-    dataset: Annotated[Path, typer.Option(help="whose vocabulary, system and developer messages the model was taught")],
     output: Annotated[Path, typer.Option(help="file to write; another such file is replaced")],
+    dataset: Annotated[
+        Path | None, typer.Option(help="whose vocabulary, system and developer messages the model was taught")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="instead of --dataset: HF directory of the vocabulary, and no messages")
+    ] = None,
     field: Annotated[str, typer.Option(help="of what the user says")] = "query",
 ) -> None:
     """Write prompts for rollouts (rollouts.rollout_prompts): questions rendered, each with its row for the rewards."""
-    typer.echo(f"{output}: {write_prompts(resolve(questions), field, dataset, output):,} prompts")
+    if (dataset is None) == (tokenizer is None):
+        raise DataError("the vocabulary is not named once", source="--dataset, --tokenizer", remedy="give one of them")
+    vocabulary = HFDirectory(tokenizer) if tokenizer is not None else load_tokenizer(dataset or "")
+    given = None if dataset is None else read_manifest(dataset).prompts
+    count = write_prompts(resolve(questions), field, output, tokenizer=vocabulary, given=given)
+    typer.echo(f"{output}: {count:,} prompts")
 
 
 @app.command()

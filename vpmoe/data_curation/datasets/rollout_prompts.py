@@ -5,19 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_vpmoe.files import json_line, write_atomically
-from megatron_vpmoe.manifest import PromptsEntry, read_manifest
+from megatron_vpmoe.manifest import PromptsEntry
 from vpmoe.data_curation.rows.source import RowSource
 from vpmoe.errors import DataError, RowError
 from vpmoe.harmony.conversation import Message, check_text
 from vpmoe.harmony.prompts import REASONING_EFFORTS, names_effort, with_reasoning_effort
 from vpmoe.harmony.renderer import FastRenderer
 from vpmoe.steps import check_replaceable
-from vpmoe.tokenizer.from_dataset import load_tokenizer
+from vpmoe.tokenizer.interface import Tokenizer
 
 _FIRST = "vocabulary"
 
 
-def write_prompts(questions: RowSource, field: str, dataset: Path, output: Path) -> int:
+def write_prompts(
+    questions: RowSource, field: str, output: Path, *, tokenizer: Tokenizer, given: PromptsEntry | None
+) -> int:
     """Write the JSONL file that ``rollouts.rollout_prompts`` names; returns how many prompts are in it.
 
     Its first line says what the ids mean, ``{"vocabulary": identity, "modes": {effort: ids of the system message}}``,
@@ -26,8 +28,9 @@ def write_prompts(questions: RowSource, field: str, dataset: Path, output: Path)
     Args:
         questions: rows.
         field: of the row's text that the user says.
-        dataset: whose vocabulary, and system and developer messages, the model was taught.
         output: replaced where it is such a file.
+        tokenizer: the vocabulary that the model was taught in.
+        given: the system and developer messages that it was taught under; None: none.
 
     Raises:
         DataError: a row has no such text or cannot be JSON; or there is no row.
@@ -35,8 +38,7 @@ def write_prompts(questions: RowSource, field: str, dataset: Path, output: Path)
         NotOursError: something else lies at ``output``.
     """
     check_replaceable(output, f'{{"{_FIRST}": {{')
-    manifest = read_manifest(dataset)
-    renderer, given = FastRenderer(load_tokenizer(dataset)), manifest.prompts or PromptsEntry()
+    renderer, given = FastRenderer(tokenizer), given or PromptsEntry()
     context = [Message(role, text) for role, text in given.model_dump().items() if text]
     system = [Message("system", given.system)] if given.system and names_effort(given.system) else []
     modes = {
@@ -44,7 +46,7 @@ def write_prompts(questions: RowSource, field: str, dataset: Path, output: Path)
         for effort in REASONING_EFFORTS
         if system
     }
-    lines = [json_line({_FIRST: manifest.tokenizer.identity(), **({"modes": modes} if modes else {})})]
+    lines = [json_line({_FIRST: tokenizer.identity, **({"modes": modes} if modes else {})})]
     for place, row in questions.rows():
         try:
             check_text(row.get(field), field)

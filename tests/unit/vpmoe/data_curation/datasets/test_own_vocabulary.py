@@ -151,8 +151,12 @@ def test_prompts_of_such_a_dataset_are_the_users_message_alone(vocabulary: Path,
     assert build("chat", vocabulary, tmp_path) == 0
     output = tmp_path / "prompts.jsonl"
     questions = written(tmp_path / "questions.jsonl", [{"prompt": "Tell of a fox.", "constraints": {"required": []}}])
-    command = ["data", "prompts", "--input", str(questions), "--dataset", str(tmp_path / "chat"), "--field", "prompt"]
-    assert main([*command, "--output", str(output)]) == 0
+    command = ["data", "prompts", "--input", str(questions), "--field", "prompt", "--output", str(output)]
+    assert main(command) == 2
+    assert main([*command, "--tokenizer", str(vocabulary)]) == 0
+    alone = output.read_bytes()
+    assert main([*command, "--dataset", str(tmp_path / "chat")]) == 0
+    assert output.read_bytes() == alone
     first, asked = [line for _, line in read_json_lines(output)]
     tokenizer = load_tokenizer(tmp_path / "chat")
     assert first == {"vocabulary": tokenizer.identity} and asked["row"]["constraints"] == {"required": []}
