@@ -190,10 +190,11 @@ def test_a_run_goes_back_so_often_and_no_more(dataset: Path, tmp_path: Path, cap
 
 
 def test_a_dropped_step_moves_nothing_and_a_warning_everything(dataset: Path, tmp_path: Path) -> None:
-    runs = {policy: tmp_path / policy for policy in ("off", "warn", "skip")}
+    saved = {"off": BAD_STEP - 1, "warn": STEPS, "skip": 1}
+    runs = {policy: tmp_path / policy for policy in saved}
     for policy, run_dir in runs.items():
         limit = 1 if policy == "skip" else 0
-        assert train(run_dir, dataset, save_interval=1, spike_policy=policy, spike_limit=limit) == [0]
+        assert train(run_dir, dataset, save_interval=saved[policy], spike_policy=policy, spike_limit=limit) == [0]
     assert equal(runs["off"], runs["warn"]) and not equal(runs["off"], runs["skip"])
     assert equal(runs["off"], runs["skip"], BAD_STEP - 1)
     weights = [checkpoint_tensors(runs["skip"] / "checkpoints" / f"iter_{n:07d}") for n in (BAD_STEP - 1, BAD_STEP)]

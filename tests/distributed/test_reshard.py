@@ -32,9 +32,10 @@ from tests.workers import run_workers
 
 pytestmark = pytest.mark.slow
 
-HALF, LAST = 2, 4
+HALF, BACK, LAST = 2, 4, 5
+"""Steps after which a layout takes over, and one process again."""
 ENDINGS = ("eval_interval", "sample_interval")
-"""What is done at the end of a run: not at that of its first half."""
+"""What is done at the end of a run, and not before."""
 EVERY_PROMPT = 2
 SLICES = "unequal slices"
 LAYOUTS: dict[str, dict[str, object]] = {
@@ -211,7 +212,8 @@ def checkpoint(run_dir: Path, iteration: int) -> Path:
 def until_half(straight: Path, copy: Path) -> Path:
     """The run as it was when its first checkpoint was written."""
     shutil.copytree(straight, copy)
-    shutil.rmtree(checkpoint(copy, LAST))
+    for step in (BACK, LAST):
+        shutil.rmtree(checkpoint(copy, step))
     return copy
 
 
@@ -247,19 +249,16 @@ def test_state_is_the_same_under_every_layout(family: str, runs: Callable[[str],
         here = there
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["then one", "from one"])
 @pytest.mark.parametrize(("family", "layout"), TRAJECTORIES, ids=[", ".join(case) for case in TRAJECTORIES])
 def test_a_run_goes_on_under_another_layout(
-    family: str, layout: str, before: bool, runs: Callable[[str], Runs], tmp_path: Path
+    family: str, layout: str, runs: Callable[[str], Runs], tmp_path: Path
 ) -> None:
-    """Half of it under a layout and half in one process."""
-    every, run_dir = runs(family), tmp_path / "run"
-    if before:
-        every.go(run_dir, layout, train_iters=HALF, **{name: None for name in ENDINGS if name in every.fields})
-        every.go(run_dir, "one", resume=True)
-    else:
-        until_half(every.straight, run_dir)
-        every.go(run_dir, layout, resume=True)
+    """From one process to a layout, two steps there, and back to one process."""
+    every = runs(family)
+    run_dir = until_half(every.straight, tmp_path / "run")
+    without = {name: None for name in ENDINGS if name in every.fields}
+    every.go(run_dir, layout, resume=True, train_iters=BACK, **without)
+    every.go(run_dir, "one", resume=True)
     assert_same_run(run_dir, every.straight, sampled=family in ("grpo", "on_policy"))
 
 
