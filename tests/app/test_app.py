@@ -192,7 +192,14 @@ def test_a_question_is_asked_and_answered_with_a_cache_and_without(tab: Tab) -> 
 
 def test_attention_of_a_layer(tab: Tab) -> None:
     tab.open("Routing inspector")
+    tab.click("Two side by side")
+    tab.wait(lambda: tab.text().count("Experts used by this text") == 2)
+    tab.is_sound()
+    tab.picture("inspector_beside")
     tab.click("Attention")
+    tab.wait(lambda: tab.text().count("A query sees") == 2)
+    tab.is_sound()
+    tab.click("One")
     tab.says("What each token takes of each", "Left to the sink", "A query sees")
     tab.is_sound()
     tab.picture("attention")

@@ -20,8 +20,8 @@ from vpmoe.runs.registry import RunEntry, checkpoints_of
 if TYPE_CHECKING:
     from vpmoe.eval.open_model import Opened
 
-BESIDE = 3
-"""Models that stand side by side at most; as many are kept open."""
+BESIDE = ("One", "Two side by side", "Three side by side")
+"""How many models a page shows; as many as may be are kept open."""
 _SIGNS = ("config.json", "files.json", "megatron/files.json", "checkpoints")
 
 
@@ -75,7 +75,7 @@ def held(path: Path) -> Held:
     return _open(str(path), stamp_of(path))
 
 
-@streamlit.cache_resource(max_entries=BESIDE, show_spinner="Opening the model …")
+@streamlit.cache_resource(max_entries=len(BESIDE), show_spinner="Opening the model …")
 def _open(path: str, stamp: float) -> Held:
     from vpmoe.eval.open_model import open_model
 
@@ -98,7 +98,7 @@ def _groups() -> ExitStack:
     return kept
 
 
-def pick(places: Places, runs: Sequence[RunEntry], *, key: str, title: str = "Model", index: int = 0) -> Path | None:
+def _pick(places: Places, runs: Sequence[RunEntry], *, key: str, title: str, index: int) -> Path | None:
     """Let the user choose one; any other path may be typed. None where there is none and none is typed."""
     offered = {str(choice.path): choice.label for choice in choices(places, runs)}
     chosen = streamlit.selectbox(
@@ -113,3 +113,16 @@ def pick(places: Places, runs: Sequence[RunEntry], *, key: str, title: str = "Mo
         help="Runs of the store, what the command was given, or the path of any other: type it.",
     )
     return Path(chosen) if chosen else None
+
+
+def pick_beside(places: Places, runs: Sequence[RunEntry], *, key: str) -> list[Path | None]:
+    """Let the user choose one model or several to stand side by side; None in the place of one that is not chosen."""
+    chosen = streamlit.segmented_control(
+        "Models", BESIDE, default=BESIDE[0], required=True, key=f"{key}_beside", persist_state="session"
+    )
+    found = []
+    for number, column in enumerate(columns := streamlit.columns(BESIDE.index(chosen) + 1)):
+        with column:
+            title = f"Model {number + 1}" if len(columns) > 1 else "Model"
+            found.append(_pick(places, runs, key=f"{key}_model_{number}", title=title, index=number))
+    return found

@@ -8,7 +8,7 @@ from typing import Any
 import streamlit
 
 from megatron_vpmoe.errors import VpmoeError
-from vpmoe.app.models import BESIDE, choices, held, pick, stamp_of
+from vpmoe.app.models import BESIDE, choices, held, pick_beside, stamp_of
 from vpmoe.app.places import Places
 from vpmoe.app.shown import empty, refusal, table, text
 from vpmoe.app.store import runs_of
@@ -16,7 +16,6 @@ from vpmoe.app.talk import Slot, Turn, ask, measure, times_as_fast, turn_html
 from vpmoe.harmony.prompts import REASONING_EFFORTS
 
 _AS_IS = "as trained"
-_COUNTS = ("One", "Two side by side", "Three side by side")
 
 
 def show(places: Places) -> None:
@@ -29,30 +28,21 @@ def show(places: Places) -> None:
             "vpmoe quickstart",
             "vpmoe app runs/NAME",
         )
-    chosen = streamlit.segmented_control(
-        "Models", _COUNTS, default=_COUNTS[0], required=True, key="chat_beside", persist_state="session"
-    )
-    columns = streamlit.columns(_COUNTS.index(chosen) + 1)
+    paths = pick_beside(places, runs, key="chat")
+    columns = streamlit.columns(len(paths))
     slots: list[Slot] = streamlit.session_state.setdefault("chat_slots", _new())
     question = streamlit.chat_input("Ask something", key="chat_question")
     if streamlit.button("New conversation", key="chat_reset", icon=":material/restart_alt:"):
         slots[:] = _new()
-    # Both histories first: what is answered then streams below them, one model after the other.
+    # All histories first: what is answered then streams below them, one model after the other.
     asked = []
-    for number, column in enumerate(columns):
-        with column:
-            path = pick(
-                places,
-                runs,
-                key=f"chat_model_{number}",
-                title=f"Model {number + 1}" if len(columns) > 1 else "Model",
-                index=number,
-            )
-            if path is not None:
-                slots[number].with_model((path, stamp_of(path)))
-                for turn in slots[number].turns:
+    for slot, path, column in zip(slots, paths, columns, strict=False):
+        if path is not None:
+            with column:
+                slot.with_model((path, stamp_of(path)))
+                for turn in slot.turns:
                     _turn(turn)
-                asked.append((slots[number], path, streamlit.container()))
+                asked.append((slot, path, streamlit.container()))
     for slot, path, place in asked if question else ():
         with place:
             _ask(slot, path, question or "", settings)
@@ -61,7 +51,7 @@ def show(places: Places) -> None:
 
 
 def _new() -> list[Slot]:
-    return [Slot() for _ in range(BESIDE)]
+    return [Slot() for _ in BESIDE]
 
 
 def _settings() -> dict[str, Any]:

@@ -1,13 +1,16 @@
-"""Routing inspector: where the tokens of a text go in a layer, and what the layer's heads attend to."""
+"""Routing inspector: where the tokens of a text go in a layer, and what the layer's heads attend to, in one model or in
+several side by side."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import streamlit
 
 from vpmoe.app import inspected
-from vpmoe.app.models import choices, held, pick, stamp_of
+from vpmoe.app.models import choices, held, pick_beside, stamp_of
 from vpmoe.app.places import Places
 from vpmoe.app.shown import empty, table
 from vpmoe.app.store import runs_of
@@ -22,6 +25,9 @@ from vpmoe.eval.inspection import (
     routing_of,
 )
 
+if TYPE_CHECKING:
+    from streamlit.delta_generator import DeltaGenerator
+
 _SHOWN = 96
 """Tokens of a heatmap's side."""
 
@@ -35,8 +41,8 @@ def show(places: Places) -> None:
             "vpmoe quickstart",
             "vpmoe app runs/NAME",
         )
-    path = pick(places, runs, key="inspector_model")
-    if path is None:
+    paths = pick_beside(places, runs, key="inspector")
+    if not any(paths):
         return
     left, right = streamlit.columns([3, 1])
     words = left.text_area("Text", "What is 37 + 58?", key="inspector_text", persist_state="session")
@@ -59,30 +65,61 @@ def show(places: Places) -> None:
     if not words:
         streamlit.info("Write a text above.")
         return
-    stamp = stamp_of(path)
-    ids, pieces = _tokens(str(path), stamp, words, how == "plain text")
-    if view == "Attention":
-        _attention(path, stamp, ids, pieces)
-    else:
-        _routing(path, stamp, ids, pieces)
+    for number, (path, column) in enumerate(zip(paths, streamlit.columns(len(paths)), strict=True)):
+        if path is not None:
+            with column:
+                stamp = stamp_of(path)
+                ids, pieces = _tokens(str(path), stamp, words, how == "plain text")
+                look = _attention if view == "Attention" else _routing
+                look(path, stamp, ids, pieces, _Place(number, is_alone=len(paths) == 1))
 
 
-def _routing(path: Path, stamp: float, ids: tuple[int, ...], pieces: list[str]) -> None:
+@dataclass(frozen=True)
+class _Place:
+    """Where a model is shown: the number of its column, and whether that has the whole page."""
+
+    number: int
+    is_alone: bool
+
+    def key(self, name: str) -> str:
+        """Of a widget."""
+        return f"inspector_{name}_{self.number}"
+
+    def split(self, left: int, right: int) -> tuple[DeltaGenerator, DeltaGenerator]:
+        """Two parts side by side, or where that is too narrow one below the other."""
+        if self.is_alone:
+            first, second = streamlit.columns([left, right])
+            return first, second
+        return streamlit.container(), streamlit.container()
+
+    def metrics(self, told: dict[str, str], **helps: str | None) -> None:
+        """Numbers in a row, or in two."""
+        columns = streamlit.columns(4 if self.is_alone else 2)
+        for place, (name, value) in enumerate(told.items()):
+            columns[place % len(columns)].metric(name, value, help=helps.get(name))
+
+
+def _routing(path: Path, stamp: float, ids: tuple[int, ...], pieces: list[str], place: _Place) -> None:
     found = _routed(str(path), stamp, ids)
     if not found:
         empty("This model has no experts. Its attention can be looked at: choose the other view.")
         return
-    layer = streamlit.select_slider("Layer", [*found], key="inspector_layer") if len(found) > 1 else next(iter(found))
+    layer = next(iter(found))
+    if len(found) > 1:
+        layer = streamlit.select_slider("Layer", [*found], key=place.key("layer"))
     routing: LayerRouting = found[layer]
     used = int((routing.load > 0).sum())
-    columns = streamlit.columns(4)
-    columns[0].metric("Tokens", f"{len(ids):,}")
-    columns[1].metric("Experts a token", routing.chosen.shape[1])
-    columns[2].metric("Experts used by this text", f"{used} of {routing.experts}")
-    columns[3].metric("Entropy of the scores, mean (1: even)", f"{routing.entropy.mean():.3f}")
+    place.metrics(
+        {
+            "Tokens": f"{len(ids):,}",
+            "Experts a token": f"{routing.chosen.shape[1]}",
+            "Experts used by this text": f"{used} of {routing.experts}",
+            "Entropy of the scores, mean (1: even)": f"{routing.entropy.mean():.3f}",
+        }
+    )
     streamlit.subheader("Tokens, coloured by their heaviest expert", anchor=False)
     streamlit.html(inspected.routed_html(pieces, routing))
-    left, right = streamlit.columns(2)
+    left, right = place.split(1, 1)
     with left:
         streamlit.subheader("Experts of every token", anchor=False)
         table(inspected.routing_rows(pieces, routing), height=360)
@@ -92,29 +129,29 @@ def _routing(path: Path, stamp: float, ids: tuple[int, ...], pieces: list[str]) 
         streamlit.altair_chart(inspected.entropy_chart(pieces, routing), width="stretch")
 
 
-def _attention(path: Path, stamp: float, ids: tuple[int, ...], pieces: list[str]) -> None:
+def _attention(path: Path, stamp: float, ids: tuple[int, ...], pieces: list[str], place: _Place) -> None:
     numbers = _layers(str(path), stamp)
-    left, right = streamlit.columns(2)
-    layer = left.select_slider("Layer", numbers, key="inspector_attention_layer") if len(numbers) > 1 else 1
+    left, right = place.split(1, 1)
+    layer = left.select_slider("Layer", numbers, key=place.key("attention_layer")) if len(numbers) > 1 else 1
     attention = _attended(str(path), stamp, ids, layer)
     heads = attention.weight.shape[0]
-    head = right.slider("Head", 0, heads - 1, 0, key="inspector_head") if heads > 1 else 0
-    columns = streamlit.columns(4)
-    window = "the whole text" if attention.window is None else f"{attention.window:,} tokens"
-    columns[0].metric("A query sees", window)
-    columns[1].metric("Positions", attention.position.replace("_", "-"))
-    sink = f"{100 * attention.sink.mean():.1f} %" if attention.has_sink else "no sink"
-    columns[2].metric("Left to the sink, all heads", sink)
-    even = (
-        None
-        if attention.window is None
-        else f"An even window of {attention.window:,} gives {100 / attention.window:.2f} %."
+    head = right.slider("Head", 0, heads - 1, 0, key=place.key("head")) if heads > 1 else 0
+    window, edge = attention.window, "At the window's edge, this head"
+    even = None if window is None else f"An even window of {window:,} gives {100 / window:.2f} %."
+    place.metrics(
+        {
+            "A query sees": "the whole text" if window is None else f"{window:,} tokens",
+            "Positions": attention.position.replace("_", "-"),
+            "Left to the sink, all heads": f"{100 * attention.sink.mean():.1f} %" if attention.has_sink else "no sink",
+            edge: inspected.at_edge(attention, head),
+        },
+        **{edge: even},
     )
-    columns[3].metric("At the window's edge, this head", inspected.at_edge(attention, head), help=even)
     first = 0
     if len(ids) > _SHOWN:
-        first = streamlit.slider("First token shown", 0, len(ids) - _SHOWN, len(ids) - _SHOWN, key="inspector_first")
-    left, right = streamlit.columns([3, 2])
+        last = len(ids) - _SHOWN
+        first = streamlit.slider("First token shown", 0, last, last, key=place.key("first"))
+    left, right = place.split(3, 2)
     with left:
         streamlit.subheader("What each token takes of each", anchor=False)
         picture = inspected.attention_chart(pieces, attention, head, first, min(first + _SHOWN, len(ids)))
@@ -142,7 +179,7 @@ def _routed(path: str, stamp: float, ids: tuple[int, ...]) -> dict[int, LayerRou
         return routing_of(opened.model, [*ids])
 
 
-@streamlit.cache_data(max_entries=2, show_spinner="Running the model …")  # H · T² numbers each
+@streamlit.cache_data(max_entries=4, show_spinner="Running the model …")  # H · T² numbers each
 def _attended(path: str, stamp: float, ids: tuple[int, ...], layer: int) -> LayerAttention:
     with held(Path(path)).used() as opened:
         return attention_of(opened.model, [*ids], layer)
