@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megatron_vpmoe.files import read_json_lines
 from vpmoe.errors import DataError
-from vpmoe.eval.asking import form_of, stop_ids
+from vpmoe.eval.asking import AsText, form_of, stop_ids
 from vpmoe.eval.conversation import CONTEXT
 from vpmoe.eval.inspection import LONGEST, given_ids, routing_of
 from vpmoe.eval.pace import continued
@@ -110,7 +110,8 @@ def measured(
     Raises:
         DataError: a prompt is too long.
     """
-    form, stops = form_of(opened, plain=plain, system=None, developer=None, say=say), stop_ids(opened.tokenizer)
+    form, stops = form_of(opened, plain=plain, system=None, developer=None, say=_unsaid), stop_ids(opened.tokenizer)
+    say("continues the prompts as they are" if isinstance(form, AsText) else "is asked the prompts in conversations")
     room = min(opened.context or CONTEXT, LONGEST)
     given = [given_ids(form, text) for text in prompts]
     for text, ids in zip(prompts, given, strict=True):
@@ -144,3 +145,7 @@ def measured(
         np.array(first_choice),
         topk,
     )
+
+
+def _unsaid(line: str) -> None:
+    """What is told where options would change it, and here there are none."""
