@@ -28,6 +28,7 @@ QWEN3: dict[str, object] = {
     "untie_embeddings_and_output_weights": False,
 }
 MOE: dict[str, object] = {"moe_aux_loss_coeff": 0.1}
+GATED: dict[str, object] = {**MOE, "activation": "swiglu", "add_bias_linear": False}
 
 
 class Layout(NamedTuple):

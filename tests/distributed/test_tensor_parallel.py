@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.tensor_parallel_steps import DENSE, MOE, QWEN3, Layout, train_all, train_steps, whole
+from tests.distributed.tensor_parallel_steps import DENSE, GATED, MOE, QWEN3, Layout, train_all, train_steps, whole
 from tests.workers import run_workers
 
 NORMUON: dict[str, object] = {"optimizer": "normuon"}
@@ -18,6 +18,7 @@ STACKS = {
     "dense normuon": {**DENSE, **NORMUON},
     "qwen3 normuon": {**QWEN3, **NORMUON},
     "moe normuon": {**MOE, **NORMUON},
+    "gated moe normuon": {**GATED, **NORMUON},
 }
 ON_TWO = {
     "dense": (DENSE, Layout(tensor=2)),
@@ -29,6 +30,7 @@ ON_TWO = {
     "dense normuon": ({**DENSE, **NORMUON}, Layout(tensor=2)),
     "qwen3 normuon": ({**QWEN3, **NORMUON}, Layout(tensor=2)),
     "moe normuon, sequence, expert": ({**MOE, **NORMUON}, Layout(tensor=2, sequence=True, expert=2)),
+    "gated moe normuon, sequence, expert": ({**GATED, **NORMUON}, Layout(tensor=2, sequence=True, expert=2)),
 }
 HALF = ({**MOE, "bf16": True}, Layout(tensor=2, sequence=True))
 ON_FOUR = {

@@ -16,6 +16,7 @@ KEPT = ("--recompute-granularity", "null")
 DESIGNS = {
     "dense": ("vpdense_80.yaml", *SHORT, *KEPT),
     "moe": ("vpmoe_stage1.yaml", *SHORT, *KEPT),
+    "gated moe": ("vpmoe_stage1.yaml", *SHORT, *KEPT, "--activation", "swiglu"),
     "qwen3": ("qwen3_0_6b.yaml", "--num-layers", "4", *KEPT),
 }
 _SUPERVISED = 0.5  # of mock batches
