@@ -58,9 +58,22 @@ class Tab:
         self.settle()
 
     def choose(self, label: str, ending: str) -> None:
-        """An entry of a list by how it ends."""
-        self.wait(lambda: self.press(f"input[role=combobox][aria-label*={label!r}]"))
-        self.wait(lambda: self.press("[role=option]", ending))
+        """An entry of a list by how it ends; a list that closed as its page was drawn anew is opened again."""
+        offered: set[str] = set()
+
+        def chosen() -> bool:
+            self.press(f"input[role=combobox][aria-label*={label!r}]")
+            for _ in range(40):
+                time.sleep(0.05)
+                offered.update(one.get_attribute("textContent") for one in self.all("[role=option]"))
+                if self.press("[role=option]", ending):
+                    return True
+            return False
+
+        try:
+            self.wait(chosen)
+        except AssertionError as error:
+            raise AssertionError(f"no entry ends in {ending!r} of {sorted(offered)}") from error
         self.settle()
 
     def press(self, selector: str, ending: str = "") -> bool:
