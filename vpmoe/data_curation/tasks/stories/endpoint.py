@@ -29,6 +29,8 @@ KEY_VARIABLE = "VPMOE_WRITER_KEY"
 Messages = Sequence[Mapping[str, str]]
 _LONGEST_CONNECT, _LONGEST_WAIT = 10.0, 60.0
 _SHOWN_CHARACTERS = 300
+_BEGINNING = b'{"request": "'
+"""Of every line of the answers."""
 _AGAIN = "give the same command again: answers that came are kept"
 
 
@@ -174,9 +176,6 @@ class Answers:
         self._path, self._known = path, dict[str, str]()
         if not path.exists():
             return
-        whole = path.read_bytes().rfind(b"\n") + 1
-        if whole < path.stat().st_size:
-            os.truncate(path, whole)
         for number, line in read_json_lines(path):
             try:
                 key, text = line["request"], line["answer"]
@@ -187,6 +186,14 @@ class Answers:
                     "this is no answer that was kept", source=f"{path}:{number}", remedy="move the file away"
                 ) from error
             self._known[key] = text
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if torn := content[whole:]:
+            if torn[: len(_BEGINNING)] != _BEGINNING[: len(torn)]:
+                raise DataError(
+                    "its last line is none that a kill left of ours", source=str(path), remedy="move the file away"
+                )
+            os.truncate(path, whole)
 
     @staticmethod
     def key(model: str, messages: Messages, attempt: int) -> str:

@@ -201,6 +201,11 @@ def test_a_kill_in_a_line_costs_that_line_and_more_rows_cost_the_rest_alone(serv
     kept.write_text('{"request": 3}\n')
     with pytest.raises(DataError, match="no answer that was kept"):
         Answers(kept)
+    for theirs in ("no line of ours", '{"request": "a", "answer": "b"}\nno line of ours'):
+        kept.write_text(theirs)
+        with pytest.raises(DataError, match="none that a kill left of ours"):
+            Answers(kept)
+        assert kept.read_text() == theirs
 
 
 @pytest.mark.parametrize("date", [False, True])
