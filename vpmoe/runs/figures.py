@@ -121,7 +121,8 @@ def _measured(
     models, entries = {}, {}
     origin: dict[str, dict[str, Any]] = {"config_hash": {}, "tokenizer": {}, "dataset": {}}
     for name, run in runs.items():
-        drawn = {tag for figure in FIGURES for panel in of_figure(figure, tags_of([run])) for tag in panel.tags}
+        there = tags_of([run])
+        drawn = {tag for figure in FIGURES for panel in of_figure(figure, there) for tag in panel.tags}
         if not run.is_there:
             raise DataError("the run's directory is not there", source=str(run.directory), remedy="vpmoe runs add DIR")
         with open_model(run.directory) as opened:
