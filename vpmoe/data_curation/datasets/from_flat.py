@@ -15,7 +15,7 @@ from vpmoe.data_curation.datasets.encode import Block, Encoded
 from vpmoe.data_curation.datasets.flat_files import FILES, META_NAME, Flat
 from vpmoe.data_curation.datasets.plan import BuildOptions, shard_name
 from vpmoe.data_curation.datasets.sequential import Pass
-from vpmoe.data_curation.datasets.text import CONVERSATIONS_ALONE, KIND, cut, supervised
+from vpmoe.data_curation.datasets.text import CONVERSATIONS_ALONE, KIND, in_pieces
 from vpmoe.data_curation.datasets.vocabularies import place_vocabulary, vocabulary_in
 from vpmoe.progress import Progress
 from vpmoe.steps import Work
@@ -113,6 +113,4 @@ class _OfFlat:
         """A document, or its pieces; one that is its end alone has nothing to predict."""
         if len(ids) < 2:
             return Encoded(split, None, counted={"empty_documents": 1})
-        pieces = cut(ids, self.base.seq_len)
-        told = {"whole": 1} if len(pieces) == 1 else {"cut_into_pieces": 1, "pieces": len(pieces)}
-        return Encoded(split, supervised(pieces), told, {"kept": 1})
+        return in_pieces(split, ids, self.base.seq_len, {})

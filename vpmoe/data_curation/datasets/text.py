@@ -116,13 +116,9 @@ class TextEncoder(RowEncoder):
         if self._is_known(text_hash(text)):
             return Encoded(split, None, counted={**counted, "duplicates_dropped": 1})
         ids = np.append(self._tokenizer.encode_ordinary(text), np.int32(self._tokenizer.eod_id)).astype(np.int32)
-        if len(ids) <= seq_len:
-            return Encoded(split, supervised([ids]), {"whole": 1}, {**counted, "kept": 1})
-        if kind.drop_long:
+        if kind.drop_long and len(ids) > seq_len:
             return Encoded(split, None, {"dropped_too_long": 1}, counted)
-        pieces = cut(ids, seq_len)
-        truncation = {"cut_into_pieces": 1, "pieces": len(pieces)}
-        return Encoded(split, supervised(pieces), truncation, {**counted, "kept": 1})
+        return in_pieces(split, ids, seq_len, counted)
 
 
 def text_hash(text: str) -> int:
@@ -139,7 +135,14 @@ def cut(ids: TokenArray, seq_len: int) -> list[TokenArray]:
     return pieces
 
 
-def supervised(pieces: list[TokenArray]) -> Documents:
+def in_pieces(split: str, ids: TokenArray, seq_len: int, counted: dict[str, int]) -> Encoded:
+    """A document to keep: whole, or cut; ``counted`` is told besides."""
+    pieces = cut(ids, seq_len)
+    told = {"whole": 1} if len(pieces) == 1 else {"cut_into_pieces": 1, "pieces": len(pieces)}
+    return Encoded(split, _supervised(pieces), told, {**counted, "kept": 1})
+
+
+def _supervised(pieces: list[TokenArray]) -> Documents:
     """Pieces as documents of which every label counts: all but the last of each."""
     lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
     lossmask = np.ones(lengths.sum(), dtype=np.uint8)
