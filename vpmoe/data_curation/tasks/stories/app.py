@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vpmoe.data_curation.datasets.options import flags
+from vpmoe.data_curation.datasets.options import Quiet, flags
 from vpmoe.data_curation.tasks.stories import corpus, instructions
 from vpmoe.data_curation.tasks.stories.corpus import TEST_FRACTION, VALID_FRACTION
 from vpmoe.data_curation.tasks.stories.endpoint import KEY_VARIABLE, Settings
@@ -17,36 +17,26 @@ from vpmoe.data_curation.tasks.stories.writing import Writing
 from vpmoe.errors import DataError
 
 app = typer.Typer()
-_Output = Annotated[Path, typer.Option(help="folder to write train.jsonl, valid.jsonl and test.jsonl into")]
-_Seed = Annotated[int, typer.Option(help="another seed draws other rows; what is a test row stays one")]
-_Valid = Annotated[float, typer.Option(help="share of the split valid")]
-_Test = Annotated[float, typer.Option(help="share of the split test")]
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace rows of another seed or size")]
-_Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
+
+
+@dataclass(frozen=True)
+class Made:
+    """Where rows go, and what decides them but their number."""
+
+    output_dir: Annotated[Path, typer.Option(help="folder to write train.jsonl, valid.jsonl and test.jsonl into")]
+    seed: Annotated[int, typer.Option(help="another seed draws other rows; what is a test row stays one")] = 1
+    valid_fraction: Annotated[float, typer.Option(help="share of the split valid")] = VALID_FRACTION
+    test_fraction: Annotated[float, typer.Option(help="share of the split test")] = TEST_FRACTION
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace rows of another seed or size")] = False
+    quiet: Quiet = False
 
 
 @app.command()
-def stories(
-    output_dir: _Output,
-    rows: Annotated[int, typer.Option(help="stories, each of another plot")] = 100_000,
-    seed: _Seed = 1,
-    valid_fraction: _Valid = VALID_FRACTION,
-    test_fraction: _Test = TEST_FRACTION,
-    overwrite: _Overwrite = False,
-    quiet: _Quiet = False,
-) -> None:
+@flags
+def stories(made: Made, *, rows: Annotated[int, typer.Option(help="stories, each of another plot")] = 100_000) -> None:
     """Generate a corpus of small children's stories with plots: texts of 130 to 200 words, no plot twice."""
-    counts = corpus.generate(
-        output_dir,
-        rows=rows,
-        seed=seed,
-        valid_fraction=valid_fraction,
-        test_fraction=test_fraction,
-        overwrite=overwrite,
-        quiet=quiet,
-        say=typer.echo,
-    )
-    typer.echo(_told(output_dir, counts))
+    counts = corpus.generate(rows=rows, **asdict(made), say=typer.echo)
+    typer.echo(_told(made.output_dir, counts))
 
 
 @dataclass(frozen=True)
@@ -83,31 +73,16 @@ class Writer:
 @app.command()
 @flags
 def story_prompts(
-    output_dir: _Output,
+    made: Made,
     writer: Writer,
     *,
     rows: Annotated[int, typer.Option(help="prompts, each of another plot")] = 20_000,
-    seed: _Seed = 1,
     pairs: Annotated[bool, typer.Option("--pairs", help="pairs: the right protagonist against a wrong one")] = False,
-    valid_fraction: _Valid = VALID_FRACTION,
-    test_fraction: _Test = TEST_FRACTION,
-    overwrite: _Overwrite = False,
-    quiet: _Quiet = False,
 ) -> None:
     """Generate instructions for stories: protagonist, theme, words that have to come and words that must not."""
-    report = instructions.generate(
-        output_dir,
-        rows=rows,
-        seed=seed,
-        pairs=pairs,
-        valid_fraction=valid_fraction,
-        test_fraction=test_fraction,
-        writing=writer.writing(),
-        overwrite=overwrite,
-        quiet=quiet,
-        say=typer.echo,
-    )
-    typer.echo(_told(output_dir, report["rows"]))
+    writing = writer.writing()
+    report = instructions.generate(rows=rows, pairs=pairs, writing=writing, **asdict(made), say=typer.echo)
+    typer.echo(_told(made.output_dir, report["rows"]))
     for name, told in report.get("written", {}).items():
         typer.echo(f"  {name}: {json.dumps(told)}")
 
