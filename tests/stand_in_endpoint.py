@@ -8,8 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.loopback import served_at
 
 Messages = list[dict[str, str]]
 
@@ -102,14 +104,5 @@ def serving_chat(endpoint: Endpoint) -> Iterator[Endpoint]:
                 told = {"choices": [{"message": {"role": "assistant", "content": content}}]}
                 self.reply(json.dumps({**told, "usage": {"prompt_tokens": 10, "completion_tokens": 3}}).encode())
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.handle_error = lambda *_: None  # type: ignore[method-assign]
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    endpoint.address = f"http://127.0.0.1:{server.server_address[1]}"
-    try:
+    with served_at(Handler) as endpoint.address:
         yield endpoint
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

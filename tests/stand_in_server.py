@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.gpt import VPModel
+from tests.loopback import served_at
 from vpmoe.tokenizer import CompactVocabulary
 
 FAULTS = ("drop", "500", "slow", "half", "short", "nan", "busy")
@@ -144,14 +145,5 @@ def serving(stand_in: StandIn) -> Iterator[StandIn]:
                 return
             self.reply(content)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.handle_error = lambda *_: None  # type: ignore[method-assign]
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    stand_in.address = f"http://127.0.0.1:{server.server_address[1]}"
-    try:
+    with served_at(Handler) as stand_in.address:
         yield stand_in
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

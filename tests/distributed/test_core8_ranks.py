@@ -6,9 +6,8 @@ import json
 import os
 import shutil
 import subprocess
-import threading
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 
 from megatron_vpmoe.files import sha256_of_file
 from tests import training_runs
+from tests.loopback import served_at
 from tests.suites_in_training import CORE8
 from tests.tiny import ROOT
 from tests.tiny_core_bundle import TASKS, write_bundle
@@ -75,9 +75,8 @@ def test_two_processes_fetch_the_bundle_once(model: Path, tmp_path: Path) -> Non
     (tmp_path / "served").mkdir()
     archive = shutil.make_archive(str(tmp_path / "served" / "b"), "zip", write_bundle(tmp_path / "bundle", 3))
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        settings = CORE8.replace("localhost/bundle.zip", f"127.0.0.1:{server.server_port}/b.zip")
+    with served_at(handler) as address:
+        settings = CORE8.replace("http://localhost/bundle.zip", f"{address}/b.zip")
         settings = settings.replace("0" * 64, sha256_of_file(Path(archive)))
         found = []
         for number in "12":
@@ -86,7 +85,6 @@ def test_two_processes_fetch_the_bundle_once(model: Path, tmp_path: Path) -> Non
             words = [str(model), "--config", str(tmp_path / "core8.toml")]
             found.append(command("run_core8.sh", tmp_path / f"{number}.json", number, *words)[0])
             assert (folder / "core.yaml").is_file()
-        server.shutdown()
     assert found[0]["centered_mean"] == found[1]["centered_mean"]
 
 
