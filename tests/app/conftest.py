@@ -16,7 +16,7 @@ BROWSER, DRIVER = "chromium", "chromedriver"
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
+    return make_world(tmp_path_factory.mktemp("runs_whose_paths_are_longer_than_a_list_is_wide"))
 
 
 @pytest.fixture(scope="session")

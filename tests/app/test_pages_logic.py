@@ -18,7 +18,7 @@ from vpmoe.app import curves, datasets, found_reports, run_files
 from vpmoe.app.loads import dead_experts, heatmap, measured
 from vpmoe.app.places import Places
 from vpmoe.app.serve import free_port, is_loopback
-from vpmoe.app.shown import coloured, distinct, label
+from vpmoe.app.shown import coloured, distinct, label, path_label
 from vpmoe.app.store import smoothed_now
 from vpmoe.cli import main
 from vpmoe.runs.queries import smoothed
@@ -31,9 +31,12 @@ def test_html_of_any_text_is_text(text: str) -> None:
     assert page.count("<") == 4  # a block and a span
     assert page.encode() and not set(page) & {"\u202e", "\u200b", "\x1b", "\x00"}
     assert len(label(text)) <= 60 and "\n" not in label(text) and label(text).encode()
+    assert len(path_label(text)) <= 60 and "\n" not in path_label(text) and path_label(text).encode()
 
 
 def test_runs_of_one_name_are_told_apart() -> None:
+    folders = [f"/data/{'deep/' * 20}{name}" for name in ("one", "two")]
+    assert [path_label(folder)[-8:] for folder in folders] == ["deep/one", "deep/two"]
     assert distinct(["a", "b", "a"], ["id0001x", "id2", "id0003x"]) == ["a (id0001)", "b", "a (id0003)"]
 
 

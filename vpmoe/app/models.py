@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import streamlit
 
 from vpmoe.app.places import Places
-from vpmoe.app.shown import distinct, label
+from vpmoe.app.shown import distinct, label, path_label
 from vpmoe.errors import DataError
 from vpmoe.runs.registry import RunEntry, checkpoints_of
 
@@ -55,7 +55,7 @@ def choices(places: Places, runs: Sequence[RunEntry]) -> list[Choice]:
         if saved:
             found.append(Choice(f"{name}, newest checkpoint", run.directory))
             found += [Choice(f"{name}, {label(path.name)}", path) for path in saved]
-    return [*(Choice(label(str(path)), path) for path in places.models), *found]
+    return [*(Choice(path_label(str(path)), path) for path in places.models), *found]
 
 
 def stamp_of(path: Path) -> float:
@@ -105,7 +105,7 @@ def _pick(places: Places, runs: Sequence[RunEntry], *, key: str, title: str, ind
         title,
         [*offered],
         index=min(index, len(offered) - 1) if offered else None,
-        format_func=lambda path: offered.get(path, label(path)),
+        format_func=lambda path: offered.get(path, path_label(path)),
         accept_new_options=True,
         placeholder="a run, a checkpoint, an object of a ladder or an HF directory",
         key=key,

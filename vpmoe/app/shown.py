@@ -27,6 +27,12 @@ def label(text: str) -> str:
     return line if len(line) <= _LONGEST_LABEL else line[: _LONGEST_LABEL - 1] + "…"
 
 
+def path_label(path: str) -> str:
+    """A path as one short line: where it is cut it keeps its end, by which paths of one folder differ."""
+    line = visible(" ".join(path.split()))
+    return line if len(line) <= _LONGEST_LABEL else "…" + line[1 - _LONGEST_LABEL :]
+
+
 def distinct(names: Sequence[str], ids: Sequence[str]) -> list[str]:
     """Labels of things, with the beginning of their ids where names are the same."""
     labels = [label(name) for name in names]

@@ -11,7 +11,7 @@ import streamlit
 from megatron_vpmoe.manifest import Content
 from vpmoe.app import datasets
 from vpmoe.app.places import Places
-from vpmoe.app.shown import SPAN_COLOURS, empty, label, legend, table, text
+from vpmoe.app.shown import SPAN_COLOURS, empty, label, legend, path_label, table, text
 from vpmoe.app.store import runs_of
 from vpmoe.data_curation.checks.sample import histogram, sample_split
 from vpmoe.data_curation.look.inspect import facts, length_bars
@@ -32,7 +32,7 @@ def show(places: Places) -> None:
         "Dataset",
         [*map(str, offered)],
         index=0 if offered else None,
-        format_func=label,
+        format_func=path_label,
         accept_new_options=True,
         placeholder="the folder of a built dataset",
         key="data_folder",

@@ -16,7 +16,7 @@ from vpmoe.app.found_reports import (
     task_chart,
 )
 from vpmoe.app.places import Places
-from vpmoe.app.shown import empty, label, table, text
+from vpmoe.app.shown import empty, label, path_label, table, text
 
 _COLUMNS = 3
 _NOT_DRAWN = ("rung", "object", "job")
@@ -76,8 +76,8 @@ def _ladders(found: Found) -> None:
 
 
 def _others(found: Found) -> None:
-    names = [f"{report['kind']}: {path}" for path, report in found.others]
+    names = [f"{label(report['kind'])}: {path_label(str(path))}" for path, report in found.others]
     chosen = streamlit.selectbox(
-        "Report", range(len(names)), format_func=lambda at: label(names[at]), key="report_other"
+        "Report", range(len(names)), format_func=names.__getitem__, key="report_other"
     )
     table(field_rows(found.others[chosen][1]), height=600)
