@@ -77,7 +77,5 @@ def _ladders(found: Found) -> None:
 
 def _others(found: Found) -> None:
     names = [f"{label(report['kind'])}: {path_label(str(path))}" for path, report in found.others]
-    chosen = streamlit.selectbox(
-        "Report", range(len(names)), format_func=names.__getitem__, key="report_other"
-    )
+    chosen = streamlit.selectbox("Report", range(len(names)), format_func=names.__getitem__, key="report_other")
     table(field_rows(found.others[chosen][1]), height=600)
