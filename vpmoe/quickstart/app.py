@@ -119,7 +119,7 @@ def nano_moe(
     force: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="STEP", help="do this step again: stories, tokenizer, data, pretrain, sft, dpo or evaluate"
+            metavar="STEP", help="do this step again: stories, tokenizer, data, pretrain, sft, dpo, evaluate or plots"
         ),
     ] = None,
     overwrite: OverwriteOption = False,

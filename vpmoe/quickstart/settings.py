@@ -163,5 +163,5 @@ def read_settings(path: Path, schema: type[Schema] = Settings) -> Schema:
         QuickstartError: no such file, not TOML, or every key that is missing, unknown or of a wrong value, at once.
     """
     values = read_toml(path, error=QuickstartError)
-    remedy = "compare with the default one in configs/nano"
+    remedy = "compare with the default one in configs/nano or configs/nano_moe"
     return validated(schema, values, error=QuickstartError, source=str(path), remedy=remedy)

@@ -125,13 +125,13 @@ class StoryRuns:
         return step, Command(("vpmoe", "eval", "text", str(run.run), "--data-path", str(run.dataset)))
 
     def drawing(self, trained: Iterable[Files]) -> Step:
-        """The figures of the trainings and their models."""
+        """The figures of the trainings and their models; each seed's stay."""
         decides = {
             "checkpoints": [hashes(files) for files in trained],
             "prompts": sha256_of_file(self.proof.work / self.prompts),
             "options": self.proof.settings.figures.model_dump(),
         }
-        output = self.proof.work / "reports" / self.proof.name / "figs"
+        output = self.proof.work / "reports" / self.proof.name / f"figs_{self.seed}"
         return Step("stories_figures", 1, output, decides, packages=("matplotlib",))
 
     def draw(self, folder: Path) -> Command:

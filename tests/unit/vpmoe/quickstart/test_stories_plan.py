@@ -115,6 +115,17 @@ def test_targets_hold_of_each_seed(changes: dict[str, Any], missed: set[str]) ->
         assert missed_line(held) == "seed 2: banned words after DPO is 6.0 %, at most 5 % is the target"
 
 
+def test_other_seeds_leave_the_figures_of_those_before(plan: Proof[StorySettings]) -> None:
+    seeds = [StoryRuns.of(plan, seed) for seed in plan.seeds]
+    (plan.work / seeds[0].prompts).parent.mkdir(parents=True)
+    (plan.work / seeds[0].prompts).write_text("prompts")
+    places = [runs.drawing([{"a": {"sha256": str(runs.seed)}}]).output for runs in seeds]
+    assert [place.relative_to(plan.work).as_posix() for place in places] == [
+        "reports/nano_moe/figs_3",
+        "reports/nano_moe/figs_4",
+    ]
+
+
 def test_what_decides_a_likelihood(plan: Proof[StorySettings]) -> None:
     runs = StoryRuns.of(plan, 3)
     write_dataset(runs.pretrain)
