@@ -1,4 +1,4 @@
-"""Rows of one file: parquet, JSONL, JSONL.zst, plain text; read a batch, a line or a text file at a time.
+"""Rows of one file: parquet, JSONL, JSONL.zst, plain text; read a batch, a line or a text at a time.
 
 A row that cannot be used (a line that is no JSON object, bytes that are no text) comes as a :class:`RowError` in its
 place: builders list it with their other rejects. A file that cannot be read ends the work by its name.
@@ -25,6 +25,8 @@ Placed = Iterator[tuple[str, Row | RowError, int]]
 """``(place, row or why it is none, bytes read)``; ``place`` names file and row for messages."""
 
 TEXT_COLUMN = "text"
+_BETWEEN_TEXTS = b"<|endoftext|>"
+"""A line that ends a text in a file of several, as those of TinyStories and of OpenWebText are written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +142,29 @@ def _parquet_rows(path: Path, name: str, columns: Columns) -> Placed:
 
 
 def _text_file(path: Path, name: str, columns: Columns) -> Placed:
+    """The file is a text; where lines of it are ``<|endoftext|>`` alone, each part between them is one."""
     columns.of([TEXT_COLUMN], str(path))
-    raw = path.read_bytes()
+    begin, first, position, several, lines = 0, 1, 0, False, list[bytes]()
+    with path.open("rb") as raw:
+        for number, line in enumerate(raw, start=1):
+            position += len(line)
+            if line.strip() != _BETWEEN_TEXTS:
+                lines.append(line)
+                continue
+            several = True
+            if (text := b"".join(lines)).strip():
+                yield f"{name}:{first}", _text_row(text.rstrip(b"\r\n"), begin), position
+            begin, first, lines = position, number + 1, []
+    text = b"".join(lines)
+    if not several:
+        yield name, _text_row(text, 0), position
+    elif text.strip():
+        yield f"{name}:{first}", _text_row(text.rstrip(b"\r\n"), begin), position
+
+
+def _text_row(text: bytes, begin: int) -> Row | RowError:
+    """Of a text that begins at that byte of its file."""
     try:
-        row: Row | RowError = {TEXT_COLUMN: raw.decode()}
+        return {TEXT_COLUMN: text.decode()}
     except UnicodeDecodeError as error:
-        row = RowError("invalid_utf8", f"byte {error.start} of the file is not UTF-8")
-    yield name, row, len(raw)
+        return RowError("invalid_utf8", f"byte {begin + error.start} of the file is not UTF-8")

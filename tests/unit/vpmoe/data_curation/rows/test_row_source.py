@@ -102,6 +102,22 @@ def test_a_text_file_is_a_document(tmp_path: Path) -> None:
     assert place == "a.txt" and isinstance(fault, RowError) and fault.what == "byte 3 of the file is not UTF-8"
 
 
+def test_a_text_file_of_several_texts_is_one_of_each(tmp_path: Path) -> None:
+    path = tmp_path / "TinyStories-valid.txt"
+    path.write_bytes(
+        b"Pip ran.\n\nThe end.\n<|endoftext|>\r\n\n<|endoftext|>\nb\xff\n<|endoftext|>\n a <|endoftext|> b\n"
+    )
+    source = resolve(str(path))
+    first, bad, last = source.open(("text",))
+    assert first == (f"{path.name}:1", {"text": "Pip ran.\n\nThe end."}) and last[0] == f"{path.name}:9"
+    assert isinstance(bad[1], RowError) and bad[1].what == "byte 50 of the file is not UTF-8"
+    assert last[1] == {"text": " a <|endoftext|> b"}  # within a line it is text like any
+    assert source.bytes_read == source.total_bytes
+    stream = source.open(("text",))
+    _ = next(iter(stream))
+    assert [place for place, _ in source.open(("text",), stream.cursor())] == [bad[0], last[0]]
+
+
 @pytest.mark.parametrize("suffix", ["", ".zst"])
 def test_a_bad_line_is_named_and_harms_no_other(tmp_path: Path, suffix: str) -> None:
     lines = {
