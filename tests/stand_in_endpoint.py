@@ -31,7 +31,8 @@ class Endpoint:
 
     Attributes:
         says: messages -> content; by default a right story, and ``yes`` to a judge's question.
-        faults: number of a request -> status, ``drop``, ``slow``, ``garbage``, ``null`` or ``empty``.
+        faults: number of a request -> status, ``drop``, ``slow``, ``garbage``, ``null``, ``empty``, or why an answer
+            ended otherwise than by itself: ``length``, ``content_filter``.
         headers: of answers that are no success.
         key: that a request has to bring; None: none is asked for.
         asked: messages of each request, in the order of their arrival.
@@ -101,7 +102,8 @@ def serving_chat(endpoint: Endpoint) -> Iterator[Endpoint]:
                 if fault == "slow":
                     time.sleep(1.6)
                 content = None if fault == "null" else "" if fault == "empty" else endpoint.says(asked["messages"])
-                told = {"choices": [{"message": {"role": "assistant", "content": content}}]}
+                ended = fault if fault in ("length", "content_filter") else "stop"
+                told = {"choices": [{"message": {"role": "assistant", "content": content}, "finish_reason": ended}]}
                 self.reply(json.dumps({**told, "usage": {"prompt_tokens": 10, "completion_tokens": 3}}).encode())
 
     with served_at(Handler) as endpoint.address:

@@ -23,7 +23,7 @@ from vpmoe.eval.conversation import Answer
 from vpmoe.eval.open_model import Opened, open_model, require_folder
 from vpmoe.eval.suites import suite_report
 
-SUITE, VERSION = "stories", 1
+SUITE, VERSION = "stories", 2
 """The version is of what is asked and reported; decides whether a keyed step's evaluation is done."""
 STORY, REQUIRED, PROTAGONIST, BANNED = "story", "required_words", "protagonist", "no_banned_words"
 _REMEDY = "make them: vpmoe data story-prompts"

@@ -5,19 +5,22 @@ The one rule for everybody: what the templates write, what a served model writes
 **Words** are compared whole and whatever their case. A word is there as itself, with ``'s``, and with the regular
 endings of English spelling: ``s`` (``es`` behind s, x, z, ch, sh, o), ``ed`` and ``ing``. A final ``e`` behind a
 consonant goes before ``ing``, and only ``d`` comes behind an ``e``; a final ``y`` behind a consonant becomes ``ies``
-and ``ied``; a final consonant behind a single vowel is doubled before ``ed`` and ``ing``, in words of several syllables
-it may be. So ``hop`` is there in ``hopped`` and not in ``hoped``; other forms (``mice``, ``ran``) are other words.
+and ``ied``; a final consonant behind a single vowel (``qu`` is none) is doubled before ``ed`` and ``ing``, in words of
+several syllables it may be. So ``hop`` is there in ``hopped`` and not in ``hoped``; other forms (``mice``, ``ran``) are
+other words.
 
 **The protagonist** is right if the name is in the text; no other name comes before it or more often; the kind is in
-the text; and nothing introduces the name as another kind (``a bear named Pip`` where Pip is a fox). Names are those
-that the stories have, and any word with a capital behind ``named`` or ``called``; they are compared with their case.
+the text; and nothing introduces the name as another kind, in one of the forms that the stories have (where Pip is a
+fox: ``a bear named Pip``, ``a bear whose name was Pip``, ``a bear. His name was Pip``, ``Pip was a small bear``,
+``Pip, a small bear,``). Names are those that the stories have, and any word with a capital behind ``named`` or
+``called``; they are compared with their case.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,7 +29,17 @@ from vpmoe.data_curation.tasks.stories.content import kinds, names
 from vpmoe.errors import DataError
 
 _WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
-_INTRODUCED = re.compile(r"\b(\w+)\s+(?:named|called)\s+([^\W\d_]\w*)")
+_NAMED = re.compile(r"\b(?:named|called)\s+([^\W\d_]\w*)")
+# What a name is said to be, before it and behind it. Of "the bear called Pip" the verb may be to call out; of "Pip, a
+# bear" without a second comma the bear may be another.
+_BEFORE = re.compile(
+    r"(?<![\w'’-])(?:([\w'’-]+)(?:,?\s+named|[.,;!]?\s+(?i:his|her|its|whose)\s+name\s+(?:is|was))"
+    r"|(?i:an?)\s+(?:[\w-]+\s+){0,3}([\w-]+),?\s+called)\s+\Z"
+)
+_UP_TO_TWO = r"(?:[\w'’-]+\s+){0,2}"
+_BEHIND = re.compile(rf"\s+(?:is|was)\s+an?\s+({_UP_TO_TWO}[\w'’-]+)|,\s+an?\s+{_UP_TO_TWO}([\w'’-]+)\s*[,;.!?]")
+_LONGEST = 80
+"""Characters of such a phrase."""
 _VOWELS = frozenset("aeiou")
 _VOWEL_GROUP = re.compile("[aeiouy]+")
 
@@ -78,6 +91,8 @@ class Constraints:
         """
         try:
             hero = constraints["protagonist"]
+            if strange := [name for name in ("required_words", "banned_words") if isinstance(constraints[name], str)]:
+                raise TypeError(f"{strange[0]} is a text and no list")
             read = cls(
                 hero["name"],
                 hero["kind"],
@@ -144,7 +159,8 @@ def _forms(word: str) -> frozenset[str]:
     elif word.endswith("y") and behind_consonant:
         past, present = {word[:-1] + "ied"}, {word + "ing"}
     else:
-        if len(word) > 2 and word[-1] not in "aeiouwxy" and word[-2] in _VOWELS and word[-3] not in _VOWELS:
+        alone = len(word) > 2 and (word[-3] not in _VOWELS or word[-4:-2] == "qu")
+        if alone and word[-1] not in "aeiouwxy" and word[-2] in _VOWELS:
             stems = {word + word[-1]} if len(_VOWEL_GROUP.findall(word)) == 1 else {word, word + word[-1]}
         past, present = {stem + "ed" for stem in stems}, {stem + "ing" for stem in stems}
     if word.endswith("y") and behind_consonant:
@@ -155,16 +171,27 @@ def _forms(word: str) -> frozenset[str]:
 
 
 def _leads(text: str, words: frozenset[str], asked: Constraints) -> bool:
-    introduced: Sequence[tuple[str, str]] = _INTRODUCED.findall(text)
-    known = names() | {asked.name} | {name for _, name in introduced if name[0].isupper()}
+    known = names() | {asked.name} | {name for name in _NAMED.findall(text) if name[0].isupper()}
     named = [name for name in _WORD.findall(text) for name in [_plain(name)] if name in known]
     if not named or named[0] != asked.name or not is_in(asked.kind, words):
         return False
     counts = Counter(named)
     if counts[asked.name] < max(counts.values()):
         return False
-    said = {kind.lower() for kind, name in introduced if name == asked.name}
-    return not said & (kinds() - {asked.kind.lower()})
+    return _kinds_said(asked.name, text) <= {asked.kind.lower()}
+
+
+def _kinds_said(name: str, text: str) -> set[str]:
+    """As what a name is introduced: of each phrase the first word that is a kind."""
+    said = set[str]()
+    for found in re.finditer(rf"\b{re.escape(name)}\b", text):
+        begin, end = found.span()
+        before = _BEFORE.search(text[max(0, begin - _LONGEST) : begin])
+        for phrase in (before, _BEHIND.match(text[end : end + _LONGEST])):
+            if phrase is not None:
+                words = phrase[phrase.lastindex or 0].lower().split()
+                said.update([word for word in words if word in kinds()][:1])
+    return said
 
 
 def _plain(name: str) -> str:

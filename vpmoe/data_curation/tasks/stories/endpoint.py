@@ -1,7 +1,8 @@
 """A chat model behind an OpenAI-compatible endpoint, and the answers that were got of it: each is paid for once.
 
 ``POST BASE/chat/completions`` with ``model`` and ``messages`` alone, which all servers of that form know (OpenAI, vLLM,
-SGLang, llama.cpp, Ollama); the answer is ``choices[0].message.content``.
+SGLang, llama.cpp, Ollama); the answer is ``choices[0].message.content``, unless its ``finish_reason`` says that the
+server cut it (``length``) or held a part back (``content_filter``).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _LONGEST_CONNECT, _LONGEST_WAIT = 10.0, 60.0
 _SHOWN_CHARACTERS = 300
 _BEGINNING = b'{"request": "'
 """Of every line of the answers."""
+_IN_PART = ("length", "content_filter")
 _AGAIN = "give the same command again: answers that came are kept"
 
 
@@ -108,7 +110,7 @@ class Endpoint:
         await self._client.__aexit__(kind, error, trace)
 
     async def answer(self, messages: Messages) -> str:
-        """What the model says to ``messages``; empty where it says nothing.
+        """What the model says to ``messages``; empty where it says nothing, or not to the end.
 
         Raises:
             EndpointError: it refuses, or gave no answer in all attempts.
@@ -150,7 +152,8 @@ class Endpoint:
             raise self._error(f"it refuses ({status}): {text}", "mend what it names", "refused")
         try:
             said = json.loads(reply.content)
-            content = said["choices"][0]["message"]["content"]
+            choice = said["choices"][0]
+            content = "" if choice.get("finish_reason") in _IN_PART else choice["message"]["content"]
             counted = said.get("usage") or {}
             self.usage.update({name: int(counted.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")})
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

@@ -21,8 +21,8 @@ from vpmoe.errors import RowError
 from vpmoe.harmony.conversation import check_text
 from vpmoe.progress import Progress
 
-VERSION = 1
-"""Of what a model is told."""
+VERSION = 2
+"""Of what a model is told, and its stories are held to."""
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import random
+import re
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vpmoe.data_curation.tasks.stories.checker import Constraints, check_story
+from vpmoe.data_curation.tasks.stories.plots import plot
+from vpmoe.data_curation.tasks.stories.telling import tell
 from vpmoe.errors import DataError
 
 ASKED = Constraints("Pip", "fox", "courage", ("kite", "river"), ("sad",))
@@ -22,6 +28,20 @@ STORY = "Once there was a small fox named Pip. Pip lost his kite in the river. A
         ("Pip was a fox. His mother called Pip home.", True),
         ("Pip was brave.", False),  # of which kind?
         ("There was a small bear named Pip, and a fox.", False),
+        *(
+            (f"{opening} Then a fox came.", False)  # the fox is another
+            for opening in (
+                "A small bear called Pip sat.",
+                "A bear, named Pip, sat.",
+                "A bear whose name was Pip sat.",
+                "There was a bear. His name was Pip.",
+                "Pip was a very small bear.",
+                "There lived Pip, a small bear, with his aunt.",
+            )
+        ),
+        ("The bear called Pip. Pip was a fox.", True),
+        ("Next to Pip, a bear sat down. Pip was a fox.", True),
+        ("Pip was a bear's friend and a fox.", True),
         ("There was a small fox named Tim.", False),
         ("Tim was a bear who met a fox named Pip. Pip ran.", False),  # Tim comes first
         ("Pip was a fox. Tim ran. Tim fell. Tim cried.", False),  # Tim takes over
@@ -56,6 +76,7 @@ def test_who_leads(text: str, right: bool) -> None:
         ("box", "boxes", True),
         ("play", "plaies", False),
         ("play", "played", True),
+        *(("quit", form, True) for form in ("quits", "quitting")),
         ("mouse", "mice", False),
         ("Über", "über", True),
     ],
@@ -74,7 +95,18 @@ def test_the_whole_of_it() -> None:
     assert not failed.passed and Constraints.of_row(ASKED.as_row()) == ASKED
 
 
-@given(st.text(max_size=400) | st.text("Pipfox named'\n\0\"", max_size=400), st.text(max_size=20))
+@given(st.integers(0, 2**62), st.booleans())
+def test_a_story_of_the_grammar_is_of_its_heros_kind_and_of_no_other(index: int, long: bool) -> None:
+    told = plot(index)
+    text, hero, friend = tell(told, random.Random(index), long=long), told.hero, told.friend
+    asked = Constraints(hero.name, hero.kind, told.scene.theme, (), ())
+    right, other = (check_story(text, one).protagonist_right for one in (asked, replace(asked, kind=friend.kind)))
+    often = [len(re.findall(rf"\b{one.name}\b", text)) for one in (hero, friend)]
+    assert right is (often[0] >= often[1]) and not other
+    assert not check_story(text, replace(asked, name=friend.name, kind=friend.kind)).protagonist_right
+
+
+@given(st.text(max_size=150) | st.text("Pipfox named'\n\0\"", max_size=150), st.text(max_size=20))
 def test_hostile_text_is_checked_like_any(text: str, word: str) -> None:
     check_story(text, ASKED)
     assert check_story(f"{STORY} {text}", ASKED).required_present
@@ -92,6 +124,7 @@ def test_hostile_text_is_checked_like_any(text: str, word: str) -> None:
         {"protagonist": {"name": "Pip"}},
         {"protagonist": {"name": "Mary Ann", "kind": "fox"}},
         {"required_words": None},
+        {"required_words": "kite"},
         {"required_words": ["ice cream"]},
         {"banned_words": [3]},
         {"theme": None},

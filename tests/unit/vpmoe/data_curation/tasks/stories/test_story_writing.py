@@ -153,8 +153,8 @@ def test_what_takes_too_long_is_tried_again(served: Endpoint, tmp_path: Path) ->
     assert report["requests"] > ROWS and report["dropped"] == {}  # a busy machine may take too long once more
 
 
-@pytest.mark.parametrize("fault", ["null", "empty"])
-def test_an_answer_of_nothing_is_asked_for_again(served: Endpoint, tmp_path: Path, fault: str) -> None:
+@pytest.mark.parametrize("fault", ["null", "empty", "length", "content_filter"])
+def test_an_answer_of_nothing_or_of_a_part_is_asked_for_again(served: Endpoint, tmp_path: Path, fault: str) -> None:
     served.faults = {3: fault}
     assert written(served, tmp_path / "rows")["written"]["requests"] == ROWS + 1
     assert all(len(messages) == 1 for messages in served.asked)
