@@ -32,6 +32,17 @@ def model(request: pytest.FixtureRequest, single_process: None, tmp_path: Path) 
     return Held(opened)
 
 
+def test_a_text_is_gone_on_with_in_any_vocabulary(model: Held) -> None:
+    slot, settings = Slot(), {**SETTINGS, "passage": True}
+    outcome = ask(slot, model, "Once upon", settings, lambda turn: None)
+    tokenizer, (turn,) = model.opened.tokenizer, slot.turns
+    assert outcome.prompt_tokens == len(tokenizer.encode_ordinary("Once upon\n\n")) and outcome.completion is not None
+    written = [one for one in outcome.completion.ids if not tokenizer.is_special(one)]
+    assert "".join(words for _, words in turn.messages) == tokenizer.decode(written)
+    assert not slot.said  # each is given alone
+    assert measure(model, "Once upon", settings, 4)[0]["tokens"] <= 4
+
+
 def test_it_is_asked_and_measured(model: Held) -> None:
     slot, drawn = Slot(), []
     ask(slot, model, "Tell of Mia.", SETTINGS, lambda turn: drawn.append(turn_html(turn)))

@@ -44,16 +44,16 @@ class Slot:
     """One of the conversations that stand side by side.
 
     Attributes:
-        model: path and stamp of the model that it is held with.
+        model: path and stamp of the model that it is held with, and how it is given what is asked.
         said: what the model is told of earlier turns.
         turns: all that is shown.
     """
 
-    model: tuple[Path, float] | None = None
+    model: tuple[Path, float, str] | None = None
     said: list[Message] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
 
-    def with_model(self, model: tuple[Path, float]) -> None:
+    def with_model(self, model: tuple[Path, float, str]) -> None:
         """Begin anew where it is another one."""
         if self.model != model:
             self.model, self.said, self.turns = model, [], []

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from vpmoe.errors import DataError
 from vpmoe.eval.suites.app import (
     DeveloperOption,
     Overwrite,
+    PassageOption,
     PlainOption,
     SystemOption,
     WhereArgument,
@@ -50,14 +52,27 @@ def sample(
     system: SystemOption = None,
     developer: DeveloperOption = None,
     plain: PlainOption = False,
+    passage: PassageOption = False,
 ) -> None:
     """Ask a model one question; prints the conversation with each channel in its colour."""
     from vpmoe.eval.sample import print_sample
 
+    if plain and passage:
+        raise DataError("two forms are named", source="--plain and --passage", remedy="give one")
+
     draw = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
     draw |= {"top_k": top_k, "min_p": min_p, "samples": samples}
-    messages = {"system": system, "developer": developer}
-    print_sample(where, question, draw, plain=plain, **messages, only_valid=only_valid, logprobs=logprobs)
+    print_sample(
+        where,
+        question,
+        draw,
+        plain=plain,
+        passage=passage,
+        system=system,
+        developer=developer,
+        only_valid=only_valid,
+        logprobs=logprobs,
+    )
 
 
 @chat_app.command("chat")

@@ -107,7 +107,7 @@ class AsText:
     def automaton(self) -> tuple[np.ndarray, frozenset[int]]:
         """There is none: any text is a text."""
         raise HarmonyError(
-            "plain text has no grammar", source="--only-valid", remedy="leave out --only-valid, or --plain where given"
+            "plain text has no grammar", source="--only-valid", remedy="leave out --only-valid, or the plain form"
         )
 
     @property
@@ -150,13 +150,20 @@ def form_for(tokenizer: Tokenizer, prompts: PromptsEntry | None, *, plain: bool)
 
 
 def form_of(
-    opened: Opened, *, plain: bool, system: str | None, developer: str | None, say: Callable[[str], None]
+    opened: Opened,
+    *,
+    plain: bool,
+    system: str | None,
+    developer: str | None,
+    say: Callable[[str], None],
+    passage: bool = False,
 ) -> Form:
     """How to ask a model, and a line about where its system and developer messages come from.
 
     Args:
         opened: the model.
         plain: as plain text, even though the vocabulary knows conversations.
+        passage: plain text too, to be gone on with instead of a question with its answer.
         system: instead of the stored system message; empty leaves it out, None takes the stored one.
         developer: the same for the developer message.
         say: told that line.
@@ -166,13 +173,17 @@ def form_of(
     """
     given = {role: text for role, text in (("system", system), ("developer", developer)) if text is not None}
     known = knows_conversations(opened.tokenizer)
-    if plain or not known:
+    if plain or passage or not known:
         if given:
+            plainly = "--passage" if passage else "--plain"
             raise HarmonyError(
                 "plain text has no system and developer messages",
                 source=", ".join(f"--{role}" for role in given),
-                remedy="leave them out" + (" or --plain" if known else ": the vocabulary has no Harmony tokens"),
+                remedy="leave them out" + (f" or {plainly}" if known else ": the vocabulary has no Harmony tokens"),
             )
+        if passage:
+            say("given as plain text to go on with")
+            return AsPassage(opened.tokenizer)
         say(f"asked as plain text{'' if known else ', as the vocabulary has no Harmony tokens'}")
         return AsText(opened.tokenizer)
     if opened.prompts is None:

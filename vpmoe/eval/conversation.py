@@ -195,6 +195,7 @@ def open_conversation(
     draw: Mapping[str, Any],
     *,
     plain: bool = False,
+    passage: bool = False,
     system: str | None = None,
     developer: str | None = None,
     reasoning: str | None = None,
@@ -209,6 +210,7 @@ def open_conversation(
         opened: the model.
         draw: fields of :class:`megatron_vpmoe.generation.sampling.SamplingOptions`, but for ``stop_ids``.
         plain: as plain text, even though the vocabulary knows conversations.
+        passage: as plain text to go on with.
         system: see :func:`vpmoe.eval.asking.form_of`.
         developer: likewise.
         reasoning: effort that the system message asks for; None: what it says already.
@@ -224,7 +226,7 @@ def open_conversation(
     from megatron_vpmoe.generation.grammar import TokenGrammar
     from megatron_vpmoe.generation.sampling import SamplingOptions
 
-    form = form_of(opened, plain=plain, system=system, developer=developer, say=say)
+    form = form_of(opened, plain=plain, passage=passage, system=system, developer=developer, say=say)
     if reasoning is not None:
         if isinstance(form, AsText):
             raise HarmonyError(

@@ -18,6 +18,7 @@ def print_sample(
     draw: Mapping[str, Any],
     *,
     plain: bool = False,
+    passage: bool = False,
     system: str | None,
     developer: str | None,
     only_valid: bool = False,
@@ -30,6 +31,7 @@ def print_sample(
         question: what the user asks.
         draw: fields of :class:`megatron_vpmoe.generation.sampling.SamplingOptions`, but for ``stop_ids``.
         plain: see :func:`vpmoe.eval.asking.form_of`, as for the messages.
+        passage: likewise.
         only_valid: nothing but valid Harmony can be chosen.
         logprobs: print each token's log-probabilities too, the model's own and that of the draw.
 
@@ -49,6 +51,7 @@ def print_sample(
         form = form_of(
             opened,
             plain=plain,
+            passage=passage,
             system=system,
             developer=developer,
             say=lambda line: notes.print(line, style="dim", markup=False, soft_wrap=True),

@@ -17,6 +17,7 @@ HEAVY = ("torch", "numpy", "pyarrow", "megatron.core", "matplotlib", "tiktoken",
 FAULTS = {
     "missing run": (["eval", "nano", "runs/nowhere", "--questions", "q.jsonl"], "runs/nowhere"),
     "missing run to sample": (["sample", "runs/nowhere", "Why?"], "runs/nowhere"),
+    "two forms to ask in": (["sample", "runs/nowhere", "Why?", "--plain", "--passage"], "--plain and --passage"),
     "missing dataset": (["data", "verify", "nowhere"], "nowhere"),
     "missing config": (["model", "param-count", "nowhere.yaml"], "nowhere.yaml"),
     "missing config to describe": (["model", "describe", "nowhere.yaml"], "nowhere.yaml"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import streamlit
 
@@ -15,7 +15,11 @@ from vpmoe.app.store import runs_of
 from vpmoe.app.talk import Slot, Turn, ask, measure, times_as_fast, turn_html
 from vpmoe.harmony.prompts import REASONING_EFFORTS
 
+if TYPE_CHECKING:
+    from streamlit.delta_generator import DeltaGenerator
+
 _AS_IS = "as trained"
+_FORMS = ("a question in a conversation", "a question in plain text", "plain text to go on with")
 
 
 def show(places: Places) -> None:
@@ -30,28 +34,46 @@ def show(places: Places) -> None:
         )
     paths = pick_beside(places, runs, key="chat")
     columns = streamlit.columns(len(paths))
+    forms = [_form(number, column) for number, column in enumerate(columns)]
     slots: list[Slot] = streamlit.session_state.setdefault("chat_slots", _new())
     question = streamlit.chat_input("Ask something", key="chat_question")
     if streamlit.button("New conversation", key="chat_reset", icon=":material/restart_alt:"):
         slots[:] = _new()
     # All histories first: what is answered then streams below them, one model after the other.
     asked = []
-    for slot, path, column in zip(slots, paths, columns, strict=False):
+    for slot, path, form, column in zip(slots, paths, forms, columns, strict=False):
         if path is not None:
             with column:
-                slot.with_model((path, stamp_of(path)))
+                slot.with_model((path, stamp_of(path), form))
                 for turn in slot.turns:
                     _turn(turn)
-                asked.append((slot, path, streamlit.container()))
-    for slot, path, place in asked if question else ():
+                asked.append((slot, path, _in_form(settings, form), streamlit.container()))
+    for slot, path, own, place in asked if question else ():
         with place:
-            _ask(slot, path, question or "", settings)
-    if any(slot.turns for slot, _, _ in asked):
-        _cache([(slot, path) for slot, path, _ in asked], settings)
+            _ask(slot, path, question or "", own)
+    if any(slot.turns for slot, *_ in asked):
+        _cache([each[:3] for each in asked])
 
 
 def _new() -> list[Slot]:
     return [Slot() for _ in BESIDE]
+
+
+def _form(number: int, column: DeltaGenerator) -> str:
+    """How a model is given what is asked: stages of one model read it each as it was taught."""
+    return column.selectbox(
+        "Given as",
+        _FORMS,
+        key=f"chat_form_{number}",
+        persist_state="session",
+        help="Plain text is for models that were only pretrained, or know no conversations.",
+    )
+
+
+def _in_form(settings: dict[str, Any], form: str) -> dict[str, Any]:
+    """The settings of the sidebar, without those that are of conversations alone where there is none."""
+    own = {**settings, "plain": form == _FORMS[1], "passage": form == _FORMS[2]}
+    return own if form == _FORMS[0] else {**own, "reasoning": None, "only_valid": False}
 
 
 def _settings() -> dict[str, Any]:
@@ -80,12 +102,7 @@ def _settings() -> dict[str, Any]:
         effort = streamlit.selectbox(
             "Reasoning effort", [_AS_IS, *REASONING_EFFORTS], key="chat_effort", persist_state="session"
         )
-        plain = streamlit.toggle(
-            "As plain text", key="chat_plain", persist_state="session", help="For models that know no conversations."
-        )
-        only_valid = streamlit.toggle(
-            "Only valid Harmony", key="chat_only_valid", persist_state="session", disabled=plain
-        )
+        only_valid = streamlit.toggle("Only valid Harmony", key="chat_only_valid", persist_state="session")
         cached = streamlit.toggle(
             "KV cache",
             value=True,
@@ -102,9 +119,8 @@ def _settings() -> dict[str, Any]:
             "seed": int(seed),
             "max_new_tokens": int(longest),
         },
-        "plain": plain,
-        "reasoning": None if effort == _AS_IS or plain else effort,
-        "only_valid": only_valid and not plain,
+        "reasoning": None if effort == _AS_IS else effort,
+        "only_valid": only_valid,
         "cached": cached,
     }
 
@@ -134,12 +150,12 @@ def _ask(slot: Slot, path: Path, question: str, settings: dict[str, Any]) -> Non
             refusal(error)
 
 
-def _cache(asked: list[tuple[Slot, Path]], settings: dict[str, Any]) -> None:
+def _cache(asked: list[tuple[Slot, Path, dict[str, Any]]]) -> None:
     with streamlit.expander("What the KV cache is worth here"):
         tokens = streamlit.number_input("Tokens to generate each way", 2, 1024, 32, key="chat_measure_tokens")
         if not streamlit.button("Measure with and without", key="chat_measure"):
             return
-        for (slot, path), column in zip(asked, streamlit.columns(len(asked)), strict=True):
+        for (slot, path, settings), column in zip(asked, streamlit.columns(len(asked)), strict=True):
             with column:
                 if not slot.turns:
                     streamlit.info("Nothing was asked here yet.")

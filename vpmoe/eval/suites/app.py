@@ -26,6 +26,10 @@ DeveloperOption = Annotated[
 PlainOption = Annotated[
     bool, typer.Option("--plain", help="ask as plain text (Question: ... Answer:), not as a conversation")
 ]
+PassageOption = Annotated[
+    bool,
+    typer.Option("--passage", help="ask in plain text that is to be gone on with: a model that was only pretrained"),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a finished report")]
 Precision = Annotated[
     bool | None, typer.Option("--bf16/--fp32", help="compute so (default: as the run did, other models in fp32)")
@@ -143,12 +147,7 @@ def stories(
     prompts: Annotated[Path, typer.Option(help="rows of vpmoe data story-prompts")],
     split: Annotated[str, typer.Option(help="of the rows")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="so many of the first (default: all)")] = None,
-    passage: Annotated[
-        bool,
-        typer.Option(
-            "--passage", help="ask in plain text that is to be gone on with: a model that was only pretrained"
-        ),
-    ] = False,
+    passage: PassageOption = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.8,
     top_p: Annotated[float, typer.Option(help="draw among the most likely tokens of this total probability")] = 1.0,
     seed: Annotated[int, typer.Option(help="of the draw, with a temperature")] = 0,

@@ -18,9 +18,9 @@ from megatron_vpmoe.files import sha256_of_file
 from vpmoe.data_curation.rows.source import resolve
 from vpmoe.data_curation.tasks.stories.checker import Constraints, check_story
 from vpmoe.errors import DataError
-from vpmoe.eval.asking import AsPassage, Form, decode_in_batches, form_of
+from vpmoe.eval.asking import Form, decode_in_batches, form_of
 from vpmoe.eval.conversation import Answer
-from vpmoe.eval.open_model import Opened, open_model, require_folder
+from vpmoe.eval.open_model import open_model, require_folder
 from vpmoe.eval.suites import suite_report
 
 SUITE, VERSION = "stories", 2
@@ -88,7 +88,7 @@ def evaluate(path: Path, asked: Asked, *, say: Say) -> dict[str, Any]:
     requests = read_requests(asked.prompts, asked.split, asked.limit)
     with open_model(path, bf16=asked.bf16) as opened:
         output = suite_report.output_for(SUITE, opened, asked.output, overwrite=asked.overwrite)
-        form = _form(opened, asked, say)
+        form = form_of(opened, plain=False, passage=asked.passage, system=None, developer=None, say=say)
         prompts = [form.prompt(request.prompt) for request in requests]
         context = opened.context
         if context is not None and (longest := max(map(len, prompts))) >= context:
@@ -133,12 +133,6 @@ def _requests(path: Path, split: str) -> Iterator[Request]:
             raise DataError(f"the row has no text in {', '.join(missing)}", source=place, remedy=_REMEDY)
         if row["split"] == split:
             yield Request(row["id"], row["prompt"], Constraints.of_row(row.get("constraints") or {}, place))
-
-
-def _form(opened: Opened, asked: Asked, say: Say) -> Form:
-    if asked.passage:
-        return AsPassage(opened.tokenizer)
-    return form_of(opened, plain=False, system=None, developer=None, say=say)
 
 
 def items_of(request: Request, ids: Sequence[int], form: Form) -> Iterator[dict[str, Any]]:

@@ -119,6 +119,9 @@ def test_a_qwen3_is_asked_in_plain_text(tmp_path: Path, capsys) -> None:
     assert main(["sample", str(tmp_path / "qwen"), "What is 1 + 2?", "--max-new-tokens", "3"]) == 0
     told = capsys.readouterr()
     assert "Question: What is 1 + 2?" in told.out and "no Harmony tokens" in told.err
+    assert main(["sample", str(tmp_path / "qwen"), "One and two", "--passage", "--max-new-tokens", "3"]) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith("One and two\n\n") and "plain text to go on with" in told.err
     assert main(["sample", str(tmp_path / "qwen"), "What is 1 + 2?", "--only-valid"]) == 2
     assert "plain text has no grammar" in capsys.readouterr().err
 
