@@ -14,6 +14,11 @@ from typing import Any
 from tests.loopback import served_at
 
 Messages = list[dict[str, str]]
+GARBAGE = {
+    "garbage": b'{"choices": []}',
+    "endless": b'{"choices": [{"message": {"content": "a"}}], "usage": {"prompt_tokens": 1e999}}',
+}
+"""By the fault's name."""
 
 
 def right_story(request: str) -> str:
@@ -31,8 +36,8 @@ class Endpoint:
 
     Attributes:
         says: messages -> content; by default a right story, and ``yes`` to a judge's question.
-        faults: number of a request -> status, ``drop``, ``slow``, ``garbage``, ``null``, ``empty``, or why an answer
-            ended otherwise than by itself: ``length``, ``content_filter``.
+        faults: number of a request -> status, ``drop``, ``slow``, one of ``GARBAGE``, ``null``, ``empty``, or why an
+            answer did not end by itself: ``length``, ``content_filter``.
         headers: of answers that are no success.
         key: that a request has to bring; None: none is asked for.
         asked: messages of each request, in the order of their arrival.
@@ -96,8 +101,8 @@ def serving_chat(endpoint: Endpoint) -> Iterator[Endpoint]:
                 self.reply(b"out of order", fault)
             elif fault == "drop":
                 self.connection.close()
-            elif fault == "garbage":
-                self.reply(b'{"choices": []}')
+            elif fault in GARBAGE:
+                self.reply(GARBAGE[str(fault)])
             else:
                 if fault == "slow":
                     time.sleep(1.6)

@@ -98,7 +98,8 @@ class Endpoint:
             )
         wait = httpx.Timeout(settings.timeout, connect=min(settings.timeout, _LONGEST_CONNECT))
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        self._client = httpx.AsyncClient(timeout=wait, headers=headers)
+        # Certificates take longer to load than a local model's connection lasts.
+        self._client = httpx.AsyncClient(timeout=wait, headers=headers, verify=self._url.startswith("https:"))
 
     async def __aenter__(self) -> Self:
         await self._client.__aenter__()
@@ -156,7 +157,7 @@ class Endpoint:
             content = "" if choice.get("finish_reason") in _IN_PART else choice["message"]["content"]
             counted = said.get("usage") or {}
             self.usage.update({name: int(counted.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")})
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise _Fault(f"its answer is no chat completion: {text}", "unusable") from error
         return content if isinstance(content, str) else ""
 

@@ -139,7 +139,7 @@ def test_the_judge_is_asked_and_counted(served: Endpoint, tmp_path: Path) -> Non
     assert {row["constraints"]["theme"] for row in rows_of(tmp_path / "rows")}.isdisjoint({"courage", "sharing"})
 
 
-@pytest.mark.parametrize("fault", [500, 503, 429, 408, "drop", "garbage"])
+@pytest.mark.parametrize("fault", [500, 503, 429, 408, "drop", "garbage", "endless"])
 def test_what_may_pass_is_tried_again(served: Endpoint, tmp_path: Path, fault: int | str) -> None:
     served.faults = {3: fault, 6: fault}
     report = written(served, tmp_path / "rows")["written"]
