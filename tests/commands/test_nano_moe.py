@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vpmoe.files import sha256_of_file
 from tests.unit.vpmoe.test_provenance_blocks import whole
 from vpmoe.cli import main
 
@@ -73,6 +74,9 @@ def test_every_stage_then_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG") and "| 1 | dpo |" in (
         folder / "report.md"
     ).read_text()
+    figures = folder / "figs_1"
+    asked = json.loads((figures / "figures.json").read_text())["prompts"]
+    assert sha256_of_file(figures / asked["name"]) == asked["sha256"] and asked["count"] == 2
     checkpoints = sorted((tmp_path / "runs").rglob("files.json"))
     before = {path: path.stat().st_mtime_ns for path in checkpoints}
     assert len(before) >= len(STAGES)

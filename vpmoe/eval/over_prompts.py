@@ -87,7 +87,7 @@ def prompts_of(path: Path) -> list[str]:
         texts = [row["prompt"] for _, row in rows]
     else:
         try:
-            texts = path.read_text(encoding="utf-8").splitlines()
+            texts = path.read_text(encoding="utf-8").split("\n")
         except (OSError, ValueError) as error:
             raise DataError(f"cannot be read: {error}", source=str(path), remedy=_REMEDY) from error
     if not (kept := [text for text in texts if text.strip()]):

@@ -94,7 +94,7 @@ def make(
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
         "provenance": provenance(**origin),
-        "prompts": {"path": str(prompts), "sha256": sha256_of_file(prompts), "count": len(texts)},
+        "prompts": {"name": prompts.name, "sha256": sha256_of_file(prompts), "count": len(texts)},
         "settings": {"new_tokens": new_tokens, "plain": plain, "smoothing": smoothing},
         "runs": entries,
         "figures": written,

@@ -74,9 +74,9 @@ def test_prompts_are_asked_as_the_vocabulary_can_and_a_long_one_is_refused(opene
 
 
 def test_prompts_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("One\n\n Two \n")
+    (tmp_path / "a.txt").write_text("One\u2028day\r\n\n Two \n")
     (tmp_path / "a.jsonl").write_text('{"prompt": "One\\nday", "theme": 1}\n\n{"prompt": "Two"}')
-    assert prompts_of(tmp_path / "a.txt") == ["One", " Two "]
+    assert prompts_of(tmp_path / "a.txt") == ["One\u2028day", " Two "]
     assert prompts_of(tmp_path / "a.jsonl") == ["One\nday", "Two"]
     (tmp_path / "b.jsonl").write_text('{"prompt": "One"}\n{"text": "Two"}\n')
     (tmp_path / "b.txt").write_text("\n \n")
