@@ -16,10 +16,19 @@ from tests.tiny import random_batch
 STEPS, ROWS, LENGTH = 5, 2, 48
 
 
-@pytest.mark.parametrize("optimizer", ["normuon", "adam"])
-def test_tiny_learns_a_batch(optimizer: str, repository: Path, single_process: None) -> None:
-    flags = ["--seq-length", f"{LENGTH}", "--nproc-per-node", "1", "--padded-vocab-size", "64"]
-    cfg = load_config(repository / "configs" / "nano_moe" / "tiny.yaml", [*flags, "--optimizer", optimizer])
+# DeepSeek's shape at test size: sigmoid routing with a bias, a shared expert, a first layer that is dense.
+SMALL = "--num-layers 3 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --num-query-groups 2"
+SMALL += " --kv-channels 16 --moe-ffn-hidden-size 16 --moe-shared-expert-intermediate-size 32 --no-bf16"
+SMALL += " --lr 3e-2 --normuon-aux-lr 2e-2 --lr-warmup-iters 0"
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("tiny", "--optimizer normuon"), ("tiny", "--optimizer adam"), ("moonlet", SMALL)],
+)
+def test_it_learns_a_batch(name: str, more: str, repository: Path, single_process: None) -> None:
+    flags = ["--seq-length", f"{LENGTH}", "--nproc-per-node", "1", "--padded-vocab-size", "64", *more.split()]
+    cfg = load_config(repository / "configs" / "nano_moe" / f"{name}.yaml", flags)
     wrapped = wrap_for_training(build_model(cfg).train(), cfg)
     update, objective = build_optimizer([wrapped], cfg), build_objective(cfg)
     batch = random_batch(ROWS, LENGTH, cfg.model.padded_vocab_size, seed=0)
