@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from megatron_vpmoe.model.attention.tpa import TPAGeometry, contract_factors, factor_a_init, section_rows
+from megatron_vpmoe.model.attention.tpa import _LOOPED_BELOW, TPAGeometry, contract_factors, factor_a_init, section_rows
 
 GEOMETRY = TPAGeometry(num_heads=4, num_groups=2, head_dim=6, q_rank=3, rank=2)
 
@@ -16,12 +14,17 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("head_dim", [6, 104])
-def test_gradients_by_finite_differences(head_dim: int) -> None:
+@pytest.mark.parametrize(
+    "geometry",
+    [GEOMETRY, TPAGeometry(num_heads=8, num_groups=4, head_dim=26, q_rank=4, rank=4)],
+    ids=["small", "large"],
+)
+def test_gradients_by_finite_differences(geometry: TPAGeometry) -> None:
     """Of products small enough to be summed up by hand, and of others."""
-    geometry = replace(GEOMETRY, head_dim=head_dim)
     a, b = (draw(2, 1, sum(sizes)).requires_grad_() for sizes in (geometry.a_sizes, geometry.b_sizes))
-    bias = draw(head_dim * (4 + 2 * 2), seed=1).requires_grad_()
+    bias = draw(geometry.head_dim * (geometry.num_heads + 2 * geometry.num_groups), seed=1).requires_grad_()
+    smallest = geometry.num_groups * geometry.rank * geometry.head_dim
+    assert (smallest >= _LOOPED_BELOW) is (geometry is not GEOMETRY)
     for biases in ((), (bias,)):
         assert torch.autograd.gradcheck(lambda a, b, *bias: contract_factors(a, b, geometry, *bias), (a, b, *biases))
 
