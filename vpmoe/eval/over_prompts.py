@@ -6,7 +6,7 @@ Shapes: P prompts, L layers with experts, E experts of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +35,8 @@ class OverPrompts:
     Attributes:
         form: how the prompts were given: ``conversation`` or ``text``.
         tokens: int64 [P], written after each prompt.
-        rate: KV cache, one of ``CACHES`` -> tokens a second, of those after the first; float64 [P], NaN where there are
-            none.
+        rate: KV cache, one of ``CACHES`` -> tokens a second, of those after the first; as many of each prompt, whether
+            what is written has ended before or not: float64 [P].
         layers: numbers (from 1) of the L layers with experts; none of a dense model, and the rest is empty.
         usage: float64 [P, L, E], of the assignments of the tokens written the share that each expert got.
         first_choice: float64 [P, L], of those tokens' mixing weights the share of the heaviest expert, their mean.
@@ -61,15 +61,13 @@ class OverPrompts:
             "form": self.form,
             "prompts": len(self.tokens),
             "tokens": int(self.tokens.sum()),
-            "tokens_per_second": {cache: _spread(rate[np.isfinite(rate)]) for cache, rate in self.rate.items()},
+            "tokens_per_second": {cache: _spread(rate) for cache, rate in self.rate.items()},
             "experts_per_token": self.topk,
             "layers": experts,
         }
 
 
-def _spread(values: NDArray[np.float64]) -> dict[str, Any] | None:
-    if not len(values):
-        return None
+def _spread(values: NDArray[np.float64]) -> dict[str, Any]:
     return {"mean": values.mean(0).tolist(), "std": values.std(0).tolist()}
 
 
@@ -120,15 +118,15 @@ def measured(
                 f"a prompt of {len(ids):,} tokens", source=repr(text[:60]), remedy=f"1 to {room - 2:,} tokens"
             )
     continued(opened.model, given[0], 2, (), cached=True)  # what a first pass makes is no part of any rate
-    rates: dict[str, list[float]] = {cache: [] for cache in CACHES}
+    rates: dict[str, list[float | None]] = {cache: [] for cache in CACHES}
     tokens, usage, first_choice, layers, topk = [], [], [], [], 0
     for ids in given:
         written: list[int] = []
         for cache in CACHES:
             budget = min(new_tokens, room - len(ids))
-            done, pace = continued(opened.model, ids, budget, stops, cached=cache == "on")
-            rates[cache].append(pace.tokens_per_second or np.nan)
-            written = written or done.ids
+            done, pace = continued(opened.model, ids, budget, (), cached=cache == "on")
+            rates[cache].append(pace.tokens_per_second)
+            written = written or _ended(done.ids, stops)
         found = routing_of(opened.model, [*ids, *written])
         layers, tokens = [*found], [*tokens, len(written)]
         own = [(one.experts, one.chosen[len(ids) :], one.weight[len(ids) :]) for one in found.values()]
@@ -139,12 +137,17 @@ def measured(
     return OverPrompts(
         form_name,
         np.array(tokens),
-        {cache: np.array(rate) for cache, rate in rates.items()},
+        {cache: np.array(rate, np.float64) for cache, rate in rates.items()},
         layers,
         np.array(usage),
         np.array(first_choice),
         topk,
     )
+
+
+def _ended(ids: list[int], stops: Collection[int]) -> list[int]:
+    """As far as the first token that ends an answer, with it."""
+    return ids[: 1 + next((place for place, token in enumerate(ids) if token in stops), len(ids))]
 
 
 def _unsaid(line: str) -> None:

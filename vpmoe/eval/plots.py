@@ -130,7 +130,7 @@ def plot_throughput(models: Mapping[str, OverPrompts], output: Path) -> None:
     for offset, cache, colour in ((-0.2, "on", "tab:blue"), (0.2, "off", "0.75")):
         rates = [one.rate[cache] for one in models.values()]
         places = [place + offset for place in range(len(models))]
-        means, spreads = ([float(of(rate)) for rate in rates] for of in (np.nanmean, np.nanstd))
+        means, spreads = ([float(of(rate)) for rate in rates] for of in (np.mean, np.std))
         bars = axes.bar(places, means, 0.4, yerr=spreads, capsize=3, label=f"KV cache {cache}", color=colour)
         axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
     axes.set_xticks(range(len(models)), [*map(as_label, models)])

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_vpmoe.config import config_hash
 from megatron_vpmoe.errors import visible
 from megatron_vpmoe.files import sha256_of_file
@@ -24,16 +22,12 @@ from vpmoe.runs.registry import RunEntry, labels
 from vpmoe.steps import check_replaceable
 
 NAME, KIND, SCHEMA_VERSION = "figures.json", "figures", 1
-OF_MODELS: dict[str, tuple[Callable[[dict[str, OverPrompts], Path], None], Callable[[OverPrompts], bool], str]] = {
-    "kv_throughput_mean": (
-        plot_throughput,
-        lambda one: all(np.isfinite(rate).any() for rate in one.rate.values()),
-        "every answer ended with its first token",
-    ),
-    "expert_usage_mean": (plot_usage, lambda one: bool(one.layers), "it has no experts"),
-    "first_choice_confidence_mean": (plot_first_choice, lambda one: bool(one.layers), "it has no experts"),
+OF_MODELS: dict[str, tuple[Callable[[dict[str, OverPrompts], Path], None], bool]] = {
+    "kv_throughput_mean": (plot_throughput, False),
+    "expert_usage_mean": (plot_usage, True),
+    "first_choice_confidence_mean": (plot_first_choice, True),
 }
-"""Of each figure of models how it is drawn, which of them can be in it, and why others cannot."""
+"""Of each figure of models how it is drawn, and whether it is of their experts, which not all have."""
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SUFFIX = ".png"
 
@@ -84,9 +78,9 @@ def make(
                 say(visible(f"{name}: no {figure}, it has recorded nothing of it"))
     models, entries, origin = _measured(dict(zip(names, runs, strict=True)), texts, new_tokens, plain=plain, say=say)
     for figure, path in _of_models(output_dir).items():
-        draw, fits, why_not = OF_MODELS[figure]
-        for name in (left_out := [name for name, one in models.items() if not fits(one)]):
-            say(visible(f"{name}: not in {figure}, {why_not}"))
+        draw, of_experts = OF_MODELS[figure]
+        for name in (left_out := [name for name, one in models.items() if of_experts and not one.layers]):
+            say(visible(f"{name}: not in {figure}, it has no experts"))
         if drawn := {name: one for name, one in models.items() if name not in left_out}:
             draw(drawn, path)
             written[figure] = [path.name]

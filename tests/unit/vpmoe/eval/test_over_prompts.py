@@ -20,6 +20,7 @@ from megatron_vpmoe.model.moe.experts import StackedExperts
 from tests.learned_vocabulary import write_vocabulary
 from tests.tiny import NANO_MOE, tiny_config
 from vpmoe.errors import DataError
+from vpmoe.eval import over_prompts
 from vpmoe.eval.asking import stop_ids
 from vpmoe.eval.inspection import pieces_of
 from vpmoe.eval.over_prompts import OverPrompts, measured, prompts_of
@@ -43,7 +44,7 @@ def opened(request: pytest.FixtureRequest, single_process: None, tokenizer: Any,
     return SimpleNamespace(model=model, tokenizer=tokenizer, context=40, prompts=(), path=Path("x"))
 
 
-def test_usage_is_that_of_the_tokens_written(opened: Any) -> None:
+def test_usage_is_that_of_the_tokens_written(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     found = measured(opened, PROMPTS, 12, plain=True, say=said.append)
     layers = sum(isinstance(module, StackedExperts) for module in opened.model.modules())
@@ -61,6 +62,9 @@ def test_usage_is_that_of_the_tokens_written(opened: Any) -> None:
         assert (missing > -1e-9).all() and missing.sum(1) == pytest.approx([2] * layers)
     assert ((found.first_choice >= 0.5) & (found.first_choice <= 1)).all()
     assert all((rate > 0).all() for rate in found.rate.values())
+    monkeypatch.setattr(over_prompts, "stop_ids", lambda _: (done[0].ids[0],))
+    early = measured(opened, PROMPTS, 12, plain=True, say=said.append)
+    assert early.tokens[0] == 1 and all((rate > 0).all() for rate in early.rate.values())  # as many tokens are timed
     entry = json.loads(json.dumps(found.entry()))
     assert entry["layers"]["3"]["usage"]["mean"] == pytest.approx(found.usage[:, layers - 2].mean(0).tolist())
     assert entry["tokens_per_second"]["on"]["std"] == pytest.approx(found.rate["on"].std())
@@ -89,7 +93,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
 def drawn(layers: int, experts: int, seed: int) -> OverPrompts:
     random = np.random.default_rng(seed)
     usage = random.dirichlet(np.ones(experts), (5, layers))
-    rate = {"on": random.uniform(50, 60, 5), "off": np.array([9.0, np.nan, 8.0, 10.0, 9.0])}
+    rate = {"on": random.uniform(50, 60, 5), "off": random.uniform(8, 10, 5)}
     first = random.uniform(0.5, 1, (5, layers))
     return OverPrompts("text", np.full(5, 7), rate, [*range(2, 2 + layers)], usage, first, 2)
 
