@@ -70,7 +70,8 @@ def test_every_stage_then_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert report["parameters"] > report["active_parameters"] > 0 and report["perplexity"] > 6
     assert report["required_words"].keys() == report["protagonist"].keys() == {"pretrained", "sft", "dpo"}
     (seed,) = report["seeds"]
-    assert seed["tokens"]["pretrained"] > 0 and not report["targets"]["met"]
+    assert seed["tokens"]["pretrained"] > 4 * 4 * 200  # of every step, though few are recorded
+    assert not report["targets"]["met"]
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG") and "| 1 | dpo |" in (
         folder / "report.md"
     ).read_text()

@@ -120,7 +120,7 @@ def _measured(runs: StoryRuns) -> dict[str, Any]:
         return {stage: tasks[task][of] for stage, tasks in stages.items()}
 
     text = read_report(runs.pretrain.work / runs.likelihood, EVALUATION_KIND)["tasks"]
-    tokens = {stage: read_curves(runs.parts[part].metrics)["tokens/real"] for part, stage in _STAGES.items()}
+    tokens = {stage: read_curves(runs.parts[part].metrics)["elapsed/tokens"] for part, stage in _STAGES.items()}
     return {
         "seed": runs.seed,
         "perplexity": text[ALL]["perplexity"],
@@ -128,5 +128,5 @@ def _measured(runs: StoryRuns) -> dict[str, Any]:
         "protagonist": shares(PROTAGONIST),
         "banned_words": {stage: 1 - share for stage, share in shares(BANNED).items()},
         "ended": shares(STORY, "validity"),
-        "tokens": {stage: round(sum(value for _, value in points)) for stage, points in tokens.items()},
+        "tokens": {stage: round(points[-1][1]) for stage, points in tokens.items()},
     }
