@@ -73,12 +73,16 @@ def held_against(targets: StoryTargets, seeds: Sequence[Mapping[str, Any]]) -> d
 
 
 def table(seeds: Sequence[Mapping[str, Any]]) -> str:
-    """A row a model of each seed, in Markdown."""
+    """A row a model of each seed, in Markdown; in brackets what its stories give against another prompt."""
     headings = ("seed", "model", "perplexity", "required words", "protagonist", "banned words", "ended", "tokens")
     rows = []
     for one in seeds:
         for stage in _STAGES.values():
-            shares = [percent(one[name][stage]) for name in ("required_words", "protagonist", "banned_words", "ended")]
+            shares = [
+                f"{percent(one[name][stage])} ({percent(one['by_chance'][name][stage])})"
+                for name in ("required_words", "protagonist", "banned_words")
+            ]
+            shares.append(percent(one["ended"][stage]))
             perplexity = f"{one['perplexity']:.2f}" if stage == "pretrained" else ""
             rows.append([str(one["seed"]), stage, perplexity, *shares, f"{one['tokens'][stage]:,}"])
     return markdown_table(headings, rows)
@@ -119,14 +123,17 @@ def _measured(runs: StoryRuns) -> dict[str, Any]:
     def shares(task: str, of: str = "accuracy") -> dict[str, float]:
         return {stage: tasks[task][of] for stage, tasks in stages.items()}
 
+    def kept(of: str = "accuracy") -> dict[str, dict[str, float]]:
+        banned = {stage: 1 - share for stage, share in shares(BANNED, of).items()}
+        return {"required_words": shares(REQUIRED, of), "protagonist": shares(PROTAGONIST, of), "banned_words": banned}
+
     text = read_report(runs.pretrain.work / runs.likelihood, EVALUATION_KIND)["tasks"]
     tokens = {stage: read_curves(runs.parts[part].metrics)["elapsed/tokens"] for part, stage in _STAGES.items()}
     return {
         "seed": runs.seed,
         "perplexity": text[ALL]["perplexity"],
-        "required_words": shares(REQUIRED),
-        "protagonist": shares(PROTAGONIST),
-        "banned_words": {stage: 1 - share for stage, share in shares(BANNED).items()},
+        **kept(),
+        "by_chance": kept("by_chance"),  # the same stories against the constraints of another prompt
         "ended": shares(STORY, "validity"),
         "tokens": {stage: round(points[-1][1]) for stage, points in tokens.items()},
     }

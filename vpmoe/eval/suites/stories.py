@@ -1,7 +1,8 @@
 """Stories to order: how often a story has the words that its prompt asks for, its protagonist, and no banned word.
 
 Each prompt gets one story, whose draws are a function of the prompt and the seed alone. What counts is the story as far
-as it was written; whether it ended by itself is told apart (``validity``).
+as it was written; whether it ended by itself is told apart (``validity``). Beside each share stands ``by_chance``: what
+the same stories give against the constraints of the prompt behind theirs, which nobody asked them for.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from vpmoe.eval.conversation import Answer
 from vpmoe.eval.open_model import open_model, require_folder
 from vpmoe.eval.suites import suite_report
 
-SUITE, VERSION = "stories", 2
+SUITE, VERSION = "stories", 3
 """The version is of what is asked and reported; decides whether a keyed step's evaluation is done."""
 STORY, REQUIRED, PROTAGONIST, BANNED = "story", "required_words", "protagonist", "no_banned_words"
 _REMEDY = "make them: vpmoe data story-prompts"
@@ -105,7 +106,7 @@ def evaluate(path: Path, asked: Asked, *, say: Say) -> dict[str, Any]:
         report = {
             **suite_report.head(SUITE, opened, _settings_entry(asked, len(requests))),
             "asked": form.entry,
-            "tasks": entries_of(items),
+            "tasks": with_chance(entries_of(items), requests, items),
             "wall_seconds": round(time.perf_counter() - started, 2),
             "samples": _samples(requests, items, asked.samples),
         }
@@ -178,6 +179,26 @@ def entries_of(items: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return entries
 
 
+def with_chance(
+    entries: Mapping[str, dict[str, Any]], requests: Sequence[Request], items: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The entries with ``by_chance``, where there are several prompts: each story held to what the next one asks."""
+    kept: dict[str, list[bool]] = {REQUIRED: [], PROTAGONIST: [], BANNED: []}
+    stories = [item["answer"] for item in items if item["task"] == STORY]
+    for story, other in zip(stories, [*requests[1:], *requests[:1]], strict=True):
+        found = check_story(story, other.constraints)
+        kept[PROTAGONIST].append(found.protagonist_right)
+        if other.constraints.required:
+            kept[REQUIRED].append(found.required_present)
+        if other.constraints.banned:
+            kept[BANNED].append(not found.banned_present)
+    several = len(requests) > 1
+    return {
+        name: entry | ({"by_chance": mean(kept[name])} if several and kept.get(name) else {})
+        for name, entry in entries.items()
+    }
+
+
 def _samples(requests: Sequence[Request], items: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
     """The first stories, each with its prompt and what it does not keep to."""
     broken: dict[str, list[str]] = {}
@@ -213,5 +234,8 @@ def summary_lines(report: Mapping[str, Any]) -> str:
     for name, entry in report["tasks"].items():
         low, high = entry["interval"]
         share, what = (entry["accuracy"], "right") if "accuracy" in entry else (entry["validity"], "ended")
-        lines.append(f"{name:<16}{what} {100 * share:5.1f} % [{100 * low:.1f}, {100 * high:.1f}], n {entry['n']}")
+        chance = f"; by chance {100 * entry['by_chance']:.1f} %" if "by_chance" in entry else ""
+        lines.append(
+            f"{name:<16}{what} {100 * share:5.1f} % [{100 * low:.1f}, {100 * high:.1f}], n {entry['n']}{chance}"
+        )
     return "\n".join([*lines, f"{report['checkpoint']['run']}, {report['wall_seconds']:.1f} s"])

@@ -21,6 +21,7 @@ from vpmoe.eval.suites.stories import (
     entries_of,
     items_of,
     read_requests,
+    with_chance,
 )
 from vpmoe.tokenizer import CompactVocabulary
 
@@ -80,6 +81,24 @@ def test_shares_are_of_what_was_asked_for(tokenizer: CompactVocabulary) -> None:
     for entry in entries.values():
         low, high = entry["interval"]
         assert low <= entry.get("accuracy", entry.get("validity")) <= high
+
+
+def test_by_chance_is_what_the_stories_give_against_the_next_prompt(tokenizer: CompactVocabulary) -> None:
+    form = AsPassage(tokenizer)
+    other = request(protagonist={"name": "Max", "kind": "fox"}, required_words=["cake"], banned_words=["tunnel"])
+    requests = [request(), other]
+    items = [
+        i
+        for asked, told in zip(requests, (KEPT, BROKEN), strict=True)
+        for i in items_of(asked, ids_of(told, tokenizer), form)
+    ]
+    entries = with_chance(entries_of(items), requests, items)
+    assert {name: (entry["accuracy"], entry["by_chance"]) for name, entry in entries.items() if name != STORY} == {
+        REQUIRED: (1.0, 0.5),
+        PROTAGONIST: (1.0, 0.0),
+        BANNED: (1.0, 0.0),
+    }
+    assert "by_chance" not in with_chance(entries_of(items[:4]), requests[:1], items[:4])[REQUIRED]
 
 
 def write_prompts(path: Path, count: int = 3) -> Path:

@@ -103,6 +103,7 @@ def test_targets_hold_of_each_seed(changes: dict[str, Any], missed: set[str]) ->
     shares = {"pretrained": 0.1, "sft": 0.7, "dpo": 0.85}
     good: dict[str, Any] = {"perplexity": 5.0, "required_words": shares, "protagonist": shares, "ended": shares}
     good |= {"banned_words": dict.fromkeys(shares, 0.01), "tokens": dict.fromkeys(shares, 1000)}
+    good["by_chance"] = {name: shares for name in ("required_words", "protagonist", "banned_words")}
     seeds = [{"seed": 1, **good}, {"seed": 2, **good, **changes}]
     held = held_against(targets, seeds)
     assert held["met"] is (not missed)

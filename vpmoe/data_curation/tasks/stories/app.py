@@ -27,15 +27,27 @@ class Made:
     seed: Annotated[int, typer.Option(help="another seed draws other rows; what is a test row stays one")] = 1
     valid_fraction: Annotated[float, typer.Option(help="share of the split valid")] = VALID_FRACTION
     test_fraction: Annotated[float, typer.Option(help="share of the split test")] = TEST_FRACTION
+    choices: Annotated[
+        int | None,
+        typer.Option(min=3, help="a smaller world: at most so many names, kinds, places and other words of each list"),
+    ] = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace rows of another seed or size")] = False
     quiet: Quiet = False
 
 
 @app.command()
 @flags
-def stories(made: Made, *, rows: Annotated[int, typer.Option(help="stories, each of another plot")] = 100_000) -> None:
+def stories(
+    made: Made,
+    *,
+    rows: Annotated[int, typer.Option(help="stories, each of another plot")] = 100_000,
+    readers: Annotated[
+        float,
+        typer.Option(min=0.0, max=0.99, help="share of the training rows that are first readers: short, of few words"),
+    ] = 0.0,
+) -> None:
     """Generate a corpus of small children's stories with plots: texts of 130 to 200 words, no plot twice."""
-    counts = corpus.generate(rows=rows, **asdict(made), say=typer.echo)
+    counts = corpus.generate(rows=rows, readers=readers, **asdict(made), say=typer.echo)
     typer.echo(_told(made.output_dir, counts))
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -73,6 +73,7 @@ class Content:
             ban: wordings have them that could as well be others.
         hobbies: what a hero likes to do.
         asking: parts of a prompt (``who``, ``requests``, ``themes``, ``required``, ``banned``), each with its wordings.
+        readers: sentences of first readers (see :func:`telling.read_first`), each with its wordings.
         frame: what stands before a scene (``openings``, ``traits``, ``habits``, ``sights``), each with its wordings.
         endings: ways for a story to end, each with its wordings.
         morals: theme -> wordings.
@@ -82,6 +83,7 @@ class Content:
     words: Mapping[str, tuple[str, ...]]
     hobbies: tuple[str, ...]
     asking: Mapping[str, Forms]
+    readers: Mapping[str, Forms]
     frame: Mapping[str, Forms]
     endings: tuple[Forms, ...]
     morals: Mapping[str, Forms]
@@ -89,17 +91,22 @@ class Content:
 
 
 @cache
-def content() -> Content:
-    """What ``stories.toml`` holds."""
+def content(choices: int | None = None) -> Content:
+    """What ``stories.toml`` holds; with ``choices`` a smaller world, of at most so many of each list of things to tell.
+
+    Wordings stay as many as they are, and so do the words that a prompt may ban.
+    """
     read = tomllib.loads(FILE.read_text(encoding="utf-8"))
+    words = {name: tuple(listed.split()) for name, listed in read["words"].items()}
     return Content(
-        {name: tuple(listed.split()) for name, listed in read["words"].items()},
-        tuple(read["hobbies"]),
+        {name: listed if name == "banned" else _some(listed, choices) for name, listed in words.items()},
+        _some(read["hobbies"], choices),
         {name: _forms(listed) for name, listed in read["asking"].items()},
+        {name: _forms(listed) for name, listed in read["readers"].items()},
         {name: _forms(listed) for name, listed in read["frame"].items()},
         tuple(_forms(listed) for listed in read["endings"]),
         {theme: _forms(listed) for theme, listed in read["morals"].items()},
-        tuple(_scene(entry) for entry in read["scenes"]),
+        tuple(_scene(entry, choices) for entry in read["scenes"]),
     )
 
 
@@ -121,10 +128,17 @@ def with_article(phrase: str) -> str:
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
-def _scene(entry: Mapping[str, Any]) -> Scene:
+def _some(listed: Sequence[str], choices: int | None) -> tuple[str, ...]:
+    """At most so many of them, from all over the list."""
+    count = len(listed) if choices is None else min(choices, len(listed))
+    return tuple(listed[place * len(listed) // count] for place in range(count))
+
+
+def _scene(entry: Mapping[str, Any], choices: int | None) -> Scene:
     beats = tuple(Beat(_forms(beat.get("told") or beat["extra"]), "extra" in beat) for beat in entry["beats"])
-    words = {name: tuple(listed.split()) for name, listed in entry["words"].items()}
-    return Scene(entry["theme"], words, {name: tuple(listed) for name, listed in entry["phrases"].items()}, beats)
+    words = {name: _some(listed.split(), choices) for name, listed in entry["words"].items()}
+    phrases = {name: _some(listed, choices) for name, listed in entry["phrases"].items()}
+    return Scene(entry["theme"], words, phrases, beats)
 
 
 def _forms(listed: list[str]) -> Forms:

@@ -16,12 +16,12 @@ from megatron_vpmoe.files import json_line
 from vpmoe import steps
 from vpmoe.data_curation.tasks.family import hash_of
 from vpmoe.data_curation.tasks.stories.plots import SPLITS, check_fractions, number_of, plot, plot_count, split_of
-from vpmoe.data_curation.tasks.stories.telling import tell
+from vpmoe.data_curation.tasks.stories.telling import read_first, tell
 from vpmoe.errors import DataError
 from vpmoe.progress import Progress
 
 VALID_FRACTION, TEST_FRACTION = 0.02, 0.02
-VERSION = 3
+VERSION = 4
 """Of what is written: plots, their wording, and what prompts ask of them."""
 Row = Mapping[str, Any]
 
@@ -32,19 +32,29 @@ def file_of(split: str) -> str:
 
 
 def make_story(
-    seed: int, index: int, valid_fraction: float = VALID_FRACTION, test_fraction: float = TEST_FRACTION
+    seed: int,
+    index: int,
+    valid_fraction: float = VALID_FRACTION,
+    test_fraction: float = TEST_FRACTION,
+    choices: int | None = None,
+    readers: float = 0.0,
 ) -> dict[str, str]:
     """Row ``index`` of the corpus that ``seed`` defines: ``id``, ``text`` and ``split``.
+
+    Args:
+        choices: of the world (see ``content``); None: all of it.
+        readers: share of the training rows that are first readers instead of stories.
 
     Raises:
         DataError: there are not so many plots.
     """
-    number = number_of(seed, index)
-    return {
-        "id": f"story_{seed}_{index:08d}",
-        "text": tell(plot(number), random.Random(hash_of(f"{seed} {number}")), long=True),
-        "split": split_of(str(number), valid_fraction, test_fraction),
-    }
+    number = number_of(seed, index, choices)
+    split = split_of(str(number), valid_fraction, test_fraction)
+    draw = random.Random(hash_of(f"{seed} {number}"))
+    told = plot(number, choices)
+    is_reader = split == "train" and hash_of(f"reader {seed} {number}") / 2**64 < readers
+    text = read_first(told, draw) if is_reader else tell(told, draw, long=True)
+    return {"id": f"{'reader' if is_reader else 'story'}_{seed}_{index:08d}", "text": text, "split": split}
 
 
 def generate(
@@ -54,6 +64,8 @@ def generate(
     seed: int,
     valid_fraction: float = VALID_FRACTION,
     test_fraction: float = TEST_FRACTION,
+    choices: int | None = None,
+    readers: float = 0.0,
     overwrite: bool = False,
     quiet: bool = True,
     say: Callable[[str], None] = lambda line: None,
@@ -64,26 +76,28 @@ def generate(
         DataError: no rows, more than there are plots, or shares that are none.
         NotOursError, BusyError: see :func:`vpmoe.steps.run`.
     """
-    check_rows(rows)
+    check_rows(rows, choices)
     check_fractions(valid_fraction, test_fraction)
-    decides = {"rows": rows, "seed": seed, "valid_fraction": valid_fraction, "test_fraction": test_fraction}
+    shares = {"valid_fraction": valid_fraction, "test_fraction": test_fraction}
+    decides = {"rows": rows, "seed": seed, **shares, "choices": choices, "readers": readers}
 
     def make(work: steps.Work) -> dict[str, Any]:
-        made = (make_story(seed, index, valid_fraction, test_fraction) for index in range(rows))
+        made = (make_story(seed, index, *shares.values(), choices, readers) for index in range(rows))
         return {"rows": write_rows(work.folder, made, rows, "stories", quiet=quiet)}
 
     step = steps.Step("stories", VERSION, output_dir, decides)
     return steps.run(step, make, overwrite=overwrite, check_hashes=True, say=say)["report"]["rows"]
 
 
-def check_rows(rows: int) -> None:
+def check_rows(rows: int, choices: int | None = None) -> None:
     """Refuse a number of rows that cannot be made.
 
     Raises:
         DataError: none, or more than there are plots.
     """
-    if not 1 <= rows <= plot_count():
-        raise DataError(f"{rows} rows", source="--rows", remedy=f"ask for 1 to {plot_count():,}")
+    count = plot_count(choices)
+    if not 1 <= rows <= count:
+        raise DataError(f"{rows} rows", source="--rows", remedy=f"ask for 1 to {count:,}")
 
 
 def write_rows(folder: Path, rows: Iterator[Row], total: int, phase: str, *, quiet: bool) -> dict[str, int]:

@@ -36,6 +36,7 @@ def generate(
     pairs: bool = False,
     valid_fraction: float = VALID_FRACTION,
     test_fraction: float = TEST_FRACTION,
+    choices: int | None = None,
     writing: Writing | None = None,
     overwrite: bool = False,
     quiet: bool = True,
@@ -55,26 +56,28 @@ def generate(
         EndpointError: the model cannot be asked; the same command goes on behind what it answered.
         NotOursError, BusyError: see :func:`vpmoe.steps.run`.
     """
-    check_rows(rows)
+    check_rows(rows, choices)
     check_fractions(valid_fraction, test_fraction)
-    decides: dict[str, Any] = {"rows": rows, "seed": seed, "pairs": pairs}
+    decides: dict[str, Any] = {"rows": rows, "seed": seed, "pairs": pairs, "choices": choices}
     decides |= {"valid_fraction": valid_fraction, "test_fraction": test_fraction}
     decides |= {"writing": writing.as_key()} if writing else {}
     make_row = make_pair if pairs else make_prompt
 
     def templates() -> Iterator[Row]:
-        return (make_row(seed, index, valid_fraction, test_fraction) for index in range(rows))
+        return (make_row(seed, index, valid_fraction, test_fraction, choices) for index in range(rows))
 
     def written(told: Told) -> Iterator[Row]:
         for index, stories in enumerate(told.stories):
             if stories is not None:
-                yield row_of(ask(seed, index), seed, index, stories, valid_fraction, test_fraction)
+                yield row_of(ask(seed, index, choices), seed, index, stories, valid_fraction, test_fraction)
 
     def make(work: steps.Work) -> dict[str, Any]:
         if writing is None:
             return {"rows": write_rows(work.folder, templates(), rows, "prompts", quiet=quiet)}
         path, wrong = answers_of(output_dir), _of_other_hero if pairs else None
-        told = write_stories(rows, lambda index: ask(seed, index), writing, Answers(path), wrong_of=wrong, quiet=quiet)
+        told = write_stories(
+            rows, lambda index: ask(seed, index, choices), writing, Answers(path), wrong_of=wrong, quiet=quiet
+        )
         if len(told.dropped) == rows:
             raise DataError(
                 f"none of {rows} rows got a story that keeps to what was asked: {told.report()['dropped']}",

@@ -57,38 +57,39 @@ class Plot:
 
 _SPREAD = 2**89 - 1
 """A prime larger than any scene: times it, modulo a scene's size, is one to one and leaves no choice out."""
-_SHARED = {"place": "places", "weather": "weather", "sight": "sights", "treat": "treats"}
+SHARED = {"place": "places", "weather": "weather", "sight": "sights", "treat": "treats"}
+"""Words that a plot of any scene has, and the lists that they are of."""
 
 
 @cache
-def _radices(scene: Scene) -> tuple[int, ...]:
-    words = content().words
+def _radices(scene: Scene, choices: int | None) -> tuple[int, ...]:
+    words = content(choices).words
     people = (2, len(words["he"]), len(words["kinds"]), len(words["he"]), len(words["kinds"]) - 1)
     own = [len(values) for values in (*scene.words.values(), *scene.phrases.values())]
-    shared = [len(words[name]) for name in ("sizes", "traits", "elders", *_SHARED.values())]
-    return (*people, *own, *shared, len(content().hobbies), len(content().endings))
+    shared = [len(words[name]) for name in ("sizes", "traits", "elders", *SHARED.values())]
+    return (*people, *own, *shared, len(content(choices).hobbies), len(content().endings))
 
 
 @cache
-def _size(scene: Scene) -> int:
-    return math.prod(_radices(scene))
+def _size(scene: Scene, choices: int | None) -> int:
+    return math.prod(_radices(scene, choices))
 
 
 @cache
-def plot_count() -> int:
-    """Plots with a number: as many of each scene as the scene with the fewest has."""
-    scenes = content().scenes
-    return len(scenes) * min(map(_size, scenes))
+def plot_count(choices: int | None = None) -> int:
+    """Plots with a number: as many of each scene as the scene with the fewest has; ``choices``: see ``content``."""
+    scenes = content(choices).scenes
+    return len(scenes) * min(_size(scene, choices) for scene in scenes)
 
 
-def plot(number: int) -> Plot:
-    """The plot of a number from 0 to :func:`plot_count` - 1."""
-    scenes, words = content().scenes, content().words
+def plot(number: int, choices: int | None = None) -> Plot:
+    """The plot of a number from 0 to :func:`plot_count` - 1; in a world of other ``choices`` another plot has it."""
+    scenes, words = content(choices).scenes, content(choices).words
     rest, which = divmod(number, len(scenes))
     scene = scenes[which]
-    rest = rest * _SPREAD % _size(scene)
+    rest = rest * _SPREAD % _size(scene, choices)
     digits = []
-    for radix in _radices(scene):
+    for radix in _radices(scene, choices):
         rest, digit = divmod(rest, radix)
         digits.append(digit)
     left = iter(digits)
@@ -96,7 +97,7 @@ def plot(number: int) -> Plot:
     hero_names, friend_names = (words["she"], words["he"]) if female else (words["he"], words["she"])
     chosen = {name: values[next(left)] for name, values in (*scene.words.items(), *scene.phrases.items())}
     size, trait, elder = (words[name][next(left)] for name in ("sizes", "traits", "elders"))
-    chosen |= {name: words[listed][next(left)] for name, listed in _SHARED.items()}
+    chosen |= {name: words[listed][next(left)] for name, listed in SHARED.items()}
     other_kind += other_kind >= kind
     return Plot(
         scene,
@@ -105,7 +106,7 @@ def plot(number: int) -> Plot:
         size,
         trait,
         elder,
-        content().hobbies[next(left)],
+        content(choices).hobbies[next(left)],
         chosen,
         next(left),
     )
@@ -116,7 +117,7 @@ def character(name: str, kind: str, female: bool) -> Character:
     return Character(name, ("girl" if female else "boy") if kind == CHILD else kind, female)
 
 
-def number_of(seed: int, index: int) -> int:
+def number_of(seed: int, index: int, choices: int | None = None) -> int:
     """The number of the plot at ``index`` in the order that ``seed`` gives all plots: a bijection, by cycle walking.
 
     Steps that can be undone (odd factors, added keys, and shifted bits, modulo a power of two) go on until they lead
@@ -125,16 +126,17 @@ def number_of(seed: int, index: int) -> int:
     Raises:
         DataError: there is no such index.
     """
-    if not 0 <= index < plot_count():
-        raise DataError(f"there is no story {index}", source="rows", remedy=f"stay below {plot_count():,}")
-    bits, keys = plot_count().bit_length(), _keys(seed)
+    count = plot_count(choices)
+    if not 0 <= index < count:
+        raise DataError(f"there is no story {index}", source="rows", remedy=f"stay below {count:,}")
+    bits, keys = count.bit_length(), _keys(seed)
     mask, half = (1 << bits) - 1, bits // 2
     number = index
     while True:
         for factor, added in keys:
             number = (number * factor + added) & mask
             number ^= number >> half
-        if number < plot_count():
+        if number < count:
             return number
 
 

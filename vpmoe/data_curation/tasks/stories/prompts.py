@@ -1,7 +1,7 @@
 """Stories that were asked for, and the constraints that they keep to.
 
 A prompt asks for a protagonist, a theme, two or three words that have to come and one or two that must not. What has to
-come is of the plot, so that its story has it; what must not are words that another wording of the same plot has. Each
+come is of the plot, so that its story has it; what must not are words that some stories have and this one has not. Each
 row is held to :func:`checker.check_story` before it is written.
 
 The split is decided by the hash of what is asked together (protagonist, theme, required words): no such combination is
@@ -20,12 +20,10 @@ from vpmoe.data_curation.tasks.stories.checker import Constraints, check_story, 
 from vpmoe.data_curation.tasks.stories.content import content, with_article
 from vpmoe.data_curation.tasks.stories.corpus import TEST_FRACTION, VALID_FRACTION
 from vpmoe.data_curation.tasks.stories.plots import Character, Plot, character, number_of, plot, split_of
-from vpmoe.data_curation.tasks.stories.telling import pick, tell, worded
+from vpmoe.data_curation.tasks.stories.telling import listed, pick, some_words, tell, worded
 
 SHORTEST, LONGEST = 60, 120
 """Words of a completion."""
-_SHARED = ("place", "weather", "sight", "treat")
-_OTHER_WORDINGS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +37,7 @@ class Asked:
         story: keeps to the constraints.
         wording: seed of its wording, which another protagonist's story of the plot may take too.
         needed: names of the words of the plot that were asked for.
+        choices: of the world that the plot is of.
     """
 
     plot: Plot
@@ -47,6 +46,7 @@ class Asked:
     story: str
     wording: int
     needed: tuple[str, ...]
+    choices: int | None = None
 
     @property
     def combination(self) -> str:
@@ -55,24 +55,24 @@ class Asked:
         return f"{asked.name} {asked.kind} {asked.theme} {' '.join(sorted(asked.required))}"
 
 
-def ask(seed: int, index: int) -> Asked:
-    """What row ``index`` under ``seed`` asks for.
+def ask(seed: int, index: int, choices: int | None = None) -> Asked:
+    """What row ``index`` under ``seed`` asks for, in a world of so many ``choices`` (see ``content``).
 
     Raises:
         DataError: there are not so many plots.
     """
-    number = number_of(seed, index)
-    chosen = plot(number)
+    number = number_of(seed, index, choices)
+    chosen = plot(number, choices)
     for attempt in itertools.count():
         wording = hash_of(f"prompt {seed} {number} {attempt}")
         draw = random.Random(wording)
-        needed = _needed(chosen, draw)
+        needed = some_words(chosen, draw)
         story = tell(chosen, random.Random(wording), long=False, needed=needed)
-        banned = _banned(chosen, needed, story, wording, draw)
+        banned = _banned(story, draw)
         required = tuple(chosen.chosen[name] for name in needed)
         asked = Constraints(chosen.hero.name, chosen.hero.kind, chosen.scene.theme, required, banned)
         if banned and SHORTEST <= len(story.split()) <= LONGEST and check_story(story, asked).passed:
-            return Asked(chosen, asked, _prompt(chosen, asked, draw), story, wording, needed)
+            return Asked(chosen, asked, _prompt(chosen, asked, draw), story, wording, needed, choices)
     raise AssertionError("unreachable")
 
 
@@ -91,21 +91,29 @@ def row_of(
 
 
 def make_prompt(
-    seed: int, index: int, valid_fraction: float = VALID_FRACTION, test_fraction: float = TEST_FRACTION
+    seed: int,
+    index: int,
+    valid_fraction: float = VALID_FRACTION,
+    test_fraction: float = TEST_FRACTION,
+    choices: int | None = None,
 ) -> dict[str, Any]:
     """Row ``index`` of instructions: ``id``, ``split``, ``prompt``, ``completion``, ``constraints``."""
-    asked = ask(seed, index)
+    asked = ask(seed, index, choices)
     return row_of(asked, seed, index, (asked.story,), valid_fraction, test_fraction)
 
 
 def make_pair(
-    seed: int, index: int, valid_fraction: float = VALID_FRACTION, test_fraction: float = TEST_FRACTION
+    seed: int,
+    index: int,
+    valid_fraction: float = VALID_FRACTION,
+    test_fraction: float = TEST_FRACTION,
+    choices: int | None = None,
 ) -> dict[str, Any]:
     """Row ``index`` of pairs: ``id``, ``split``, ``prompt``, ``chosen``, ``rejected``, ``constraints``.
 
     ``rejected`` is the chosen story with another protagonist, word for word: all that is wrong with it.
     """
-    asked = ask(seed, index)
+    asked = ask(seed, index, choices)
     told = tell(
         replace(asked.plot, hero=other_hero(asked)), random.Random(asked.wording), long=False, needed=asked.needed
     )
@@ -116,7 +124,7 @@ def make_pair(
 
 def other_hero(asked: Asked) -> Character:
     """A protagonist of another name and kind, of the same gender; whom a rejected story is about."""
-    words, hero = content().words, asked.plot.hero
+    words, hero = content(asked.choices).words, asked.plot.hero
     taken = {hero.kind, asked.plot.friend.kind, *asked.constraints.required, *asked.constraints.banned}
     draw = random.Random(hash_of(f"rejected {asked.wording}"))
     names = [name for name in words["she" if hero.female else "he"] if name != hero.name]
@@ -124,27 +132,10 @@ def other_hero(asked: Asked) -> Character:
     return pick([other for other in others if other.kind not in taken], draw)
 
 
-def _needed(chosen: Plot, draw: random.Random) -> tuple[str, ...]:
-    """Names of two or three words of the plot, in any order: different ones, and none says who somebody is."""
-    words = [chosen.hero.kind, chosen.friend.kind]
-    names = [*chosen.scene.words, *_SHARED]
-    draw.shuffle(names)
-    needed = []
-    for name in names:
-        word = chosen.chosen[name]
-        if not is_in(word, frozenset(words)):
-            words.append(word)
-            needed.append(name)
-    return tuple(needed[: pick((2, 3), draw)])
-
-
-def _banned(chosen: Plot, needed: tuple[str, ...], story: str, wording: int, draw: random.Random) -> tuple[str, ...]:
-    """One or two words that other wordings of the plot have and this story has not; none where there are no such."""
-    others: set[str] = set()
-    for other in range(1, 1 + _OTHER_WORDINGS):
-        others |= words_of(tell(chosen, random.Random(wording + other), long=False, needed=needed))
+def _banned(story: str, draw: random.Random) -> tuple[str, ...]:
+    """One or two words of those that may be banned, which this story has not."""
     here = words_of(story)
-    found = [word for word in content().words["banned"] if word in others and not is_in(word, here)]
+    found = [word for word in content().words["banned"] if not is_in(word, here)]
     draw.shuffle(found)
     return tuple(found[: pick((1, 2), draw)])
 
@@ -164,7 +155,4 @@ def _prompt(chosen: Plot, asked: Constraints, draw: random.Random) -> str:
 
 
 def _listed(words: tuple[str, ...], draw: random.Random) -> str:
-    if draw.random() < 0.25:
-        words = tuple(f'"{word}"' for word in words)
-    *first, last = words
-    return f"{', '.join(first)}{pick((' and ', ', '), draw)}{last}" if first else last
+    return listed([f'"{word}"' for word in words] if draw.random() < 0.25 else words, draw)

@@ -6,8 +6,9 @@ import random
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar
 
+from vpmoe.data_curation.tasks.stories.checker import is_in
 from vpmoe.data_curation.tasks.stories.content import Forms, content, with_article
-from vpmoe.data_curation.tasks.stories.plots import Plot
+from vpmoe.data_curation.tasks.stories.plots import SHARED, Plot
 
 _PARTS_OF_DAY = ("morning", "afternoon", "day")
 _PARAGRAPH = "\n\n"
@@ -49,6 +50,44 @@ def tell(plot: Plot, draw: random.Random, *, long: bool, needed: Collection[str]
     return _PARAGRAPH.join(map(" ".join, paragraphs))
 
 
+def read_first(plot: Plot, draw: random.Random) -> str:
+    """A first reader about the hero of a plot: a line names two or three of its words, short sentences use each twice.
+
+    Half of such a text has been said before in it, where in a story a name comes every twenty words: a small model
+    learns from it to take a word from what it has read.
+    """
+    forms, needed = content().readers, [*some_words(plot, draw)]
+    slots = _slots(plot, draw) | {"words": listed([plot.chosen[name] for name in needed], draw)}
+    parts = [worded(forms[part], slots, draw) for part in ("titles", "heroes")]
+    draw.shuffle(needed)
+    for name in needed:
+        word = plot.chosen[name]
+        slots |= {"word": word, "Word": word.capitalize()}
+        part = name if name in SHARED else "word"
+        parts += [worded(forms[part], slots, draw), worded(forms[f"{part}_again"], slots, draw)]
+    return " ".join([*parts, worded(forms["ends"], slots, draw)])
+
+
+def some_words(plot: Plot, draw: random.Random) -> tuple[str, ...]:
+    """Names of two or three words of the plot, in any order: different ones, and none says who somebody is."""
+    words = [plot.hero.kind, plot.friend.kind]
+    names = [*plot.scene.words, *SHARED]
+    draw.shuffle(names)
+    found = []
+    for name in names:
+        word = plot.chosen[name]
+        if not is_in(word, frozenset(words)):
+            words.append(word)
+            found.append(name)
+    return tuple(found[: pick((2, 3), draw)])
+
+
+def listed(words: Sequence[str], draw: random.Random) -> str:
+    """Words as a sentence lists them."""
+    *first, last = words
+    return f"{', '.join(first)}{pick((' and ', ', '), draw)}{last}" if first else last
+
+
 def worded(forms: Forms, slots: Mapping[str, str], draw: random.Random) -> str:
     """One of the forms, one of its spellings, with what stands for the names in braces."""
     return pick(pick(forms, draw), draw).format_map(slots)
@@ -68,7 +107,13 @@ def _slots(plot: Plot, draw: random.Random) -> dict[str, str]:
     when = f"one {day}" if draw.random() < 0.5 else f"on {with_article(day)}"
     slots = {
         **{"hero": hero.name, "he": he, "He": he.capitalize(), "him": him, "himself": self},
-        **{"his": his, "His": his.capitalize(), "kind": hero.kind, "a_size": with_article(plot.size)},
+        **{
+            "his": his,
+            "His": his.capitalize(),
+            "kind": hero.kind,
+            "a_kind": with_article(hero.kind),
+            "a_size": with_article(plot.size),
+        },
         **{"friend": friend.name, "she": she, "She": she.capitalize(), "her": her, "hers": hers},
         **{"fkind": friend.kind, "a_fkind": with_article(friend.kind)},
         **{"elder": f"{his} {plot.elder}", "Elder": f"{his.capitalize()} {plot.elder}"},

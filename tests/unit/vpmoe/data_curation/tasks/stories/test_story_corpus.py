@@ -109,6 +109,37 @@ def test_splits_go_by_the_plot_whatever_the_seed() -> None:
         assert row["split"] == split_of(str(number_of(1, index)), 0.1, 0.2)
 
 
+def test_a_smaller_world_has_so_many_of_each_list() -> None:
+    told = [plot(number_of(1, index, 3), 3) for index in range(3_000)]
+    assert max(len({one.hero.name for one in told if one.hero.female is she}) for she in (True, False)) == 3
+    assert {len({one.chosen[name] for one in told}) for name in ("place", "weather", "sight", "treat")} == {3}
+    assert len({one.hero.kind for one in told}) == 3 and len({one.scene.theme for one in told}) == 13
+    assert all(
+        len(told) <= 3 for scene in content(3).scenes for told in (*scene.words.values(), *scene.phrases.values())
+    )
+    assert content(3).words["banned"] == content().words["banned"] and 10**9 < plot_count(3) < plot_count(8)
+    assert len({number_of(1, index, 3) for index in range(3_000)}) == 3_000
+
+
+@given(index=INDICES, seed=st.integers(0, 5))
+def test_a_first_reader_says_its_words_again(index: int, seed: int) -> None:
+    row = make_story(seed, index, 0.0, 0.0, readers=0.999)
+    told, text = plot(number_of(seed, index)), row["text"]
+    assert row["id"].startswith("reader_") and row == make_story(seed, index, 0.0, 0.0, readers=0.999)
+    said = [word for word in told.chosen.values() if len(re.findall(rf"\b{word}\b", text, re.I)) >= 3]
+    assert 2 <= len(said) <= 3 and len(re.findall(rf"\b{told.hero.name}\b", text)) >= 3
+    assert told.hero.kind in text and 20 < len(text.split()) < 90
+    assert not re.search(r"[{}\[\]|]|  |\ba [aeiou]|\ban [^aeiou]| [,.!?]", text)
+    assert all(re.match(r"[A-Z]", sentence) for sentence in re.split(r"(?<=[.!?]) ", text))
+
+
+def test_only_training_rows_are_first_readers() -> None:
+    rows = [make_story(1, index, 0.2, 0.2, readers=0.5) for index in range(2_000)]
+    kinds_of = Counter((row["split"], row["id"].split("_")[0]) for row in rows)
+    assert set(kinds_of) == {("train", "reader"), ("train", "story"), ("valid", "story"), ("test", "story")}
+    assert 0.44 < kinds_of["train", "reader"] / (kinds_of["train", "reader"] + kinds_of["train", "story"]) < 0.56
+
+
 def test_files_are_the_rows_and_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["data", "stories", "--output-dir", str(tmp_path), "--rows", "300", "--seed", "4", "--quiet"]
     command += ["--valid-fraction", "0.1", "--test-fraction", "0.1"]
