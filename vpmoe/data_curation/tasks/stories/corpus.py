@@ -16,7 +16,7 @@ from megatron_vpmoe.files import json_line
 from vpmoe import steps
 from vpmoe.data_curation.tasks.family import hash_of
 from vpmoe.data_curation.tasks.stories.plots import SPLITS, check_fractions, number_of, plot, plot_count, split_of
-from vpmoe.data_curation.tasks.stories.telling import read_first, tell
+from vpmoe.data_curation.tasks.stories.telling import abridge, read_first, tell
 from vpmoe.errors import DataError
 from vpmoe.progress import Progress
 
@@ -53,7 +53,10 @@ def make_story(
     draw = random.Random(hash_of(f"{seed} {number}"))
     told = plot(number, choices)
     is_reader = split == "train" and hash_of(f"reader {seed} {number}") / 2**64 < readers
-    text = read_first(told, draw) if is_reader else tell(told, draw, long=True)
+    if is_reader:
+        text = read_first(told, draw) if draw.random() < 0.5 else abridge(told, draw)
+    else:
+        text = tell(told, draw, long=True)
     return {"id": f"{'reader' if is_reader else 'story'}_{seed}_{index:08d}", "text": text, "split": split}
 
 
@@ -82,7 +85,7 @@ def generate(
     decides = {"rows": rows, "seed": seed, **shares, "choices": choices, "readers": readers}
 
     def make(work: steps.Work) -> dict[str, Any]:
-        made = (make_story(seed, index, *shares.values(), choices, readers) for index in range(rows))
+        made = (make_story(seed, index, valid_fraction, test_fraction, choices, readers) for index in range(rows))
         return {"rows": write_rows(work.folder, made, rows, "stories", quiet=quiet)}
 
     step = steps.Step("stories", VERSION, output_dir, decides)

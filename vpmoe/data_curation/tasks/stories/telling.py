@@ -6,7 +6,7 @@ import random
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar
 
-from vpmoe.data_curation.tasks.stories.checker import is_in
+from vpmoe.data_curation.tasks.stories.checker import is_in, words_of
 from vpmoe.data_curation.tasks.stories.content import Forms, content, with_article
 from vpmoe.data_curation.tasks.stories.plots import SHARED, Plot
 
@@ -66,6 +66,20 @@ def read_first(plot: Plot, draw: random.Random) -> str:
         part = name if name in SHARED else "word"
         parts += [worded(forms[part], slots, draw), worded(forms[f"{part}_again"], slots, draw)]
     return " ".join([*parts, worded(forms["ends"], slots, draw)])
+
+
+def abridge(plot: Plot, draw: random.Random) -> str:
+    """A line that names the hero and two or three words of the plot, and what its story says with them, no more."""
+    forms, frame, needed = content().readers, content().frame, some_words(plot, draw)
+    slots = _slots(plot, draw) | {"words": listed([plot.chosen[name] for name in needed], draw)}
+    slots["who"] = worded(content().asking["who"], slots, draw)
+    sources = {"place": [], "sight": [frame["sights"]], "treat": [content().endings[plot.ending]]}
+    sources |= {name: [beat.forms for beat in plot.scene.beats] for name in needed if name not in sources}
+    parts = [worded(forms["abridged"], slots, draw), worded(frame["openings"], slots, draw)]
+    for name in (name for name in sources if name in needed):
+        told = (worded(form, slots, draw) for form in sources[name])
+        parts += [next(part for part in told if is_in(plot.chosen[name], words_of(part)))] if sources[name] else []
+    return " ".join(part[0].upper() + part[1:] for part in parts)
 
 
 def some_words(plot: Plot, draw: random.Random) -> tuple[str, ...]:
