@@ -123,13 +123,17 @@ def make_pair(
 
 
 def other_hero(asked: Asked) -> Character:
-    """A protagonist of another name and kind, of the same gender; whom a rejected story is about."""
+    """A protagonist of the same gender, whom a rejected story is about: of another kind, in half by another name too.
+
+    Where names tell two stories apart, the kind is hardly learned: it comes once or twice, the name in every sentence.
+    """
     words, hero = content(asked.choices).words, asked.plot.hero
     taken = {hero.kind, asked.plot.friend.kind, *asked.constraints.required, *asked.constraints.banned}
     draw = random.Random(hash_of(f"rejected {asked.wording}"))
-    names = [name for name in words["she" if hero.female else "he"] if name != hero.name]
-    others = [character(pick(names, draw), kind, hero.female) for kind in words["kinds"]]
-    return pick([other for other in others if other.kind not in taken], draw)
+    others = [name for name in words["she" if hero.female else "he"] if name != hero.name]
+    name = pick((hero.name, pick(others, draw)), draw)
+    found = [character(name, kind, hero.female) for kind in words["kinds"]]
+    return pick([other for other in found if other.kind not in taken], draw)
 
 
 def _banned(story: str, draw: random.Random) -> tuple[str, ...]:

@@ -238,4 +238,4 @@ def _check(text: str, asked: Constraints, not_of: Constraints | None) -> None:
     if not check.protagonist_right:
         raise _Failed("protagonist", f"its hero is not {asked.name}, {with_article(asked.kind)}, from the beginning on")
     if not_of is not None and check_story(text, not_of).protagonist_right:
-        raise _Failed("protagonist", f"its hero must not be {not_of.name}")
+        raise _Failed("protagonist", f"its hero must not be {not_of.name}, {with_article(not_of.kind)}")
