@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -95,34 +96,35 @@ def replaced(cfg: RunConfig, name: str, value: Any) -> RunConfig:
     return cfg.model_copy(update={section: getattr(cfg, section).model_copy(update={name: value})})
 
 
-def fingerprint(cfg: RunConfig) -> dict[str, torch.Tensor | None]:
-    """Loss and every gradient after one forward and backward pass from seed 0, and the buffers that there are."""
+def fingerprint(cfg: RunConfig) -> Iterator[dict[str, Any]]:
+    """From seed 0 the parameters' shapes, the loss, and every gradient, each computed when it is asked for."""
     torch.manual_seed(0)
     model = build_model(cfg).train()
+    yield {name: parameter.shape for name, parameter in model.named_parameters()}
     batch = random_batch(2, cfg.data.seq_length, 64, seed=0)
     output = model(batch.tokens, SequenceLayout(batch.document_id, batch.position_ids))
     even = torch.full(batch.labels.shape, 1.0 / int(batch.loss_mask.sum()))
     loss, _ = output.cross_entropy(batch.labels, batch.loss_mask, even)
+    yield {"loss": loss.detach(), "expert bias": expert_bias(model)}
     loss.backward()
-    gradients: dict[str, torch.Tensor | None] = {name: p.grad for name, p in model.named_parameters()}
-    return gradients | {"loss": loss.detach(), "expert bias": expert_bias(model)}
+    yield {name: p.grad for name, p in model.named_parameters()}
 
 
 def expert_bias(model: torch.nn.Module) -> torch.Tensor | None:
     return next((b for name, b in model.named_buffers() if name.endswith("expert_bias")), None)
 
 
-def equal(one: dict[str, torch.Tensor | None], other: dict[str, torch.Tensor | None]) -> bool:
-    if one.keys() != other.keys():
-        return False
-    for name, a in one.items():
-        b = other[name]
-        if a is None or b is None:
-            if a is not b:
-                return False
-        elif a.shape != b.shape or not torch.equal(a, b):
-            return False
-    return True
+def equal(one: Iterable[dict[str, Any]], other: Iterable[dict[str, Any]]) -> bool:
+    return all(
+        mine.keys() == theirs.keys() and all(map(same, mine.values(), theirs.values()))
+        for mine, theirs in zip(one, other, strict=True)
+    )
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    return a is b if a is None or b is None else a == b
 
 
 def test_every_field_of_the_architecture_is_looked_at() -> None:
@@ -134,7 +136,7 @@ def test_every_field_of_the_architecture_is_looked_at() -> None:
 @pytest.mark.parametrize("name", BASES)
 def test_a_field_acts_or_is_declared_idle(name: str, single_process: None) -> None:
     cfg = base_config(**BASES[name])
-    before, idle = fingerprint(cfg), idle_fields(cfg)
+    before, idle = [*fingerprint(cfg)], idle_fields(cfg)
     assert equal(before, fingerprint(cfg)), "the same configuration gives the same numbers"
     for field, values in OTHER.items():
         current = getattr(getattr(cfg, fields()[field].section), field)
