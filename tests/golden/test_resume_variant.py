@@ -1,9 +1,11 @@
-"""The far end of the ladder from vpMoE, a Qwen3 (SwiGLU, tied, no biases, RoPE), trains and resumes bit for bit."""
+"""Other designs train and resume bit for bit: the far end of the ladder from vpMoE, a Qwen3 (SwiGLU, tied, no biases,
+RoPE), and state space layers."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,12 +31,22 @@ QWEN3 = {
     "train_iters": 6,
     "save_interval": 3,
 }
+STATE_SPACE = {
+    "num_experts": None,
+    "layer_type": "state_space",
+    "ssm_inner_size": 48,
+    "ssm_step_rank": 4,
+    "init_method_std": 0.2,  # a first loss above that of knowing nothing, which six steps see fall
+    "untie_embeddings_and_output_weights": False,
+    **{name: QWEN3[name] for name in ("lr", "kd_span_weight_final", "train_iters", "save_interval")},
+}
 
 
-def test_interrupted_at_half_and_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", [QWEN3, STATE_SPACE], ids=["Qwen3", "state space"])
+def test_interrupted_at_half_and_resumed(tmp_path: Path, variant: dict[str, Any]) -> None:
     dataset = small_dataset(tmp_path / "set", train=100)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    done = training_runs.train(straight, dataset, **QWEN3)
+    done = training_runs.train(straight, dataset, **variant)
     assert done.returncode == 0, done.stdout + done.stderr
     losses = training_runs.losses(straight)
     assert list(losses) == [1, 2, 3, 4, 5, 6] and losses[6] < losses[1]
@@ -42,7 +54,7 @@ def test_interrupted_at_half_and_resumed(tmp_path: Path) -> None:
     shutil.copytree(straight, resumed)
     shutil.rmtree(resumed / "checkpoints" / "iter_0000006")
     (resumed / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
-    done = training_runs.train(resumed, dataset, **QWEN3, resume=True)
+    done = training_runs.train(resumed, dataset, **variant, resume=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "iter_0000003" in done.stdout
     assert training_runs.losses(resumed) == losses

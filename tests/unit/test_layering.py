@@ -32,6 +32,7 @@ TRAINER_FLOORS = {
     "config": 1,
     "runtime": 2,
     "model": 3,
+    "think": 3,
     "optim": 3,
     "data": 3,
     "metrics": 3,
@@ -68,7 +69,8 @@ SIDECAR_FLOORS = {
     "app": 4,
     "cli": 5,
 }
-# On one floor only these cross: annotations are laid out as token files are; profiling and planning run steps;
+# On one floor only these cross: annotations are laid out as token files are; profiling and planning run steps; a layer
+# of think is declared among the model's, and made of its norm, masks and linears;
 # vocabularies are found in Harmony's specials, questions are asked of what the data side generates; the app shows a
 # ladder's report.
 SAME_FLOOR = {
@@ -76,6 +78,8 @@ SAME_FLOOR = {
     ("profiling", "training"),
     ("planning", "training"),
     ("planning", "profiling"),
+    ("model", "think"),
+    ("think", "model"),
     ("harmony", "tokenizer"),
     ("eval", "data_curation"),
     ("eval", "hf"),

@@ -20,17 +20,23 @@ def amount(count: float) -> str:
 
 
 def kind_words(layer: LayerGeometry) -> str:
-    """Local with its window, or global."""
+    """Local with its window, or global; or a state space."""
+    if layer.state_size is not None:
+        return "state space"
     return "global" if layer.window is None else f"local {layer.window}"
 
 
 def attention_words(cfg: RunConfig, layer: LayerGeometry) -> str:
-    """The projections: tensor-product with its ranks, or grouped-query."""
+    """The projections: tensor-product with its ranks, or grouped-query; or the mixer in their place."""
+    if layer.state_size is not None:
+        return f"S6 {cfg.model.ssm_inner_size}"
     return f"TPA {cfg.model.tpa_q_rank}/{cfg.model.tpa_rank}" if layer.tensor_product else "GQA"
 
 
 def feed_forward_words(cfg: RunConfig, layer: LayerGeometry) -> str:
-    """Dense with its width, or how many experts of how many a token visits."""
+    """Dense with its width, or how many experts of how many a token visits; a state space layer has none."""
+    if layer.state_size is not None:
+        return "none"
     if not layer.sparse:
         return f"dense {cfg.model.ffn_hidden_size}"
     return f"MoE {cfg.moe.moe_router_topk}/{cfg.moe.num_experts}"
@@ -39,6 +45,10 @@ def feed_forward_words(cfg: RunConfig, layer: LayerGeometry) -> str:
 def legend(cfg: RunConfig, layers: Sequence[LayerGeometry]) -> list[tuple[str, str]]:
     """What the short words stand for, of those that occur: (word, meaning)."""
     m, moe, activation = cfg.model, cfg.moe, ACTIVATION_NAMES[cfg.model.activation]
+    if m.layer_type == "state_space":
+        mixer = f"{m.hidden_size} -> 2 x {m.ssm_inner_size} -> {m.hidden_size}, convolution of {m.ssm_conv_size}, "
+        mixer += f"{m.ssm_state_size} numbers of state a channel, step of rank {m.ssm_step_rank}"
+        return [("S6", mixer), ("state", f"{layers[0].state_size:,} numbers a layer and text, however long it is")]
     sink = ", softmax with sink" if m.softmax_type == "learnable" else ""
     heads = f"{m.num_attention_heads} query heads, {m.num_query_groups} key/value heads of {m.kv_channels}{sink}"
     lines = [("attention", heads)]

@@ -113,6 +113,8 @@ def _totals(cfg: RunConfig) -> list[tuple[str, str]]:
     parameters = f"{count.total:,} in all, {count.active:,} active, {count.active_without_embeddings:,} active "
     parameters += "without embedding and output layer"
     lines = [("embedding", vocabulary), ("parameters", parameters), ("KV cache", cache), ("FLOPs", flops)]
+    if cfg.model.layer_type == "state_space":
+        return [line for line in lines if line[0] != "KV cache"]
     each = layers[0].flops_per_key
     if len(local) < len(layers):
         cost = f"(S + 1) / 2 x {each:,} in a document of S tokens, on average"
@@ -149,11 +151,12 @@ def description(cfg: RunConfig) -> dict[str, Any]:
 def _layer(cfg: RunConfig, layer: LayerGeometry, seq_length: int) -> dict[str, Any]:
     return {
         "layer": layer.number,
-        "kind": "global" if layer.is_global else "local",
+        "kind": "state_space" if layer.state_size is not None else "global" if layer.is_global else "local",
         "window": layer.window,
-        "attention": "TPA" if layer.tensor_product else "GQA",
+        "attention": None if layer.state_size is not None else "TPA" if layer.tensor_product else "GQA",
         "positions": layer.position,
-        "feed_forward": "moe" if layer.sparse else "dense",
+        "feed_forward": None if layer.state_size is not None else "moe" if layer.sparse else "dense",
+        "state_size": layer.state_size,
         "parameters": layer.parameters,
         "active_parameters": layer.active_parameters,
         "kv_bytes_per_token": layer.cache_bytes,

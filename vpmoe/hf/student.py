@@ -76,7 +76,17 @@ _ROUTER_DTYPES = {"fp32": "float32", "fp64": "float64", None: None}
 
 
 def hf_config(cfg: RunConfig, *, vocab_size: int, dtype: torch.dtype, kept: Mapping[str, Any]) -> dict[str, Any]:
-    """``config.json`` of any geometry of ours; arguments as for ``vpmoe.hf.qwen3.hf_config``."""
+    """``config.json`` of any transformer of ours; arguments as for ``vpmoe.hf.qwen3.hf_config``.
+
+    Raises:
+        WeightsError: the layers are of another type, for which the directory's code has no modules.
+    """
+    if cfg.model.layer_type != "transformer":
+        raise WeightsError(
+            f"an HF directory has no modules for layers of type {cfg.model.layer_type}",
+            source="model.layer_type",
+            remedy="use the checkpoint itself: vpmoe sample, chat and eval take it",
+        )
     model, moe = cfg.model.model_dump(mode="json"), cfg.moe.model_dump(mode="json")
     moe["moe_router_dtype"] = _ROUTER_DTYPES[moe["moe_router_dtype"]]
     return {

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from megatron_vpmoe.config import RunConfig, load_config, stored_faults
 from megatron_vpmoe.config.schema_evaluation import AskedSuite
 from megatron_vpmoe.config.schema_section import Count, Name, Size, Text
+from megatron_vpmoe.errors import ConfigError
 from vpmoe.errors import UpcycleError
 from vpmoe.toml_file import read_toml
 
@@ -208,11 +209,15 @@ def geometry(spec: ObjectSpec) -> RunConfig | None:
     """The configuration whose sections ``model`` and ``moe`` are the object's; None where a source declares none.
 
     Raises:
-        ConfigError: the YAML, or an override, is wrong.
+        ConfigError: the YAML, or an override, is wrong; or no job knows its type of layers.
     """
     if spec.config is None:
         return None
-    return load_config(Path(spec.config), flags(spec.overrides))
+    cfg = load_config(Path(spec.config), flags(spec.overrides))
+    if cfg.model.layer_type != "transformer":
+        what = f"no job of the ladder makes or reads layers of type {cfg.model.layer_type}"
+        raise ConfigError(what, source=f"{spec.id}: {spec.config}", remedy="set model.layer_type to transformer")
+    return cfg
 
 
 def flags(overrides: Mapping[str, Any]) -> list[str]:

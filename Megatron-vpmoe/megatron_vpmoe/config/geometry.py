@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
-from megatron_vpmoe.config.parameters import attention_sizes, feed_forward_sizes, projection_rows
+from megatron_vpmoe.config.parameters import attention_sizes, feed_forward_sizes, projection_rows, state_space_sizes
 from megatron_vpmoe.config.schema import RunConfig
 
 
@@ -65,9 +65,13 @@ def parameter_count(cfg: RunConfig, layers: range | None = None) -> ParameterCou
     experts, expert = moe.num_experts or 0, _feed_forward(cfg, moe.moe_ffn_hidden_size)
     shared = moe.moe_shared_expert_intermediate_size
     vocabulary = m.padded_vocab_size * m.hidden_size
+    around = {"embedding": vocabulary if is_first else 0, "output layer": vocabulary if owns_output else 0}
+    if m.layer_type == "state_space":
+        mixers = {"state space": len(layers) * sum(state_space_sizes(cfg).values()), "routed experts": 0}
+        norms = {"norms": (len(layers) + is_last) * m.hidden_size}
+        return ParameterCount(around | mixers | norms, routed_experts_active=0)
     parts = {
-        "embedding": vocabulary if is_first else 0,
-        "output layer": vocabulary if owns_output else 0,
+        **around,
         "attention, local": sum(attention_parameters(cfg, n) for n in layers if not cfg.is_global_layer(n)),
         "attention, global": sum(attention_parameters(cfg, n) for n in layers if cfg.is_global_layer(n)),
         "dense feed-forward": (len(layers) - sparse) * _feed_forward(cfg, m.ffn_hidden_size),
@@ -178,6 +182,8 @@ class LayerGeometry:
     """Forward FLOPs per token and key in sight: 2 H d for the score, 2 H d for the weighted value."""
     cache_bytes: int
     """Bytes of one token's keys and values."""
+    state_size: int | None = None
+    """Of a state space layer, the numbers that it keeps of all tokens before; its mixer counts as attention."""
 
     @property
     def is_global(self) -> bool:
@@ -215,6 +221,8 @@ def layer_geometries(cfg: RunConfig) -> list[LayerGeometry]:
 def layer_geometry(cfg: RunConfig, layer_number: int) -> LayerGeometry:
     """Kind and costs of layer ``layer_number`` (from 1)."""
     m, moe = cfg.model, cfg.moe
+    if m.layer_type == "state_space":
+        return _state_space_geometry(cfg, layer_number)
     sparse = cfg.is_moe_layer(layer_number)
     if sparse:
         experts, shared = moe.num_experts or 0, moe.moe_shared_expert_intermediate_size
@@ -237,6 +245,27 @@ def layer_geometry(cfg: RunConfig, layer_number: int) -> LayerGeometry:
         product_flops=2 * (_attention_products(cfg, layer_number) + _feed_forward_products(cfg, sparse)),
         flops_per_key=2 * 2 * heads_width,
         cache_bytes=2 * m.num_query_groups * m.kv_channels * (2 if cfg.training.bf16 else 4),
+    )
+
+
+def _state_space_geometry(cfg: RunConfig, layer_number: int) -> LayerGeometry:
+    """A mixer: projections, convolution, and per number of state a decay, what enters and what is read."""
+    m, sizes = cfg.model, state_space_sizes(cfg)
+    products = sum(size for name, size in sizes.items() if name.endswith("_proj.weight")) + sizes["conv_weight"]
+    return LayerGeometry(
+        number=layer_number,
+        window=None,
+        tensor_product=False,
+        position="none",
+        sparse=False,
+        attention_parameters=sum(sizes.values()),
+        feed_forward_parameters=0,
+        active_feed_forward_parameters=0,
+        norm_parameters=m.hidden_size,
+        product_flops=2 * (products + 3 * m.ssm_inner_size * m.ssm_state_size),
+        flops_per_key=0,
+        cache_bytes=0,
+        state_size=m.ssm_inner_size * (m.ssm_state_size + m.ssm_conv_size - 1),
     )
 
 

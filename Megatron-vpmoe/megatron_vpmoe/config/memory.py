@@ -50,6 +50,8 @@ def _expert_rows(cfg: RunConfig) -> float:
 def _layer_activations(cfg: RunConfig, layer_number: int, compute_bytes: int, on_cpu: bool) -> dict[str, int]:
     """Bytes per token that one layer of a process keeps for its backward pass, by the part that can be recomputed."""
     m, moe = cfg.model, cfg.moe
+    if m.layer_type == "state_space":
+        return {"rest": _state_space_activations(cfg, compute_bytes)}
     heads, qkv = m.num_attention_heads, (m.num_attention_heads + 2 * m.num_query_groups) * m.kv_channels
     # Outside attention and feed-forward, and in the experts, a rank has its part of the sequence alone.
     parts_of_sequence = cfg.parallel.tensor_model_parallel_size if cfg.parallel.sequence_parallel else 1
@@ -79,6 +81,16 @@ def _layer_activations(cfg: RunConfig, layer_number: int, compute_bytes: int, on
         scores = (1 if windowed else heads) * cfg.data.seq_length  # the mask, with each head's bias on distance
     parts["core_attn"] = scores * _FP32 + heads * m.kv_channels * compute_bytes
     return parts
+
+
+def _state_space_activations(cfg: RunConfig, compute_bytes: int) -> int:
+    """Of a mixer: the norm's input and output, what the convolution's taps read, what the activations and the gate
+    read, and in fp32 what the scan reads, with a state every 16 tokens.
+    """
+    m = cfg.model
+    inner = (m.ssm_conv_size - 1) + 8
+    of_scan = (5 + m.ssm_state_size / 16) * m.ssm_inner_size + 2 * m.ssm_state_size
+    return round((3 * m.hidden_size + inner * m.ssm_inner_size) * compute_bytes + of_scan * _FP32)
 
 
 def _activations(cfg: RunConfig, numbers: range, compute_bytes: int, on_cpu: bool) -> tuple[int, int]:
@@ -133,6 +145,9 @@ def _sampling(cfg: RunConfig, layers: range, compute_bytes: int) -> int:
         return 0
     columns = sum(1 + (length if cfg.is_global_layer(n) else min(length, m.window_size or length)) for n in layers)
     keys_values = 2 * columns * m.num_query_groups * m.kv_channels * compute_bytes
+    if m.layer_type == "state_space":
+        kept = (m.ssm_conv_size - 1) * compute_bytes + m.ssm_state_size * _FP32
+        keys_values = len(layers) * m.ssm_inner_size * kept
     answers = r.rollout_groups * max(cfg.group_sizes, default=1)
     rows = DECODED_ROWS if cfg.evaluation.eval_suites else min(DECODED_ROWS, answers)
     return rows * (keys_values + m.padded_vocab_size * _FP32)

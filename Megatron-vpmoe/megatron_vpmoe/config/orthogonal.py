@@ -29,6 +29,11 @@ def orthogonal_matrices(cfg: RunConfig, layers: range) -> tuple[Counter[tuple[in
     dense, routed = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
     m, moe = cfg.model, cfg.moe
     for number in layers if cfg.optim.optimizer == "normuon" else ():
+        if m.layer_type == "state_space":
+            for name, shapes in _state_space(cfg).items():
+                if is_trained(cfg, f"decoder.layers.{number - 1}.mixer.{name}.weight"):
+                    dense.update(shapes)
+            continue
         groups = m.num_query_groups
         if cfg.is_tpa_layer(number):
             of_rank = {"linear_tpa_a": [m.num_attention_heads * m.tpa_q_rank, *2 * [groups * m.tpa_rank]]}
@@ -51,6 +56,13 @@ def orthogonal_matrices(cfg: RunConfig, layers: range) -> tuple[Counter[tuple[in
                 if is_trained(cfg, f"decoder.layers.{number - 1}.mlp.experts.{stored}"):
                     routed.update((moe.num_experts or 0) * shapes)
     return dense, routed
+
+
+def _state_space(cfg: RunConfig) -> dict[str, list[tuple[int, int]]]:
+    m = cfg.model
+    h, inner, states, rank = m.hidden_size, m.ssm_inner_size, m.ssm_state_size, m.ssm_step_rank
+    chosen = [(rows, inner) for rows in (rank, states, states)]
+    return {"in_proj": 2 * [(inner, h)], "x_proj": chosen, "dt_proj": [(inner, rank)], "out_proj": [(h, inner)]}
 
 
 def _feed_forward(cfg: RunConfig, width: int) -> dict[str, list[tuple[int, int]]]:

@@ -16,7 +16,7 @@ from megatron_vpmoe.config.schema_model import ModelSection, MoeSection
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 ROUTED = ".mlp.experts."
-KEPT_FP32 = (".sink", ".grape_log_freq", ".value_residual_scale")  # in a bf16 model
+KEPT_FP32 = (".sink", ".grape_log_freq", ".value_residual_scale", ".A_log", ".D", ".dt_bias")  # in a bf16 model
 
 
 def parameter_sizes(cfg: RunConfig, layers: range | None = None) -> dict[str, int]:
@@ -49,6 +49,10 @@ def _sizes(asked: _Asked) -> dict[str, int]:
     sizes: dict[str, int] = {EMBEDDING: vocabulary} if is_first else {}
     for number in layers:
         prefix = f"decoder.layers.{number - 1}."
+        if m.layer_type == "state_space":
+            sizes[prefix + "input_layernorm.weight"] = m.hidden_size
+            sizes |= {f"{prefix}mixer.{name}": size for name, size in state_space_sizes(cfg).items()}
+            continue
         inside = {"input_layernorm.weight": m.hidden_size, "pre_mlp_layernorm.weight": m.hidden_size}
         inside |= {f"self_attention.{name}": size for name, size in attention_sizes(cfg, number).items()}
         inside |= {f"mlp.{name}": size for name, size in _mlp_sizes(cfg, number).items()}
@@ -78,6 +82,23 @@ def attention_sizes(cfg: RunConfig, layer_number: int) -> dict[str, int]:
     if m.qk_layernorm:
         sizes |= {"q_layernorm.weight": head_dim, "k_layernorm.weight": head_dim}
     return sizes | _linear_sizes("linear_proj", heads * head_dim, m.hidden_size, m.add_bias_linear)
+
+
+def state_space_sizes(cfg: RunConfig) -> dict[str, int]:
+    """Name inside the mixer of a state space layer -> elements."""
+    m = cfg.model
+    inner, states, rank = m.ssm_inner_size, m.ssm_state_size, m.ssm_step_rank
+    return {
+        "conv_weight": inner * m.ssm_conv_size,
+        "conv_bias": inner,
+        "dt_bias": inner,
+        "A_log": states * inner,
+        "D": inner,
+        "in_proj.weight": 2 * inner * m.hidden_size,
+        "x_proj.weight": (rank + 2 * states) * inner,
+        "dt_proj.weight": inner * rank,
+        "out_proj.weight": m.hidden_size * inner,
+    }
 
 
 def projection_rows(cfg: RunConfig, layer_number: int) -> dict[str, int]:

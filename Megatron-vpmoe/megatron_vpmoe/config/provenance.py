@@ -142,7 +142,16 @@ def geometry_diff(old: RunConfig, new: RunConfig) -> list[FieldChange]:
 
 # Binding fields that checkpoints from before them lack, where the default is what was done then.
 _OF_BLEND = ("blend", "blend_schedule", "skip_rows")
-_LATER_FIELDS = (*_OF_BLEND, "train_only", "reference_weights", "experts_precision", *OWNED, *_ROLLOUTS)
+_OF_STATE_SPACE = ("layer_type", "ssm_inner_size", "ssm_state_size", "ssm_conv_size", "ssm_step_rank")
+_LATER_FIELDS = (
+    *_OF_BLEND,
+    *_OF_STATE_SPACE,
+    "train_only",
+    "reference_weights",
+    "experts_precision",
+    *OWNED,
+    *_ROLLOUTS,
+)
 
 
 def _bound(name: str, value: Any) -> Any:

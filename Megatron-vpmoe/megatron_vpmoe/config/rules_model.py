@@ -35,6 +35,11 @@ def _unaligned(c: View) -> bool:
 
 REFUSED: tuple[Rule, ...] = (
     refuse(
+        "layer_type num_experts",
+        "a state space layer has no feed-forward, so no experts in its place; set num_experts to null",
+        lambda c: c.layer_type == "state_space" and c.num_experts is not None,
+    ),
+    refuse(
         "num_attention_heads num_query_groups",
         "{num_attention_heads} heads cannot be shared out evenly over {num_query_groups} groups",
         lambda c: c.num_attention_heads % c.num_query_groups,
@@ -137,6 +142,14 @@ REFUSED: tuple[Rule, ...] = (
 )
 """Every combination of architecture that is refused."""
 
+OF_ATTENTION = (
+    *("ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "add_bias_linear", "add_qkv_bias"),
+    *("qk_layernorm", "activation", "softmax_type", "window_size", "window_attn_skip_freq"),
+    *("local_position_embedding", "global_position_embedding", "rotary_base", "grapem_log_freq_scale"),
+    *("tpa", "tpa_rank", "tpa_q_rank", "tpa_factor_bias", "value_residual", "attention_backend"),
+)
+"""What only a layer with attention and a feed-forward reads."""
+
 OF_EXPERTS = (
     *(name for name in section_types()["moe"].model_fields if name != "num_experts"),
     *(name for name in section_types()["logging"].model_fields if name.startswith(("router_", "moe_"))),
@@ -146,6 +159,12 @@ OF_EXPERTS = (
 """What only a model with experts reads."""
 
 IDLE: tuple[Rule, ...] = (
+    idle(" ".join(OF_ATTENTION), "`layer_type` is state_space", lambda c: c.layer_type == "state_space"),
+    idle(
+        "ssm_inner_size ssm_state_size ssm_conv_size ssm_step_rank",
+        "`layer_type` is transformer",
+        lambda c: c.layer_type == "transformer",
+    ),
     idle(" ".join(OF_EXPERTS), "`num_experts` is null: a dense model", lambda c: c.num_experts is None),
     idle("ffn_hidden_size", "every layer has experts", lambda c: all(c.sparse)),
     idle("window_attn_skip_freq", "`window_size` is null", lambda c: c.window_size is None),

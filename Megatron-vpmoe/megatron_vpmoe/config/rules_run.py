@@ -154,6 +154,11 @@ _TRAINING = (
 )
 
 _RECOMPUTATION = (
+    refuse(
+        "layer_type recompute_granularity",
+        "selective recomputes parts of transformer layers; set it to full, or to null",
+        lambda c: c.layer_type == "state_space" and c.recompute_granularity == "selective",
+    ),
     *(
         refuse(
             f"{name} recompute_granularity",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from megatron_vpmoe.config.schema_section import Amount, Cardinal, Few, Fraction, PositiveFloat, Section, Size
+from megatron_vpmoe.config.schema_section import Amount, Cardinal, Few, Fraction, PositiveFloat, Section, Size, within
 
 PositionEmbedding = Literal["grape_m", "grape_a", "rope", "none"]
 
@@ -68,6 +68,17 @@ class ModelSection(Section):
     attention_backend: Literal["auto", "reference", "banded", "sdpa", "flex"] = "auto"
     """Attention implementation; "auto" takes the fastest that the layer and the device allow: banded (local) and sdpa
     (global) on a CPU, flex on a GPU."""
+    layer_type: Literal["transformer", "state_space"] = "transformer"
+    """"transformer": attention and a feed-forward; "state_space": one S6 mixer, with a state of fixed size in the place
+    of keys and values (docs/nano_think.md)."""
+    ssm_inner_size: Size = 768
+    """Channels of a state space layer (I)."""
+    ssm_state_size: Annotated[int, within(1, 64, "the scan's kernel holds no more in registers")] = 16
+    """Numbers of state a channel (N)."""
+    ssm_conv_size: Annotated[int, within(2, 64, "it would see further back than the state")] = 4
+    """Taps of the causal convolution before the scan, the token's own included (K)."""
+    ssm_step_rank: Size = 24
+    """Rank of the projection that makes each channel's step (R)."""
 
 
 class MoeSection(Section):

@@ -17,7 +17,7 @@ Shapes: B rows, H hidden, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_vpmoe.generation.kv_cache import KVCache
+from megatron_vpmoe.generation.kv_cache import KVCache, Past, of_documents
 from megatron_vpmoe.generation.layer import Layer
 from megatron_vpmoe.generation.linear import ByOneDNN, Linear, Norm, goes_by_onednn
 from megatron_vpmoe.generation.positions import Here, Kind, kind_of
@@ -75,6 +75,10 @@ class Decoder:
             dtype=self._dtype,
             device=self._model.device,
         )
+
+    def pasts(self, token_1S: Tensor, layout: SequenceLayout, spans: Sequence[slice]) -> list[Past]:
+        """Of the documents of a packed row, each in its columns, what ``past`` gives."""
+        return of_documents(self.past(token_1S, layout), spans)
 
     def past(self, token_1S: Tensor, layout: SequenceLayout) -> dict[int, tuple[Tensor, Tensor]]:
         """A whole row through the model's own forward pass: of each layer (global number) its keys and values as they

@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_vpmoe.config.memory import DECODED_ROWS
-from megatron_vpmoe.generation.decoder import Decoder
 from megatron_vpmoe.generation.grammar import AllowedTokens, TokenGrammar
 from megatron_vpmoe.generation.kv_cache import Past
 from megatron_vpmoe.generation.prompts import Completion, Prompt, budgets_of
 from megatron_vpmoe.generation.sampling import SamplingOptions, choose, draw_key, uniform
+from megatron_vpmoe.generation.state_decoder import decoder_of
 from megatron_vpmoe.generation.uncached import WholeTexts
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.gpt import VPModel
@@ -150,7 +150,7 @@ class _Engine:
         self._waiting = deque((place, sample) for place in mine for sample in range(len(budgets[place])))
         self._capacity = min(rows, -(-len(prompts) // self._group.size()) * max(map(len, budgets)))
         steps = sum(map(sum, budgets)) / (self._capacity * self._group.size())
-        self._decoder: Any = Decoder(model, packed=steps >= _PACKED_FROM) if cached else WholeTexts(model, routing)
+        self._decoder: Any = decoder_of(model, packed=steps >= _PACKED_FROM) if cached else WholeTexts(model, routing)
         self._cache = self._decoder.cache(self._capacity)
         self._rows: list[_Row] = []
         self._done: list[Completion] = []
@@ -229,12 +229,11 @@ class _Engine:
         layout = SequenceLayout(
             torch.tensor([document], dtype=torch.int32, device=device), torch.tensor([position], device=device)
         )
-        computed = self._decoder.past(torch.tensor([ids], device=device), layout)
+        pasts = self._decoder.pasts(torch.tensor([ids], device=device), layout, spans)
         self._cache.reserve(max((len(one.past) for one in pack), default=0))
         self._held = None
         chosen = None if self._routing is None else self._routing().cpu().numpy()
-        for one, span in zip(pack, spans, strict=True):
-            past = {number: (k[0, :, span], v[0, :, span]) for number, (k, v) in computed.items()}
+        for one, span, past in zip(pack, spans, pasts, strict=True):
             routing = [] if chosen is None else [chosen[span]]
             for row in one.rows:
                 self._cache.fill(row, past)

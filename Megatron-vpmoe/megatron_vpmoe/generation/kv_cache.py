@@ -15,7 +15,7 @@ Shapes: R rows, G KV groups, C columns, D head dim, S positions of one row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -89,6 +89,13 @@ class KVCache:
         """Let row ``target`` go on as row ``source`` has come so far."""
         for stored in self._stored.values():
             stored[target] = stored[source]
+
+
+def of_documents(computed: Past, spans: Sequence[slice]) -> list[Past]:
+    """Of keys and values [1, G, S, D] of a packed row those of each document, which lies in its columns."""
+    return [
+        {number: (key[0, :, span], value[0, :, span]) for number, (key, value) in computed.items()} for span in spans
+    ]
 
 
 def columns_of(positions: int, window: int | None) -> int:

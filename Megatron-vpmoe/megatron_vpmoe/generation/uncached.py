@@ -8,12 +8,14 @@ Shapes: R rows, B rows in use, C columns, S positions, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.generation.decoder import forward_of_stage
-from megatron_vpmoe.generation.kv_cache import BLOCK, Past
+from megatron_vpmoe.generation.kv_cache import BLOCK, Past, of_documents
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.model.output import ModelOutput
@@ -64,10 +66,10 @@ class WholeTexts:
         """Room for so many texts."""
         return TextRows(rows, self._model.device)
 
-    def past(self, token_1S: Tensor, layout: SequenceLayout) -> dict[int, tuple[Tensor, Tensor]]:
-        """The tokens themselves, [1, 1, S, 1], in the place of a layer's keys and values; nothing is computed."""
+    def pasts(self, token_1S: Tensor, _layout: SequenceLayout, spans: Sequence[slice]) -> list[Past]:
+        """The tokens themselves, [1, S, 1], in the place of a layer's keys and values; nothing is computed."""
         kept = token_1S[:, None, :, None]
-        return {0: (kept, kept)}
+        return of_documents({0: (kept, kept)}, spans)
 
     def step(self, token_B: Tensor, position_B: Tensor, cache: TextRows, longest: int) -> Tensor | None:
         """Append one token to rows 0 to B - 1 and predict the next, from each row's whole text.

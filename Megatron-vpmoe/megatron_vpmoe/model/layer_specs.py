@@ -20,12 +20,15 @@ from megatron_vpmoe.model.moe.shared_expert import VPSharedExpert
 from megatron_vpmoe.model.norm import RMSNorm
 from megatron_vpmoe.model.tensor_parallel import ColumnLinear, RowLinear
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
+from megatron_vpmoe.think.state_space import StateSpaceLayer
 
 _LINEARS = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
 
 
 def layer_spec(config: VPTransformerConfig, layer_number: int) -> ModuleSpec:
-    """Layer ``layer_number`` (1-based): attention of its kind, and a dense or routed feed-forward."""
+    """Layer ``layer_number`` (1-based): attention of its kind, and a dense or routed feed-forward; or a state space."""
+    if config.layer_type == "state_space":
+        return ModuleSpec(module=StateSpaceLayer)
     qk_norm = RMSNorm if config.qk_layernorm else None
     attention = ModuleSpec(
         module=VPSelfAttention,

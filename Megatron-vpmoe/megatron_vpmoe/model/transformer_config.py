@@ -62,6 +62,11 @@ class VPTransformerConfig(TransformerConfig):
     recomputation: Recomputation = field(default_factory=Recomputation)
     compiled: str = "off"
     experts_precision: str | None = None
+    layer_type: str = "transformer"
+    ssm_inner_size: int = 768
+    ssm_state_size: int = 16
+    ssm_conv_size: int = 4
+    ssm_step_rank: int = 24
 
     def is_global_layer(self, layer_number: int) -> bool:
         """Whether layer ``layer_number`` attends to the whole document (every ``window_attn_skip_freq``-th does)."""

@@ -60,6 +60,15 @@ RULES: tuple[Rule, ...] = (
         True,
     ),
     Rule("expert matrices", ("*.mlp.experts.*weight", "*.mlp.experts.*weight[0-9]*"), "normuon", "lr", True),
+    Rule(
+        "state space matrices",
+        tuple(f"*.mixer.{part}_proj.weight" for part in ("in", "x", "dt", "out")),
+        "normuon",
+        "lr",
+        True,
+    ),
+    Rule("convolutions", ("*.mixer.conv_weight",), "adamw", "normuon_aux_lr", True),
+    Rule("state space decays", ("*.mixer.A_log", "*.mixer.D"), "adamw", "normuon_aux_lr", False),
     Rule("router", ("*.mlp.router.weight",), "adamw", "router_lr", True),
     Rule("norm scales", ("*layernorm.weight",), "adamw", "normuon_aux_lr", False),
     Rule("biases", ("*bias", "*bias[0-9]*"), "adamw", "normuon_aux_lr", False),
@@ -67,7 +76,7 @@ RULES: tuple[Rule, ...] = (
     Rule("rotary frequencies", ("*grape_log_freq",), "adamw", "normuon_aux_lr", False),
     Rule("value residual", ("*value_residual_scale",), "adamw", "normuon_aux_lr", False),
 )
-"""The rules of the vpMoE, vpDense and Qwen3 layers."""
+"""The rules of the vpMoE, vpDense and Qwen3 layers, and of state space layers."""
 
 
 def slug(rule: str) -> str:

@@ -24,6 +24,7 @@ from megatron_vpmoe.config.memory import FILL_FLOPS, STACK_BYTES
 from megatron_vpmoe.config.orthogonal import orthogonal_matrices, polar_express_flops, slot_rows
 from megatron_vpmoe.config.parameters import ROUTED, is_trained, parameter_sizes
 from megatron_vpmoe.config.schema import RunConfig
+from megatron_vpmoe.errors import DeviceError
 from megatron_vpmoe.planning import work
 from megatron_vpmoe.planning.wire import Ranks, all_gather, all_reduce, all_to_all, hand_over
 from megatron_vpmoe.planning.work import Passes, Shape, Work
@@ -204,7 +205,13 @@ def predict(cfg: RunConfig, fleet: Fleet, *, supervised: float = 1.0) -> Predict
         cfg: the run.
         fleet: as many devices as it has processes.
         supervised: share of the positions whose loss is asked.
+
+    Raises:
+        DeviceError: it has state space layers.
     """
+    if cfg.model.layer_type == "state_space":
+        what, remedy = "what state space layers take is not predicted", "train some steps: the log says their speed"
+        raise DeviceError(what, source="model.layer_type", remedy=remedy)
     machine, p, t = fleet.machine, cfg.parallel, cfg.training
     tp, pp, ep = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.expert_model_parallel_size
     of_stage = fleet.gpus // pp

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from megatron_vpmoe.config.parameters import is_trained, parameter_sizes
 from megatron_vpmoe.model.attention.self_attention import VPSelfAttention
 from megatron_vpmoe.model.gpt import VPModel
@@ -12,6 +14,7 @@ from megatron_vpmoe.model.moe.narrow_rows import narrow_rule
 from megatron_vpmoe.model.transformer_config import token_dispatcher
 from megatron_vpmoe.runtime import stages
 from megatron_vpmoe.runtime.device import current_device
+from megatron_vpmoe.think.scan import scan_form
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -26,7 +29,10 @@ def implementation_notes(model: VPModel, cfg: RunConfig) -> list[str]:
             chosen[kind] = attention.backend_name(current_device())
     told = stages.gather_stages((model.stage.layers, chosen))
     chosen = {kind: backend for _, of_stage in told for kind, backend in of_stage.items()}
-    notes = ["attention: " + ", ".join(f"{kind} layers on {backend}" for kind, backend in chosen.items())]
+    if cfg.model.layer_type == "state_space":
+        notes = [f"state space: scan {scan_form(current_device().type, torch.float32)}"]
+    else:
+        notes = ["attention: " + ", ".join(f"{kind} layers on {backend}" for kind, backend in chosen.items())]
     if cfg.moe.num_experts is not None:
         precision, device_type = cfg.moe.experts_precision, current_device().type
         rule = layout_rule(model.config.params_dtype, device_type, compiled=cfg.training.compile == "step")

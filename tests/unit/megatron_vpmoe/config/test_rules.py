@@ -15,6 +15,7 @@ SAMPLED = '--router-replay replay --objective grpo --eval-interval null --reward
 
 TAUGHT = "--objective on_policy --teacher-weights t --rollout-groups 16 --rollout-group-size 2 --global-batch-size 16 "
 TAUGHT += "--rollout-epochs 2"
+STATE_SPACE = "--layer-type state_space --num-experts null --router-dead-experts-warn null"
 SERVED = "--teacher-server http://a:1 --served-model x"
 
 
@@ -50,6 +51,12 @@ SERVED = "--teacher-server http://a:1 --served-model x"
             "moe_router_topk",
             "32 of 16",
         ),
+        ("--layer-type state_space", "num_experts", "no feed-forward"),
+        (f"{STATE_SPACE} --tensor-model-parallel-size 2", "tensor_model_parallel_size", "over ranks"),
+        (f"{STATE_SPACE} --pipeline-model-parallel-size 2", "pipeline_model_parallel_size", "over ranks"),
+        (f"{STATE_SPACE} --expert-model-parallel-size 2", "expert_model_parallel_size", "no experts to share"),
+        (f"{STATE_SPACE} --compile layers", "compile", "set compile to off"),
+        (f"{STATE_SPACE} --recompute-granularity selective", "recompute_granularity", "parts of transformer layers"),
         ("--num-experts 18", "num_experts", "4 equal groups"),
         ("--moe-router-group-topk 8 --moe-router-topk 8", "moe_router_group_topk", "8 of 4 groups"),
         ("--moe-router-topk 3", "moe_router_topk", "not a whole number"),

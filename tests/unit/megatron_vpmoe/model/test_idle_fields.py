@@ -43,6 +43,11 @@ OTHER: dict[str, list[Any]] = {
     "tpa_q_rank": [2],
     "tpa_factor_bias": [True, False],
     "value_residual": [True, False],
+    "layer_type": ["transformer", "state_space"],
+    "ssm_inner_size": [48],
+    "ssm_state_size": [3],
+    "ssm_conv_size": [2],
+    "ssm_step_rank": [5],
     "num_experts": [None, 16],
     "moe_router_topk": [2, 4],
     "moe_ffn_hidden_size": [32],
@@ -74,6 +79,7 @@ BASES: dict[str, dict[str, Any]] = {
         "softmax_type": "vanilla",
         "value_residual": False,
     },
+    "state space": {"num_experts": None, "layer_type": "state_space", "ssm_inner_size": 40, "ssm_step_rank": 3},
     "all local, all sparse": {
         "window_attn_skip_freq": 9,
         "local_position_embedding": "grape_a",
@@ -151,9 +157,14 @@ def test_what_is_idle_where() -> None:
     moe = set(section_types()["moe"].model_fields) - {"num_experts"}
     dense = set(idle_fields(base_config(**BASES["plain dense"])))
     assert moe < dense and {"window_attn_skip_freq", "local_position_embedding", "tpa_rank"} < dense
-    assert set(idle_fields(base_config())) == set()
+    of_state_space = {"ssm_inner_size", "ssm_state_size", "ssm_conv_size", "ssm_step_rank"}
+    assert set(idle_fields(base_config())) == of_state_space
+    mixers = set(idle_fields(base_config(**BASES["state space"])))
+    assert (
+        of_state_space.isdisjoint(mixers) and {"num_attention_heads", "activation", "tpa", "ffn_hidden_size"} < mixers
+    )
     local = set(idle_fields(base_config(**BASES["all local, all sparse"])))
     positions = {"global_position_embedding", "rotary_base", "grapem_log_freq_scale"}
     factors = {"tpa_rank", "tpa_q_rank", "tpa_factor_bias"}
     routing = {"moe_aux_loss_coeff", "moe_router_bias_update_rate", "moe_router_num_groups"}
-    assert local == positions | factors | routing | {"ffn_hidden_size"}
+    assert local == positions | factors | routing | of_state_space | {"ffn_hidden_size"}

@@ -12,6 +12,7 @@ from megatron_vpmoe.config.geometry import mean_keys
 from megatron_vpmoe.config.memory import memory_estimate
 from megatron_vpmoe.config.orthogonal import orthogonal_matrices
 from megatron_vpmoe.config.parameters import parameter_sizes
+from megatron_vpmoe.errors import DeviceError
 from megatron_vpmoe.planning import here, work
 from megatron_vpmoe.planning.predict import SPLIT, predict
 from megatron_vpmoe.planning.wire import Ranks, all_gather, all_reduce, all_to_all
@@ -78,6 +79,11 @@ def test_matrices_are_the_parameters_that_normuon_has(cfg: RunConfig) -> None:
     assert numbers == stored
     frozen = cfg.training.model_copy(update={"train_only": ["output_layer.weight", "embedding.*"]})
     assert not any(orthogonal_matrices(cfg.model_copy(update={"training": frozen}), layers))
+
+
+def test_state_space_layers_are_not_predicted(repository: Path) -> None:
+    with pytest.raises(DeviceError, match="not predicted"):
+        predict(load_config(repository / "configs" / "think" / "state_space.yaml"), H100)
 
 
 @pytest.mark.parametrize("key", ["bf16_tflops", "memory_gb_s", "link_gb_s", "network_gb_s"])

@@ -148,3 +148,11 @@ def test_padding_rows_stay_out_of_every_export(tmp_path: Path) -> None:
     assert found.logits.largest <= 1e-4
     for rows in (60, 64):
         assert open_directory(written, padded_vocab_size=rows).weights["output_layer.weight"].shape == (rows, 16)
+
+
+def test_layers_without_modules_are_refused(tmp_path: Path) -> None:
+    state_space = {"num_experts": None, "layer_type": "state_space", "num_layers": 2}
+    checkpoint = write_student(tmp_path / "checkpoint", **state_space)
+    with pytest.raises(WeightsError, match="no modules for layers of type state_space"):
+        export_checkpoint(checkpoint, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()

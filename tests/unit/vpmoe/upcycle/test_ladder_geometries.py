@@ -10,6 +10,7 @@ import pytest
 
 from megatron_vpmoe.config import RunConfig, fit_report, geometry_diff, load_config
 from megatron_vpmoe.config.parameters import is_trained, parameter_sizes
+from megatron_vpmoe.errors import ConfigError
 from vpmoe.hf.convert import Carried
 from vpmoe.upcycle import depth, experts, morph, runner, shape
 from vpmoe.upcycle.inputs import Input
@@ -28,6 +29,12 @@ def task_and_below(identifier: str) -> tuple[Task[Any], RungBelow]:
     _, settings = runner.job_and_settings(ladder, spec)
     task = Task(spec, new, {"model": Input(lower, old, {}, None)}, settings, Path(), lambda _what, _size: None)
     return task, RungBelow(old, {}, Carried(old.model.padded_vocab_size), [])
+
+
+def test_no_job_knows_other_layers(repository: Path) -> None:
+    state_space = str(repository / "configs" / "think" / "state_space.yaml")
+    with pytest.raises(ConfigError, match="layers of type state_space"):
+        geometry(read_ladder().get("vpdense_28").model_copy(update={"config": state_space, "overrides": {}}))
 
 
 def test_rungs_three_to_six(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
