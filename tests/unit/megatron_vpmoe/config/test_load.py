@@ -179,7 +179,15 @@ def test_every_field_has_one_name_and_one_docstring() -> None:
 
 def test_shipped_configurations_load(repository: Path) -> None:
     configs = repository / "configs"
-    parts = [configs / name for name in ("nano/numbers.yaml", "nano/ladder_training.yaml", "upcycle/healing.yaml")]
+    parts = [
+        configs / name
+        for name in (
+            "nano/numbers.yaml",
+            "think/nano/numbers.yaml",
+            "nano/ladder_training.yaml",
+            "upcycle/healing.yaml",
+        )
+    ]
     others = [*parts, *(configs / "eval").rglob("*.yaml")]  # parts of runs, and lm-eval's tasks
     paths = [path for path in sorted(configs.glob("**/*.yaml")) if path not in others]
     assert len(paths) >= 2
