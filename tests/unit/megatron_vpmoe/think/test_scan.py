@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -39,8 +37,9 @@ def by_reference(given: Given, begins: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([y for y, _ in parts]), parts[-1][1]
 
 
-def by_product(given: Any, begins: Tensor) -> tuple[Tensor, Tensor]:
-    return selective_scan(*given, begins)
+def by_product(given: Given, begins: Tensor) -> tuple[Tensor, Tensor]:
+    step, x, a, b, c = given
+    return selective_scan(step, x, a, b, c, begins)
 
 
 def by_torch(given: Given, begins: Tensor) -> tuple[Tensor, Tensor]:
