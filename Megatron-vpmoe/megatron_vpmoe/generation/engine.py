@@ -27,7 +27,7 @@ from megatron_vpmoe.config.memory import DECODED_ROWS
 from megatron_vpmoe.generation.grammar import AllowedTokens, TokenGrammar
 from megatron_vpmoe.generation.kv_cache import Past
 from megatron_vpmoe.generation.prompts import Completion, Prompt, budgets_of
-from megatron_vpmoe.generation.sampling import SamplingOptions, choose, draw_key, uniform
+from megatron_vpmoe.generation.sampling import SamplingOptions, choose
 from megatron_vpmoe.generation.state_decoder import decoder_of
 from megatron_vpmoe.generation.uncached import WholeTexts
 from megatron_vpmoe.model.attention.masks import SequenceLayout
@@ -35,6 +35,7 @@ from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.model.moe.replay import recording
 from megatron_vpmoe.model.tensor_parallel import whole_sequences
 from megatron_vpmoe.runtime import stages
+from megatron_vpmoe.runtime.counter import draw_key, uniform
 from megatron_vpmoe.runtime.exchange import Exchange
 
 ROWS = DECODED_ROWS

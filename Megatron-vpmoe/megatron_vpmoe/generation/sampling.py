@@ -17,9 +17,6 @@ from torch import Tensor
 
 from megatron_vpmoe.errors import DataError
 
-_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_WORD = (1 << 64) - 1
-
 COLDEST = 1e-6
 """Temperature above 0 at which fp32 still holds logits divided by it."""
 
@@ -129,38 +126,3 @@ def _filtered(scaled_BV: Tensor, options: SamplingOptions) -> Tensor:
 
 def _at(x_BV: Tensor, token_B: Tensor) -> Tensor:
     return x_BV.gather(1, token_B.unsqueeze(1)).squeeze(1)
-
-
-def draw_key(seed: int, prompt: int, sample: int) -> int:
-    """What the draws of one completion start from, a signed 64-bit integer."""
-    key = 0
-    for part in (seed, prompt, sample):
-        key = _mixed((key ^ (part & _WORD)) + _GOLDEN & _WORD)
-    return _signed(key)
-
-
-def uniform(key_B: Tensor, position_B: Tensor) -> Tensor:
-    """fp64 [B] in [0, 1): splitmix64 (Steele, Lea and Flood 2014) of each key's stream at a position.
-
-    Args:
-        key_B: int64, of ``draw_key``.
-        position_B: int64, the place in the completion, from 0.
-    """
-    x = key_B + (position_B + 1) * _signed(_GOLDEN)
-    x = (x ^ _shifted(x, 30)) * _signed(_FIRST)
-    x = (x ^ _shifted(x, 27)) * _signed(_SECOND)
-    return _shifted(x ^ _shifted(x, 31), 11).double() * 2.0**-53
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # int64's own shift fills with the sign
-
-
-def _mixed(x: int) -> int:
-    x = (x ^ (x >> 30)) * _FIRST & _WORD
-    x = (x ^ (x >> 27)) * _SECOND & _WORD
-    return x ^ (x >> 31)
-
-
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >> 63 else x

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_vpmoe.errors import DataError
-from megatron_vpmoe.generation.sampling import SamplingOptions, choose, draw_key, uniform
+from megatron_vpmoe.generation.sampling import SamplingOptions, choose
 
 PROBABILITIES = torch.tensor([0.05, 0.5, 0.15, 0.3])
 EVEN = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
@@ -57,18 +57,6 @@ def test_a_distribution_of_one_at_the_far_end_of_a_large_vocabulary() -> None:
     ends = torch.tensor([1e-12, 1 - 2.0**-53], dtype=torch.float64)
     drawn = choose(logits, SamplingOptions(1, (), temperature=1.0), ends)
     assert drawn.token.tolist() == [201_087] * 2 and drawn.as_sampled.exp().tolist() == [1, 1]
-
-
-def test_uniform_numbers() -> None:
-    """Splitmix64's published first outputs for seed 0; spread evenly; another for each position, sample and prompt."""
-    published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    numbers = uniform(torch.zeros(3, dtype=torch.int64), torch.arange(3))
-    assert numbers.tolist() == [(word >> 11) * 2.0**-53 for word in published]
-    keys = torch.tensor([draw_key(s, p, n) for s in range(10) for p in range(10) for n in range(10)])
-    numbers = torch.stack([uniform(keys, torch.full_like(keys, position)) for position in range(50)])
-    assert len(numbers.unique()) == 50_000
-    assert float(numbers.mean()) == pytest.approx(0.5, abs=0.005)
-    assert numbers.histc(10, 0, 1).tolist() == pytest.approx([5000] * 10, rel=0.06)
 
 
 @pytest.mark.parametrize(
