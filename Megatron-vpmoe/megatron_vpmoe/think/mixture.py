@@ -1,0 +1,133 @@
+"""Experts of unlike kinds behind one router: from standardised embeddings to what the tied head reads.
+
+Latent attention, with a memory if there is one, reads the embeddings; the router weighs the experts by its running
+mean; every expert reads its output, and their outputs, each through an adapter, are summed by those weights. At first
+the attention adds nothing and adapters change nothing: experts are what they were alone.
+
+Shapes: B rows, S positions, H hidden, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Module, ModuleDict
+
+from megatron_vpmoe.model.attention.masks import SequenceLayout
+from megatron_vpmoe.model.transformer_config import VPTransformerConfig
+from megatron_vpmoe.think.decoding import Entry, Past
+from megatron_vpmoe.think.diffuser import Diffuser
+from megatron_vpmoe.think.latent_attention import LatentAttention
+from megatron_vpmoe.think.linear import linear
+from megatron_vpmoe.think.memory import Memory
+from megatron_vpmoe.think.router import ExpertRouter
+
+_ATTENTION, _ROUTER = "latent_attention", "router"
+
+
+class ExpertMixture(Module):
+    """Latent attention, router, experts, adapters.
+
+    Args:
+        config: hidden size, heads, initialisation.
+        experts: by name, in the order of the weights; each [B, S, H] to [B, S, H] with ``entries`` and ``step``.
+        latent_width: of the attention.
+        rope_width: of the attention.
+    """
+
+    def __init__(
+        self, config: VPTransformerConfig, experts: Mapping[str, Module], *, latent_width: int, rope_width: int
+    ) -> None:
+        super().__init__()
+        self.latent_attention = LatentAttention(config, latent_width=latent_width, rope_width=rope_width)
+        self.router = ExpertRouter(config, experts=len(experts))
+        self.experts = ModuleDict(experts)
+        self.adapters = ModuleDict(
+            {name: linear(config.hidden_size, config.hidden_size, config, torch.nn.init.eye_) for name in experts}
+        )
+
+    def forward(
+        self,
+        x_BSH: Tensor,
+        layout: SequenceLayout,
+        past: Past | None = None,
+        *,
+        noise_key_BS: Tensor,
+        memory: Memory | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What the head reads [B, S, H], and the weights of the experts, fp32 or wider [B, S, E].
+
+        Args:
+            x_BSH: standardised embeddings.
+            layout: documents and positions.
+            past: receives what all parts keep of a single row, where it is to be continued.
+            noise_key_BS: int64, a hash of seed, document and position; for the diffuser.
+            memory: what the positions may read besides.
+        """
+        pasts = {name: None if past is None else Past(past.spans) for name in self._parts()}
+        read_BSH = self.latent_attention(x_BSH, layout, pasts[_ATTENTION], memory=memory)
+        weight_BSE = self.router(read_BSH, layout, pasts[_ROUTER])
+        outs = [
+            expert(read_BSH, layout, pasts[f"experts.{name}"], **_keys(expert, noise_key_BS=noise_key_BS))
+            for name, expert in self.experts.items()
+        ]
+        if past is not None:
+            for part, own in pasts.items():
+                for name, value in cast(Past, own).values.items():
+                    past.put(f"{part}.{name}", value)
+        return self._fused(outs, weight_BSE), weight_BSE
+
+    def entries(self) -> dict[str, Entry]:
+        """What decoding keeps of all parts."""
+        return {
+            f"{part}.{name}": entry
+            for part, module in self._parts().items()
+            for name, entry in module.entries().items()
+        }
+
+    def step(
+        self,
+        x_BH: Tensor,
+        position_B: Tensor,
+        state: dict[str, Tensor],
+        *,
+        noise_key_B: Tensor,
+        memory: Memory | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """``forward`` for one new token a row: [B, H] and [B, E].
+
+        Args:
+            x_BH: its standardised embedding.
+            position_B: int64, where it stands in its document.
+            state: of ``entries``, [B, ...]; goes on in place.
+            noise_key_B: int64, as in ``forward``.
+            memory: what the token may read, with S = 1.
+        """
+        own = {part: {name: state[f"{part}.{name}"] for name in one.entries()} for part, one in self._parts().items()}
+        read_BH = self.latent_attention.step(x_BH, position_B, own[_ATTENTION], memory=memory)
+        weight_BE = self.router.step(read_BH, position_B, own[_ROUTER])
+        outs = [
+            cast(Any, expert).step(
+                read_BH, position_B, own[f"experts.{name}"], **_keys(expert, noise_key_B=noise_key_B)
+            )
+            for name, expert in self.experts.items()
+        ]
+        return self._fused(outs, weight_BE), weight_BE
+
+    def _parts(self) -> dict[str, Any]:
+        """What keeps something from token to token, by its name."""
+        experts = {f"experts.{name}": expert for name, expert in self.experts.items()}
+        return {_ATTENTION: self.latent_attention, _ROUTER: self.router, **experts}
+
+    def _fused(self, outs: list[Tensor], weight: Tensor) -> Tensor:
+        adapted = [adapter(out) for adapter, out in zip(self.adapters.values(), outs, strict=True)]
+        shares = weight.to(adapted[0].dtype).unsqueeze(-1).unbind(-2)
+        return torch.stack([share * out for share, out in zip(shares, adapted, strict=True)]).sum(0)
+
+
+def _keys(expert: Module, **keys: Tensor) -> dict[str, Tensor]:
+    """The diffuser alone draws noise."""
+    return keys if isinstance(expert, Diffuser) else {}

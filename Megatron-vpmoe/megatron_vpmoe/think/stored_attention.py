@@ -1,0 +1,29 @@
+"""One query a row over keys and values that decoding has kept.
+
+Shapes: B rows, C columns, N query heads, G heads of keys and values, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def store(stored_BC2GD: Tensor, position_B: Tensor, kept_B2GD: Tensor) -> None:
+    """Write a new token's keys and values in the column of its position."""
+    stored_BC2GD[torch.arange(len(position_B), device=position_B.device), position_B] = kept_B2GD
+
+
+def attended(stored_BC2GD: Tensor, position_B: Tensor, query_BN1D: Tensor) -> Tensor:
+    """[B, N, 1, D]: softmax attention to the columns up to the position; scores and softmax are fp32 or wider.
+
+    Columns behind it hold what another row has left there.
+    """
+    wide = torch.promote_types(query_BN1D.dtype, torch.float32)
+    key, value = stored_BC2GD.to(wide).permute(2, 0, 3, 1, 4)
+    per_group = query_BN1D.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(per_group, 1) for x in (key, value))
+    column = torch.arange(key.shape[2], device=position_B.device)
+    behind_B11C = (column > position_B.unsqueeze(1))[:, None, None]
+    score = (query_BN1D.to(wide) @ key.mT) * query_BN1D.shape[-1] ** -0.5
+    return (torch.softmax(score.masked_fill(behind_B11C, -torch.inf), -1) @ value).to(query_BN1D.dtype)

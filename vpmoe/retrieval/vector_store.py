@@ -1,0 +1,253 @@
+"""Vectors of unit length, each of a document, and the nearest ones by inner product: FAISS, exact, on the CPU.
+
+Johnson, Douze and Jégou 2017, arXiv 1702.08734. A saved store is one safetensors file with a hash of what it holds.
+
+Shapes: N vectors, Q queries, K neighbours, W width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from megatron_vpmoe.files import json_line, write_atomically
+from vpmoe.errors import DataError, NotOursError, VpmoeError
+
+FORMAT = "vpmoe vector store 1"
+
+
+class Found(NamedTuple):
+    """The nearest vectors of each query, nearest first; of equally near ones the older.
+
+    Attributes:
+        vectors: fp32 [Q, K, W]; zero beyond the count.
+        scores: fp32 [Q, K], cosines; zero beyond the count.
+        count: int64 [Q], at most K.
+    """
+
+    vectors: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    count: NDArray[np.int64]
+
+
+class VectorStore:
+    """Vectors in the order in which they came.
+
+    Args:
+        width: W.
+        capacity: vectors at most; the oldest go for new ones. None: any number.
+        read_only: what is held stays as it is.
+
+    Raises:
+        VpmoeError: FAISS is not installed.
+    """
+
+    def __init__(self, width: int, *, capacity: int | None = None, read_only: bool = False) -> None:
+        self.width, self.capacity, self.read_only = width, capacity, read_only
+        self._faiss: Any = _faiss()
+        self._index = self._faiss.IndexFlatIP(width)
+        self._documents = np.empty(0, np.int64)
+        self._held_of: Counter[int] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def add(self, vectors: NDArray[np.floating], documents: NDArray[np.integer]) -> None:
+        """Take vectors in, scaled to unit length; beyond the capacity the oldest go.
+
+        Args:
+            vectors: [N, W].
+            documents: int [N], the document of each.
+
+        Raises:
+            DataError: the store is read-only, shapes do not fit, or a vector has no direction.
+        """
+        self._check_writable()
+        unit = self._directions(vectors, "a vector to be added")
+        documents = np.asarray(documents, np.int64)
+        if documents.shape != (len(unit),):
+            raise DataError(
+                f"{len(unit)} vectors came with documents of shape {list(documents.shape)}",
+                source="VectorStore.add",
+                remedy="one document for each vector",
+            )
+        if self.capacity is not None:
+            newest = max(0, len(unit) - self.capacity)
+            unit, documents = unit[newest:], documents[newest:]
+            self._drop(max(0, len(self) + len(unit) - self.capacity))
+        self._index.add(unit)
+        self._documents = np.concatenate([self._documents, documents])
+        self._held_of.update(documents.tolist())
+
+    def search(self, queries: NDArray[np.floating], k: int, *, without: NDArray[np.integer] | None = None) -> Found:
+        """The k vectors of largest cosine to each query.
+
+        Args:
+            queries: [Q, W].
+            k: at least 1.
+            without: int [Q], a document of each query whose vectors are not found.
+
+        Raises:
+            DataError: shapes do not fit, or a query has no direction.
+        """
+        unit = self._directions(queries, "a query")
+        found = Found(
+            np.zeros((len(unit), k, self.width), np.float32),
+            np.zeros((len(unit), k), np.float32),
+            np.zeros(len(unit), np.int64),
+        )
+        excluded = [None] * len(unit) if without is None else np.asarray(without).tolist()
+        # FAISS is asked for as many more as the excluded documents hold at most, and theirs are then left out.
+        asked = min(len(self), k + max((self._held_of[one] for one in excluded if one is not None), default=0))
+        if not asked or not len(unit):
+            return found
+        scores, places = self._index.search(unit, asked)
+        for query, document in enumerate(excluded):
+            order = np.lexsort((places[query], -scores[query]))
+            if document is not None:
+                order = order[self._documents[places[query][order]] != document]
+            order = order[:k]
+            found.count[query] = count = len(order)
+            found.scores[query, :count] = scores[query][order]
+            found.vectors[query, :count] = self._index.reconstruct_batch(places[query][order])
+        return found
+
+    def reset(self) -> None:
+        """Let go of all vectors.
+
+        Raises:
+            DataError: the store is read-only.
+        """
+        self._check_writable()
+        self._drop(len(self))
+
+    def save(self, path: Path, *, overwrite: bool = False) -> None:
+        """Write the store to a file, whole or not at all.
+
+        Args:
+            path: of the file.
+            overwrite: replace a store that lies there.
+
+        Raises:
+            NotOursError: something that is no store lies there; or a store, and no ``overwrite``.
+        """
+        if path.exists():
+            _refuse_to_replace(path, overwrite)
+        tensors = {"vectors": self._index.reconstruct_n(0, len(self)), "documents": self._documents}
+        sizes = {"format": FORMAT, "width": str(self.width), "capacity": str(self.capacity or "")}
+        write_atomically(path, save(tensors, {**sizes, "sha256": _sha256(tensors, sizes)}))
+
+    @classmethod
+    def load(cls, path: Path, *, read_only: bool = True) -> VectorStore:
+        """The store in a file.
+
+        Raises:
+            DataError: missing, damaged, or no store.
+        """
+        tensors, sizes = _read(path)
+        store = cls(int(sizes["width"]), capacity=int(sizes["capacity"]) if sizes["capacity"] else None)
+        store._index.add(tensors["vectors"])
+        store._documents = tensors["documents"]
+        store._held_of.update(tensors["documents"].tolist())
+        store.read_only = read_only
+        return store
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise DataError(
+                "the vector store is read-only",
+                source="VectorStore",
+                remedy="load it with read_only=False to change it",
+            )
+
+    def _directions(self, vectors: NDArray[np.floating], what: str) -> NDArray[np.float32]:
+        vectors = np.asarray(vectors)
+        if vectors.ndim != 2 or vectors.shape[1] != self.width:
+            raise DataError(
+                f"{what} is of shape {list(vectors.shape)}, the store's are of width {self.width}",
+                source="VectorStore",
+                remedy=f"rows of {self.width} numbers",
+            )
+        length = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+        if not (np.isfinite(length) & (length > 0)).all():
+            row = int(np.flatnonzero(~(np.isfinite(length) & (length > 0)))[0])
+            raise DataError(
+                f"{what} has length {float(length[row, 0])}, and no direction",
+                source=f"row {row}",
+                remedy="every vector is finite and not zero",
+            )
+        return np.ascontiguousarray(vectors / length, np.float32)
+
+    def _drop(self, count: int) -> None:
+        """Let the oldest go; those behind move up."""
+        if count:
+            self._index.remove_ids(self._faiss.IDSelectorRange(0, count))
+            self._held_of.subtract(self._documents[:count].tolist())
+            self._held_of += Counter()  # forgets those of which nothing is held
+            self._documents = self._documents[count:]
+
+
+def _faiss() -> ModuleType:
+    try:
+        return importlib.import_module("faiss")
+    except ImportError as cause:
+        raise VpmoeError(
+            "a vector store needs FAISS, which is not installed",
+            source="vpmoe.retrieval",
+            remedy="pip install 'vpmoe[retrieval]', or in this repository: .venv/bin/pip install -e '.[retrieval]'",
+        ) from cause
+
+
+def _sha256(tensors: dict[str, NDArray[Any]], sizes: dict[str, str]) -> str:
+    digest = hashlib.sha256(json_line(sorted(sizes.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json_line([name, str(tensor.dtype), *tensor.shape]).encode())
+        digest.update(np.ascontiguousarray(tensor).tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """A store's arrays, and its sizes as they are written.
+
+    Raises:
+        DataError: missing, damaged, or no store.
+    """
+    remedy = "make the store again, or restore the file from a copy"
+    try:
+        with safe_open(path, "numpy") as held:
+            sizes = dict(held.metadata() or {})
+            tensors = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as cause:
+        raise DataError(f"the vector store cannot be read: {cause}", source=str(path), remedy=remedy) from cause
+    if sizes.get("format") != FORMAT:
+        raise DataError(
+            f"this is no vector store: its format is {sizes.get('format')!r}, not {FORMAT!r}",
+            source=str(path),
+            remedy="name a file that VectorStore.save has written",
+        )
+    if sizes.pop("sha256", None) != _sha256(tensors, sizes):
+        raise DataError("the vector store does not have the hash that was written", source=str(path), remedy=remedy)
+    return tensors, sizes
+
+
+def _refuse_to_replace(path: Path, overwrite: bool) -> None:
+    try:
+        with safe_open(path, "numpy") as held:
+            is_ours = (held.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        is_ours = False
+    if not is_ours:
+        raise NotOursError("what lies here is no vector store", source=str(path), remedy="name another file")
+    if not overwrite:
+        raise NotOursError(
+            "a vector store lies here", source=str(path), remedy="overwrite=True replaces it, or name another file"
+        )
