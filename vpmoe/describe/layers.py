@@ -52,6 +52,10 @@ def legend(cfg: RunConfig, layers: Sequence[LayerGeometry]) -> list[tuple[str, s
     sink = ", softmax with sink" if m.softmax_type == "learnable" else ""
     heads = f"{m.num_attention_heads} query heads, {m.num_query_groups} key/value heads of {m.kv_channels}{sink}"
     lines = [("attention", heads)]
+    if m.layer_type == "denoiser":
+        lines.append(
+            ("denoiser", f"{m.diffusion_levels} levels of noise; clean tokens and noisy ones go through all layers")
+        )
     if any(layer.tensor_product for layer in layers):
         lines.append(("TPA", f"rank {m.tpa_q_rank} for queries, {m.tpa_rank} for keys and for values"))
     if m.value_residual:

@@ -80,6 +80,9 @@ def parameter_count(cfg: RunConfig, layers: range | None = None) -> ParameterCou
         "routed experts": sparse * experts * expert,
         "norms": (2 * len(layers) + is_last) * m.hidden_size,
     }
+    if m.layer_type == "denoiser":
+        h = m.hidden_size
+        parts["levels and estimate"] = (6 * len(layers) + 2 * is_last) * h * (h + 1) + is_last * h * h
     return ParameterCount(parts, routed_experts_active=sparse * min(moe.moe_router_topk, experts) * expert)
 
 
@@ -232,6 +235,7 @@ def layer_geometry(cfg: RunConfig, layer_number: int) -> LayerGeometry:
     else:
         total = active = _feed_forward(cfg, m.ffn_hidden_size)
     heads_width = m.num_attention_heads * m.kv_channels
+    passes = 2 if m.layer_type == "denoiser" else 1  # of the clean tokens, and of the noisy ones
     return LayerGeometry(
         number=layer_number,
         window=None if cfg.is_global_layer(layer_number) else m.window_size,
@@ -241,9 +245,9 @@ def layer_geometry(cfg: RunConfig, layer_number: int) -> LayerGeometry:
         attention_parameters=attention_parameters(cfg, layer_number),
         feed_forward_parameters=total,
         active_feed_forward_parameters=active,
-        norm_parameters=2 * m.hidden_size,
-        product_flops=2 * (_attention_products(cfg, layer_number) + _feed_forward_products(cfg, sparse)),
-        flops_per_key=2 * 2 * heads_width,
+        norm_parameters=(2 + (passes - 1) * 6 * (m.hidden_size + 1)) * m.hidden_size,  # a level sets a denoiser's
+        product_flops=passes * 2 * (_attention_products(cfg, layer_number) + _feed_forward_products(cfg, sparse)),
+        flops_per_key=passes * 2 * 2 * heads_width,
         cache_bytes=2 * m.num_query_groups * m.kv_channels * (2 if cfg.training.bf16 else 4),
     )
 
@@ -291,5 +295,6 @@ def _feed_forward_products(cfg: RunConfig, sparse: bool) -> int:
 
 
 def output_layer_flops(cfg: RunConfig) -> int:
-    """Forward FLOPs per token of the projection to the vocabulary."""
-    return 2 * cfg.model.padded_vocab_size * cfg.model.hidden_size
+    """Forward FLOPs per token of the projection to the vocabulary, or to a denoiser's estimate."""
+    m = cfg.model
+    return 2 * (m.hidden_size if m.layer_type == "denoiser" else m.padded_vocab_size) * m.hidden_size

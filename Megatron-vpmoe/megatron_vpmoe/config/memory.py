@@ -80,6 +80,9 @@ def _layer_activations(cfg: RunConfig, layer_number: int, compute_bytes: int, on
     else:
         scores = (1 if windowed else heads) * cfg.data.seq_length  # the mask, with each head's bias on distance
     parts["core_attn"] = scores * _FP32 + heads * m.kv_channels * compute_bytes
+    if m.layer_type == "denoiser":  # clean tokens and noisy ones, and at each of these what its level sets
+        parts = {name: 2 * size for name, size in parts.items()}
+        parts["rest"] += 10 * m.hidden_size * compute_bytes
     return parts
 
 

@@ -56,9 +56,14 @@ def _sizes(asked: _Asked) -> dict[str, int]:
         inside = {"input_layernorm.weight": m.hidden_size, "pre_mlp_layernorm.weight": m.hidden_size}
         inside |= {f"self_attention.{name}": size for name, size in attention_sizes(cfg, number).items()}
         inside |= {f"mlp.{name}": size for name, size in _mlp_sizes(cfg, number).items()}
+        if m.layer_type == "denoiser":
+            inside |= _linear_sizes("level_modulation", m.hidden_size, 6 * m.hidden_size, True)
         sizes |= {prefix + name: size for name, size in inside.items()}
     if is_last:
         sizes["decoder.final_layernorm.weight"] = m.hidden_size
+        if m.layer_type == "denoiser":
+            h = m.hidden_size
+            sizes |= _linear_sizes("decoder.final_modulation", h, 2 * h, True) | {"decoder.estimate.weight": h * h}
         sizes[OUTPUT if m.untie_embeddings_and_output_weights else EMBEDDING] = vocabulary
     return sizes
 

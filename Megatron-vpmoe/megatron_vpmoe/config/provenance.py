@@ -143,9 +143,11 @@ def geometry_diff(old: RunConfig, new: RunConfig) -> list[FieldChange]:
 # Binding fields that checkpoints from before them lack, where the default is what was done then.
 _OF_BLEND = ("blend", "blend_schedule", "skip_rows")
 _OF_STATE_SPACE = ("layer_type", "ssm_inner_size", "ssm_state_size", "ssm_conv_size", "ssm_step_rank")
+_OF_DENOISER = ("diffusion_levels", "ddim_steps")
 _LATER_FIELDS = (
     *_OF_BLEND,
     *_OF_STATE_SPACE,
+    *_OF_DENOISER,
     "train_only",
     "reference_weights",
     "experts_precision",

@@ -33,7 +33,40 @@ def _unaligned(c: View) -> bool:
     return c.num_experts is not None and bool(c.hidden_size % width or c.moe_ffn_hidden_size % width)
 
 
+_OF_DENOISER: dict[str, object] = {
+    "num_experts": None,
+    "window_size": None,
+    "activation": "swiglu",
+    "softmax_type": "vanilla",
+    "global_position_embedding": "rope",
+    **dict.fromkeys(("value_residual", "qk_layernorm", "add_bias_linear", "add_qkv_bias"), False),
+    "untie_embeddings_and_output_weights": False,
+}
+
+
+def _yaml(value: object) -> str:
+    return "null" if value is None else str(value).lower()
+
+
 REFUSED: tuple[Rule, ...] = (
+    *(
+        refuse(
+            f"layer_type {name}",
+            f"a denoiser is built of plain layers and has no output layer; set {name} to {_yaml(plain)}",
+            lambda c, name=name, plain=plain: c.layer_type == "denoiser" and c[name] != plain,
+        )
+        for name, plain in _OF_DENOISER.items()
+    ),
+    refuse(
+        "layer_type num_query_groups num_attention_heads",
+        "a denoiser's heads have keys of their own; set num_query_groups to {num_attention_heads}",
+        lambda c: c.layer_type == "denoiser" and c.num_query_groups != c.num_attention_heads,
+    ),
+    refuse(
+        "layer_type ddim_steps diffusion_levels",
+        "{ddim_steps} steps do not fit into {diffusion_levels} levels; lower the steps",
+        lambda c: c.layer_type == "denoiser" and c.ddim_steps > c.diffusion_levels,
+    ),
     refuse(
         "layer_type num_experts",
         "a state space layer has no feed-forward, so no experts in its place; set num_experts to null",
@@ -162,9 +195,10 @@ IDLE: tuple[Rule, ...] = (
     idle(" ".join(OF_ATTENTION), "`layer_type` is state_space", lambda c: c.layer_type == "state_space"),
     idle(
         "ssm_inner_size ssm_state_size ssm_conv_size ssm_step_rank",
-        "`layer_type` is transformer",
-        lambda c: c.layer_type == "transformer",
+        "`layer_type` is no state_space",
+        lambda c: c.layer_type != "state_space",
     ),
+    idle("diffusion_levels ddim_steps", "`layer_type` is no denoiser", lambda c: c.layer_type != "denoiser"),
     idle(" ".join(OF_EXPERTS), "`num_experts` is null: a dense model", lambda c: c.num_experts is None),
     idle("ffn_hidden_size", "every layer has experts", lambda c: all(c.sparse)),
     idle("window_attn_skip_freq", "`window_size` is null", lambda c: c.window_size is None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_vpmoe.config.parameters import EMBEDDING, is_trained
 from megatron_vpmoe.config.rule import Rule, View, refuse
 from megatron_vpmoe.config.schema_objective import OBJECTIVES, OF_SERVER, OWNED, ObjectiveFields
 
@@ -24,9 +25,47 @@ def _temperature(c: View) -> str:
 
 REFUSED: tuple[Rule, ...] = (
     refuse(
+        "load_embedding load_weights",
+        "an embedding comes along with weights; leave one of the two out",
+        lambda c: None not in (c.load_embedding, c.load_weights),
+    ),
+    refuse(
+        "load_embedding tensor_model_parallel_size pipeline_model_parallel_size",
+        "an embedding is not shared out over ranks as it is loaded; set both sizes to 1",
+        lambda c: (
+            c.load_embedding is not None and max(c.tensor_model_parallel_size, c.pipeline_model_parallel_size) > 1
+        ),
+    ),
+    refuse(
+        "layer_type objective",
+        "a denoiser has no distribution over tokens; set objective to denoising",
+        lambda c: c.layer_type == "denoiser" and c.objective != "denoising",
+    ),
+    refuse(
+        "objective layer_type",
+        "denoising trains a denoiser; set layer_type to denoiser, or choose another objective",
+        lambda c: c.objective == "denoising" and c.layer_type != "denoiser",
+    ),
+    refuse(
+        "layer_type train_only",
+        "what a denoiser estimates are embeddings, which have to stay as they are; set train_only to ['decoder.*']",
+        lambda c: c.layer_type == "denoiser" and is_trained(c.cfg, EMBEDDING),
+    ),
+    *(
+        refuse(
+            f"layer_type {name}",
+            f"a denoiser writes no text; set {name} to null",
+            lambda c, name=name: c.layer_type == "denoiser" and c[name] is not None,
+        )
+        for name in ("sample_interval", "eval_suites")
+    ),
+    refuse(
         "reference_weights objective",
         "{objective} is held against no reference, which would be computed for nothing; set it to null",
-        lambda c: c.objective in ("span_ce", "token_ce", "topk_kd", "on_policy") and c.reference_weights is not None,
+        lambda c: (
+            c.objective in ("span_ce", "token_ce", "topk_kd", "on_policy", "denoising")
+            and c.reference_weights is not None
+        ),
     ),
     refuse(
         "reference_bf16 reference_weights teacher_weights",

@@ -71,15 +71,15 @@ REFUSED: tuple[Rule, ...] = (
     *(
         refuse(
             f"layer_type {name}",
-            f"no way is built to share a state space model over ranks, and there are {{{name}}}; set it to 1",
-            lambda c, name=name: c.layer_type == "state_space" and c[name] > 1,
+            f"no way is built to share {{layer_type}} layers over ranks, and there are {{{name}}}; set it to 1",
+            lambda c, name=name: c.layer_type != "transformer" and c[name] > 1,
         )
         for name in (_TP, _PP)
     ),
     refuse(
         "layer_type compile",
-        "the scan's kernel is none that can be compiled with a layer; set compile to off",
-        lambda c: c.layer_type == "state_space" and c.compile != "off",
+        "{layer_type} layers are not compiled; set compile to off",
+        lambda c: c.layer_type != "transformer" and c.compile != "off",
     ),
     refuse(
         f"sequence_parallel {_TP}",

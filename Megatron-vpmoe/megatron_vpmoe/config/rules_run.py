@@ -157,7 +157,7 @@ _RECOMPUTATION = (
     refuse(
         "layer_type recompute_granularity",
         "selective recomputes parts of transformer layers; set it to full, or to null",
-        lambda c: c.layer_type == "state_space" and c.recompute_granularity == "selective",
+        lambda c: c.layer_type != "transformer" and c.recompute_granularity == "selective",
     ),
     *(
         refuse(

@@ -68,9 +68,10 @@ class ModelSection(Section):
     attention_backend: Literal["auto", "reference", "banded", "sdpa", "flex"] = "auto"
     """Attention implementation; "auto" takes the fastest that the layer and the device allow: banded (local) and sdpa
     (global) on a CPU, flex on a GPU."""
-    layer_type: Literal["transformer", "state_space"] = "transformer"
+    layer_type: Literal["transformer", "state_space", "denoiser"] = "transformer"
     """"transformer": attention and a feed-forward; "state_space": one S6 mixer, with a state of fixed size in the place
-    of keys and values (docs/nano_think.md)."""
+    of keys and values; "denoiser": plain transformer layers set by a level of noise, which estimate the next token's
+    embedding and have no distribution over tokens (docs/nano_think.md)."""
     ssm_inner_size: Size = 768
     """Channels of a state space layer (I)."""
     ssm_state_size: Annotated[int, within(1, 64, "the scan's kernel holds no more in registers")] = 16
@@ -79,6 +80,10 @@ class ModelSection(Section):
     """Taps of the causal convolution before the scan, the token's own included (K)."""
     ssm_step_rank: Size = 24
     """Rank of the projection that makes each channel's step (R)."""
+    diffusion_levels: Size = 100
+    """Levels of noise that a denoiser is trained at (T)."""
+    ddim_steps: Size = 10
+    """Steps of DDIM from pure noise to a denoiser's estimate; what validation measures."""
 
 
 class MoeSection(Section):

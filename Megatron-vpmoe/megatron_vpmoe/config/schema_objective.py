@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from megatron_vpmoe.config.schema_section import BOUND, Amount, Section, Text, within
 
-OBJECTIVES = ("span_ce", "token_ce", "dpo", "grpo", "topk_kd", "on_policy")
+OBJECTIVES = ("span_ce", "token_ce", "dpo", "grpo", "topk_kd", "on_policy", "denoising")
 
 
 def _is_objective(value: str) -> str:
@@ -33,6 +33,7 @@ class ObjectiveFields(Section):
     "dpo": preference pairs against reference_log_p; "grpo": sampled answers by their rewards (section rollouts);
     "topk_kd": cross-entropy as span_ce, mixed with the divergence from a teacher's top K, stored, teacher_weights' or
     teacher_server's; "on_policy": sampled answers by how likely they are to either, beside stored conversations;
+    "denoising": the squared error of a denoiser's estimate of the next token's embedding;
     "module:Class": a class of your own that inherits from megatron_vpmoe.objectives.Objective."""
     reference_weights: Text | None = None
     """Checkpoint (or run) of a frozen second model of the same geometry and vocabulary; batches are annotated with its

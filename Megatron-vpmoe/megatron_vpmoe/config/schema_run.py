@@ -232,6 +232,8 @@ class CheckpointSection(Section):
     load_weights: Text | None = None
     """Checkpoint (or run) whose weights the run starts from; its optimizer, schedule and position are left; null: none.
     A resumed run goes on from its own checkpoint."""
+    load_embedding: Text | None = None
+    """Checkpoint (or run) of which the run takes the embedding alone, for models that share one; null: none."""
     resume: bool = False
     """Continue from the newest complete checkpoint in the run directory."""
     strict_resume: bool = False

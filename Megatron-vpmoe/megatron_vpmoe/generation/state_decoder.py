@@ -113,6 +113,12 @@ class StateDecoder:
 
 
 def decoder_of(model: VPModel, *, packed: bool) -> Decoder | StateDecoder:
-    """What decodes a model; ``packed`` as for ``Decoder``."""
+    """What decodes a model; ``packed`` as for ``Decoder``.
+
+    Raises:
+        ConfigError: it is a denoiser.
+    """
     config = cast(VPTransformerConfig, model.config)
+    if config.layer_type == "denoiser":
+        model.output_weight()  # says that there is none
     return StateDecoder(model) if config.layer_type == "state_space" else Decoder(model, packed=packed)

@@ -152,7 +152,7 @@ def check_run_directory(cfg: RunConfig) -> None:
             preemption notice already.
         BusyError: another process trains in the run directory.
         CheckpointError: they are of another model, vocabulary or dataset, ``resume`` is off and there is one, or there
-            is none in ``load_weights``.
+            is none in ``load_weights`` or ``load_embedding``.
         NotOursError, DataError: the run store is none, or cannot be used; or the run's directory has no place in it.
     """
     from megatron_vpmoe.training.checkpoint_files import open_checkpoint
@@ -164,8 +164,9 @@ def check_run_directory(cfg: RunConfig) -> None:
         PreemptionFile(Path(cfg.failure.preemption_file)).refuse_early()
     check_free(cfg.run_directory / LOCK, f"the run directory {cfg.run_directory}")
     found, _, _ = restorable(cfg, check_hashes=False)
-    if found is None and cfg.checkpoint.load_weights is not None:
-        open_checkpoint(Path(cfg.checkpoint.load_weights), check_hashes=False)
+    for path in (cfg.checkpoint.load_weights, cfg.checkpoint.load_embedding):
+        if found is None and path is not None:
+            open_checkpoint(Path(path), check_hashes=False)
 
 
 def _check_place(cfg: RunConfig) -> None:

@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.enums import ModelType
 from torch import Tensor
 
+from megatron_vpmoe.errors import ConfigError
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.block import VPTransformerBlock
 from megatron_vpmoe.model.layer_specs import block_spec
@@ -32,6 +33,7 @@ from megatron_vpmoe.model.moe.real_tokens import RealTokens
 from megatron_vpmoe.model.output import ModelOutput
 from megatron_vpmoe.model.pipeline import Stage, Wire, draw_preceding_weights
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
+from megatron_vpmoe.think.diffuser import Diffuser
 
 
 class VPModel(LanguageModule):
@@ -69,13 +71,7 @@ class VPModel(LanguageModule):
                 position_embedding_type="none",
                 tp_group=self.pg_collection.tp,
             )
-        self.decoder = VPTransformerBlock(
-            config=config,
-            spec=block_spec(config, self.stage.layers),
-            pre_process=self.pre_process,
-            post_process=self.post_process,
-            pg_collection=self.pg_collection,
-        )
+        self.decoder: Any = self._denoiser() if config.layer_type == "denoiser" else self._stack()
         if self.post_process:
             # Objectives choose positions before the projection, so its input is whole and never to be gathered.
             whole = copy.copy(config)
@@ -91,6 +87,21 @@ class VPModel(LanguageModule):
             )
         self.setup_embeddings_and_output_layer()
         del self._embedding_of_first_stage
+
+    def _stack(self) -> VPTransformerBlock:
+        config = cast(VPTransformerConfig, self.config)
+        return VPTransformerBlock(
+            config=config,
+            spec=block_spec(config, self.stage.layers),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=self.pg_collection,
+        )
+
+    def _denoiser(self) -> Diffuser:
+        config = cast(VPTransformerConfig, self.config)
+        sizes = {"levels": config.diffusion_levels, "steps": config.ddim_steps}
+        return Diffuser(config, layers=config.num_layers, **sizes)
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Mark embedding and output layer for upstream; of a tied pair on two stages the last one gets its copy here.
@@ -126,8 +137,25 @@ class VPModel(LanguageModule):
         offset = self.stage.layers.start - 1
         return re.sub(r"(?<=decoder\.layers\.)\d+", lambda match: str(int(match.group()) + offset), name)
 
+    def standardised(self, tokens_BS: Tensor) -> Tensor:
+        """Embeddings [B, S, H], each channel less its mean and over its deviation in the whole table."""
+        table_VH = self.embedding.word_embeddings.weight.detach()
+        wide_VH = table_VH.to(torch.promote_types(table_VH.dtype, torch.float32))
+        deviation_H, mean_H = torch.std_mean(wide_VH, 0, correction=0)
+        return ((wide_VH[tokens_BS] - mean_H) / deviation_H).to(table_VH.dtype)
+
     def output_weight(self) -> Tensor:
-        """The output projection's matrix, [V, H]; under tensor parallelism this rank's rows."""
+        """The output projection's matrix, [V, H]; under tensor parallelism this rank's rows.
+
+        Raises:
+            ConfigError: a denoiser is asked, which has none.
+        """
+        if isinstance(self.decoder, Diffuser):
+            raise ConfigError(
+                "a denoiser has no distribution over tokens",
+                source="model.layer_type = denoiser",
+                remedy="name a model that writes text; the objective denoising measures this one",
+            )
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         return cast("Tensor", weight)
@@ -152,8 +180,11 @@ class VPModel(LanguageModule):
                 continued by `generation`.
 
         Returns:
-            on the last stage what an objective reads; on others the tensor for the next stage.
+            on the last stage what an objective reads, of a denoiser its tokens' standardised embeddings; on others the
+            tensor for the next stage.
         """
+        if isinstance(self.decoder, Diffuser):
+            return ModelOutput(self.standardised(tokens_BS), self)
         if self._received is None:
             embedded_SBH = self.embedding(input_ids=tokens_BS, position_ids=None)
             # Of a single row upstream transposes the strides: as layers have them, or the first is compiled apart.

@@ -67,6 +67,8 @@ class VPTransformerConfig(TransformerConfig):
     ssm_state_size: int = 16
     ssm_conv_size: int = 4
     ssm_step_rank: int = 24
+    diffusion_levels: int = 100
+    ddim_steps: int = 10
 
     def is_global_layer(self, layer_number: int) -> bool:
         """Whether layer ``layer_number`` attends to the whole document (every ``window_attn_skip_freq``-th does)."""

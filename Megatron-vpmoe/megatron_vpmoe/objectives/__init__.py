@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from megatron_vpmoe.annotation import TEACHER_IDS
 from megatron_vpmoe.errors import ConfigError, DataError
 from megatron_vpmoe.manifest import PREFERENCE, Manifest
+from megatron_vpmoe.objectives.denoising import Denoising
 from megatron_vpmoe.objectives.dpo import DPO
 from megatron_vpmoe.objectives.grpo import GRPO
 from megatron_vpmoe.objectives.interface import Needs, Objective, ObjectiveResult
@@ -29,6 +30,7 @@ __all__ = [
     "DPO",
     "GRPO",
     "OBJECTIVES",
+    "Denoising",
     "Needs",
     "Objective",
     "ObjectiveResult",
@@ -47,6 +49,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "grpo": GRPO,
     "topk_kd": TopKKD,
     "on_policy": OnPolicy,
+    "denoising": Denoising,
 }
 
 

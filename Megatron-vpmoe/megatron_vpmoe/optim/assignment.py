@@ -68,6 +68,13 @@ RULES: tuple[Rule, ...] = (
         True,
     ),
     Rule("convolutions", ("*.mixer.conv_weight",), "adamw", "normuon_aux_lr", True),
+    Rule(
+        "denoiser's levels and estimate",
+        ("*level_modulation.weight", "decoder.final_modulation.weight", "decoder.estimate.weight"),
+        "adamw",
+        "normuon_aux_lr",
+        True,
+    ),
     Rule("state space decays", ("*.mixer.A_log", "*.mixer.D"), "adamw", "normuon_aux_lr", False),
     Rule("router", ("*.mlp.router.weight",), "adamw", "router_lr", True),
     Rule("norm scales", ("*layernorm.weight",), "adamw", "normuon_aux_lr", False),
@@ -76,7 +83,7 @@ RULES: tuple[Rule, ...] = (
     Rule("rotary frequencies", ("*grape_log_freq",), "adamw", "normuon_aux_lr", False),
     Rule("value residual", ("*value_residual_scale",), "adamw", "normuon_aux_lr", False),
 )
-"""The rules of the vpMoE, vpDense and Qwen3 layers, and of state space layers."""
+"""The rules of the vpMoE, vpDense and Qwen3 layers, of state space layers and of denoisers."""
 
 
 def slug(rule: str) -> str:

@@ -207,11 +207,11 @@ def predict(cfg: RunConfig, fleet: Fleet, *, supervised: float = 1.0) -> Predict
         supervised: share of the positions whose loss is asked.
 
     Raises:
-        DeviceError: it has state space layers.
+        DeviceError: its layers are no transformer's.
     """
-    if cfg.model.layer_type == "state_space":
-        what, remedy = "what state space layers take is not predicted", "train some steps: the log says their speed"
-        raise DeviceError(what, source="model.layer_type", remedy=remedy)
+    if cfg.model.layer_type != "transformer":
+        what = f"what {cfg.model.layer_type} layers take is not predicted"
+        raise DeviceError(what, source="model.layer_type", remedy="train some steps: the log says their speed")
     machine, p, t = fleet.machine, cfg.parallel, cfg.training
     tp, pp, ep = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.expert_model_parallel_size
     of_stage = fleet.gpus // pp

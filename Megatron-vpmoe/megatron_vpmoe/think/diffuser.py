@@ -116,10 +116,13 @@ class Diffuser(Module):
         angle = self._angle(position_B1 + 1)
         return self._denoised(x_BH.unsqueeze(1), angle, attends, noise_key_B.unsqueeze(1)).squeeze(1)
 
+    def backend_name(self, device: torch.device, *, recurs: bool = True) -> str:
+        """What runs whole sequences on ``device``; nothing is compiled for a shape that does not recur."""
+        name = select_backend(self.config.attention_backend_name, window=None, device=device)
+        return "reference" if name == "flex" and not recurs else name
+
     def _context(self, x_BSH: Tensor, layout: SequenceLayout, past: Past | None) -> list[Attend]:
-        backend = select_backend(self.config.attention_backend_name, window=None, device=x_BSH.device)
-        if backend == "flex" and not layout.recurs:
-            backend = "reference"
+        backend = self.backend_name(x_BSH.device, recurs=layout.recurs)
 
         def whole(number: int, kept: Tensor) -> Attend:
             if past is not None:

@@ -25,7 +25,7 @@ def carried_by(started_from: checkpoint.Found | None, manifests: list[Manifest],
     of_dataset = vocabulary_files(manifest)
     prompts = prompts_of(manifests)
     state = {**carried.state, **({"prompts": prompts.model_dump()} if prompts else {})}
-    source = str(started_from.path if started_from else cfg.checkpoint.load_weights)
+    source = str(started_from.path if started_from else cfg.checkpoint.load_weights or cfg.checkpoint.load_embedding)
     if identity_of(carried.assets, source) is None:
         return checkpoint.Carried(state, {**of_dataset, **carried.assets})
     other = another_vocabulary(carried.assets, manifest, source)

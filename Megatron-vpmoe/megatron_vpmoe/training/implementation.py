@@ -14,6 +14,7 @@ from megatron_vpmoe.model.moe.narrow_rows import narrow_rule
 from megatron_vpmoe.model.transformer_config import token_dispatcher
 from megatron_vpmoe.runtime import stages
 from megatron_vpmoe.runtime.device import current_device
+from megatron_vpmoe.think.diffuser import Diffuser
 from megatron_vpmoe.think.scan import scan_form
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def implementation_notes(model: VPModel, cfg: RunConfig) -> list[str]:
         if isinstance(attention, VPSelfAttention):
             kind = "global" if attention.window is None else f"local (window {attention.window})"
             chosen[kind] = attention.backend_name(current_device())
+    if isinstance(model.decoder, Diffuser):
+        chosen["global"] = model.decoder.backend_name(current_device())
     told = stages.gather_stages((model.stage.layers, chosen))
     chosen = {kind: backend for _, of_stage in told for kind, backend in of_stage.items()}
     if cfg.model.layer_type == "state_space":

@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from megatron_vpmoe.config import geometry_diff, stored_faults
+from megatron_vpmoe.config.parameters import EMBEDDING
 from megatron_vpmoe.config.rules import OF_MODEL, find_problems
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.model.gpt import VPModel
@@ -29,6 +30,25 @@ def load_initial_weights(model: VPModel, cfg: RunConfig) -> checkpoint.Found:
     key = "checkpoint.load_weights"
     found = find_weights(cfg, str(cfg.checkpoint.load_weights), key)
     load_weights(model, found, key)
+    return found
+
+
+def load_initial_embedding(model: VPModel, cfg: RunConfig) -> checkpoint.Found:
+    """Fill the embedding of ``model`` from ``cfg.checkpoint.load_embedding``, of any geometry; a collective.
+
+    Raises:
+        CheckpointError: there is no usable checkpoint, or its embedding is of another shape.
+        NonFiniteError: a value is nan or infinite.
+    """
+    key, weight = "checkpoint.load_embedding", model.get_parameter(EMBEDDING)
+    found = with_all_ranks(lambda: checkpoint.open_checkpoint(Path(str(cfg.checkpoint.load_embedding))))
+    source, reader = f"{key} = {found.path}", Reader(found.path)
+    stored = reader.tensors().get(EMBEDDING)
+    there, here = None if stored is None else tuple(stored.size), tuple(weight.shape)
+    _refuse([f"{EMBEDDING}: {there or 'absent'} -> {here}"] if there != here else [], source)
+    table = reader.tensor(EMBEDDING)
+    require_finite(table, EMBEDDING, source=source, remedy="name an earlier checkpoint, or another run")
+    weight.data.copy_(table)
     return found
 
 

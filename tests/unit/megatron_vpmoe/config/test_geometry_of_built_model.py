@@ -23,6 +23,10 @@ VARIANTS = {
     "tied embeddings": "--no-untie-embeddings-and-output-weights",
     "no shared expert": "--moe-shared-expert-intermediate-size null",
     "state space": f"--num-experts null {NO_WARNING} --layer-type state_space --ssm-inner-size 40 --ssm-step-rank 3",
+    "denoiser": f"--num-experts null {NO_WARNING} --layer-type denoiser --activation swiglu --softmax-type vanilla "
+    "--window-size null --no-tpa --global-position-embedding rope --num-query-groups 4 --no-value-residual "
+    "--no-qk-layernorm --no-add-bias-linear --no-add-qkv-bias --no-untie-embeddings-and-output-weights "
+    "--objective denoising --train-only [decoder.*] --sample-interval null",
     "sparse first layer": "--first-dense-layers 0 --window-attn-skip-freq 3",
 }
 # Qwen3-0.6B's is the published number of parameters.
@@ -49,6 +53,8 @@ SHIPPED = {
     "nano_moe/moonlight.yaml": 15_928_244_224,
     "think/transformer.yaml": 26_448_768,
     "think/state_space.yaml": 18_073_728,
+    "think/diffuser.yaml": 25_719_936,
+    "think/nano/diffuser.yaml": 1_199_488,
     "think/nano/transformer.yaml": 852_864,
     "think/nano/state_space.yaml": 415_488,
 }

@@ -48,6 +48,8 @@ OTHER: dict[str, list[Any]] = {
     "ssm_state_size": [3],
     "ssm_conv_size": [2],
     "ssm_step_rank": [5],
+    "diffusion_levels": [20],
+    "ddim_steps": [3],
     "num_experts": [None, 16],
     "moe_router_topk": [2, 4],
     "moe_ffn_hidden_size": [32],
@@ -158,7 +160,8 @@ def test_what_is_idle_where() -> None:
     dense = set(idle_fields(base_config(**BASES["plain dense"])))
     assert moe < dense and {"window_attn_skip_freq", "local_position_embedding", "tpa_rank"} < dense
     of_state_space = {"ssm_inner_size", "ssm_state_size", "ssm_conv_size", "ssm_step_rank"}
-    assert set(idle_fields(base_config())) == of_state_space
+    of_denoiser = {"diffusion_levels", "ddim_steps"}
+    assert set(idle_fields(base_config())) == of_state_space | of_denoiser
     mixers = set(idle_fields(base_config(**BASES["state space"])))
     assert (
         of_state_space.isdisjoint(mixers) and {"num_attention_heads", "activation", "tpa", "ffn_hidden_size"} < mixers
@@ -167,4 +170,4 @@ def test_what_is_idle_where() -> None:
     positions = {"global_position_embedding", "rotary_base", "grapem_log_freq_scale"}
     factors = {"tpa_rank", "tpa_q_rank", "tpa_factor_bias"}
     routing = {"moe_aux_loss_coeff", "moe_router_bias_update_rate", "moe_router_num_groups"}
-    assert local == positions | factors | routing | of_state_space | {"ffn_hidden_size"}
+    assert local == positions | factors | routing | of_state_space | of_denoiser | {"ffn_hidden_size"}

@@ -52,6 +52,26 @@ def test_weights_arrive_and_another_model_is_refused(single_process, tmp_path: P
         load_initial_weights(model, tiny_config(**SMALL, load_weights=path))
 
 
+def test_an_embedding_arrives_alone_from_another_geometry(single_process, tmp_path: Path) -> None:
+    from megatron_vpmoe.model.builder import build_model
+    from megatron_vpmoe.training.initial_weights import load_initial_embedding
+
+    source = tiny_config(**SMALL)
+    state = {n: v.normal_() for n, v in build_model(source).state_dict().items() if isinstance(v, torch.Tensor)}
+    weights = {name: LazyTensor.of(value) for name, value in state.items()}
+    path, _ = write_checkpoint(tmp_path, weights, {"config": geometry_of(source)})
+    cfg = tiny_config(**{**SMALL, "num_layers": 3}, load_embedding=tmp_path)
+    model = build_model(cfg)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    assert load_initial_embedding(model, cfg).path == path
+    embedding = "embedding.word_embeddings.weight"
+    changed = [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
+    assert changed == [embedding] and torch.equal(model.get_parameter(embedding), state[embedding])
+    narrow = tiny_config(**{**SMALL, "padded_vocab_size": 72}, load_embedding=tmp_path)
+    with pytest.raises(CheckpointError, match=r"word_embeddings\.weight: \(64, 32\) -> \(72, 32\)"):
+        load_initial_embedding(build_model(narrow), narrow)
+
+
 def test_missing_tensors_are_named(single_process, tmp_path: Path) -> None:
     from megatron_vpmoe.model.builder import build_model
     from megatron_vpmoe.training.initial_weights import load_initial_weights

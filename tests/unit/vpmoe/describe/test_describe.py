@@ -107,8 +107,8 @@ def test_json_adds_up(repository: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert [layer["layer"] for layer in layers if layer["kind"] == "global"] == list(range(4, 81, 4))
     assert [layer["layer"] for layer in layers if layer["feed_forward"] == "dense"] == [1]
     assert totals["kv_bytes_at_seq_length"] == cache_bytes(cfg, 4096) == 1024 * (20 * 4096 + 60 * 127)
-    of_state_space = {"ssm_inner_size", "ssm_state_size", "ssm_conv_size", "ssm_step_rank"}
-    assert told["idle_fields"].keys() == {"moe_router_num_groups"} | of_state_space
+    of_others = {"ssm_inner_size", "ssm_state_size", "ssm_conv_size", "ssm_step_rank", "diffusion_levels", "ddim_steps"}
+    assert told["idle_fields"].keys() == {"moe_router_num_groups"} | of_others
 
 
 def test_a_wrong_configuration_is_one_message(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
