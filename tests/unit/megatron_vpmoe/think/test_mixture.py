@@ -26,6 +26,7 @@ from tests.think_parts import (
 pytestmark = pytest.mark.usefixtures("single_process")
 
 WIDTH = 32
+STATE_SPACE = {"layer_type": "state_space", "ssm_inner_size": 24, "ssm_state_size": 4, "ssm_step_rank": 3}
 
 
 def mixture(dtype: torch.dtype = torch.float64) -> ExpertMixture:
@@ -33,6 +34,7 @@ def mixture(dtype: torch.dtype = torch.float64) -> ExpertMixture:
     config = part_config(dtype, num_layers=2)
     experts = {
         "transformer": StackExpert(config),
+        "state_space": StackExpert(part_config(dtype, num_layers=2, **STATE_SPACE)),
         "diffuser": Diffuser(config, layers=2, levels=20, steps=2),
     }
     return ExpertMixture(config, experts, latent_width=12, rope_width=4)
@@ -72,6 +74,7 @@ def test_decoding_is_the_whole_pass() -> None:
     check_decoding(Both(drawn(mixture())), inputs_of(9 + 3 + 6), [9, 3, 6], 3, lambda name: name.replace("_BS", "_B"))
 
 
+@pytest.mark.slow
 def test_gradients() -> None:
     part, inputs = drawn(mixture()), inputs_of(4)
     weight = torch.randn(1, 4, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -94,6 +97,7 @@ def test_at_first_it_is_its_experts_in_equal_or_given_shares() -> None:
     alone = torch.stack(
         [
             part.experts["transformer"](inputs["x_BSH"], layout),
+            part.experts["state_space"](inputs["x_BSH"], layout),
             part.experts["diffuser"](inputs["x_BSH"], layout, noise_key_BS=inputs["noise_key_BS"]),
         ],
         -1,
