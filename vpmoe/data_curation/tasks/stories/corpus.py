@@ -16,12 +16,12 @@ from megatron_vpmoe.files import json_line
 from vpmoe import steps
 from vpmoe.data_curation.tasks.family import hash_of
 from vpmoe.data_curation.tasks.stories.plots import SPLITS, check_fractions, number_of, plot, plot_count, split_of
-from vpmoe.data_curation.tasks.stories.telling import abridge, read_first, tell
+from vpmoe.data_curation.tasks.stories.telling import read_first, tell
 from vpmoe.errors import DataError
 from vpmoe.progress import Progress
 
 VALID_FRACTION, TEST_FRACTION = 0.02, 0.02
-VERSION = 5
+VERSION = 6
 """Of what is written: plots, their wording, and what prompts ask of them."""
 Row = Mapping[str, Any]
 
@@ -53,10 +53,7 @@ def make_story(
     draw = random.Random(hash_of(f"{seed} {number}"))
     told = plot(number, choices)
     is_reader = split == "train" and hash_of(f"reader {seed} {number}") / 2**64 < readers
-    if is_reader:
-        text = read_first(told, draw) if draw.random() < 0.5 else abridge(told, draw)
-    else:
-        text = tell(told, draw, long=True)
+    text = read_first(told, draw) if is_reader else tell(told, draw, long=True)
     return {"id": f"{'reader' if is_reader else 'story'}_{seed}_{index:08d}", "text": text, "split": split}
 
 

@@ -1,8 +1,8 @@
 """Stories that were asked for, and the constraints that they keep to.
 
 A prompt asks for a protagonist, a theme, two or three words that have to come and one or two that must not. What has to
-come is of the plot, so that its story has it; what must not are words that some stories have and this one has not. Each
-row is held to :func:`checker.check_story` before it is written.
+come is of the plot (place, weather, a sight, a treat), so that its story has it; what must not are words that some
+stories have and this one has not. Each row is held to :func:`checker.check_story` before it is written.
 
 The split is decided by the hash of what is asked together (protagonist, theme, required words): no such combination is
 in two splits, whatever the seed. A row is a pure function of seed and index.
@@ -66,7 +66,7 @@ def ask(seed: int, index: int, choices: int | None = None) -> Asked:
     for attempt in itertools.count():
         wording = hash_of(f"prompt {seed} {number} {attempt}")
         draw = random.Random(wording)
-        needed = some_words(chosen, draw)
+        needed = some_words(draw)
         story = tell(chosen, random.Random(wording), long=False, needed=needed)
         banned = _banned(story, draw)
         required = tuple(chosen.chosen[name] for name in needed)

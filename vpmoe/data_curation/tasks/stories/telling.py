@@ -6,7 +6,6 @@ import random
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar
 
-from vpmoe.data_curation.tasks.stories.checker import is_in, words_of
 from vpmoe.data_curation.tasks.stories.content import Forms, content, with_article
 from vpmoe.data_curation.tasks.stories.plots import SHARED, Plot
 
@@ -51,49 +50,27 @@ def tell(plot: Plot, draw: random.Random, *, long: bool, needed: Collection[str]
 
 
 def read_first(plot: Plot, draw: random.Random) -> str:
-    """A first reader about the hero of a plot: a line names two or three of its words, short sentences use each twice.
+    """A first reader: a line names the hero of a plot and two or three of its words, short sentences use each twice.
 
     Half of such a text has been said before in it, where in a story a name comes every twenty words: a small model
     learns from it to take a word from what it has read.
     """
-    forms, needed = content().readers, [*some_words(plot, draw)]
+    forms, needed = content().readers, [*some_words(draw)]
     slots = _slots(plot, draw) | {"words": listed([plot.chosen[name] for name in needed], draw)}
+    slots["who"] = worded(content().asking["who"], slots, draw)
     parts = [worded(forms[part], slots, draw) for part in ("titles", "heroes")]
     draw.shuffle(needed)
     for name in needed:
-        word = plot.chosen[name]
-        slots |= {"word": word, "Word": word.capitalize()}
-        part = name if name in SHARED else "word"
-        parts += [worded(forms[part], slots, draw), worded(forms[f"{part}_again"], slots, draw)]
-    return " ".join([*parts, worded(forms["ends"], slots, draw)])
-
-
-def abridge(plot: Plot, draw: random.Random) -> str:
-    """A line that names the hero and two or three words of the plot, and what its story says with them, no more."""
-    forms, frame, needed = content().readers, content().frame, some_words(plot, draw)
-    slots = _slots(plot, draw) | {"words": listed([plot.chosen[name] for name in needed], draw)}
-    slots["who"] = worded(content().asking["who"], slots, draw)
-    sources = {"place": [], "sight": [frame["sights"]], "treat": [content().endings[plot.ending]]}
-    sources |= {name: [beat.forms for beat in plot.scene.beats] for name in needed if name not in sources}
-    parts = [worded(forms["abridged"], slots, draw), worded(frame["openings"], slots, draw)]
-    for name in (name for name in sources if name in needed):
-        told = (worded(form, slots, draw) for form in sources[name])
-        parts += [next(part for part in told if is_in(plot.chosen[name], words_of(part)))] if sources[name] else []
+        parts += [worded(forms[name], slots, draw), worded(forms[f"{name}_again"], slots, draw)]
+    parts.append(worded(forms["ends"], slots, draw))
     return " ".join(part[0].upper() + part[1:] for part in parts)
 
 
-def some_words(plot: Plot, draw: random.Random) -> tuple[str, ...]:
-    """Names of two or three words of the plot, in any order: different ones, and none says who somebody is."""
-    words = [plot.hero.kind, plot.friend.kind]
-    names = [*plot.scene.words, *SHARED]
+def some_words(draw: random.Random) -> tuple[str, ...]:
+    """Names of two or three of the words that every plot has, in any order."""
+    names = [*SHARED]
     draw.shuffle(names)
-    found = []
-    for name in names:
-        word = plot.chosen[name]
-        if not is_in(word, frozenset(words)):
-            words.append(word)
-            found.append(name)
-    return tuple(found[: pick((2, 3), draw)])
+    return tuple(names[: pick((2, 3), draw)])
 
 
 def listed(words: Sequence[str], draw: random.Random) -> str:
