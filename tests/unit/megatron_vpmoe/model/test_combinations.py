@@ -114,8 +114,9 @@ def refusals(cfg: RunConfig) -> list[Rule]:
 
 
 def is_read(axis: tuple[dict[str, Any], ...]) -> bool:
-    """Whether any refusal names a field of the axis."""
-    return any(name in refusal.names for refusal in ARCHITECTURE for value in axis for name in value)
+    """Whether any refusal names a field of the axis; those of other kinds of layers are not met on these grids."""
+    met = [refusal for refusal in ARCHITECTURE if "layer_type" not in refusal.names]
+    return any(name in refusal.names for refusal in met for value in axis for name in value)
 
 
 def core_rows(axes: Axes) -> Iterator[Row]:
