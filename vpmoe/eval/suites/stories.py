@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_vpmoe.files import sha256_of_file
 from vpmoe.data_curation.rows.source import resolve
-from vpmoe.data_curation.tasks.stories.checker import Constraints, check_story
+from vpmoe.data_curation.tasks.stories.checker import Constraints, StoryCheck, check_story
 from vpmoe.errors import DataError
 from vpmoe.eval.asking import Form, decode_in_batches, form_of
 from vpmoe.eval.conversation import Answer
@@ -146,13 +146,19 @@ def items_of(request: Request, ids: Sequence[int], form: Form) -> Iterator[dict[
     found = check_story(story, request.constraints)
     ended = bool(story) and ids[-1] in form.stop_ids
     yield {"task": STORY, "item": request.id, "valid": ended, "tokens": len(ids), "answer": story}
-    yield {"task": PROTAGONIST, "item": request.id, "correct": found.protagonist_right}
-    if request.constraints.required:
-        missing = {"missing": list(found.missing)}
-        yield {"task": REQUIRED, "item": request.id, "correct": found.required_present, **missing}
-    if request.constraints.banned:
-        banned = {"banned": list(found.banned_present)}
-        yield {"task": BANNED, "item": request.id, "correct": not found.banned_present, **banned}
+    details = {REQUIRED: {"missing": list(found.missing)}, BANNED: {"banned": list(found.banned_present)}}
+    for task, kept in _kept(found, request.constraints).items():
+        yield {"task": task, "item": request.id, "correct": kept, **details.get(task, {})}
+
+
+def _kept(found: StoryCheck, asked: Constraints) -> dict[str, bool]:
+    """Of each thing that was asked for, whether the story keeps to it."""
+    kept = {PROTAGONIST: found.protagonist_right}
+    if asked.required:
+        kept[REQUIRED] = found.required_present
+    if asked.banned:
+        kept[BANNED] = not found.banned_present
+    return kept
 
 
 def entries_of(items: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -183,20 +189,14 @@ def with_chance(
     entries: Mapping[str, dict[str, Any]], requests: Sequence[Request], items: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """The entries with ``by_chance``, where there are several prompts: each story held to what the next one asks."""
-    kept: dict[str, list[bool]] = {REQUIRED: [], PROTAGONIST: [], BANNED: []}
+    if len(requests) == 1:
+        return dict(entries)
+    kept: dict[str, list[bool]] = {}
     stories = [item["answer"] for item in items if item["task"] == STORY]
     for story, other in zip(stories, [*requests[1:], *requests[:1]], strict=True):
-        found = check_story(story, other.constraints)
-        kept[PROTAGONIST].append(found.protagonist_right)
-        if other.constraints.required:
-            kept[REQUIRED].append(found.required_present)
-        if other.constraints.banned:
-            kept[BANNED].append(not found.banned_present)
-    several = len(requests) > 1
-    return {
-        name: entry | ({"by_chance": mean(kept[name])} if several and kept.get(name) else {})
-        for name, entry in entries.items()
-    }
+        for task, right in _kept(check_story(story, other.constraints), other.constraints).items():
+            kept.setdefault(task, []).append(right)
+    return {name: entry | ({"by_chance": mean(kept[name])} if name in kept else {}) for name, entry in entries.items()}
 
 
 def _samples(requests: Sequence[Request], items: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:

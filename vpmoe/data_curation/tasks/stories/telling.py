@@ -28,8 +28,7 @@ def tell(plot: Plot, draw: random.Random, *, long: bool, needed: Collection[str]
     slots = _slots(plot, draw)
 
     def told(forms: Forms) -> str:
-        text = worded(forms, slots, draw)
-        return text[0].upper() + text[1:]
+        return _sentence(forms, slots, draw)
 
     beginning = [told(frame["openings"])]
     if long:
@@ -58,12 +57,10 @@ def read_first(plot: Plot, draw: random.Random) -> str:
     forms, needed = content().readers, [*some_words(draw)]
     slots = _slots(plot, draw) | {"words": listed([plot.chosen[name] for name in needed], draw)}
     slots["who"] = worded(content().asking["who"], slots, draw)
-    parts = [worded(forms[part], slots, draw) for part in ("titles", "heroes")]
+    told = [_sentence(forms[part], slots, draw) for part in ("titles", "heroes")]
     draw.shuffle(needed)
-    for name in needed:
-        parts += [worded(forms[name], slots, draw), worded(forms[f"{name}_again"], slots, draw)]
-    parts.append(worded(forms["ends"], slots, draw))
-    return " ".join(part[0].upper() + part[1:] for part in parts)
+    parts = [part for name in needed for part in (name, f"{name}_again")]
+    return " ".join(told + [_sentence(forms[part], slots, draw) for part in (*parts, "ends")])
 
 
 def some_words(draw: random.Random) -> tuple[str, ...]:
@@ -84,6 +81,12 @@ def worded(forms: Forms, slots: Mapping[str, str], draw: random.Random) -> str:
     return pick(pick(forms, draw), draw).format_map(slots)
 
 
+def _sentence(forms: Forms, slots: Mapping[str, str], draw: random.Random) -> str:
+    """The same, and it begins with a capital."""
+    text = worded(forms, slots, draw)
+    return text[0].upper() + text[1:]
+
+
 def pick(choices: Sequence[Choice], draw: random.Random) -> Choice:
     """One of them, as :meth:`random.Random.choice` and in a third of its time."""
     return choices[int(draw.random() * len(choices))]
@@ -98,13 +101,8 @@ def _slots(plot: Plot, draw: random.Random) -> dict[str, str]:
     when = f"one {day}" if draw.random() < 0.5 else f"on {with_article(day)}"
     slots = {
         **{"hero": hero.name, "he": he, "He": he.capitalize(), "him": him, "himself": self},
-        **{
-            "his": his,
-            "His": his.capitalize(),
-            "kind": hero.kind,
-            "a_kind": with_article(hero.kind),
-            "a_size": with_article(plot.size),
-        },
+        **{"his": his, "His": his.capitalize(), "a_size": with_article(plot.size)},
+        **{"kind": hero.kind, "a_kind": with_article(hero.kind)},
         **{"friend": friend.name, "she": she, "She": she.capitalize(), "her": her, "hers": hers},
         **{"fkind": friend.kind, "a_fkind": with_article(friend.kind)},
         **{"elder": f"{his} {plot.elder}", "Elder": f"{his.capitalize()} {plot.elder}"},
