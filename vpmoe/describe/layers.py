@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_vpmoe.config import LayerGeometry, RunConfig
+from megatron_vpmoe.config.layer_geometry import LATENT_ATTENTION
 
 POSITION_NAMES = {"grape_m": "GRAPE-M", "grape_a": "GRAPE-A", "rope": "RoPE", "none": "none"}
 ACTIVATION_NAMES = {"squared_relu": "ReLU²", "swiglu": "SwiGLU"}
@@ -20,14 +21,18 @@ def amount(count: float) -> str:
 
 
 def kind_words(layer: LayerGeometry) -> str:
-    """Local with its window, or global; or a state space."""
+    """Local with its window, or global; or a state space; of a mixture the part that it is of."""
+    if layer.part:
+        return layer.part.replace("_", " ")
     if layer.state_size is not None:
         return "state space"
     return "global" if layer.window is None else f"local {layer.window}"
 
 
 def attention_words(cfg: RunConfig, layer: LayerGeometry) -> str:
-    """The projections: tensor-product with its ranks, or grouped-query; or the mixer in their place."""
+    """The projections: tensor-product with its ranks, or grouped-query; or the mixer in their place; or a latent."""
+    if layer.part == LATENT_ATTENTION:
+        return f"latent {cfg.model.kv_lora_rank}+{cfg.model.qk_pos_emb_head_dim}"
     if layer.state_size is not None:
         return f"S6 {cfg.model.ssm_inner_size}"
     return f"TPA {cfg.model.tpa_q_rank}/{cfg.model.tpa_rank}" if layer.tensor_product else "GQA"
@@ -37,6 +42,8 @@ def feed_forward_words(cfg: RunConfig, layer: LayerGeometry) -> str:
     """Dense with its width, or how many experts of how many a token visits; a state space layer has none."""
     if layer.state_size is not None:
         return "none"
+    if layer.part == LATENT_ATTENTION:
+        return "router, adapters"
     if not layer.sparse:
         return f"dense {cfg.model.ffn_hidden_size}"
     return f"MoE {cfg.moe.moe_router_topk}/{cfg.moe.num_experts}"
@@ -49,6 +56,12 @@ def legend(cfg: RunConfig, layers: Sequence[LayerGeometry]) -> list[tuple[str, s
         mixer = f"{m.hidden_size} -> 2 x {m.ssm_inner_size} -> {m.hidden_size}, convolution of {m.ssm_conv_size}, "
         mixer += f"{m.ssm_state_size} numbers of state a channel, step of rank {m.ssm_step_rank}"
         return [("S6", mixer), ("state", f"{layers[0].state_size:,} numbers a layer and text, however long it is")]
+    if m.layer_type == "mixture":
+        mixed = " + ".join(f"{one.num_layers} x {one.layer_type}" for one in m.mixture_experts or ())
+        lines = [("mixture", f"{mixed}, frozen, by the weights of a router over a document's running mean")]
+        if "denoiser" in {one.layer_type for one in m.mixture_experts or ()}:
+            lines.append(("denoiser", f"runs for the clean tokens, and for each of {m.ddim_steps} steps of DDIM"))
+        return lines
     sink = ", softmax with sink" if m.softmax_type == "learnable" else ""
     heads = f"{m.num_attention_heads} query heads, {m.num_query_groups} key/value heads of {m.kv_channels}{sink}"
     lines = [("attention", heads)]

@@ -37,20 +37,21 @@ def write_picture(cfg: RunConfig, path: Path) -> None:
     check_replaceable(path)
     pyplot = plotting()
 
-    count = parameter_count(cfg)
-    figure, axes = pyplot.subplots(figsize=(8, max(3.0, 1.5 + 0.07 * cfg.model.num_layers)), layout="constrained")
-    for place, column in enumerate(columns(cfg)):
+    count, both = parameter_count(cfg), columns(cfg)
+    layers = len(both[0])
+    figure, axes = pyplot.subplots(figsize=(8, max(3.0, 1.5 + 0.07 * layers)), layout="constrained")
+    for place, column in enumerate(both):
         for kind in dict.fromkeys(column):
             numbers = [number for number, own in enumerate(column, 1) if own == kind]
             axes.barh(numbers, 0.9, 0.8, left=place, color=kind[0], label=kind[1])
     size = f"{amount(count.total)} parameters, {amount(count.active)} active"
-    figure.suptitle(f"{cfg.model.num_layers} layers of width {cfg.model.hidden_size}: {size}", fontsize=11)
+    figure.suptitle(f"{layers} layers of width {cfg.model.hidden_size}: {size}", fontsize=11)
     axes.set(
         ylabel="layer",
         xticks=(0.45, 1.45),
         xticklabels=("attention", "feed-forward"),
         xlim=(-0.05, 1.95),
-        ylim=(0.4, cfg.model.num_layers + 0.6),
+        ylim=(0.4, layers + 0.6),
     )
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     save_picture(figure, path)

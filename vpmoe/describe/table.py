@@ -51,7 +51,7 @@ def print_description(cfg: RunConfig, name: str, console: Console, *, every_laye
     A narrow terminal gets the parameters of a layer to three digits, as 70.9 M.
     """
     length, layers = cfg.data.seq_length, layer_geometries(cfg)
-    title = f"{name}: {cfg.model.num_layers} layers, hidden {cfg.model.hidden_size}"
+    title = f"{name}: {len(layers)} layers, hidden {cfg.model.hidden_size}"
     exact = console.width >= _WIDE
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.padding = (0, 1, 0, 0) if exact else 0
@@ -115,6 +115,8 @@ def _totals(cfg: RunConfig) -> list[tuple[str, str]]:
     lines = [("embedding", vocabulary), ("parameters", parameters), ("KV cache", cache), ("FLOPs", flops)]
     if cfg.model.layer_type == "state_space":
         return [line for line in lines if line[0] != "KV cache"]
+    if cfg.model.layer_type == "mixture":
+        return lines
     each = layers[0].flops_per_key
     if len(local) < len(layers):
         cost = f"(S + 1) / 2 x {each:,} in a document of S tokens, on average"
@@ -151,6 +153,7 @@ def description(cfg: RunConfig) -> dict[str, Any]:
 def _layer(cfg: RunConfig, layer: LayerGeometry, seq_length: int) -> dict[str, Any]:
     return {
         "layer": layer.number,
+        "part": layer.part or None,
         "kind": "state_space" if layer.state_size is not None else "global" if layer.is_global else "local",
         "window": layer.window,
         "attention": None if layer.state_size is not None else "TPA" if layer.tensor_product else "GQA",

@@ -7,14 +7,13 @@ says which differences forbid resuming a run.
 
 from megatron_vpmoe.config.fit import FitReport, check_fit, fit_report
 from megatron_vpmoe.config.geometry import (
-    LayerGeometry,
     ParameterCount,
     forward_flops_per_token,
     kv_cache_bytes_per_token,
-    layer_geometries,
     parameter_count,
     training_flops_per_token,
 )
+from megatron_vpmoe.config.layer_geometry import LayerGeometry, layer_geometries
 from megatron_vpmoe.config.load import check_world, load_config
 from megatron_vpmoe.config.memory import MemoryEstimate, memory_estimate
 from megatron_vpmoe.config.provenance import FieldChange, deciding_fields, geometry_diff, provenance_diff, stored_faults

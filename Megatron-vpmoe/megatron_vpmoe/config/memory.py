@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_vpmoe.config.buffers import Held, held_buckets
 from megatron_vpmoe.config.expert_formats import FORMATS
 from megatron_vpmoe.config.geometry import parameter_count, stage_layers, tensor_parallel_rank
+from megatron_vpmoe.config.layer_geometry import layer_geometries
 from megatron_vpmoe.config.parameters import EMBEDDING, OUTPUT, ROUTED, is_trained, parameter_sizes
 from megatron_vpmoe.config.rules import idle_lines
 from megatron_vpmoe.config.schema import RunConfig
@@ -98,6 +99,8 @@ def _state_space_activations(cfg: RunConfig, compute_bytes: int) -> int:
 
 def _activations(cfg: RunConfig, numbers: range, compute_bytes: int, on_cpu: bool) -> tuple[int, int]:
     """Bytes per token of one stage: what it keeps of a micro-batch, and what stands while a part runs again."""
+    if cfg.model.layer_type == "mixture":
+        return _mixture_activations(cfg, compute_bytes, on_cpu)
     training, count = cfg.training, len(numbers)
     layers = [_layer_activations(cfg, n, compute_bytes, on_cpu) for n in numbers]
     whole = [sum(parts.values()) for parts in layers]
@@ -114,6 +117,25 @@ def _activations(cfg: RunConfig, numbers: range, compute_bytes: int, on_cpu: boo
         kept = sum(whole[run:])  # gone by the time that the first layers run again
         return run * kept_input + kept, max(0, max(whole[:run]) - kept)
     return -(-count // run) * kept_input, max(sum(whole[i : i + run]) for i in range(0, count, run))
+
+
+def _mixture_activations(cfg: RunConfig, compute_bytes: int, on_cpu: bool) -> tuple[int, int]:
+    """Of a mixture: its attention, whose scores are kept in fp32, and each expert, which is recomputed whole."""
+    m = cfg.model
+    inner = m.num_attention_heads * 3 * (m.kv_channels + m.qk_pos_emb_head_dim) + 2 * m.kv_lora_rank
+    own = (4 * m.hidden_size + inner) * (
+        compute_bytes + _FP32
+    ) + 3 * m.num_attention_heads * cfg.data.seq_length * _FP32
+    experts = []
+    for expert in m.mixture_experts or ():
+        alone = cfg.of_expert(expert)
+        numbers = range(1, expert.num_layers + 1)
+        whole = sum(sum(_layer_activations(alone, n, compute_bytes, on_cpu).values()) for n in numbers)
+        # Alone a denoiser runs twice: for the clean tokens, and for the noisy ones; here for each step of DDIM.
+        experts.append(whole * (1 + m.ddim_steps) // 2 if expert.layer_type == "denoiser" else whole)
+    if cfg.training.recompute_granularity is None:
+        return own + sum(experts), 0
+    return own + len(experts) * 2 * m.hidden_size * compute_bytes, max(experts)
 
 
 def _loss(cfg: RunConfig, compute_bytes: int, on_cpu: bool) -> int:
@@ -151,9 +173,18 @@ def _sampling(cfg: RunConfig, layers: range, compute_bytes: int) -> int:
     if m.layer_type == "state_space":
         kept = (m.ssm_conv_size - 1) * compute_bytes + m.ssm_state_size * _FP32
         keys_values = len(layers) * m.ssm_inner_size * kept
+    if m.layer_type == "mixture":
+        keys_values = _mixture_state(cfg, length)
     answers = r.rollout_groups * max(cfg.group_sizes, default=1)
     rows = DECODED_ROWS if cfg.evaluation.eval_suites else min(DECODED_ROWS, answers)
     return rows * (keys_values + m.padded_vocab_size * _FP32)
+
+
+def _mixture_state(cfg: RunConfig, length: int) -> int:
+    """Bytes of what decoding keeps of a text of ``length`` tokens: of growing parts for each, of others once."""
+    layers = layer_geometries(cfg)
+    once = cfg.model.hidden_size + sum(layer.state_size or 0 for layer in layers)
+    return length * sum(layer.cache_bytes for layer in layers) + once * _FP32
 
 
 def _optimizer_state(cfg: RunConfig, buckets: list[Held]) -> int:

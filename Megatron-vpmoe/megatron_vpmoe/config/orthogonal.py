@@ -28,7 +28,8 @@ def orthogonal_matrices(cfg: RunConfig, layers: range) -> tuple[Counter[tuple[in
     """
     dense, routed = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
     m, moe = cfg.model, cfg.moe
-    for number in layers if cfg.optim.optimizer == "normuon" else ():
+    # Of a mixture AdamW has all that is trained.
+    for number in layers if cfg.optim.optimizer == "normuon" and m.layer_type != "mixture" else ():
         if m.layer_type == "state_space":
             for name, shapes in _state_space(cfg).items():
                 if is_trained(cfg, f"decoder.layers.{number - 1}.mixer.{name}.weight"):

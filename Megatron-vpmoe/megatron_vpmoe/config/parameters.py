@@ -16,6 +16,7 @@ from megatron_vpmoe.config.schema_model import ModelSection, MoeSection
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 ROUTED = ".mlp.experts."
+OF_MIXED_EXPERTS = "decoder.experts."  # of a mixture
 KEPT_FP32 = (".sink", ".grape_log_freq", ".value_residual_scale", ".A_log", ".D", ".dt_bias")  # in a bf16 model
 
 
@@ -27,8 +28,11 @@ def parameter_sizes(cfg: RunConfig, layers: range | None = None) -> dict[str, in
         layers: those of the pipeline stage of these layer numbers (from 1) alone; None: the whole model. The copy of a
             tied embedding on the last of several stages is listed under the embedding's name.
     """
+    if cfg.model.layer_type == "mixture":
+        return mixture_sizes(cfg)
     layers = range(1, cfg.model.num_layers + 1) if layers is None else layers
-    return dict(_sizes(_Asked(cfg.model, cfg.moe, layers, cfg)))
+    hashable = cfg.model.model_copy(update={"mixture_experts": None})  # which no other model reads
+    return dict(_sizes(_Asked(hashable, cfg.moe, layers, cfg)))
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,39 @@ def state_space_sizes(cfg: RunConfig) -> dict[str, int]:
         "dt_proj.weight": inner * rank,
         "out_proj.weight": m.hidden_size * inner,
     }
+
+
+def mixture_sizes(cfg: RunConfig) -> dict[str, int]:
+    """Name -> elements of a mixture: attention, router, adapters, experts, and the embedding that they share."""
+    m = cfg.model
+    h, inner = m.hidden_size, m.num_attention_heads * m.kv_channels
+    latent, rotated = m.kv_lora_rank, m.qk_pos_emb_head_dim
+    attention = {
+        "input_layernorm": h,
+        "linear_query": (inner + m.num_attention_heads * rotated) * h,
+        "linear_latent": latent * h,
+        "linear_rope_key": rotated * h,
+        "latent_layernorm": latent,
+        "linear_key": inner * latent,
+        "linear_value": inner * latent,
+        "linear_proj": h * inner,
+    }
+    experts = m.mixture_experts or ()
+    sizes = {f"decoder.latent_attention.{name}.weight": size for name, size in attention.items()}
+    sizes["decoder.router.weight"] = len(experts) * h
+    for expert in experts:
+        sizes[f"decoder.adapters.{expert.label}.weight"] = h * h
+        for name, size in parameter_sizes(cfg.of_expert(expert)).items():
+            sizes[in_mixture(expert.layer_type, name)] = size
+    return sizes
+
+
+def in_mixture(layer_type: str, name: str) -> str:
+    """What a parameter of an expert is called in a mixture that has an expert of this kind; the embedding is shared."""
+    if name == EMBEDDING:
+        return name
+    stack = "" if layer_type == "denoiser" else "stack."
+    return f"{OF_MIXED_EXPERTS}{layer_type}.{stack}{name.removeprefix('decoder.')}"
 
 
 def projection_rows(cfg: RunConfig, layer_number: int) -> dict[str, int]:

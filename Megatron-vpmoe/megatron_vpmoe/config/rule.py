@@ -47,6 +47,12 @@ class View:
         return [self.cfg.is_moe_layer(n) for n in range(1, self.num_layers + 1)]
 
     @cached_property
+    def layer_types(self) -> set[str]:
+        """The kinds of layers, of a mixture those of its experts."""
+        mixed = self.layer_type == "mixture"
+        return {expert.layer_type for expert in self.mixture_experts or ()} if mixed else {self.layer_type}
+
+    @cached_property
     def has_global(self) -> bool:
         """Whether any layer has no window."""
         return self.window_size is None or self.num_layers >= self.window_attn_skip_freq

@@ -7,7 +7,7 @@ idle, and `vpmoe model describe` lists it. A test walks the grid of all choices.
 from __future__ import annotations
 
 from megatron_vpmoe.config.expert_formats import FORMATS
-from megatron_vpmoe.config.rule import Rule, View, idle, refuse
+from megatron_vpmoe.config.rule import Rule, View, idle, refuse, twice
 from megatron_vpmoe.config.schema import section_types
 
 _SCHEDULE = "window_size window_attn_skip_freq"
@@ -33,6 +33,8 @@ def _unaligned(c: View) -> bool:
     return c.num_experts is not None and bool(c.hidden_size % width or c.moe_ffn_hidden_size % width)
 
 
+_PLAIN = ("denoiser", "mixture")
+
 _OF_DENOISER: dict[str, object] = {
     "num_experts": None,
     "window_size": None,
@@ -52,20 +54,35 @@ REFUSED: tuple[Rule, ...] = (
     *(
         refuse(
             f"layer_type {name}",
-            f"a denoiser is built of plain layers and has no output layer; set {name} to {_yaml(plain)}",
-            lambda c, name=name, plain=plain: c.layer_type == "denoiser" and c[name] != plain,
+            f"a {{layer_type}} is built of plain layers and has no output layer; set {name} to {_yaml(plain)}",
+            lambda c, name=name, plain=plain: c.layer_type in _PLAIN and c[name] != plain,
         )
         for name, plain in _OF_DENOISER.items()
     ),
     refuse(
         "layer_type num_query_groups num_attention_heads",
-        "a denoiser's heads have keys of their own; set num_query_groups to {num_attention_heads}",
-        lambda c: c.layer_type == "denoiser" and c.num_query_groups != c.num_attention_heads,
+        "a {layer_type}'s heads have keys of their own; set num_query_groups to {num_attention_heads}",
+        lambda c: c.layer_type in _PLAIN and c.num_query_groups != c.num_attention_heads,
     ),
     refuse(
         "layer_type ddim_steps diffusion_levels",
         "{ddim_steps} steps do not fit into {diffusion_levels} levels; lower the steps",
-        lambda c: c.layer_type == "denoiser" and c.ddim_steps > c.diffusion_levels,
+        lambda c: "denoiser" in c.layer_types and c.ddim_steps > c.diffusion_levels,
+    ),
+    refuse(
+        "layer_type mixture_experts",
+        "a mixture has no experts to mix; name at least two as {{layer_type, num_layers}}",
+        lambda c: c.layer_type == "mixture" and len(c.mixture_experts or ()) < 2,
+    ),
+    refuse(
+        "layer_type mixture_experts",
+        "a mixture has one expert of a kind, and {twice} is there several times; leave one",
+        lambda c: c.layer_type == "mixture" and twice("twice", c.mixture_experts),
+    ),
+    refuse(
+        "layer_type qk_pos_emb_head_dim",
+        "qk_pos_emb_head_dim {qk_pos_emb_head_dim} is odd; rotations act on pairs of channels",
+        lambda c: c.layer_type == "mixture" and c.qk_pos_emb_head_dim % 2,
     ),
     refuse(
         "layer_type num_experts",
@@ -195,10 +212,20 @@ IDLE: tuple[Rule, ...] = (
     idle(" ".join(OF_ATTENTION), "`layer_type` is state_space", lambda c: c.layer_type == "state_space"),
     idle(
         "ssm_inner_size ssm_state_size ssm_conv_size ssm_step_rank",
-        "`layer_type` is no state_space",
-        lambda c: c.layer_type != "state_space",
+        "`layer_type` is no state_space, nor a mixture with such an expert",
+        lambda c: "state_space" not in c.layer_types,
     ),
-    idle("diffusion_levels ddim_steps", "`layer_type` is no denoiser", lambda c: c.layer_type != "denoiser"),
+    idle(
+        "diffusion_levels ddim_steps",
+        "`layer_type` is no denoiser, nor a mixture with such an expert",
+        lambda c: "denoiser" not in c.layer_types,
+    ),
+    idle(
+        "mixture_experts kv_lora_rank qk_pos_emb_head_dim",
+        "`layer_type` is no mixture",
+        lambda c: c.layer_type != "mixture",
+    ),
+    idle("num_layers", "`layer_type` is mixture: its experts have their own", lambda c: c.layer_type == "mixture"),
     idle(" ".join(OF_EXPERTS), "`num_experts` is null: a dense model", lambda c: c.num_experts is None),
     idle("ffn_hidden_size", "every layer has experts", lambda c: all(c.sparse)),
     idle("window_attn_skip_freq", "`window_size` is null", lambda c: c.window_size is None),

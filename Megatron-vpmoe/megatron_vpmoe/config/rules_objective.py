@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_vpmoe.config.parameters import EMBEDDING, is_trained
+from megatron_vpmoe.config.parameters import EMBEDDING, OF_MIXED_EXPERTS, is_trained, parameter_sizes
 from megatron_vpmoe.config.rule import Rule, View, refuse
 from megatron_vpmoe.config.schema_objective import OBJECTIVES, OF_SERVER, OWNED, ObjectiveFields
 
@@ -23,7 +23,47 @@ def _temperature(c: View) -> str:
     return "rollout_temperature" if c.objective == "on_policy" else "kd_temperature"
 
 
+def _trains_experts(c: View) -> bool:
+    fixed = (name for name in parameter_sizes(c.cfg) if name == EMBEDDING or name.startswith(OF_MIXED_EXPERTS))
+    return c.layer_type == "mixture" and any(is_trained(c.cfg, name) for name in fixed)
+
+
 REFUSED: tuple[Rule, ...] = (
+    *(
+        refuse(
+            f"load_experts {name}",
+            f"experts bring all weights along that there are; set {name} to null, or leave the experts out",
+            lambda c, name=name: None not in (c.load_experts, c[name]),
+        )
+        for name in ("load_weights", "load_embedding")
+    ),
+    refuse(
+        "load_experts layer_type",
+        "only a mixture has experts of its own runs; set layer_type to mixture, or load_experts to null",
+        lambda c: c.load_experts is not None and c.layer_type != "mixture",
+    ),
+    refuse(
+        "load_experts mixture_experts",
+        "{runs} runs for {experts} experts; name one of each",
+        lambda c: (
+            [{"runs": len(c.load_experts), "experts": len(c.mixture_experts)}]
+            if c.layer_type == "mixture"
+            and None not in (c.load_experts, c.mixture_experts)
+            and len(c.load_experts) != len(c.mixture_experts)
+            else []
+        ),
+    ),
+    refuse(
+        "layer_type train_only",
+        "the experts of a mixture and their embedding stay as they are; set train_only to "
+        "['decoder.latent_attention.*', 'decoder.router.*', 'decoder.adapters.*']",
+        _trains_experts,
+    ),
+    refuse(
+        "objective layer_type",
+        "mixture_ce reads a router's weights; set layer_type to mixture, or choose another objective",
+        lambda c: c.objective == "mixture_ce" and c.layer_type != "mixture",
+    ),
     refuse(
         "load_embedding load_weights",
         "an embedding comes along with weights; leave one of the two out",

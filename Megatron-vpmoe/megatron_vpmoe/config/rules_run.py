@@ -155,6 +155,11 @@ _TRAINING = (
 
 _RECOMPUTATION = (
     refuse(
+        "layer_type recompute_method recompute_num_layers",
+        "a mixture runs each expert again as a whole; set both to null",
+        lambda c: c.layer_type == "mixture" and (c.recompute_method, c.recompute_num_layers) != (None, None),
+    ),
+    refuse(
         "layer_type recompute_granularity",
         "selective recomputes parts of transformer layers; set it to full, or to null",
         lambda c: c.layer_type != "transformer" and c.recompute_granularity == "selective",

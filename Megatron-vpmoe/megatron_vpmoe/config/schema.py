@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from megatron_vpmoe.config.schema_evaluation import EvaluationSection
 from megatron_vpmoe.config.schema_failure import FailureSection
-from megatron_vpmoe.config.schema_model import ModelSection, MoeSection
+from megatron_vpmoe.config.schema_model import MixtureExpert, ModelSection, MoeSection
 from megatron_vpmoe.config.schema_rollouts import RolloutsSection
 from megatron_vpmoe.config.schema_run import (
     CheckpointSection,
@@ -185,6 +185,11 @@ class RunConfig(Section):
     def is_tpa_layer(self, layer_number: int) -> bool:
         """Whether layer ``layer_number`` (from 1) has tensor-product projections."""
         return self.model.tpa and not self.is_global_layer(layer_number)
+
+    def of_expert(self, expert: MixtureExpert) -> RunConfig:
+        """The model that an expert of a mixture is alone."""
+        fields = {"layer_type": expert.layer_type, "num_layers": expert.num_layers, "mixture_experts": None}
+        return self.model_copy(update={"model": self.model.model_copy(update=fields)})
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML; loading it gives an equal configuration."""

@@ -4,9 +4,33 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from megatron_vpmoe.config.schema_section import Amount, Cardinal, Few, Fraction, PositiveFloat, Section, Size, within
+from megatron_vpmoe.config.schema_section import (
+    Amount,
+    Cardinal,
+    Few,
+    Fraction,
+    PositiveFloat,
+    Section,
+    Several,
+    Size,
+    within,
+)
 
 PositionEmbedding = Literal["grape_m", "grape_a", "rope", "none"]
+
+
+class MixtureExpert(Section):
+    """One expert of a mixture: its kind and its depth; everything else is the model's."""
+
+    layer_type: Literal["transformer", "state_space", "denoiser"]
+    """What layers it has; it is called by this name too."""
+    num_layers: Few
+    """How many."""
+
+    @property
+    def label(self) -> str:
+        """Its name."""
+        return self.layer_type
 
 
 class ModelSection(Section):
@@ -68,10 +92,11 @@ class ModelSection(Section):
     attention_backend: Literal["auto", "reference", "banded", "sdpa", "flex"] = "auto"
     """Attention implementation; "auto" takes the fastest that the layer and the device allow: banded (local) and sdpa
     (global) on a CPU, flex on a GPU."""
-    layer_type: Literal["transformer", "state_space", "denoiser"] = "transformer"
+    layer_type: Literal["transformer", "state_space", "denoiser", "mixture"] = "transformer"
     """"transformer": attention and a feed-forward; "state_space": one S6 mixer, with a state of fixed size in the place
     of keys and values; "denoiser": plain transformer layers set by a level of noise, which estimate the next token's
-    embedding and have no distribution over tokens (docs/nano_think.md)."""
+    embedding and have no distribution over tokens; "mixture": mixture_experts, frozen, behind latent attention and a
+    router (docs/nano_think.md)."""
     ssm_inner_size: Size = 768
     """Channels of a state space layer (I)."""
     ssm_state_size: Annotated[int, within(1, 64, "the scan's kernel holds no more in registers")] = 16
@@ -83,7 +108,14 @@ class ModelSection(Section):
     diffusion_levels: Size = 100
     """Levels of noise that a denoiser is trained at (T)."""
     ddim_steps: Size = 10
-    """Steps of DDIM from pure noise to a denoiser's estimate; what validation measures."""
+    """Steps of DDIM from pure noise to a denoiser's estimate; what validation measures, and what a mixture reads."""
+    mixture_experts: Several[MixtureExpert] | None = None
+    """Of a mixture, its experts in the order of the router's weights, as a list of {layer_type, num_layers}; a kind
+    once at most."""
+    kv_lora_rank: Size = 96
+    """Of a mixture, the width of the latent that its attention makes keys and values of."""
+    qk_pos_emb_head_dim: Size = 32
+    """Of a mixture, the width of the rotated key that all heads of its attention share; even."""
 
 
 class MoeSection(Section):

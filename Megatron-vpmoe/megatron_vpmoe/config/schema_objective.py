@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from megatron_vpmoe.config.schema_section import BOUND, Amount, Section, Text, within
 
-OBJECTIVES = ("span_ce", "token_ce", "dpo", "grpo", "topk_kd", "on_policy", "denoising")
+OBJECTIVES = ("span_ce", "token_ce", "dpo", "grpo", "topk_kd", "on_policy", "denoising", "mixture_ce")
 
 
 def _is_objective(value: str) -> str:
@@ -34,6 +34,7 @@ class ObjectiveFields(Section):
     "topk_kd": cross-entropy as span_ce, mixed with the divergence from a teacher's top K, stored, teacher_weights' or
     teacher_server's; "on_policy": sampled answers by how likely they are to either, beside stored conversations;
     "denoising": the squared error of a denoiser's estimate of the next token's embedding;
+    "mixture_ce": token_ce of a mixture, less the entropy of its router's weights;
     "module:Class": a class of your own that inherits from megatron_vpmoe.objectives.Objective."""
     reference_weights: Text | None = None
     """Checkpoint (or run) of a frozen second model of the same geometry and vocabulary; batches are annotated with its
@@ -115,9 +116,18 @@ class ObjectiveFields(Section):
     it is not clamped."""
     opd_anchor_share: Annotated[float, within(0, 0.95, "hardly an answer would be learnt from")] = 0.15
     """Of on_policy: share of stored conversations, learnt by cross-entropy, among supervised tokens; 0: none."""
+    mixture_entropy_coeff: Amount = 0.01
+    """Of mixture_ce: weight of the entropy of the router's weights at the first step; it falls evenly to 0 at the last.
+    """
 
 
-_OWNERS = {"dpo_": ("dpo",), "grpo_": ("grpo",), "kd_": ("topk_kd",), "opd_": ("on_policy",)}
+_OWNERS = {
+    "dpo_": ("dpo",),
+    "grpo_": ("grpo",),
+    "kd_": ("topk_kd",),
+    "opd_": ("on_policy",),
+    "mixture_": ("mixture_ce",),
+}
 _SHARED = ("topk_kd", "on_policy")
 OF_SERVER = ("served_model", "teacher_tokenizer", "teacher_concurrency", "teacher_timeout")
 """Fields that say something of ``teacher_server``."""

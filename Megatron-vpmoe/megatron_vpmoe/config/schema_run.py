@@ -234,6 +234,9 @@ class CheckpointSection(Section):
     A resumed run goes on from its own checkpoint."""
     load_embedding: Text | None = None
     """Checkpoint (or run) of which the run takes the embedding alone, for models that share one; null: none."""
+    load_experts: Several[Text] | None = None
+    """Of a mixture: checkpoints (or runs) of its experts, one of each kind, in any order, all over one embedding, which
+    comes along; null: experts as they are drawn. A resumed run goes on from its own checkpoint."""
     resume: bool = False
     """Continue from the newest complete checkpoint in the run directory."""
     strict_resume: bool = False

@@ -1,13 +1,14 @@
 """Decoding of models whose layers keep a state of their own: one token of each row through the layers' own steps.
 
-Rows begin, grow and end independently, as in `kv_cache`; what a layer keeps of one is told by its ``entries``.
+Rows begin, grow and end independently, as in `kv_cache`; what a layer keeps of one is told by its ``entries``. A
+mixture is one layer, numbered 0, of whose parts each keeps something: keys and values, latents, sums, recurrent states.
 
 Shapes: R rows, B rows in use, C columns, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,9 +20,10 @@ from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.think.decoding import Entry, Past
+from megatron_vpmoe.think.mixture_model import MixtureModel, noise_key
 
 State = Mapping[tuple[int, str], Tensor]
-"""By layer (from 1) and name of the entry; of one row, or of many."""
+"""By layer and name of the entry; of one row, or of many."""
 
 
 class RowStates:
@@ -80,14 +82,16 @@ class StateDecoder:
 
     def __init__(self, model: VPModel) -> None:
         self._model = model
-        self._layers = cast(Any, model.decoder.layers)
+        self._entries: dict[tuple[int, str], Entry] = {
+            (number, name): entry for number, layer in self._layers() for name, entry in layer.entries().items()
+        }
+
+    def _layers(self) -> Iterable[tuple[int, Any]]:
+        return ((layer.layer_number, layer) for layer in cast(Any, self._model.decoder).layers)
 
     def cache(self, rows: int) -> RowStates:
         """Empty states of so many rows."""
-        entries = {
-            (layer.layer_number, name): entry for layer in self._layers for name, entry in layer.entries().items()
-        }
-        return RowStates(entries, rows=rows, device=self._model.device)
+        return RowStates(self._entries, rows=rows, device=self._model.device)
 
     def pasts(self, token_1S: Tensor, layout: SequenceLayout, spans: Sequence[slice]) -> list[State]:
         """Of the documents of a packed row, each in its columns, what they leave, by the model's own forward pass."""
@@ -96,7 +100,7 @@ class StateDecoder:
         number_of = {span.start: number for number, span in enumerate(Past.of(layout).spans)}
         return [
             {
-                (layer, name): value[number_of[span.start]]
+                (layer, name): value[span if self._entries[layer, name].grows else number_of[span.start]]
                 for layer, values in computed.items()
                 for name, value in values.items()
             }
@@ -107,9 +111,34 @@ class StateDecoder:
         """As ``Decoder.step``: fp32 logits [B, V]. A state has no columns, so nothing follows from ``longest``."""
         cache.begin(position_B)
         hidden_BH = self._model.embedding(input_ids=token_B[None], position_ids=None)[:, 0]
-        for layer in self._layers:
-            hidden_BH = layer.step(hidden_BH, cache.of_layer(layer.layer_number, len(token_B)))
+        for number, layer in self._layers():
+            hidden_BH = layer.step(hidden_BH, cache.of_layer(number, len(token_B)))
         return self._model.logits(cast(Any, self._model.decoder).final_layernorm(hidden_BH)).float()
+
+
+class MixtureDecoder(StateDecoder):
+    """As `StateDecoder`, of a mixture."""
+
+    _model: MixtureModel
+
+    def __init__(self, model: MixtureModel) -> None:
+        super().__init__(model)
+        self._scale = model.scale()
+
+    def _layers(self) -> Iterable[tuple[int, Any]]:
+        return [(0, self._model.decoder)]
+
+    def step(self, token_B: Tensor, position_B: Tensor, cache: RowStates, longest: int) -> Tensor:
+        """As ``Decoder.step``; columns are those that were reserved."""
+        cache.begin(position_B)
+        hidden_BH, _ = self._model.decoder.step(
+            self._model.embedded(token_B),
+            position_B,
+            cache.of_layer(0, len(token_B)),
+            scale=self._scale,
+            noise_key_B=noise_key(token_B, position_B),
+        )
+        return self._model.logits(hidden_BH).float()
 
 
 def decoder_of(model: VPModel, *, packed: bool) -> Decoder | StateDecoder:
@@ -121,4 +150,6 @@ def decoder_of(model: VPModel, *, packed: bool) -> Decoder | StateDecoder:
     config = cast(VPTransformerConfig, model.config)
     if config.layer_type == "denoiser":
         model.output_weight()  # says that there is none
+    if isinstance(model, MixtureModel):
+        return MixtureDecoder(model)
     return StateDecoder(model) if config.layer_type == "state_space" else Decoder(model, packed=packed)

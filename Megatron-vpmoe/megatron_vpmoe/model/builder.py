@@ -16,6 +16,7 @@ from megatron_vpmoe.model.precision import cast_parameters
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig, transformer_config
 from megatron_vpmoe.runtime.device import current_device, keep_memory
 from megatron_vpmoe.runtime.sharded_data_parallel import ShardedDataParallel
+from megatron_vpmoe.think.mixture_model import MixtureModel
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -38,7 +39,8 @@ def build_model(cfg: RunConfig, *, device: torch.device | None = None) -> VPMode
 
 
 def _assemble(config: VPTransformerConfig, cfg: RunConfig) -> VPModel:
-    model = VPModel(
+    kind = MixtureModel if config.layer_type == "mixture" else VPModel
+    model = kind(
         config,
         cfg.model.padded_vocab_size,
         share_embeddings_and_output_weights=not cfg.model.untie_embeddings_and_output_weights,

@@ -34,6 +34,7 @@ from megatron_vpmoe.model.output import ModelOutput
 from megatron_vpmoe.model.pipeline import Stage, Wire, draw_preceding_weights
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.think.diffuser import Diffuser
+from megatron_vpmoe.think.scale import Scale
 
 
 class VPModel(LanguageModule):
@@ -71,7 +72,7 @@ class VPModel(LanguageModule):
                 position_embedding_type="none",
                 tp_group=self.pg_collection.tp,
             )
-        self.decoder: Any = self._denoiser() if config.layer_type == "denoiser" else self._stack()
+        self.decoder: Any = self._layers(config)
         if self.post_process:
             # Objectives choose positions before the projection, so its input is whole and never to be gathered.
             whole = copy.copy(config)
@@ -88,8 +89,10 @@ class VPModel(LanguageModule):
         self.setup_embeddings_and_output_layer()
         del self._embedding_of_first_stage
 
-    def _stack(self) -> VPTransformerBlock:
-        config = cast(VPTransformerConfig, self.config)
+    def _layers(self, config: VPTransformerConfig) -> torch.nn.Module:
+        """What lies between the embedding and the output projection."""
+        if config.layer_type == "denoiser":
+            return Diffuser(config, layers=config.num_layers, levels=config.diffusion_levels, steps=config.ddim_steps)
         return VPTransformerBlock(
             config=config,
             spec=block_spec(config, self.stage.layers),
@@ -97,11 +100,6 @@ class VPModel(LanguageModule):
             post_process=self.post_process,
             pg_collection=self.pg_collection,
         )
-
-    def _denoiser(self) -> Diffuser:
-        config = cast(VPTransformerConfig, self.config)
-        sizes = {"levels": config.diffusion_levels, "steps": config.ddim_steps}
-        return Diffuser(config, layers=config.num_layers, **sizes)
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Mark embedding and output layer for upstream; of a tied pair on two stages the last one gets its copy here.
@@ -140,9 +138,7 @@ class VPModel(LanguageModule):
     def standardised(self, tokens_BS: Tensor) -> Tensor:
         """Embeddings [B, S, H], each channel less its mean and over its deviation in the whole table."""
         table_VH = self.embedding.word_embeddings.weight.detach()
-        wide_VH = table_VH.to(torch.promote_types(table_VH.dtype, torch.float32))
-        deviation_H, mean_H = torch.std_mean(wide_VH, 0, correction=0)
-        return ((wide_VH[tokens_BS] - mean_H) / deviation_H).to(table_VH.dtype)
+        return Scale.of(table_VH).standardised(table_VH[tokens_BS])
 
     def output_weight(self) -> Tensor:
         """The output projection's matrix, [V, H]; under tensor parallelism this rank's rows.

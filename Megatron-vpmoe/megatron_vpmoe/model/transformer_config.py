@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,9 @@ class VPTransformerConfig(TransformerConfig):
     ssm_step_rank: int = 24
     diffusion_levels: int = 100
     ddim_steps: int = 10
+    kv_lora_rank: int = 96
+    qk_pos_emb_head_dim: int = 32
+    mixed: Mapping[str, VPTransformerConfig] = field(default_factory=dict)  # a mixture's experts, by name
 
     def is_global_layer(self, layer_number: int) -> bool:
         """Whether layer ``layer_number`` attends to the whole document (every ``window_attn_skip_freq``-th does)."""
@@ -99,6 +103,11 @@ def transformer_config(cfg: RunConfig) -> VPTransformerConfig:
     return VPTransformerConfig(
         **_by_name(model),
         **_by_name(parallel),
+        mixed=(
+            {one.label: transformer_config(cfg.of_expert(one)) for one in model.mixture_experts or ()}
+            if model.layer_type == "mixture"
+            else {}
+        ),
         normalization="RMSNorm",
         activation_func=squared_relu if model.activation == "squared_relu" else torch.nn.functional.silu,
         gated_linear_unit=model.activation == "swiglu",

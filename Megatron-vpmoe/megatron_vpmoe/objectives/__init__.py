@@ -17,6 +17,7 @@ from megatron_vpmoe.objectives.denoising import Denoising
 from megatron_vpmoe.objectives.dpo import DPO
 from megatron_vpmoe.objectives.grpo import GRPO
 from megatron_vpmoe.objectives.interface import Needs, Objective, ObjectiveResult
+from megatron_vpmoe.objectives.mixture_ce import MixtureCE
 from megatron_vpmoe.objectives.on_policy import OnPolicy
 from megatron_vpmoe.objectives.span_ce import SpanCE
 from megatron_vpmoe.objectives.token_ce import TokenCE
@@ -31,6 +32,7 @@ __all__ = [
     "GRPO",
     "OBJECTIVES",
     "Denoising",
+    "MixtureCE",
     "Needs",
     "Objective",
     "ObjectiveResult",
@@ -50,6 +52,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "topk_kd": TopKKD,
     "on_policy": OnPolicy,
     "denoising": Denoising,
+    "mixture_ce": MixtureCE,
 }
 
 

@@ -70,7 +70,14 @@ RULES: tuple[Rule, ...] = (
     Rule("convolutions", ("*.mixer.conv_weight",), "adamw", "normuon_aux_lr", True),
     Rule(
         "denoiser's levels and estimate",
-        ("*level_modulation.weight", "decoder.final_modulation.weight", "decoder.estimate.weight"),
+        ("*level_modulation.weight", "*.final_modulation.weight", "*.estimate.weight"),
+        "adamw",
+        "normuon_aux_lr",
+        True,
+    ),
+    Rule(
+        "mixture's attention, router and adapters",
+        ("decoder.latent_attention.linear_*.weight", "decoder.router.weight", "decoder.adapters.*.weight"),
         "adamw",
         "normuon_aux_lr",
         True,
@@ -83,7 +90,7 @@ RULES: tuple[Rule, ...] = (
     Rule("rotary frequencies", ("*grape_log_freq",), "adamw", "normuon_aux_lr", False),
     Rule("value residual", ("*value_residual_scale",), "adamw", "normuon_aux_lr", False),
 )
-"""The rules of the vpMoE, vpDense and Qwen3 layers, of state space layers and of denoisers."""
+"""The rules of the vpMoE, vpDense and Qwen3 layers, of state space layers, of denoisers and of mixtures."""
 
 
 def slug(rule: str) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from megatron_vpmoe.config.geometry import mean_keys
+from megatron_vpmoe.config.layer_geometry import mean_keys
 from megatron_vpmoe.config.memory import LOGITS_CHUNK_BYTES
 from megatron_vpmoe.config.parameters import parameter_sizes, projection_rows
 from megatron_vpmoe.config.schema import RunConfig

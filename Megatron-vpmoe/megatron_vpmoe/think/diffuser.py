@@ -94,7 +94,7 @@ class Diffuser(Module):
     def entries(self) -> dict[str, Entry]:
         """What decoding keeps: of each layer keys and values of the clean tokens."""
         attention = cast(DenoiserLayer, self.layers[0]).self_attention
-        entry = Entry((2, attention.heads, attention.head_dim), self.config.params_dtype, grows=True)
+        entry = Entry((2, attention.heads, attention.head_dim), self.estimate.weight.dtype, grows=True)
         return {_name(number): entry for number in range(len(self.layers))}
 
     def step(self, x_BH: Tensor, position_B: Tensor, state: dict[str, Tensor], *, noise_key_B: Tensor) -> Tensor:

@@ -35,9 +35,10 @@ class LatentAttention(Module):
         config: heads, head dim, hidden size, rotation base, epsilon, initialisation.
         latent_width: L.
         rope_width: R, even.
+        memory: whether there are entries of a memory to read.
     """
 
-    def __init__(self, config: VPTransformerConfig, *, latent_width: int, rope_width: int) -> None:
+    def __init__(self, config: VPTransformerConfig, *, latent_width: int, rope_width: int, memory: bool = True) -> None:
         super().__init__()
         self.config, self.latent_width, self.rope_width = config, latent_width, rope_width
         self.heads, self.head_dim = config.num_attention_heads, cast(int, config.kv_channels)
@@ -46,7 +47,7 @@ class LatentAttention(Module):
         self.linear_query = linear(hidden, inner + self.heads * rope_width, config, draw)
         self.linear_latent = linear(hidden, latent_width, config, draw)
         self.linear_rope_key = linear(hidden, rope_width, config, draw)
-        self.linear_memory = linear(hidden, latent_width, config, draw)
+        self.linear_memory = linear(hidden, latent_width, config, draw) if memory else None
         self.latent_layernorm = RMSNorm(config, latent_width, config.layernorm_epsilon)
         self.linear_key = linear(latent_width, inner, config, draw)
         self.linear_value = linear(latent_width, inner, config, draw)
@@ -80,7 +81,7 @@ class LatentAttention(Module):
 
     def entries(self) -> dict[str, Entry]:
         """What decoding keeps: L + R numbers a token."""
-        return {_LATENT: Entry((self.latent_width + self.rope_width,), self.config.params_dtype, grows=True)}
+        return {_LATENT: Entry((self.latent_width + self.rope_width,), self.linear_latent.weight.dtype, grows=True)}
 
     def step(
         self, x_BH: Tensor, position_B: Tensor, state: dict[str, Tensor], *, memory: Memory | None = None
@@ -131,6 +132,8 @@ class LatentAttention(Module):
 
     def _recalled(self, memory: Memory) -> Tensor:
         """Entries as latents [B, E, L]."""
+        if self.linear_memory is None:
+            raise ValueError("a memory, and the attention is built without one")
         entries = memory.entries_BGKH.flatten(1, 2).to(self.linear_memory.weight.dtype)
         return self.latent_layernorm(self.linear_memory(entries))
 

@@ -68,7 +68,7 @@ class StackExpert(Module):
             if isinstance(layer, VPTransformerLayer):
                 attention = layer.self_attention
                 shape = (2, attention.num_groups, attention.head_dim)
-                found[_name(layer.layer_number, "kept")] = Entry(shape, self.config.params_dtype, grows=True)
+                found[_name(layer.layer_number, "kept")] = Entry(shape, attention.linear_proj.weight.dtype, grows=True)
             else:
                 found |= {_name(layer.layer_number, name): entry for name, entry in layer.entries().items()}
         return found

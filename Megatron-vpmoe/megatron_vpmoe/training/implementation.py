@@ -16,6 +16,7 @@ from megatron_vpmoe.runtime import stages
 from megatron_vpmoe.runtime.device import current_device
 from megatron_vpmoe.think.diffuser import Diffuser
 from megatron_vpmoe.think.scan import scan_form
+from megatron_vpmoe.think.state_space import StateSpaceLayer
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -24,18 +25,19 @@ if TYPE_CHECKING:
 def implementation_notes(model: VPModel, cfg: RunConfig) -> list[str]:
     """What "auto" came to: the attention backend of each kind of layer, and the dispatcher of the experts."""
     chosen: dict[str, str] = {}
-    for attention in model.decoder.modules():
-        if isinstance(attention, VPSelfAttention):
-            kind = "global" if attention.window is None else f"local (window {attention.window})"
-            chosen[kind] = attention.backend_name(current_device())
-    if isinstance(model.decoder, Diffuser):
-        chosen["global"] = model.decoder.backend_name(current_device())
+    for part in model.decoder.modules():
+        if isinstance(part, VPSelfAttention):
+            kind = "global" if part.window is None else f"local (window {part.window})"
+            chosen[kind] = part.backend_name(current_device())
+        elif isinstance(part, Diffuser):
+            chosen["global"] = part.backend_name(current_device())
     told = stages.gather_stages((model.stage.layers, chosen))
     chosen = {kind: backend for _, of_stage in told for kind, backend in of_stage.items()}
-    if cfg.model.layer_type == "state_space":
-        notes = [f"state space: scan {scan_form(current_device().type, torch.float32)}"]
-    else:
+    notes = []
+    if chosen:
         notes = ["attention: " + ", ".join(f"{kind} layers on {backend}" for kind, backend in chosen.items())]
+    if any(isinstance(part, StateSpaceLayer) for part in model.decoder.modules()):
+        notes.append(f"state space: scan {scan_form(current_device().type, torch.float32)}")
     if cfg.moe.num_experts is not None:
         precision, device_type = cfg.moe.experts_precision, current_device().type
         rule = layout_rule(model.config.params_dtype, device_type, compiled=cfg.training.compile == "step")

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from megatron_vpmoe.config import geometry_diff, stored_faults
-from megatron_vpmoe.config.parameters import EMBEDDING
+from megatron_vpmoe.config.parameters import EMBEDDING, in_mixture, parameter_sizes
 from megatron_vpmoe.config.rules import OF_MODEL, find_problems
 from megatron_vpmoe.errors import CheckpointError
 from megatron_vpmoe.model.gpt import VPModel
@@ -23,6 +23,25 @@ if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
 _SHOWN = 8
+
+
+def load_initial(model: VPModel, cfg: RunConfig) -> tuple[checkpoint.Found | None, list[str]]:
+    """Fill what of ``model`` the section ``checkpoint`` names other runs for; a collective.
+
+    Returns:
+        the checkpoint whose vocabulary the weights mean, None where none is named; and lines for the log.
+    """
+    named = cfg.checkpoint
+    if named.load_weights is not None:
+        found = load_initial_weights(model, cfg)
+        return found, [f"weights from {found.path}"]
+    if named.load_embedding is not None:
+        found = load_initial_embedding(model, cfg)
+        return found, [f"embedding from {found.path}"]
+    if named.load_experts is not None:
+        experts = load_experts(model, cfg)
+        return next(iter(experts.values())), [f"expert {name} from {found.path}" for name, found in experts.items()]
+    return None, []
 
 
 def load_initial_weights(model: VPModel, cfg: RunConfig) -> checkpoint.Found:
@@ -40,16 +59,64 @@ def load_initial_embedding(model: VPModel, cfg: RunConfig) -> checkpoint.Found:
         CheckpointError: there is no usable checkpoint, or its embedding is of another shape.
         NonFiniteError: a value is nan or infinite.
     """
-    key, weight = "checkpoint.load_embedding", model.get_parameter(EMBEDDING)
     found = with_all_ranks(lambda: checkpoint.open_checkpoint(Path(str(cfg.checkpoint.load_embedding))))
-    source, reader = f"{key} = {found.path}", Reader(found.path)
-    stored = reader.tensors().get(EMBEDDING)
-    there, here = None if stored is None else tuple(stored.size), tuple(weight.shape)
-    _refuse([f"{EMBEDDING}: {there or 'absent'} -> {here}"] if there != here else [], source)
-    table = reader.tensor(EMBEDDING)
-    require_finite(table, EMBEDDING, source=source, remedy="name an earlier checkpoint, or another run")
-    weight.data.copy_(table)
+    _filled(model, {EMBEDDING: EMBEDDING}, found, f"checkpoint.load_embedding = {found.path}")
     return found
+
+
+def load_experts(model: VPModel, cfg: RunConfig) -> dict[str, checkpoint.Found]:
+    """Fill the experts of a mixture, and the embedding that they share, from ``cfg.checkpoint.load_experts``.
+
+    A collective. Of a denoiser the steps of DDIM are this run's, whatever its own were.
+
+    Returns:
+        what each expert is from, by its name.
+
+    Raises:
+        CheckpointError: a checkpoint is not usable, of no expert of this mixture or of another geometry; two are of one
+            kind; or they are over different embeddings.
+        NonFiniteError: a value is nan or infinite.
+    """
+    key, experts = "checkpoint.load_experts", {one.layer_type: one for one in cfg.model.mixture_experts or ()}
+    loaded: dict[str, checkpoint.Found] = {}
+    embedding = model.get_parameter(EMBEDDING).data
+    before = embedding
+    for path in cfg.checkpoint.load_experts or ():
+        found = with_all_ranks(lambda path=path: checkpoint.open_checkpoint(Path(path)))
+        source = f"{key}: {found.path}"
+        stored = _stored_config(found.state.get("config"), cfg, source)
+        kind = stored.model.layer_type
+        if kind not in experts or kind in loaded:
+            what = f"a second {kind}" if kind in loaded else f"a {kind}"
+            remedy = f"name one checkpoint each of {', '.join(experts)}"
+            raise CheckpointError(f"it is of {what}, for which the mixture has no place", source=source, remedy=remedy)
+        alone = cfg.of_expert(experts[kind])
+        changes = [change for change in geometry_diff(stored, alone) if change.key != "model.ddim_steps"]
+        _refuse([str(change) for change in changes], source)
+        _filled(model, {name: in_mixture(kind, name) for name in parameter_sizes(alone)}, found, source)
+        if loaded and not torch.equal(before, embedding):
+            raise CheckpointError(
+                f"its embedding is another one than that of {next(iter(loaded.values())).path}",
+                source=source,
+                remedy="train the experts over one: the first owns it, the others --load-embedding from it and leave "
+                "it as it is (train_only)",
+            )
+        before, loaded[kind] = embedding.clone(), found
+    return loaded
+
+
+def _filled(model: VPModel, names: dict[str, str], found: checkpoint.Found, source: str) -> None:
+    """Fill parameters of ``model`` by their names in a checkpoint, given as name there -> name here."""
+    reader = Reader(found.path)
+    stored = reader.tensors()
+    targets = {there: model.get_parameter(here) for there, here in names.items()}
+    shapes = {name: tuple(stored[name].size) if name in stored else None for name in targets}
+    wrong = {name: tuple(targets[name].shape) for name, shape in shapes.items() if shape != targets[name].shape}
+    _refuse([f"{name}: {shapes[name] or 'absent'} -> {here}" for name, here in wrong.items()], source)
+    for name, parameter in targets.items():
+        tensor = reader.tensor(name)
+        require_finite(tensor, name, source=source, remedy="name an earlier checkpoint, or another run")
+        parameter.data.copy_(tensor)
 
 
 def find_weights(cfg: RunConfig, path: str, key: str) -> checkpoint.Found:

@@ -50,7 +50,7 @@ from megatron_vpmoe.training.elapsed import Elapsed
 from megatron_vpmoe.training.evaluate import Validation, validation
 from megatron_vpmoe.training.frozen import check_stored_reference, find_annotators
 from megatron_vpmoe.training.implementation import implementation_notes
-from megatron_vpmoe.training.initial_weights import load_initial_embedding, load_initial_weights
+from megatron_vpmoe.training.initial_weights import load_initial
 from megatron_vpmoe.training.provenance import collect_provenance
 from megatron_vpmoe.training.retention import Retention
 from megatron_vpmoe.training.run_directory import continued
@@ -222,13 +222,10 @@ def open_run(cfg: RunConfig) -> Run:
     suites = open_suites(cfg, [part.dataset.manifest for part in train])
     model = build_model(cfg)
     started_from = found
-    if found is None and cfg.checkpoint.load_weights is not None:
+    if found is None:
         # Before the optimizer, whose fp32 masters are copies of the weights.
-        started_from = load_initial_weights(model, cfg)
-        notes.append(f"weights from {started_from.path}")
-    elif found is None and cfg.checkpoint.load_embedding is not None:
-        started_from = load_initial_embedding(model, cfg)
-        notes.append(f"embedding from {started_from.path}")
+        started_from, of_weights = load_initial(model, cfg)
+        notes += of_weights
     if rollouts is not None:
         ahead, minutes = cfg.rollouts.rollout_staleness, cfg.parallel.distributed_timeout_minutes
         rollouts.open(model, Beside(model, build_model(cfg), minutes) if ahead else None)

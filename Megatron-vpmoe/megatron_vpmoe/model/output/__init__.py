@@ -33,10 +33,16 @@ class ModelOutput:
     Nothing the size of [B, S, V] exists until it is asked for. Which positions are read is told by a mask, bool [B, S],
     or by their n places in row-major order, int64 [n], as ``Batch.supervised`` has them: of a mask on a GPU the host
     has to wait for n. Results are over those positions in that order, in fp32.
+
+    Attributes:
+        hidden_BSH: what the output projection reads.
+        model: what made it.
+        expert_weight_BSE: of a mixture the weights of its experts, fp32; None of other models.
     """
 
     hidden_BSH: Tensor
     model: VPModel
+    expert_weight_BSE: Tensor | None = None
 
     def logits(self) -> Tensor:
         """Logits of every position, [B, S, V] in the model's dtype."""

@@ -16,7 +16,7 @@ from megatron_vpmoe.config import (
     parameter_count,
     training_flops_per_token,
 )
-from megatron_vpmoe.config.geometry import attention_parameters, mean_keys
+from megatron_vpmoe.config.layer_geometry import attention_parameters, mean_keys
 
 
 def test_stage1_has_the_published_size(stage1: Path) -> None:

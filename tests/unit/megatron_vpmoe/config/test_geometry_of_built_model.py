@@ -11,6 +11,11 @@ from megatron_vpmoe.config import load_config, parameter_count
 from megatron_vpmoe.config.parameters import parameter_sizes
 
 NO_WARNING = "--router-dead-experts-warn null"
+PLAIN = (
+    f"--num-experts null {NO_WARNING} --activation swiglu --softmax-type vanilla --window-size null --no-tpa "
+    "--global-position-embedding rope --num-query-groups 4 --no-value-residual --no-qk-layernorm --no-add-bias-linear "
+    "--no-add-qkv-bias --no-untie-embeddings-and-output-weights"
+)
 VARIANTS = {
     "the design": "",
     "no tensor products": "--no-tpa",
@@ -23,10 +28,9 @@ VARIANTS = {
     "tied embeddings": "--no-untie-embeddings-and-output-weights",
     "no shared expert": "--moe-shared-expert-intermediate-size null",
     "state space": f"--num-experts null {NO_WARNING} --layer-type state_space --ssm-inner-size 40 --ssm-step-rank 3",
-    "denoiser": f"--num-experts null {NO_WARNING} --layer-type denoiser --activation swiglu --softmax-type vanilla "
-    "--window-size null --no-tpa --global-position-embedding rope --num-query-groups 4 --no-value-residual "
-    "--no-qk-layernorm --no-add-bias-linear --no-add-qkv-bias --no-untie-embeddings-and-output-weights "
-    "--objective denoising --train-only [decoder.*] --sample-interval null",
+    "denoiser": f"{PLAIN} --layer-type denoiser --objective denoising --train-only [decoder.*] --sample-interval null",
+    "mixture": f"{PLAIN} --layer-type mixture --train-only [decoder.adapters.*] --ssm-step-rank 3 --mixture-experts "
+    '[{"layer_type":"denoiser","num_layers":2},{"layer_type":"state_space","num_layers":3}]',
     "sparse first layer": "--first-dense-layers 0 --window-attn-skip-freq 3",
 }
 # Qwen3-0.6B's is the published number of parameters.
@@ -54,6 +58,8 @@ SHIPPED = {
     "think/transformer.yaml": 26_448_768,
     "think/state_space.yaml": 18_073_728,
     "think/diffuser.yaml": 25_719_936,
+    "think/mixture.yaml": 46_601_952,
+    "think/nano/mixture.yaml": 2_441_760,
     "think/nano/diffuser.yaml": 1_199_488,
     "think/nano/transformer.yaml": 852_864,
     "think/nano/state_space.yaml": 415_488,

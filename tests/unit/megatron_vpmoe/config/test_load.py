@@ -96,6 +96,13 @@ values_of_list = {
     "skip_rows": st.lists(st.integers(0, 3), max_size=2),
     "recompute_modules": st.lists(st.sampled_from(["core_attn", "mlp", "moe", "layernorm"]), max_size=3),
     "train_only": st.lists(st.sampled_from(["*", "embedding.*", "*.bias", "output"]), max_size=2),
+    "mixture_experts": st.lists(
+        st.fixed_dictionaries(
+            {"layer_type": st.sampled_from(["transformer", "denoiser", "a"]), "num_layers": st.integers(0, 2)}
+        ),
+        max_size=3,
+    ),
+    "load_experts": st.lists(st.sampled_from(["a", "b"]), max_size=2),
     "lr_multipliers": st.lists(
         st.fixed_dictionaries({"pattern": st.sampled_from("abc"), "factor": st.integers(1, 3)}), max_size=2
     ),

@@ -11,6 +11,7 @@ import torch
 from megatron_vpmoe.config import RunConfig
 from megatron_vpmoe.config.rules import find_problems, idle_fields
 from megatron_vpmoe.config.schema import fields, section_types
+from megatron_vpmoe.config.schema_model import MixtureExpert
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.builder import build_model
 from tests.tiny import random_batch, tiny_config
@@ -21,7 +22,7 @@ OTHER: dict[str, list[Any]] = {
     "hidden_size": [48],
     "ffn_hidden_size": [56],
     "num_attention_heads": [8],
-    "num_query_groups": [4],
+    "num_query_groups": [4, 2],
     "kv_channels": [16],
     "padded_vocab_size": [72],
     "untie_embeddings_and_output_weights": [True, False],
@@ -50,6 +51,9 @@ OTHER: dict[str, list[Any]] = {
     "ssm_step_rank": [5],
     "diffusion_levels": [20],
     "ddim_steps": [3],
+    "mixture_experts": [[MixtureExpert(layer_type=kind, num_layers=1) for kind in ("transformer", "denoiser")]],
+    "kv_lora_rank": [20],
+    "qk_pos_emb_head_dim": [8],
     "num_experts": [None, 16],
     "moe_router_topk": [2, 4],
     "moe_ffn_hidden_size": [32],
@@ -80,6 +84,18 @@ BASES: dict[str, dict[str, Any]] = {
         "tpa": False,
         "softmax_type": "vanilla",
         "value_residual": False,
+    },
+    "mixture": {
+        **dict.fromkeys(("num_experts", "window_size")),
+        "layer_type": "mixture",
+        "mixture_experts": [
+            {"layer_type": kind, "num_layers": 1} for kind in ("transformer", "state_space", "denoiser")
+        ],
+        "train_only": ["decoder.latent_attention.*", "decoder.router.*", "decoder.adapters.*"],
+        **{"num_query_groups": 4, "global_position_embedding": "rope", "softmax_type": "vanilla"},
+        **dict.fromkeys(("tpa", "value_residual", "qk_layernorm", "add_bias_linear", "add_qkv_bias"), False),
+        **{"activation": "swiglu", "untie_embeddings_and_output_weights": False},
+        **{"ssm_inner_size": 40, "ssm_step_rank": 3, "diffusion_levels": 10, "ddim_steps": 2},
     },
     "state space": {"num_experts": None, "layer_type": "state_space", "ssm_inner_size": 40, "ssm_step_rank": 3},
     "all local, all sparse": {
@@ -161,7 +177,9 @@ def test_what_is_idle_where() -> None:
     assert moe < dense and {"window_attn_skip_freq", "local_position_embedding", "tpa_rank"} < dense
     of_state_space = {"ssm_inner_size", "ssm_state_size", "ssm_conv_size", "ssm_step_rank"}
     of_denoiser = {"diffusion_levels", "ddim_steps"}
-    assert set(idle_fields(base_config())) == of_state_space | of_denoiser
+    of_mixture = {"mixture_experts", "kv_lora_rank", "qk_pos_emb_head_dim"}
+    assert set(idle_fields(base_config())) == of_state_space | of_denoiser | of_mixture
+    assert not set(idle_fields(base_config(**BASES["mixture"]))) & (of_state_space | of_denoiser | of_mixture)
     mixers = set(idle_fields(base_config(**BASES["state space"])))
     assert (
         of_state_space.isdisjoint(mixers) and {"num_attention_heads", "activation", "tpa", "ffn_hidden_size"} < mixers
@@ -170,4 +188,4 @@ def test_what_is_idle_where() -> None:
     positions = {"global_position_embedding", "rotary_base", "grapem_log_freq_scale"}
     factors = {"tpa_rank", "tpa_q_rank", "tpa_factor_bias"}
     routing = {"moe_aux_loss_coeff", "moe_router_bias_update_rate", "moe_router_num_groups"}
-    assert local == positions | factors | routing | of_state_space | of_denoiser | {"ffn_hidden_size"}
+    assert local == positions | factors | routing | of_state_space | of_denoiser | of_mixture | {"ffn_hidden_size"}

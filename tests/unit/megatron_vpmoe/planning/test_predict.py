@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vpmoe.config import RunConfig, forward_flops_per_token, load_config
-from megatron_vpmoe.config.geometry import mean_keys
+from megatron_vpmoe.config.layer_geometry import mean_keys
 from megatron_vpmoe.config.memory import memory_estimate
 from megatron_vpmoe.config.orthogonal import orthogonal_matrices
 from megatron_vpmoe.config.parameters import parameter_sizes

@@ -1,4 +1,5 @@
-"""The experts that are language models: causal, apart by document, cached as whole, differentiated right."""
+"""The experts that are language models, and their mixture: causal, apart by document, cached as whole, differentiated
+right."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from megatron_vpmoe.config.memory import memory_estimate
 from megatron_vpmoe.config.orthogonal import orthogonal_matrices
+from megatron_vpmoe.config.parameters import EMBEDDING
 from megatron_vpmoe.generation.engine import generate
 from megatron_vpmoe.generation.prompts import Prompt
 from megatron_vpmoe.generation.sampling import SamplingOptions
@@ -32,8 +34,17 @@ SMALL: dict[str, dict[str, Any]] = {
         **PLAIN,
         **{"ssm_inner_size": 24, "ssm_state_size": 4, "ssm_step_rank": 3},
     },
+    "mixture": {
+        "file": "../think/mixture.yaml",
+        **PLAIN,
+        **{"ssm_inner_size": 24, "ssm_state_size": 4, "ssm_step_rank": 3, "diffusion_levels": 20, "ddim_steps": 2},
+        **{"kv_lora_rank": 12, "qk_pos_emb_head_dim": 4, "load_experts": None},
+        "mixture_experts": [
+            {"layer_type": kind, "num_layers": 2} for kind in ("transformer", "state_space", "denoiser")
+        ],
+    },
 }
-EXPERTS = list(SMALL)
+MODELS = list(SMALL)
 
 
 def lively(name: str, **changes: Any) -> VPModel:
@@ -59,7 +70,7 @@ def logits(model: VPModel, tokens: Tensor, layout: SequenceLayout) -> Tensor:
         return model(tokens, layout).logits()
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_token_changes_nothing_before_it_and_nothing_of_other_documents(name: str) -> None:
     model = lively(name)
     tokens, layout = row(9, 14, 6)
@@ -73,7 +84,7 @@ def test_a_token_changes_nothing_before_it_and_nothing_of_other_documents(name: 
         assert not (moved & ~reachable).any() and moved[reachable].all(), place
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", MODELS)
 def test_packed_documents_are_separate_ones(name: str) -> None:
     model = lively(name)
     lengths = (5, 1, 18, 2)
@@ -88,7 +99,7 @@ def test_packed_documents_are_separate_ones(name: str) -> None:
         begin += length
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", MODELS)
 def test_rows_of_a_batch_are_separate(name: str) -> None:
     model, batch = lively(name), random_batch(3, 48, 64, seed=4)
     together = logits(model, batch.tokens, SequenceLayout(batch.document_id, batch.position_ids))
@@ -98,7 +109,7 @@ def test_rows_of_a_batch_are_separate(name: str) -> None:
         torch.testing.assert_close(together[one], alone, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", MODELS)
 def test_cached_decoding_gives_the_logits_of_whole_texts(name: str) -> None:
     """Rows that begin at different times, with several samples of one prompt, leave, and give their places away."""
     model = lively(name)
@@ -111,10 +122,10 @@ def test_cached_decoding_gives_the_logits_of_whole_texts(name: str) -> None:
         torch.testing.assert_close(torch.tensor(ours.untempered), torch.tensor(theirs.untempered), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", MODELS)
 def test_gradients_by_finite_differences(name: str) -> None:
-    """Of every parameter, along a random direction."""
-    model = lively(name, num_layers=1).train()
+    """Of every parameter, along a random direction; but for the embedding of a mixture, whose scale is a constant."""
+    model = lively(name, **({} if name == "mixture" else {"num_layers": 1})).train()
     batch = random_batch(1, 20, 64, seed=6)
     layout = SequenceLayout(batch.document_id, batch.position_ids)
 
@@ -124,6 +135,8 @@ def test_gradients_by_finite_differences(name: str) -> None:
     weight = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     loss().backward()
     for place, (parameter_name, parameter) in enumerate(model.named_parameters()):
+        if (name, parameter_name) == ("mixture", EMBEDDING):
+            continue
         direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(place), dtype=torch.float64)
         assert parameter.grad is not None
         with torch.no_grad():
@@ -136,10 +149,11 @@ def test_gradients_by_finite_differences(name: str) -> None:
         assert abs(slope - expected) < 1e-5 * max(1.0, abs(expected)), parameter_name
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", MODELS)
 def test_recomputation_changes_nothing(name: str) -> None:
     found = []
-    for changes in ({}, {"recompute_granularity": "full", "recompute_num_layers": 2}):
+    runs = {} if name == "mixture" else {"recompute_num_layers": 2}
+    for changes in ({}, {"recompute_granularity": "full", **runs}):
         model, batch = lively(name, **changes).float().train(), random_batch(2, 48, 64, seed=8)
         output = model(batch.tokens, SequenceLayout(batch.document_id, batch.position_ids))
         output.cross_entropy(batch.labels, batch.loss_mask, torch.ones(2, 48))[0].backward()
@@ -149,7 +163,7 @@ def test_recomputation_changes_nothing(name: str) -> None:
         assert gradient is not None and gradient.any() and torch.equal(gradient, found[1][parameter_name])
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", MODELS)
 def test_the_first_loss_is_that_of_knowing_nothing(name: str) -> None:
     torch.manual_seed(0)
     model = build_model(

@@ -10,6 +10,7 @@ from megatron_vpmoe.runtime.counter import draw_key, random_bits
 from megatron_vpmoe.think.diffuser import Diffuser
 from megatron_vpmoe.think.memory import Memory, chunks_of
 from megatron_vpmoe.think.mixture import ExpertMixture
+from megatron_vpmoe.think.scale import Scale
 from megatron_vpmoe.think.stack_expert import StackExpert
 from tests.think_parts import (
     Inputs,
@@ -45,6 +46,12 @@ def inputs_of(length: int) -> Inputs:
     return {"x_BSH": x, "noise_key_BS": random_bits(torch.tensor(draw_key(1)), torch.arange(length)).unsqueeze(0)}
 
 
+SCALE = Scale(
+    0.1 * torch.randn(WIDTH, generator=torch.Generator().manual_seed(8), dtype=torch.float64),
+    0.5 + torch.rand(WIDTH, generator=torch.Generator().manual_seed(9), dtype=torch.float64),
+)
+
+
 class Both(torch.nn.Module):
     """Of a mixture: hidden states and weights in one tensor, for checks that compare one."""
 
@@ -53,13 +60,13 @@ class Both(torch.nn.Module):
         self.part = part
 
     def forward(self, *given: object, **keywords: Tensor) -> Tensor:
-        return torch.cat(self.part(*given, **keywords), -1)
+        return torch.cat(self.part(*given, scale=SCALE, **keywords), -1)
 
     def entries(self) -> object:
         return self.part.entries()
 
     def step(self, *given: object, **keywords: Tensor) -> Tensor:
-        return torch.cat(self.part.step(*given, **keywords), -1)  # type: ignore[arg-type]
+        return torch.cat(self.part.step(*given, scale=SCALE, **keywords), -1)  # type: ignore[arg-type]
 
 
 def test_a_packed_row_is_its_documents_alone() -> None:
@@ -85,31 +92,32 @@ def test_gradients() -> None:
     )
 
     def loss(given: Inputs) -> Tensor:
-        fused, weights = part(given["x_BSH"], packed(4), noise_key_BS=given["noise_key_BS"], memory=memory)
+        keywords = {"scale": SCALE, "noise_key_BS": given["noise_key_BS"], "memory": memory}
+        fused, weights = part(given["x_BSH"], packed(4), **keywords)
         return (fused * weight).sum() + weights.square().sum()
 
     check_gradients(part, loss, inputs)
 
 
 def test_at_first_it_is_its_experts_in_equal_or_given_shares() -> None:
+    """To the bit: stacks read embeddings as they are, the diffuser standardised ones."""
     part, inputs, layout = mixture().double(), inputs_of(6), packed(6)
-    fused, weights = part(inputs["x_BSH"], layout, noise_key_BS=inputs["noise_key_BS"])
-    alone = torch.stack(
-        [
-            part.experts["transformer"](inputs["x_BSH"], layout),
-            part.experts["state_space"](inputs["x_BSH"], layout),
-            part.experts["diffuser"](inputs["x_BSH"], layout, noise_key_BS=inputs["noise_key_BS"]),
-        ],
-        -1,
-    )
-    torch.testing.assert_close(fused, (alone * weights.unsqueeze(-2)).sum(-1))
+    x, keys = inputs["x_BSH"], inputs["noise_key_BS"]
+    fused, weights = part(x, layout, scale=SCALE, noise_key_BS=keys)
+    alone = [
+        part.experts["transformer"](x, layout),
+        part.experts["state_space"](x, layout),
+        part.experts["diffuser"]((x - SCALE.mean_H) / SCALE.deviation_H, layout, noise_key_BS=keys),
+    ]
+    shares = [share * one for share, one in zip(weights.unsqueeze(-2).unbind(-1), alone, strict=True)]
+    assert torch.equal(fused, torch.stack(shares).sum(0))
 
 
 def test_an_empty_store_is_no_store_bit_for_bit() -> None:
     part, inputs, layout = drawn(mixture()), inputs_of(6), packed(6)
     without = run(Both(part), inputs, layout)
     nothing = Memory(torch.zeros(1, 2, 3, WIDTH), torch.zeros(1, 2, dtype=torch.int64), chunks_of(layout, 4))
-    with_it = torch.cat(part(inputs["x_BSH"], layout, noise_key_BS=inputs["noise_key_BS"], memory=nothing), -1)
+    with_it = Both(part)(inputs["x_BSH"], layout, noise_key_BS=inputs["noise_key_BS"], memory=nothing)
     assert torch.equal(with_it, without)
 
 
@@ -118,7 +126,7 @@ def test_in_bf16_it_is_near_and_weights_are_fp32() -> None:
     narrow = mixture(torch.bfloat16).bfloat16()
     narrow.load_state_dict(wide.state_dict())
     inputs, layout = inputs_of(8), packed(8)
-    given = {"noise_key_BS": inputs["noise_key_BS"]}
+    given = {"scale": SCALE, "noise_key_BS": inputs["noise_key_BS"]}
     expected, weights = wide(inputs["x_BSH"].float(), layout, **given)
     found, narrow_weights = narrow(inputs["x_BSH"].bfloat16(), layout, **given)
     assert found.dtype == torch.bfloat16 and narrow_weights.dtype == torch.float32

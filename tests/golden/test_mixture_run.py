@@ -1,0 +1,155 @@
+"""Experts of three runs over one embedding become a mixture, which trains through the loop, resumes bit for bit and
+loads without them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import training_runs
+from tests.fixtures_dataset import small_dataset
+
+pytestmark = pytest.mark.slow
+
+PLAIN: dict[str, Any] = {
+    "num_experts": None,
+    "window_size": None,
+    "local_position_embedding": "none",
+    "global_position_embedding": "rope",
+    "num_query_groups": 4,
+    "num_layers": 2,
+    "tpa": False,
+    "softmax_type": "vanilla",
+    "value_residual": False,
+    "activation": "swiglu",
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "untie_embeddings_and_output_weights": False,
+    "ssm_inner_size": 48,
+    "ssm_step_rank": 4,
+    "diffusion_levels": 20,
+    "ddim_steps": 4,
+    "optimizer": "adam",
+    "normuon_aux_lr": None,
+    "lr": 1e-2,
+    "min_lr": 1e-3,
+    "kd_span_weight_final": 1.0,
+    "sample_interval": None,
+    "train_iters": 4,
+    "save_interval": 4,
+}
+FROZEN = {"train_only": '["decoder.*"]'}
+KINDS = ("transformer", "state_space", "denoiser")
+MIXTURE: dict[str, Any] = {
+    **PLAIN,
+    "layer_type": "mixture",
+    "mixture_experts": [{"layer_type": kind, "num_layers": 2} for kind in KINDS],
+    "kv_lora_rank": 12,
+    "qk_pos_emb_head_dim": 4,
+    "ddim_steps": 2,
+    "objective": "mixture_ce",
+    "mixture_entropy_coeff": 0.1,
+    "train_only": '["decoder.latent_attention.*", "decoder.router.*", "decoder.adapters.*"]',
+    "train_iters": 6,
+    "save_interval": 3,
+    "eval_interval": 3,
+}
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def trained(run: Path, dataset: Path, **changes: Any) -> str:
+    done = training_runs.train(run, dataset, **changes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def experts(folder: Path, dataset: Path) -> list[Path]:
+    transformer, state_space, denoiser = runs = [folder / kind for kind in KINDS]
+    trained(transformer, dataset, **PLAIN, objective="token_ce")
+    shared = {**PLAIN, **FROZEN, "load_embedding": transformer}
+    trained(state_space, dataset, **shared, layer_type="state_space", objective="token_ce")
+    trained(denoiser, dataset, **shared, layer_type="denoiser", objective="denoising")
+    return runs
+
+
+def interrupted_at_half(straight: Path, resumed: Path) -> None:
+    shutil.copytree(straight, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "iter_0000006")
+    (resumed / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
+
+
+def test_from_its_experts_to_a_checkpoint_of_its_own(tmp_path: Path) -> None:
+    dataset = small_dataset(tmp_path / "set", train=100)
+    runs = experts(tmp_path, dataset)
+    straight, resumed, onward = (tmp_path / name for name in ("straight", "resumed", "onward"))
+    named = json.dumps([str(run) for run in reversed(runs)])
+    told = trained(straight, dataset, **MIXTURE, load_experts=named)
+    assert all(f"expert {kind} from {run}" in told for kind, run in zip(KINDS, runs, strict=True))
+    losses, measured = training_runs.losses(straight), training_runs.measured(straight)
+    assert list(losses) == [1, 2, 3, 4, 5, 6]
+    assert measured[6, "valid/loss/total"] == measured[6, "valid/loss/ce"] < measured[3, "valid/loss/ce"]
+    for split in ("", "valid/"):
+        assert sum(measured[6, f"{split}routing/{kind}"] for kind in KINDS) == pytest.approx(1, abs=1e-5)
+    for step, coefficient in {1: 0.1, 6: 0.0}.items():
+        assert measured[step, "routing/entropy_coeff"] == pytest.approx(coefficient)
+        less = measured[step, "loss/ce"] - coefficient * measured[step, "routing/entropy"]
+        assert measured[step, "loss/total"] == pytest.approx(less, abs=1e-5)
+
+    ours = training_runs.checkpoint_tensors(straight / "checkpoints" / "iter_0000006")
+    weights = {key: tensor for key, tensor in ours.items() if not key.startswith("optimizer")}
+    for kind, run in zip(KINDS, runs, strict=True):
+        stored = training_runs.checkpoint_tensors(run / "checkpoints" / "iter_0000004")
+        begin = f"decoder.experts.{kind}." + ("" if kind == "denoiser" else "stack.")
+        for key, tensor in stored.items():
+            if not key.startswith("optimizer"):
+                assert torch.equal(weights[key if key == EMBEDDING else begin + key.removeprefix("decoder.")], tensor)
+    moments = {key for key in ours if key.startswith("optimizer")}
+    assert any("adapters" in key for key in moments)
+    assert not any(name in key for key in moments for name in (EMBEDDING, "decoder.experts."))
+
+    for run in runs:
+        shutil.rmtree(run)
+    interrupted_at_half(straight, resumed)
+    trained(resumed, dataset, **MIXTURE, load_experts=named, resume=True)
+    assert training_runs.losses(resumed) == losses and training_runs.measured(resumed) == measured
+    again = training_runs.checkpoint_tensors(resumed / "checkpoints" / "iter_0000006")
+    assert [key for key in ours if not torch.equal(ours[key], again[key])] == []
+
+    trained(onward, dataset, **{**MIXTURE, "train_iters": 3, "eval_at_start": True}, load_weights=straight)
+    started = training_runs.measured(onward)
+    assert started[0, "valid/loss/ce"] == measured[6, "valid/loss/ce"]
+
+
+def test_experts_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    dataset = small_dataset(tmp_path / "set", train=100)
+    two = {**MIXTURE, "mixture_experts": MIXTURE["mixture_experts"][:2]}
+    first, second = tmp_path / "first", tmp_path / "second"
+    trained(first, dataset, **{**PLAIN, "train_iters": 3}, objective="token_ce")
+    trained(second, dataset, **{**PLAIN, "train_iters": 3}, objective="token_ce", layer_type="state_space", seed=5)
+    for runs, said in {
+        (first, second): "its embedding is another one than that of",
+        (first, first): "of a second transformer",
+    }.items():
+        done = training_runs.train(
+            tmp_path / "mixed", dataset, **two, load_experts=json.dumps([str(run) for run in runs])
+        )
+        assert done.returncode != 0 and said in done.stdout + done.stderr
+    done = training_runs.train(
+        tmp_path / "mixed", dataset, **{**two, "ssm_inner_size": 40}, load_experts=json.dumps([str(first), str(second)])
+    )
+    assert done.returncode != 0 and "model.ssm_inner_size: 48 -> 40" in done.stdout + done.stderr
+
+
+def test_one_process_is_two(tmp_path: Path) -> None:
+    dataset = small_dataset(tmp_path / "set", train=100)
+    changes = {**MIXTURE, "train_iters": 3, "micro_batch_size": 1, "eval_interval": None, "init_method_std": 0.2}
+    for count in (1, 2):
+        training_runs.train_in_workers(count, tmp_path / f"by_{count}", dataset, **changes)
+    one, two = (training_runs.losses(tmp_path / f"by_{count}") for count in (1, 2))
+    assert one == pytest.approx(two, rel=2e-6) and one[3] < one[1]
