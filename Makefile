@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Files side by side, in the order of the command: the longest, which start processes of their own, come first.
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup quickstart rl-nano distil-nano nano-moe ladder-nano docs docs-serve test test-unit check format bench clean
+.PHONY: help setup quickstart rl-nano distil-nano nano-moe think-nano ladder-nano docs docs-serve test test-unit check format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ distil-nano: setup  ## a teacher, and students of it: texts alone, its top K sto
 
 nano-moe: setup  ## a story model from nothing: tokenizer, pretraining, SFT, DPO, evaluation and a report
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/vpmoe nano-moe
+
+think-nano: setup  ## experts of three kinds on five domains, alone and behind one router, and a report
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/vpmoe think-nano
 
 ladder-nano: setup  ## all six rungs and the three stages of distillation, from a tiny Qwen3 that it trains first
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/vpmoe ladder configs/nano/ladder.toml

@@ -60,6 +60,7 @@ VERBS = {
     "rl-nano": ("vpmoe.quickstart.app:rl_app", "What rewards and preferences make of a nano vpMoE; a report."),
     "distil-nano": ("vpmoe.quickstart.app:distil_app", "What a teacher makes of a nano vpMoE; a report."),
     "nano-moe": ("vpmoe.quickstart.app:moe_app", "A story model from tokenizer to DPO; a report."),
+    "think-nano": ("vpmoe.quickstart.app:think_app", "Experts of three kinds, alone and mixed; a report."),
     "ladder": ("vpmoe.ladder.app:app", "Climb the whole ladder: make every object, evaluate it, write one report."),
 }
 """Verb -> the module and its typer app, and what the list of verbs says of it."""

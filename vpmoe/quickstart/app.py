@@ -1,4 +1,4 @@
-"""``vpmoe quickstart``, ``vpmoe rl-nano``, ``vpmoe distil-nano`` and ``vpmoe nano-moe``."""
+"""``vpmoe quickstart``, ``vpmoe rl-nano``, ``vpmoe distil-nano``, ``vpmoe nano-moe`` and ``vpmoe think-nano``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ app = typer.Typer(add_completion=False)
 rl_app = typer.Typer(add_completion=False)
 distil_app = typer.Typer(add_completion=False)
 moe_app = typer.Typer(add_completion=False)
+think_app = typer.Typer(add_completion=False)
 
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="replace what was made of other settings, data or code")
@@ -137,3 +138,31 @@ def nano_moe(
 
     wishes = {"seeds": seed or (), "force": force or (), "overwrite": overwrite}
     raise typer.Exit(run_nano_moe(plan_of(ROOT, full=full, **wishes, work_dir=work_dir, settings=settings)))
+
+
+@think_app.command()
+def think_nano(
+    seed: SeedsOption = None,
+    force: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STEP",
+            help="do this step again: tokenizer, data, transformer, state_space, diffuser, mixture or alone",
+        ),
+    ] = None,
+    overwrite: OverwriteOption = False,
+    work_dir: WorkOption = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="another settings file (default: configs/think/nano/pipeline.toml)")
+    ] = None,
+) -> None:
+    """Train a transformer, a state space model and a diffuser on five domains, then a mixture of the three; a report.
+
+    Writes reports/think_nano: the mixture against each expert alone at equal tokens, and whom the router asks in each
+    domain. Steps that are done and still valid are skipped; after an interruption the same command goes on where it
+    stopped.
+    """
+    from vpmoe.quickstart.think import plan_of, run_think_nano
+
+    wishes = {"seeds": seed or (), "force": force or (), "overwrite": overwrite}
+    raise typer.Exit(run_think_nano(plan_of(ROOT, **wishes, work_dir=work_dir, settings=settings)))

@@ -85,6 +85,7 @@ class Proof(Generic[Schema]):
         found: Mapping[str, Any],
         lines: str,
         draw: Callable[[Path], None],
+        told: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> dict[str, Any]:
         """Write ``report.json``, ``report.md`` and ``report.png`` to ``reports/<name>``, print the table.
 
@@ -94,9 +95,10 @@ class Proof(Generic[Schema]):
             found: the results.
             lines: the table.
             draw: writes the picture.
+            told: where runs come from, by part; None: what the evaluations of those say that have one.
         """
         evaluated = {part: run for part, run in runs.items() if (run.work / run.evaluation).is_file()}
-        trained = {part: evaluation(run)["provenance"] for part, run in evaluated.items()}
+        trained = told or {part: evaluation(run)["provenance"] for part, run in evaluated.items()}
         report = {
             "schema_version": SCHEMA_VERSION,
             "kind": self.name,

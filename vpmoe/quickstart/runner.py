@@ -73,13 +73,14 @@ class Runner:
         for line in differing_packages(root / "requirements" / "lock.txt"):
             say_below(f"not as pinned: {line}")
 
-    def prepare(self, plan: Plan) -> None:
-        """Tokenizer and dataset."""
+    def prepare(self, *plans: Plan) -> None:
+        """Tokenizer and datasets."""
         self.announce("tokenizer")
         self.command(Command(("vpmoe", "tokenizer", "install")))
         self.announce("data")
-        for step, command in plan.preparing():
-            self.keyed("data", step, command)
+        for plan in plans:
+            for step, command in plan.preparing():
+                self.keyed("data", step, command)
 
     def train(self, name: str, run: TrainedRun, start: Files | None = None) -> dict[str, Any]:
         """A run, from the weights of the run with files ``start``; returns its files."""

@@ -152,6 +152,21 @@ class StorySettings(_Section):
     targets: StoryTargets
 
 
+class ThinkSettings(_Section):
+    """``configs/think/nano/pipeline.toml``; ``rows`` and ``dataset`` as of :class:`ProofSettings`.
+
+    ``domains`` are mixes of task families, each a dataset of its own; the stages are those of ``vpmoe think-nano``.
+    """
+
+    rows: Options
+    dataset: Options
+    domains: dict[Name, dict[str, float]] = Field(min_length=2)
+    transformer: Stage
+    state_space: Stage
+    diffuser: Stage
+    mixture: Stage
+
+
 Schema = TypeVar("Schema", bound=_Section)
 ProofSchema = TypeVar("ProofSchema", bound=ProofSettings)
 
@@ -163,5 +178,5 @@ def read_settings(path: Path, schema: type[Schema] = Settings) -> Schema:
         QuickstartError: no such file, not TOML, or every key that is missing, unknown or of a wrong value, at once.
     """
     values = read_toml(path, error=QuickstartError)
-    remedy = "compare with the default one in configs/nano or configs/nano_moe"
+    remedy = "compare with the default one in configs/nano, configs/nano_moe or configs/think/nano"
     return validated(schema, values, error=QuickstartError, source=str(path), remedy=remedy)

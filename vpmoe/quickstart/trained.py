@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.config import RunConfig, deciding_fields
 from megatron_vpmoe.files import read_json, sha256_of_file
@@ -15,6 +15,9 @@ from vpmoe.data_curation.tasks.synth_mini import TEST_NAME
 from vpmoe.eval.nano import VERSION as EVALUATION_VERSION
 from vpmoe.quickstart.settings import Evaluation, QuickstartError
 from vpmoe.steps import Step, content_sha256, read_receipt
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.training.checkpoint_files import Found
 
 DATA = Path("data")
 """Of the quickstart's rows and conversations, relative to the folder that the commands run in."""
@@ -50,7 +53,7 @@ class TrainedRun:
 
     @property
     def dataset(self) -> Path:
-        """The built dataset, as the training configuration names it."""
+        """The built dataset, as the training configuration names it; of a blend the first."""
         return Path(self.cfg.data.parts[0].path)
 
     @property
@@ -69,13 +72,17 @@ class TrainedRun:
         return self.run / "evaluation" / EVALUATION
 
     def training(self, start: Files | None = None) -> tuple[Step, Command]:
-        """The run, in place, and what goes on with it; the dataset has to be there.
+        """The run, in place, and what goes on with it; the datasets have to be there.
 
         Args:
             start: files of the run whose weights it begins with, as ``trained_files`` gives them.
         """
         config = os.path.relpath(self.root / self.config, self.work)
-        decides = {"config": deciding_fields(self.cfg), "dataset": dataset_sha256(self.work / self.dataset)}
+        datasets = [dataset_sha256(self.work / part.path) for part in self.cfg.data.parts]
+        decides = {
+            "config": deciding_fields(self.cfg),
+            "dataset": datasets[0] if len(datasets) == 1 else datasets,
+        }
         step = Step(
             kind="quickstart_training",
             version=1,
@@ -92,8 +99,23 @@ class TrainedRun:
         Raises:
             QuickstartError: training has not come to its end.
         """
+        from megatron_vpmoe.training.checkpoint_files import FILES
+
+        found = self._last()
+        place = found.path.relative_to(self.work / self.run).as_posix()
+        return {f"{place}/{name}": entry for name, entry in read_json(found.path / FILES).items()}
+
+    def provenance(self) -> dict[str, Any]:
+        """What its last checkpoint says of where it comes from.
+
+        Raises:
+            QuickstartError: training has not come to its end.
+        """
+        return self._last().state["provenance"]
+
+    def _last(self) -> Found:
         # Imported here: torch and megatron.core take seconds.
-        from megatron_vpmoe.training.checkpoint_files import FILES, find_newest
+        from megatron_vpmoe.training.checkpoint_files import find_newest
 
         run = self.work / self.run
         found, _ = find_newest(run / "checkpoints", check_hashes=False)
@@ -103,8 +125,7 @@ class TrainedRun:
                 source=str(run),
                 remedy="give the same command again to go on",
             )
-        place = found.path.relative_to(run).as_posix()
-        return {f"{place}/{name}": entry for name, entry in read_json(found.path / FILES).items()}
+        return found
 
 
 @dataclass(frozen=True)
