@@ -44,6 +44,18 @@ NANO_MOE: dict[str, Any] = {
 }
 """For ``tiny_config``: softmax routing without groups and bias, grouped-query attention with RoPE and nothing else."""
 
+MIXTURE: dict[str, Any] = {
+    "file": "../think/mixture.yaml",
+    **dict.fromkeys(
+        ("num_experts", "window_size", "moe_router_num_groups", "moe_router_group_topk", "load_experts"), None
+    ),
+    **{"num_query_groups": 4, "bf16": False},
+    **{"ssm_inner_size": 24, "ssm_state_size": 4, "ssm_step_rank": 3, "diffusion_levels": 20, "ddim_steps": 2},
+    **{"kv_lora_rank": 12, "qk_pos_emb_head_dim": 4},
+    "mixture_experts": [{"layer_type": kind, "num_layers": 2} for kind in ("transformer", "state_space", "denoiser")],
+}
+"""For ``tiny_config``: two layers each of the three kinds of experts, with weights of their own."""
+
 
 def tiny_config(*, file: str = "stage1.yaml", **changes: object) -> RunConfig:
     """A file of configs/nano at test size; keywords override fields."""

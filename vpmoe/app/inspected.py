@@ -28,7 +28,7 @@ def colour_of(expert: int) -> str:
 def routed_html(pieces: Sequence[str], routing: LayerRouting) -> str:
     """The text, each token in the colour of its heaviest expert; under the pointer all of them."""
     told = [
-        f"token {place}: " + ", ".join(f"expert {e} {w:.3f}" for e, w in zip(chosen, weight, strict=True))
+        f"token {place}: " + ", ".join(f"{routing.name(e)} {w:.3f}" for e, w in zip(chosen, weight, strict=True))
         for place, (chosen, weight) in enumerate(zip(routing.chosen.tolist(), routing.weight.tolist(), strict=True))
     ]
     first = routing.chosen[:, 0].tolist()
@@ -40,7 +40,8 @@ def routing_rows(pieces: Sequence[str], routing: LayerRouting) -> list[dict[str,
     rows = []
     for place, piece in enumerate(pieces):
         chosen, weight = routing.chosen[place].tolist(), routing.weight[place].tolist()
-        experts = "  ".join(f"{expert}: {share:.3f}" for expert, share in zip(chosen, weight, strict=True))
+        called = [routing.names[expert] if routing.names else expert for expert in chosen]
+        experts = "  ".join(f"{name}: {share:.3f}" for name, share in zip(called, weight, strict=True))
         rows.append(
             {"token": place, "text": label(repr(piece)), "experts": experts, "entropy": float(routing.entropy[place])}
         )
@@ -48,10 +49,10 @@ def routing_rows(pieces: Sequence[str], routing: LayerRouting) -> list[dict[str,
 
 
 def load_chart(routing: LayerRouting) -> altair.LayerChart | altair.FacetChart:
-    """Tokens that each expert got; the line is what it would be if all got the same."""
+    """Tokens that each expert got, of a mixture by their weights; the line is what it would be if all got the same."""
     import altair
 
-    load = pandas.DataFrame({"expert": np.arange(routing.experts), "tokens": routing.load})
+    load = pandas.DataFrame({"expert": routing.names or np.arange(routing.experts), "tokens": routing.load})
     bars = (
         altair.Chart(load)
         .mark_bar()
@@ -61,7 +62,7 @@ def load_chart(routing: LayerRouting) -> altair.LayerChart | altair.FacetChart:
             tooltip=["expert:O", "tokens:Q"],
         )
     )
-    even = pandas.DataFrame({"tokens": [routing.chosen.size / routing.experts]})
+    even = pandas.DataFrame({"tokens": [routing.load.sum() / routing.experts]})
     line = altair.Chart(even).mark_rule(strokeDash=[4, 3], color="gray").encode(y="tokens:Q")
     return altair.layer(bars, line, height=170)
 

@@ -48,6 +48,7 @@ def sample(
     min_p: MinPOption = 0.0,
     samples: Annotated[int, typer.Option(min=1, help="answers, each with a draw of its own")] = 1,
     logprobs: Annotated[bool, typer.Option(help="print log p of each token: the model's own, and of the draw")] = False,
+    routing: Annotated[bool, typer.Option(help="print the weights of a mixture's experts at each token")] = False,
     only_valid: OnlyValidOption = False,
     system: SystemOption = None,
     developer: DeveloperOption = None,
@@ -72,6 +73,7 @@ def sample(
         developer=developer,
         only_valid=only_valid,
         logprobs=logprobs,
+        routing=routing,
     )
 
 

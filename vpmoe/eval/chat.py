@@ -15,6 +15,7 @@ from vpmoe.errors import HarmonyError, VpmoeError
 from vpmoe.eval.asking import Form
 from vpmoe.eval.conversation import Answer, Conversation, open_conversation
 from vpmoe.eval.display import spell
+from vpmoe.eval.inspection import weights_of
 from vpmoe.eval.open_model import open_model
 from vpmoe.harmony.vocabulary import knows_conversations
 
@@ -96,6 +97,9 @@ def _ask(conversation: Conversation, text: str, notes: Console) -> None:
         notes.print(f"cut after {len(done.ids):,} tokens by {limit}")
     elif outcome.fault is not None:
         notes.print(f"not valid Harmony: {outcome.fault}")
+    if done is not None and conversation.experts:
+        mean = weights_of(done).mean(0)
+        notes.print("routing: " + ", ".join(f"{n} {w:.2f}" for n, w in zip(conversation.experts, mean, strict=True)))
     if not answer.final.strip():
         if done is not None and not answer.messages:
             notes.print(f"it wrote, outside of any message: {visible(spell(done.ids, answer.tokenizer))}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vpmoe.errors import DataError, HarmonyError
 from vpmoe.eval.asking import AsConversation, AsText, Form, form_of
 from vpmoe.eval.display import spell
+from vpmoe.eval.inspection import mixed_experts
 from vpmoe.eval.pace import Pace
 from vpmoe.harmony.conversation import CHANNELS, Message, check_text
 from vpmoe.harmony.parse import NO_ANALYSIS
@@ -125,6 +126,11 @@ class Conversation:
     cached: bool = True
     messages: list[Message] = field(default_factory=list)
 
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Of a mixture, whose completions then tell their weights; none of other models."""
+        return mixed_experts(self.model)
+
     def prompt(self, text: str) -> list[int]:
         """Token ids of the conversation with the user's next message, up to the answer.
 
@@ -170,6 +176,7 @@ class Conversation:
             grammar=self.grammar,
             watch=watch,
             stop=stop,
+            record_routing=self.cached and bool(self.experts),
             cached=self.cached,
         )
         answer.close()

@@ -23,8 +23,10 @@ from vpmoe.eval.asking import AsText, Form
 from vpmoe.tokenizer.interface import Tokenizer
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.nn import Module
 
+    from megatron_vpmoe.generation.prompts import Completion
     from megatron_vpmoe.model.gpt import VPModel
 
 LONGEST = 2048
@@ -33,24 +35,31 @@ LONGEST = 2048
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """Of one layer.
+    """Of one layer, or of a mixture.
 
     Attributes:
         experts: E.
         chosen: int64 [T, K], the heaviest first.
         weight: fp32 [T, K], of the chosen experts' outputs.
         entropy: fp32 [T], of the router's scores as shares, in units of ln E: 1 is no preference.
+        names: of a mixture's experts, all of which are chosen; none where they have numbers alone.
     """
 
     experts: int
     chosen: NDArray[np.int64]
     weight: NDArray[np.float32]
     entropy: NDArray[np.float32]
+    names: tuple[str, ...] = ()
 
     @property
-    def load(self) -> NDArray[np.int64]:
-        """int64 [E]: tokens that each expert got."""
-        return np.bincount(self.chosen.flatten(), minlength=self.experts)
+    def load(self) -> NDArray[np.float64]:
+        """[E]: tokens that each expert got; of a mixture each counts by its weight."""
+        counted = self.weight.flatten() if self.names else None
+        return np.bincount(self.chosen.flatten(), counted, minlength=self.experts).astype(np.float64)
+
+    def name(self, expert: int) -> str:
+        """What an expert is called."""
+        return self.names[expert] if self.names else f"expert {expert}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ class LayerAttention:
 
 
 def routing_of(model: VPModel, ids: list[int]) -> dict[int, LayerRouting]:
-    """The routing of a text in each layer with experts, by the layer's number from 1.
+    """The routing of a text in each layer with experts, by the layer's number from 1; of a mixture under 1.
 
     Raises:
         DataError: no tokens, or too many.
@@ -84,6 +93,9 @@ def routing_of(model: VPModel, ids: list[int]) -> dict[int, LayerRouting]:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     from megatron_vpmoe.model.moe.router import VPMoERouter, weights_at
+
+    if names := mixed_experts(model):
+        return {1: _mixed(model, ids, names)}
 
     found: dict[int, LayerRouting] = {}
 
@@ -103,6 +115,31 @@ def routing_of(model: VPModel, ids: list[int]) -> dict[int, LayerRouting]:
 
     _pass(model, ids, [(module, look) for module in model.modules() if isinstance(module, MoELayer)])
     return dict(sorted(found.items()))
+
+
+def mixed_experts(model: VPModel) -> tuple[str, ...]:
+    """The experts of a mixture in the order of its weights; none of other models."""
+    from megatron_vpmoe.think.mixture_model import MixtureModel
+
+    return tuple(model.decoder.experts.keys()) if isinstance(model, MixtureModel) else ()
+
+
+def weights_of(completion: Completion) -> NDArray[np.float32]:
+    """fp32 [n, E], of n new tokens: the weights of a mixture's experts, as recorded, by which each was written."""
+    return np.concatenate(completion.routing)[-len(completion.ids) :]
+
+
+def _mixed(model: VPModel, ids: list[int], names: tuple[str, ...]) -> LayerRouting:
+    from megatron_vpmoe.model.moe.replay import recording
+    from megatron_vpmoe.think.router import entropy
+
+    with recording(model) as told:
+        _pass(model, ids, [])
+        weight_TE = cast("Callable[[], Tensor]", told)()
+    sorted_TE, order_TE = weight_TE.sort(dim=-1, descending=True, stable=True)
+    undecided_T = entropy(weight_TE) / math.log(len(names))
+    found = (x.cpu().numpy() for x in (order_TE, sorted_TE.float(), undecided_T.float()))
+    return LayerRouting(len(names), *found, names=names)
 
 
 def attention_of(model: VPModel, ids: list[int], number: int) -> LayerAttention:
@@ -164,8 +201,10 @@ def given_ids(form: Form, text: str) -> list[int]:
 
 
 def layer_numbers(model: VPModel) -> list[int]:
-    """Of all layers, from 1."""
-    return [*range(1, len(cast(Any, model.decoder.layers)) + 1)]
+    """Of all layers with attention to look at, from 1; of a mixture those of its transformer."""
+    from megatron_vpmoe.model.block import VPTransformerLayer
+
+    return [*range(1, sum(isinstance(layer, VPTransformerLayer) for layer in model.modules()) + 1)]
 
 
 def pieces_of(tokenizer: Tokenizer, ids: list[int]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from vpmoe.errors import DataError
 from vpmoe.eval.asking import AsConversation, form_of
 from vpmoe.eval.display import harmony_text, spell
+from vpmoe.eval.inspection import mixed_experts, weights_of
 from vpmoe.eval.open_model import open_model
 
 
@@ -23,6 +24,7 @@ def print_sample(
     developer: str | None,
     only_valid: bool = False,
     logprobs: bool = False,
+    routing: bool = False,
 ) -> None:
     """Print prompt and generation with colours, and below them whether the generation is valid.
 
@@ -34,10 +36,11 @@ def print_sample(
         passage: likewise.
         only_valid: nothing but valid Harmony can be chosen.
         logprobs: print each token's log-probabilities too, the model's own and that of the draw.
+        routing: print the weights of a mixture's experts too, by which each token was written.
 
     Raises:
         CheckpointError, WeightsError, TokenizerError: no model there, or it lacks something.
-        DataError: the prompt is longer than what the model was trained on.
+        DataError: the prompt is longer than what the model was trained on; routing is asked for of no mixture.
     """
     from rich.console import Console
 
@@ -65,12 +68,24 @@ def print_sample(
             )
         options = SamplingOptions(stop_ids=form.stop_ids, **draw)
         grammar = TokenGrammar(*form.automaton) if only_valid else None
-        for completion in generate(opened.model, [Prompt(prompt)], options, grammar=grammar):
+        experts = mixed_experts(opened.model) if routing else ()
+        if routing and not experts:
+            raise DataError(
+                f"{opened.described} mixes no experts by weights",
+                source="--routing",
+                remedy="leave it out; the app's routing inspector shows which experts a layer chooses",
+            )
+        for completion in generate(opened.model, [Prompt(prompt)], options, grammar=grammar, record_routing=routing):
             verdict = form.judge(completion.ids)
             console.print(harmony_text([*prompt, *completion.ids], opened.tokenizer), soft_wrap=True)
             for token, own, drawn in zip(completion.ids, completion.untempered, completion.as_sampled, strict=True):
                 if logprobs:
                     console.print(f"{own:9.4f} {drawn:9.4f}  {spell([token], opened.tokenizer)!r}", markup=False)
+            if routing:
+                console.print("  ".join(experts), style="dim", markup=False)
+                for token, weights in zip(completion.ids, weights_of(completion), strict=True):
+                    shares = "  ".join(f"{w:{len(name)}.3f}" for name, w in zip(experts, weights, strict=True))
+                    console.print(f"{shares}  {spell([token], opened.tokenizer)!r}", markup=False)
             name = "valid Harmony" if isinstance(form, AsConversation) else "ended by itself"
             state = name if verdict.valid else f"not {name}: {verdict.reason}"
             told = f"\n{len(completion.ids)} tokens, {state} ({opened.described})"

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from megatron_vpmoe.config import RunConfig, stored_faults
-from megatron_vpmoe.config.rules import find_problems
+from megatron_vpmoe.config.rules import OF_MODEL, find_problems
 from megatron_vpmoe.runtime.device import prepare
 from vpmoe.errors import WeightsError
 from vpmoe.weights.tensors import LazyTensor, Weights, check_geometry
@@ -67,7 +67,7 @@ def config_of(geometry: Mapping[str, Any] | None, *, source: str, bf16: bool = F
     except ValidationError as error:
         faults = stored_faults(error)
     else:
-        faults = [f"{', '.join(problem.names)}: {problem.text}" for problem in find_problems(cfg)]
+        faults = [f"{', '.join(problem.names)}: {problem.text}" for problem in find_problems(cfg, rules=OF_MODEL)]
         if not faults:
             return cfg
     raise WeightsError(

@@ -75,7 +75,7 @@ def generate(
         weight_version: of the model, noted in the completions.
         watch: called after each new token, with the completion that got it, of this rank's share of the prompts.
         stop: asked before each token; once a rank's says so, what is unfinished is given up.
-        record_routing: completions tell which experts their tokens went to; one pipeline stage.
+        record_routing: completions tell which experts tokens went to, or a mixture's weights; one pipeline stage.
         exchange: by which completions are gathered; None: by the run's groups.
         cached: keep keys and values from step to step; if not, each token is a pass over its whole text (`uncached`).
 

@@ -54,7 +54,8 @@ class Completion:
         finish: "stop" at a stop token or where a grammar is complete, "length" at the limit or the end of the given;
             None while it grows.
         routing: where asked for, pieces [n, layers with experts * K] that together say to which experts the tokens of
-            prompt and answer went, as ``replay.recording`` gives them; the last token is never computed.
+            prompt and answer went, or [n, E] their weights of a mixture's experts, as ``replay.recording`` gives them;
+            the last token is never computed.
     """
 
     place: int

@@ -27,10 +27,14 @@ class ExpertRouter(Module):
     Args:
         config: hidden size and initialisation.
         experts: E.
+
+    Attributes:
+        recorded: receives the weights [N, E] of each pass, where they are to be told of; None: nobody asks.
     """
 
     def __init__(self, config: VPTransformerConfig, *, experts: int) -> None:
         super().__init__()
+        self.recorded: list[Tensor] | None = None
         self.weight = fp32_island(torch.empty(experts, config.hidden_size))
         if config.perform_initialization and config.init_method is not None:
             config.init_method(self.weight)
@@ -67,7 +71,10 @@ class ExpertRouter(Module):
         return self._weights(state[_SUM] / (position_B + 1).unsqueeze(1))
 
     def _weights(self, mean: Tensor) -> Tensor:
-        return torch.softmax(functional.linear(mean, self.weight), -1)
+        weight = torch.softmax(functional.linear(mean, self.weight), -1)
+        if self.recorded is not None:
+            self.recorded.append(weight.flatten(0, -2))
+        return weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertRouter:
         """Moves and casts as usual, except that a cast to bf16 leaves the weight fp32."""

@@ -131,6 +131,9 @@ def _routing(path: Path, stamp: float, ids: tuple[int, ...], pieces: list[str], 
 
 def _attention(path: Path, stamp: float, ids: tuple[int, ...], pieces: list[str], place: _Place) -> None:
     numbers = _layers(str(path), stamp)
+    if not numbers:
+        empty("This model has no attention to look at.")
+        return
     left, right = place.split(1, 1)
     layer = left.select_slider("Layer", numbers, key=place.key("attention_layer")) if len(numbers) > 1 else 1
     attention = _attended(str(path), stamp, ids, layer)

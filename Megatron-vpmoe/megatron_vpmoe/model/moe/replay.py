@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_vpmoe.model.moe.router import VPMoERouter
+from megatron_vpmoe.think.router import ExpertRouter
 
 ROUTING = "routing"
 """Of each token (not of the one after, as other annotations), the K experts of layer 1 that has any, of layer 2, ..."""
@@ -42,9 +43,19 @@ def recording(model: Module, wanted: bool = True) -> Iterator[Callable[[], Tenso
     """Have the routers note where tokens go, for passes without a gradient that hold whole sequences.
 
     Yields:
-        a function of no arguments: the choice of the pass before, [N, L K] of ``id_dtype``; None where not wanted.
+        a function of no arguments: the choice of the pass before, [N, L K] of ``id_dtype``; of a mixture the weights of
+        its experts, fp32 [N, E]. None where not wanted.
     """
     routers = _routers(model) if wanted else []
+    mixing = [module for module in model.modules() if isinstance(module, ExpertRouter)] if wanted else []
+    if mixing:
+        (router,) = mixing
+        router.recorded = recorded = []
+        try:
+            yield recorded.pop
+        finally:
+            router.recorded = None
+        return
     lists: list[list[Tensor]] = [[] for _ in routers]
     for router, recorded in zip(routers, lists, strict=True):
         router.recorded = recorded

@@ -22,7 +22,7 @@ from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.optim.assignment import assignment_table
 from megatron_vpmoe.think.decoding import Entry, Past
 from ref import state_space as reference
-from tests.tiny import random_batch, tiny_config
+from tests.tiny import MIXTURE, random_batch, tiny_config
 
 pytestmark = pytest.mark.usefixtures("single_process")
 PLAIN: dict[str, Any] = {"num_experts": None, "window_size": None, "moe_router_num_groups": None}
@@ -34,15 +34,7 @@ SMALL: dict[str, dict[str, Any]] = {
         **PLAIN,
         **{"ssm_inner_size": 24, "ssm_state_size": 4, "ssm_step_rank": 3},
     },
-    "mixture": {
-        "file": "../think/mixture.yaml",
-        **PLAIN,
-        **{"ssm_inner_size": 24, "ssm_state_size": 4, "ssm_step_rank": 3, "diffusion_levels": 20, "ddim_steps": 2},
-        **{"kv_lora_rank": 12, "qk_pos_emb_head_dim": 4, "load_experts": None},
-        "mixture_experts": [
-            {"layer_type": kind, "num_layers": 2} for kind in ("transformer", "state_space", "denoiser")
-        ],
-    },
+    "mixture": {**MIXTURE, "init_method_std": 0.2},
 }
 MODELS = list(SMALL)
 
@@ -120,6 +112,19 @@ def test_cached_decoding_gives_the_logits_of_whole_texts(name: str) -> None:
     assert len({len(one.ids) for one in cached}) > 2
     for ours, theirs in zip(cached, whole, strict=True):
         torch.testing.assert_close(torch.tensor(ours.untempered), torch.tensor(theirs.untempered), rtol=1e-6, atol=1e-6)
+
+
+def test_weights_that_decoding_tells_are_those_of_the_whole_text() -> None:
+    model = lively("mixture")
+    prompts, options = [Prompt([3, 8, 2, 9]), Prompt([5])], SamplingOptions(max_new_tokens=6, stop_ids=())
+    for prompt, told in zip(prompts, generate(model, prompts, options, record_routing=True), strict=True):
+        text = torch.tensor([[*prompt.ids, *told.ids[:-1]]])
+        layout = SequenceLayout(torch.zeros_like(text, dtype=torch.int32), torch.arange(text.shape[1])[None])
+        with torch.no_grad():
+            whole = model(text, layout).expert_weight_BSE[0]
+        recorded = torch.cat([torch.from_numpy(piece) for piece in told.routing])
+        torch.testing.assert_close(recorded, whole, rtol=1e-6, atol=1e-6)
+        assert whole.std(0).max() > 0.01
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,0 +1,86 @@
+"""A mixture is asked, talked with and looked into: which experts it trusts at each token."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_vpmoe.model.attention.masks import left_padded
+from megatron_vpmoe.model.builder import build_model
+from megatron_vpmoe.runtime.distributed import single_process
+from megatron_vpmoe.training.run import open_run
+from tests.tiny import MIXTURE, tiny_config
+from vpmoe.app.inspected import routed_html, routing_rows
+from vpmoe.cli import main
+from vpmoe.eval.inspection import attention_of, layer_numbers, routing_of
+from vpmoe.eval.open_model import open_model
+
+NAMES = ("transformer", "state_space", "denoiser")
+
+
+@pytest.fixture(scope="module")
+def mixture_run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """A run of a mixture that has trained for no step, and whose router says something."""
+    folder = tmp_path_factory.mktemp("runs") / "mixture"
+    fields = {"padded_vocab_size": 448, "seq_length": 192, "data_path": data / "dataset", "run_dir": folder}
+    cfg = tiny_config(**{**MIXTURE, **fields, "init_method_std": 0.3})
+    with single_process(seed=1):
+        run = open_run(cfg)
+        run.save()
+        run.settle()
+        run.source.close()
+    return folder
+
+
+@pytest.mark.slow
+def test_sample_prints_the_weights_at_each_token(mixture_run: Path, capsys) -> None:
+    assert main(["sample", str(mixture_run), "What is 1 + 2?", "--max-new-tokens", "5", "--routing"]) == 0
+    told = capsys.readouterr().out
+    assert "transformer  state_space  denoiser" in told
+    rows = re.findall(r"^ +(0\.\d{3}) +(0\.\d{3}) +(0\.\d{3})  '", told, re.MULTILINE)
+    assert len(rows) == 5 and all(sum(map(float, row)) == pytest.approx(1, abs=2e-3) for row in rows)
+    assert len(set(rows)) > 1
+
+
+@pytest.mark.slow
+def test_chat_tells_the_mean_weights_of_an_answer(mixture_run: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is 1 + 2?\n"))
+    assert main(["chat", str(mixture_run), "--max-new-tokens", "4"]) == 0
+    assert re.search(r"routing: transformer 0\.\d\d, state_space 0\.\d\d, denoiser 0\.\d\d", capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_other_models_have_no_weights_to_print(run_directory: Path, capsys) -> None:
+    assert main(["sample", str(run_directory), "What is 1 + 2?", "--routing"]) == 2
+    assert "mixes no experts by weights" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_checkpoint_opens_alone(mixture_run: Path) -> None:
+    with open_model(mixture_run) as opened:
+        assert tuple(opened.model.decoder.experts) == NAMES and not opened.model.training
+
+
+def test_the_inspector_shows_what_the_pass_computes(single_process: None) -> None:
+    torch.manual_seed(3)
+    model = build_model(tiny_config(**{**MIXTURE, "init_method_std": 0.3}))
+    ids = [5, 9, 3, 60, 1, 33, 33, 8]
+    (routing,) = routing_of(model, ids).values()
+    with torch.no_grad():
+        weights = model(*left_padded([ids], torch.device("cpu"))).expert_weight_BSE[0].numpy()
+    dense = np.zeros_like(weights)
+    np.put_along_axis(dense, routing.chosen, routing.weight, 1)
+    np.testing.assert_allclose(dense, weights, rtol=1e-6)
+    np.testing.assert_allclose(routing.load, weights.sum(0), rtol=1e-5)
+    assert routing.names == NAMES and (np.diff(routing.weight) <= 0).all()
+    pieces = [f"<{one}>" for one in ids]
+    assert all(name in routed_html(pieces, routing) for name in NAMES)
+    assert routing_rows(pieces, routing)[0]["experts"].startswith(f"{NAMES[routing.chosen[0, 0]]}: ")
+    assert layer_numbers(model) == [1, 2]
+    assert attention_of(model, ids, 2).weight.shape == (4, 8, 8)
