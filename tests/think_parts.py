@@ -43,6 +43,11 @@ def packed(*lengths: int, padding: int = 0) -> SequenceLayout:
     return SequenceLayout(torch.tensor([document], dtype=torch.int32), torch.tensor([position]))
 
 
+def chunks_of(layout: SequenceLayout, size: int) -> Tensor:
+    """int64 [B, S]: the chunk of each position, counted in its row; a chunk is ``size`` tokens of one document."""
+    return (layout.position % size == 0).cumsum(-1) - 1
+
+
 def apart(together: Tensor, lengths: Sequence[int]) -> list[Tensor]:
     """The documents of one row [1, S, ...], each [1, L, ...]."""
     return list(together[:, : sum(lengths)].split(list(lengths), 1))

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_vpmoe.data.kd_dataset import KDDataset
+from megatron_vpmoe.think.recall import store_of
 from tests import training_runs
 from tests.fixtures_dataset import small_dataset
 
@@ -124,6 +126,38 @@ def test_from_its_experts_to_a_checkpoint_of_its_own(tmp_path: Path) -> None:
     trained(onward, dataset, **{**MIXTURE, "train_iters": 3, "eval_at_start": True}, load_weights=straight)
     started = training_runs.measured(onward)
     assert started[0, "valid/loss/ce"] == measured[6, "valid/loss/ce"]
+
+
+def test_with_a_store_it_resumes_bit_for_bit_and_only_with_that_store(tmp_path: Path) -> None:
+    dataset = small_dataset(tmp_path / "set", train=100)
+    first, straight, resumed, plain = (tmp_path / name for name in ("first", "straight", "resumed", "plain"))
+    trained(first, dataset, **{**PLAIN, "train_iters": 3}, objective="token_ce")
+    table = training_runs.checkpoint_tensors(first / "checkpoints" / "iter_0000003")[EMBEDDING]
+    split = KDDataset.open(dataset, "train", seq_length=48, padded_vocab_size=64)
+    documents = [split[number].tokens for number in range(len(split))]
+    store_of(documents, table, chunk=4).save(tmp_path / "first.store")
+    fields = {**MIXTURE, "load_embedding": first, "init_method_std": 0.2}
+    reading = {**fields, "memory_entries": 3, "store": tmp_path / "first.store"}
+    trained(straight, dataset, **reading)
+    losses = training_runs.losses(straight)
+    trained(plain, dataset, **{**fields, "train_iters": 3, "save_interval": None})
+    without = training_runs.losses(plain)
+    assert losses[1] == without[1], "the attention adds nothing at first"
+    assert losses[3] != without[3]
+    interrupted_at_half(straight, resumed)
+    trained(resumed, dataset, **reading, resume=True)
+    assert training_runs.losses(resumed) == losses
+    ours, again = (
+        training_runs.checkpoint_tensors(run / "checkpoints" / "iter_0000006") for run in (straight, resumed)
+    )
+    assert [key for key in ours if not torch.equal(ours[key], again[key])] == []
+
+    store_of(documents[1:], table, chunk=4).save(tmp_path / "first.store", overwrite=True)
+    done = training_runs.train(resumed, dataset, **reading, resume=True)
+    assert done.returncode != 0 and "store_sha256" in done.stdout + done.stderr
+    store_of(documents, table + 1, chunk=4).save(tmp_path / "other.store")
+    done = training_runs.train(tmp_path / "other", dataset, **{**reading, "store": tmp_path / "other.store"})
+    assert done.returncode != 0 and "another embedding" in done.stdout + done.stderr
 
 
 def test_experts_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:

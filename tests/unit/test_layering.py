@@ -31,6 +31,7 @@ TRAINER_FLOORS = {
     "turns": 0,
     "config": 1,
     "runtime": 2,
+    "retrieval": 2,
     "model": 3,
     "think": 3,
     "optim": 3,
@@ -50,7 +51,6 @@ SIDECAR_FLOORS = {
     "progress": 0,
     "toml_file": 0,
     "commands": 0,
-    "retrieval": 0,
     "trainer": 4,
     "steps": 1,
     "tokenizer": 1,
@@ -88,7 +88,7 @@ SAME_FLOOR = {
 }
 # `python -m` names that users of the design know: they call the front end.
 OLDER_NAMES = VPMOE / "data_curation" / "harmony"
-NO_MODEL = ("steps", "tokenizer", "harmony", "retrieval", "data_curation")
+NO_MODEL = ("steps", "tokenizer", "harmony", "data_curation")
 # What both packages stand on; it knows no model.
 GROUND = tuple(f"megatron_vpmoe.{room}" for room, floor in TRAINER_FLOORS.items() if floor <= 0)
 

@@ -1,4 +1,4 @@
-"""``vpmoe data annotate`` and ``vpmoe data score``: the verbs of ``vpmoe data`` that need a model."""
+"""``vpmoe data annotate``, ``score`` and ``build-store``: the verbs of ``vpmoe data`` that need a model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,29 @@ from vpmoe.data_curation.datasets.options import Overwrite, Quiet
 from vpmoe.harmony.prompts import ReasoningEffort
 
 _say = partial(print, file=sys.stderr, flush=True)
+
+
+@app.command("build-store")
+def build_store(
+    datasets: Annotated[list[Path], typer.Argument(help="of token files, such as vpmoe data build makes")],
+    embedding: Annotated[
+        Path, typer.Option(help="a model over whose embedding the experts are: its run, a checkpoint")
+    ],
+    output: Annotated[Path, typer.Option(help="file of the store")],
+    chunk: Annotated[int, typer.Option(min=1, help="tokens of a chunk")] = 32,
+    capacity: Annotated[int | None, typer.Option(min=1, help="vectors at most, the newest (default: all)")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make the store of vectors that a mixture reads: one of each chunk of every training document.
+
+    Train with --store FILE and --memory-entries K.
+    """
+    for dataset in datasets:
+        read_manifest(dataset)
+    from vpmoe.teacher import build_store as building
+
+    store = building.build_store(datasets, embedding, output, chunk=chunk, capacity=capacity, overwrite=overwrite)
+    typer.echo(f"{output}: {len(store):,} vectors of {chunk} tokens each")
 
 
 @app.command()

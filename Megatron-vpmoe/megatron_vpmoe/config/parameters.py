@@ -124,6 +124,7 @@ def mixture_sizes(cfg: RunConfig) -> dict[str, int]:
         "linear_key": inner * latent,
         "linear_value": inner * latent,
         "linear_proj": h * inner,
+        **({} if m.memory_entries is None else {"linear_memory": latent * h}),
     }
     experts = m.mixture_experts or ()
     sizes = {f"decoder.latent_attention.{name}.weight": size for name, size in attention.items()}

@@ -144,7 +144,7 @@ def geometry_diff(old: RunConfig, new: RunConfig) -> list[FieldChange]:
 _OF_BLEND = ("blend", "blend_schedule", "skip_rows")
 _OF_STATE_SPACE = ("layer_type", "ssm_inner_size", "ssm_state_size", "ssm_conv_size", "ssm_step_rank")
 _OF_DENOISER = ("diffusion_levels", "ddim_steps")
-_OF_MIXTURE = ("mixture_experts", "kv_lora_rank", "qk_pos_emb_head_dim")
+_OF_MIXTURE = ("mixture_experts", "kv_lora_rank", "qk_pos_emb_head_dim", "memory_entries")
 _LATER_FIELDS = (
     *_OF_BLEND,
     *_OF_STATE_SPACE,

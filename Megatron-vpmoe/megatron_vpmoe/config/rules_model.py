@@ -221,7 +221,7 @@ IDLE: tuple[Rule, ...] = (
         lambda c: "denoiser" not in c.layer_types,
     ),
     idle(
-        "mixture_experts kv_lora_rank qk_pos_emb_head_dim",
+        "mixture_experts kv_lora_rank qk_pos_emb_head_dim memory_entries",
         "`layer_type` is no mixture",
         lambda c: c.layer_type != "mixture",
     ),

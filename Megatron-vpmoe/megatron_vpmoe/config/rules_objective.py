@@ -60,6 +60,16 @@ REFUSED: tuple[Rule, ...] = (
         _trains_experts,
     ),
     refuse(
+        "store layer_type",
+        "only a mixture reads a store; set layer_type to mixture, or store to null",
+        lambda c: c.store is not None and c.layer_type != "mixture",
+    ),
+    refuse(
+        "store memory_entries",
+        "what is read of a store takes both; give both or set both to null",
+        lambda c: c.layer_type == "mixture" and (c.store is None) != (c.memory_entries is None),
+    ),
+    refuse(
         "objective layer_type",
         "mixture_ce reads a router's weights; set layer_type to mixture, or choose another objective",
         lambda c: c.objective == "mixture_ce" and c.layer_type != "mixture",

@@ -116,6 +116,8 @@ class ModelSection(Section):
     """Of a mixture, the width of the latent that its attention makes keys and values of."""
     qk_pos_emb_head_dim: Size = 32
     """Of a mixture, the width of the rotated key that all heads of its attention share; even."""
+    memory_entries: Size | None = None
+    """Of a mixture, what each chunk of a text may read of data.store at most; null: it reads no store."""
 
 
 class MoeSection(Section):

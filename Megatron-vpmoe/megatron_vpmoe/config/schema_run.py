@@ -163,6 +163,8 @@ class DataSection(Section):
     """Other weights later in the run, as a list of {from_sample, weights}; null: those of blend throughout."""
     skip_rows: Several[Cardinal] | None = None
     """Rows to pass over at the start of each dataset's order, as another training has read them; null: none."""
+    store: Text | None = None
+    """Vector store that a mixture reads (vpmoe data build-store), over its embedding; null: none."""
     seq_length: Size
     """Tokens in one packed row."""
     packing_window: Size = 4096

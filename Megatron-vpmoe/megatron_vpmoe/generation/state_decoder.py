@@ -20,7 +20,7 @@ from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.think.decoding import Entry, Past
-from megatron_vpmoe.think.mixture_model import MixtureModel, noise_key
+from megatron_vpmoe.think.mixture_model import MixtureModel
 
 State = Mapping[tuple[int, str], Tensor]
 """By layer and name of the entry; of one row, or of many."""
@@ -126,18 +126,12 @@ class MixtureDecoder(StateDecoder):
         self._scale = model.scale()
 
     def _layers(self) -> Iterable[tuple[int, Any]]:
-        return [(0, self._model.decoder)]
+        return [(0, self._model)]
 
     def step(self, token_B: Tensor, position_B: Tensor, cache: RowStates, longest: int) -> Tensor:
         """As ``Decoder.step``; columns are those that were reserved."""
         cache.begin(position_B)
-        hidden_BH, _ = self._model.decoder.step(
-            self._model.embedded(token_B),
-            position_B,
-            cache.of_layer(0, len(token_B)),
-            scale=self._scale,
-            noise_key_B=noise_key(token_B, position_B),
-        )
+        hidden_BH, _ = self._model.step(token_B, position_B, cache.of_layer(0, len(token_B)), self._scale)
         return self._model.logits(hidden_BH).float()
 
 

@@ -17,6 +17,7 @@ from megatron_vpmoe.model.transformer_config import VPTransformerConfig, transfo
 from megatron_vpmoe.runtime.device import current_device, keep_memory
 from megatron_vpmoe.runtime.sharded_data_parallel import ShardedDataParallel
 from megatron_vpmoe.think.mixture_model import MixtureModel
+from megatron_vpmoe.think.recall import Recall
 
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
@@ -35,6 +36,8 @@ def build_model(cfg: RunConfig, *, device: torch.device | None = None) -> VPMode
             return _assemble(config, cfg)
     model = _assemble(config, cfg).to(target)
     cast_parameters(model, config.params_dtype)
+    if isinstance(model, MixtureModel):
+        model.recall = Recall.of(cfg)
     return model
 
 

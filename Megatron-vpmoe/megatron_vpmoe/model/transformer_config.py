@@ -72,6 +72,7 @@ class VPTransformerConfig(TransformerConfig):
     ddim_steps: int = 10
     kv_lora_rank: int = 96
     qk_pos_emb_head_dim: int = 32
+    memory_entries: int | None = None
     mixed: Mapping[str, VPTransformerConfig] = field(default_factory=dict)  # a mixture's experts, by name
 
     def is_global_layer(self, layer_number: int) -> bool:

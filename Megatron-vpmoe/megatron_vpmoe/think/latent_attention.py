@@ -35,10 +35,12 @@ class LatentAttention(Module):
         config: heads, head dim, hidden size, rotation base, epsilon, initialisation.
         latent_width: L.
         rope_width: R, even.
-        memory: whether there are entries of a memory to read.
+
+    Attributes:
+        linear_memory: makes latents of entries; None until there is a memory (``read_memory``).
     """
 
-    def __init__(self, config: VPTransformerConfig, *, latent_width: int, rope_width: int, memory: bool = True) -> None:
+    def __init__(self, config: VPTransformerConfig, *, latent_width: int, rope_width: int) -> None:
         super().__init__()
         self.config, self.latent_width, self.rope_width = config, latent_width, rope_width
         self.heads, self.head_dim = config.num_attention_heads, cast(int, config.kv_channels)
@@ -47,11 +49,15 @@ class LatentAttention(Module):
         self.linear_query = linear(hidden, inner + self.heads * rope_width, config, draw)
         self.linear_latent = linear(hidden, latent_width, config, draw)
         self.linear_rope_key = linear(hidden, rope_width, config, draw)
-        self.linear_memory = linear(hidden, latent_width, config, draw) if memory else None
+        self.linear_memory: Module | None = None
         self.latent_layernorm = RMSNorm(config, latent_width, config.layernorm_epsilon)
         self.linear_key = linear(latent_width, inner, config, draw)
         self.linear_value = linear(latent_width, inner, config, draw)
         self.linear_proj = linear(inner, hidden, config, None)
+
+    def read_memory(self) -> None:
+        """Have it read entries of a memory: what that takes is drawn now."""
+        self.linear_memory = linear(self.config.hidden_size, self.latent_width, self.config, self.config.init_method)
 
     def forward(
         self, x_BSH: Tensor, layout: SequenceLayout, past: Past | None = None, *, memory: Memory | None = None
@@ -134,7 +140,7 @@ class LatentAttention(Module):
         """Entries as latents [B, E, L]."""
         if self.linear_memory is None:
             raise ValueError("a memory, and the attention is built without one")
-        entries = memory.entries_BGKH.flatten(1, 2).to(self.linear_memory.weight.dtype)
+        entries = memory.entries_BGKH.flatten(1, 2).to(self.linear_latent.weight.dtype)
         return self.latent_layernorm(self.linear_memory(entries))
 
     def _scaled(self, score: Tensor, visible: Tensor) -> Tensor:

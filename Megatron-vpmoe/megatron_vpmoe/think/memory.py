@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_vpmoe.model.attention.masks import SequenceLayout
-
 
 class Memory(NamedTuple):
     """Entries that the positions of a chunk may read.
@@ -32,8 +30,3 @@ class Memory(NamedTuple):
         own_BSG = self.chunk_BS.unsqueeze(-1) == torch.arange(chunks, device=self.chunk_BS.device)
         there_BGK = torch.arange(entries, device=self.count_BG.device) < self.count_BG.unsqueeze(-1)
         return (own_BSG.unsqueeze(-1) & there_BGK.unsqueeze(1)).flatten(2)
-
-
-def chunks_of(layout: SequenceLayout, size: int) -> Tensor:
-    """int64 [B, S]: the chunk of each position, counted in its row; a chunk is ``size`` tokens of one document."""
-    return (layout.position % size == 0).cumsum(-1) - 1

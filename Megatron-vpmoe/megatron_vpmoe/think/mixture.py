@@ -50,17 +50,19 @@ class ExpertMixture(Module):
         *,
         latent_width: int,
         rope_width: int,
-        memory: bool = True,
+        memory: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         sizes = {"latent_width": latent_width, "rope_width": rope_width}
-        self.latent_attention = LatentAttention(config, **sizes, memory=memory)
+        self.latent_attention = LatentAttention(config, **sizes)
         self.router = ExpertRouter(config, experts=len(experts))
         self.experts = ModuleDict(experts)
         self.adapters = ModuleDict(
             {name: linear(config.hidden_size, config.hidden_size, config, torch.nn.init.eye_) for name in experts}
         )
+        if memory:  # last, so that all else is drawn as without one
+            self.latent_attention.read_memory()
 
     def forward(
         self,

@@ -16,7 +16,7 @@ from megatron_vpmoe.software import provenance
 if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
 
-_BINDING = ("tokenizer", "dataset_manifest_sha256", "rollout_prompts_sha256")
+_BINDING = ("tokenizer", "dataset_manifest_sha256", "rollout_prompts_sha256", "store_sha256")
 
 
 def collect_provenance(cfg: RunConfig, manifests: Sequence[Manifest]) -> dict[str, Any]:
@@ -26,16 +26,18 @@ def collect_provenance(cfg: RunConfig, manifests: Sequence[Manifest]) -> dict[st
         manifests: of the run's datasets, which share a vocabulary.
 
     Returns:
-        see :func:`megatron_vpmoe.software.provenance`; and ``rollout_prompts_sha256`` where there is such a file.
+        see :func:`megatron_vpmoe.software.provenance`; and ``rollout_prompts_sha256`` and ``store_sha256`` where there
+        is such a file.
     """
-    hashes, prompts = [manifest.sha256 for manifest in manifests], cfg.rollouts.rollout_prompts
+    named = {"rollout_prompts": cfg.rollouts.rollout_prompts, "store": cfg.data.store}
+    hashes = [manifest.sha256 for manifest in manifests]
     return {
         **provenance(
             config_hash=config_hash(cfg),
             tokenizer=manifests[0].tokenizer.identity(),
             dataset=hashes[0] if len(hashes) == 1 else hashes,
         ),
-        **({} if prompts is None else {"rollout_prompts_sha256": sha256_of_file(Path(prompts))}),
+        **{f"{name}_sha256": sha256_of_file(Path(path)) for name, path in named.items() if path is not None},
     }
 
 

@@ -16,6 +16,8 @@ SAMPLED = '--router-replay replay --objective grpo --eval-interval null --reward
 TAUGHT = "--objective on_policy --teacher-weights t --rollout-groups 16 --rollout-group-size 2 --global-batch-size 16 "
 TAUGHT += "--rollout-epochs 2"
 STATE_SPACE = "--layer-type state_space --num-experts null --router-dead-experts-warn null"
+TWO = '[{"layer_type":"transformer","num_layers":2},{"layer_type":"denoiser","num_layers":1}]'
+TWICE = '[{"layer_type":"transformer","num_layers":2},{"layer_type":"transformer","num_layers":1}]'
 SERVED = "--teacher-server http://a:1 --served-model x"
 
 
@@ -66,6 +68,22 @@ SERVED = "--teacher-server http://a:1 --served-model x"
         ("--layer-type denoiser --ddim-steps 30 --diffusion-levels 20", "ddim_steps", "30 steps do not fit into 20"),
         ("--layer-type denoiser --tensor-model-parallel-size 2", "tensor_model_parallel_size", "over ranks"),
         ("--objective denoising", "layer_type", "trains a denoiser"),
+        ("--objective mixture_ce", "layer_type", "reads a router's weights"),
+        ("--layer-type mixture", "mixture_experts", "no experts to mix"),
+        (f"--layer-type mixture --mixture-experts {TWICE}", "mixture_experts", "transformer is there several times"),
+        (f"--layer-type mixture --mixture-experts {TWO}", "train_only", "stay as they are"),
+        (f"--layer-type mixture --mixture-experts {TWO}", "activation", "set activation to swiglu"),
+        (f"--layer-type mixture --mixture-experts {TWO} --qk-pos-emb-head-dim 3", "qk_pos_emb_head_dim", "3 is odd"),
+        (f"--layer-type mixture --mixture-experts {TWO} --load-experts [a]", "load_experts", "1 runs for 2 experts"),
+        (f"--layer-type mixture --mixture-experts {TWO} --memory-entries 2", "store", "takes both"),
+        (
+            f"--layer-type mixture --mixture-experts {TWO} --recompute-granularity full --recompute-num-layers 2",
+            "recompute_num_layers",
+            "each expert again as a whole",
+        ),
+        ("--load-experts [a,b]", "layer_type", "only a mixture has experts"),
+        ("--load-experts [a,b] --load-weights c", "load_weights", "bring all weights along"),
+        ("--store a", "layer_type", "only a mixture reads a store"),
         ("--load-embedding a --load-weights b", "load_embedding", "comes along with weights"),
         ("--load-embedding a --pipeline-model-parallel-size 2", "load_embedding", "not shared out over ranks"),
         ("--num-experts 18", "num_experts", "4 equal groups"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_vpmoe.config import RunConfig
-from megatron_vpmoe.config.rules import find_problems, idle_fields
+from megatron_vpmoe.config.rules import OF_MODEL, find_problems, idle_fields
 from megatron_vpmoe.config.schema import fields, section_types
 from megatron_vpmoe.config.schema_model import MixtureExpert
 from megatron_vpmoe.model.attention.masks import SequenceLayout
@@ -54,6 +54,7 @@ OTHER: dict[str, list[Any]] = {
     "mixture_experts": [[MixtureExpert(layer_type=kind, num_layers=1) for kind in ("transformer", "denoiser")]],
     "kv_lora_rank": [20],
     "qk_pos_emb_head_dim": [8],
+    "memory_entries": [2],
     "num_experts": [None, 16],
     "moe_router_topk": [2, 4],
     "moe_ffn_hidden_size": [32],
@@ -167,7 +168,7 @@ def test_a_field_acts_or_is_declared_idle(name: str, single_process: None) -> No
         others = [replaced(cfg, field, value) for value in values if value != current]
         assert others, field
         for other in others:
-            if find_problems(other) == []:
+            if find_problems(other, rules=OF_MODEL) == []:
                 assert equal(before, fingerprint(other)) == (field in idle), (field, idle.get(field))
 
 
@@ -177,7 +178,7 @@ def test_what_is_idle_where() -> None:
     assert moe < dense and {"window_attn_skip_freq", "local_position_embedding", "tpa_rank"} < dense
     of_state_space = {"ssm_inner_size", "ssm_state_size", "ssm_conv_size", "ssm_step_rank"}
     of_denoiser = {"diffusion_levels", "ddim_steps"}
-    of_mixture = {"mixture_experts", "kv_lora_rank", "qk_pos_emb_head_dim"}
+    of_mixture = {"mixture_experts", "kv_lora_rank", "qk_pos_emb_head_dim", "memory_entries"}
     assert set(idle_fields(base_config())) == of_state_space | of_denoiser | of_mixture
     assert not set(idle_fields(base_config(**BASES["mixture"]))) & (of_state_space | of_denoiser | of_mixture)
     mixers = set(idle_fields(base_config(**BASES["state space"])))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_vpmoe.model.attention import grape
 from megatron_vpmoe.think.latent_attention import LatentAttention
-from megatron_vpmoe.think.memory import Memory, chunks_of
+from megatron_vpmoe.think.memory import Memory
 from ref import latent_attention as reference
 from tests.think_parts import (
     Inputs,
@@ -16,6 +16,7 @@ from tests.think_parts import (
     check_decoding,
     check_gradients,
     check_packing,
+    chunks_of,
     drawn,
     packed,
     part_config,
@@ -27,7 +28,9 @@ WIDTH, ROPE, LATENT, CHUNK = 32, 4, 12, 4
 
 def attention(dtype: torch.dtype = torch.float64) -> LatentAttention:
     torch.manual_seed(0)
-    return LatentAttention(part_config(dtype), latent_width=LATENT, rope_width=ROPE)
+    part = LatentAttention(part_config(dtype), latent_width=LATENT, rope_width=ROPE)
+    part.read_memory()
+    return part
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.optim.assignment import assignment_table
 from megatron_vpmoe.think.decoding import Entry, Past
+from megatron_vpmoe.think.mixture_model import MixtureModel
+from megatron_vpmoe.think.recall import Recall, store_of
 from ref import state_space as reference
 from tests.tiny import MIXTURE, random_batch, tiny_config
 
@@ -35,17 +38,30 @@ SMALL: dict[str, dict[str, Any]] = {
         **{"ssm_inner_size": 24, "ssm_state_size": 4, "ssm_step_rank": 3},
     },
     "mixture": {**MIXTURE, "init_method_std": 0.2},
+    "mixture with store": {**MIXTURE, "init_method_std": 0.2},
 }
+MIXTURES = ("mixture", "mixture with store")
 MODELS = list(SMALL)
 
 
 def lively(name: str, **changes: Any) -> VPModel:
     """In fp64, with every parameter moved off its initial value."""
     torch.manual_seed(0)
-    model = build_model(tiny_config(**{**SMALL[name], "bf16": False, **changes})).double().eval()
+    cfg = tiny_config(**{**SMALL[name], "bf16": False, **changes})
+    if name == "mixture with store":  # which is made of the weights that the model gets below
+        cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"memory_entries": 3})})
+    model = build_model(cfg).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+    return reminded(model) if name == "mixture with store" else model
+
+
+def reminded(model: VPModel) -> VPModel:
+    """A mixture with a store of random documents, in chunks of 4."""
+    draw, table = np.random.default_rng(2), model.get_parameter(EMBEDDING)
+    assert isinstance(model, MixtureModel)
+    model.recall = Recall(store_of(draw.integers(1, 64, (12, 20)), table, chunk=4), entries=3)
     return model
 
 
@@ -114,6 +130,27 @@ def test_cached_decoding_gives_the_logits_of_whole_texts(name: str) -> None:
         torch.testing.assert_close(torch.tensor(ours.untempered), torch.tensor(theirs.untempered), rtol=1e-6, atol=1e-6)
 
 
+def test_a_store_is_read_and_an_empty_one_changes_no_bit() -> None:
+    model = lively("mixture with store")
+    tokens, layout = row(9, 14, 6, padding=2)
+    assert isinstance(model, MixtureModel) and model.recall is not None
+    with_it, full = logits(model, tokens, layout), model.recall
+    model.recall = Recall(store_of([], model.get_parameter(EMBEDDING), chunk=4), entries=3)
+    with_nothing = logits(model, tokens, layout)
+    model.recall = None
+    without = logits(model, tokens, layout)
+    assert torch.equal(with_nothing, without)
+    moved = (with_it != without).any(-1)[0]
+    assert moved.tolist() == [
+        at >= full.chunk and document >= 0
+        for at, document in zip(layout.position[0].tolist(), layout.document_id[0].tolist(), strict=True)
+    ]
+    prompts, options = [Prompt([3, 8, 2, 9]), Prompt([5])], SamplingOptions(max_new_tokens=9, stop_ids=())
+    plain = generate(model, prompts, options)
+    model.recall = Recall(store_of([], model.get_parameter(EMBEDDING), chunk=4), entries=3)
+    assert [one.untempered for one in generate(model, prompts, options)] == [one.untempered for one in plain]
+
+
 def test_weights_that_decoding_tells_are_those_of_the_whole_text() -> None:
     model = lively("mixture")
     prompts, options = [Prompt([3, 8, 2, 9]), Prompt([5])], SamplingOptions(max_new_tokens=6, stop_ids=())
@@ -130,7 +167,7 @@ def test_weights_that_decoding_tells_are_those_of_the_whole_text() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_by_finite_differences(name: str) -> None:
     """Of every parameter, along a random direction; but for the embedding of a mixture, whose scale is a constant."""
-    model = lively(name, **({} if name == "mixture" else {"num_layers": 1})).train()
+    model = lively(name, **({} if name in MIXTURES else {"num_layers": 1})).train()
     batch = random_batch(1, 20, 64, seed=6)
     layout = SequenceLayout(batch.document_id, batch.position_ids)
 
@@ -140,7 +177,7 @@ def test_gradients_by_finite_differences(name: str) -> None:
     weight = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     loss().backward()
     for place, (parameter_name, parameter) in enumerate(model.named_parameters()):
-        if (name, parameter_name) == ("mixture", EMBEDDING):
+        if name in MIXTURES and parameter_name == EMBEDDING:
             continue
         direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(place), dtype=torch.float64)
         assert parameter.grad is not None
@@ -157,7 +194,7 @@ def test_gradients_by_finite_differences(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_recomputation_changes_nothing(name: str) -> None:
     found = []
-    runs = {} if name == "mixture" else {"recompute_num_layers": 2}
+    runs = {} if name in MIXTURES else {"recompute_num_layers": 2}
     for changes in ({}, {"recompute_granularity": "full", **runs}):
         model, batch = lively(name, **changes).float().train(), random_batch(2, 48, 64, seed=8)
         output = model(batch.tokens, SequenceLayout(batch.document_id, batch.position_ids))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_vpmoe.runtime.counter import draw_key, random_bits
 from megatron_vpmoe.think.diffuser import Diffuser
-from megatron_vpmoe.think.memory import Memory, chunks_of
+from megatron_vpmoe.think.memory import Memory
 from megatron_vpmoe.think.mixture import ExpertMixture
 from megatron_vpmoe.think.scale import Scale
 from megatron_vpmoe.think.stack_expert import StackExpert
@@ -18,6 +18,7 @@ from tests.think_parts import (
     check_decoding,
     check_gradients,
     check_packing,
+    chunks_of,
     drawn,
     packed,
     part_config,
@@ -38,7 +39,7 @@ def mixture(dtype: torch.dtype = torch.float64) -> ExpertMixture:
         "state_space": StackExpert(part_config(dtype, num_layers=2, **STATE_SPACE)),
         "diffuser": Diffuser(config, layers=2, levels=20, steps=2),
     }
-    return ExpertMixture(config, experts, latent_width=12, rope_width=4)
+    return ExpertMixture(config, experts, latent_width=12, rope_width=4, memory=True)
 
 
 def inputs_of(length: int) -> Inputs:

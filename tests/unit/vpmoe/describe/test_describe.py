@@ -108,7 +108,7 @@ def test_json_adds_up(repository: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert [layer["layer"] for layer in layers if layer["feed_forward"] == "dense"] == [1]
     assert totals["kv_bytes_at_seq_length"] == cache_bytes(cfg, 4096) == 1024 * (20 * 4096 + 60 * 127)
     of_others = {"ssm_inner_size", "ssm_state_size", "ssm_conv_size", "ssm_step_rank", "diffusion_levels", "ddim_steps"}
-    of_others |= {"mixture_experts", "kv_lora_rank", "qk_pos_emb_head_dim"}
+    of_others |= {"mixture_experts", "kv_lora_rank", "qk_pos_emb_head_dim", "memory_entries"}
     assert told["idle_fields"].keys() == {"moe_router_num_groups"} | of_others
 
 

@@ -13,7 +13,9 @@ import torch
 
 from megatron_vpmoe.model.attention.masks import left_padded
 from megatron_vpmoe.model.builder import build_model
+from megatron_vpmoe.retrieval.vector_store import VectorStore
 from megatron_vpmoe.runtime.distributed import single_process
+from megatron_vpmoe.think.mixture_model import MixtureModel
 from megatron_vpmoe.training.run import open_run
 from tests.tiny import MIXTURE, tiny_config
 from vpmoe.app.inspected import routed_html, routing_rows
@@ -59,6 +61,40 @@ def test_chat_tells_the_mean_weights_of_an_answer(mixture_run: Path, capsys, mon
 def test_other_models_have_no_weights_to_print(run_directory: Path, capsys) -> None:
     assert main(["sample", str(run_directory), "What is 1 + 2?", "--routing"]) == 2
     assert "mixes no experts by weights" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_store_is_made_by_the_command_and_read_in_decoding(
+    mixture_run: Path, data: Path, tmp_path: Path, capsys
+) -> None:
+    """A run over its embedding writes by it; without its file it is not opened."""
+    store, folder = tmp_path / "data.store", tmp_path / "run"
+    words = ["data", "build-store", str(data / "dataset"), "--embedding", str(mixture_run), "--output", str(store)]
+    assert main([*words, "--chunk", "8"]) == 0
+    told = re.search(r"([\d,]+) vectors of 8 tokens", capsys.readouterr().out)
+    assert told and len(VectorStore.load(store)) == int(told[1].replace(",", "")) > 500
+    assert main(words) == 2 and "a vector store lies here" in capsys.readouterr().err
+    fields = {"padded_vocab_size": 448, "seq_length": 192, "data_path": data / "dataset", "run_dir": folder}
+    fields |= {"store": store, "memory_entries": 2, "load_embedding": mixture_run}
+    cfg = tiny_config(**{**MIXTURE, **fields, "init_method_std": 0.3})
+    with single_process(seed=1):
+        run = open_run(cfg)
+        with torch.no_grad():
+            run.model.get_parameter("decoder.latent_attention.linear_proj.weight").normal_(std=0.3)
+        run.save()
+        run.settle()
+        run.source.close()
+    ask = ["sample", str(folder), "What is 1 + 2?", "--max-new-tokens", "20"]
+    assert main([*ask, "--logprobs"]) == 0
+    with_it = capsys.readouterr().out
+    with open_model(folder) as opened:
+        model = opened.model
+        assert isinstance(model, MixtureModel) and model.recall is not None
+        assert len(model.recall.store) == int(told[1].replace(",", ""))
+    assert "tokens, " in with_it
+    store.unlink()
+    assert main(ask) == 2
+    assert str(store) in capsys.readouterr().err
 
 
 @pytest.mark.slow

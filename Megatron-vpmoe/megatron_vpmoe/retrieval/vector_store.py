@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -19,10 +21,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from megatron_vpmoe.errors import DataError, NotOursError, VpmoeError
 from megatron_vpmoe.files import json_line, write_atomically
-from vpmoe.errors import DataError, NotOursError, VpmoeError
 
-FORMAT = "vpmoe vector store 1"
+FORMAT = "vpmoe vector store 2"
+_SPARE = 8  # candidates beside those asked for: FAISS multiplies in fp32, and the order is decided in fp64
 
 
 class Found(NamedTuple):
@@ -46,27 +49,42 @@ class VectorStore:
         width: W.
         capacity: vectors at most; the oldest go for new ones. None: any number.
         read_only: what is held stays as it is.
+        facts: what is to be known of the vectors, such as what they were made with; kept in the file.
 
     Raises:
         VpmoeError: FAISS is not installed.
     """
 
-    def __init__(self, width: int, *, capacity: int | None = None, read_only: bool = False) -> None:
-        self.width, self.capacity, self.read_only = width, capacity, read_only
+    def __init__(
+        self,
+        width: int,
+        *,
+        capacity: int | None = None,
+        read_only: bool = False,
+        facts: Mapping[str, str] | None = None,
+    ) -> None:
+        self.width, self.capacity, self.read_only, self.facts = width, capacity, read_only, dict(facts or {})
         self._faiss: Any = _faiss()
         self._index = self._faiss.IndexFlatIP(width)
-        self._documents = np.empty(0, np.int64)
+        self._documents, self._marks = np.empty(0, np.int64), np.empty(0, np.int64)
         self._held_of: Counter[int] = Counter()
+        self._marked: dict[int, frozenset[int]] | None = None
 
     def __len__(self) -> int:
         return len(self._documents)
 
-    def add(self, vectors: NDArray[np.floating], documents: NDArray[np.integer]) -> None:
+    def add(
+        self,
+        vectors: NDArray[np.floating],
+        documents: NDArray[np.integer],
+        marks: NDArray[np.integer] | None = None,
+    ) -> None:
         """Take vectors in, scaled to unit length; beyond the capacity the oldest go.
 
         Args:
             vectors: [N, W].
             documents: int [N], the document of each.
+            marks: int64 [N], by which documents are found again; None: 0, which marks none.
 
         Raises:
             DataError: the store is read-only, shapes do not fit, or a vector has no direction.
@@ -74,27 +92,46 @@ class VectorStore:
         self._check_writable()
         unit = self._directions(vectors, "a vector to be added")
         documents = np.asarray(documents, np.int64)
-        if documents.shape != (len(unit),):
-            raise DataError(
-                f"{len(unit)} vectors came with documents of shape {list(documents.shape)}",
-                source="VectorStore.add",
-                remedy="one document for each vector",
-            )
+        marks = np.zeros(len(unit), np.int64) if marks is None else np.asarray(marks, np.int64)
+        for name, given in (("documents", documents), ("marks", marks)):
+            if given.shape != (len(unit),):
+                raise DataError(
+                    f"{len(unit)} vectors came with {name} of shape {list(given.shape)}",
+                    source="VectorStore.add",
+                    remedy="one for each vector",
+                )
         if self.capacity is not None:
             newest = max(0, len(unit) - self.capacity)
-            unit, documents = unit[newest:], documents[newest:]
+            unit, documents, marks = unit[newest:], documents[newest:], marks[newest:]
             self._drop(max(0, len(self) + len(unit) - self.capacity))
         self._index.add(unit)
         self._documents = np.concatenate([self._documents, documents])
+        self._marks, self._marked = np.concatenate([self._marks, marks]), None
         self._held_of.update(documents.tolist())
 
-    def search(self, queries: NDArray[np.floating], k: int, *, without: NDArray[np.integer] | None = None) -> Found:
-        """The k vectors of largest cosine to each query.
+    def documents_marked(self, mark: int) -> frozenset[int]:
+        """The documents that have a vector of this mark."""
+        if self._marked is None:
+            found: dict[int, set[int]] = {}
+            for own, document in zip(self._marks.tolist(), self._documents.tolist(), strict=True):
+                if own:
+                    found.setdefault(own, set()).add(document)
+            self._marked = {own: frozenset(documents) for own, documents in found.items()}
+        return self._marked.get(mark, frozenset())
+
+    def held(self, documents: Collection[int]) -> int:
+        """Vectors of these documents."""
+        return sum(self._held_of[document] for document in documents)
+
+    def search(
+        self, queries: NDArray[np.floating], k: int, *, without: Sequence[Collection[int]] | None = None
+    ) -> Found:
+        """The k vectors of largest cosine to each query; one answer does not hang on the other queries.
 
         Args:
             queries: [Q, W].
             k: at least 1.
-            without: int [Q], a document of each query whose vectors are not found.
+            without: Q, of each query the documents whose vectors are not found.
 
         Raises:
             DataError: shapes do not fit, or a query has no direction.
@@ -105,20 +142,21 @@ class VectorStore:
             np.zeros((len(unit), k), np.float32),
             np.zeros(len(unit), np.int64),
         )
-        excluded = [None] * len(unit) if without is None else np.asarray(without).tolist()
+        excluded = [()] * len(unit) if without is None else without
         # FAISS is asked for as many more as the excluded documents hold at most, and theirs are then left out.
-        asked = min(len(self), k + max((self._held_of[one] for one in excluded if one is not None), default=0))
+        asked = min(len(self), k + _SPARE + max(map(self.held, excluded), default=0))
         if not asked or not len(unit):
             return found
-        scores, places = self._index.search(unit, asked)
-        for query, document in enumerate(excluded):
-            order = np.lexsort((places[query], -scores[query]))
-            if document is not None:
-                order = order[self._documents[places[query][order]] != document]
-            order = order[:k]
+        _, places = self._index.search(unit, asked)
+        for query, documents in enumerate(excluded):
+            own = np.sort(places[query])
+            own = own[~np.isin(self._documents[own], list(documents))]
+            vectors = self._index.reconstruct_batch(own) if len(own) else found.vectors[query, :0]
+            scores = (vectors.astype(np.float64) * unit[query]).sum(1)
+            order = np.argsort(-scores, kind="stable")[:k]
             found.count[query] = count = len(order)
-            found.scores[query, :count] = scores[query][order]
-            found.vectors[query, :count] = self._index.reconstruct_batch(places[query][order])
+            found.scores[query, :count] = scores[order]
+            found.vectors[query, :count] = vectors[order]
         return found
 
     def reset(self) -> None:
@@ -140,10 +178,11 @@ class VectorStore:
         Raises:
             NotOursError: something that is no store lies there; or a store, and no ``overwrite``.
         """
-        if path.exists():
-            _refuse_to_replace(path, overwrite)
-        tensors = {"vectors": self._index.reconstruct_n(0, len(self)), "documents": self._documents}
+        refuse_to_replace(path, overwrite)
+        vectors = self._index.reconstruct_n(0, len(self))
+        tensors = {"vectors": vectors, "documents": self._documents, "marks": self._marks}
         sizes = {"format": FORMAT, "width": str(self.width), "capacity": str(self.capacity or "")}
+        sizes["facts"] = json.dumps(self.facts, sort_keys=True)
         write_atomically(path, save(tensors, {**sizes, "sha256": _sha256(tensors, sizes)}))
 
     @classmethod
@@ -154,9 +193,10 @@ class VectorStore:
             DataError: missing, damaged, or no store.
         """
         tensors, sizes = _read(path)
-        store = cls(int(sizes["width"]), capacity=int(sizes["capacity"]) if sizes["capacity"] else None)
+        capacity = int(sizes["capacity"]) if sizes["capacity"] else None
+        store = cls(int(sizes["width"]), capacity=capacity, facts=json.loads(sizes["facts"]))
         store._index.add(tensors["vectors"])
-        store._documents = tensors["documents"]
+        store._documents, store._marks = tensors["documents"], tensors["marks"]
         store._held_of.update(tensors["documents"].tolist())
         store.read_only = read_only
         return store
@@ -193,7 +233,7 @@ class VectorStore:
             self._index.remove_ids(self._faiss.IDSelectorRange(0, count))
             self._held_of.subtract(self._documents[:count].tolist())
             self._held_of += Counter()  # forgets those of which nothing is held
-            self._documents = self._documents[count:]
+            self._documents, self._marks, self._marked = self._documents[count:], self._marks[count:], None
 
 
 def _faiss() -> ModuleType:
@@ -202,7 +242,7 @@ def _faiss() -> ModuleType:
     except ImportError as cause:
         raise VpmoeError(
             "a vector store needs FAISS, which is not installed",
-            source="vpmoe.retrieval",
+            source="megatron_vpmoe.retrieval",
             remedy="pip install 'vpmoe[retrieval]', or in this repository: .venv/bin/pip install -e '.[retrieval]'",
         ) from cause
 
@@ -239,7 +279,10 @@ def _read(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     return tensors, sizes
 
 
-def _refuse_to_replace(path: Path, overwrite: bool) -> None:
+def refuse_to_replace(path: Path, overwrite: bool) -> None:
+    """Raise :class:`NotOursError` where something else lies than a store, or a store and it is not to be replaced."""
+    if not path.exists():
+        return
     try:
         with safe_open(path, "numpy") as held:
             is_ours = (held.metadata() or {}).get("format") == FORMAT
