@@ -33,7 +33,10 @@ def test_the_figures_of_runs_and_of_their_models(tmp_path: Path, capsys: pytest.
     assert "NotOursError" in capsys.readouterr().err and len([*output.iterdir()]) == 1
     (output / "expert_usage_mean.png").unlink()
 
-    for names in (["dense"], ["first", "dense"]):  # what is ours is replaced
+    assert main(["make-plots", "first", "--passage", "dense", *words]) == 2
+    assert "none of those drawn" in capsys.readouterr().err and not any(output.iterdir())
+
+    for names in (["dense"], ["first", "dense", "--passage", "dense"]):  # what is ours is replaced
         assert main(["make-plots", *names, *words]) == 0
     told = capsys.readouterr().err
     assert "dense: no max_load" in told and "dense: not in expert_usage_mean, it has no experts" in told
@@ -54,7 +57,11 @@ def test_the_figures_of_runs_and_of_their_models(tmp_path: Path, capsys: pytest.
         *report["runs"]["dense"]["last_values"]
     }
     first, bare = (report["runs"][name]["over_prompts"] for name in ("first", "dense"))
-    assert first["form"] == "conversation" and bare["layers"] == {} and [*first["layers"]] == ["2", "3", "4"]
+    assert (
+        (first["form"], bare["form"]) == ("conversation", "passage")
+        and bare["layers"] == {}
+        and [*first["layers"]] == ["2", "3", "4"]
+    )
     for layer in first["layers"].values():
         assert sum(layer["usage"]["mean"]) == pytest.approx(1)
         assert 0.5 <= layer["first_choice"]["mean"] <= 1

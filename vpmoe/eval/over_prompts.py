@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megatron_vpmoe.files import read_json_lines
 from vpmoe.errors import DataError
-from vpmoe.eval.asking import AsText, form_of, stop_ids
+from vpmoe.eval.asking import form_of, stop_ids
 from vpmoe.eval.conversation import CONTEXT
 from vpmoe.eval.inspection import LONGEST, given_ids, routing_of
 from vpmoe.eval.pace import continued
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from vpmoe.eval.open_model import Opened
 
 CACHES = ("on", "off")
+_GIVEN = {
+    "conversation": "is asked the prompts in conversations",
+    "text": "continues the prompts as they are",
+    "passage": "goes on with the prompts as plain text",
+}
 _REMEDY = 'write a text a line, or, in a file that ends in .jsonl, {"prompt": text}'
 
 
@@ -33,7 +38,7 @@ class OverPrompts:
     """What was measured of each prompt.
 
     Attributes:
-        form: how the prompts were given: ``conversation`` or ``text``.
+        form: how the prompts were given: ``conversation``, ``text`` or ``passage``.
         tokens: int64 [P], written after each prompt.
         rate: KV cache, one of ``CACHES`` -> tokens a second, of those after the first; as many of each prompt, whether
             what is written has ended before or not: float64 [P].
@@ -94,7 +99,7 @@ def prompts_of(path: Path) -> list[str]:
 
 
 def measured(
-    opened: Opened, prompts: Sequence[str], new_tokens: int, *, plain: bool, say: Callable[[str], None]
+    opened: Opened, prompts: Sequence[str], new_tokens: int, *, plain: bool, passage: bool, say: Callable[[str], None]
 ) -> OverPrompts:
     """Continue each prompt greedily, with the KV cache and without, and look into the routing of what was written.
 
@@ -103,15 +108,17 @@ def measured(
         prompts: texts, at least one.
         new_tokens: to write after each at most; fewer where the context ends.
         plain: give the prompts as they are, though the vocabulary knows conversations.
+        passage: give them as text to go on with, an empty line behind each.
         say: told how the prompts are given.
 
     Raises:
         DataError: a prompt is too long.
     """
-    form, stops = form_of(opened, plain=plain, system=None, developer=None, say=_unsaid), stop_ids(opened.tokenizer)
-    say("continues the prompts as they are" if isinstance(form, AsText) else "is asked the prompts in conversations")
+    form = form_of(opened, plain=plain, passage=passage, system=None, developer=None, say=_unsaid)
+    say(_GIVEN[form.entry["form"]])
     room = min(opened.context or CONTEXT, LONGEST)
-    given = [given_ids(form, text) for text in prompts]
+    given = [form.prompt(text) if passage else given_ids(form, text) for text in prompts]
+    stops = stop_ids(opened.tokenizer)
     for text, ids in zip(prompts, given, strict=True):
         if not 0 < len(ids) < room - 1:
             raise DataError(

@@ -132,7 +132,7 @@ class StoryRuns:
             "options": self.proof.settings.figures.model_dump(),
         }
         output = self.proof.work / "reports" / self.proof.name / f"figs_{self.seed}"
-        return Step("stories_figures", 1, output, decides, packages=("matplotlib",))
+        return Step("stories_figures", 2, output, decides, packages=("matplotlib",))
 
     def draw(self, folder: Path) -> Command:
         """The command that draws them into ``folder``, where their prompts come too: the first that are held out."""
@@ -143,7 +143,7 @@ class StoryRuns:
         places = {"prompts": asked, "output_dir": folder}
         options = {name: os.path.relpath(place, work) for name, place in places.items()}
         runs = [str(run.run) for run in self.parts.values()]
-        words = flags({**options, "max_new_tokens": figures.max_new_tokens})
+        words = flags({**options, "passage": runs[0], "max_new_tokens": figures.max_new_tokens})
         return Command(("vpmoe", "make-plots", *runs, *words))
 
     def _made(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def make(
     *,
     new_tokens: int,
     plain: bool,
+    passages: Collection[RunEntry] = (),
     smoothing: float,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -50,6 +51,7 @@ def make(
         output_dir: made if absent.
         new_tokens: written after each prompt at most.
         plain: the prompts are given as they are, not as questions of a conversation.
+        passages: the runs whose models get them as text to go on with instead.
         smoothing: of the curves, see :func:`vpmoe.runs.plots.plot`.
         say: told a line about what is done and what is left out.
 
@@ -76,7 +78,10 @@ def make(
                 written.setdefault(figure, []).append(path.name)
             else:
                 say(visible(f"{name}: no {figure}, it has recorded nothing of it"))
-    models, entries, origin = _measured(dict(zip(names, runs, strict=True)), texts, new_tokens, plain=plain, say=say)
+    of_text = {name for name, run in zip(names, runs, strict=True) if run in passages}
+    models, entries, origin = _measured(
+        dict(zip(names, runs, strict=True)), texts, new_tokens, plain=plain, of_text=of_text, say=say
+    )
     for figure, path in _of_models(output_dir).items():
         draw, of_experts = OF_MODELS[figure]
         for name in (left_out := [name for name, one in models.items() if of_experts and not one.layers]):
@@ -89,7 +94,7 @@ def make(
         "kind": KIND,
         "provenance": provenance(**origin),
         "prompts": {"name": prompts.name, "sha256": sha256_of_file(prompts), "count": len(texts)},
-        "settings": {"new_tokens": new_tokens, "plain": plain, "smoothing": smoothing},
+        "settings": {"new_tokens": new_tokens, "plain": plain, "passages": sorted(of_text), "smoothing": smoothing},
         "runs": entries,
         "figures": written,
     }
@@ -107,7 +112,13 @@ def _of_models(output_dir: Path) -> dict[str, Path]:
 
 
 def _measured(
-    runs: dict[str, RunEntry], texts: Sequence[str], new_tokens: int, *, plain: bool, say: Callable[[str], None]
+    runs: dict[str, RunEntry],
+    texts: Sequence[str],
+    new_tokens: int,
+    *,
+    plain: bool,
+    of_text: Collection[str],
+    say: Callable[[str], None],
 ) -> tuple[dict[str, OverPrompts], dict[str, Any], dict[str, dict[str, Any]]]:
     """Of each run what its newest model does, its entry in the report, and where all of them come from."""
     from vpmoe.eval.open_model import open_model
@@ -121,7 +132,12 @@ def _measured(
             raise DataError("the run's directory is not there", source=str(run.directory), remedy="vpmoe runs add DIR")
         with open_model(run.directory) as opened:
             models[name] = measured(
-                opened, texts, new_tokens, plain=plain, say=lambda line, name=name: say(visible(f"{name}: {line}"))
+                opened,
+                texts,
+                new_tokens,
+                plain=plain,
+                passage=name in of_text,
+                say=lambda line, name=name: say(visible(f"{name}: {line}")),
             )
             entries[name] = {
                 "id": run.id,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vpmoe.errors import DataError
 from vpmoe.runs.app import RunsArgument, StoreOption, found_runs
 
 app = typer.Typer(add_completion=False)
@@ -23,6 +24,13 @@ def make_plots(
     plain: Annotated[
         bool, typer.Option("--plain", help="give the prompts as they are, not as questions in a conversation")
     ] = False,
+    passage: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RUN",
+            help="one of them that was only pretrained: goes on with the prompts; may be given several times",
+        ),
+    ] = None,
     smoothing: Annotated[
         float, typer.Option(min=0.0, max=0.9999, help="of the curves: weight of what came before")
     ] = 0.0,
@@ -35,12 +43,18 @@ def make_plots(
     """
     from vpmoe.runs.figures import NAME, make
 
+    found, passages = found_runs(runs, store), found_runs(passage or [], store)
+    if strange := [run for run in passages if run not in found]:
+        raise DataError(
+            "the run is none of those drawn", source=f"--passage {strange[0].name}", remedy="name it as RUN too"
+        )
     report = make(
-        found_runs(runs, store),
+        found,
         prompts,
         output_dir,
         new_tokens=max_new_tokens,
         plain=plain,
+        passages=passages,
         smoothing=smoothing,
         say=lambda line: typer.echo(line, err=True),
     )
