@@ -62,9 +62,14 @@ def test_every_stage_then_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[s
     )
     (tmp_path / "toy.toml").write_text(SETTINGS + stages)
     words = ["nano-moe", "--settings", str(tmp_path / "toy.toml"), "--work-dir", str(tmp_path), "--seed", "1"]
+    folder = tmp_path / "reports" / "nano_moe"
+    folder.mkdir(parents=True)
+    (folder / "report.md").write_text("mine")
+    assert main(words) == 2 and not (tmp_path / "data").exists()  # said before hours of work, not after
+    assert "NotOursError" in capfd.readouterr().err
+    (folder / "report.md").unlink()
     assert main(words) == 0  # what it measures binds nobody at this size
     assert "do not bind with --settings" in capfd.readouterr().out
-    folder = tmp_path / "reports" / "nano_moe"
     report = json.loads((folder / "report.json").read_text())
     assert whole(report["provenance"]) and set(report["provenance"]["config_hash"]) == set(STAGES)
     assert report["parameters"] > report["active_parameters"] > 0 and report["perplexity"] > 6
@@ -78,6 +83,12 @@ def test_every_stage_then_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[s
     figures = folder / "figs_1"
     asked = json.loads((figures / "figures.json").read_text())["prompts"]
     assert sha256_of_file(figures / asked["name"]) == asked["sha256"] and asked["count"] == 2
+    drawn = json.loads((figures / "figures.json").read_text())["runs"]
+    assert {name: one["over_prompts"]["form"] for name, one in drawn.items()} == {
+        "nano_moe_pretrain_1": "passage",
+        "nano_moe_sft_1": "conversation",
+        "nano_moe_dpo_1": "conversation",
+    }
     checkpoints = sorted((tmp_path / "runs").rglob("files.json"))
     before = {path: path.stat().st_mtime_ns for path in checkpoints}
     assert len(before) >= len(STAGES)

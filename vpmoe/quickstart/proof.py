@@ -70,8 +70,18 @@ class Proof(Generic[Schema]):
         cfg = load_config(os.path.relpath(self.root / stage.config), [*overrides])
         return TrainedRun(self.root, self.work, stage.config, overrides, cfg)
 
+    @property
+    def report_file(self) -> Path:
+        """Its report; table and picture lie beside it."""
+        return self.work / "reports" / self.name / "report.json"
+
     def runner(self) -> Runner:
-        """What does its steps, of which the first, a look at the environment, is done."""
+        """What does its steps, of which the first, a look at the environment, is done.
+
+        Raises:
+            NotOursError: something else lies where the report belongs.
+        """
+        check_reportable(self.report_file, self.name)
         runner = Runner(self.does, self.work, force=self.force, overwrite=self.overwrite)
         verb = self.name.replace("_", "-")
         say(f"vpMoE {verb} in {self.work}: {len(self.does)} steps; what is done and valid is skipped")
@@ -111,14 +121,14 @@ class Proof(Generic[Schema]):
             "seconds": {name: round(value, 1) for name, value in seconds.items()},
             **found,
         }
-        folder = self.work / "reports" / self.name
-        check_reportable(folder / "report.json", self.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        draw(folder / "report.png")
-        write_atomically(folder / "report.md", (lines + "\n").encode())
+        path = self.report_file
+        check_reportable(path, self.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw(path.with_suffix(".png"))
+        write_atomically(path.with_suffix(".md"), (lines + "\n").encode())
         # The report comes last: where there is one, there are the others.
-        write_report(folder / "report.json", report)
-        print(f"\n{lines}\n\nreport: {folder / 'report.json'}, table and picture beside it", flush=True)
+        write_report(path, report)
+        print(f"\n{lines}\n\nreport: {path}, table and picture beside it", flush=True)
         return report
 
 
