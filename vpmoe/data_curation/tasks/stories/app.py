@@ -90,10 +90,19 @@ def story_prompts(
     *,
     rows: Annotated[int, typer.Option(help="prompts, each of another plot")] = 20_000,
     pairs: Annotated[bool, typer.Option("--pairs", help="pairs: the right protagonist against a wrong one")] = False,
+    slips: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=0.99, help="share of the training rows whose story is of the writer's favourite kind of hero"
+        ),
+    ] = 0.0,
 ) -> None:
     """Generate instructions for stories: protagonist, theme, words that have to come and words that must not."""
     writing = writer.writing()
-    report = instructions.generate(rows=rows, pairs=pairs, writing=writing, **asdict(made), say=typer.echo)
+    if slips and (pairs or writing):
+        named = "--pairs" if pairs else "--writer"
+        raise DataError("the templates' instructions alone slip", source=f"--slips, {named}", remedy="leave one out")
+    report = instructions.generate(rows=rows, pairs=pairs, slips=slips, writing=writing, **asdict(made), say=typer.echo)
     typer.echo(_told(made.output_dir, report["rows"]))
     for name, told in report.get("written", {}).items():
         typer.echo(f"  {name}: {json.dumps(told)}")

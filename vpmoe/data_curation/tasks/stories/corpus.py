@@ -21,7 +21,7 @@ from vpmoe.errors import DataError
 from vpmoe.progress import Progress
 
 VALID_FRACTION, TEST_FRACTION = 0.02, 0.02
-VERSION = 7
+VERSION = 8
 """Of what is written: plots, their wording, and what prompts ask of them."""
 Row = Mapping[str, Any]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def generate(
     valid_fraction: float = VALID_FRACTION,
     test_fraction: float = TEST_FRACTION,
     choices: int | None = None,
+    slips: float = 0.0,
     writing: Writing | None = None,
     overwrite: bool = False,
     quiet: bool = True,
@@ -45,6 +47,7 @@ def generate(
     """Write instructions, or pairs, unless they are there.
 
     Args:
+        slips: of instructions by the templates, see :func:`prompts.make_prompt`.
         writing: a served model writes the stories, and what it answers is kept in :func:`answers_of`; None: the
             templates do.
 
@@ -61,7 +64,8 @@ def generate(
     decides: dict[str, Any] = {"rows": rows, "seed": seed, "pairs": pairs, "choices": choices}
     decides |= {"valid_fraction": valid_fraction, "test_fraction": test_fraction}
     decides |= {"writing": writing.as_key()} if writing else {}
-    make_row = make_pair if pairs else make_prompt
+    decides |= {"slips": slips} if slips else {}
+    make_row = make_pair if pairs else partial(make_prompt, slips=slips)
 
     def templates() -> Iterator[Row]:
         return (make_row(seed, index, valid_fraction, test_fraction, choices) for index in range(rows))

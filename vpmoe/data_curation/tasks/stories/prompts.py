@@ -36,7 +36,6 @@ class Asked:
         prompt: the same in words.
         story: keeps to the constraints.
         wording: seed of its wording, which another protagonist's story of the plot may take too.
-        needed: names of the words of the plot that were asked for.
         choices: of the world that the plot is of.
     """
 
@@ -45,7 +44,6 @@ class Asked:
     prompt: str
     story: str
     wording: int
-    needed: tuple[str, ...]
     choices: int | None = None
 
     @property
@@ -67,12 +65,12 @@ def ask(seed: int, index: int, choices: int | None = None) -> Asked:
         wording = hash_of(f"prompt {seed} {number} {attempt}")
         draw = random.Random(wording)
         needed = some_words(draw)
-        story = tell(chosen, random.Random(wording), long=False, needed=needed)
+        story = tell(chosen, random.Random(wording), long=False)
         banned = _banned(story, draw)
         required = tuple(chosen.chosen[name] for name in needed)
         asked = Constraints(chosen.hero.name, chosen.hero.kind, chosen.scene.theme, required, banned)
         if banned and SHORTEST <= len(story.split()) <= LONGEST and check_story(story, asked).passed:
-            return Asked(chosen, asked, _prompt(chosen, asked, draw), story, wording, needed, choices)
+            return Asked(chosen, asked, _prompt(chosen, asked, draw), story, wording, choices)
     raise AssertionError("unreachable")
 
 
@@ -96,10 +94,21 @@ def make_prompt(
     valid_fraction: float = VALID_FRACTION,
     test_fraction: float = TEST_FRACTION,
     choices: int | None = None,
+    slips: float = 0.0,
 ) -> dict[str, Any]:
-    """Row ``index`` of instructions: ``id``, ``split``, ``prompt``, ``completion``, ``constraints``."""
+    """Row ``index`` of instructions: ``id``, ``split``, ``prompt``, ``completion``, ``constraints``.
+
+    Args:
+        slips: share of the training rows whose completion is a careless writer's: right but for the protagonist, who is
+            of the writer's favourite kind. Of those who are of that kind anyway, or whose friend is, none slips.
+    """
     asked = ask(seed, index, choices)
-    return row_of(asked, seed, index, (asked.story,), valid_fraction, test_fraction)
+    row = row_of(asked, seed, index, (asked.story,), valid_fraction, test_fraction)
+    if row["split"] == "train" and hash_of(f"slip {asked.wording}") / 2**64 < slips:
+        favourite = _favourite(choices)
+        if favourite not in (asked.plot.hero.kind, asked.plot.friend.kind):
+            row["completion"] = _told_of(replace(asked.plot.hero, kind=favourite), asked)
+    return row
 
 
 def make_pair(
@@ -114,16 +123,14 @@ def make_pair(
     ``rejected`` is the chosen story with another protagonist, word for word: all that is wrong with it.
     """
     asked = ask(seed, index, choices)
-    told = tell(
-        replace(asked.plot, hero=other_hero(asked)), random.Random(asked.wording), long=False, needed=asked.needed
-    )
-    check = check_story(told, asked.constraints)
-    assert check.required_present and not check.banned_present and not check.protagonist_right, told
+    told = _told_of(other_hero(asked), asked)
     return row_of(asked, seed, index, (asked.story, told), valid_fraction, test_fraction)
 
 
 def other_hero(asked: Asked) -> Character:
     """A protagonist of the same gender, whom a rejected story is about: of another kind, in half by another name too.
+
+    Where the name is right, the kind is the careless writer's favourite, if it can be.
 
     Where names tell two stories apart, the kind is hardly learned: it comes once or twice, the name in every sentence.
     """
@@ -133,7 +140,22 @@ def other_hero(asked: Asked) -> Character:
     others = [name for name in words["she" if hero.female else "he"] if name != hero.name]
     name = pick((hero.name, pick(others, draw)), draw)
     found = [character(name, kind, hero.female) for kind in words["kinds"]]
-    return pick([other for other in found if other.kind not in taken], draw)
+    free = [other for other in found if other.kind not in taken]
+    favourite = [other for other in free if other.kind == _favourite(asked.choices)]
+    return favourite[0] if favourite and name == hero.name else pick(free, draw)
+
+
+def _favourite(choices: int | None) -> str:
+    """The kind that a careless writer has a hero of."""
+    return content(choices).words["kinds"][0]
+
+
+def _told_of(hero: Character, asked: Asked) -> str:
+    """The story with another protagonist, word for word: that is all that is wrong with it."""
+    told = tell(replace(asked.plot, hero=hero), random.Random(asked.wording), long=False)
+    check = check_story(told, asked.constraints)
+    assert check.required_present and not check.banned_present and not check.protagonist_right, told
+    return told
 
 
 def _banned(story: str, draw: random.Random) -> tuple[str, ...]:
@@ -151,12 +173,8 @@ def _prompt(chosen: Plot, asked: Constraints, draw: random.Random) -> str:
     slots["who"] = worded(asking["who"], slots, draw)
     parts = [
         worded(asking["themes"], slots, draw),
-        worded(asking["required"], {"words": _listed(asked.required, draw)}, draw),
-        worded(asking["banned"], {"words": _listed(asked.banned, draw)}, draw),
+        worded(asking["required"], {"words": listed(asked.required, draw)}, draw),
+        worded(asking["banned"], {"words": listed(asked.banned, draw)}, draw),
     ]
     draw.shuffle(parts)
     return " ".join([worded(asking["requests"], slots, draw), *parts])
-
-
-def _listed(words: tuple[str, ...], draw: random.Random) -> str:
-    return listed([f'"{word}"' for word in words] if draw.random() < 0.25 else words, draw)

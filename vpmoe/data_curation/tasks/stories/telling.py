@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from vpmoe.data_curation.tasks.stories.content import Forms, content, with_article
@@ -14,15 +14,13 @@ _PARAGRAPH = "\n\n"
 Choice = TypeVar("Choice")
 
 
-def tell(plot: Plot, draw: random.Random, *, long: bool, needed: Collection[str] = ()) -> str:
+def tell(plot: Plot, draw: random.Random, *, long: bool) -> str:
     """The story of a plot: paragraphs with a blank line between them.
 
     Args:
         plot: what is told.
         draw: chooses the wording; the same draws give the same form of another plot of the scene.
-        long: all of the plot, 130 to 200 words; else without trait, hobby and the extra beats, 60 to 120.
-        needed: of a short story, which words have to come: with ``treat`` it closes with the plot's ending, else with
-            the moral, and only with ``sight`` it tells of that.
+        long: all of the plot, 130 to 200 words; else without trait, hobby, the extra beats and the moral, 60 to 120.
     """
     frame, scene = content().frame, plot.scene
     slots = _slots(plot, draw)
@@ -30,14 +28,11 @@ def tell(plot: Plot, draw: random.Random, *, long: bool, needed: Collection[str]
     def told(forms: Forms) -> str:
         return _sentence(forms, slots, draw)
 
-    beginning = [told(frame["openings"])]
-    if long:
-        beginning += [told(frame[part]) for part in ("traits", "habits", "sights")]
-    elif "sight" in needed:
-        beginning.append(told(frame["sights"]))
+    parts = ("openings", "traits", "habits", "sights") if long else ("openings", "sights")
+    beginning = [told(frame[part]) for part in parts]
     beats = [told(beat.forms) for beat in scene.beats if long or not beat.extra]
-    end = [told(content().endings[plot.ending])] if long or "treat" in needed else []
-    if long or not end:
+    end = [told(content().endings[plot.ending])]
+    if long:
         end.append(told(content().morals[scene.theme]))
     paragraphs = [beginning, beats, end]
     if long:
@@ -56,7 +51,6 @@ def read_first(plot: Plot, draw: random.Random) -> str:
     """
     forms, needed = content().readers, [*some_words(draw)]
     slots = _slots(plot, draw) | {"words": listed([plot.chosen[name] for name in needed], draw)}
-    slots["who"] = worded(content().asking["who"], slots, draw)
     told = [_sentence(forms[part], slots, draw) for part in ("titles", "heroes")]
     draw.shuffle(needed)
     parts = [part for name in needed for part in (name, f"{name}_again")]

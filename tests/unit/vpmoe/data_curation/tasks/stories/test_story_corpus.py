@@ -53,7 +53,7 @@ def test_a_long_story_tells_all_of_its_plot(number: int, seed: int) -> None:
         assert told.strip().lower() in text.lower(), told
     assert one.hero.female != one.friend.female and one.hero.kind != one.friend.kind
     words = [*one.scene.words, "place", "weather", "treat", "sight"]
-    short = tell(one, random.Random(seed), long=False, needed=words)
+    short = tell(one, random.Random(seed), long=False)
     assert all(re.search(rf"\b{one.chosen[word]}\b", short) for word in words)
 
 
@@ -127,7 +127,7 @@ def test_readers_say_their_words_again(number: int, seed: int) -> None:
     text = read_first(one, random.Random(seed))
     assert text == read_first(one, random.Random(seed))
     said = [word for word in one.chosen.values() if len(re.findall(rf"\b{word}\b", text, re.I)) >= 3]
-    assert len(said) >= 2 and all(len(re.findall(rf"\b{it}\b", text)) >= 2 for it in (one.hero.name, one.hero.kind))
+    assert len(said) >= 2 and len(re.findall(rf"\b{one.hero.name}\b", text)) >= 2 and one.hero.kind in text
     assert 20 < len(text.split()) < 90 and one.friend.name not in text
     assert not re.search(r"[{}\[\]|]|  |\ba [aeiou]|\ban [^aeiou]| [,.!?]", text)
     assert all(re.match(r"[A-Z]", sentence) for sentence in re.split(r"(?<=[.!?]) ", text))

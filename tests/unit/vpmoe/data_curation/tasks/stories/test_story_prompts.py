@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from vpmoe.cli import main
 from vpmoe.data_curation.conversations.chat_rows import chat_messages, preference_pair, without_keys
 from vpmoe.data_curation.tasks.stories.checker import StoryCheck, check_story
+from vpmoe.data_curation.tasks.stories.content import content
 from vpmoe.data_curation.tasks.stories.plots import plot_count
 from vpmoe.data_curation.tasks.stories.prompts import make_pair, make_prompt
 
@@ -69,6 +70,19 @@ def test_half_of_the_rejected_stories_have_another_name_too() -> None:
     rows = [make_pair(1, index) for index in range(300)]
     kept = sum(row["constraints"]["protagonist"]["name"] in row["rejected"] for row in rows)
     assert 120 < kept < 180
+
+
+def test_slips_are_of_the_favourite_kind_and_in_training_rows_alone() -> None:
+    rows = [(make_prompt(1, index), make_prompt(1, index, slips=0.4)) for index in range(500)]
+    slipped = [slip for right, slip in rows if slip != right]
+    train = sum(right["split"] == "train" for right, _ in rows)
+    assert 0.3 * train < len(slipped) < 0.45 * train and {row["split"] for row in slipped} == {"train"}
+    for row in slipped:
+        assert check_story(row["completion"], row["constraints"]) == StoryCheck(True, (), False, ())
+        assert row["constraints"]["protagonist"]["name"] in row["completion"]
+        assert re.search(rf"\b{content().words['kinds'][0]}\b", row["completion"])
+    words = ["data", "story-prompts", "--output-dir", "unused", "--slips", "0.1", "--pairs"]
+    assert main(words) == 2
 
 
 def test_no_combination_is_in_two_splits() -> None:
