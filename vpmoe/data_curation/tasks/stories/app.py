@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from vpmoe.data_curation.datasets.options import Quiet, flags
 from vpmoe.data_curation.tasks.stories import corpus, instructions
-from vpmoe.data_curation.tasks.stories.corpus import TEST_FRACTION, VALID_FRACTION
 from vpmoe.data_curation.tasks.stories.endpoint import KEY_VARIABLE, Settings
+from vpmoe.data_curation.tasks.stories.plots import DEFAULT_SHARES, Shares
 from vpmoe.data_curation.tasks.stories.writing import Writing
 from vpmoe.errors import DataError
 
@@ -25,14 +25,19 @@ class Made:
 
     output_dir: Annotated[Path, typer.Option(help="folder to write train.jsonl, valid.jsonl and test.jsonl into")]
     seed: Annotated[int, typer.Option(help="another seed draws other rows; what is a test row stays one")] = 1
-    valid_fraction: Annotated[float, typer.Option(help="share of the split valid")] = VALID_FRACTION
-    test_fraction: Annotated[float, typer.Option(help="share of the split test")] = TEST_FRACTION
+    valid_fraction: Annotated[float, typer.Option(help="share of the split valid")] = DEFAULT_SHARES.valid
+    test_fraction: Annotated[float, typer.Option(help="share of the split test")] = DEFAULT_SHARES.test
     choices: Annotated[
         int | None,
         typer.Option(min=3, help="a smaller world: at most so many names, kinds, places and other words of each list"),
     ] = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace rows of another seed or size")] = False
     quiet: Quiet = False
+
+    def options(self) -> dict[str, Any]:
+        """As what writes rows takes them."""
+        given = asdict(self)
+        return {"shares": Shares(given.pop("valid_fraction"), given.pop("test_fraction")), "say": typer.echo, **given}
 
 
 @app.command()
@@ -47,7 +52,7 @@ def stories(
     ] = 0.0,
 ) -> None:
     """Generate a corpus of small children's stories with plots: texts of 130 to 200 words, no plot twice."""
-    counts = corpus.generate(rows=rows, readers=readers, **asdict(made), say=typer.echo)
+    counts = corpus.generate(rows=rows, readers=readers, **made.options())
     typer.echo(_told(made.output_dir, counts))
 
 
@@ -102,7 +107,7 @@ def story_prompts(
     if slips and (pairs or writing):
         named = "--pairs" if pairs else "--writer"
         raise DataError("the templates' instructions alone slip", source=f"--slips, {named}", remedy="leave one out")
-    report = instructions.generate(rows=rows, pairs=pairs, slips=slips, writing=writing, **asdict(made), say=typer.echo)
+    report = instructions.generate(rows=rows, pairs=pairs, slips=slips, writing=writing, **made.options())
     typer.echo(_told(made.output_dir, report["rows"]))
     for name, told in report.get("written", {}).items():
         typer.echo(f"  {name}: {json.dumps(told)}")

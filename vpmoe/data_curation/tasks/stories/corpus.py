@@ -15,12 +15,11 @@ from typing import Any
 from megatron_vpmoe.files import json_line
 from vpmoe import steps
 from vpmoe.data_curation.tasks.family import hash_of
-from vpmoe.data_curation.tasks.stories.plots import SPLITS, check_fractions, number_of, plot, plot_count, split_of
+from vpmoe.data_curation.tasks.stories.plots import DEFAULT_SHARES, SPLITS, Shares, number_of, plot, plot_count
 from vpmoe.data_curation.tasks.stories.telling import read_first, tell
 from vpmoe.errors import DataError
 from vpmoe.progress import Progress
 
-VALID_FRACTION, TEST_FRACTION = 0.02, 0.02
 VERSION = 8
 """Of what is written: plots, their wording, and what prompts ask of them."""
 Row = Mapping[str, Any]
@@ -34,8 +33,7 @@ def file_of(split: str) -> str:
 def make_story(
     seed: int,
     index: int,
-    valid_fraction: float = VALID_FRACTION,
-    test_fraction: float = TEST_FRACTION,
+    shares: Shares = DEFAULT_SHARES,
     choices: int | None = None,
     readers: float = 0.0,
 ) -> dict[str, str]:
@@ -49,7 +47,7 @@ def make_story(
         DataError: there are not so many plots.
     """
     number = number_of(seed, index, choices)
-    split = split_of(str(number), valid_fraction, test_fraction)
+    split = shares.split_of(str(number))
     draw = random.Random(hash_of(f"{seed} {number}"))
     told = plot(number, choices)
     is_reader = split == "train" and hash_of(f"reader {seed} {number}") / 2**64 < readers
@@ -62,8 +60,7 @@ def generate(
     *,
     rows: int,
     seed: int,
-    valid_fraction: float = VALID_FRACTION,
-    test_fraction: float = TEST_FRACTION,
+    shares: Shares = DEFAULT_SHARES,
     choices: int | None = None,
     readers: float = 0.0,
     overwrite: bool = False,
@@ -77,12 +74,11 @@ def generate(
         NotOursError, BusyError: see :func:`vpmoe.steps.run`.
     """
     check_rows(rows, choices)
-    check_fractions(valid_fraction, test_fraction)
-    shares = {"valid_fraction": valid_fraction, "test_fraction": test_fraction}
-    decides = {"rows": rows, "seed": seed, **shares, "choices": choices, "readers": readers}
+    shares.check()
+    decides = {"rows": rows, "seed": seed, **shares.as_key(), "choices": choices, "readers": readers}
 
     def make(work: steps.Work) -> dict[str, Any]:
-        made = (make_story(seed, index, valid_fraction, test_fraction, choices, readers) for index in range(rows))
+        made = (make_story(seed, index, shares, choices, readers) for index in range(rows))
         return {"rows": write_rows(work.folder, made, rows, "stories", quiet=quiet)}
 
     step = steps.Step("stories", VERSION, output_dir, decides)

@@ -11,16 +11,9 @@ from typing import Any
 from megatron_vpmoe.files import json_bytes, write_atomically
 from vpmoe import steps
 from vpmoe.data_curation.tasks.stories.checker import Constraints
-from vpmoe.data_curation.tasks.stories.corpus import (
-    TEST_FRACTION,
-    VALID_FRACTION,
-    VERSION,
-    Row,
-    check_rows,
-    write_rows,
-)
+from vpmoe.data_curation.tasks.stories.corpus import VERSION, Row, check_rows, write_rows
 from vpmoe.data_curation.tasks.stories.endpoint import Answers
-from vpmoe.data_curation.tasks.stories.plots import check_fractions
+from vpmoe.data_curation.tasks.stories.plots import DEFAULT_SHARES, Shares
 from vpmoe.data_curation.tasks.stories.prompts import Asked, ask, make_pair, make_prompt, other_hero, row_of
 from vpmoe.data_curation.tasks.stories.writing import Told, Writing, write_stories
 from vpmoe.errors import DataError
@@ -35,8 +28,7 @@ def generate(
     rows: int,
     seed: int,
     pairs: bool = False,
-    valid_fraction: float = VALID_FRACTION,
-    test_fraction: float = TEST_FRACTION,
+    shares: Shares = DEFAULT_SHARES,
     choices: int | None = None,
     slips: float = 0.0,
     writing: Writing | None = None,
@@ -60,20 +52,20 @@ def generate(
         NotOursError, BusyError: see :func:`vpmoe.steps.run`.
     """
     check_rows(rows, choices)
-    check_fractions(valid_fraction, test_fraction)
+    shares.check()
     decides: dict[str, Any] = {"rows": rows, "seed": seed, "pairs": pairs, "choices": choices}
-    decides |= {"valid_fraction": valid_fraction, "test_fraction": test_fraction}
+    decides |= shares.as_key()
     decides |= {"writing": writing.as_key()} if writing else {}
     decides |= {"slips": slips} if slips else {}
     make_row = make_pair if pairs else partial(make_prompt, slips=slips)
 
     def templates() -> Iterator[Row]:
-        return (make_row(seed, index, valid_fraction, test_fraction, choices) for index in range(rows))
+        return (make_row(seed, index, shares, choices) for index in range(rows))
 
     def written(told: Told) -> Iterator[Row]:
         for index, stories in enumerate(told.stories):
             if stories is not None:
-                yield row_of(ask(seed, index, choices), seed, index, stories, valid_fraction, test_fraction)
+                yield row_of(ask(seed, index, choices), seed, index, stories, shares)
 
     def make(work: steps.Work) -> dict[str, Any]:
         if writing is None:

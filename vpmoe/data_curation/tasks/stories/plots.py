@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from vpmoe.data_curation.tasks.family import hash_of
 from vpmoe.data_curation.tasks.stories.content import CHILD, Scene, content
@@ -150,23 +151,35 @@ def _keys(seed: int) -> tuple[tuple[int, int], ...]:
     return tuple((factor | 1, added) for factor, added in zip(drawn[::2], drawn[1::2], strict=True))
 
 
-def split_of(what: str, valid_fraction: float, test_fraction: float) -> str:
-    """The split of what must not be in two of them, by its hash alone: the lowest part valid, the highest test."""
-    position = hash_of(f"stories {what}") / 2**64
-    if position >= 1 - test_fraction:
-        return "test"
-    return "valid" if position < valid_fraction else "train"
+class Shares(NamedTuple):
+    """Of rows, those that are held out."""
+
+    valid: float = 0.02
+    test: float = 0.02
+
+    def split_of(self, what: str) -> str:
+        """The split of what must not be in two of them, by its hash alone: the lowest part valid, the highest test."""
+        position = hash_of(f"stories {what}") / 2**64
+        if position >= 1 - self.test:
+            return "test"
+        return "valid" if position < self.valid else "train"
+
+    def check(self) -> None:
+        """Refuse shares that leave nothing to train on.
+
+        Raises:
+            DataError: one is negative, or both are 1 or more together.
+        """
+        if not (self.valid >= 0 and self.test >= 0 and self.valid + self.test < 1):
+            raise DataError(
+                f"valid {self.valid} and test {self.test} are no shares that leave rows for train",
+                source="--valid-fraction, --test-fraction",
+                remedy="give two numbers from 0, below 1 together",
+            )
+
+    def as_key(self) -> dict[str, float]:
+        """For what decides a step."""
+        return {"valid_fraction": self.valid, "test_fraction": self.test}
 
 
-def check_fractions(valid_fraction: float, test_fraction: float) -> None:
-    """Refuse shares that leave nothing to train on.
-
-    Raises:
-        DataError: one is negative, or both are 1 or more together.
-    """
-    if not (valid_fraction >= 0 and test_fraction >= 0 and valid_fraction + test_fraction < 1):
-        raise DataError(
-            f"valid {valid_fraction} and test {test_fraction} are no shares that leave rows for train",
-            source="--valid-fraction, --test-fraction",
-            remedy="give two numbers from 0, below 1 together",
-        )
+DEFAULT_SHARES = Shares()

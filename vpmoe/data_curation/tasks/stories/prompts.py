@@ -18,8 +18,7 @@ from typing import Any
 from vpmoe.data_curation.tasks.family import hash_of
 from vpmoe.data_curation.tasks.stories.checker import Constraints, check_story, is_in, words_of
 from vpmoe.data_curation.tasks.stories.content import content, with_article
-from vpmoe.data_curation.tasks.stories.corpus import TEST_FRACTION, VALID_FRACTION
-from vpmoe.data_curation.tasks.stories.plots import Character, Plot, character, number_of, plot, split_of
+from vpmoe.data_curation.tasks.stories.plots import DEFAULT_SHARES, Character, Plot, Shares, character, number_of, plot
 from vpmoe.data_curation.tasks.stories.telling import listed, pick, some_words, tell, worded
 
 SHORTEST, LONGEST = 60, 120
@@ -74,14 +73,12 @@ def ask(seed: int, index: int, choices: int | None = None) -> Asked:
     raise AssertionError("unreachable")
 
 
-def row_of(
-    asked: Asked, seed: int, index: int, stories: tuple[str, ...], valid_fraction: float, test_fraction: float
-) -> dict[str, Any]:
+def row_of(asked: Asked, seed: int, index: int, stories: tuple[str, ...], shares: Shares) -> dict[str, Any]:
     """The row of what was asked and its stories: the completion, or the chosen and the rejected one."""
     pair = len(stories) == 2
     return {
         "id": f"story_{'pair' if pair else 'prompt'}_{seed}_{index:08d}",
-        "split": split_of(asked.combination, valid_fraction, test_fraction),
+        "split": shares.split_of(asked.combination),
         "prompt": asked.prompt,
         **dict(zip(("chosen", "rejected") if pair else ("completion",), stories, strict=True)),
         "constraints": asked.constraints.as_row(),
@@ -91,8 +88,7 @@ def row_of(
 def make_prompt(
     seed: int,
     index: int,
-    valid_fraction: float = VALID_FRACTION,
-    test_fraction: float = TEST_FRACTION,
+    shares: Shares = DEFAULT_SHARES,
     choices: int | None = None,
     slips: float = 0.0,
 ) -> dict[str, Any]:
@@ -103,7 +99,7 @@ def make_prompt(
             of the writer's favourite kind. Of those who are of that kind anyway, or whose friend is, none slips.
     """
     asked = ask(seed, index, choices)
-    row = row_of(asked, seed, index, (asked.story,), valid_fraction, test_fraction)
+    row = row_of(asked, seed, index, (asked.story,), shares)
     if row["split"] == "train" and hash_of(f"slip {asked.wording}") / 2**64 < slips:
         favourite = _favourite(choices)
         if favourite not in (asked.plot.hero.kind, asked.plot.friend.kind):
@@ -114,8 +110,7 @@ def make_prompt(
 def make_pair(
     seed: int,
     index: int,
-    valid_fraction: float = VALID_FRACTION,
-    test_fraction: float = TEST_FRACTION,
+    shares: Shares = DEFAULT_SHARES,
     choices: int | None = None,
 ) -> dict[str, Any]:
     """Row ``index`` of pairs: ``id``, ``split``, ``prompt``, ``chosen``, ``rejected``, ``constraints``.
@@ -124,7 +119,7 @@ def make_pair(
     """
     asked = ask(seed, index, choices)
     told = _told_of(other_hero(asked), asked)
-    return row_of(asked, seed, index, (asked.story, told), valid_fraction, test_fraction)
+    return row_of(asked, seed, index, (asked.story, told), shares)
 
 
 def other_hero(asked: Asked) -> Character:

@@ -17,7 +17,7 @@ from vpmoe.data_curation.tasks.stories import corpus
 from vpmoe.data_curation.tasks.stories.checker import is_in, words_of
 from vpmoe.data_curation.tasks.stories.content import FILE, content, kinds, names
 from vpmoe.data_curation.tasks.stories.corpus import make_story
-from vpmoe.data_curation.tasks.stories.plots import Plot, number_of, plot, plot_count, split_of
+from vpmoe.data_curation.tasks.stories.plots import Plot, Shares, number_of, plot, plot_count
 from vpmoe.data_curation.tasks.stories.telling import read_first, tell
 from vpmoe.errors import DataError, NotOursError
 
@@ -101,12 +101,12 @@ def test_wordings_vary() -> None:
 
 
 def test_splits_go_by_the_plot_whatever_the_seed() -> None:
-    rows = [make_story(1, index, 0.1, 0.2) for index in range(5_000)]
+    rows = [make_story(1, index, Shares(0.1, 0.2)) for index in range(5_000)]
     shares = Counter(row["split"] for row in rows)
     assert 0.08 < shares["valid"] / 5_000 < 0.12 and 0.18 < shares["test"] / 5_000 < 0.22
     assert len({row["text"] for row in rows}) == len({row["id"] for row in rows}) == 5_000
     for row, index in zip(rows, range(5_000), strict=True):
-        assert row["split"] == split_of(str(number_of(1, index)), 0.1, 0.2)
+        assert row["split"] == Shares(0.1, 0.2).split_of(str(number_of(1, index)))
 
 
 def test_a_smaller_world_has_so_many_of_each_list() -> None:
@@ -134,8 +134,8 @@ def test_readers_say_their_words_again(number: int, seed: int) -> None:
 
 
 def test_only_training_rows_are_first_readers() -> None:
-    rows = [make_story(1, index, 0.2, 0.2, readers=0.5) for index in range(2_000)]
-    assert rows == [make_story(1, index, 0.2, 0.2, readers=0.5) for index in range(2_000)]
+    rows = [make_story(1, index, Shares(0.2, 0.2), readers=0.5) for index in range(2_000)]
+    assert rows == [make_story(1, index, Shares(0.2, 0.2), readers=0.5) for index in range(2_000)]
     kinds_of = Counter((row["split"], row["id"].split("_")[0]) for row in rows)
     assert set(kinds_of) == {("train", "reader"), ("train", "story"), ("valid", "story"), ("test", "story")}
     assert 0.44 < kinds_of["train", "reader"] / (kinds_of["train", "reader"] + kinds_of["train", "story"]) < 0.56
@@ -146,12 +146,12 @@ def test_files_are_the_rows_and_are_left_alone(tmp_path: Path, capsys: pytest.Ca
     command += ["--valid-fraction", "0.1", "--test-fraction", "0.1"]
     assert main(command) == 0
     read = [json.loads(line) for split in ("train", "valid", "test") for line in (tmp_path / f"{split}.jsonl").open()]
-    made = [make_story(4, index, 0.1, 0.1) for index in range(300)]
+    made = [make_story(4, index, Shares(0.1, 0.1)) for index in range(300)]
     assert sorted(read, key=lambda row: row["id"]) == made
     assert all(row["split"] == "valid" for row in map(json.loads, (tmp_path / "valid.jsonl").open()))
     assert main(command) == 0 and "done and valid" in capsys.readouterr().out
     with pytest.raises(NotOursError, match="seed: 4 -> 5"):
-        corpus.generate(tmp_path, rows=300, seed=5, valid_fraction=0.1, test_fraction=0.1)
+        corpus.generate(tmp_path, rows=300, seed=5, shares=Shares(0.1, 0.1))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from vpmoe.cli import main
 from vpmoe.data_curation.conversations.chat_rows import chat_messages, preference_pair, without_keys
 from vpmoe.data_curation.tasks.stories.checker import StoryCheck, check_story
 from vpmoe.data_curation.tasks.stories.content import content
-from vpmoe.data_curation.tasks.stories.plots import plot_count
+from vpmoe.data_curation.tasks.stories.plots import Shares, plot_count
 from vpmoe.data_curation.tasks.stories.prompts import make_pair, make_prompt
 
 INDICES = st.integers(0, plot_count() - 1)
@@ -91,7 +91,7 @@ def test_no_combination_is_in_two_splits() -> None:
     for seed in (1, 2):
         for make in (make_prompt, make_pair):
             for index in range(250):
-                row = make(seed, index, 0.2, 0.2)
+                row = make(seed, index, Shares(0.2, 0.2))
                 asked = row["constraints"]
                 hero = asked["protagonist"]
                 combination = (hero["name"], hero["kind"], asked["theme"], *sorted(asked["required_words"]))
