@@ -23,6 +23,8 @@ from vpmoe.data_curation.tasks.stories.telling import listed, pick, some_words, 
 
 SHORTEST, LONGEST = 60, 120
 """Words of a completion."""
+_OTHER_NAME = 0.25
+"""Share of the rejected stories whose protagonist has another name too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ def make_pair(
 
 
 def other_hero(asked: Asked) -> Character:
-    """A protagonist of the same gender, whom a rejected story is about: of another kind, in half by another name too.
+    """A protagonist of the same gender, whom a rejected story is about: of another kind, a quarter by another name too.
 
     Where the name is right, the kind is the careless writer's favourite, if it can be.
 
@@ -133,7 +135,7 @@ def other_hero(asked: Asked) -> Character:
     taken = {hero.kind, asked.plot.friend.kind, *asked.constraints.required, *asked.constraints.banned}
     draw = random.Random(hash_of(f"rejected {asked.wording}"))
     others = [name for name in words["she" if hero.female else "he"] if name != hero.name]
-    name = pick((hero.name, pick(others, draw)), draw)
+    name = pick(others, draw) if draw.random() < _OTHER_NAME else hero.name
     found = [character(name, kind, hero.female) for kind in words["kinds"]]
     free = [other for other in found if other.kind not in taken]
     favourite = [other for other in free if other.kind == _favourite(asked.choices)]

@@ -51,6 +51,7 @@ def read_first(plot: Plot, draw: random.Random) -> str:
     """
     forms, needed = content().readers, [*some_words(draw)]
     slots = _slots(plot, draw) | {"words": listed([plot.chosen[name] for name in needed], draw)}
+    slots["who"] = worded(content().asking["who"], slots, draw)
     told = [_sentence(forms[part], slots, draw) for part in ("titles", "heroes")]
     draw.shuffle(needed)
     parts = [part for name in needed for part in (name, f"{name}_again")]
