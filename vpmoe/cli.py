@@ -54,7 +54,7 @@ VERBS = {
     "model": ("vpmoe.describe.app:app", "Look at what a configuration builds."),
     "runs": ("vpmoe.runs.app:app", "The runs so far: list, compare, plot, export, ask in SQL, tag, remove."),
     "make-plots": ("vpmoe.runs.figures_app:app", "All figures of runs and of their models, over many prompts."),
-    "checkpoint": ("vpmoe.checkpoints.app:app", "Inspect a checkpoint, verify its files, compare two."),
+    "checkpoint": ("vpmoe.checkpoints.app:app", "Inspect a checkpoint, verify its files, compare two, export a step."),
     "hf": ("vpmoe.hf.app:app", "To HF directories and back."),
     "upcycle": ("vpmoe.upcycle.app:app", "Climb from Qwen3-0.6B to vpMoE, object by object."),
     "rl-nano": ("vpmoe.quickstart.app:rl_app", "What rewards and preferences make of a nano vpMoE; a report."),

@@ -1,9 +1,10 @@
-"""``vpmoe checkpoint ...``: inspect, verify, diff."""
+"""``vpmoe checkpoint ...``: inspect, verify, diff, export-step."""
 
 from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import os
 from collections import Counter
 from dataclasses import asdict
@@ -12,14 +13,16 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_vpmoe.errors import CheckpointError
+from megatron_vpmoe.errors import CheckpointError, NotOursError
 from vpmoe.checkpoints import contents, difference, soundness, tables
 from vpmoe.checkpoints.places import find
 from vpmoe.progress import hashing
 from vpmoe.weights.progress import TensorProgress
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Checkpoints: what is in one, is it sound, how do two differ."
+    no_args_is_help=True,
+    add_completion=False,
+    help="Checkpoints: what is in one, is it sound, how do two differ; one step of it as a program.",
 )
 
 _WHERE = "a run, a checkpoint (iter_NNNNNNN), an object of a ladder, or an HF directory"
@@ -113,3 +116,25 @@ def diff(
         typer.echo(tables.difference_text(pair, found, show_all=show_all))
     if counts["equal"] < len(found):
         raise typer.Exit(1)
+
+
+@app.command(name="export-step")
+def export_step(
+    path: PathArgument,
+    output: Annotated[Path, typer.Option(dir_okay=False, help="the file, such as step.pt2")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a file that is there")] = False,
+) -> None:
+    """Write one decoding step of a mixture or a state space model as a program of torch.export, in fp32 for a CPU.
+
+    It takes token ids, positions and a state, gives logits and the next state, and needs nothing but torch to run.
+    """
+    from megatron_vpmoe.generation import exported_step
+    from vpmoe.eval.open_model import open_model
+
+    if output.exists() and not overwrite:
+        raise NotOursError("there is a file", source=str(output), remedy="name another one, or give --overwrite")
+    with open_model(path, bf16=False) as opened:
+        step = exported_step.export_step(opened.model, output, opened.entry)
+        row = sum(math.prod(one.shape) * one.dtype.itemsize for one in step.entries.values() if not one.grows)
+        token = sum(math.prod(one.shape) * one.dtype.itemsize for one in step.entries.values() if one.grows)
+        typer.echo(f"{output}: one step of {opened.described}; a state of {row:,} bytes a row and {token:,} a token")

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from megatron_vpmoe.generation.decoder import Decoder
@@ -19,7 +18,7 @@ from megatron_vpmoe.generation.kv_cache import BLOCK
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
-from megatron_vpmoe.think.decoding import Entry, Past
+from megatron_vpmoe.think.decoding import Entry, Past, empty
 from megatron_vpmoe.think.mixture_model import MixtureModel
 
 State = Mapping[tuple[int, str], Tensor]
@@ -27,14 +26,16 @@ State = Mapping[tuple[int, str], Tensor]
 
 
 class RowStates:
-    """The state of up to ``rows`` rows: [R, *shape] of each entry; of a growing one [R, C, *shape]."""
+    """The state of rows, which goes on in place.
 
-    def __init__(self, entries: Mapping[tuple[int, str], Entry], *, rows: int, device: torch.device) -> None:
+    Args:
+        entries: what is kept of a row.
+        stored: [R, *shape] of each entry; of a growing one [R, C, *shape].
+    """
+
+    def __init__(self, entries: Mapping[tuple[int, str], Entry], stored: dict[tuple[int, str], Tensor]) -> None:
         self._grows = {key for key, entry in entries.items() if entry.grows}
-        self._stored = {
-            key: torch.zeros(rows, *([0] if entry.grows else []), *entry.shape, dtype=entry.dtype, device=device)
-            for key, entry in entries.items()
-        }
+        self._stored = stored
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +66,7 @@ class RowStates:
     def begin(self, position_B: Tensor) -> None:
         """Rows at position 0 start from nothing, whatever another one has left in their place."""
         for key in self._stored.keys() - self._grows:
-            stored = self._stored[key][: len(position_B)]
+            stored = self._stored[key][: position_B.shape[0]]
             stored.masked_fill_((position_B == 0).view(-1, *[1] * (stored.dim() - 1)), 0)
 
     def of_layer(self, number: int, rows: int) -> dict[str, Tensor]:
@@ -78,11 +79,14 @@ class StateDecoder:
 
     Args:
         model: in evaluation mode; its weights must not change while this lives.
+
+    Attributes:
+        entries: what is kept of a row, by layer and name.
     """
 
     def __init__(self, model: VPModel) -> None:
         self._model = model
-        self._entries: dict[tuple[int, str], Entry] = {
+        self.entries: dict[tuple[int, str], Entry] = {
             (number, name): entry for number, layer in self._layers() for name, entry in layer.entries().items()
         }
 
@@ -91,7 +95,7 @@ class StateDecoder:
 
     def cache(self, rows: int) -> RowStates:
         """Empty states of so many rows."""
-        return RowStates(self._entries, rows=rows, device=self._model.device)
+        return RowStates(self.entries, empty(self.entries, rows, 0, self._model.device))
 
     def pasts(self, token_1S: Tensor, layout: SequenceLayout, spans: Sequence[slice]) -> list[State]:
         """Of the documents of a packed row, each in its columns, what they leave, by the model's own forward pass."""
@@ -100,7 +104,7 @@ class StateDecoder:
         number_of = {span.start: number for number, span in enumerate(Past.of(layout).spans)}
         return [
             {
-                (layer, name): value[span if self._entries[layer, name].grows else number_of[span.start]]
+                (layer, name): value[span if self.entries[layer, name].grows else number_of[span.start]]
                 for layer, values in computed.items()
                 for name, value in values.items()
             }
@@ -112,7 +116,7 @@ class StateDecoder:
         cache.begin(position_B)
         hidden_BH = self._model.embedding(input_ids=token_B[None], position_ids=None)[:, 0]
         for number, layer in self._layers():
-            hidden_BH = layer.step(hidden_BH, cache.of_layer(number, len(token_B)))
+            hidden_BH = layer.step(hidden_BH, cache.of_layer(number, token_B.shape[0]))
         return self._model.logits(cast(Any, self._model.decoder).final_layernorm(hidden_BH)).float()
 
 
@@ -131,7 +135,7 @@ class MixtureDecoder(StateDecoder):
     def step(self, token_B: Tensor, position_B: Tensor, cache: RowStates, longest: int) -> Tensor:
         """As ``Decoder.step``; columns are those that were reserved."""
         cache.begin(position_B)
-        hidden_BH, _ = self._model.step(token_B, position_B, cache.of_layer(0, len(token_B)), self._scale)
+        hidden_BH, _ = self._model.step(token_B, position_B, cache.of_layer(0, token_B.shape[0]), self._scale)
         return self._model.logits(hidden_BH).float()
 
 

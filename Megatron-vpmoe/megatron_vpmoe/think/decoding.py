@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from megatron_vpmoe.model.attention.masks import SequenceLayout
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,14 @@ class Entry:
     shape: tuple[int, ...]
     dtype: torch.dtype
     grows: bool = False
+
+
+def empty(entries: Mapping[K, Entry], rows: int, columns: int, device: torch.device) -> dict[K, Tensor]:
+    """Of rows that are to begin [rows, *shape]; of growing entries [rows, columns, *shape]."""
+    return {
+        name: torch.zeros(rows, *([columns] if one.grows else []), *one.shape, dtype=one.dtype, device=device)
+        for name, one in entries.items()
+    }
 
 
 @dataclass(frozen=True)

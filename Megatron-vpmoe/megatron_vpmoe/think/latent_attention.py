@@ -102,7 +102,7 @@ class LatentAttention(Module):
         """
         position_B1, stored_BCX = position_B.unsqueeze(1), state[_LATENT]
         content, turned, kept_B1X = self._projected(x_BH.unsqueeze(1), position_B1)
-        stored_BCX[torch.arange(len(x_BH), device=x_BH.device), position_B] = kept_B1X.squeeze(1)
+        stored_BCX[torch.arange(x_BH.shape[0], device=x_BH.device), position_B] = kept_B1X.squeeze(1)
         # q (W c) = (q W) c: of each head the latents themselves are keys and values.
         key_NDL, value_NDL = (one.weight.unflatten(0, (self.heads, -1)) for one in (self.linear_key, self.linear_value))
         absorbed_BN1L = _wide(content) @ _wide(key_NDL)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def store(stored_BC2GD: Tensor, position_B: Tensor, kept_B2GD: Tensor) -> None:
     """Write a new token's keys and values in the column of its position."""
-    stored_BC2GD[torch.arange(len(position_B), device=position_B.device), position_B] = kept_B2GD
+    stored_BC2GD[torch.arange(position_B.shape[0], device=position_B.device), position_B] = kept_B2GD
 
 
 def attended(stored_BC2GD: Tensor, position_B: Tensor, query_BN1D: Tensor) -> Tensor:

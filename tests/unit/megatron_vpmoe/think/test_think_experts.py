@@ -21,7 +21,7 @@ from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.optim.assignment import assignment_table
-from megatron_vpmoe.think.decoding import Entry, Past
+from megatron_vpmoe.think.decoding import Entry, Past, empty
 from megatron_vpmoe.think.mixture_model import MixtureModel
 from megatron_vpmoe.think.recall import Recall, store_of
 from ref import state_space as reference
@@ -265,7 +265,8 @@ def test_the_state_of_a_text_does_not_grow() -> None:
 
 
 def test_growing_entries_keep_a_column_a_position() -> None:
-    states = RowStates({(1, "latent"): Entry((3,), torch.float32, grows=True)}, rows=2, device=torch.device("cpu"))
+    entries = {(1, "latent"): Entry((3,), torch.float32, grows=True)}
+    states = RowStates(entries, empty(entries, 2, 0, torch.device("cpu")))
     kept = torch.arange(15.0).view(5, 3)
     states.reserve(5)
     states.fill(1, {(1, "latent"): kept})
