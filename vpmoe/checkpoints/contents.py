@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_vpmoe.config import parameter_count
+from megatron_vpmoe.config import layer_geometries, parameter_count
 from megatron_vpmoe.errors import VpmoeError
 from megatron_vpmoe.training.elapsed import TOKENS
 from vpmoe.checkpoints.places import find, is_count, origin_of, state_of
@@ -152,7 +152,7 @@ def _model(state: Mapping[str, Any]) -> dict[str, Any]:
     cfg = config_of(state.get("config"), source=RUN_STATE)
     count = parameter_count(cfg)
     return {
-        "layers": cfg.model.num_layers,
+        "layers": len(layer_geometries(cfg)),
         "hidden_size": cfg.model.hidden_size,
         "experts": cfg.moe.num_experts,
         "padded_vocab_size": cfg.model.padded_vocab_size,

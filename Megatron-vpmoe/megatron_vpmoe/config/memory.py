@@ -131,8 +131,11 @@ def _mixture_activations(cfg: RunConfig, compute_bytes: int, on_cpu: bool) -> tu
         alone = cfg.of_expert(expert)
         numbers = range(1, expert.num_layers + 1)
         whole = sum(sum(_layer_activations(alone, n, compute_bytes, on_cpu).values()) for n in numbers)
-        # Alone a denoiser runs twice: for the clean tokens, and for the noisy ones; here for each step of DDIM.
-        experts.append(whole * (1 + m.ddim_steps) // 2 if expert.layer_type == "denoiser" else whole)
+        if expert.layer_type == "denoiser":
+            # Alone it runs twice, the second time with a level at each token; here again for each step of DDIM.
+            whole -= expert.num_layers * 10 * m.hidden_size * compute_bytes
+            whole = whole * (1 + m.ddim_steps) // 2
+        experts.append(whole)
     if cfg.training.recompute_granularity is None:
         return own + sum(experts), 0
     return own + len(experts) * 2 * m.hidden_size * compute_bytes, max(experts)
@@ -173,18 +176,13 @@ def _sampling(cfg: RunConfig, layers: range, compute_bytes: int) -> int:
     if m.layer_type == "state_space":
         kept = (m.ssm_conv_size - 1) * compute_bytes + m.ssm_state_size * _FP32
         keys_values = len(layers) * m.ssm_inner_size * kept
-    if m.layer_type == "mixture":
-        keys_values = _mixture_state(cfg, length)
+    if m.layer_type == "mixture":  # of growing parts for each token, of others once
+        layers_of = layer_geometries(cfg)
+        once = m.hidden_size + sum(layer.state_size or 0 for layer in layers_of)
+        keys_values = length * sum(layer.cache_bytes for layer in layers_of) + once * _FP32
     answers = r.rollout_groups * max(cfg.group_sizes, default=1)
     rows = DECODED_ROWS if cfg.evaluation.eval_suites else min(DECODED_ROWS, answers)
     return rows * (keys_values + m.padded_vocab_size * _FP32)
-
-
-def _mixture_state(cfg: RunConfig, length: int) -> int:
-    """Bytes of what decoding keeps of a text of ``length`` tokens: of growing parts for each, of others once."""
-    layers = layer_geometries(cfg)
-    once = cfg.model.hidden_size + sum(layer.state_size or 0 for layer in layers)
-    return length * sum(layer.cache_bytes for layer in layers) + once * _FP32
 
 
 def _optimizer_state(cfg: RunConfig, buckets: list[Held]) -> int:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.errors import ConfigError, DataError
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.retrieval.vector_store import VectorStore
 from megatron_vpmoe.think.memory import Memory
@@ -63,13 +63,20 @@ class Recall:
 
     @classmethod
     def of(cls, cfg: RunConfig) -> Recall | None:
-        """Of a run; None where it has no store.
+        """Of a run; None where the model reads no store.
 
         Raises:
+            ConfigError: it reads one, and none is named.
             DataError: there is none, it is damaged, or was not made for this.
         """
-        if cfg.data.store is None or cfg.model.memory_entries is None:
+        if cfg.model.memory_entries is None:
             return None
+        if cfg.data.store is None:
+            raise ConfigError(
+                f"the model reads {cfg.model.memory_entries} entries of a store, and none is named",
+                source="data.store = null",
+                remedy="name the store that it was trained with, from the run of its own",
+            )
         path = Path(cfg.data.store)
         return cls(VectorStore.load(path), entries=cfg.model.memory_entries, source=str(path))
 

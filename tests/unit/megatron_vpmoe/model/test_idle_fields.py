@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_vpmoe.config import RunConfig
-from megatron_vpmoe.config.rules import OF_MODEL, find_problems, idle_fields
+from megatron_vpmoe.config.rules import find_problems, idle_fields
 from megatron_vpmoe.config.schema import fields, section_types
 from megatron_vpmoe.config.schema_model import MixtureExpert
 from megatron_vpmoe.model.attention.masks import SequenceLayout
@@ -168,7 +168,7 @@ def test_a_field_acts_or_is_declared_idle(name: str, single_process: None) -> No
         others = [replaced(cfg, field, value) for value in values if value != current]
         assert others, field
         for other in others:
-            if find_problems(other, rules=OF_MODEL) == []:
+            if find_problems(other) == []:
                 assert equal(before, fingerprint(other)) == (field in idle), (field, idle.get(field))
 
 
