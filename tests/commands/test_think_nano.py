@@ -23,6 +23,9 @@ eval_interval = 2
 eval_iters = 1
 """
 SETTINGS = """
+memory_entries = 2
+[store]
+chunk = 16
 [rows]
 rows = 200
 [dataset]
@@ -44,8 +47,9 @@ def test_every_phase_then_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[s
     folder = tmp_path / "reports" / "think_nano"
     report = json.loads((folder / "report.json").read_text())
     assert whole(report["provenance"]) and report["provenance"]["tokenizer"]
-    assert len(report["provenance"]["dataset_manifest_sha256"]["mixture"]) == 2
+    assert len(report["provenance"]["dataset_manifest_sha256"]["full"]) == 2
     assert 2 < report["full"]["nats"] < 7 and report["routing"].keys() == {"symbols", "lookup"}
+    assert report["store"] == {"with": report["full"]["nats"], "without": report["storeless"]["nats"]}
     for name in ("transformer", "state_space"):
         alone = report["experts"][name]
         assert 2 < alone["nats"] < 7 and alone["tokens"] == report["full"]["tokens"] > 8 * 384
@@ -55,8 +59,8 @@ def test_every_phase_then_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     checkpoints = sorted((tmp_path / "runs").rglob("files.json"))
     before = {path: path.stat().st_mtime_ns for path in checkpoints}
-    assert len(before) >= 6
+    assert len(before) >= 7
     capfd.readouterr()
     assert main(words) == 0
-    assert "".join(capfd.readouterr()).count(": done and valid") == 3 * 3 + 6  # data, trainings
+    assert "".join(capfd.readouterr()).count(": done and valid") == 3 * 3 + 7 + 1  # data, trainings, store
     assert {path: path.stat().st_mtime_ns for path in checkpoints} == before

@@ -147,7 +147,7 @@ def think_nano(
         list[str] | None,
         typer.Option(
             metavar="STEP",
-            help="do this step again: tokenizer, data, transformer, state_space, diffuser, mixture or alone",
+            help="do this step again: tokenizer, data, transformer, state_space, diffuser, store, mixture or alone",
         ),
     ] = None,
     overwrite: OverwriteOption = False,
@@ -158,9 +158,9 @@ def think_nano(
 ) -> None:
     """Train a transformer, a state space model and a diffuser on five domains, then a mixture of the three; a report.
 
-    Writes reports/think_nano: the mixture against each expert alone at equal tokens, and whom the router asks in each
-    domain. Steps that are done and still valid are skipped; after an interruption the same command goes on where it
-    stopped.
+    Writes reports/think_nano: the mixture against each expert alone at equal tokens, with and without a store of
+    vectors, and whom the router asks in each domain. Steps that are done and still valid are skipped; after an
+    interruption the same command goes on where it stopped.
     """
     from vpmoe.quickstart.think import plan_of, run_think_nano
 

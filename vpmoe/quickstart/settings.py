@@ -155,7 +155,8 @@ class StorySettings(_Section):
 class ThinkSettings(_Section):
     """``configs/think/nano/pipeline.toml``; ``rows`` and ``dataset`` as of :class:`ProofSettings`.
 
-    ``domains`` are mixes of task families, each a dataset of its own; the stages are those of ``vpmoe think-nano``.
+    ``domains`` are mixes of task families, each a dataset of its own; ``store`` are options of
+    ``vpmoe data build-store``, of which a chunk reads ``memory_entries``; the stages are those of ``vpmoe think-nano``.
     """
 
     rows: Options
@@ -164,6 +165,8 @@ class ThinkSettings(_Section):
     transformer: Stage
     state_space: Stage
     diffuser: Stage
+    store: Options
+    memory_entries: Count
     mixture: Stage
 
 

@@ -1,8 +1,8 @@
 """``vpmoe think-nano``: experts of three kinds, a mixture of them, and each expert that goes on alone as long.
 
 The transformer is trained first, since its embedding is that of all; then the state space model and the diffuser; then
-router, latent attention and adapters with all three frozen. For as many tokens, and from the same weights, the two
-experts that are language models go on alone: what the mixture is held against.
+router, latent attention and adapters with all three frozen, without a store of vectors and with one. For as many
+tokens, and from the same weights, the two language models go on alone: what the mixture is held against.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vpmoe.config import load_config
+from vpmoe.commands import Command
 from vpmoe.quickstart.plan import SETTINGS as QUICKSTART
 from vpmoe.quickstart.plan import Plan
 from vpmoe.quickstart.proof import Proof
 from vpmoe.quickstart.runner import PREPARING, Runner, say
 from vpmoe.quickstart.settings import ThinkSettings, Training, read_settings
-from vpmoe.quickstart.trained import Files, TrainedRun
+from vpmoe.quickstart.trained import Files, TrainedRun, dataset_sha256, flags, hashes
+from vpmoe.steps import Step, read_receipt
 
 NAME = "think_nano"
 DOES = {
@@ -27,13 +29,14 @@ DOES = {
     "transformer": "trains the transformer expert and the embedding of all (phase 6a)",
     "state_space": "trains the state space expert over that embedding (phase 6c)",
     "diffuser": "trains the diffuser over that embedding (phase 6b)",
-    "mixture": "trains router, latent attention and adapters, the experts frozen (phase 7)",
+    "store": "writes a vector of each chunk of the training documents into a store",
+    "mixture": "trains router, latent attention and adapters alone (phase 7), without the store and with it",
     "alone": "has the transformer and the state space expert go on alone for the tokens of phase 7",
 }
 LANGUAGE_MODELS = ("transformer", "state_space")
 """Experts that have a likelihood of their own."""
 EXPERTS = (*LANGUAGE_MODELS, "diffuser")
-_VOCABULARY = "vocabulary"
+_VOCABULARY, _STORE = "vocabulary", "chunks.store"
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,16 @@ class ThinkRuns:
 
     Attributes:
         experts: by the names of their steps, in the order of training.
-        mixture: of all experts.
+        full: the mixture of all experts that reads the store.
+        storeless: the one that does not.
         alone: the language models going on from their weights, by expert.
     """
 
+    proof: Proof[ThinkSettings]
     seed: int
     experts: Mapping[str, TrainedRun]
-    mixture: TrainedRun
+    storeless: TrainedRun
+    full: TrainedRun
     alone: Mapping[str, TrainedRun]
 
     @classmethod
@@ -64,19 +70,38 @@ class ThinkRuns:
             name: proof.training(name, seed, stages[name], *blend, *shared) for name in EXPERTS[1:]
         }
         loaded = ("--load-experts", f"[{', '.join(str(run.run) for run in experts.values())}]")
-        mixture = proof.training("mixture", seed, settings.mixture, *blend, *loaded)
-        budget = {name: getattr(mixture.cfg.training, name) for name in ("train_iters", "global_batch_size")}
+        storeless = proof.training("storeless", seed, settings.mixture, *blend, *loaded)
+        reading = ("--store", str(_store(seed) / _STORE), "--memory-entries", str(settings.memory_entries))
+        full = proof.training("full", seed, settings.mixture, *blend, *loaded, *reading)
+        budget = {name: getattr(full.cfg.training, name) for name in ("train_iters", "global_batch_size")}
         alone = {}
         for name in LANGUAGE_MODELS:
             start = ("--load-embedding", "null", "--load-weights", str(experts[name].run))
             alone[name] = proof.training(f"{name}_alone", seed, stages[name], *blend, *start, **budget)
-        return cls(seed, experts, mixture, alone)
+        return cls(proof, seed, experts, storeless, full, alone)
 
     @property
     def parts(self) -> Mapping[str, TrainedRun]:
         """By name."""
         alone = {f"{name}_alone": run for name, run in self.alone.items()}
-        return {**self.experts, "mixture": self.mixture, **alone}
+        return {**self.experts, "storeless": self.storeless, "full": self.full, **alone}
+
+    def storing(self, trained: Files) -> Step:
+        """The store of this seed's embedding, of the transformer with files ``trained``."""
+        work, parts = self.proof.work, self.full.cfg.data.parts
+        decides = {
+            "embedding": hashes(trained),
+            "datasets": [dataset_sha256(work / part.path) for part in parts],
+            "options": self.proof.settings.store,
+        }
+        return Step("think_store", 1, work / _store(self.seed), decides, packages=("faiss-cpu",))
+
+    def store(self, folder: Path) -> Command:
+        """The command that makes it in ``folder``."""
+        datasets = [part.path for part in self.full.cfg.data.parts]
+        output = os.path.relpath(folder / _STORE, self.proof.work)
+        options = {"embedding": str(self.experts["transformer"].run), "output": output, **self.proof.settings.store}
+        return Command(("vpmoe", "data", "build-store", *datasets, *flags(options)))
 
 
 def corpora(proof: Proof[ThinkSettings]) -> Iterator[Plan]:
@@ -146,10 +171,15 @@ def _of_seed(runs: ThinkRuns, runner: Runner) -> None:
     for name, run in runs.experts.items():
         runner.announce(name)
         files[name] = runner.train(name, run, files.get("transformer"))
+    runner.announce("store")
+    stored = runs.storing(files["transformer"])
+    runner.folder("store", stored, runs.store)
     runner.announce("mixture")
     # Of the experts the weights decide: none of them is trained here.
     frozen = {f"{name}/{file}": entry for name, each in files.items() for file, entry in each.items()}
-    runner.train("mixture", runs.mixture, frozen)
+    runner.train("mixture", runs.storeless, frozen)
+    store = {f"store/{file}": entry for file, entry in read_receipt(stored.output)["files"].items()}
+    runner.train("mixture", runs.full, {**frozen, **store})
     runner.announce("alone")
     for name, run in runs.alone.items():
         runner.train("alone", run, files[name])
@@ -158,3 +188,7 @@ def _of_seed(runs: ThinkRuns, runner: Runner) -> None:
 def _place(name: str) -> Path:
     """Of a corpus, relative to where commands run."""
     return Path("data") / NAME / name
+
+
+def _store(seed: int) -> Path:
+    return _place(f"store_{seed}")

@@ -74,13 +74,18 @@ def measured(runs: ThinkRuns, domains: Sequence[str]) -> dict[str, Any]:
         "domains": errors,
     }
     weights = (*_KINDS, "entropy")
+    # Each expert of a mixture has read the first of these tokens, and the mixture the second.
+    mixtures = {
+        name: _likelihoods(curves[name], domains, tokens["transformer"] + tokens[name])
+        for name in ("full", "storeless")
+    }
     return {
         "seed": runs.seed,
-        # Each expert of it has read the first of these, and the mixture the second.
-        "full": _likelihoods(curves["mixture"], domains, tokens["transformer"] + tokens["mixture"]),
+        **mixtures,
+        "store": {"with": mixtures["full"]["nats"], "without": mixtures["storeless"]["nats"]},
         "experts": experts,
         "routing": {
-            domain: {name: _last(curves["mixture"], f"valid/{domain}/routing/{name}") for name in weights}
+            domain: {name: _last(curves["full"], f"valid/{domain}/routing/{name}") for name in weights}
             for domain in domains
         },
     }
@@ -101,7 +106,7 @@ def table(seeds: Sequence[Mapping[str, Any]], domains: Sequence[str]) -> str:
     headings = ("seed", "model", "tokens", "nats", "perplexity", *domains)
     rows = []
     for one in seeds:
-        models = {"full model": one["full"]}
+        models = {"full model": one["full"], "without the store": one["storeless"]}
         for name, alone in one["experts"].items():
             if "nats" in alone:
                 models |= {f"{_spelled(name)} alone": alone, f"{_spelled(name)} as loaded": alone["as_loaded"]}
@@ -131,6 +136,8 @@ def said(seeds: Sequence[Mapping[str, Any]]) -> list[str]:
     for name in LANGUAGE_MODELS:
         gains = [one["experts"][name]["nats"] - one["full"]["nats"] for one in seeds]
         lines.append(_compared(f"the full model against the {_spelled(name)} alone at equal tokens", gains))
+    gains = [one["store"]["without"] - one["store"]["with"] for one in seeds]
+    lines.append(_compared("the store against the same model trained without it", gains))
     best = [min(one["experts"][name]["as_loaded"]["nats"] for name in LANGUAGE_MODELS) for one in seeds]
     gains = [nats - one["full"]["nats"] for nats, one in zip(best, seeds, strict=True)]
     lines.append(_compared("mixing against the best of its experts as they were loaded", gains))
@@ -156,10 +163,12 @@ def plot(classes: Sequence[ThinkRuns], found: Mapping[str, Any], output: Path) -
     figure.suptitle("Experts of three kinds, alone and mixed")
     for name, run in classes[0].parts.items():
         if name != "diffuser":
-            curve(training, read_curves(run.metrics), "loss/total" if name != "mixture" else "loss/ce", _spelled(name))
+            tag = "loss/ce" if name in ("storeless", "full") else "loss/total"
+            curve(training, read_curves(run.metrics), tag, _spelled(name))
     training.set(title=f"training, seed {classes[0].seed}", xlabel="step", ylabel="nats a token", yscale="log")
     domains = list(found["routing"])
-    models = {"full": found["full"], **{f"{name} alone": found["experts"][name] for name in LANGUAGE_MODELS}}
+    mixtures = {name: found[name] for name in ("full", "storeless")}
+    models = {**mixtures, **{f"{name} alone": found["experts"][name] for name in LANGUAGE_MODELS}}
     width = 0.8 / len(models)
     for place, (name, of) in enumerate(models.items()):
         at = [domain + width * (place - (len(models) - 1) / 2) for domain in range(len(domains))]

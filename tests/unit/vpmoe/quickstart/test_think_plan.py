@@ -11,12 +11,12 @@ from megatron_vpmoe.data.mixture import Mixture
 from megatron_vpmoe.sources.stored import weights_of
 from tests.unit.vpmoe.quickstart.test_plan import parsed
 from vpmoe import steps
-from vpmoe.data_curation.app import app as data_app
 from vpmoe.data_curation.tasks.synth_mini import BUCKETS, parse_mix
 from vpmoe.quickstart.proof import Proof
 from vpmoe.quickstart.settings import QuickstartError, ThinkSettings
 from vpmoe.quickstart.think import LANGUAGE_MODELS, ThinkRuns, corpora, plan_of
 from vpmoe.quickstart.trained import TrainedRun
+from vpmoe.teacher.app import app as data_app
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def _make_datasets(run: TrainedRun, **changed: str) -> None:
 
 def test_the_data_are_five_domains_of_one_vocabulary(plan: Proof[ThinkSettings]) -> None:
     together, *domains = corpora(plan)
-    run = ThinkRuns.of(plan, 3).mixture
+    run = ThinkRuns.of(plan, 3).full
     assert len(domains) == 5 == len(set(run.cfg.data.parts))
     mixes = []
     for corpus, part in zip(domains, run.cfg.data.parts, strict=True):
@@ -75,25 +75,42 @@ def test_who_starts_from_what_and_for_how_long(plan: Proof[ThinkSettings]) -> No
     for name in ("state_space", "diffuser"):
         cfg = one.experts[name].cfg
         assert cfg.checkpoint.load_embedding == str(transformer.run) and cfg.training.train_only == ["decoder.*"]
-    assert one.mixture.cfg.checkpoint.load_experts == [str(run.run) for run in one.experts.values()]
-    budget = one.mixture.cfg.training
+    experts = [str(run.run) for run in one.experts.values()]
+    assert one.full.cfg.checkpoint.load_experts == one.storeless.cfg.checkpoint.load_experts == experts
+    assert one.full.cfg.training.train_only == one.storeless.cfg.training.train_only
+    assert one.storeless.cfg.data.store is one.storeless.cfg.model.memory_entries is None
+    assert one.full.cfg.model.memory_entries == plan.settings.memory_entries
+    budget = one.full.cfg.training
     for name in LANGUAGE_MODELS:
         alone, expert = one.alone[name].cfg, one.experts[name].cfg
         assert alone.checkpoint.load_weights == str(one.experts[name].run) and alone.model == expert.model
         assert alone.training.train_iters == budget.train_iters
         assert alone.training.global_batch_size == budget.global_batch_size
-        assert alone.data == one.mixture.cfg.data  # the same rows in the same order
-    assert len({run.run for runs in (one, other) for run in runs.parts.values()}) == 2 * len(one.parts) == 12
+        assert alone.data == one.storeless.cfg.data  # the same rows in the same order
+    assert len({run.run for runs in (one, other) for run in runs.parts.values()}) == 2 * len(one.parts) == 14
     assert len({(run.cfg.model.hidden_size, run.cfg.model.padded_vocab_size) for run in one.parts.values()}) == 1
 
 
 def test_every_dataset_and_expert_decides_a_training(plan: Proof[ThinkSettings]) -> None:
-    run = ThinkRuns.of(plan, 3).mixture
+    run = ThinkRuns.of(plan, 3).full
     _make_datasets(run)
     keys = [run.training(files)[0].key for files in ({}, {"transformer/a": {"sha256": "1"}})]
     _make_datasets(run, lookup="3 2 1")
     keys.append(run.training({})[0].key)
     assert len({str(key) for key in keys}) == 3
+
+
+def test_the_store_is_of_the_training_data_and_the_shared_embedding(plan: Proof[ThinkSettings]) -> None:
+    one, other = (ThinkRuns.of(plan, seed) for seed in plan.seeds)
+    _make_datasets(one.full)
+    step, given = one.storing({}), parsed(data_app, one.store(plan.work / "made"))
+    assert [str(path) for path in given["datasets"]] == [part.path for part in one.full.cfg.data.parts]
+    assert str(given["embedding"]) == str(one.experts["transformer"].run) and given["chunk"] == 32
+    assert given["output"].parent == Path("made")
+    assert plan.work / str(one.full.cfg.data.store) == step.output / given["output"].name
+    assert step.output != other.storing({}).output and step.key != one.storing({"a": {"sha256": "1"}}).key
+    _make_datasets(one.full, lookup="3 2 1")
+    assert step.key != one.storing({}).key
 
 
 def test_wishes_that_no_think_nano_has(tmp_path: Path, repository: Path) -> None:

@@ -43,7 +43,8 @@ def _seed(folder: Path, full: float = 0.6, sums_weight: float = 0.7, denoiser: f
         "transformer": _losses(100, 0.9, 1.1),
         "state_space": _losses(100, 1.2, 1.6),
         "diffuser": {**_losses(100, 0.8, 1.0), **errors},
-        "mixture": {**_losses(50, full - 0.1, full + 0.1), **routing},
+        "full": {**_losses(50, full - 0.1, full + 0.1), **routing},
+        "storeless": _losses(50, 0.6, 0.7),
         "transformer_alone": _losses(50, 0.4, 1.0),
         "state_space_alone": _losses(50, 0.6, 0.8),
     }
@@ -55,6 +56,7 @@ def test_every_domain_counts_the_same_and_tokens_are_equal(tmp_path: Path) -> No
     one = _seed(tmp_path)
     assert one["full"]["nats"] == pytest.approx(0.6) and one["full"]["domains"]["words"]["nats"] == pytest.approx(0.7)
     assert one["full"]["perplexity"] == pytest.approx(math.exp(0.6))
+    assert one["store"] == pytest.approx({"with": 0.6, "without": 0.65})
     for name, nats in {"transformer": 0.7, "state_space": 0.7}.items():
         alone = one["experts"][name]
         assert alone["nats"] == pytest.approx(nats) and alone["as_loaded"]["nats"] == pytest.approx(LOADED[name])
@@ -78,6 +80,7 @@ def test_medians_keep_the_shape(tmp_path: Path) -> None:
 def test_what_helps_and_what_does_not_is_said(tmp_path: Path) -> None:
     lines = said([_seed(tmp_path)])
     assert "the full model against the transformer alone at equal tokens: helps (+0.1000 nats a token saved)" in lines
+    assert "the store against the same model trained without it: helps (+0.0500 nats a token saved)" in lines
     assert any(line.startswith("routing by domain: the router tells domains apart") for line in lines)
     assert not any("denoiser does not help" in line for line in lines)
     lines = said([_seed(tmp_path, full=1.1, sums_weight=0.52, denoiser=0.01)])
