@@ -10,6 +10,7 @@ import typer
 from vpmoe.errors import DataError
 from vpmoe.eval.suites.app import (
     DeveloperOption,
+    Int8Option,
     Overwrite,
     PassageOption,
     PlainOption,
@@ -50,6 +51,7 @@ def sample(
     logprobs: Annotated[bool, typer.Option(help="print log p of each token: the model's own, and of the draw")] = False,
     routing: Annotated[bool, typer.Option(help="print the weights of a mixture's experts at each token")] = False,
     only_valid: OnlyValidOption = False,
+    int8: Int8Option = False,
     system: SystemOption = None,
     developer: DeveloperOption = None,
     plain: PlainOption = False,
@@ -74,6 +76,7 @@ def sample(
         only_valid=only_valid,
         logprobs=logprobs,
         routing=routing,
+        int8=int8,
     )
 
 

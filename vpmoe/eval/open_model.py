@@ -57,6 +57,7 @@ class Opened:
         run_directory: of a run; None for other models.
         dataset: sha256 of the manifest of what its run trained on, of a blend a list; None: nobody says.
         context: tokens of a sequence that it was trained on, as its run or its config.json says; None: nobody does.
+        int8: the linear layers of ``model`` have int8 weights.
     """
 
     path: Path
@@ -71,16 +72,24 @@ class Opened:
     run_directory: Path | None
     dataset: str | list[str] | None
     context: int | None
+    int8: bool = False
 
     @cached_property
     def model(self) -> VPModel:
-        """Bare, in evaluation mode; raises :class:`WeightsError` for weights of another geometry."""
-        return load_model(self.cfg, self.weights, source=str(self.path))
+        """Bare, in evaluation mode; raises :class:`WeightsError` for weights of another geometry, and what
+        ``narrow_to_int8`` does."""
+        model = load_model(self.cfg, self.weights, source=str(self.path))
+        if self.int8:
+            from megatron_vpmoe.generation.int8 import narrow_to_int8
+
+            narrow_to_int8(model)
+        return model
 
     @property
     def described(self) -> str:
         """Which model it is, in a few words."""
-        return self.name if self.iteration is None else f"{self.name}, step {self.iteration}"
+        name = self.name if self.iteration is None else f"{self.name}, step {self.iteration}"
+        return f"{name}, int8 weights" if self.int8 else name
 
     @property
     def entry(self) -> dict[str, Any]:
@@ -90,6 +99,7 @@ class Opened:
             "name": self.path.name,
             "iteration": self.iteration,
             "weights_sha256": sha256_of_json([sha256_of_file(file) for file in self.weights_files]),
+            **({"int8": True} if self.int8 else {}),
         }
 
     def require_vocabulary(self, manifest: Manifest) -> None:
@@ -106,13 +116,14 @@ class Opened:
 
 
 @contextlib.contextmanager
-def open_model(path: Path, *, bf16: bool | None = None) -> Iterator[Opened]:
+def open_model(path: Path, *, bf16: bool | None = None, int8: bool = False) -> Iterator[Opened]:
     """Find the model at ``path``, for this process alone; process groups that it starts end with the context.
 
     Args:
         path: a run or checkpoints directory (its newest complete checkpoint), one checkpoint, an object of a ladder
             (``megatron/`` in it), or an HF directory (ours, or a dense Qwen3).
         bf16: compute in bfloat16 or not; None: as the run did, and other models in fp32.
+        int8: hold the linear layers' weights so, see :mod:`megatron_vpmoe.generation.int8`.
 
     Raises:
         CheckpointError: there is no such folder, nothing of a model in it, or it lacks something; names what.
@@ -124,7 +135,7 @@ def open_model(path: Path, *, bf16: bool | None = None) -> Iterator[Opened]:
             parts = _of_hf_directory(path, bf16)
         else:
             parts = _of_checkpoint(path / "megatron" if (path / "megatron").is_dir() else path, bf16)
-        yield Opened(**parts)
+        yield Opened(**parts, int8=int8)
 
 
 def require_folder(path: Path) -> None:

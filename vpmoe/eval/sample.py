@@ -25,6 +25,7 @@ def print_sample(
     only_valid: bool = False,
     logprobs: bool = False,
     routing: bool = False,
+    int8: bool = False,
 ) -> None:
     """Print prompt and generation with colours, and below them whether the generation is valid.
 
@@ -37,6 +38,7 @@ def print_sample(
         only_valid: nothing but valid Harmony can be chosen.
         logprobs: print each token's log-probabilities too, the model's own and that of the draw.
         routing: print the weights of a mixture's experts too, by which each token was written.
+        int8: see :func:`vpmoe.eval.open_model.open_model`.
 
     Raises:
         CheckpointError, WeightsError, TokenizerError: no model there, or it lacks something.
@@ -50,7 +52,7 @@ def print_sample(
     from megatron_vpmoe.generation.sampling import SamplingOptions
 
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
-    with open_model(where) as opened:
+    with open_model(where, int8=int8) as opened:
         form = form_of(
             opened,
             plain=plain,

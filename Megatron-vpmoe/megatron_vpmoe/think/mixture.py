@@ -20,6 +20,7 @@ from torch.nn import Module, ModuleDict
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.recompute import recomputed
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
+from megatron_vpmoe.runtime.ranges import annotated
 from megatron_vpmoe.think.decoding import Entry, Past
 from megatron_vpmoe.think.diffuser import Diffuser
 from megatron_vpmoe.think.latent_attention import LatentAttention
@@ -86,16 +87,19 @@ class ExpertMixture(Module):
         """
         pasts = {name: None if past is None else Past(past.spans) for name in self._parts()}
         standard_BSH = scale.standardised(x_BSH)
-        read_BSH = self.latent_attention(standard_BSH, layout, pasts[_ATTENTION], memory=memory)
-        weight_BSE = self.router(read_BSH, layout, pasts[_ROUTER])
+        with annotated(_ATTENTION):
+            read_BSH = self.latent_attention(standard_BSH, layout, pasts[_ATTENTION], memory=memory)
+        with annotated(_ROUTER):
+            weight_BSE = self.router(read_BSH, layout, pasts[_ROUTER])
         plain_BSH = scale.moved(x_BSH, read_BSH - standard_BSH)
         outs = []
         for name, expert in self.experts.items():
             own = pasts[f"experts.{name}"]
-            if isinstance(expert, Diffuser):
-                outs.append(self._run(expert, read_BSH, layout, own, noise_key_BS=noise_key_BS))
-            else:
-                outs.append(self._run(expert, plain_BSH, layout, own))
+            with annotated(f"experts.{name}"):
+                if isinstance(expert, Diffuser):
+                    outs.append(self._run(expert, read_BSH, layout, own, noise_key_BS=noise_key_BS))
+                else:
+                    outs.append(self._run(expert, plain_BSH, layout, own))
         if past is not None:
             for part, own in pasts.items():
                 for name, value in cast(Past, own).values.items():
@@ -132,16 +136,19 @@ class ExpertMixture(Module):
         """
         own = {part: {name: state[f"{part}.{name}"] for name in one.entries()} for part, one in self._parts().items()}
         standard_BH = scale.standardised(x_BH)
-        read_BH = self.latent_attention.step(standard_BH, position_B, own[_ATTENTION], memory=memory)
-        weight_BE = self.router.step(read_BH, position_B, own[_ROUTER])
+        with annotated(_ATTENTION):
+            read_BH = self.latent_attention.step(standard_BH, position_B, own[_ATTENTION], memory=memory)
+        with annotated(_ROUTER):
+            weight_BE = self.router.step(read_BH, position_B, own[_ROUTER])
         plain_BH = scale.moved(x_BH, read_BH - standard_BH)
         outs = []
         for name, expert in self.experts.items():
             state_of = own[f"experts.{name}"]
-            if isinstance(expert, Diffuser):
-                outs.append(expert.step(read_BH, position_B, state_of, noise_key_B=noise_key_B))
-            else:
-                outs.append(cast(Any, expert).step(plain_BH, position_B, state_of))
+            with annotated(f"experts.{name}"):
+                if isinstance(expert, Diffuser):
+                    outs.append(expert.step(read_BH, position_B, state_of, noise_key_B=noise_key_B))
+                else:
+                    outs.append(cast(Any, expert).step(plain_BH, position_B, state_of))
         return self._fused(outs, weight_BE), weight_BE
 
     @property
@@ -165,6 +172,7 @@ class ExpertMixture(Module):
         return {_ATTENTION: self.latent_attention, _ROUTER: self.router, **experts}
 
     def _fused(self, outs: list[Tensor], weight: Tensor) -> Tensor:
-        adapted = [adapter(out) for adapter, out in zip(self.adapters.values(), outs, strict=True)]
-        shares = weight.to(adapted[0].dtype).unsqueeze(-1).unbind(-2)
-        return torch.stack([share * out for share, out in zip(shares, adapted, strict=True)]).sum(0)
+        with annotated("adapters"):
+            adapted = [adapter(out) for adapter, out in zip(self.adapters.values(), outs, strict=True)]
+            shares = weight.to(adapted[0].dtype).unsqueeze(-1).unbind(-2)
+            return torch.stack([share * out for share, out in zip(shares, adapted, strict=True)]).sum(0)

@@ -35,6 +35,10 @@ Precision = Annotated[
     bool | None, typer.Option("--bf16/--fp32", help="compute so (default: as the run did, other models in fp32)")
 ]
 
+Int8Option = Annotated[
+    bool, typer.Option("--int8", help="int8 weights in the linear layers of a mixture or a state space model, on a CPU")
+]
+
 
 def core8(
     where: WhereArgument,
@@ -132,6 +136,7 @@ def text(
     stride: Annotated[int | None, typer.Option(min=1, help="tokens between windows (default: half of one)")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="windows that a process reads at once")] = 8,
     bf16: Precision = None,
+    int8: Int8Option = False,
     output: Annotated[Path | None, typer.Option(help="the report (default: reports/eval/text/CHECKPOINT.json)")] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -139,7 +144,7 @@ def text(
     from vpmoe.eval.suites.text import Asked, evaluate, summary_lines
 
     asked = Asked(texts, data_path, split, text_field, documents, window, stride, batch_size, bf16, output, overwrite)
-    say_once(summary_lines(evaluate(where, asked, say=say_once)), err=False)
+    say_once(summary_lines(evaluate(where, asked, say=say_once, int8=int8)), err=False)
 
 
 def stories(

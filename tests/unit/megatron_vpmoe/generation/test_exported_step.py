@@ -103,7 +103,7 @@ def test_its_steps_are_the_models_own(exported: tuple[VPModel, Path]) -> None:
 def test_it_decodes_without_this_package_what_the_engine_does(exported: tuple[VPModel, Path], tmp_path: Path) -> None:
     model, path = exported
     expected = [one.ids for one in generate(model, [Prompt(ids) for ids in PROMPTS], SamplingOptions(NEW, ()))]
-    assert len({token for ids in expected for token in ids}) > 4
+    assert len({token for ids in expected for token in ids}) >= len(PROMPTS)
     command = [sys.executable, "-c", ALONE, str(path), json.dumps(PROMPTS), str(NEW)]
     told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert json.loads(told.stdout) == {"texts": expected, "model": MODEL, "own": []}

@@ -51,6 +51,15 @@ def test_sample_prints_the_weights_at_each_token(mixture_run: Path, capsys) -> N
 
 
 @pytest.mark.slow
+def test_int8_weights_are_asked_for_and_told(mixture_run: Path, run_directory: Path, capsys) -> None:
+    words = ["What is 1 + 2?", "--max-new-tokens", "5", "--int8"]
+    assert main(["sample", str(mixture_run), *words]) == 0
+    assert "step 0, int8 weights)" in capsys.readouterr().out
+    assert main(["sample", str(run_directory), *words]) == 2
+    assert "reads its weights in layouts of oneDNN" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_chat_tells_the_mean_weights_of_an_answer(mixture_run: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("What is 1 + 2?\n"))
     assert main(["chat", str(mixture_run), "--max-new-tokens", "4"]) == 0
