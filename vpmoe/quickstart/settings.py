@@ -134,7 +134,7 @@ class Figures(_Section):
     """So many held-out prompts, and tokens that the models write to each, for ``vpmoe make-plots``."""
 
     prompts: Count
-    max_new_tokens: Count
+    max_new_tokens: int = Field(ge=2)  # as make-plots wants; refused before the trainings, not behind them
 
 
 class StorySettings(_Section):

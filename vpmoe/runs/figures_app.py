@@ -43,18 +43,18 @@ def make_plots(
     """
     from vpmoe.runs.figures import NAME, make
 
-    found, passages = found_runs(runs, store), found_runs(passage or [], store)
-    if strange := [run for run in passages if run not in found]:
-        raise DataError(
-            "the run is none of those drawn", source=f"--passage {strange[0].name}", remedy="name it as RUN too"
-        )
+    found = found_runs(runs, store)
+    only_pretrained = {run.id: run for run in found_runs(passage or [], store)}  # by id: one at work changes in between
+    if strange := only_pretrained.keys() - {run.id for run in found}:
+        name = next(run.name for run in only_pretrained.values() if run.id in strange)
+        raise DataError("the run is none of those drawn", source=f"--passage {name}", remedy="name it as RUN too")
     report = make(
         found,
         prompts,
         output_dir,
         new_tokens=max_new_tokens,
         plain=plain,
-        passages=passages,
+        passages=[run for run in found if run.id in only_pretrained],
         smoothing=smoothing,
         say=lambda line: typer.echo(line, err=True),
     )

@@ -46,7 +46,7 @@ def opened(request: pytest.FixtureRequest, single_process: None, tokenizer: Any,
 
 def test_usage_is_that_of_the_tokens_written(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    found = measured(opened, PROMPTS, 12, plain=True, say=said.append)
+    found = measured(opened, PROMPTS, 12, plain=True, passage=False, say=said.append)
     layers = sum(isinstance(module, StackedExperts) for module in opened.model.modules())
     assert found.form == "text" and said and found.layers == [*range(5 - layers, 5)] and found.topk == 2
     ids = [opened.tokenizer.encode_ordinary(text).tolist() for text in PROMPTS]
@@ -63,7 +63,7 @@ def test_usage_is_that_of_the_tokens_written(opened: Any, monkeypatch: pytest.Mo
     assert ((found.first_choice >= 0.5) & (found.first_choice <= 1)).all()
     assert all((rate > 0).all() for rate in found.rate.values())
     monkeypatch.setattr(over_prompts, "stop_ids", lambda _: (done[0].ids[0],))
-    early = measured(opened, PROMPTS, 12, plain=True, say=said.append)
+    early = measured(opened, PROMPTS, 12, plain=True, passage=False, say=said.append)
     assert early.tokens[0] == 1 and all((rate > 0).all() for rate in early.rate.values())  # as many tokens are timed
     entry = json.loads(json.dumps(found.entry()))
     assert entry["layers"]["3"]["usage"]["mean"] == pytest.approx(found.usage[:, layers - 2].mean(0).tolist())
@@ -71,10 +71,12 @@ def test_usage_is_that_of_the_tokens_written(opened: Any, monkeypatch: pytest.Mo
 
 
 def test_prompts_are_asked_as_the_vocabulary_can_and_a_long_one_is_refused(opened: Any) -> None:
-    found = measured(opened, ["x"], 2, plain=False, say=lambda _: None)
+    found = measured(opened, ["x"], 2, plain=False, passage=False, say=lambda _: None)
     assert found.form == "conversation" and found.tokens.tolist() == [2]
+    found = measured(opened, ["x"], 2, plain=False, passage=True, say=lambda _: None)
+    assert found.form == "passage" and found.tokens.tolist() == [2]
     with pytest.raises(DataError, match="a prompt of 50 tokens"):
-        measured(opened, ["x" * 50], 2, plain=True, say=lambda _: None)
+        measured(opened, ["x" * 50], 2, plain=True, passage=False, say=lambda _: None)
 
 
 def test_prompts_of_a_file(tmp_path: Path) -> None:

@@ -83,6 +83,10 @@ def test_wishes_that_cannot_be(tmp_path: Path, repository: Path) -> None:
         plan_of(repository, work_dir=tmp_path, force=("train",))
     with pytest.raises(QuickstartError, match=r"seeds \[1, 1\]"):
         plan_of(repository, work_dir=tmp_path, seeds=(1, 1))
+    wishes = (repository / "configs" / "nano_moe" / "pipeline.toml").read_text()
+    (tmp_path / "own.toml").write_text(wishes.replace("max_new_tokens = 48", "max_new_tokens = 1"))
+    with pytest.raises(QuickstartError, match=r"figures.max_new_tokens = 1: .*or equal to 2"):
+        plan_of(repository, work_dir=tmp_path, settings=tmp_path / "own.toml")
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,10 @@ def story_prompts(
     slips: Annotated[
         float,
         typer.Option(
-            min=0.0, max=0.99, help="share of the training rows whose story is of the writer's favourite kind of hero"
+            min=0.0,
+            max=0.99,
+            help="wrong on purpose: share of the training rows whose hero is of the writer's favourite kind instead of "
+            "that asked for; rows of that kind anyway cannot slip",
         ),
     ] = 0.0,
 ) -> None:

@@ -41,7 +41,7 @@ class Plot:
         elder: with whom the hero lives.
         hobby: what the hero likes to do; told in long stories.
         chosen: name -> word or phrase, of the shared words (``place``, ``weather``, ``sight``, ``treat``) and of the
-            scene's own; ``sight`` is told in long stories.
+            scene's own.
         ending: which of the endings.
     """
 

@@ -97,8 +97,9 @@ def make_prompt(
     """Row ``index`` of instructions: ``id``, ``split``, ``prompt``, ``completion``, ``constraints``.
 
     Args:
-        slips: share of the training rows whose completion is a careless writer's: right but for the protagonist, who is
-            of the writer's favourite kind. Of those who are of that kind anyway, or whose friend is, none slips.
+        slips: of the training rows that can slip, the share whose completion is a careless writer's: right but for the
+            protagonist, who is of the writer's favourite kind. Those whose hero or friend is of it anyway cannot (a
+            quarter in a world of 8 choices, one in 18 in the whole one).
     """
     asked = ask(seed, index, choices)
     row = row_of(asked, seed, index, (asked.story,), shares)
