@@ -20,7 +20,7 @@ from vpmoe.data_curation.tasks.stories.telling import read_first, tell
 from vpmoe.errors import DataError
 from vpmoe.progress import Progress
 
-VERSION = 9
+VERSION = 10
 """Of what is written: plots, their wording, and what prompts ask of them."""
 Row = Mapping[str, Any]
 

@@ -60,6 +60,8 @@ _SPREAD = 2**89 - 1
 """A prime larger than any scene: times it, modulo a scene's size, is one to one and leaves no choice out."""
 SHARED = {"place": "places", "weather": "weather", "sight": "sights", "treat": "treats"}
 """Words that a plot of any scene has, and the lists that they are of."""
+NOUNS = ("place", "sight", "treat")
+"""Those of them that a prompt may ask for."""
 
 
 @cache

@@ -1,7 +1,7 @@
 """Stories that were asked for, and the constraints that they keep to.
 
 A prompt asks for a protagonist, a theme, two or three words that have to come and one or two that must not. What has to
-come is of the plot (place, weather, a sight, a treat), so that its story has it; what must not are words that some
+come is of the plot (a place, a sight, a treat), so that its story has it; what must not are words that some
 stories have and this one has not. Each row is held to :func:`checker.check_story` before it is written.
 
 The split is decided by the hash of what is asked together (protagonist, theme, required words): no such combination is

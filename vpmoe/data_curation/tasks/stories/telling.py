@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from vpmoe.data_curation.tasks.stories.content import Forms, content, with_article
-from vpmoe.data_curation.tasks.stories.plots import SHARED, Plot
+from vpmoe.data_curation.tasks.stories.plots import NOUNS, Plot
 
 _PARTS_OF_DAY = ("morning", "afternoon", "day")
 _PARAGRAPH = "\n\n"
@@ -59,8 +59,8 @@ def read_first(plot: Plot, draw: random.Random) -> str:
 
 
 def some_words(draw: random.Random) -> tuple[str, ...]:
-    """Names of two or three of the words that every plot has, in any order."""
-    names = [*SHARED]
+    """Names of two or three of the nouns that every plot has, in any order."""
+    names = [*NOUNS]
     draw.shuffle(names)
     return tuple(names[: pick((2, 3), draw)])
 
