@@ -114,7 +114,7 @@ def test_what_has_no_such_step_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="keeps its cache in place"):
         export_step(lively("transformer").float(), tmp_path / "step.pt2", MODEL)
     mixture = lively("mixture").float()
-    mixture.recall = SimpleNamespace(source="facts.vectors")
+    mixture.recall = SimpleNamespace(source="facts.vectors", entries=2)
     with pytest.raises(ConfigError, match=r"asks it in the middle(.|\n)*facts.vectors"):
         export_step(mixture, tmp_path / "step.pt2", MODEL)
     (tmp_path / "other.pt2").write_bytes(b"no program")
