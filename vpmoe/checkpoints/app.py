@@ -17,6 +17,7 @@ from megatron_vpmoe.errors import CheckpointError, NotOursError
 from vpmoe.checkpoints import contents, difference, soundness, tables
 from vpmoe.checkpoints.places import find
 from vpmoe.progress import hashing
+from vpmoe.steps import check_replaceable
 from vpmoe.weights.progress import TensorProgress
 
 app = typer.Typer(
@@ -133,8 +134,9 @@ def export_step(
 
     if output.exists() and not overwrite:
         raise NotOursError("there is a file", source=str(output), remedy="name another one, or give --overwrite")
+    check_replaceable(output, exported_step.MARK)
     with open_model(path, bf16=False) as opened:
-        step = exported_step.export_step(opened.model, output, opened.entry)
-        row = sum(math.prod(one.shape) * one.dtype.itemsize for one in step.entries.values() if not one.grows)
-        token = sum(math.prod(one.shape) * one.dtype.itemsize for one in step.entries.values() if one.grows)
+        entries = exported_step.export_step(opened.model, output, opened.entry).values()
+        row = sum(math.prod(one.shape) * one.dtype.itemsize for one in entries if not one.grows)
+        token = sum(math.prod(one.shape) * one.dtype.itemsize for one in entries if one.grows)
         typer.echo(f"{output}: one step of {opened.described}; a state of {row:,} bytes a row and {token:,} a token")

@@ -30,6 +30,9 @@ from megatron_vpmoe.think.mixture_model import MixtureModel
 _TOLD = "step.json"
 """What the file holds beside the program: entries of the state, vocabulary, and which model it is."""
 
+MARK = f"extra/{_TOLD}"
+"""Stands in every such file, by its name there."""
+
 _MOST = 1 << 20
 """Rows and columns, of which torch wants a bound."""
 
@@ -79,7 +82,7 @@ class ExportedStep:
 
 
 @torch.no_grad()
-def export_step(model: VPModel, path: Path, described: Mapping[str, Any]) -> ExportedStep:
+def export_step(model: VPModel, path: Path, described: Mapping[str, Any]) -> Mapping[str, Entry]:
     """Write a model's decoding step.
 
     Args:
@@ -88,7 +91,7 @@ def export_step(model: VPModel, path: Path, described: Mapping[str, Any]) -> Exp
         described: which model it is, for JSON.
 
     Returns:
-        the step, read back.
+        entries of a row's state, by name.
 
     Raises:
         ConfigError: a model without such a step: a denoiser, a transformer's stack, a mixture with a store.
@@ -123,7 +126,7 @@ def export_step(model: VPModel, path: Path, described: Mapping[str, Any]) -> Exp
     content = io.BytesIO()
     torch.export.save(exported, content, extra_files={_TOLD: json.dumps(told)})
     write_atomically(path, content.getvalue())
-    return ExportedStep.read(path)
+    return step.entries
 
 
 class _Step(Module):

@@ -13,13 +13,14 @@ import torch
 
 from megatron_vpmoe.errors import CheckpointError, ConfigError
 from megatron_vpmoe.generation.engine import generate
-from megatron_vpmoe.generation.exported_step import ExportedStep, export_step
+from megatron_vpmoe.generation.exported_step import MARK, ExportedStep, export_step
 from megatron_vpmoe.generation.prompts import Prompt
 from megatron_vpmoe.generation.sampling import SamplingOptions
 from megatron_vpmoe.generation.state_decoder import RowStates, decoder_of
 from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.think.decoding import empty
 from tests.unit.megatron_vpmoe.think.test_think_experts import lively
+from vpmoe.cli import main
 
 PROMPTS = [[5, 9, 3], [7] * 9 + [2, 40], [11], [60, 1, 33, 33, 8, 21]]
 NEW = 8
@@ -61,6 +62,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     path = tmp_path_factory.mktemp("step") / "step.pt2"
     model = lively(request.param, mixture_experts=ONE_LAYER[request.param]).float()
     export_step(model, path, MODEL)
+    assert MARK.encode() in path.read_bytes()
     return model, path
 
 
@@ -123,3 +125,9 @@ def test_what_has_no_such_step_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         ExportedStep.read(tmp_path / "none.pt2")
     assert not (tmp_path / "step.pt2").exists()
+
+
+def test_what_is_no_step_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis").write_text("years of work")
+    assert main(["checkpoint", "export-step", "run", "--output", str(tmp_path / "thesis"), "--overwrite"]) == 2
+    assert "NotOursError" in capsys.readouterr().err and (tmp_path / "thesis").read_text() == "years of work"
