@@ -27,6 +27,31 @@ if TYPE_CHECKING:
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'Megatron-vpmoe'}:{ROOT}"}
 
 
+PLAIN: dict[str, Any] = {
+    "num_experts": None,
+    "window_size": None,
+    "local_position_embedding": "none",
+    "global_position_embedding": "rope",
+    "num_query_groups": 4,
+    "num_layers": 2,
+    "tpa": False,
+    "softmax_type": "vanilla",
+    "value_residual": False,
+    "activation": "swiglu",
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "untie_embeddings_and_output_weights": False,
+    "optimizer": "adam",
+    "normuon_aux_lr": None,
+    "lr": 1e-2,
+    "min_lr": 1e-3,
+    "kd_span_weight_final": 1.0,
+    "sample_interval": None,
+}
+"""Flags of a stack of two plain layers, such as experts are."""
+
+
 def command(run_dir: Path, dataset: Path, **changes: object) -> list[str]:
     """One worker of a tiny run."""
     fields = {**TINY, "data_path": dataset, "run_dir": run_dir, "log_interval": 1, "save_interval": 5, **changes}

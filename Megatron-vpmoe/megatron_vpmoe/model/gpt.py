@@ -92,7 +92,7 @@ class VPModel(LanguageModule):
     def _layers(self, config: VPTransformerConfig) -> torch.nn.Module:
         """What lies between the embedding and the output projection."""
         if config.layer_type == "denoiser":
-            return Diffuser(config, layers=config.num_layers, levels=config.diffusion_levels, steps=config.ddim_steps)
+            return Diffuser.of(config)
         return VPTransformerBlock(
             config=config,
             spec=block_spec(config, self.stage.layers),

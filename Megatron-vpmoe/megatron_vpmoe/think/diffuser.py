@@ -53,6 +53,11 @@ class Diffuser(Module):
         self.final_modulation = Modulation(config, 2)
         self.estimate = linear(config.hidden_size, config.hidden_size, config, None)
 
+    @classmethod
+    def of(cls, config: VPTransformerConfig) -> Diffuser:
+        """That of a configuration."""
+        return cls(config, layers=config.num_layers, levels=config.diffusion_levels, steps=config.ddim_steps)
+
     def forward(
         self, x_BSH: Tensor, layout: SequenceLayout, past: Past | None = None, *, noise_key_BS: Tensor
     ) -> Tensor:

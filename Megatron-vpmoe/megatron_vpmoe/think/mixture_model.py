@@ -120,6 +120,4 @@ def noise_key(token: Tensor, position: Tensor) -> Tensor:
 
 
 def _expert(config: VPTransformerConfig) -> Module:
-    if config.layer_type == "denoiser":
-        return Diffuser(config, layers=config.num_layers, levels=config.diffusion_levels, steps=config.ddim_steps)
-    return StackExpert(config)
+    return Diffuser.of(config) if config.layer_type == "denoiser" else StackExpert(config)

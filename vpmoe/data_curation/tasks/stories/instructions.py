@@ -53,10 +53,9 @@ def generate(
     """
     check_rows(rows, choices)
     shares.check()
-    decides: dict[str, Any] = {"rows": rows, "seed": seed, "pairs": pairs, "choices": choices}
+    decides: dict[str, Any] = {"rows": rows, "seed": seed, "pairs": pairs, "choices": choices, "slips": slips}
     decides |= shares.as_key()
     decides |= {"writing": writing.as_key()} if writing else {}
-    decides |= {"slips": slips} if slips else {}
     make_row = make_pair if pairs else partial(make_prompt, slips=slips)
 
     def templates() -> Iterator[Row]:
