@@ -14,6 +14,7 @@ from vpmoe.eval.suites.app import (
     Overwrite,
     PassageOption,
     PlainOption,
+    StoreOption,
     SystemOption,
     WhereArgument,
     canaries,
@@ -34,6 +35,14 @@ TopPOption = Annotated[float, typer.Option(help="draw among the most likely toke
 SeedOption = Annotated[int, typer.Option(help="of the draw, with a temperature")]
 TopKOption = Annotated[int | None, typer.Option(min=1, help="draw among so many most likely tokens")]
 MinPOption = Annotated[float, typer.Option(help="leave out tokens less likely than this times the likeliest")]
+RememberOption = Annotated[
+    Path | None,
+    typer.Option(
+        dir_okay=False,
+        help="store of your own that a mixture reads, and that takes in each conversation that has ended; begins as a "
+        "copy of the run's",
+    ),
+]
 OnlyValidOption = Annotated[bool, typer.Option(help="let nothing but valid Harmony be chosen")]
 
 
@@ -52,6 +61,8 @@ def sample(
     routing: Annotated[bool, typer.Option(help="print the weights of a mixture's experts at each token")] = False,
     only_valid: OnlyValidOption = False,
     int8: Int8Option = False,
+    store: StoreOption = None,
+    remember: RememberOption = None,
     system: SystemOption = None,
     developer: DeveloperOption = None,
     plain: PlainOption = False,
@@ -77,6 +88,8 @@ def sample(
         logprobs=logprobs,
         routing=routing,
         int8=int8,
+        store=store,
+        remember=remember,
     )
 
 
@@ -93,6 +106,8 @@ def talk(
     top_k: TopKOption = None,
     min_p: MinPOption = 0.0,
     only_valid: OnlyValidOption = False,
+    store: StoreOption = None,
+    remember: RememberOption = None,
     system: SystemOption = None,
     developer: DeveloperOption = None,
     context: Annotated[
@@ -108,8 +123,17 @@ def talk(
 
     draw = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
     draw |= {"top_k": top_k, "min_p": min_p}
-    messages = {"system": system, "developer": developer}
-    chat(where, draw, **messages, reasoning=reasoning, only_valid=only_valid, context=context)
+    chat(
+        where,
+        draw,
+        system=system,
+        developer=developer,
+        reasoning=reasoning,
+        only_valid=only_valid,
+        context=context,
+        store=store,
+        remember=remember,
+    )
 
 
 @app.callback()

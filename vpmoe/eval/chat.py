@@ -17,6 +17,7 @@ from vpmoe.eval.conversation import Answer, Conversation, open_conversation
 from vpmoe.eval.display import spell
 from vpmoe.eval.inspection import weights_of
 from vpmoe.eval.open_model import open_model
+from vpmoe.eval.store_file import Keep, remembering
 from vpmoe.harmony.vocabulary import knows_conversations
 
 if TYPE_CHECKING:
@@ -34,12 +35,15 @@ def chat(
     reasoning: str | None = None,
     only_valid: bool = False,
     context: int | None = None,
+    store: Path | None = None,
+    remember: Path | None = None,
 ) -> None:
     """Answer each line of stdin, in the light of those before it, until it ends.
 
     Args are those of :func:`vpmoe.eval.sample.print_sample`, and:
         reasoning: effort that the system message asks for; None: what it says already.
         context: tokens of the conversation and its next answer together; None: what it was trained on.
+        remember: takes in each conversation as it ends, up to its last answer that was not cut.
 
     Raises:
         CheckpointError, WeightsError, TokenizerError: no model there, or it lacks something.
@@ -49,7 +53,7 @@ def chat(
     from rich.console import Console
 
     notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, style="dim")
-    with open_model(where) as opened:
+    with open_model(where, store=store) as found, remembering(found, remember) as (opened, keep):
         if not knows_conversations(opened.tokenizer):
             raise HarmonyError(
                 f"the vocabulary of {opened.described} has no Harmony tokens",
@@ -71,7 +75,7 @@ def chat(
             if text == "/quit":
                 break
             if text == "/reset":
-                conversation.messages.clear()
+                _end(conversation, keep, notes)
                 notes.print("a new conversation")
             elif text.startswith("/") and " " not in text:
                 notes.print(f"there is no command {visible(text)}; {_COMMANDS}")
@@ -80,6 +84,15 @@ def chat(
                     _ask(conversation, text, notes)
                 except VpmoeError as error:
                     notes.print(f"not asked: {error}")
+        _end(conversation, keep, notes)
+
+
+def _end(conversation: Conversation, keep: Keep | None, notes: Console) -> None:
+    """Begin anew; what was said is kept where it is to be."""
+    if keep is not None and conversation.ended:
+        notes.print(keep(conversation.ended))
+    conversation.messages.clear()
+    conversation.ended = []
 
 
 def _ask(conversation: Conversation, text: str, notes: Console) -> None:

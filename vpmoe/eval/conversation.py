@@ -116,6 +116,8 @@ class Conversation:
 
     The rule: analysis is for the answer that it leads to, and is not read again. Plain text has no turns: each question
     is asked alone.
+
+    ``ended``: token ids of the conversation, up to its last answer that was not cut.
     """
 
     model: VPModel
@@ -125,6 +127,7 @@ class Conversation:
     context: int
     cached: bool = True
     messages: list[Message] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -182,6 +185,8 @@ class Conversation:
         answer.close()
         if answer.final.strip() and isinstance(self.form, AsConversation):
             self.messages += [Message("user", text), Message("assistant", answer.final, "final")]
+            if done and done[0].finish == "stop":
+                self.ended = [*prompt, *done[0].ids]
         reason = self.form.judge(done[0].ids).reason if done else None
         return Outcome(
             prompt_tokens=len(prompt),

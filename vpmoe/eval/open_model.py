@@ -22,6 +22,7 @@ from megatron_vpmoe.data.vocabulary_files import VOCABULARY, read_vocabulary
 from megatron_vpmoe.errors import CheckpointError, TokenizerError
 from megatron_vpmoe.files import sha256_of_file, sha256_of_json
 from megatron_vpmoe.manifest import Manifest
+from vpmoe.eval.store_file import store_read
 from vpmoe.harmony.conversation import Message
 from vpmoe.hf import convert
 from vpmoe.hf.source_checks import POSITIONS
@@ -57,7 +58,9 @@ class Opened:
         run_directory: of a run; None for other models.
         dataset: sha256 of the manifest of what its run trained on, of a blend a list; None: nobody says.
         context: tokens of a sequence that it was trained on, as its run or its config.json says; None: nobody does.
+        store_sha256: of the store of vectors that its run was trained with; None: with none.
         int8: the linear layers of ``model`` have int8 weights.
+        store: the file of that store, or of one that has grown from it; None: where the run had it.
     """
 
     path: Path
@@ -72,13 +75,18 @@ class Opened:
     run_directory: Path | None
     dataset: str | list[str] | None
     context: int | None
+    store_sha256: str | None = None
     int8: bool = False
+    store: Path | None = None
 
     @cached_property
     def model(self) -> VPModel:
         """Bare, in evaluation mode; raises :class:`WeightsError` for weights of another geometry, and what
-        ``narrow_to_int8`` does."""
-        model = load_model(self.cfg, self.weights, source=str(self.path))
+        ``store_read`` and ``narrow_to_int8`` do."""
+        cfg, read = self.cfg, store_read(self)
+        if read is not None:
+            cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"store": str(read.path)})})
+        model = load_model(cfg, self.weights, source=str(self.path))
         if self.int8:
             from megatron_vpmoe.generation.int8 import narrow_to_int8
 
@@ -93,12 +101,14 @@ class Opened:
 
     @property
     def entry(self) -> dict[str, Any]:
-        """Which model it is, for a report."""
+        """Which model it is, for a report; raises what ``store_read`` does."""
+        read = store_read(self)
         return {
             "run": self.name,
             "name": self.path.name,
             "iteration": self.iteration,
             "weights_sha256": sha256_of_json([sha256_of_file(file) for file in self.weights_files]),
+            **({} if read is None else {"store_sha256": read.sha256}),
             **({"int8": True} if self.int8 else {}),
         }
 
@@ -116,7 +126,9 @@ class Opened:
 
 
 @contextlib.contextmanager
-def open_model(path: Path, *, bf16: bool | None = None, int8: bool = False) -> Iterator[Opened]:
+def open_model(
+    path: Path, *, bf16: bool | None = None, int8: bool = False, store: Path | None = None
+) -> Iterator[Opened]:
     """Find the model at ``path``, for this process alone; process groups that it starts end with the context.
 
     Args:
@@ -124,6 +136,7 @@ def open_model(path: Path, *, bf16: bool | None = None, int8: bool = False) -> I
             (``megatron/`` in it), or an HF directory (ours, or a dense Qwen3).
         bf16: compute in bfloat16 or not; None: as the run did, and other models in fp32.
         int8: hold the linear layers' weights so, see :mod:`megatron_vpmoe.generation.int8`.
+        store: see :func:`vpmoe.eval.store_file.store_read`.
 
     Raises:
         CheckpointError: there is no such folder, nothing of a model in it, or it lacks something; names what.
@@ -135,7 +148,7 @@ def open_model(path: Path, *, bf16: bool | None = None, int8: bool = False) -> I
             parts = _of_hf_directory(path, bf16)
         else:
             parts = _of_checkpoint(path / "megatron" if (path / "megatron").is_dir() else path, bf16)
-        yield Opened(**parts, int8=int8)
+        yield Opened(**parts, int8=int8, store=store)
 
 
 def require_folder(path: Path) -> None:
@@ -192,6 +205,7 @@ def _of_checkpoint(path: Path, bf16: bool | None) -> dict[str, Any]:
         "run_directory": run_directory,
         "dataset": megatron_checkpoint.origin_of(found.state).get("dataset"),
         "context": trained.data.seq_length if trained else found.state.get("hf_config", {}).get(POSITIONS),
+        "store_sha256": (found.state.get("provenance") or {}).get("store_sha256"),
     }
 
 

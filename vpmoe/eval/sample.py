@@ -11,6 +11,7 @@ from vpmoe.eval.asking import AsConversation, form_of
 from vpmoe.eval.display import harmony_text, spell
 from vpmoe.eval.inspection import mixed_experts, weights_of
 from vpmoe.eval.open_model import open_model
+from vpmoe.eval.store_file import remembering
 
 
 def print_sample(
@@ -26,6 +27,8 @@ def print_sample(
     logprobs: bool = False,
     routing: bool = False,
     int8: bool = False,
+    store: Path | None = None,
+    remember: Path | None = None,
 ) -> None:
     """Print prompt and generation with colours, and below them whether the generation is valid.
 
@@ -38,7 +41,9 @@ def print_sample(
         only_valid: nothing but valid Harmony can be chosen.
         logprobs: print each token's log-probabilities too, the model's own and that of the draw.
         routing: print the weights of a mixture's experts too, by which each token was written.
-        int8: see :func:`vpmoe.eval.open_model.open_model`.
+        int8: see :func:`vpmoe.eval.open_model.open_model`, as for ``store``.
+        store: likewise.
+        remember: see :func:`vpmoe.eval.store_file.remembering`; takes in what has ended by itself.
 
     Raises:
         CheckpointError, WeightsError, TokenizerError: no model there, or it lacks something.
@@ -52,7 +57,7 @@ def print_sample(
     from megatron_vpmoe.generation.sampling import SamplingOptions
 
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
-    with open_model(where, int8=int8) as opened:
+    with open_model(where, int8=int8, store=store) as found, remembering(found, remember) as (opened, keep):
         form = form_of(
             opened,
             plain=plain,
@@ -92,3 +97,7 @@ def print_sample(
             state = name if verdict.valid else f"not {name}: {verdict.reason}"
             told = f"\n{len(completion.ids)} tokens, {state} ({opened.described})"
             console.print(told, style="dim", markup=False, soft_wrap=True)
+            if keep is not None:
+                ended = completion.finish == "stop"
+                kept = keep([*prompt, *completion.ids]) if ended else f"{remember}: what was cut is not added"
+                notes.print(kept, style="dim", markup=False, soft_wrap=True)

@@ -12,7 +12,8 @@ from megatron_vpmoe.config.parameters import EMBEDDING
 from megatron_vpmoe.data.kd_dataset import KDDataset
 from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.manifest import read_manifest
-from megatron_vpmoe.retrieval.vector_store import VectorStore, refuse_to_replace
+from megatron_vpmoe.retrieval.store_format import refuse_to_replace
+from megatron_vpmoe.retrieval.vector_store import VectorStore
 from megatron_vpmoe.think.recall import store_of
 from vpmoe.eval.open_model import open_model
 

@@ -1,13 +1,12 @@
 """Vectors of unit length, each of a document, and the nearest ones by inner product: FAISS, exact, on the CPU.
 
-Johnson, Douze and Jégou 2017, arXiv 1702.08734. A saved store is one safetensors file with a hash of what it holds.
+Johnson, Douze and Jégou 2017, arXiv 1702.08734.
 
 Shapes: N vectors, Q queries, K neighbours, W width.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 from collections import Counter
@@ -18,13 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from megatron_vpmoe.errors import DataError, NotOursError, VpmoeError
-from megatron_vpmoe.files import json_line, write_atomically
+from megatron_vpmoe.errors import DataError, VpmoeError
+from megatron_vpmoe.retrieval import store_format
 
-FORMAT = "vpmoe vector store 2"
 _SPARE = 8  # candidates beside those asked for: FAISS multiplies in fp32, and the order is decided in fp64
 
 
@@ -47,7 +43,8 @@ class VectorStore:
 
     Args:
         width: W.
-        capacity: vectors at most; the oldest go for new ones. None: any number.
+        capacity: vectors at most; the oldest go for new ones, of a document all or none, since a part of one is not
+            found by the marks that went. None: any number.
         read_only: what is held stays as it is.
         facts: what is to be known of the vectors, such as what they were made with; kept in the file.
 
@@ -79,15 +76,16 @@ class VectorStore:
         documents: NDArray[np.integer],
         marks: NDArray[np.integer] | None = None,
     ) -> None:
-        """Take vectors in, scaled to unit length; beyond the capacity the oldest go.
+        """Take vectors in, scaled to unit length; beyond the capacity the oldest documents go.
 
         Args:
             vectors: [N, W].
-            documents: int [N], the document of each.
+            documents: int [N], the document of each, whose vectors follow each other.
             marks: int64 [N], by which documents are found again; None: 0, which marks none.
 
         Raises:
-            DataError: the store is read-only, shapes do not fit, or a vector has no direction.
+            DataError: the store is read-only, shapes do not fit, a vector has no direction, or one document alone has
+                more than the capacity. Nothing is added.
         """
         self._check_writable()
         unit = self._directions(vectors, "a vector to be added")
@@ -101,13 +99,26 @@ class VectorStore:
                     remedy="one for each vector",
                 )
         if self.capacity is not None:
-            newest = max(0, len(unit) - self.capacity)
+            of_all = np.concatenate([self._documents, documents])
+            gone = _whole(of_all, max(0, len(of_all) - self.capacity))
+            if len(unit) and gone == len(of_all):
+                raise DataError(
+                    f"the last document has more vectors than the {self.capacity} that the store takes",
+                    source="VectorStore.add",
+                    remedy="a store of a larger capacity: vpmoe data build-store --capacity",
+                )
+            newest = max(0, gone - len(self))
             unit, documents, marks = unit[newest:], documents[newest:], marks[newest:]
-            self._drop(max(0, len(self) + len(unit) - self.capacity))
+            self._drop(gone - newest)
         self._index.add(unit)
         self._documents = np.concatenate([self._documents, documents])
         self._marks, self._marked = np.concatenate([self._marks, marks]), None
         self._held_of.update(documents.tolist())
+
+    @property
+    def next_document(self) -> int:
+        """A number that no document here has."""
+        return int(self._documents.max(initial=-1)) + 1
 
     def documents_marked(self, mark: int) -> frozenset[int]:
         """The documents that have a vector of this mark."""
@@ -178,12 +189,11 @@ class VectorStore:
         Raises:
             NotOursError: something that is no store lies there; or a store, and no ``overwrite``.
         """
-        refuse_to_replace(path, overwrite)
         vectors = self._index.reconstruct_n(0, len(self))
         tensors = {"vectors": vectors, "documents": self._documents, "marks": self._marks}
-        sizes = {"format": FORMAT, "width": str(self.width), "capacity": str(self.capacity or "")}
+        sizes = {"width": str(self.width), "capacity": str(self.capacity or "")}
         sizes["facts"] = json.dumps(self.facts, sort_keys=True)
-        write_atomically(path, save(tensors, {**sizes, "sha256": _sha256(tensors, sizes)}))
+        store_format.write(path, tensors, sizes, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: Path, *, read_only: bool = True) -> VectorStore:
@@ -192,7 +202,7 @@ class VectorStore:
         Raises:
             DataError: missing, damaged, or no store.
         """
-        tensors, sizes = _read(path)
+        tensors, sizes = store_format.read(path)
         capacity = int(sizes["capacity"]) if sizes["capacity"] else None
         store = cls(int(sizes["width"]), capacity=capacity, facts=json.loads(sizes["facts"]))
         store._index.add(tensors["vectors"])
@@ -236,6 +246,13 @@ class VectorStore:
             self._documents, self._marks, self._marked = self._documents[count:], self._marks[count:], None
 
 
+def _whole(documents: NDArray[np.int64], count: int) -> int:
+    """``count``, and as many more as end the document that it ends in."""
+    while 0 < count < len(documents) and documents[count] == documents[count - 1]:
+        count += 1
+    return count
+
+
 def _faiss() -> ModuleType:
     try:
         return importlib.import_module("faiss")
@@ -245,52 +262,3 @@ def _faiss() -> ModuleType:
             source="megatron_vpmoe.retrieval",
             remedy="pip install 'vpmoe[retrieval]', or in this repository: .venv/bin/pip install -e '.[retrieval]'",
         ) from cause
-
-
-def _sha256(tensors: dict[str, NDArray[Any]], sizes: dict[str, str]) -> str:
-    digest = hashlib.sha256(json_line(sorted(sizes.items())).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(json_line([name, str(tensor.dtype), *tensor.shape]).encode())
-        digest.update(np.ascontiguousarray(tensor).tobytes())
-    return digest.hexdigest()
-
-
-def _read(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """A store's arrays, and its sizes as they are written.
-
-    Raises:
-        DataError: missing, damaged, or no store.
-    """
-    remedy = "make the store again, or restore the file from a copy"
-    try:
-        with safe_open(path, "numpy") as held:
-            sizes = dict(held.metadata() or {})
-            tensors = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as cause:
-        raise DataError(f"the vector store cannot be read: {cause}", source=str(path), remedy=remedy) from cause
-    if sizes.get("format") != FORMAT:
-        raise DataError(
-            f"this is no vector store: its format is {sizes.get('format')!r}, not {FORMAT!r}",
-            source=str(path),
-            remedy="name a file that VectorStore.save has written",
-        )
-    if sizes.pop("sha256", None) != _sha256(tensors, sizes):
-        raise DataError("the vector store does not have the hash that was written", source=str(path), remedy=remedy)
-    return tensors, sizes
-
-
-def refuse_to_replace(path: Path, overwrite: bool) -> None:
-    """Raise :class:`NotOursError` where something else lies than a store, or a store and it is not to be replaced."""
-    if not path.exists():
-        return
-    try:
-        with safe_open(path, "numpy") as held:
-            is_ours = (held.metadata() or {}).get("format") == FORMAT
-    except (OSError, SafetensorError):
-        is_ours = False
-    if not is_ours:
-        raise NotOursError("what lies here is no vector store", source=str(path), remedy="name another file")
-    if not overwrite:
-        raise NotOursError(
-            "a vector store lies here", source=str(path), remedy="overwrite=True replaces it, or name another file"
-        )

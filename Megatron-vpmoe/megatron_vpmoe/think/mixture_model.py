@@ -5,8 +5,10 @@ Shapes: B rows, S positions, H hidden, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -98,6 +100,10 @@ class MixtureModel(VPModel):
             state[_ENTRIES][row], state[_COUNT][row] = torch.from_numpy(found.entries), found.count
         own_B1 = torch.zeros_like(position_B).unsqueeze(1)
         return Memory(state[_ENTRIES].unsqueeze(1), state[_COUNT].unsqueeze(1), own_B1)
+
+    def remember(self, ids: Sequence[int]) -> int:
+        """Add a finished text to the store that is read, in memory: see ``Recall.remember``; 0 without a store."""
+        return 0 if self.recall is None else self.recall.remember(np.asarray(ids, np.int64), self._table())
 
     def _table(self) -> Tensor:
         return self.embedding.word_embeddings.weight.detach()

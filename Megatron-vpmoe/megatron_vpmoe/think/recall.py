@@ -134,6 +134,26 @@ class Recall:
             self._known.popitem(last=False)
         return answers
 
+    def remember(self, ids: NDArray[np.integer], table_VW: Tensor) -> int:
+        """Add a finished text to the store, whose file stays as it is; one that is held already is not added again.
+
+        Args:
+            ids: its tokens.
+            table_VW: the embedding.
+
+        Returns:
+            vectors that were added.
+
+        Raises:
+            DataError: the store is read-only, or was made with another embedding.
+        """
+        vectors, marks = _entries_of(ids, self._checked(table_VW), self.chunk)
+        if not len(marks) or self.store.documents_marked(int(marks[-1])):
+            return 0
+        self.store.add(vectors, np.full(len(vectors), self.store.next_document), marks)
+        self._known.clear()
+        return len(vectors)
+
     def _ask(self, prefixes: dict[int, NDArray[np.int64]], table: NDArray[np.float32]) -> None:
         if prefixes:
             queries = np.concatenate(
@@ -198,10 +218,18 @@ def store_of(
     store = VectorStore(table_VW.shape[1], capacity=capacity, facts=facts)
     table = table_VW.detach().float().cpu().numpy()
     for number, ids in enumerate(documents):
-        vectors = chunk_vectors(ids, table, chunk)
-        marks = [mark_of(ids[: end * chunk]) for end in range(1, len(vectors) + 1)]
-        store.add(vectors, np.full(len(vectors), number), np.array(marks, np.int64))
+        vectors, marks = _entries_of(ids, table, chunk)
+        store.add(vectors, np.full(len(vectors), number), marks)
     return store
+
+
+def _entries_of(
+    ids: NDArray[np.integer], table: NDArray[np.float32], chunk: int
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Of each whole chunk of a text its vector, and the mark of the text up to its end."""
+    vectors = chunk_vectors(ids, table, chunk)
+    marks = [mark_of(ids[: end * chunk]) for end in range(1, len(vectors) + 1)]
+    return vectors, np.array(marks, np.int64)
 
 
 def _documents(document_S: NDArray[np.integer]) -> list[slice]:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_vpmoe.config import config_hash
 from megatron_vpmoe.config.provenance import FieldChange, provenance_diff
-from megatron_vpmoe.errors import CheckpointError
+from megatron_vpmoe.errors import CheckpointError, DataError
 from megatron_vpmoe.files import sha256_of_file
 from megatron_vpmoe.manifest import Manifest, read_manifest
+from megatron_vpmoe.retrieval.store_format import GROWN_FROM, facts_of
 from megatron_vpmoe.software import provenance
 
 if TYPE_CHECKING:
@@ -28,7 +29,16 @@ def collect_provenance(cfg: RunConfig, manifests: Sequence[Manifest]) -> dict[st
     Returns:
         see :func:`megatron_vpmoe.software.provenance`; and ``rollout_prompts_sha256`` and ``store_sha256`` where there
         is such a file.
+
+    Raises:
+        DataError: the store is one that finished conversations are added to.
     """
+    if cfg.data.store is not None and GROWN_FROM in facts_of(Path(cfg.data.store)):
+        raise DataError(
+            "conversations are added to this store, and what is trained with stays as it is",
+            source=f"data.store: {cfg.data.store}",
+            remedy="train with one that vpmoe data build-store made",
+        )
     named = {"rollout_prompts": cfg.rollouts.rollout_prompts, "store": cfg.data.store}
     hashes = [manifest.sha256 for manifest in manifests]
     return {

@@ -38,6 +38,10 @@ Precision = Annotated[
 Int8Option = Annotated[
     bool, typer.Option("--int8", help="int8 weights in the linear layers of a mixture or a state space model, on a CPU")
 ]
+StoreOption = Annotated[
+    Path | None,
+    typer.Option(dir_okay=False, help="where the store of a mixture's run lies now (default: where the run had it)"),
+]
 
 
 def core8(
@@ -137,6 +141,7 @@ def text(
     batch_size: Annotated[int, typer.Option(min=1, help="windows that a process reads at once")] = 8,
     bf16: Precision = None,
     int8: Int8Option = False,
+    store: StoreOption = None,
     output: Annotated[Path | None, typer.Option(help="the report (default: reports/eval/text/CHECKPOINT.json)")] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -144,7 +149,7 @@ def text(
     from vpmoe.eval.suites.text import Asked, evaluate, summary_lines
 
     asked = Asked(texts, data_path, split, text_field, documents, window, stride, batch_size, bf16, output, overwrite)
-    say_once(summary_lines(evaluate(where, asked, say=say_once, int8=int8)), err=False)
+    say_once(summary_lines(evaluate(where, asked, say=say_once, int8=int8, store=store)), err=False)
 
 
 def stories(

@@ -61,10 +61,10 @@ class Asked:
     quiet: bool = False
 
 
-def evaluate(path: Path, asked: Asked, *, say: Say, int8: bool = False) -> dict[str, Any]:
+def evaluate(path: Path, asked: Asked, *, say: Say, int8: bool = False, store: Path | None = None) -> dict[str, Any]:
     """Measure the model at ``path``, write report and documents, return the report; a collective of all ranks.
 
-    ``int8`` as :func:`vpmoe.eval.open_model.open_model` takes it; the report says so.
+    ``int8`` and ``store`` as :func:`vpmoe.eval.open_model.open_model` takes them; the report says so.
 
     Raises:
         CheckpointError, DataError, TokenizerError, ConfigError: something named does not exist or does not fit.
@@ -73,7 +73,7 @@ def evaluate(path: Path, asked: Asked, *, say: Say, int8: bool = False) -> dict[
     started = time.perf_counter()
     require_folder(path)
     measured = read(asked)
-    with open_model(path, bf16=asked.bf16, int8=int8) as opened:
+    with open_model(path, bf16=asked.bf16, int8=int8, store=store) as opened:
         output = suite_report.output_for(SUITE, opened, asked.output, overwrite=asked.overwrite)
         if isinstance(measured, Manifest):
             opened.require_vocabulary(measured)

@@ -71,6 +71,31 @@ def test_what_begins_as_the_text_is_left_out() -> None:
     assert [one.count for one in alone.reminders([own[:3], own[:9]], TABLE)] == [0, 0]
 
 
+def test_of_a_capped_store_a_document_is_left_out_as_a_whole() -> None:
+    """What is left of the oldest would be found by its own text: its first marks are gone."""
+    held = sum(len(ids) // CHUNK for ids in DOCUMENTS)
+    capped = Recall(store_of(DOCUMENTS, TABLE, chunk=CHUNK, capacity=held - 1), entries=50)
+    assert len(capped.store) == held - len(DOCUMENTS[0]) // CHUNK
+    only = Recall(store_of([DOCUMENTS[0], DOCUMENTS[1]], TABLE, chunk=CHUNK, capacity=5), entries=50)
+    (found,) = only.reminders([DOCUMENTS[0][:CHUNK]], TABLE)
+    assert found.count == len(DOCUMENTS[1]) // CHUNK
+
+
+def test_a_finished_text_is_added_once_and_found_by_others_alone() -> None:
+    ids, other = text(10, 50), text(12, 51)
+    asking, wanted = [ids[:3], other[:3]], Recall(store_of([*DOCUMENTS, ids], TABLE, chunk=CHUNK), entries=50)
+    mine, held = recall(50), len(recall().store)
+    assert [one.count for one in mine.reminders(asking, TABLE)] == [held, held]
+    assert mine.remember(ids, TABLE) == 3 and mine.remember(ids, TABLE) == mine.remember(ids[:2], TABLE) == 0
+    found = mine.reminders(asking, TABLE)
+    assert [one.count for one in found] == [held, held + 3]
+    for one, same in zip(found, wanted.reminders(asking, TABLE), strict=True):
+        np.testing.assert_array_equal(one.entries, same.entries)
+    mine.store.read_only = True
+    with pytest.raises(DataError, match="read-only"):
+        mine.remember(other, TABLE)
+
+
 def test_rows_are_their_documents_and_padding_reads_nothing() -> None:
     lengths = [[7, 4], [3]]
     document = torch.tensor([[0] * 7 + [1] * 4 + [-1], [0] * 3 + [-1] * 9], dtype=torch.int32)

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_vpmoe.errors import DataError
+from megatron_vpmoe.files import sha256_of_file
 from megatron_vpmoe.model.attention.masks import left_padded
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.retrieval.vector_store import VectorStore
 from megatron_vpmoe.runtime.distributed import single_process
 from megatron_vpmoe.think.mixture_model import MixtureModel
+from megatron_vpmoe.training.provenance import collect_provenance
 from megatron_vpmoe.training.run import open_run
 from tests.tiny import MIXTURE, tiny_config
 from vpmoe.app.inspected import routed_html, routing_rows
@@ -74,9 +77,9 @@ def test_other_models_have_no_weights_to_print(run_directory: Path, capsys) -> N
 
 @pytest.mark.slow
 def test_a_store_is_made_by_the_command_and_read_in_decoding(
-    mixture_run: Path, data: Path, tmp_path: Path, capsys
+    mixture_run: Path, data: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run over its embedding writes by it; without its file it is not opened."""
+    """A run over its embedding writes by it; without its file, or with another, it is not opened."""
     store, folder = tmp_path / "data.store", tmp_path / "run"
     words = ["data", "build-store", str(data / "dataset"), "--embedding", str(mixture_run), "--output", str(store)]
     assert main([*words, "--chunk", "8"]) == 0
@@ -93,17 +96,52 @@ def test_a_store_is_made_by_the_command_and_read_in_decoding(
         run.save()
         run.settle()
         run.source.close()
-    ask = ["sample", str(folder), "What is 1 + 2?", "--max-new-tokens", "20"]
+    ask, moved = ["sample", str(folder), "What is 1 + 2?", "--max-new-tokens", "20"], tmp_path / "moved.store"
     assert main([*ask, "--logprobs"]) == 0
     with_it = capsys.readouterr().out
     with open_model(folder) as opened:
         model = opened.model
         assert isinstance(model, MixtureModel) and model.recall is not None
         assert len(model.recall.store) == int(told[1].replace(",", ""))
-    assert "tokens, " in with_it
-    store.unlink()
+    store.rename(moved)
     assert main(ask) == 2
-    assert str(store) in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert all(part in said for part in (str(store), str(folder), "step 0 was trained with is not there", "--store"))
+    assert main([*ask, "--logprobs", "--store", str(moved)]) == 0
+    assert capsys.readouterr().out == with_it
+    VectorStore(32).save(store)
+    assert main(ask) == 2
+    assert re.search("this is not the store that .*, step 0 was trained with", capsys.readouterr().err)
+    assert main(["sample", str(mixture_run), "a", "--store", str(moved)]) == 2
+    assert "reads no store" in capsys.readouterr().err
+    _remembers(folder, moved, capsys, monkeypatch)
+
+
+def _remembers(run: Path, store: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversations that have ended go into a file of the user's, and that of the run stays as it is."""
+    before, own = store.read_bytes(), store.with_name("own.store")
+    held = len(VectorStore.load(store))
+    ask = ["sample", str(run), "--store", str(store), "--remember", str(own), "--max-new-tokens"]
+    assert main([*ask, "1", "What is 1 + 2?"]) == 0 and "what was cut is not added" in capsys.readouterr().err
+    assert len(VectorStore.load(own)) == held
+    # what this model draws says nothing: so it says what is valid, and that ends
+    chat = ["chat", str(run), "--remember", str(own), "--only-valid", "--max-new-tokens", "24"]
+    for word, times in (("1 + 2", 2), ("3 + 4", 1)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(f"What is {word}?\n/reset\n" * times))
+        assert main(chat) == 0
+        said = capsys.readouterr().err
+        (added,) = re.findall(r"own.store: (\d+) vectors added, ([\d,]+) held", said)
+        assert said.count("nothing added") == times - 1
+        held += int(added[0])
+        assert int(added[0]) > 3 and len(VectorStore.load(own)) == held == int(added[1].replace(",", ""))
+    assert store.read_bytes() == before
+    assert main([*ask[:-2], str(store), "--max-new-tokens", "1", "a"]) == 2
+    assert "it stays as it is" in capsys.readouterr().err and store.read_bytes() == before
+    assert not [path for path in store.parent.iterdir() if path.name.startswith(f".{store.name}")]
+    with open_model(run, store=own) as opened:
+        assert opened.entry["store_sha256"] == sha256_of_file(own)
+    with pytest.raises(DataError, match="conversations are added to this store"):
+        collect_provenance(tiny_config(**{**MIXTURE, "store": own, "memory_entries": 2}), [])
 
 
 @pytest.mark.slow
