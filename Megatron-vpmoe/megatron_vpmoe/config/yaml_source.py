@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -88,6 +89,12 @@ def parse_scalar(text: str) -> Any:
         return text
 
 
+@lru_cache(maxsize=_MOST_FILES)
+def _composed(text: str) -> yaml.Node | None:
+    """The nodes of a file, which nobody changes: what many files extend is taken apart once."""
+    return yaml.compose(text, Loader=_Loader)
+
+
 def _read_root(path: Path, asked_by: str) -> yaml.MappingNode:
     try:
         text = read_settings(path)
@@ -97,7 +104,7 @@ def _read_root(path: Path, asked_by: str) -> yaml.MappingNode:
         remedy = f"files there: {', '.join(files)}" if files else "give the path of a run's YAML"
         raise ConfigError(f"cannot read {str(path)[:500]}: {error}", source=asked_by, remedy=remedy) from error
     try:
-        root = yaml.compose(text, Loader=_Loader)
+        root = _composed(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
