@@ -80,6 +80,14 @@ def _run(arguments: list[str]) -> NoReturn:
     leave(pretrain.main(arguments))
 
 
+def launcher(config: str, module: str, *arguments: str) -> int:
+    """What a process of ``vpmoe train`` does once all is checked, over the workers ``python -m module arguments``."""
+    from megatron_vpmoe.config import load_config
+    from megatron_vpmoe.launch.workers import Nodes, run_workers
+
+    return run_workers(load_config(Path(config)), Nodes(1, 0, None), module, [*arguments])
+
+
 def train(run_dir: Path, dataset: Path, **changes: object) -> subprocess.CompletedProcess[str]:
     """Run to the end."""
     return start(run_dir, dataset, **changes).finish()

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
+
+if TYPE_CHECKING:
+    from megatron_vpmoe.config import RunConfig
+    from megatron_vpmoe.launch.workers import Nodes
 
 _FORKS = multiprocessing.get_context("forkserver")
 
@@ -32,15 +41,22 @@ class Started:
     Args:
         target: a module-level function.
         environment: variables to set beside those of this process.
+        folder: where it runs, if not here.
     """
 
-    def __init__(self, target: Callable[..., Any], *arguments: Any, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, target: Callable[..., Any], *arguments: Any, environment: Mapping[str, str], folder: Path | None = None
+    ) -> None:
         self.target = target
         with tempfile.NamedTemporaryFile(delete=False) as out, tempfile.NamedTemporaryFile(delete=False) as err:
             self._said = (out.name, err.name)
-        given = (self._said, os.getcwd(), {**os.environ, **environment}, target, arguments)
+        given = (self._said, str(folder or Path.cwd()), {**os.environ, **environment}, target, arguments)
         self.process = _FORKS.Process(target=_enter, args=given, daemon=True)
         self.process.start()
+
+    def errors(self) -> str:
+        """Its standard error so far."""
+        return Path(self._said[1]).read_text(errors="replace")
 
     def finish(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Wait for the end; what it wrote is in the result, and its standard error in this process's too."""
@@ -105,3 +121,53 @@ def described_ranks(world_size: int) -> list[dict[str, str]]:
 
 def _work(result: Path, target: Callable[..., Any], arguments: tuple) -> None:
     torch.save(target(*arguments), result)
+
+
+def as_programs(*programs: Sequence[str]) -> None:
+    """What ``python -m`` does with the words of each, one after the other in this process."""
+    for words in programs:
+        sys.argv = [*words]
+        try:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            if end.code:
+                raise
+
+
+@contextmanager
+def forked_commands() -> Iterator[None]:
+    """Commands that the product starts are forked too; the one worker of a training is its launcher's own process.
+
+    That commands are processes, and how launcher and workers find each other, is held where that is tested.
+    """
+    with mock.patch("vpmoe.commands.subprocess", SimpleNamespace(Popen=_Command)):
+        yield
+
+
+class _Command:
+    """In the place of a ``subprocess.Popen`` of the words ``python -m module ...``; is told what that is told."""
+
+    def __init__(self, words: Sequence[str], *, cwd: Path, stdout: int | None, **_: object) -> None:
+        assert words[:2] == [sys.executable, "-m"], words
+        self._started = Started(_as_command, *words[2:], environment={}, folder=cwd)
+        self._stdout = sys.stdout if stdout is None else sys.stderr
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._started.process.pid or 0, number)
+
+    def wait(self) -> int:
+        done = self._started.finish(timeout=600)
+        self._stdout.write(done.stdout)
+        return done.returncode
+
+
+def _as_command(*words: str) -> None:
+    from megatron_vpmoe.launch import workers
+
+    workers.run_workers = _train_here
+    as_programs(words)
+
+
+def _train_here(cfg: RunConfig, nodes: Nodes, module: str, arguments: list[str], *, debug: bool = False) -> int:
+    assert cfg.parallel.nproc_per_node == nodes.count == 1
+    return importlib.import_module(module).main(arguments)

@@ -6,8 +6,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -17,7 +15,8 @@ from PIL import Image
 from megatron_vpmoe.metrics.run_store import VARIABLE, identity_of
 from tests import training_runs
 from tests.fixtures_dataset import small_dataset
-from tests.unit.vpmoe.runs.written_runs import write_run
+from tests.unit.vpmoe.runs.written_runs import register_runs, write_run
+from tests.workers import Started
 from vpmoe.cli import main
 from vpmoe.errors import DataError, NotOursError
 from vpmoe.runs.panels import of_tags
@@ -155,34 +154,14 @@ def test_what_is_no_store_ends_a_run_before_it_trains(store: Path, tmp_path: Pat
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and store.read_text().startswith("my own notes")
 
 
-REGISTER = """
-import sys
-from pathlib import Path
-from megatron_vpmoe.config import load_config
-from megatron_vpmoe.metrics import Record, RunStoreSink
-cfg = load_config(Path(sys.argv[1]), ["--train-iters=3", "--lr-warmup-iters=1"])
-for number in range(int(sys.argv[3])):
-    directory = Path(sys.argv[2]) / f"{sys.argv[4]}_{number}"
-    directory.mkdir()
-    sink = RunStoreSink(cfg, directory, provenance={}, step=0, world_size=1)
-    for step in (1, 2, 3):
-        sink.write([Record(step, "loss/total", float(step))])
-        sink.sync()
-    sink.close()
-"""
-
-
 def test_many_runs_register_at_once(store: Path, tmp_path: Path, repository: Path) -> None:
     """Eight processes make the store together and keep five runs each, while readers list them."""
     config, processes, runs = repository / "configs" / "nano" / "stage1.yaml", 8, 5
-    words = [sys.executable, "-c", REGISTER, str(config), str(tmp_path), str(runs)]
-    started = [
-        subprocess.Popen([*words, str(number)], stderr=subprocess.PIPE, text=True) for number in range(processes)
-    ]
-    while any(process.poll() is None for process in started):
+    started = [Started(register_runs, config, tmp_path, runs, number, environment={}) for number in range(processes)]
+    while any(each.process.is_alive() for each in started):
         assert all(run.status in ("running", "finished", "killed") for run in list_runs())
-    told = [process.communicate()[1] for process in started]
-    assert told == [""] * processes
+    told = [each.finish() for each in started]
+    assert [(end.returncode, end.stderr) for end in told] == [(0, "")] * processes
     found = list_runs()
     assert len(found) == len({run.id for run in found}) == processes * runs
     assert {(run.status, run.step, run.results["loss/total"]) for run in found} == {("finished", 3, 3.0)}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.training_runs import ENVIRONMENT
-from tests.unit.megatron_vpmoe.launch.test_workers import DRIVER
+from tests.training_runs import launcher
+from tests.workers import Started
 
 pytestmark = pytest.mark.slow
 
@@ -54,9 +53,9 @@ def test_all_end_and_the_one_that_hangs_is_named(repository: Path, tmp_path: Pat
         f"extends: {repository / 'configs' / 'nano' / 'stage1.yaml'}\n"
         f"data: {{data_path: {tmp_path}}}\nparallel: {{nproc_per_node: 2}}\n"
     )
-    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    words = [sys.executable, "-c", DRIVER, str(tmp_path / "run.yaml"), "hanging_worker", kind]
-    done = subprocess.run(words, env=environment, stderr=subprocess.PIPE, text=True, timeout=240, check=False)
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    words = (str(tmp_path / "run.yaml"), "hanging_worker", kind)
+    done = Started(launcher, *words, environment=environment).finish(timeout=240)
     code, said = done.returncode, done.stderr
     told = [line for line in said.splitlines() if "kill -CONT" not in line and "arn" not in line]
     assert code == 1, said

@@ -23,6 +23,7 @@ from tests.golden.test_vocabulary_travels import WORDS
 from tests.golden.test_vocabulary_travels import dataset as text_dataset
 from tests.tiny import ROOT
 from tests.unit.vpmoe.test_provenance_blocks import whole
+from tests.workers import forked_commands
 from vpmoe.errors import NotOursError, UpcycleError
 from vpmoe.runs.queries import last_values
 from vpmoe.runs.registry import find_run
@@ -107,8 +108,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ladder(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Ladder:
     """``random`` and ``imported`` are made."""
     ladder = write_ladder(tmp_path_factory.mktemp("ladder"), dataset)
-    for name in ("random", "imported"):
-        runner.run(runner.plan(ladder, name), quiet=True)
+    with forked_commands():
+        for name in ("random", "imported"):
+            runner.run(runner.plan(ladder, name), quiet=True)
     return ladder
 
 
@@ -164,7 +166,8 @@ def test_a_derived_object_serves_as_a_source(ladder: Ladder) -> None:
 
 
 def test_killed_in_the_middle_it_goes_on_to_the_same_weights(ladder: Ladder) -> None:
-    runner.run(runner.plan(ladder, "healed"), quiet=True)
+    with forked_commands():
+        runner.run(runner.plan(ladder, "healed"), quiet=True)
     folder = Path(ladder.get("healed_again").path)
     run = folder.with_name("healed_again.partial") / "scratch" / "run"
     words = [sys.executable, "-m", "vpmoe.cli", "upcycle", "run", "healed_again", "--ladder", str(ladder.path)]
@@ -265,7 +268,7 @@ def test_an_interrupted_training_survives_a_changed_logging_field(
     def interrupted(*_arguments: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, forked_commands():
         patched.setattr(training_jobs, "training_report", interrupted)
         with pytest.raises(KeyboardInterrupt):
             runner.run(runner.plan(write_ladder(tmp_path, dataset), "random"), quiet=True)
@@ -274,7 +277,7 @@ def test_an_interrupted_training_survives_a_changed_logging_field(
     with pytest.raises(NotOursError, match=r"unfinished work lies here.*training\.training\.seed"):
         runner.run(runner.plan(write_ladder(tmp_path, dataset, seed=7), "random"), quiet=True)
     assert last.stat().st_mtime_ns == written
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, forked_commands():
         patched.setattr(training_jobs, "training_report", interrupted)
         with pytest.raises(KeyboardInterrupt):
             runner.run(runner.plan(write_ladder(tmp_path, dataset, log_interval=5), "random"), quiet=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from megatron_vpmoe.launch.watch import Watch
 from megatron_vpmoe.runtime.endings import Ending
 from tests import training_runs
 from tests.fixtures_dataset import small_dataset
+from tests.workers import Started
 
 pytestmark = pytest.mark.slow  # two processes under a launcher in each
 
@@ -80,13 +82,7 @@ def run(arguments):
 pretrain.run = run
 endings.leave(pretrain.main())
 """
-DRIVER = """
-import sys
-from megatron_vpmoe.config import load_config
-from megatron_vpmoe.launch.workers import Nodes, run_workers
-sys.exit(run_workers(load_config(sys.argv[1]), Nodes(1, 0, None), sys.argv[2], sys.argv[3:]))
-"""
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., Started]
 
 
 @pytest.fixture
@@ -94,19 +90,18 @@ def start(run_yaml: Path, tmp_path: Path) -> Iterator[Start]:
     """Start the launcher in its own process over two stand-in workers; leftovers are ended after the test."""
     (tmp_path / "standin_worker.py").write_text(WORKER)
     (tmp_path / "faulty_worker.py").write_text(FAULTY)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    started: list[subprocess.Popen[str]] = []
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    started: list[Started] = []
 
-    def run(*arguments: str, module: str = "standin_worker") -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", DRIVER, str(run_yaml), module, arguments[0], str(tmp_path), *arguments[1:]]
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    def run(*arguments: str, module: str = "standin_worker") -> Started:
+        words = (str(run_yaml), module, arguments[0], str(tmp_path), *arguments[1:])
+        process = Started(training_runs.launcher, *words, environment=environment)
         started.append(process)
         return process
 
     yield run
-    for process in started:
-        if process.poll() is None:
-            process.kill()
+    for each in started:
+        each.process.kill()
 
 
 def wait_for(*paths: Path) -> None:
@@ -116,9 +111,13 @@ def wait_for(*paths: Path) -> None:
         time.sleep(0.05)
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    _, error = process.communicate(timeout=60)
-    return process.returncode, error
+def finish(started: Started) -> tuple[int, str]:
+    done = started.finish(timeout=60)
+    return done.returncode, done.stderr
+
+
+def send(started: Started, number: signal.Signals) -> None:
+    os.kill(started.process.pid or 0, number)
 
 
 def test_workers_know_their_ranks(start: Start, tmp_path: Path) -> None:
@@ -150,10 +149,10 @@ def test_a_signal_lets_the_workers_save_and_ends_with_zero(
 ) -> None:
     process = start("stop")
     wait_for(tmp_path / "ready0", tmp_path / "ready1")
-    process.send_signal(sent)
+    send(process, sent)
     time.sleep(0.3)
     if sent != signal.SIGINT:
-        process.send_signal(sent)  # an impatient scheduler: not handed on again
+        send(process, sent)  # an impatient scheduler: not handed on again
     result, error = finish(process)
     assert result == 0, error
     assert sent.name in error
@@ -169,9 +168,9 @@ def test_one_worker_is_asked_to_save_once_there_is_something(
     """All that heard of it might do so in two steps, and save in both."""
     process = start("save", state)
     wait_for(tmp_path / "ready0", tmp_path / "ready1")
-    process.send_signal(signal.SIGUSR1)
+    send(process, signal.SIGUSR1)
     time.sleep(1)
-    process.send_signal(signal.SIGTERM)
+    send(process, signal.SIGTERM)
     result, error = finish(process)
     assert result == 0 and f"SIGUSR1: {said}" in error
     assert len(list(tmp_path.glob("asked*"))) == asked
@@ -201,9 +200,9 @@ def test_the_first_cause_is_named_whichever_rank_it_came_from(
 def test_a_second_interrupt_ends_the_workers_at_once(start: Start, tmp_path: Path) -> None:
     process = start("deaf")
     wait_for(tmp_path / "ready0", tmp_path / "ready1")
-    process.send_signal(signal.SIGINT)
+    send(process, signal.SIGINT)
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    send(process, signal.SIGINT)
     result, error = finish(process)
     assert result == 128 + signal.SIGINT
     assert "stopped by SIGINT before the workers had left" in error
@@ -212,10 +211,11 @@ def test_a_second_interrupt_ends_the_workers_at_once(start: Start, tmp_path: Pat
 
 def test_a_stopped_worker_is_named_while_the_others_wait(start: Start) -> None:
     process = start("stopped", module="faulty_worker")
-    assert process.stderr is not None
-    line = next(line for line in process.stderr if "worker" in line)
-    assert "worker 1 is stopped (SIGSTOP)" in line
-    os.kill(int(line.split()[-1]), signal.SIGCONT)
+    deadline = time.monotonic() + 60
+    while not (found := re.search(r"worker 1 is stopped \(SIGSTOP\).* (\d+)\n", process.errors())):
+        assert process.process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(int(found[1]), signal.SIGCONT)
     assert finish(process)[0] == 0
 
 
@@ -262,11 +262,11 @@ def test_an_early_interrupt_is_no_traceback(run_yaml: Path, tmp_path: Path, repo
     )
     deadline = time.monotonic() + 60
     while not _has_loaded(process.pid, loaded):
-        assert process.poll() is None and time.monotonic() < deadline, finish(process)
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=60)
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    result, error = finish(process)
-    assert result in (128 + signal.SIGINT, -signal.SIGINT, 1), error
+    _, error = process.communicate(timeout=60)
+    assert process.returncode in (128 + signal.SIGINT, -signal.SIGINT, 1), error
     assert "Traceback" not in error
 
 

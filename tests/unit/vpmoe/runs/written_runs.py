@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from megatron_vpmoe.metrics import JsonlSink, Record
+from megatron_vpmoe.config import load_config
+from megatron_vpmoe.metrics import JsonlSink, Record, RunStoreSink
 from megatron_vpmoe.metrics.run_store import identify, json_text, opened_store, put_row, written_directory
 
 CONFIG: dict[str, dict[str, Any]] = {
@@ -57,3 +58,16 @@ def write_run(
         }
         put_row(connection, "runs", {"id": identify(connection, store, directory), **facts, **row}, "id")
     return directory
+
+
+def register_runs(config: Path, folder: Path, runs: int, number: int) -> None:
+    """One of several processes, by ``number``, that each keep ``runs`` runs of three steps in the one store."""
+    cfg = load_config(config, ["--train-iters=3", "--lr-warmup-iters=1"])
+    for each in range(runs):
+        directory = folder / f"{number}_{each}"
+        directory.mkdir()
+        sink = RunStoreSink(cfg, directory, provenance={}, step=0, world_size=1)
+        for step in (1, 2, 3):
+            sink.write([Record(step, "loss/total", float(step))])
+            sink.sync()
+        sink.close()
