@@ -33,6 +33,7 @@ TINY = {
     "train_iters": 20,
     "lr_warmup_iters": 2,
     "nproc_per_node": 1,
+    "sample_max_new_tokens": 8,
     "wandb_mode": "disabled",
     "router_max_load_warn_pct": None,
     "router_dead_experts_warn": None,
