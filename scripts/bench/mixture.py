@@ -1,12 +1,12 @@
 """A mixture's decoding step and forward pass: the share of each part, and int8 weights against its own; interleaved.
 
     python scripts/bench/mixture.py                                      # configs/think/mixture.yaml, untrained
-    python scripts/bench/mixture.py --run runs/nano_think_mixture --data-path data/megatron/synth_mini
+    python scripts/bench/mixture.py --run runs/nano_think_mixture --data-path data/megatron/synth_kd_v1
 
 Both sides are of one process: in each round one after the other, in an order that rotates. A ratio is the seconds of
 fp32 weights over those of int8 weights, within a round, by the wall and by the process's CPU time. Shares are of the
-fp32 side by CPU-bound wall time (`runtime/range_clock.py`). With a run and a dataset the losses of both over its valid
-split are printed.
+fp32 side by CPU-bound wall time (`runtime/range_clock.py`). With a run and datasets the nats a supervised token of both
+over the same held-out documents are printed first, and their difference with its 95 % interval over documents.
 """
 
 from __future__ import annotations
@@ -16,23 +16,28 @@ import contextlib
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from megatron_vpmoe.config import load_config
+from megatron_vpmoe.config import RunConfig, load_config
+from megatron_vpmoe.data.batch import Span
 from megatron_vpmoe.generation.int8 import narrow_to_int8
 from megatron_vpmoe.generation.state_decoder import StateDecoder, decoder_of
 from megatron_vpmoe.manifest import read_manifest
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.model.gpt import VPModel
+from megatron_vpmoe.profiling.clock import parts_of
 from megatron_vpmoe.runtime import distributed
 from megatron_vpmoe.runtime.range_clock import RangeClock
 from megatron_vpmoe.runtime.ranges import annotated, listening
-from vpmoe.eval.open_model import open_model
-from vpmoe.eval.valid_split import valid_losses
+from vpmoe.eval.open_model import Opened, open_model
+from vpmoe.eval.suites.bootstrap import interval, resampled
+from vpmoe.eval.suites.likelihood import measure
+from vpmoe.eval.suites.text import Asked, passages_of
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "think" / "mixture.yaml"
 CLOCKS = {"wall": time.perf_counter, "CPU": time.process_time}
@@ -42,12 +47,16 @@ Side = Callable[[], object]
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="a trained mixture")
-    parser.add_argument("--data-path", type=Path, help="with --run: a dataset whose valid split tells the losses")
+    parser.add_argument("--data-path", type=Path, nargs="+", default=[], help="with --run: held-out text is of these")
+    parser.add_argument("--documents", type=int, default=40, help="of the valid split of each, the first")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--length", type=int, default=256, help="tokens of the forward pass, and before a step")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.data_path and args.run is None:
+        parser.error("--data-path is to measure a --run on")
+    return args
 
 
 def step_of(model: VPModel, rows: int, length: int) -> Side:
@@ -71,28 +80,36 @@ def forward_of(model: VPModel, length: int) -> Side:
     return forward
 
 
-def shares(model: VPModel, run: Side, rounds: int) -> str:
+def shares(parts: Sequence[str], run: Side, rounds: int) -> str:
     """Of each part, in percent of all."""
-    parts = ["latent_attention", "router", *(f"experts.{name}" for name in model.decoder.experts), "adapters", "head"]
     clock = RangeClock([*parts, "whole"])
-    logits = model.logits
-
-    def marked(hidden: torch.Tensor) -> torch.Tensor:
-        with annotated("head"):
-            return logits(hidden)
-
-    model.logits = marked  # type: ignore[method-assign]
-    try:
-        with listening(clock):
-            for _ in range(rounds):
-                with annotated("whole"):
-                    run()
-    finally:
-        del model.logits
+    with listening(clock):
+        for _ in range(rounds):
+            with annotated("whole"):
+                run()
     spent = clock.seconds
     whole = sum(spent.values())
     told = "  ".join(f"{part} {100 * spent.get(part, 0.0) / whole:.1f}" for part in parts)
     return f"{told}  rest {100 * spent.get('whole', 0.0) / whole:.1f} %, {1e3 * whole / rounds:.2f} ms"
+
+
+def losses(own: Opened, narrow: Opened, folder: Path, documents: int) -> str:
+    """Of both over the first documents of a valid split."""
+    manifest = read_manifest(folder)
+    own.require_vocabulary(manifest)
+    asked = Asked(data_path=folder, documents=documents)
+    passages, _ = passages_of(own.tokenizer, manifest, asked, None)
+    # float64 [3, D]: nats, tokens and bytes of each document.
+    first, second = (
+        measure(one.model, passages, batch_size=asked.batch_size, spans=len(Span)).documents.sum(-1)
+        for one in (own, narrow)
+    )
+    (nats, tokens, _), (other, _, _) = (each[:, first[1] > 0] for each in (first, second))
+    drawn = resampled(np.stack([other - nats, tokens]), str(folder))
+    low, high = interval(drawn[:, 0] / drawn[:, 1])
+    mean, more = (each.sum() / tokens.sum() for each in (nats, other - nats))
+    of_what = f"{tokens.sum():,.0f} supervised tokens of {len(tokens)} held-out documents"
+    return f"{folder}, {of_what}: {mean:.5f} nats a token, int8 {more:+.5f} (95 %: {low:+.5f} to {high:+.5f})"
 
 
 def compare(sides: dict[str, Side], rounds: int) -> Iterator[str]:
@@ -113,15 +130,13 @@ def compare(sides: dict[str, Side], rounds: int) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def both(args: argparse.Namespace) -> Iterator[tuple[VPModel, VPModel]]:
-    """The same model twice, and what has become of the second is printed; with a dataset the losses too."""
+def both(args: argparse.Namespace) -> Iterator[tuple[RunConfig, VPModel, VPModel]]:
+    """Configuration, model, and the model with int8 weights; what that changes in size or losses is printed."""
     if args.run is not None:
         with open_model(args.run, bf16=False) as own, open_model(args.run, bf16=False, int8=True) as narrow:
-            yield own.model, narrow.model
-            if args.data_path is not None:
-                losses = [valid_losses(one, read_manifest(args.data_path)) for one in (own, narrow)]
-                for name, value in losses[0].items():
-                    print(f"{name}: {value:.5f}, with int8 weights {losses[1][name]:.5f}")
+            for folder in args.data_path:
+                print(losses(own, narrow, folder, args.documents), flush=True)
+            yield own.cfg, own.model, narrow.model
         return
     cfg = load_config(CONFIG, ["--no-bf16", "--padded-vocab-size", "32000", "--load-experts", "null"])
     with distributed.single_process(seed=1):
@@ -129,14 +144,14 @@ def both(args: argparse.Namespace) -> Iterator[tuple[VPModel, VPModel]]:
         narrow.load_state_dict(model.state_dict())
         told = narrow_to_int8(narrow)
         print(f"{told.layers} linear layers; {told.before / 2**20:.1f} MiB of weights become {told.after / 2**20:.1f}")
-        yield model, narrow
+        yield cfg, model, narrow
 
 
 @torch.no_grad()
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
-    with both(args) as (own, narrow):
+    with both(args) as (cfg, own, narrow):
         print(f"{args.threads} threads, {args.rounds} rounds, load {os.getloadavg()[0]:.1f}")
         cases: dict[str, Callable[[VPModel], Side]] = {
             f"step of {rows} rows": lambda model, rows=rows: step_of(model, rows, args.length) for rows in args.rows
@@ -146,7 +161,7 @@ def main() -> None:
             sides = {"fp32": side_of(own), "int8": side_of(narrow)}
             for line in compare(sides, args.rounds):
                 print(f"{case}, {line}", flush=True)
-            print(f"{case}, shares: {shares(own, sides['fp32'], args.rounds)}", flush=True)
+            print(f"{case}, shares: {shares((*parts_of(cfg), 'head'), sides['fp32'], args.rounds)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def test_every_phase_then_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[s
         assert 2 < alone["nats"] < 7 and alone["tokens"] == report["full"]["tokens"] > 8 * 384
     for weights in report["routing"].values():
         assert sum(weights[kind] for kind in ("transformer", "state_space", "denoiser")) == pytest.approx(1, abs=1e-4)
+        assert all(0 < std < 0.5 for std in weights["std"].values()) and len(weights["std"]) == 3
     assert report["said"] and "| 1 | full model |" in (folder / "report.md").read_text()
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     checkpoints = sorted((tmp_path / "runs").rglob("files.json"))

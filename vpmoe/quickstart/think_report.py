@@ -73,7 +73,6 @@ def measured(runs: ThinkRuns, domains: Sequence[str]) -> dict[str, Any]:
         "tokens": tokens["diffuser"],
         "domains": errors,
     }
-    weights = (*_KINDS, "entropy")
     # Each expert of a mixture has read the first of these tokens, and the mixture the second.
     mixtures = {
         name: _likelihoods(curves[name], domains, tokens["transformer"] + tokens[name])
@@ -84,10 +83,7 @@ def measured(runs: ThinkRuns, domains: Sequence[str]) -> dict[str, Any]:
         **mixtures,
         "store": {"with": mixtures["full"]["nats"], "without": mixtures["storeless"]["nats"]},
         "experts": experts,
-        "routing": {
-            domain: {name: _last(curves["full"], f"valid/{domain}/routing/{name}") for name in weights}
-            for domain in domains
-        },
+        "routing": {domain: _routing(curves["full"], f"valid/{domain}/routing") for domain in domains},
     }
 
 
@@ -118,13 +114,15 @@ def table(seeds: Sequence[Mapping[str, Any]], domains: Sequence[str]) -> str:
 
 
 def routing_table(seeds: Sequence[Mapping[str, Any]]) -> str:
-    """A row a domain of each seed, in Markdown: the mean weight of each expert, the entropy, the diffuser's error."""
-    headings = ("seed", "domain", *map(_spelled, _KINDS), "entropy, nats", "error of the diffuser", "after DDIM")
+    """A row a domain of each seed, in Markdown: each expert's mean weight and its standard deviation over tokens, the
+    entropy, the diffuser's error."""
+    of_kinds = [f"{_spelled(kind)}, mean ± std" for kind in _KINDS]
+    headings = ("seed", "domain", *of_kinds, "entropy, nats", "error of the diffuser", "after DDIM")
     rows = []
     for one in seeds:
         for domain, weights in one["routing"].items():
             error = one["experts"]["diffuser"]["domains"][domain]
-            shares = [percent(weights[kind]) for kind in _KINDS]
+            shares = [f"{percent(weights[kind])} ± {percent(weights['std'][kind])}" for kind in _KINDS]
             numbers = (weights["entropy"], error["error"], error["denoised_error"])
             rows.append([str(one["seed"]), domain, *shares, *(f"{number:.3f}" for number in numbers)])
     return markdown_table(headings, rows)
@@ -195,6 +193,12 @@ def _likelihoods(curves: Curves, domains: Sequence[str], tokens: float) -> dict[
 
 def _likelihood(nats: float) -> dict[str, float]:
     return {"nats": nats, "perplexity": math.exp(nats)}
+
+
+def _routing(curves: Curves, tag: str) -> dict[str, Any]:
+    """Each expert's mean weight, the mean entropy, and under ``std`` the weights' standard deviations."""
+    means = {name: _last(curves, f"{tag}/{name}") for name in (*_KINDS, "entropy")}
+    return {**means, "std": {kind: _last(curves, f"{tag}/{kind}/std") for kind in _KINDS}}
 
 
 def _last(curves: Curves, tag: str) -> float:

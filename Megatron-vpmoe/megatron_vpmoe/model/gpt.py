@@ -33,6 +33,7 @@ from megatron_vpmoe.model.moe.real_tokens import RealTokens
 from megatron_vpmoe.model.output import ModelOutput
 from megatron_vpmoe.model.pipeline import Stage, Wire, draw_preceding_weights
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
+from megatron_vpmoe.runtime.ranges import annotated
 from megatron_vpmoe.think.diffuser import Diffuser
 from megatron_vpmoe.think.scale import Scale
 
@@ -158,7 +159,8 @@ class VPModel(LanguageModule):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output projection over the whole vocabulary, [..., H] -> [..., V]; equal on every rank."""
-        return gather_from_tensor_model_parallel_region(self.project(hidden), group=self.pg_collection.tp)
+        with annotated("head"):
+            return gather_from_tensor_model_parallel_region(self.project(hidden), group=self.pg_collection.tp)
 
     def project(self, hidden: Tensor) -> Tensor:
         """The output projection over this rank's part of the vocabulary, [..., H] -> [..., V / T]."""

@@ -43,7 +43,7 @@ class ObjectiveResult:
     Attributes:
         loss: 0-d, differentiable; the sum over all micro-batches and ranks is the global loss.
         metrics: tag -> 0-d tensor without gradient; summed over micro-batches and ranks they are the global values.
-            ``loss/total`` has to be among them.
+            ``loss/total`` has to be among them. What is no sum is made of such by ``Objective.of_sums``.
     """
 
     loss: Tensor
@@ -95,6 +95,10 @@ class Objective(ABC):
             output: of the model, for ``batch``; to be read in one of its three ways.
             totals: ``counts`` summed over all micro-batches and data-parallel ranks.
         """
+
+    def of_sums(self, sums: dict[str, float]) -> dict[str, float]:
+        """Metrics of ``ObjectiveResult.metrics`` summed over the global batch; what is no sum is made of them here."""
+        return sums
 
     def summary(self, totals: dict[str, float]) -> dict[str, float]:
         """Metrics that follow from the global counts alone and must not be summed: the counts, effective weights."""

@@ -6,6 +6,7 @@ shows what they are good for. c falls evenly from ``mixture_entropy_coeff`` at t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from megatron_vpmoe.config import RunConfig
     from megatron_vpmoe.model.output import ModelOutput
 
+_SQUARE = "/square"
+
 
 @dataclass
 class _Step:
@@ -33,7 +36,8 @@ class MixtureCE(TokenCE):
 
     Metrics, means over the supervised tokens of the global batch: ``loss/ce`` in nats; ``loss/total``, in training less
     the entropy by its coefficient, in validation the same as ``loss/ce``; ``routing/<expert>``, the weight of each;
-    ``routing/entropy`` in nats; ``routing/entropy_coeff``; ``tokens/supervised``, a count.
+    ``routing/entropy`` in nats. ``routing/<expert>/std``, the weight's standard deviation over these tokens;
+    ``routing/entropy_coeff``; ``tokens/supervised``, a count.
 
     Attributes:
         coefficient: of the entropy at the first step.
@@ -60,11 +64,20 @@ class MixtureCE(TokenCE):
         weight_NE = at_places(cast(Tensor, output.expert_weight_BSE), batch.supervised)
         spread = entropy(weight_NE).sum() * share
         names = cast(Any, output.model.decoder).experts.keys()
-        each = (weight_NE.detach().sum(0) * share).unbind()
-        metrics = {f"routing/{name}": mean for name, mean in zip(names, each, strict=True)}
+        wide_NE = weight_NE.detach().double()  # a deviation is what two sums leave of each other
+        metrics = {}
+        for ending, of_each in (("", wide_NE), (_SQUARE, wide_NE.square())):
+            means = (of_each.sum(0) * share).unbind()
+            metrics |= {f"routing/{name}{ending}": mean for name, mean in zip(names, means, strict=True)}
         metrics |= {"loss/ce": result.loss.detach(), "routing/entropy": spread.detach()}
         loss = result.loss - self._current() * spread if output.model.training else result.loss
         return ObjectiveResult(loss, {"loss/total": loss.detach(), **metrics})
+
+    def of_sums(self, sums: dict[str, float]) -> dict[str, float]:
+        """Of the mean of a weight's square its standard deviation."""
+        squares = {tag.removesuffix(_SQUARE): value for tag, value in sums.items() if tag.endswith(_SQUARE)}
+        stds = {f"{tag}/std": math.sqrt(max(square - sums[tag] ** 2, 0.0)) for tag, square in squares.items()}
+        return {tag: value for tag, value in sums.items() if not tag.endswith(_SQUARE)} | stds
 
     def summary(self, totals: dict[str, float]) -> dict[str, float]:
         """The count, and the coefficient of the step."""

@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from megatron_vpmoe.model.builder import build_model, wrap_for_training
 from megatron_vpmoe.objectives import build_objective
 from megatron_vpmoe.optim import build_optimizer
-from megatron_vpmoe.profiling.clock import RANGES, TraceMarks
+from megatron_vpmoe.profiling.clock import TraceMarks, ranges_of
 from megatron_vpmoe.profiling.exposed import communication
 from megatron_vpmoe.profiling.mock import mock_step
 from megatron_vpmoe.profiling.stopwatch import seconds
@@ -84,7 +84,8 @@ def capture(subject: Subject, directory: Path, window: Window, *, tool: str) -> 
     for _ in range(window.warm):
         subject.step()
     bare = [seconds(subject.step) for _ in range(window.steps)]
-    clock = RangeClock()
+    names = (*ranges_of(subject.cfg), "step")
+    clock = RangeClock(names)
     clocked = seconds(lambda: _listen(subject, clock, window.steps))
     if tool == "nsys":
         torch.cuda.profiler.start()
@@ -100,8 +101,7 @@ def capture(subject: Subject, directory: Path, window: Window, *, tool: str) -> 
         "tokens_per_second": round(subject.tokens / step, 1),
         "clocked_step_ms": _ms(clocked / window.steps),
         "split_ms": {
-            ("other" if name == "step" else name): _ms(clock.seconds.get(name, 0.0) / window.steps)
-            for name in (*RANGES, "step")
+            ("other" if name == "step" else name): _ms(clock.seconds.get(name, 0.0) / window.steps) for name in names
         },
         "communication_ms": exposed and {name: round(value / window.steps, 3) for name, value in exposed.items()},
         "peak_memory_mib": round(memory_in_use()["peak"] / 2**20, 1),
@@ -125,8 +125,9 @@ def _traced(subject: Subject, steps: int, directory: Path) -> tuple[list[dict[st
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
+    marks = TraceMarks()
     with torch.profiler.profile(activities=activities) as profile:
-        _listen(subject, TraceMarks(), steps)
+        _listen(subject, marks, steps)
     plain = directory / "trace.json"
     profile.export_chrome_trace(str(plain))
     with plain.open("rb") as source, gzip.open(directory / "trace.json.gz", "wb", compresslevel=4) as packed:
@@ -134,7 +135,7 @@ def _traced(subject: Subject, steps: int, directory: Path) -> tuple[list[dict[st
     events = json.loads(plain.read_bytes())["traceEvents"]
     plain.unlink()
     where = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    operators = [event for event in profile.key_averages() if event.key not in (*RANGES, "step")]
+    operators = [event for event in profile.key_averages() if event.key not in marks.names]
     operators.sort(key=lambda event: getattr(event, where), reverse=True)
     return [
         {"name": event.key, "self_ms": round(getattr(event, where) / 1e3 / steps, 3), "calls": event.count / steps}

@@ -25,6 +25,7 @@ from megatron_vpmoe.model.norm import RMSNorm
 from megatron_vpmoe.model.recompute import recomputed
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.runtime.counter import normal, uniform
+from megatron_vpmoe.runtime.ranges import annotated
 from megatron_vpmoe.think.decoding import Entry, Past
 from megatron_vpmoe.think.denoiser_layer import Attend, DenoiserLayer, Modulation, modulated
 from megatron_vpmoe.think.linear import linear
@@ -140,13 +141,14 @@ class Diffuser(Module):
     def _attends(self, x_BSH: Tensor, angle: Tensor, kept_of: Callable[[int, Tensor], Attend]) -> list[Attend]:
         """Of each layer what attends to its clean tokens; ``kept_of`` makes it of a layer's keys and values."""
         attends: list[Attend] = []
-        modulations = self._modulations(torch.zeros((), dtype=torch.int64, device=x_BSH.device))
-        for number, (layer, by) in enumerate(zip(self.layers, modulations[:-1], strict=True)):
-            layer = cast(DenoiserLayer, layer)
-            if attends:
-                before = cast(DenoiserLayer, self.layers[number - 1])
-                x_BSH = self._run(before.advance, x_BSH, angle, modulations[number - 1], attends[-1])
-            attends.append(kept_of(number, layer.keys_values(x_BSH, angle, by)))
+        with annotated("context"):
+            modulations = self._modulations(torch.zeros((), dtype=torch.int64, device=x_BSH.device))
+            for number, (layer, by) in enumerate(zip(self.layers, modulations[:-1], strict=True)):
+                layer = cast(DenoiserLayer, layer)
+                if attends:
+                    before = cast(DenoiserLayer, self.layers[number - 1])
+                    x_BSH = self._run(before.advance, x_BSH, angle, modulations[number - 1], attends[-1])
+                attends.append(kept_of(number, layer.keys_values(x_BSH, angle, by)))
         return attends
 
     def _denoised(self, x_BSH: Tensor, angle: Tensor, attends: Sequence[Attend], noise_key_BS: Tensor) -> Tensor:
@@ -161,10 +163,11 @@ class Diffuser(Module):
         return estimate.to(x_BSH.dtype)
 
     def _estimate(self, hidden: Tensor, angle: Tensor, attends: Sequence[Attend], by: Sequence[Tensor]) -> Tensor:
-        for layer, layer_by, attend in zip(self.layers, by[:-1], attends, strict=True):
-            hidden = self._run(cast(DenoiserLayer, layer).advance, hidden, angle, layer_by, attend)
-        shift, scale = by[-1].unbind(-2)
-        return self.estimate(modulated(self.final_layernorm(hidden), shift, scale))
+        with annotated("estimate"):
+            for layer, layer_by, attend in zip(self.layers, by[:-1], attends, strict=True):
+                hidden = self._run(cast(DenoiserLayer, layer).advance, hidden, angle, layer_by, attend)
+            shift, scale = by[-1].unbind(-2)
+            return self.estimate(modulated(self.final_layernorm(hidden), shift, scale))
 
     def _modulations(self, level: Tensor) -> list[Tensor]:
         """Of each layer [..., 6, H] at int64 levels [...], and at the end the last norm's [..., 2, H]."""

@@ -18,6 +18,7 @@ from megatron_vpmoe.model.gpt import VPModel
 from megatron_vpmoe.model.output import ModelOutput
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.runtime.counter import draw_key, random_bits
+from megatron_vpmoe.runtime.ranges import annotated
 from megatron_vpmoe.think.decoding import Entry, Past
 from megatron_vpmoe.think.diffuser import Diffuser
 from megatron_vpmoe.think.memory import Memory
@@ -54,7 +55,10 @@ class MixtureModel(VPModel):
             what an objective reads, with the weights of the experts.
         """
         past = None if computed is None else Past.of(layout)
-        memory = None if self.recall is None else self.recall.memory(tokens_BS, layout, self._table())
+        memory = None
+        if self.recall is not None:
+            with annotated("recall"):
+                memory = self.recall.memory(tokens_BS, layout, self._table())
         keys = {"scale": self.scale(), "noise_key_BS": noise_key(tokens_BS, layout.position)}
         hidden_BSH, weight_BSE = self.decoder(self.embedded(tokens_BS), layout, past, **keys, memory=memory)
         if computed is not None and past is not None:
@@ -86,7 +90,10 @@ class MixtureModel(VPModel):
             state: of ``entries``, [B, ...]; goes on in place.
             scale: of the embedding.
         """
-        memory = None if self.recall is None else self._reminded(self.recall, token_B, position_B, state)
+        memory = None
+        if self.recall is not None:
+            with annotated("recall"):
+                memory = self._reminded(self.recall, token_B, position_B, state)
         keys = {"scale": scale, "noise_key_B": noise_key(token_B, position_B)}
         return self.decoder.step(self.embedded(token_B), position_B, state, **keys, memory=memory)
 

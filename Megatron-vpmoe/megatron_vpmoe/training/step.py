@@ -190,4 +190,4 @@ def _global_metrics(
     """On every stage: the last one's sums by name, and what follows from the counts."""
     measured = dict(zip(names, summed, strict=True))
     told = stages.from_last_stage(measured or None)
-    return {**told, **objective.summary(totals), "tokens/real": totals["tokens/real"]}
+    return {**objective.of_sums(told), **objective.summary(totals), "tokens/real": totals["tokens/real"]}

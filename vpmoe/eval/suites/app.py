@@ -142,7 +142,9 @@ def text(
     bf16: Precision = None,
     int8: Int8Option = False,
     store: StoreOption = None,
-    output: Annotated[Path | None, typer.Option(help="the report (default: reports/eval/text/CHECKPOINT.json)")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="the report (default: reports/eval/text/CHECKPOINT[_int8].json)")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Nats a token, perplexity and bits per byte, by position, of texts or of a dataset's conversations."""

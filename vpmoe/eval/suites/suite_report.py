@@ -144,9 +144,9 @@ def means(
 
 
 def default_output(suite: str, opened: Opened) -> Path:
-    """Where the report on a model lies; each checkpoint of a run has its own."""
+    """Where the report on a model lies; each checkpoint of a run has its own, and another with int8 weights."""
     name = opened.name if opened.iteration is None else f"{opened.name}_{opened.iteration:07d}"
-    return Path("reports") / "eval" / suite / f"{name}.json"
+    return Path("reports") / "eval" / suite / f"{name}{'_int8' if opened.int8 else ''}.json"
 
 
 def items_file(output: Path) -> Path:

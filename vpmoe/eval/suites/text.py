@@ -42,7 +42,7 @@ class Asked:
         stride: tokens from one window to the next; None: half a window.
         batch_size: passages that a process reads at once.
         bf16: compute in bfloat16 or not; None: as the run did.
-        output: the report; None: ``reports/eval/text/<checkpoint>.json``.
+        output: the report; None: ``reports/eval/text/<checkpoint>[_int8].json``.
         overwrite: replace a finished report.
         quiet: no progress bar.
     """

@@ -7,22 +7,28 @@ import gzip
 import json
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from megatron_vpmoe.config import load_config
+from megatron_vpmoe.config import RunConfig, load_config
+from megatron_vpmoe.config.parameters import EMBEDDING
 from megatron_vpmoe.errors import ConfigError, DeviceError
+from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.profiling.__main__ import launch, settings
 from megatron_vpmoe.profiling.capture import Subject, Window, capture
-from megatron_vpmoe.profiling.clock import RANGES
+from megatron_vpmoe.profiling.clock import ranges_of
 from megatron_vpmoe.profiling.mock import mock_step
 from megatron_vpmoe.runtime import range_clock, ranges
 from megatron_vpmoe.runtime.range_clock import RangeClock, UpstreamTimers
 from megatron_vpmoe.runtime.ranges import annotated, listening
-from tests.tiny import ROOT, tiny_config
+from megatron_vpmoe.think.recall import store_of
+from tests.tiny import MIXTURE, ROOT, tiny_config
 
 
 class Ticks:
@@ -124,20 +130,59 @@ def test_mock_rows_are_full_and_repeatable() -> None:
     assert not other.tokens.equal(first.tokens)
 
 
+def with_a_store(path: Path) -> RunConfig:
+    """A mixture that reads one over the embedding that the next model will have."""
+    torch.manual_seed(0)
+    table = build_model(tiny_config(**MIXTURE)).get_parameter(EMBEDDING)
+    store_of(np.random.default_rng(2).integers(1, 64, (12, 20)), table, chunk=4).save(path)
+    torch.manual_seed(0)
+    return tiny_config(**MIXTURE, memory_entries=3, store=path)
+
+
+ALONE: dict[str, Any] = {**MIXTURE, "mixture_experts": None, "num_layers": 2}
+KINDS: dict[str, tuple[Callable[[Path], RunConfig], set[str]]] = {
+    "experts in their place": (
+        lambda _: tiny_config(),
+        {"attention", "feed_forward", "dispatch", "router", "experts", "shared_expert"},
+    ),
+    "mixture": (
+        with_a_store,
+        {"recall", "latent_attention", "router", "adapters"}
+        | {f"experts.{kind}" for kind in ("transformer", "state_space", "denoiser")},
+    ),
+    "state_space": (
+        lambda _: tiny_config(**ALONE, layer_type="state_space", objective="token_ce", train_only=None),
+        {"state_space"},
+    ),
+    "denoiser": (
+        lambda _: tiny_config(**ALONE, layer_type="denoiser", objective="denoising", train_only='["decoder.*"]'),
+        {"context", "estimate"},
+    ),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("single_process")
-def test_capture_splits_a_whole_step(tmp_path: Path) -> None:
-    """Every range of a step is found, the split adds up to the step, and the trace holds the ranges."""
-    found = capture(Subject(tiny_config()), tmp_path, Window(warm=1, steps=1), tool="torch")
+@pytest.mark.parametrize("kind", KINDS)
+def test_capture_splits_a_whole_step(kind: str, tmp_path: Path) -> None:
+    """Every range of a step of such a model is found, those alone are told of, and the trace holds them."""
+    config, parts = KINDS[kind]
+    cfg = config(tmp_path / "some.store")
+    names = set(ranges_of(cfg))
+    assert names == {"forward", *parts, "loss", "backward", "optimizer", "communication"}
+    found = capture(Subject(cfg), tmp_path, Window(warm=1, steps=1), tool="torch")
     split = found["split_ms"]
-    assert set(split) == {*RANGES, "other"}
+    assert set(split) == {*names, "other"}
     assert all(value > 0 for value in split.values()), split
     assert found["tokens_per_second"] == pytest.approx(4 * 48 / found["step_ms"]["median"] * 1e3, rel=1e-2)
-    assert found["router_agg"]["moe/router_agg/experts_active_mean"] > 0
-    assert found["top_operators"] and found["peak_memory_mib"] > 0
+    assert found["peak_memory_mib"] > 0
     trace = json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))
-    assert set(RANGES) <= {event.get("name") for event in trace["traceEvents"]}
+    assert names <= {event.get("name") for event in trace["traceEvents"]}
+    operators = {operator["name"] for operator in found["top_operators"]}
+    assert operators and not operators & {*names, "attention", "feed_forward", "state_space", "step"}
     assert found["communication_ms"]["total"] >= found["communication_ms"]["exposed"] >= 0
+    if kind == "experts in their place":
+        assert found["router_agg"]["moe/router_agg/experts_active_mean"] > 0
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.files import sha256_of_file
+from megatron_vpmoe.generation.exported_step import ExportedStep
 from megatron_vpmoe.model.attention.masks import left_padded
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.retrieval.vector_store import VectorStore
@@ -54,12 +56,29 @@ def test_sample_prints_the_weights_at_each_token(mixture_run: Path, capsys) -> N
 
 
 @pytest.mark.slow
-def test_int8_weights_are_asked_for_and_told(mixture_run: Path, run_directory: Path, capsys) -> None:
+def test_int8_weights_are_asked_for_and_told(
+    mixture_run: Path, run_directory: Path, data: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     words = ["What is 1 + 2?", "--max-new-tokens", "5", "--int8"]
     assert main(["sample", str(mixture_run), *words]) == 0
     assert "step 0, int8 weights)" in capsys.readouterr().out
     assert main(["sample", str(run_directory), *words]) == 2
     assert "reads its weights in layouts of oneDNN" in capsys.readouterr().err
+    words = ["eval", "text", str(mixture_run), "--data-path", str(data / "dataset"), "--documents", "3"]
+    assert main(words) == main([*words, "--int8"]) == 0
+    paths = sorted((tmp_path / "reports" / "eval" / "text").glob("*.json"), key=lambda path: len(path.name))
+    assert [path.stem.endswith("_0000000_int8") for path in paths] == [False, True]
+    reports = [json.loads(path.read_text()) for path in paths]
+    assert [report["checkpoint"].pop("int8", False) for report in reports] == [False, True]
+    assert (
+        reports[0]["checkpoint"] == reports[1]["checkpoint"]
+        and reports[0]["tasks"].keys() == reports[1]["tasks"].keys()
+    )
+    for name, task in reports[0]["tasks"].items():
+        other = reports[1]["tasks"][name]
+        assert task["tokens"] == other["tokens"]
+        assert 0 < abs(task["nats_per_token"] - other["nats_per_token"]) < 0.02
 
 
 @pytest.mark.slow
@@ -145,9 +164,23 @@ def _remembers(run: Path, store: Path, capsys, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
-def test_a_checkpoint_opens_alone(mixture_run: Path) -> None:
+def test_a_checkpoint_opens_alone_and_its_step_is_exported(mixture_run: Path, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "step.pt2"
+    words = ["checkpoint", "export-step", str(mixture_run), "--output", str(path)]
+    assert main(words) == 0
+    told, step = capsys.readouterr().out, ExportedStep.read(path)
+    assert re.match(rf"{path}: one step of .*, step 0; a state of [\d,]+ bytes a row and [\d,]+ a token$", told)
+    assert main(words) == 2 and "there is a file" in capsys.readouterr().err
     with open_model(mixture_run) as opened:
-        assert tuple(opened.model.decoder.experts) == NAMES and not opened.model.training
+        model = opened.model
+        assert tuple(model.decoder.experts) == NAMES and not model.training
+        assert step.model == opened.entry and step.vocab_size == model.vocab_size
+        ids, state = [5, 9, 3, 60, 1, 33], step.state(1, 6)
+        with torch.no_grad():
+            expected = model(*left_padded([ids], torch.device("cpu"))).logits()[0]
+        for at, token in enumerate(ids):
+            found, state = step.program(torch.tensor([token]), torch.tensor([at]), state)
+            torch.testing.assert_close(found[0], expected[at], rtol=1e-4, atol=1e-5)
 
 
 def test_the_inspector_shows_what_the_pass_computes(single_process: None) -> None:
