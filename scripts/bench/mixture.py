@@ -5,8 +5,8 @@
 
 Both sides are of one process: in each round one after the other, in an order that rotates. A ratio is the seconds of
 fp32 weights over those of int8 weights, within a round, by the wall and by the process's CPU time. Shares are of the
-fp32 side by CPU-bound wall time (`runtime/range_clock.py`). With a run and datasets the nats a supervised token of both
-over the same held-out documents are printed first, and their difference with its 95 % interval over documents.
+fp32 side, by CPU time. With a run and datasets the nats a supervised token of both over the same held-out documents are
+printed first, and their difference with its 95 % interval over documents.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def forward_of(model: VPModel, length: int) -> Side:
 
 def shares(parts: Sequence[str], run: Side, rounds: int) -> str:
     """Of each part, in percent of all."""
-    clock = RangeClock([*parts, "whole"])
+    clock = RangeClock([*parts, "whole"], now=CLOCKS["CPU"])
     with listening(clock):
         for _ in range(rounds):
             with annotated("whole"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from itertools import pairwise
 from typing import Any
 
@@ -32,10 +32,13 @@ class RangeClock:
         wait: wait for the device at every border, so that a range has what it launched; on a GPU that makes a step
             slower than it is. False: a border is an event in the GPU's stream, and nobody waits. ``seconds`` then
             wants a device that has finished.
+        now: what tells the seconds where borders are no events; None: the wall.
     """
 
-    def __init__(self, names: Collection[str] | None = None, *, wait: bool = True) -> None:
-        self._names, self._in_stream = names, has_gpu() and not wait
+    def __init__(
+        self, names: Collection[str] | None = None, *, wait: bool = True, now: Callable[[], float] | None = None
+    ) -> None:
+        self._names, self._in_stream, self._now = names, has_gpu() and not wait, now or time.perf_counter
         self._open: list[str] = []
         self._told: list[str] = []
         self._borders: list[tuple[str | None, Any]] = []
@@ -82,7 +85,7 @@ class RangeClock:
             now.record()
         else:
             finish()
-            now = time.perf_counter()
+            now = self._now()
         self._borders.append((self._told[-1] if self._told else None, now))
 
 
