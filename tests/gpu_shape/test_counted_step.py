@@ -30,6 +30,12 @@ MADE_ONCE = ("model/attention/grape.py",)  # the slopes, in the first step of a 
 DISPATCHER = ("transformer/moe/", "model/moe/")
 """Where upstream's exchange of tokens, and what stands on it, asks for numbers of rows."""
 
+KINDS = ", ".join(f"{{layer_type: {kind}, num_layers: 1}}" for kind in ("transformer", "state_space", "denoiser"))
+OTHER_LAYERS = {
+    "a mixture of all": ("think/mixture.yaml", "--mixture-experts", f"[{KINDS}]"),
+    "a denoiser": ("think/diffuser.yaml", "--num-layers", "1"),
+}
+
 of_runs = pytest.mark.parametrize("run", RUNS)
 
 
@@ -55,6 +61,15 @@ def test_the_host_runs_ahead(run: str) -> None:
     assert not [site for site in found if not site.startswith(MADE_ONCE)]
     [(site, count)] = waits(counts, "optimizer").items()
     assert site.startswith("training/step.py") and count == 1  # for metrics and gradient norm together
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", OTHER_LAYERS)
+def test_the_host_runs_ahead_of_other_layers(run: str) -> None:
+    counts = counted(*OTHER_LAYERS[run])
+    assert counts.total("forward").flops and not waits(counts, "forward", "backward", "other")
+    [(site, count)] = waits(counts, "optimizer").items()
+    assert site.startswith("training/step.py") and count == 1
 
 
 @pytest.mark.slow

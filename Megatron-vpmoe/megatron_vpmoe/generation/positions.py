@@ -106,5 +106,5 @@ def _frequencies(layers: Sequence[VPSelfAttention]) -> list[Tensor]:
     """fp32 or wider [D / 2], of each layer; one where all have the same."""
     first, scale = layers[0], layers[0].config.grapem_log_freq_scale
     if first.grape_log_freq is None:
-        return [grape.rope_frequencies(first.head_dim, first.config.rotary_base).to(first.linear_proj.weight.device)]
+        return [grape.rope_frequencies(first.head_dim, first.config.rotary_base, first.linear_proj.weight.device)]
     return [torch.exp(layer.grape_log_freq.detach() / scale) for layer in layers if layer.grape_log_freq is not None]

@@ -64,8 +64,12 @@ class Denoising(Objective):
 
     def noise_keys(self, batch: Batch, training: bool) -> Tensor:
         """int64 [b, s]: of each position a hash of seed, pass, sample, document and position."""
-        device = batch.tokens.device
-        run = torch.tensor(draw_key(self.seed, _TRAINING if training else _VALIDATION), device=device)
-        row_B = random_bits(run, torch.tensor(batch.sample_ids, device=device))
+
+        def filled(number: int) -> Tensor:
+            """By the device, which a copy of the host's number would wait for."""
+            return torch.full((), number, dtype=torch.int64, device=batch.tokens.device)
+
+        run = filled(draw_key(self.seed, _TRAINING if training else _VALIDATION))
+        row_B = random_bits(run, torch.stack([*map(filled, batch.sample_ids)]))
         document_BS = random_bits(row_B.unsqueeze(1), batch.document_id.long())
         return random_bits(document_BS, batch.position_ids)

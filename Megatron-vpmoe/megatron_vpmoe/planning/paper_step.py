@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -96,6 +96,7 @@ def _run(cfg: RunConfig, counting: Counting, on_card: Callable[[Tensor], Tensor]
     from megatron.core import parallel_state
 
     from megatron_vpmoe.model.attention.backends import flex
+    from megatron_vpmoe.model.block import VPTransformerLayer
     from megatron_vpmoe.model.builder import build_model, wrap_for_training
     from megatron_vpmoe.model.precision import cast_parameters
     from megatron_vpmoe.model.recompute import is_recomputing
@@ -122,7 +123,8 @@ def _run(cfg: RunConfig, counting: Counting, on_card: Callable[[Tensor], Tensor]
     batches = [batch.pinned() for batch in mock_step(cfg, step=0, dp_rank=rank, dp_size=size)]
     model.config.timers = UpstreamTimers(counting.ranges)
     for layer in model.decoder.layers:
-        _watch(layer, _kind(cfg, cast(int, layer.layer_number)), counting)
+        if isinstance(layer, VPTransformerLayer):  # those of others have no kinds
+            _watch(layer, _kind(cfg, layer.layer_number), counting)
     with listening(counting.ranges):
         for _ in range(steps):
             counting.label(

@@ -142,7 +142,7 @@ class Diffuser(Module):
         """Of each layer what attends to its clean tokens; ``kept_of`` makes it of a layer's keys and values."""
         attends: list[Attend] = []
         with annotated("context"):
-            modulations = self._modulations(torch.zeros((), dtype=torch.int64, device=x_BSH.device))
+            modulations = self._modulations(_of_all(0, x_BSH.device))
             for number, (layer, by) in enumerate(zip(self.layers, modulations[:-1], strict=True)):
                 layer = cast(DenoiserLayer, layer)
                 if attends:
@@ -152,9 +152,7 @@ class Diffuser(Module):
         return attends
 
     def _denoised(self, x_BSH: Tensor, angle: Tensor, attends: Sequence[Attend], noise_key_BS: Tensor) -> Tensor:
-        modulations = {
-            level: self._modulations(torch.tensor(level, device=x_BSH.device)) for level in self.schedule.path[:-1]
-        }
+        modulations = {level: self._modulations(_of_all(level, x_BSH.device)) for level in self.schedule.path[:-1]}
         wide = torch.promote_types(x_BSH.dtype, torch.float32)
         start = normal(noise_key_BS, x_BSH.shape[-1]).to(wide)
         estimate = self.schedule.denoised(
@@ -176,8 +174,9 @@ class Diffuser(Module):
         return [*layers, self.final_modulation(waves)]
 
     def _angle(self, position: Tensor) -> Tensor:
-        frequency = grape.rope_frequencies(cast(int, self.config.kv_channels), self.config.rotary_base)
-        return grape.rotation_angles(position, frequency.to(position.device)).transpose(0, 1)
+        head_dim = cast(int, self.config.kv_channels)
+        frequency = grape.rope_frequencies(head_dim, self.config.rotary_base, position.device)
+        return grape.rotation_angles(position, frequency).transpose(0, 1)
 
     def _run(self, part: Callable[..., Tensor], *arguments: object) -> Tensor:
         again = self.training and self.config.recomputation.granularity == "full"
@@ -186,6 +185,11 @@ class Diffuser(Module):
 
 def _name(number: int) -> str:
     return f"layer_{number}"
+
+
+def _of_all(level: int, device: torch.device) -> Tensor:
+    """int64, of every position; filled by the device, which a copy of the host's number would wait for."""
+    return torch.full((), level, dtype=torch.int64, device=device)
 
 
 def _waves(level: Tensor, levels: int, size: int) -> Tensor:

@@ -121,7 +121,7 @@ class LatentAttention(Module):
     def _projected(self, x_BSH: Tensor, position_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries without position [B, N, S, D] and rotated [B, N, S, R], and what a token leaves [B, S, L + R]."""
         normed = self.input_layernorm(x_BSH)
-        frequency = grape.rope_frequencies(self.rope_width, self.config.rotary_base).to(x_BSH.device)
+        frequency = grape.rope_frequencies(self.rope_width, self.config.rotary_base, x_BSH.device)
         angle_BS1F = grape.rotation_angles(position_BS, frequency).transpose(0, 1)
         query_BSNX = self.linear_query(normed).unflatten(-1, (self.heads, -1))
         content, turned = query_BSNX.split([self.head_dim, self.rope_width], -1)

@@ -129,7 +129,7 @@ def noise_key(token: Tensor, position: Tensor) -> Tensor:
 
     A hash of what training, packed rows and decoding know alike, whatever document the token stands in.
     """
-    return random_bits(random_bits(torch.tensor(_NOISE, device=token.device), token), position)
+    return random_bits(random_bits(torch.full_like(token, _NOISE), token), position)
 
 
 def _expert(config: VPTransformerConfig) -> Module:

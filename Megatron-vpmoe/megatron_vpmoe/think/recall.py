@@ -81,7 +81,8 @@ class Recall:
         return cls(VectorStore.load(path), entries=cfg.model.memory_entries, source=str(path))
 
     def memory(self, tokens_BS: Tensor, layout: SequenceLayout, table_VW: Tensor) -> Memory:
-        """What every position of packed rows may read; on the device of the tokens, which the host waits for.
+        """What every position of packed rows may read; on the device of the tokens, which the host waits for unless the
+        layout has them on the host too.
 
         Args:
             tokens_BS: int64.
@@ -91,7 +92,8 @@ class Recall:
         Raises:
             DataError: the store was made with another embedding.
         """
-        tokens, document = tokens_BS.cpu().numpy(), layout.document_id.cpu().numpy()
+        rows_on_host = layout.rows_on_host or (tokens_BS.cpu(), layout.document_id.cpu())
+        tokens, document = (one.numpy() for one in rows_on_host)
         chunk_BS = np.full(tokens.shape, -1, np.int64)
         rows: list[list[NDArray[np.int64]]] = []
         for row, own in enumerate(document):
@@ -108,7 +110,7 @@ class Recall:
         for row, prefixes in enumerate(rows):
             for number in range(len(prefixes)):
                 entries[row, number], count[row, number] = next(found)
-        return Memory(*(torch.from_numpy(one).to(tokens_BS.device) for one in (entries, count, chunk_BS)))
+        return Memory(*(_sent(torch.from_numpy(one), tokens_BS.device) for one in (entries, count, chunk_BS)))
 
     def reminders(self, prefixes: Sequence[NDArray[np.int64]], table_VW: Tensor) -> list[Reminder]:
         """Of chunks, each given as the tokens of its document before it: a whole number of chunks, or none."""
@@ -230,6 +232,11 @@ def _entries_of(
     vectors = chunk_vectors(ids, table, chunk)
     marks = [mark_of(ids[: end * chunk]) for end in range(1, len(vectors) + 1)]
     return vectors, np.array(marks, np.int64)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; to a GPU the copy is only queued."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def _documents(document_S: NDArray[np.integer]) -> list[slice]:

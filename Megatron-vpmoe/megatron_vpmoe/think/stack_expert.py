@@ -93,7 +93,7 @@ class StackExpert(Module):
 
     def _transformed(self, layer: VPTransformerLayer, x_BH: Tensor, position_B: Tensor, stored: Tensor) -> Tensor:
         attention = layer.self_attention
-        frequency = grape.rope_frequencies(attention.head_dim, self.config.rotary_base).to(x_BH.device)
+        frequency = grape.rope_frequencies(attention.head_dim, self.config.rotary_base, x_BH.device)
         angle_1B1F = grape.rotation_angles(position_B.unsqueeze(1), frequency)
         query, key, value, _ = layer.before_attention(x_BH.unsqueeze(0), angle_1B1F, None)
         store(stored, position_B, torch.stack([key.squeeze(2), value.squeeze(2)], 1))

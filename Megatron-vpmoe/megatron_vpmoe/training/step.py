@@ -50,9 +50,10 @@ def global_totals(objective: Objective, batches: list[Batch]) -> dict[str, float
         return distributed.sum_over_ranks(counts)
 
 
-def layout_of(batch: Batch) -> SequenceLayout:
-    """What attention needs to know of a batch."""
-    return SequenceLayout(document_id=batch.document_id, position=batch.position_ids, recurs=True)
+def layout_of(batch: Batch, host: Batch | None = None) -> SequenceLayout:
+    """What attention needs to know of a batch; ``host``: the same batch where it came from."""
+    rows = None if host is None else (host.tokens, host.document_id)
+    return SequenceLayout(document_id=batch.document_id, position=batch.position_ids, recurs=True, rows_on_host=rows)
 
 
 def train_step(
@@ -176,9 +177,10 @@ def _forward_step(objective: Objective, totals: dict[str, float], check: Callabl
         data_iterator: Iterator[Batch], model: DistributedDataParallel | VPModel
     ) -> tuple[ModelOutput | Tensor, Any]:
         check()
-        batch = next(data_iterator).to(current_device())
+        host = next(data_iterator)
+        batch = host.to(current_device())
         with replaying(model, batch.annotations.get(ROUTING), batch.recorded_id):
-            output = model(batch.tokens, layout_of(batch))
+            output = model(batch.tokens, layout_of(batch, host))
         return output, partial(loss_of, batch)
 
     return forward_step

@@ -21,10 +21,16 @@ from torch.autograd.function import once_differentiable
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 
 
-def rope_frequencies(head_dim: int, base: float) -> Tensor:
-    """fp32 [F], radians per token: base^(-2j/D) for j = 0 .. F-1 (RoFormer, arXiv 2104.09864)."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    return (base**-exponent).float()
+@functools.lru_cache
+def rope_frequencies(head_dim: int, base: float, device: torch.device) -> Tensor:
+    """fp32 [F], radians per token: base^(-2j/D) for j = 0 .. F-1 (RoFormer, arXiv 2104.09864).
+
+    Computed by the host whatever the device, and sent there once: a GPU would be waited for.
+    """
+    # The first caller may be a sampler in inference mode; the tensor must serve training as well.
+    with torch.inference_mode(False):
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
+        return (base**-exponent).float().to(device)
 
 
 def initial_log_frequencies(head_dim: int, base: float, scale: float) -> Tensor:
@@ -42,7 +48,7 @@ def rope_angles(layout: SequenceLayout, head_dim: int, base: float) -> Tensor:
     """RoPE's angles of a layout's positions [S, B, 1, F], made once for all its layers."""
 
     def angles() -> Tensor:
-        return rotation_angles(layout.position, rope_frequencies(head_dim, base).to(layout.position.device))
+        return rotation_angles(layout.position, rope_frequencies(head_dim, base, layout.position.device))
 
     return layout.shared(("rope", head_dim, base), angles)
 

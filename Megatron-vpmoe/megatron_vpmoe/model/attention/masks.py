@@ -28,11 +28,14 @@ class SequenceLayout:
         document_id: int32 [B, S]; the rows of one document are contiguous.
         position: int64 [B, S]; counts from 0 in each document.
         recurs: many batches have this shape, as in training: a kernel may be compiled for it.
+        rows_on_host: tokens and document ids as they came from the host, for what is looked up there: a device would
+            have to be waited for. None: they did not.
     """
 
     document_id: Tensor
     position: Tensor
     recurs: bool = False
+    rows_on_host: tuple[Tensor, Tensor] | None = None
     _shared: dict[object, object] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -46,7 +46,7 @@ def test_by_the_definition() -> None:
         layers=2,
         heads=4,
         levels=20,
-        frequency=grape.rope_frequencies(8, part.config.rotary_base).double(),
+        frequency=grape.rope_frequencies(8, part.config.rotary_base, torch.device("cpu")).double(),
         eps=part.config.layernorm_epsilon,
     )
     noise = normal(inputs["noise_key_BS"], WIDTH)[0].double()

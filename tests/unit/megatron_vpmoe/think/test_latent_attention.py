@@ -70,7 +70,7 @@ def test_by_the_definition(counts: list[int] | None) -> None:
         readable,
         heads=4,
         head_dim=8,
-        frequency=grape.rope_frequencies(ROPE, part.config.rotary_base).double(),
+        frequency=grape.rope_frequencies(ROPE, part.config.rotary_base, torch.device("cpu")).double(),
         eps=part.config.layernorm_epsilon,
     )
     torch.testing.assert_close(found[0], torch.stack(expected), rtol=1e-5, atol=1e-6)  # its angles are fp32

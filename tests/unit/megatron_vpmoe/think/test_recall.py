@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from megatron_vpmoe.errors import DataError
 from megatron_vpmoe.model.attention.masks import SequenceLayout
+from megatron_vpmoe.planning.card import fake_mode, on_paper
+from megatron_vpmoe.planning.counting import Counting
 from megatron_vpmoe.retrieval.vector_store import VectorStore
 from megatron_vpmoe.think.recall import Recall, chunk_vectors, embedding_sha256, store_of
 
@@ -113,6 +116,20 @@ def test_rows_are_their_documents_and_padding_reads_nothing() -> None:
                 np.testing.assert_array_equal(read.numpy(), wanted.entries[: wanted.count])
             begin += length
         assert not visible[row, begin:].any()
+
+
+def test_training_waits_for_no_gpu() -> None:
+    document, position = torch.zeros(1, 12, dtype=torch.int32), torch.arange(12)[None]
+    tokens = torch.from_numpy(text(12, 8))[None]
+    asked, counting = recall(), Counting(fake_mode(), 1, Tensor.numel)
+    expected = asked.memory(tokens, SequenceLayout(document, position), TABLE)
+    kept = SequenceLayout(document, position, rows_on_host=(tokens, document))
+    for given in (tokens, torch.zeros_like(tokens)):  # the host's own are read
+        assert all(map(torch.equal, asked.memory(given, kept, TABLE), expected))
+    with on_paper("NVIDIA H100 80GB HBM3", 80 * 2**30, 1, counting) as on_card:
+        layout = SequenceLayout(on_card(document), on_card(position), rows_on_host=(tokens, document))
+        memory = asked.memory(on_card(tokens), layout, TABLE)
+    assert memory.entries_BGKH.shape == expected.entries_BGKH.shape and not counting.counts.syncs
 
 
 def test_a_store_of_another_embedding_is_refused() -> None:

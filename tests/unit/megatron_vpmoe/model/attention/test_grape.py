@@ -16,6 +16,7 @@ from megatron_vpmoe.model.attention.grape import (
 )
 
 BASE, SCALE = 1_000_000.0, 16.0
+CPU = torch.device("cpu")
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -46,7 +47,7 @@ def test_norms_are_preserved() -> None:
 
 def test_equals_rope_at_initialisation() -> None:
     learned = torch.exp(initial_log_frequencies(128, BASE, SCALE) / SCALE)
-    torch.testing.assert_close(learned, rope_frequencies(128, BASE), rtol=2e-6, atol=0)
+    torch.testing.assert_close(learned, rope_frequencies(128, BASE, CPU), rtol=2e-6, atol=0)
     assert initial_log_frequencies(128, BASE, SCALE)[5] == pytest.approx(SCALE * math.log(BASE ** (-10 / 128)))
 
 
@@ -70,10 +71,10 @@ def test_gradients_by_finite_differences() -> None:
 def test_bf16_inputs_are_rotated_in_fp32() -> None:
     x = draw(2, 1, 1, 64).to(torch.bfloat16)
     position = torch.tensor([[1999, 2001]])
-    angle = rotation_angles(position, rope_frequencies(64, BASE))
+    angle = rotation_angles(position, rope_frequencies(64, BASE, CPU))
     turned = rotate(x, angle)
     assert turned.dtype == torch.bfloat16
-    exact = rotate(x.double(), rotation_angles(position, rope_frequencies(64, BASE).double()))
+    exact = rotate(x.double(), rotation_angles(position, rope_frequencies(64, BASE, CPU).double()))
     torch.testing.assert_close(turned, exact.to(torch.bfloat16), rtol=1e-2, atol=1e-2)
 
 
@@ -89,5 +90,5 @@ def test_slopes() -> None:
 
 def test_fp64_inputs_are_not_narrowed_to_fp32_angles() -> None:
     x = draw(2, 1, 1, 64)
-    angle = rotation_angles(torch.tensor([[1, 1999]]), rope_frequencies(64, BASE))
+    angle = rotation_angles(torch.tensor([[1, 1999]]), rope_frequencies(64, BASE, CPU))
     assert torch.equal(rotate(x, torch.zeros_like(angle)), x)
