@@ -98,8 +98,10 @@ def _figures(layer: LayerGeometry, seq_length: int, exact: bool) -> tuple[str, .
 
 def _totals(cfg: RunConfig) -> list[tuple[str, str]]:
     count, length, layers = parameter_count(cfg), cfg.data.seq_length, layer_geometries(cfg)
-    vocabulary = f"{count.parts['embedding']:,} parameters, and the output layer " + (
-        f"{count.parts['output layer']:,}" if cfg.model.untie_embeddings_and_output_weights else "is the same matrix"
+    tied, is_denoiser = not cfg.model.untie_embeddings_and_output_weights, cfg.model.layer_type == "denoiser"
+    output = "is the same matrix" if tied else f"{count.parts['output layer']:,}"
+    vocabulary = f"{count.parts['embedding']:,} parameters" + (
+        "" if is_denoiser else f", and the output layer {output}"
     )
     cache = f"{kv_cache_bytes_per_token(cfg):,} B a token ({'bf16' if cfg.training.bf16 else 'fp32'}), "
     cache += f"{cache_bytes(cfg, length) / 2**20:,.2f} MiB after {length:,} tokens"
@@ -108,14 +110,16 @@ def _totals(cfg: RunConfig) -> list[tuple[str, str]]:
         cache += f": local layers keep the last {(local[0].window or 0) - 1}"
     attention = sum(layer.attention_flops(length) for layer in layers) / 1e6
     flops = f"{forward_flops_per_token(cfg) / 1e6:,.2f} M a token forward at {length:,} tokens: "
-    flops += f"{attention:,.2f} M of scores and weighted values, {output_layer_flops(cfg) / 1e6:,.2f} M of the output "
-    flops += f"layer; {training_flops_per_token(cfg) / 1e9:,.3f} G to train on one"
+    flops += f"{attention:,.2f} M of scores and weighted values, {output_layer_flops(cfg) / 1e6:,.2f} M of the "
+    flops += (
+        f"{'estimate' if is_denoiser else 'output layer'}; {training_flops_per_token(cfg) / 1e9:,.3f} G to train on one"
+    )
     parameters = f"{count.total:,} in all, {count.active:,} active, {count.active_without_embeddings:,} active "
     parameters += "without embedding and output layer"
     lines = [("embedding", vocabulary), ("parameters", parameters), ("KV cache", cache), ("FLOPs", flops)]
     if cfg.model.layer_type == "state_space":
         return [line for line in lines if line[0] != "KV cache"]
-    if cfg.model.layer_type == "mixture":
+    if cfg.model.layer_type in ("denoiser", "mixture"):
         return lines
     each = layers[0].flops_per_key
     if len(local) < len(layers):

@@ -13,12 +13,20 @@ from itertools import accumulate
 
 from megatron_vpmoe.config.layer_geometry import (
     LATENT_ATTENTION,
+    LayerGeometry,
     attention_parameters,
     feed_forward_parameters,
     layer_geometries,
     mean_keys,
 )
-from megatron_vpmoe.config.parameters import EMBEDDING, mixture_sizes, state_space_sizes
+from megatron_vpmoe.config.parameters import (
+    EMBEDDING,
+    OUTPUT,
+    is_trained,
+    mixture_sizes,
+    parameter_sizes,
+    state_space_sizes,
+)
 from megatron_vpmoe.config.schema import RunConfig
 
 
@@ -148,17 +156,41 @@ def forward_flops_per_token(cfg: RunConfig, seq_length: int | None = None, *, ke
 
 
 def training_flops_per_token(cfg: RunConfig, seq_length: int | None = None, *, keys: Keys | None = None) -> float:
-    """Model FLOPs of one trained token: forward, and twice that backward; arguments as above.
+    """Model FLOPs of one trained token: forward, and twice that backward, for what enters a product and for its weight;
+    arguments as above.
 
-    Recomputation is not counted, as is usual for model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311,
-    appendix B).
+    Of a layer that is frozen whole there is none for weights. One of which a part is trained counts as trained, and
+    what lies before the first trained parameter as if a gradient went through it. Recomputation is not counted, as is
+    usual for model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
     """
-    return 3 * forward_flops_per_token(cfg, seq_length, keys=keys)
+    keys = keys or partial(mean_keys, cfg.data.seq_length if seq_length is None else seq_length)
+    return output_training_flops(cfg) + sum(
+        (2 + _is_trained(cfg, layer)) * layer.product_flops + 3 * layer.flops_per_key * keys(layer.window)
+        for layer in layer_geometries(cfg)
+    )
+
+
+def _is_trained(cfg: RunConfig, layer: LayerGeometry) -> bool:
+    """Whether anything of a layer is; of a mixture attention, router and adapters alone ever are."""
+    if cfg.training.train_only is None:
+        return True
+    if cfg.model.layer_type == "mixture":
+        return layer.part == LATENT_ATTENTION
+    number, begin = layer.number, f"decoder.layers.{layer.number - 1}."
+    names = parameter_sizes(cfg, range(number, number + 1))
+    return any(name.startswith(begin) and is_trained(cfg, name) for name in names)
 
 
 def kv_cache_bytes_per_token(cfg: RunConfig) -> int:
     """Bytes that one generated token adds to the cache of dense keys and values over all layers (2 G d each)."""
     return sum(layer.cache_bytes for layer in layer_geometries(cfg))
+
+
+def output_training_flops(cfg: RunConfig) -> int:
+    """Model FLOPs of ``output_layer_flops`` and its backward pass."""
+    own = OUTPUT if cfg.model.untie_embeddings_and_output_weights else EMBEDDING
+    name = "decoder.estimate.weight" if cfg.model.layer_type == "denoiser" else own
+    return (2 + is_trained(cfg, name)) * output_layer_flops(cfg)
 
 
 def output_layer_flops(cfg: RunConfig) -> int:

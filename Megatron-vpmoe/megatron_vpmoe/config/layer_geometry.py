@@ -98,8 +98,14 @@ def layer_geometries(cfg: RunConfig) -> list[LayerGeometry]:
     return [layer_geometry(cfg, number) for number in range(1, cfg.model.num_layers + 1)]
 
 
-def layer_geometry(cfg: RunConfig, layer_number: int) -> LayerGeometry:
-    """Kind and costs of layer ``layer_number`` (from 1)."""
+def layer_geometry(cfg: RunConfig, layer_number: int, *, runs: int = 1) -> LayerGeometry:
+    """Kind and costs of layer ``layer_number`` (from 1).
+
+    Args:
+        cfg: the run.
+        layer_number: of the layer.
+        runs: of a denoiser's noisy tokens through it, beside that of the clean ones.
+    """
     m, moe = cfg.model, cfg.moe
     if m.layer_type == "state_space":
         return _state_space_geometry(cfg, layer_number)
@@ -112,7 +118,14 @@ def layer_geometry(cfg: RunConfig, layer_number: int) -> LayerGeometry:
     else:
         total = active = feed_forward_parameters(cfg, m.ffn_hidden_size)
     heads_width = m.num_attention_heads * m.kv_channels
-    passes = 2 if m.layer_type == "denoiser" else 1  # of the clean tokens, and of the noisy ones
+    products = _attention_products(cfg, layer_number) + _feed_forward_products(cfg, sparse)
+    norms, passes = 2, 1
+    if m.layer_type == "denoiser":
+        norms += 6 * (m.hidden_size + 1)  # which a level sets
+        # Noisy tokens leave no keys and values; clean ones, in the last layer, nothing else.
+        keys_values, is_last = 2 * heads_width * m.hidden_size, layer_number == m.num_layers
+        products = runs * (products - keys_values) + (keys_values if is_last else products)
+        passes = runs + (not is_last)
     return LayerGeometry(
         number=layer_number,
         window=None if cfg.is_global_layer(layer_number) else m.window_size,
@@ -122,8 +135,8 @@ def layer_geometry(cfg: RunConfig, layer_number: int) -> LayerGeometry:
         attention_parameters=attention_parameters(cfg, layer_number),
         feed_forward_parameters=total,
         active_feed_forward_parameters=active,
-        norm_parameters=(2 + (passes - 1) * 6 * (m.hidden_size + 1)) * m.hidden_size,  # a level sets a denoiser's
-        product_flops=passes * 2 * (_attention_products(cfg, layer_number) + _feed_forward_products(cfg, sparse)),
+        norm_parameters=norms * m.hidden_size,
+        product_flops=2 * products,
         flops_per_key=passes * 2 * 2 * heads_width,
         cache_bytes=2 * m.num_query_groups * m.kv_channels * (2 if cfg.training.bf16 else 4),
     )
@@ -151,17 +164,14 @@ def _state_space_geometry(cfg: RunConfig, layer_number: int) -> LayerGeometry:
 
 
 def _mixture_geometries(cfg: RunConfig) -> list[LayerGeometry]:
-    """As it decodes and trains: a denoiser's layers run once for the clean tokens, and once for each step of DDIM."""
-    m, found = cfg.model, [_latent_geometry(cfg)]
-    for expert in m.mixture_experts or ():
-        of_expert = layer_geometries(cfg.of_expert(expert))
-        if expert.layer_type == "denoiser":
-            runs = 1 + m.ddim_steps
-            of_expert = [
-                replace(one, product_flops=one.product_flops // 2 * runs, flops_per_key=one.flops_per_key // 2 * runs)
-                for one in of_expert
-            ]
-        found += [replace(one, part=expert.label) for one in of_expert]
+    """As it decodes and trains: noisy tokens go through a denoiser's layers once for each step of DDIM."""
+    found = [_latent_geometry(cfg)]
+    for expert in cfg.model.mixture_experts or ():
+        alone = cfg.of_expert(expert)
+        layers = (
+            layer_geometry(alone, number, runs=cfg.model.ddim_steps) for number in range(1, expert.num_layers + 1)
+        )
+        found += [replace(one, part=expert.label) for one in layers]
     return [replace(one, number=number) for number, one in enumerate(found, 1)]
 
 

@@ -15,7 +15,7 @@ from functools import partial
 
 from megatron_vpmoe.config.buffers import held_buckets
 from megatron_vpmoe.config.geometry import (
-    output_layer_flops,
+    output_training_flops,
     stage_layers,
     tensor_parallel_rank,
     training_flops_per_token,
@@ -262,7 +262,7 @@ def predict(cfg: RunConfig, fleet: Fleet, *, supervised: float = 1.0) -> Predict
         split={key: step[key] for key in SPLIT},
         parts=of_parts,
         tokens=step_tokens,
-        model_flops=step_tokens * (training_flops_per_token(cfg) - 3 * (1 - supervised) * output_layer_flops(cfg)),
+        model_flops=step_tokens * (training_flops_per_token(cfg) - (1 - supervised) * output_training_flops(cfg)),
         gpus=fleet.gpus,
         peak=fleet.gpus * machine.peak(bf16=t.bf16),
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_vpmoe.config import training_flops_per_token
-from megatron_vpmoe.config.geometry import output_layer_flops
+from megatron_vpmoe.config.geometry import output_training_flops
 from megatron_vpmoe.data.batch import PADDING, Batch
 from megatron_vpmoe.runtime import device, distributed
 
@@ -46,7 +46,7 @@ class Throughput:
             window: training_flops_per_token(cfg, keys=lambda of, window=window: float(of == window)) - without_keys
             for window in windows
         }
-        self._flops_of_output = 3.0 * output_layer_flops(cfg)
+        self._flops_of_output = float(output_training_flops(cfg))
         self._flops_of_layers = without_keys - self._flops_of_output
         self._tokens = self._seconds = self._flops = 0.0
         self._steps, self._since = 0, time.perf_counter()

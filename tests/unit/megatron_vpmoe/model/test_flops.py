@@ -8,11 +8,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_vpmoe.config import RunConfig, forward_flops_per_token, layer_geometries
+from megatron_vpmoe.config import (
+    RunConfig,
+    forward_flops_per_token,
+    layer_geometries,
+    training_flops_per_token,
+)
 from megatron_vpmoe.model.attention import tpa
 from megatron_vpmoe.model.attention.masks import SequenceLayout
-from megatron_vpmoe.model.builder import build_model
-from tests.tiny import tiny_config
+from megatron_vpmoe.model.builder import build_model, freeze_parameters
+from tests.tiny import MIXTURE, tiny_config
 
 DESIGNS: dict[str, dict[str, Any]] = {
     "vpMoE": {},
@@ -74,3 +79,26 @@ def test_a_sequence(name: str, single_process: None) -> None:
     all_pairs = sum(layer.flops_per_key for layer in layers) * length
     in_sight = sum(layer.attention_flops(length) for layer in layers)
     assert counted(cfg, length) == pytest.approx((forward_flops_per_token(cfg, length) - in_sight + all_pairs) * length)
+
+
+FROZEN: dict[str, dict[str, Any]] = {
+    "all is trained": DESIGNS["plain SwiGLU, tied"],
+    "a layer": {**DESIGNS["plain SwiGLU, tied"], "train_only": '["embedding.*", "decoder.layers.[023].*"]'},
+    "the output projection": {"num_experts": None, "train_only": '["embedding.*", "decoder.*"]'},
+    "experts of a mixture": {**MIXTURE, "ddim_steps": 8},  # the first of which reads noise alone
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_weights_that_are_frozen_have_no_gradient(name: str, single_process: None) -> None:
+    """Counted backward. One document is short, so that scores, of which all are computed, weigh little."""
+    cfg, length = tiny_config(**{**FROZEN[name], "attention_backend": "reference", "add_bias_linear": False}), 4
+    model = build_model(cfg).train()
+    freeze_parameters(model, cfg)
+    layout = SequenceLayout(torch.zeros(1, length, dtype=torch.int32), torch.arange(length)[None])
+    loss = model(torch.ones(1, length, dtype=torch.int64), layout).logits().sum()
+    counter = FlopCounterMode(display=False, custom_mapping=OURS)
+    with counter:
+        loss.backward()
+    backward = training_flops_per_token(cfg, length) - forward_flops_per_token(cfg, length)
+    assert counter.get_total_flops() == pytest.approx(backward * length, rel=0.05)
