@@ -108,9 +108,11 @@ class ChunkedScan(Function):
 
 
 def _parts(x_TD: Tensor) -> list[slice]:
-    """The sequence in parts of as many chunks as go side by side."""
+    """The sequence in parts of as many chunks as go side by side; what is left of a chunk is a part of its own."""
     length, size = len(x_TD), _STEPS * _SIDE_BY_SIDE[x_TD.device.type]
-    return [slice(begin, min(begin + size, length)) for begin in range(0, length, size)]
+    whole = length - length % _STEPS
+    parts = [slice(begin, min(begin + size, whole)) for begin in range(0, whole, size)]
+    return [*parts, slice(whole, length)] if whole < length else parts
 
 
 def _decays(step_TD: Tensor, a_ND: Tensor) -> Tensor:
@@ -124,7 +126,7 @@ def _spread(decay: Tensor, value: Tensor, start_ND: Tensor, *, from_end: bool = 
         from_end: time runs backwards.
     """
     length = len(value)
-    shape = (length // _STEPS, _STEPS) if length % _STEPS == 0 else (1, length)
+    shape = (length // _STEPS, _STEPS) if length >= _STEPS else (1, length)
     decay, value = decay.unflatten(0, shape), value.unflatten(0, shape)
     chunks, steps = range(shape[0]), range(shape[1])
     if from_end:

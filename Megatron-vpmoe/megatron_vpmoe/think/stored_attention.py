@@ -1,6 +1,6 @@
 """One query a row over keys and values that decoding has kept.
 
-Shapes: B rows, C columns, N query heads, G heads of keys and values, D head dim.
+Shapes: B rows, C columns, N query heads, G heads of keys and values, P = N / G query heads of each, D head dim.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def attended(stored_BC2GD: Tensor, position_B: Tensor, query_BN1D: Tensor) -> Te
     Columns behind it hold what another row has left there.
     """
     wide = torch.promote_types(query_BN1D.dtype, torch.float32)
-    key, value = stored_BC2GD.to(wide).permute(2, 0, 3, 1, 4)
-    per_group = query_BN1D.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(per_group, 1) for x in (key, value))
-    column = torch.arange(key.shape[2], device=position_B.device)
+    key_BGCD, value_BGCD = stored_BC2GD.to(wide).permute(2, 0, 3, 1, 4)
+    query_BGPD = query_BN1D.to(wide).squeeze(2).unflatten(1, (key_BGCD.shape[1], -1))
+    column = torch.arange(key_BGCD.shape[2], device=position_B.device)
     behind_B11C = (column > position_B.unsqueeze(1))[:, None, None]
-    score = (query_BN1D.to(wide) @ key.mT) * query_BN1D.shape[-1] ** -0.5
-    return (torch.softmax(score.masked_fill(behind_B11C, -torch.inf), -1) @ value).to(query_BN1D.dtype)
+    score = (query_BGPD @ key_BGCD.mT) * query_BN1D.shape[-1] ** -0.5
+    taken_BGPD = torch.softmax(score.masked_fill(behind_B11C, -torch.inf), -1) @ value_BGCD
+    return taken_BGPD.flatten(1, 2).unsqueeze(2).to(query_BN1D.dtype)
