@@ -97,10 +97,11 @@ class ThinkRuns:
         return Step("think_store", 1, work / _store(self.seed), decides, packages=("faiss-cpu",))
 
     def store(self, folder: Path) -> Command:
-        """The command that makes it in ``folder``."""
+        """The command that makes it in ``folder``, which is all the step's own: an attempt may have left one there."""
         datasets = [part.path for part in self.full.cfg.data.parts]
         output = os.path.relpath(folder / _STORE, self.proof.work)
-        options = {"embedding": str(self.experts["transformer"].run), "output": output, **self.proof.settings.store}
+        places = {"embedding": str(self.experts["transformer"].run), "output": output, "overwrite": True}
+        options = {**places, **self.proof.settings.store}
         return Command(("vpmoe", "data", "build-store", *datasets, *flags(options)))
 
 

@@ -36,7 +36,10 @@ def show(places: Places) -> None:
         if path.is_file():
             _loads(path)
         else:
-            empty("This run has recorded no loads of experts: it has no experts, or an earlier version trained it.")
+            empty(
+                "This run has recorded no loads of experts: its layers choose none, or an earlier version trained it. "
+                "The weights of a mixture's experts are among its metrics: routing/..."
+            )
         tags = [tag for tag in tags_now([run]) if tag.startswith(_AGGREGATE)]
         if tags:
             streamlit.subheader("Health, over all layers", anchor=False)

@@ -107,6 +107,7 @@ def test_the_store_is_of_the_training_data_and_the_shared_embedding(plan: Proof[
     assert [str(path) for path in given["datasets"]] == [part.path for part in one.full.cfg.data.parts]
     assert str(given["embedding"]) == str(one.experts["transformer"].run) and given["chunk"] == 32
     assert given["output"].parent == Path("made")
+    assert given["overwrite"], "an attempt that was killed before its receipt has left a store there"
     assert plan.work / str(one.full.cfg.data.store) == step.output / given["output"].name
     assert step.output != other.storing({}).output and step.key != one.storing({"a": {"sha256": "1"}}).key
     _make_datasets(one.full, lookup="3 2 1")
