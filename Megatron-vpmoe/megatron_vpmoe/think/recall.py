@@ -10,6 +10,7 @@ Shapes: B rows, S positions, G chunks of a row, K entries a chunk, W width, V vo
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 _REMEMBERED = 1 << 14
 """Answers that are kept: texts are read again in each epoch, and many begin alike."""
+_AT_ONCE = 1 << 12
+"""Documents that are added to a store together: what it holds is copied each time."""
 _FEW = 64
 """Vectors left out, up to which questions are asked together: one that leaves out many has to look at as many."""
 
@@ -219,9 +222,11 @@ def store_of(
     facts = {"chunk": str(chunk), "embedding": embedding_sha256(table_VW)}
     store = VectorStore(table_VW.shape[1], capacity=capacity, facts=facts)
     table = table_VW.detach().float().cpu().numpy()
-    for number, ids in enumerate(documents):
-        vectors, marks = _entries_of(ids, table, chunk)
-        store.add(vectors, np.full(len(vectors), number), marks)
+    numbered = enumerate(documents)
+    while some := list(itertools.islice(numbered, _AT_ONCE)):
+        made = [(number, *_entries_of(ids, table, chunk)) for number, ids in some]
+        numbers, vectors, marks = zip(*made, strict=True)
+        store.add(np.concatenate(vectors), np.repeat(numbers, [*map(len, vectors)]), np.concatenate(marks))
     return store
 
 
