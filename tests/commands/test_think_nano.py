@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.vpmoe.test_provenance_blocks import whole
+from tests.workers import forked_commands
 from vpmoe.cli import main
 
 pytestmark = pytest.mark.slow
@@ -43,7 +44,8 @@ def test_every_phase_then_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[s
     )
     (tmp_path / "toy.toml").write_text(SETTINGS + stages)
     words = ["think-nano", "--settings", str(tmp_path / "toy.toml"), "--work-dir", str(tmp_path), "--seed", "1"]
-    assert main(words) == 0
+    with forked_commands():
+        assert main(words) == 0
     folder = tmp_path / "reports" / "think_nano"
     report = json.loads((folder / "report.json").read_text())
     assert whole(report["provenance"]) and report["provenance"]["tokenizer"]
@@ -62,6 +64,7 @@ def test_every_phase_then_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[s
     before = {path: path.stat().st_mtime_ns for path in checkpoints}
     assert len(before) >= 7
     capfd.readouterr()
-    assert main(words) == 0
+    with forked_commands():
+        assert main(words) == 0
     assert "".join(capfd.readouterr()).count(": done and valid") == 3 * 3 + 7 + 1  # data, trainings, store
     assert {path: path.stat().st_mtime_ns for path in checkpoints} == before
