@@ -13,6 +13,7 @@ import pytest
 from megatron_vpmoe.manifest import read_manifest
 from tests.distributed.test_training_jobs import toml
 from tests.tiny import ROOT
+from tests.workers import forked_commands
 from vpmoe.ladder.climb import Request, climb, listing
 
 pytestmark = pytest.mark.slow
@@ -101,7 +102,8 @@ def test_rungs_and_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Every rung is made and evaluated; a second climb would find everything done."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     request = Request(write_ladder(tmp_path), quiet=True)
-    report = climb(request, lambda line: None)
+    with forked_commands():
+        report = climb(request, lambda line: None)
     reports = tmp_path / "reports" / "ladder"
     assert report == json.loads((reports / "ladder.json").read_text())
 
