@@ -1,12 +1,13 @@
-"""A mixture's decoding step and forward pass: the share of each part, and int8 weights against its own; interleaved.
+"""A mixture's decoding step and forward pass: the share of each part; int8 weights, compiled steps, both; interleaved.
 
     python scripts/bench/mixture.py                                      # configs/think/mixture.yaml, untrained
     python scripts/bench/mixture.py --run runs/nano_think_mixture --data-path data/megatron/synth_kd_v1
 
-Both sides are of one process: in each round one after the other, in an order that rotates. A ratio is the seconds of
-fp32 weights over those of int8 weights, within a round, by the wall and by the process's CPU time. Shares are of the
-fp32 side, by CPU time. With a run and datasets the nats a supervised token of both over the same held-out documents are
-printed first, and their difference with its 95 % interval over documents.
+All sides are of one process: in each round one after the other, in an order that rotates. A ratio is the seconds of the
+plain fp32 model over those of another side, within a round, by the wall and by the process's CPU time. Only steps are
+compiled; what the first one waits for that is printed (less where torch's cache on the disk has it). Shares are of the
+fp32 side, by CPU time. With a run and datasets the nats a supervised token of fp32 and int8 over the same held-out
+documents are printed first, and their difference with its 95 % interval over documents.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 
 from megatron_vpmoe.config import RunConfig, load_config
 from megatron_vpmoe.data.batch import Span
+from megatron_vpmoe.generation.compiled_step import compile_step
 from megatron_vpmoe.generation.int8 import narrow_to_int8
 from megatron_vpmoe.generation.state_decoder import StateDecoder, decoder_of
 from megatron_vpmoe.manifest import read_manifest
@@ -41,6 +43,9 @@ from vpmoe.eval.suites.text import Asked, passages_of
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "think" / "mixture.yaml"
 CLOCKS = {"wall": time.perf_counter, "CPU": time.process_time}
+FORMS = {"fp32": (False, False), "int8": (True, False), "compiled": (False, True), "compiled int8": (True, True)}
+"""Of each side: whether its weights are int8, and whether its steps are compiled."""
+
 Side = Callable[[], object]
 
 
@@ -113,55 +118,77 @@ def losses(own: Opened, narrow: Opened, folder: Path, documents: int) -> str:
 
 
 def compare(sides: dict[str, Side], rounds: int) -> Iterator[str]:
-    """By each clock the ratio of the first side's time to the second's."""
+    """By each clock the ratios of the first side's time to the others'."""
     taken = {clock: {name: [] for name in sides} for clock in CLOCKS}
+    names = list(sides)
     for number in range(-1, rounds):  # the first round warms up
-        for name in list(sides)[:: 1 if number % 2 else -1]:
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
             began = {clock: now() for clock, now in CLOCKS.items()}
             sides[name]()
             for clock, now in CLOCKS.items():
                 taken[clock][name] += [now() - began[clock]] if number >= 0 else []
     for clock, of in taken.items():
-        first, second = of.values()
-        ratios = [one / other for one, other in zip(first, second, strict=True)]
-        middle = ", ".join(f"{name} {1e3 * statistics.median(own):.2f} ms" for name, own in of.items())
-        low, high = min(ratios), max(ratios)
-        yield f"{clock}: ratio {low:.2f} / {statistics.median(ratios):.2f} / {high:.2f} (min / median / max), {middle}"
+        first = of[names[0]]
+        yield f"{clock}: {names[0]} {1e3 * statistics.median(first):.2f} ms"
+        for name in names[1:]:
+            ratios = [one / other for one, other in zip(first, of[name], strict=True)]
+            low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
+            told = f"{1e3 * statistics.median(of[name]):.2f} ms, ratio {low:.2f} / {middle:.2f} / {high:.2f}"
+            yield f"{clock}: {name} {told} (min / median / max)"
 
 
 @contextlib.contextmanager
-def both(args: argparse.Namespace) -> Iterator[tuple[RunConfig, VPModel, VPModel]]:
-    """Configuration, model, and the model with int8 weights; what that changes in size or losses is printed."""
+def models_of(args: argparse.Namespace) -> Iterator[tuple[RunConfig, dict[str, VPModel]]]:
+    """Configuration, and the model in each form; what int8 changes in size or losses is printed."""
     if args.run is not None:
-        with open_model(args.run, bf16=False) as own, open_model(args.run, bf16=False, int8=True) as narrow:
+        with contextlib.ExitStack() as stack:
+            opened = {
+                name: stack.enter_context(open_model(args.run, bf16=False, int8=int8, compiled=compiled))
+                for name, (int8, compiled) in FORMS.items()
+            }
             for folder in args.data_path:
-                print(losses(own, narrow, folder, args.documents), flush=True)
-            yield own.cfg, own.model, narrow.model
+                print(losses(opened["fp32"], opened["int8"], folder, args.documents), flush=True)
+            yield opened["fp32"].cfg, {name: one.model for name, one in opened.items()}
         return
     cfg = load_config(CONFIG, ["--no-bf16", "--padded-vocab-size", "32000", "--load-experts", "null"])
     with distributed.single_process(seed=1):
-        model, narrow = build_model(cfg).eval(), build_model(cfg).eval()
-        narrow.load_state_dict(model.state_dict())
-        told = narrow_to_int8(narrow)
-        print(f"{told.layers} linear layers; {told.before / 2**20:.1f} MiB of weights become {told.after / 2**20:.1f}")
-        yield cfg, model, narrow
+        models = {name: build_model(cfg).eval() for name in FORMS}
+        for name, (int8, compiled) in FORMS.items():
+            models[name].load_state_dict(models["fp32"].state_dict())
+            if int8:
+                told = narrow_to_int8(models[name])
+                sizes = f"{told.before / 2**20:.1f} MiB of weights become {told.after / 2**20:.1f}"
+                print(f"{name}: {told.layers} linear layers; {sizes}")
+            if compiled:
+                compile_step(models[name])
+        yield cfg, models
 
 
 @torch.no_grad()
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
-    with both(args) as (cfg, own, narrow):
+    with models_of(args) as (cfg, models):
         print(f"{args.threads} threads, {args.rounds} rounds, load {os.getloadavg()[0]:.1f}")
-        cases: dict[str, Callable[[VPModel], Side]] = {
-            f"step of {rows} rows": lambda model, rows=rows: step_of(model, rows, args.length) for rows in args.rows
-        }
-        cases[f"forward pass of {args.length} tokens"] = lambda model: forward_of(model, args.length)
-        for case, side_of in cases.items():
-            sides = {"fp32": side_of(own), "int8": side_of(narrow)}
-            for line in compare(sides, args.rounds):
-                print(f"{case}, {line}", flush=True)
-            print(f"{case}, shares: {shares((*parts_of(cfg), 'head'), sides['fp32'], args.rounds)}", flush=True)
+        parts = (*parts_of(cfg), "head")
+        for rows in args.rows:
+            sides = {name: step_of(model, rows, args.length) for name, model in models.items()}
+            report(f"step of {rows} rows", sides, parts, args.rounds)
+        whole = {name: forward_of(models[name], args.length) for name in ("fp32", "int8")}
+        report(f"forward pass of {args.length} tokens", whole, parts, args.rounds)
+
+
+def report(case: str, sides: dict[str, Side], parts: Sequence[str], rounds: int) -> None:
+    """Print what a case takes."""
+    for name, run in sides.items():
+        began = time.perf_counter()
+        run()
+        if name.startswith("compiled"):
+            print(f"{case}, {name}: the first took {time.perf_counter() - began:.1f} s", flush=True)
+    for line in compare(sides, rounds):
+        print(f"{case}, {line}", flush=True)
+    print(f"{case}, shares: {shares(parts, sides['fp32'], rounds)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import typer
 
 from vpmoe.errors import DataError
 from vpmoe.eval.suites.app import (
+    CompileOption,
     DeveloperOption,
     Int8Option,
     Overwrite,
@@ -63,6 +64,7 @@ def sample(
     int8: Int8Option = False,
     store: StoreOption = None,
     remember: RememberOption = None,
+    compiled: CompileOption = False,
     system: SystemOption = None,
     developer: DeveloperOption = None,
     plain: PlainOption = False,
@@ -90,6 +92,7 @@ def sample(
         int8=int8,
         store=store,
         remember=remember,
+        compiled=compiled,
     )
 
 
@@ -108,6 +111,8 @@ def talk(
     only_valid: OnlyValidOption = False,
     store: StoreOption = None,
     remember: RememberOption = None,
+    int8: Int8Option = False,
+    compiled: CompileOption = False,
     system: SystemOption = None,
     developer: DeveloperOption = None,
     context: Annotated[
@@ -133,6 +138,8 @@ def talk(
         context=context,
         store=store,
         remember=remember,
+        int8=int8,
+        compiled=compiled,
     )
 
 

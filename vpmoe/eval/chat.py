@@ -37,6 +37,8 @@ def chat(
     context: int | None = None,
     store: Path | None = None,
     remember: Path | None = None,
+    int8: bool = False,
+    compiled: bool = False,
 ) -> None:
     """Answer each line of stdin, in the light of those before it, until it ends.
 
@@ -53,7 +55,8 @@ def chat(
     from rich.console import Console
 
     notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, style="dim")
-    with open_model(where, store=store) as found, remembering(found, remember) as (opened, keep):
+    found_as = open_model(where, store=store, int8=int8, compiled=compiled)
+    with found_as as found, remembering(found, remember) as (opened, keep):
         if not knows_conversations(opened.tokenizer):
             raise HarmonyError(
                 f"the vocabulary of {opened.described} has no Harmony tokens",

@@ -61,6 +61,7 @@ class Opened:
         store_sha256: of the store of vectors that its run was trained with; None: with none.
         int8: the linear layers of ``model`` have int8 weights.
         store: the file of that store, or of one that has grown from it; None: where the run had it.
+        compiled: decoding steps of ``model`` are compiled.
     """
 
     path: Path
@@ -78,11 +79,12 @@ class Opened:
     store_sha256: str | None = None
     int8: bool = False
     store: Path | None = None
+    compiled: bool = False
 
     @cached_property
     def model(self) -> VPModel:
         """Bare, in evaluation mode; raises :class:`WeightsError` for weights of another geometry, and what
-        ``store_read`` and ``narrow_to_int8`` do."""
+        ``store_read``, ``narrow_to_int8`` and ``compile_step`` do."""
         cfg, read = self.cfg, store_read(self)
         if read is not None:
             cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"store": str(read.path)})})
@@ -91,13 +93,18 @@ class Opened:
             from megatron_vpmoe.generation.int8 import narrow_to_int8
 
             narrow_to_int8(model)
+        if self.compiled:
+            from megatron_vpmoe.generation.compiled_step import compile_step
+
+            compile_step(model)
         return model
 
     @property
     def described(self) -> str:
         """Which model it is, in a few words."""
         name = self.name if self.iteration is None else f"{self.name}, step {self.iteration}"
-        return f"{name}, int8 weights" if self.int8 else name
+        told = {"int8 weights": self.int8, "compiled steps": self.compiled}
+        return ", ".join([name, *(what for what, holds in told.items() if holds)])
 
     @property
     def entry(self) -> dict[str, Any]:
@@ -127,7 +134,7 @@ class Opened:
 
 @contextlib.contextmanager
 def open_model(
-    path: Path, *, bf16: bool | None = None, int8: bool = False, store: Path | None = None
+    path: Path, *, bf16: bool | None = None, int8: bool = False, store: Path | None = None, compiled: bool = False
 ) -> Iterator[Opened]:
     """Find the model at ``path``, for this process alone; process groups that it starts end with the context.
 
@@ -137,6 +144,7 @@ def open_model(
         bf16: compute in bfloat16 or not; None: as the run did, and other models in fp32.
         int8: hold the linear layers' weights so, see :mod:`megatron_vpmoe.generation.int8`.
         store: see :func:`vpmoe.eval.store_file.store_read`.
+        compiled: decode by compiled steps, see :mod:`megatron_vpmoe.generation.compiled_step`.
 
     Raises:
         CheckpointError: there is no such folder, nothing of a model in it, or it lacks something; names what.
@@ -148,7 +156,7 @@ def open_model(
             parts = _of_hf_directory(path, bf16)
         else:
             parts = _of_checkpoint(path / "megatron" if (path / "megatron").is_dir() else path, bf16)
-        yield Opened(**parts, int8=int8, store=store)
+        yield Opened(**parts, int8=int8, store=store, compiled=compiled)
 
 
 def require_folder(path: Path) -> None:

@@ -29,6 +29,7 @@ def print_sample(
     int8: bool = False,
     store: Path | None = None,
     remember: Path | None = None,
+    compiled: bool = False,
 ) -> None:
     """Print prompt and generation with colours, and below them whether the generation is valid.
 
@@ -41,9 +42,10 @@ def print_sample(
         only_valid: nothing but valid Harmony can be chosen.
         logprobs: print each token's log-probabilities too, the model's own and that of the draw.
         routing: print the weights of a mixture's experts too, by which each token was written.
-        int8: see :func:`vpmoe.eval.open_model.open_model`, as for ``store``.
+        int8: see :func:`vpmoe.eval.open_model.open_model`, as for ``store`` and ``compiled``.
         store: likewise.
         remember: see :func:`vpmoe.eval.store_file.remembering`; takes in what has ended by itself.
+        compiled: likewise.
 
     Raises:
         CheckpointError, WeightsError, TokenizerError: no model there, or it lacks something.
@@ -57,7 +59,8 @@ def print_sample(
     from megatron_vpmoe.generation.sampling import SamplingOptions
 
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
-    with open_model(where, int8=int8, store=store) as found, remembering(found, remember) as (opened, keep):
+    found_as = open_model(where, int8=int8, store=store, compiled=compiled)
+    with found_as as found, remembering(found, remember) as (opened, keep):
         form = form_of(
             opened,
             plain=plain,

@@ -35,13 +35,8 @@ def check_machine(cfg: RunConfig, config_path: Path) -> FitReport:
 
     report = machine_report(cfg)
     check_fit(cfg, report, nano_counterpart(config_path))
-    compiler = os.environ.get("CXX", "g++")
-    if cfg.training.compile != "off" and report.device_kind == "CPU" and shutil.which(compiler) is None:
-        raise DeviceError(
-            f"there is no C++ compiler {compiler!r}, which compiles layers for a CPU",
-            source="training.compile",
-            remedy="install one, name it with CXX, or set --compile off",
-        )
+    if cfg.training.compile != "off" and report.device_kind == "CPU":
+        device.check_compiler("training.compile", "set --compile off")
     if report.device_kind != "CPU" and report.processes_per_device > 1:
         raise DeviceError(
             f"{cfg.parallel.nproc_per_node} processes are too many: {report.processes_per_device} would share one "

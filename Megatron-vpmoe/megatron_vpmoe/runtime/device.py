@@ -16,6 +16,8 @@ import ctypes
 import functools
 import importlib
 import logging
+import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -198,6 +200,22 @@ def peak_bandwidth() -> float | None:
     """The stated bandwidth of this device's memory in byte/s; None where it is not known."""
     machine = machine_of(device_name())
     return None if machine is None else 1e9 * machine.memory_gb_s
+
+
+def check_compiler(source: str, otherwise: str) -> None:
+    """Refuse what torch compiles for a CPU where no C++ compiler is; raises `DeviceError`.
+
+    Args:
+        source: what asks for it.
+        otherwise: what to do without.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise DeviceError(
+            f"there is no C++ compiler {compiler!r}, which torch compiles for a CPU with",
+            source=source,
+            remedy=f"install one, name it with CXX, or {otherwise}",
+        )
 
 
 @functools.cache

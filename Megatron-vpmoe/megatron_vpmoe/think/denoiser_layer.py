@@ -3,11 +3,13 @@
 Clean tokens and noisy ones go through the same weights. Keys and values are of the clean ones alone, so a noisy
 position hangs on nothing but its own noise and the clean tokens that it may see.
 
-Shapes: B rows, S positions, H hidden, N heads, D head dim, K keys.
+Shapes: B rows, S positions, H hidden, N heads, D head dim, K keys,
+C columns of the decoding state.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import cast
 
@@ -19,6 +21,7 @@ from megatron_vpmoe.model.attention import grape
 from megatron_vpmoe.model.norm import RMSNorm
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.think.linear import linear
+from megatron_vpmoe.think.stored_attention import attended
 
 Attend = Callable[[Tensor], Tensor]
 """From queries [B, N, S, D] to what they take of some keys' values, of the same shape."""
@@ -117,6 +120,13 @@ class DenoiserLayer(Module):
         hidden_BSH = hidden_BSH + (1 + gate) * attention.linear_proj(taken)
         inner = modulated(self.pre_mlp_layernorm(hidden_BSH), shift, scale)
         return hidden_BSH + (1 + second_gate) * self.mlp(inner)
+
+    def advance_one(
+        self, hidden_B1H: Tensor, angle_B11F: Tensor, by: Tensor, stored_BC2ND: Tensor, position_B: Tensor
+    ) -> Tensor:
+        """``advance`` of one position a row, over the keys and values that decoding has kept up to it."""
+        attend = functools.partial(attended, stored_BC2ND, position_B)
+        return self.advance(hidden_B1H, angle_B11F, by, attend)
 
     def _before_attention(self, hidden_BSH: Tensor, by: Tensor) -> Tensor:
         shift, scale = by[..., 0, :], by[..., 1, :]

@@ -21,6 +21,7 @@ from torch.nn import Module, ModuleList
 from megatron_vpmoe.model.attention import grape
 from megatron_vpmoe.model.attention.backends import core_attention, select_backend
 from megatron_vpmoe.model.attention.masks import SequenceLayout
+from megatron_vpmoe.model.compilation import of_any_columns, of_any_rows, part
 from megatron_vpmoe.model.norm import RMSNorm
 from megatron_vpmoe.model.recompute import recomputed
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
@@ -30,7 +31,7 @@ from megatron_vpmoe.think.decoding import Entry, Past
 from megatron_vpmoe.think.denoiser_layer import Attend, DenoiserLayer, Modulation, modulated
 from megatron_vpmoe.think.linear import linear
 from megatron_vpmoe.think.schedule import Schedule
-from megatron_vpmoe.think.stored_attention import attended, store
+from megatron_vpmoe.think.stored_attention import Stored, store
 
 _LEVEL = -1
 """The place of a key of noise that the level is drawn at; its numbers lie at 0, 1, ..."""
@@ -44,7 +45,12 @@ class Diffuser(Module):
         layers: of the denoiser.
         levels: T of the schedule.
         steps: of DDIM.
+
+    Attributes:
+        compiled_step: whether layers' part of ``step`` is (``generation.compiled_step``).
     """
+
+    compiled_step = False
 
     def __init__(self, config: VPTransformerConfig, *, layers: int, levels: int, steps: int) -> None:
         super().__init__()
@@ -115,7 +121,7 @@ class Diffuser(Module):
 
         def stored(number: int, kept: Tensor) -> Attend:
             store(state[_name(number)], position_B, kept.squeeze(1))
-            return functools.partial(attended, state[_name(number)], position_B)
+            return Stored(state[_name(number)], position_B)
 
         position_B1 = position_B.unsqueeze(1)
         attends = self._attends(x_BH.unsqueeze(1), self._angle(position_B1), stored)
@@ -147,7 +153,7 @@ class Diffuser(Module):
                 layer = cast(DenoiserLayer, layer)
                 if attends:
                     before = cast(DenoiserLayer, self.layers[number - 1])
-                    x_BSH = self._run(before.advance, x_BSH, angle, modulations[number - 1], attends[-1])
+                    x_BSH = self._advanced(before, x_BSH, angle, modulations[number - 1], attends[-1])
                 attends.append(kept_of(number, layer.keys_values(x_BSH, angle, by)))
         return attends
 
@@ -163,7 +169,7 @@ class Diffuser(Module):
     def _estimate(self, hidden: Tensor, angle: Tensor, attends: Sequence[Attend], by: Sequence[Tensor]) -> Tensor:
         with annotated("estimate"):
             for layer, layer_by, attend in zip(self.layers, by[:-1], attends, strict=True):
-                hidden = self._run(cast(DenoiserLayer, layer).advance, hidden, angle, layer_by, attend)
+                hidden = self._advanced(cast(DenoiserLayer, layer), hidden, angle, layer_by, attend)
             shift, scale = by[-1].unbind(-2)
             return self.estimate(modulated(self.final_layernorm(hidden), shift, scale))
 
@@ -178,9 +184,15 @@ class Diffuser(Module):
         frequency = grape.rope_frequencies(head_dim, self.config.rotary_base, position.device)
         return grape.rotation_angles(position, frequency).transpose(0, 1)
 
-    def _run(self, part: Callable[..., Tensor], *arguments: object) -> Tensor:
+    def _advanced(self, layer: DenoiserLayer, hidden: Tensor, angle: Tensor, by: Tensor, attend: Attend) -> Tensor:
+        if self.compiled_step and isinstance(attend, Stored):
+            of_any_rows(hidden, angle, attend.position_B)
+            of_any_columns(attend.stored_BC2GD)
+            return part(DenoiserLayer.advance_one, True)(layer, hidden, angle, by, *attend)
         again = self.training and self.config.recomputation.granularity == "full"
-        return recomputed(part, *arguments) if again else part(*arguments)
+        return (
+            recomputed(layer.advance, hidden, angle, by, attend) if again else layer.advance(hidden, angle, by, attend)
+        )
 
 
 def _name(number: int) -> str:

@@ -15,6 +15,7 @@ from torch.nn import Module
 from megatron_vpmoe.model.attention import grape
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.block import VPTransformerBlock, VPTransformerLayer
+from megatron_vpmoe.model.compilation import of_any_columns, of_any_rows, part
 from megatron_vpmoe.model.layer_specs import block_spec
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.think.decoding import Entry, Past
@@ -29,7 +30,12 @@ class StackExpert(Module):
 
     Args:
         config: of the layers; process groups must exist.
+
+    Attributes:
+        compiled_step: whether transformer layers' part of ``step`` is (``generation.compiled_step``).
     """
+
+    compiled_step = False
 
     def __init__(self, config: VPTransformerConfig) -> None:
         super().__init__()
@@ -85,25 +91,33 @@ class StackExpert(Module):
         for layer in self._layers():
             if isinstance(layer, VPTransformerLayer):
                 stored = state[_name(layer.layer_number, "kept")]
-                hidden_BH = self._transformed(layer, hidden_BH, position_B, stored)
+                frequency_F = grape.rope_frequencies(
+                    layer.self_attention.head_dim, self.config.rotary_base, x_BH.device
+                )
+                angle_B1F = grape.rotation_angles(position_B.unsqueeze(1), frequency_F)[0]
+                if self.compiled_step:
+                    of_any_rows(hidden_BH, angle_B1F, position_B)
+                    of_any_columns(stored)
+                step = part(_transformed, self.compiled_step)
+                hidden_BH = step(layer, hidden_BH, angle_B1F, position_B, stored)
             else:
                 own = {name: state[_name(layer.layer_number, name)] for name in layer.entries()}
                 hidden_BH = layer.step(hidden_BH, own)
         return cast(Module, self.stack.final_layernorm)(hidden_BH)
 
-    def _transformed(self, layer: VPTransformerLayer, x_BH: Tensor, position_B: Tensor, stored: Tensor) -> Tensor:
-        attention = layer.self_attention
-        frequency = grape.rope_frequencies(attention.head_dim, self.config.rotary_base, x_BH.device)
-        angle_1B1F = grape.rotation_angles(position_B.unsqueeze(1), frequency)
-        query, key, value, _ = layer.before_attention(x_BH.unsqueeze(0), angle_1B1F, None)
-        store(stored, position_B, torch.stack([key.squeeze(2), value.squeeze(2)], 1))
-        taken_1BN = attended(stored, position_B, query).squeeze(2).flatten(1).unsqueeze(0)
-        hidden_1BH, normed_1BH = layer.behind_attention(x_BH.unsqueeze(0), taken_1BN)
-        out, bias = layer.dense(normed_1BH)
-        return (hidden_1BH + (out if bias is None else out + bias)).squeeze(0)
-
     def _layers(self) -> list[Any]:
         return list(self.stack.layers)
+
+
+def _transformed(
+    layer: VPTransformerLayer, x_BH: Tensor, angle_B1F: Tensor, position_B: Tensor, stored_BC2GD: Tensor
+) -> Tensor:
+    query, key, value, _ = layer.before_attention(x_BH.unsqueeze(0), angle_B1F.unsqueeze(0), None)
+    store(stored_BC2GD, position_B, torch.stack([key.squeeze(2), value.squeeze(2)], 1))
+    taken_1BN = attended(stored_BC2GD, position_B, query).squeeze(2).flatten(1).unsqueeze(0)
+    hidden_1BH, normed_1BH = layer.behind_attention(x_BH.unsqueeze(0), taken_1BN)
+    out, bias = layer.dense(normed_1BH)
+    return (hidden_1BH + (out if bias is None else out + bias)).squeeze(0)
 
 
 def _entries_of(kept: Any) -> dict[str, Tensor]:

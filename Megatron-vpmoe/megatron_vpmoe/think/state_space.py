@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter, functional
 
 from megatron_vpmoe.model.attention.masks import SequenceLayout
+from megatron_vpmoe.model.compilation import of_any_rows, part
 from megatron_vpmoe.model.norm import RMSNorm
 from megatron_vpmoe.model.precision import fp32_island
 from megatron_vpmoe.model.tensor_parallel import ReplicatedLinear
@@ -36,7 +37,12 @@ class StateSpaceLayer(MegatronModule):
     """Pre-norm mixer, added to the residual stream: in the place of a transformer layer's two parts.
 
     Built by ModuleSpec as ``layer(config=, layer_number=, pg_collection=, vp_stage=)``.
+
+    Attributes:
+        compiled_step: whether ``step`` is (``generation.compiled_step``).
     """
+
+    compiled_step = False
 
     def __init__(self, config: VPTransformerConfig, layer_number: int = 1, **_upstream: Any) -> None:
         super().__init__(config)
@@ -72,6 +78,11 @@ class StateSpaceLayer(MegatronModule):
 
     def step(self, hidden_BH: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """The layer for one new token a row; ``state`` goes on in place."""
+        if self.compiled_step:
+            of_any_rows(hidden_BH, *state.values())
+        return part(StateSpaceLayer._stepped, self.compiled_step)(self, hidden_BH, state)
+
+    def _stepped(self, hidden_BH: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         return hidden_BH + self.mixer.step(self.input_layernorm(hidden_BH), state)
 
 

@@ -5,8 +5,20 @@ Shapes: B rows, C columns, N query heads, G heads of keys and values, P = N / G 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Stored(NamedTuple):
+    """Keys and values of a row each and where its query stands: ``attended``, of any query."""
+
+    stored_BC2GD: Tensor
+    position_B: Tensor
+
+    def __call__(self, query_BN1D: Tensor) -> Tensor:
+        return attended(*self, query_BN1D)
 
 
 def store(stored_BC2GD: Tensor, position_B: Tensor, kept_B2GD: Tensor) -> None:

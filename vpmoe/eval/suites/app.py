@@ -42,6 +42,9 @@ StoreOption = Annotated[
     Path | None,
     typer.Option(dir_okay=False, help="where the store of a mixture's run lies now (default: where the run had it)"),
 ]
+CompileOption = Annotated[
+    bool, typer.Option("--compile", help="compile the decoding steps of a mixture or a state space model")
+]
 
 
 def core8(

@@ -64,6 +64,9 @@ def rotate(x_SBHD: Tensor, angle_SB1F: Tensor) -> Tensor:
 
 def rotate_all(xs_SBHD: Sequence[Tensor], angle_SB1F: Tensor) -> tuple[Tensor, ...]:
     """``rotate`` of several tensors, of any numbers of heads, by the same angles."""
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():  # where torch calls a forward of varargs wrongly
+        cos, sin = torch.cos(angle_SB1F), torch.sin(angle_SB1F)
+        return tuple(_turn(x, cos, sin, x.dtype) for x in xs_SBHD)
     return _Rotation.apply(angle_SB1F, *xs_SBHD)  # type: ignore[no-any-return]
 
 
