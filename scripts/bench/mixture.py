@@ -52,6 +52,7 @@ Side = Callable[[], object]
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="a trained mixture")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="without --run: of what, with weights as drawn")
     parser.add_argument("--data-path", type=Path, nargs="+", default=[], help="with --run: held-out text is of these")
     parser.add_argument("--documents", type=int, default=40, help="of the valid split of each, the first")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16])
@@ -151,7 +152,7 @@ def models_of(args: argparse.Namespace) -> Iterator[tuple[RunConfig, dict[str, V
                 print(losses(opened["fp32"], opened["int8"], folder, args.documents), flush=True)
             yield opened["fp32"].cfg, {name: one.model for name, one in opened.items()}
         return
-    cfg = load_config(CONFIG, ["--no-bf16", "--padded-vocab-size", "32000", "--load-experts", "null"])
+    cfg = load_config(args.config, ["--no-bf16", "--padded-vocab-size", "32000", "--load-experts", "null"])
     with distributed.single_process(seed=1):
         models = {name: build_model(cfg).eval() for name in FORMS}
         for name, (int8, compiled) in FORMS.items():
