@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests import training_runs
 from tests.tiny import ROOT
 from tests.tiny_student import write_student, write_vocabulary
+from tests.workers import Started, as_programs
 from vpmoe.data_curation.tasks.question_texts import prompt
 from vpmoe.data_curation.tasks.synth_mini import generate
 from vpmoe.eval.suites.finished import Finished
@@ -33,33 +31,35 @@ def test_both_tasks(tmp_path: Path) -> None:
     exported = export_checkpoint(checkpoint, tmp_path / "hf").path
     tasks = ["synth_mini_answers", "synth_mini_likelihood"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    environment = {**training_runs.ENVIRONMENT, **offline}
 
-    def run(*words: str) -> None:
-        command = [sys.executable, "-m", *words]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    def run(*programs: tuple[str, ...]) -> None:
+        done = Started(as_programs, *programs, environment=offline, folder=tmp_path).finish(timeout=600)
         assert done.returncode == 0, done.stderr
 
-    def by_lm_eval(module: str, model: str, arguments: str, *words: str) -> tuple[dict[str, Any], list[float]]:
+    def by_lm_eval(module: str, model: str, arguments: str, *words: str) -> tuple[str, ...]:
+        words += ("--include_path", str(ROOT / "configs" / "eval" / "lm_eval"), "--tasks", ",".join(tasks))
+        words += ("--limit", str(LIMIT), "--output_path", model, "--log_samples", "--batch_size", "2")
+        return (module, "run", "--model", model, "--model_args", arguments, *words)
+
+    def written(model: str) -> tuple[dict[str, Any], list[float]]:
         """The results, and the log-likelihood of every answer."""
         out = tmp_path / model
-        words += ("--include_path", str(ROOT / "configs" / "eval" / "lm_eval"), "--tasks", ",".join(tasks))
-        words += ("--limit", str(LIMIT), "--output_path", str(out), "--log_samples", "--batch_size", "2")
-        run(module, "run", "--model", model, "--model_args", arguments, *words)
         lines = next(out.rglob("samples_synth_mini_likelihood_*.jsonl")).read_text().splitlines()
         likelihoods = [float(json.loads(line)["resps"][0][0][0]) for line in lines]
         return json.loads(next(out.rglob("results_*.json")).read_text())["results"], likelihoods
 
-    arguments = f"pretrained={exported},trust_remote_code=True,dtype=float32"
-    found, expected = by_lm_eval("lm_eval", "hf", arguments, "--device", "cpu")
-    direct, likelihoods = by_lm_eval("vpmoe.eval.suites.lm_eval_model", "vpmoe", f"pretrained={checkpoint}")
+    run(
+        by_lm_eval("lm_eval", "hf", f"pretrained={exported},trust_remote_code=True,dtype=float32", "--device", "cpu"),
+        by_lm_eval("vpmoe.eval.suites.lm_eval_model", "vpmoe", f"pretrained={checkpoint}"),
+    )
+    (found, expected), (direct, likelihoods) = written("hf"), written("vpmoe")
     assert likelihoods == pytest.approx(expected, abs=1e-4) and len(likelihoods) == LIMIT
     assert found.keys() == set(tasks) and 0 <= found["synth_mini_answers"]["exact_match,first_line"] <= 1
 
     # The same tasks on the checkpoint itself, by our own forward pass.
-    ours = ["vpmoe.cli", "eval", "lm-eval", str(checkpoint), "--tasks", ",".join(tasks)]
-    ours += ["--include-path", str(ROOT / "configs" / "eval" / "lm_eval"), "--limit", str(LIMIT), "--batch-size", "3"]
-    run(*ours, "--output", "ours.json")
+    ours = ("vpmoe.cli", "eval", "lm-eval", str(checkpoint), "--tasks", ",".join(tasks))
+    ours += ("--include-path", str(ROOT / "configs" / "eval" / "lm_eval"), "--limit", str(LIMIT), "--batch-size", "3")
+    run((*ours, "--output", "ours.json"))
     entries = json.loads((tmp_path / "ours.json").read_text())["tasks"]
     for task, numbers in found.items():
         for name, value in numbers.items():
