@@ -65,6 +65,8 @@ def test_int8_weights_are_asked_for_and_told(
     assert "step 0, int8 weights)" in capsys.readouterr().out
     assert main(["sample", str(run_directory), *words]) == 2
     assert "reads its weights in layouts of oneDNN" in capsys.readouterr().err
+    assert main(["sample", str(run_directory), *words[:-1], "--compile"]) == 2
+    assert "no way is built to compile its decoding steps" in capsys.readouterr().err
     words = ["eval", "text", str(mixture_run), "--data-path", str(data / "dataset"), "--documents", "3"]
     assert main(words) == main([*words, "--int8"]) == 0
     paths = sorted((tmp_path / "reports" / "eval" / "text").glob("*.json"), key=lambda path: len(path.name))
