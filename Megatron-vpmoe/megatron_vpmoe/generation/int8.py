@@ -1,7 +1,7 @@
 """Linear layers whose weights are int8, by torchao: for decoding and evaluation on a CPU.
 
 Each output has a scale of its own, of its largest weight; products are made in the model's dtype. Kept as they are: the
-embedding, with it the tied output projection, and whatever is no matrix of a linear layer.
+embedding, with it the tied output projection, a mixture's adapters, and whatever is no matrix of a linear layer.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ _LINEAR = Linear, ReplicatedLinear, ColumnParallelLinear, RowParallelLinear
 
 _READ_AS_WEIGHTS = "latent_attention.linear_key", "latent_attention.linear_value"
 """Latent attention multiplies them into queries and outputs as matrices of heads."""
+
+_NEAR_IDENTITY = "adapters."
+"""What training adds to an identity is mostly below half a step of a scale that has to hold 1, and would be lost."""
 
 
 class Narrowed(NamedTuple):
@@ -58,6 +61,7 @@ def narrow_to_int8(model: VPModel) -> Narrowed:
 
     def is_narrowed(module: Module, name: str) -> bool:
         found = isinstance(module, _LINEAR) and not name.endswith(_READ_AS_WEIGHTS)
+        found = found and not name.startswith(_NEAR_IDENTITY)
         chosen.extend([name] if found else [])
         return found
 
