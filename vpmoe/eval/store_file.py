@@ -51,13 +51,15 @@ def store_read(opened: Opened) -> StoreFile | None:
             source=str(opened.path),
             remedy="open a checkpoint of the run itself",
         )
-    path, whose = Path(named), f"the store that {opened.described} was trained with"
+    path = Path(named)
     if not path.is_file():
-        raise CheckpointError(f"{whose} is not there", source=f"{path}, for {opened.path}", remedy=_REMEDY)
+        told = f"the store that {opened.described} was trained with is not there"
+        raise CheckpointError(told, source=f"{path}, for {opened.path}", remedy=_REMEDY)
     sha256 = sha256_of_file(path)
     if opened.store_sha256 not in (sha256, facts_of(path).get(GROWN_FROM)):
         raise CheckpointError(
-            f"this is not {whose}: its sha256 begins with {sha256[:12]}, not with {opened.store_sha256[:12]}",
+            f"this is not the store that {opened.described} was trained with: its sha256 begins with "
+            f"{sha256[:12]}, not with {opened.store_sha256[:12]}",
             source=f"{path}, for {opened.path}",
             remedy=_REMEDY,
         )
