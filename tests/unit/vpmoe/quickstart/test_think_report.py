@@ -13,6 +13,7 @@ import pytest
 from vpmoe.quickstart.think_report import measured, middle, routing_table, said, table
 
 DOMAINS = ("sums", "words")
+KINDS = ("transformer", "state_space", "denoiser")
 LOADED = {"transformer": 1.0, "state_space": 1.4}
 
 
@@ -36,8 +37,9 @@ def _seed(folder: Path, full: float = 0.6, sums_weight: float = 0.7, denoiser: f
     routing = {
         f"valid/{domain}/routing/{name}": value
         for domain, of in weights.items()
-        for name, value in zip(("transformer", "state_space", "denoiser", "entropy"), (*of, 0.8), strict=True)
+        for name, value in zip((*KINDS, "entropy"), (*of, 0.8), strict=True)
     }
+    routing |= {f"valid/{domain}/routing/{name}/std": 0.05 for domain in DOMAINS for name in KINDS}
     errors = {f"valid/{domain}/denoised/error": 1.2 for domain in DOMAINS}
     parts = {
         "transformer": _losses(100, 0.9, 1.1),
@@ -63,11 +65,12 @@ def test_every_domain_counts_the_same_and_tokens_are_equal(tmp_path: Path) -> No
         assert alone["tokens"] == one["full"]["tokens"] == 150 and alone["as_loaded"]["tokens"] == 100
     assert one["experts"]["diffuser"]["error"] == pytest.approx(0.9)
     assert one["experts"]["diffuser"]["denoised_error"] == pytest.approx(1.2)
-    assert one["routing"]["sums"] == pytest.approx(
-        {"transformer": 0.7, "state_space": 0.2, "denoiser": 0.1, "entropy": 0.8}
-    )
+    routing = dict(one["routing"]["sums"])
+    assert routing.pop("std") == pytest.approx(dict.fromkeys(KINDS, 0.05))
+    assert routing == pytest.approx({"transformer": 0.7, "state_space": 0.2, "denoiser": 0.1, "entropy": 0.8})
     assert "| 1 | full model | 150 | 0.6000 | 1.822 | 0.5000 | 0.7000 |" in table([one], DOMAINS)
-    assert "| 1 | sums | 70.0 % | 20.0 % | 10.0 % | 0.800 | 0.800 | 1.200 |" in routing_table([one])
+    row = "| 1 | sums | 70.0 % ± 5.0 % | 20.0 % ± 5.0 % | 10.0 % ± 5.0 % | 0.800 | 0.800 | 1.200 |"
+    assert row in routing_table([one])
 
 
 def test_medians_keep_the_shape(tmp_path: Path) -> None:
