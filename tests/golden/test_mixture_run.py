@@ -149,7 +149,7 @@ def test_with_a_store_it_resumes_bit_for_bit_and_only_with_that_store(tmp_path: 
     store_of(documents, table, chunk=4).save(tmp_path / "first.store")
     fields = {**MIXTURE, "load_embedding": first, "init_method_std": 0.2}
     reading = {**fields, "memory_entries": 3, "store": tmp_path / "first.store"}
-    trained(straight, dataset, **reading)
+    assert "experts are drawn at random and stay so" in trained(straight, dataset, **reading)
     losses = training_runs.losses(straight)
     trained(plain, dataset, **{**fields, "train_iters": 3, "save_interval": None})
     without = training_runs.losses(plain)

@@ -35,13 +35,15 @@ def load_initial(model: VPModel, cfg: RunConfig) -> tuple[checkpoint.Found | Non
     if named.load_weights is not None:
         found = load_initial_weights(model, cfg)
         return found, [f"weights from {found.path}"]
-    if named.load_embedding is not None:
-        found = load_initial_embedding(model, cfg)
-        return found, [f"embedding from {found.path}"]
     if named.load_experts is not None:
         experts = load_experts(model, cfg)
         return next(iter(experts.values())), [f"expert {name} from {found.path}" for name, found in experts.items()]
-    return None, []
+    drawn = ["experts are drawn at random and stay so: checkpoint.load_experts names no runs"]
+    told = drawn if cfg.model.layer_type == "mixture" else []
+    if named.load_embedding is None:
+        return None, told
+    found = load_initial_embedding(model, cfg)
+    return found, [f"embedding from {found.path}", *told]
 
 
 def load_initial_weights(model: VPModel, cfg: RunConfig) -> checkpoint.Found:
