@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Small tensors: one thread computes them faster than two, and worker processes do not compete.
@@ -100,6 +101,21 @@ def single_process() -> None:
         distributed.seed_rank(1234)
     else:
         distributed.initialize(seed=1234)
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    """By torch's compiler before, and nothing left behind."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    from megatron_vpmoe.model import compilation
+
+    for clear in (compilation._compiled.cache_clear, torch._dynamo.reset, counters.clear):
+        clear()
+    yield
+    compilation._compiled.cache_clear()
+    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -15,23 +13,12 @@ from megatron_vpmoe.generation.int8 import narrow_to_int8
 from megatron_vpmoe.generation.kv_cache import BLOCK
 from megatron_vpmoe.generation.prompts import Completion, Prompt
 from megatron_vpmoe.generation.sampling import SamplingOptions
-from megatron_vpmoe.model import compilation
 from megatron_vpmoe.model.gpt import VPModel
 from tests.unit.megatron_vpmoe.think.test_think_experts import lively, reminded
 
-pytestmark = pytest.mark.usefixtures("single_process")
+pytestmark = pytest.mark.usefixtures("single_process", "nothing_compiled")
 TEXTS = ([5, 9, 3], [7] * (BLOCK - 5) + [2, 40], [11], [60, 1, 33, 33, 8, 21])
 PROMPTS = [Prompt(ids, max_new_tokens=new) for ids, new in zip(TEXTS, (9, 7, 3, 5), strict=True)]
-
-
-@pytest.fixture(autouse=True)
-def anew() -> Iterator[None]:
-    """Nothing compiled before, and nothing left behind."""
-    for clear in (compilation._compiled.cache_clear, torch._dynamo.reset, counters.clear):
-        clear()
-    yield
-    compilation._compiled.cache_clear()
-    torch._dynamo.reset()
 
 
 def decoded(model: VPModel, *, routing: bool = False) -> list[Completion]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from megatron_vpmoe.model import compilation
 from megatron_vpmoe.model.attention.masks import SequenceLayout
 from megatron_vpmoe.model.builder import build_model
 from megatron_vpmoe.model.gpt import VPModel
@@ -17,21 +15,11 @@ from megatron_vpmoe.model.moe.router import VPMoERouter
 from megatron_vpmoe.profiling.capture import Subject
 from tests.tiny import random_batch, tiny_config
 
-pytestmark = pytest.mark.usefixtures("single_process")
+pytestmark = pytest.mark.usefixtures("single_process", "nothing_compiled")
 SEQ, VOCAB = 48, 64
 DENSE = {"num_experts": None, "router_dead_experts_warn": None}
 MOE_AGAIN = {"recompute_granularity": "selective", "recompute_modules": "[moe]"}
 FULL = {"recompute_granularity": "full", "recompute_num_layers": 2, "recompute_method": "uniform"}
-
-
-@pytest.fixture(autouse=True)
-def anew() -> Iterator[None]:
-    """Nothing compiled before, and nothing left behind."""
-    for clear in (compilation._compiled.cache_clear, torch._dynamo.reset, counters.clear):
-        clear()
-    yield
-    compilation._compiled.cache_clear()
-    torch._dynamo.reset()
 
 
 def model_of(num_layers: int = 8, **changes: Any) -> VPModel:
