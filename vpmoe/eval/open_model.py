@@ -22,7 +22,7 @@ from megatron_vpmoe.data.vocabulary_files import VOCABULARY, read_vocabulary
 from megatron_vpmoe.errors import CheckpointError, TokenizerError
 from megatron_vpmoe.files import sha256_of_file, sha256_of_json
 from megatron_vpmoe.manifest import Manifest
-from vpmoe.eval.store_file import store_read
+from vpmoe.eval.store_file import StoreFile, store_read
 from vpmoe.harmony.conversation import Message
 from vpmoe.hf import convert
 from vpmoe.hf.source_checks import POSITIONS
@@ -82,10 +82,15 @@ class Opened:
     compiled: bool = False
 
     @cached_property
+    def store_file(self) -> StoreFile | None:
+        """What ``store_read`` finds at first, which takes the hash of a file that may be large."""
+        return store_read(self)
+
+    @cached_property
     def model(self) -> VPModel:
         """Bare, in evaluation mode; raises :class:`WeightsError` for weights of another geometry, and what
         ``store_read``, ``narrow_to_int8`` and ``compile_step`` do."""
-        cfg, read = self.cfg, store_read(self)
+        cfg, read = self.cfg, self.store_file
         if read is not None:
             cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"store": str(read.path)})})
         model = load_model(cfg, self.weights, source=str(self.path))
@@ -109,7 +114,7 @@ class Opened:
     @property
     def entry(self) -> dict[str, Any]:
         """Which model it is, for a report; raises what ``store_read`` does."""
-        read = store_read(self)
+        read = self.store_file
         return {
             "run": self.name,
             "name": self.path.name,

@@ -86,7 +86,7 @@ def remembering(opened: Opened, own: Path | None) -> Iterator[tuple[Opened, Keep
         yield opened, None
         return
     mine, begun = replace(opened, store=own), own.exists()
-    read = store_read(mine if begun or opened.cfg.model.memory_entries is None else opened)
+    read = (mine if begun or opened.cfg.model.memory_entries is None else opened).store_file
     assert read is not None
     if begun and read.sha256 == opened.store_sha256:
         raise NotOursError(

@@ -9,7 +9,6 @@ C columns of the decoding state.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import cast
 
@@ -21,7 +20,7 @@ from megatron_vpmoe.model.attention import grape
 from megatron_vpmoe.model.norm import RMSNorm
 from megatron_vpmoe.model.transformer_config import VPTransformerConfig
 from megatron_vpmoe.think.linear import linear
-from megatron_vpmoe.think.stored_attention import attended
+from megatron_vpmoe.think.stored_attention import Stored
 
 Attend = Callable[[Tensor], Tensor]
 """From queries [B, N, S, D] to what they take of some keys' values, of the same shape."""
@@ -125,8 +124,7 @@ class DenoiserLayer(Module):
         self, hidden_B1H: Tensor, angle_B11F: Tensor, by: Tensor, stored_BC2ND: Tensor, position_B: Tensor
     ) -> Tensor:
         """``advance`` of one position a row, over the keys and values that decoding has kept up to it."""
-        attend = functools.partial(attended, stored_BC2ND, position_B)
-        return self.advance(hidden_B1H, angle_B11F, by, attend)
+        return self.advance(hidden_B1H, angle_B11F, by, Stored(stored_BC2ND, position_B))
 
     def _before_attention(self, hidden_BSH: Tensor, by: Tensor) -> Tensor:
         shift, scale = by[..., 0, :], by[..., 1, :]
